@@ -1,0 +1,84 @@
+"""What a run tells whoever watches it. Engines call an `Observer`; the command line draws it; tests stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+Scores = Mapping[str, float]
+"""Domain → held-out exact match, a fraction from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What is known before the first round. `first_round` is greater than 1 where a run is resumed."""
+
+    method: str
+    model: str
+    clients: tuple[str, ...]
+    num_rounds: int
+    adapter_values: int
+    out: Path
+    first_round: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a finished run amounts to: scores before the first and after the last round, bytes, seconds, lost energy.
+
+    `lost_energy` is the share of ‖ΔW‖² that the exported adapter lacks where its rank was capped, otherwise 0.
+    """
+
+    out: Path
+    method: str
+    num_rounds: int
+    before: Scores = field(default_factory=dict)
+    after: Scores = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    lost_energy: float = 0.0
+
+
+class Observer(Protocol):
+    """Calls in the order of a run. Bytes are sizes of payloads: of one turn, or of the whole round."""
+
+    def run_started(self, facts: RunFacts) -> None:
+        """The model is loaded and the clients are known."""
+
+    def client_started(self, round: int, client: str) -> None:
+        """A client begins its turn."""
+
+    def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
+        """A client has sent its update."""
+
+    def round_finished(
+        self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
+    ) -> None:
+        """The server has aggregated; `scores` is None where the round was not evaluated."""
+
+    def run_finished(self, summary: RunSummary) -> None:
+        """Everything is written."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def run_started(self, facts: RunFacts) -> None:
+        """Nothing."""
+
+    def client_started(self, round: int, client: str) -> None:
+        """Nothing."""
+
+    def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
+        """Nothing."""
+
+    def round_finished(
+        self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
+    ) -> None:
+        """Nothing."""
+
+    def run_finished(self, summary: RunSummary) -> None:
+        """Nothing."""

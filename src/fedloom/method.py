@@ -1,0 +1,149 @@
+"""The shape of a federated method: one frozen record of plain functions over frozen state.
+
+A method decides what travels and how it is combined; it never sees bytes, engines or models. Its settings
+are bound when the record is built, so the builder's keyword arguments are its configuration schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from fedloom.lora import PARTS, LoraState, narrow, stack
+from fedloom.sparsify import Quantize
+from fedloom.tensors import Entry
+
+Entries = Mapping[str, Entry]
+FROZEN = "frozen_"
+"""Prefix of the entries that hold merged increments: "module/frozen_A"."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class State:
+    """What one participant, the server or a client, holds between rounds.
+
+    adapter: the pair that is trained on. frozen: merged increments of merging methods, in factored form, the same for
+    all. tail: components of the global adapter beyond this participant's own rank, replaced by every change. The model
+    in use is W0 + frozen + tail + adapter. memory: what stays private to the participant (a client's residual, a
+    server's moments), by name. version counts the changes applied since the start; digest names the global state reached.
+    """
+
+    adapter: LoraState
+    frozen: LoraState = field(default_factory=LoraState)
+    tail: LoraState = field(default_factory=LoraState)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    version: int = 0
+    digest: str = ""
+
+    @property
+    def fixed(self) -> LoraState:
+        """All that the model in use has beside the trained pair."""
+        return stack([self.frozen, self.tail])
+
+    @property
+    def total(self) -> LoraState:
+        """The whole change of weight, W − W0, as one state."""
+        return stack([self.adapter, self.frozen, self.tail])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Update:
+    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries."""
+
+    client: str
+    weight: float
+    entries: Entries
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding."""
+
+    round: int
+    seed: int
+    quantize: Quantize
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Aggregate:
+    """The outcome of a round on the server: what to broadcast, the server's new memory, numbers worth recording."""
+
+    entries: Entries
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The row of a method in the table that `fedloom methods` prints."""
+
+    paper: str
+    exact: bool
+    unequal_ranks: bool
+    sends: str
+    receives: str
+    keeps: str
+
+
+class Compress(Protocol):
+    """(client state, adapter after training, context) → (memory to keep, entries to send)."""
+
+    def __call__(self, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]: ...
+
+
+class Reduce(Protocol):
+    """(server state, updates, context) → what to broadcast. `updates` can be iterated more than once."""
+
+    def __call__(self, state: State, updates: Iterable[Update], context: Context) -> Aggregate: ...
+
+
+class Adopt(Protocol):
+    """(state, global adapter, merged increments) → the state brought to them, cut to the participant's own ranks."""
+
+    def __call__(self, state: State, adapter: LoraState, frozen: LoraState) -> State: ...
+
+
+class Receive(Protocol):
+    """(state, decoded broadcast, context) → the state with adapter and frozen brought up to date.
+
+    The server and every client run this same function on the same decoded entries.
+    """
+
+    def __call__(self, state: State, entries: Entries, context: Context) -> State: ...
+
+
+def adopt_leading(state: State, adapter: LoraState, frozen: LoraState) -> State:
+    """The usual way to adopt a global state: the leading components up to the own rank, the others dropped."""
+    return replace(state, adapter=narrow(adapter, state.adapter.ranks()), frozen=frozen)
+
+
+def send_all(entries: Entries, ranks: Mapping[str, int]) -> Entries:
+    """Every client is sent the whole broadcast."""
+    return entries
+
+
+def both_factors(round: int) -> tuple[str, ...]:
+    """A and B are trained in every round."""
+    return PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to federate LoRA.
+
+    adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
+    penalty(before, now) is added to a client's loss (`now` holds live parameters).
+    """
+
+    name: str
+    facts: Facts
+    compress: Compress
+    aggregate: Reduce
+    receive: Receive
+    adopt: Adopt = adopt_leading
+    trainable: Callable[[int], tuple[str, ...]] = both_factors
+    narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
+    penalty: Callable[[LoraState, LoraState], Tensor] | None = None

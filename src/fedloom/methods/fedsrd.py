@@ -1,0 +1,191 @@
+"""FedSRD and FedSRD-e: sparsify, reconstruct, decompose (Yan et al., WWW 2026, arXiv 2510.04601).
+
+Clients send the important elements of ΔA and ΔB. The server rebuilds Σ p_k B_k A_k, takes its best rank-r
+approximation (FedSRD) or leaves it as it is (FedSRD-e), and expresses the change in one factor alone, B and A
+in turn. It begins with B: at the start B = 0, and a change of A would change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed, from_tensors
+from fedloom.lowrank import ProductChange
+from fedloom.masks import seeded_mask
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.sparsify import Adaptive, Rescale, importance, kept_count, split
+from fedloom.tensors import Entry, Seeded, floats, to_dense
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """How a client thins its change out."""
+
+    sparsity: Adaptive
+    rescale: Rescale
+    cap: float
+    decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """How the server thins the broadcast out."""
+
+    pick: Literal["random", "topk"]
+    density: float
+    rescale: Rescale
+    cap: float
+    decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """How the aggregate becomes a change of one factor."""
+
+    decompose: bool
+    ridge: float
+    rcond: float
+
+
+def fedsrd(
+    *,
+    decompose: bool = True,
+    base_sparsity: float = 0.85,
+    kurtosis_slope: float = 0.1,
+    sparsity_upper: float = 0.11,
+    rescale: Rescale = "l1",
+    rescale_cap: float = math.inf,
+    client_residual: float = 0.0,
+    download: Literal["random", "topk"] = "random",
+    download_sparsity: float = 0.8,
+    download_rescale: Rescale = "none",
+    server_residual: float = 0.0,
+    ridge: float = 0.0,
+    rcond: float = 1e-6,
+) -> Method:
+    """FedSRD (decompose: best rank-r approximation of the aggregate) or FedSRD-e (the aggregate itself, no SVD).
+
+    base_sparsity, kurtosis_slope, sparsity_upper: share of each client matrix left out (see `Adaptive`).
+    rescale: "l1" gives what is sent the L1 norm of the whole, by a factor of at most rescale_cap.
+    client_residual, server_residual: 0 drops what was not sent; 0 < d ≤ 1 adds d times it to the next change.
+    download: "random" keeps a seeded share 1 − download_sparsity, divided by it (DARE); "topk" the most important
+    elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`.
+    """
+    up = Upload(Adaptive(base_sparsity, kurtosis_slope, sparsity_upper), rescale, rescale_cap, client_residual)
+    down = Download(download, 1.0 - download_sparsity, download_rescale, rescale_cap, server_residual)
+    return Method(
+        name="fedsrd" if decompose else "fedsrd-e",
+        facts=Facts(
+            paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
+            exact=False,
+            unequal_ranks=False,
+            sends="important elements of ΔA and ΔB",
+            receives="one sparse factor, B and A in turn",
+            keeps="residuals, where asked for",
+        ),
+        compress=partial(send_important, up),
+        aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
+        receive=add_change,
+    )
+
+
+def send_important(
+    up: Upload, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], dict[str, Entry]]:
+    """The most important elements of ΔA and ΔB of every module (FedSRD eq. 4–7)."""
+    entries: dict[str, Entry] = {}
+    memory: dict[str, Tensor] = {}
+    for module, before in state.adapter.items():
+        others = {"A": after[module].B, "B": before.A}
+        for part in PARTS:
+            name = f"{module}/{part}"
+            delta = carried(after[module].part(part) - before.part(part), state.memory.get(name), up.decay)
+            scores = importance(delta, others[part], part)
+            cut = split(
+                delta,
+                scores,
+                up.sparsity.keep(scores),
+                rescale=up.rescale,
+                cap=up.cap,
+                quantize=context.quantize,
+                seed=derived_seed(context.seed, "upload", context.round, name),
+            )
+            entries[name] = cut.sent
+            if up.decay:
+                memory[name] = cut.rest
+    return memory, entries
+
+
+def carried(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:
+    """The change plus what earlier rounds kept back."""
+    return delta if residual is None or not decay else delta + decay * residual
+
+
+def turn(round: int) -> str:
+    """The factor that round's broadcast changes: B in odd rounds, A in even ones."""
+    return "B" if round % 2 else "A"
+
+
+def reconstruct(
+    solver: Solver, down: Download, state: State, updates: Iterable[Update], context: Context
+) -> Aggregate:
+    """Σ p_k B_k A_k − B A expressed in one factor (FedSRD eq. 8–12), thinned out for the way down."""
+    part = turn(context.round)
+    changes = {
+        module: ProductChange(pair, part, ridge=solver.ridge, rcond=solver.rcond)
+        for module, pair in state.adapter.items()
+    }
+    for update in updates:
+        for module, change in changes.items():
+            change.add(update.entries[f"{module}/B"], update.entries[f"{module}/A"], update.weight)
+    entries: dict[str, Entry] = {}
+    memory = dict(state.memory)
+    kept = []
+    for module, change in changes.items():
+        name = f"{module}/{part}"
+        solved = change.solve(state.adapter[module].rank if solver.decompose else None)
+        delta = carried(solved.delta, state.memory.get(name), down.decay)
+        entries[name], rest = thin(down, delta, state.adapter[module], name, context)
+        if down.decay:
+            memory[name] = rest
+        kept.append(solved.kept)
+    return Aggregate(entries, memory, {"mean_directions_kept": sum(kept) / max(len(kept), 1)})
+
+
+def thin(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:
+    """The entry to broadcast for one factor's change, and what it leaves out."""
+    seed = derived_seed(context.seed, "download", context.round, name)
+    if down.pick == "random":
+        return drop_and_rescale(delta, down.density, seed, context)
+    part = name[-1]
+    scores = importance(delta, pair.B if part == "A" else pair.A, part)
+    keep = kept_count(delta.numel(), down.density)
+    cut = split(
+        delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed
+    )
+    return cut.sent, cut.rest
+
+
+def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context) -> tuple[Seeded, Tensor]:
+    """DARE: a random share of the elements, divided by that share, so that the expectation is unchanged."""
+    density = max(round(density * 65536), 1) / 65536
+    mask = seeded_mask(delta.numel(), density, seed)
+    kept = delta.flatten()[mask]
+    values = context.quantize(kept / density, seed)
+    rest = delta.flatten().clone()
+    rest[mask] = kept - floats(values) * density
+    return Seeded(tuple(delta.shape), seed, density, values), rest.view_as(delta)
+
+
+def add_change(state: State, entries: Entries, context: Context) -> State:
+    """(B, A) plus the decoded change: the same single addition on the server and on every client."""
+    tensors = state.adapter.tensors()
+    for name, entry in entries.items():
+        tensors[name] = tensors[name] + to_dense(entry)
+    return replace(state, adapter=from_tensors(tensors))

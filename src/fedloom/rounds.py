@@ -1,0 +1,227 @@
+"""One round, in two functions. Every engine calls only these, so all engines move identical bytes.
+
+    client_turn:  payloads ─decode→ state ─train→ adapter' ─compress→ entries ─encode→ payload
+    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload ─decode→ state'
+
+The training step is an argument. The server applies the decoded broadcast, as every client does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
+from fedloom.lora import LoraState, derived_seed, digest, from_tensors
+from fedloom.method import FROZEN, Context, Entries, Method, State, Update
+from fedloom.sparsify import Quantize
+from fedloom.tensors import dense, floats, to_dense
+from fedloom.wire import Header, Limits, Message, decode, encode
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trained:
+    """What a training step returns: the adapter after it, and numbers about it."""
+
+    adapter: LoraState
+    num_examples: int
+    loss: float
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class Train(Protocol):
+    """(state, round, seed) → the adapter trained from state.adapter on top of state.fixed."""
+
+    def __call__(self, state: State, round: int, seed: int) -> Trained: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What server and clients agree on before the first round. `quantize` codes the values of both directions."""
+
+    method: Method
+    seed: int
+    quantize: Quantize
+    weighting: str = "examples"
+
+    def context(self, round: int, party: str = "") -> Context:
+        """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
+        return Context(round, derived_seed(self.seed, "client", party) if party else self.seed, self.quantize)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClientTurn:
+    """A client's state after its turn, the payload it sends, and what its training said."""
+
+    state: State
+    payload: bytes
+    trained: Trained
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ServerTurn:
+    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers."""
+
+    state: State
+    payload: bytes
+    refused: Mapping[str, str] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
+    """The state at version 0 of a participant of the given ranks (by module); None for the server's own."""
+    server = State(adapter, digest=digest(adapter))
+    if ranks is None:
+        return server
+    held = LoraState(
+        {m: replace(pair, A=pair.A[: ranks[m]], B=pair.B[:, : ranks[m]]) for m, pair in adapter.items()}
+    )
+    return job.method.adopt(replace(server, adapter=held), adapter, LoraState())
+
+
+def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
+    """Apply what was broadcast, train, and say what changed. Raises NumericError where training diverged."""
+    for payload in payloads:
+        state = accept(job, state, payload)
+    trained = train(state, round, derived_seed(job.seed, "train", client, round))
+    for name, tensor in trained.adapter.tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise NumericError(
+                f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
+            )
+    memory, entries = job.method.compress(state, trained.adapter, job.context(round, client))
+    header = Header(
+        "update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples
+    )
+    return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
+
+
+def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
+    """Combine what the clients sent, by name, into one broadcast, and apply that.
+
+    A client whose payload is invalid, stale or not finite is refused and reported; the round goes on with the
+    others. Raises RoundError if nobody is left.
+    """
+    headers: dict[str, Header] = {}
+    refused: dict[str, str] = {}
+    for client in sorted(payloads):
+        try:
+            headers[client] = inspected(job, state, payloads[client], round)
+        except FedloomError as error:
+            refused[client] = str(error)
+    cohort = Cohort(payloads, weights(headers, job.weighting))
+    if not cohort.weights:
+        raise RoundError(f"round {round}: no usable update from {len(payloads)} clients ({refused or 'none answered'})")
+    result = job.method.aggregate(state, cohort, job.context(round))
+    header = Header(
+        "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
+    )
+    payload = encode(Message(header, result.entries))
+    after = accept(job, replace(state, memory=result.memory), payload)
+    return ServerTurn(after, payload, refused, result.stats)
+
+
+def accept(job: Job, state: State, payload: bytes) -> State:
+    """Apply one broadcast, or adopt one full state. Raises StaleError if it is for another base than `state`."""
+    message = decode(payload)
+    header = message.header
+    _same_method(job, header)
+    if header.kind == "state":
+        tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
+        adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
+        return replace(adopted, version=header.base_version, digest=header.base_digest)
+    _expect(header, "change", state)
+    changed = job.method.receive(state, message.entries, job.context(header.round))
+    return replace(changed, version=header.base_version + 1, digest=header.result_digest)
+
+
+def full_state(job: Job, state: State, round: int) -> bytes:
+    """The payload that brings any participant to the server's state, lossless."""
+    tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
+    header = Header("state", job.method.name, round, state.version, state.digest)
+    return encode(Message(header, {name: dense(tensor) for name, tensor in tensors.items()}))
+
+
+def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
+    """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
+    message = decode(payload)
+    entries = job.method.narrow(message.entries, ranks)
+    return payload if entries is message.entries else encode(Message(message.header, entries))
+
+
+def weights(headers: Mapping[str, Header], weighting: str) -> dict[str, float]:
+    """Each client's share of the round: by its number of examples, or "uniform". Shares sum to 1."""
+    shares = {name: 1.0 if weighting == "uniform" else float(h.num_examples) for name, h in headers.items()}
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share > 0}
+
+
+class Cohort:
+    """The updates of one round, in order of client name, decoded one at a time on every pass."""
+
+    def __init__(self, payloads: Mapping[str, bytes], weights: Mapping[str, float]) -> None:
+        self.payloads = payloads
+        self.weights = weights
+
+    def __iter__(self) -> Iterator[Update]:
+        for client, weight in self.weights.items():
+            yield Update(client, weight, decode(self.payloads[client]).entries)
+
+    def digest(self, base: str) -> str:
+        """32 hex digits for the state that follows `base` by these updates."""
+        hasher = hashlib.blake2b(base.encode(), digest_size=16)
+        for client, weight in self.weights.items():
+            hasher.update(f"{client}\x00{weight}".encode())
+            hasher.update(hashlib.blake2b(self.payloads[client]).digest())
+        return hasher.hexdigest()
+
+
+def inspected(job: Job, state: State, payload: bytes, round: int) -> Header:
+    """The header of an update that may be averaged. Raises the error that says why it may not."""
+    limits = Limits(max_values=4 * state.adapter.numel())
+    message = decode(payload, limits)
+    header = message.header
+    _same_method(job, header)
+    _expect(header, "update", state)
+    if header.round != round:
+        raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
+    if header.num_examples <= 0 and job.weighting == "examples":
+        raise WireError("the update says that it rests on no examples: a client needs at least one")
+    _check_entries(message.entries, state.adapter, job.method.trainable(round))
+    return header
+
+
+def _check_entries(entries: Entries, adapter: LoraState, parts: tuple[str, ...]) -> None:
+    expected = {f"{module}/{part}" for module in adapter for part in parts}
+    if set(entries) != expected:
+        name = min(set(entries) ^ expected)
+        raise ShapeError(f"the update {'lacks' if name in expected else 'has an unexpected'} tensor {name}")
+    for name, entry in entries.items():
+        module, _, part = name.rpartition("/")
+        m, n = adapter[module].shape
+        rank = entry.shape[0] if part == "A" else entry.shape[-1]
+        wanted = (rank, n) if part == "A" else (m, rank)
+        if entry.shape != wanted or rank > adapter[module].rank:
+            raise ShapeError(f"{name} has shape {entry.shape}, expected {wanted} with rank ≤ {adapter[module].rank}")
+        if not torch.isfinite(floats(entry.values)).all():
+            raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
+
+
+def _same_method(job: Job, header: Header) -> None:
+    if header.method != job.method.name:
+        raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
+
+
+def _expect(header: Header, kind: str, state: State) -> None:
+    if header.kind != kind:
+        raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
+    if (header.base_version, header.base_digest) != (state.version, state.digest):
+        raise StaleError(
+            f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds version "
+            f"{state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
+        )

@@ -1,0 +1,130 @@
+"""Which elements of a change of a LoRA factor are worth sending, and what is kept back.
+
+Importance and the adaptive density are those of FedSRD (arXiv 2510.04601, §3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+from fedloom.tensors import Sparse, Values, floats
+
+Rescale = Literal["l1", "none"]
+Quantize: TypeAlias = Callable[[Tensor, int], Values]
+"""(1-D float32 values, seed) → the values as they will travel."""
+
+
+def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
+    """What each element of a factor's change contributes to ΔW: its magnitude times the norm of what it multiplies.
+
+    For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
+    For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
+    """
+    norms = torch.linalg.vector_norm(other, dim=0).unsqueeze(1) if part == "A" else torch.linalg.vector_norm(other, dim=1)
+    return delta.abs() * norms
+
+
+def kurtosis(values: Tensor) -> float:
+    """Pearson kurtosis E(x−μ)⁴ / (E(x−μ)²)², 3 for a normal law; 1, its least value, where all are equal."""
+    centred = values.flatten().to(torch.float64)
+    centred = centred - centred.mean()
+    squares = centred * centred
+    variance = squares.mean().item()
+    return squares.square().mean().item() / variance**2 if variance > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Sparsity ρ = base + min(upper, slope · ln κ), κ the kurtosis of the importance (FedSRD eq. 6).
+
+    Heavier tails concentrate the importance in fewer elements, so more of them can be left out.
+    """
+
+    base: float = 0.85
+    slope: float = 0.1
+    upper: float = 0.11
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.base <= 1.0 and self.slope >= 0.0 and self.upper >= 0.0 and self.base + self.upper <= 1.0):
+            raise ConfigError(
+                f"sparsity base {self.base}, slope {self.slope}, upper {self.upper}: expected base and upper ≥ 0 with a "
+                "sum of at most 1, and slope ≥ 0"
+            )
+
+    def keep(self, scores: Tensor) -> int:
+        """How many elements to send: the share 1 − ρ of all, at least one of a non-empty tensor."""
+        rho = self.base + min(self.upper, self.slope * math.log(max(kurtosis(scores), 1.0)))
+        return kept_count(scores.numel(), 1.0 - rho)
+
+
+def kept_count(numel: int, density: float) -> int:
+    """round(density · numel), at least 1 of a non-empty tensor."""
+    return min(numel, max(1, round(density * numel)))
+
+
+def top_positions(scores: Tensor, keep: int) -> Tensor:
+    """Flat positions (int64, increasing) of the `keep` largest scores; the first ones win ties.
+
+    Elements that score zero are never kept, since they carry nothing.
+    """
+    flat = scores.flatten()
+    if keep >= flat.numel():
+        return flat.nonzero().squeeze(1)
+    if keep <= 0:
+        return torch.empty(0, dtype=torch.int64)
+    threshold = torch.topk(flat, keep, sorted=True).values[-1]
+    above = (flat > threshold).nonzero().squeeze(1)
+    if threshold <= 0:
+        return above
+    ties = (flat == threshold).nonzero().squeeze(1)[: keep - above.numel()]
+    return torch.cat([above, ties]).sort().values
+
+
+def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:
+    """The factor that gives the kept values the L1 norm of the whole tensor, at most `cap`; 1 for "none"."""
+    norm = kept.abs().sum().item()
+    if rescale == "none" or norm == 0.0:
+        return 1.0
+    return min(tensor.abs().sum().item() / norm, cap)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """A tensor divided: what is sent, and the rest that was not (input − sent / gain, of the tensor's shape)."""
+
+    sent: Sparse
+    rest: Tensor
+
+
+def split(
+    tensor: Tensor,
+    scores: Tensor,
+    keep: int,
+    *,
+    rescale: Rescale = "none",
+    cap: float = math.inf,
+    quantize: Quantize | None = None,
+    seed: int = 0,
+) -> Split:
+    """Send the `keep` elements of highest score; keep back the others and what rounding lost.
+
+    With rescale "none", sent + rest = tensor, exactly where values travel as float32. A rescaled send
+    counts the kept elements as delivered once, whatever the gain: the gain stands in for the others' step.
+    """
+    flat = tensor.flatten()
+    positions = top_positions(scores, keep)
+    kept = flat[positions]
+    gain = l1_gain(flat, kept, rescale, cap)
+    values = kept * gain if gain != 1.0 else kept
+    coded = values if quantize is None else quantize(values, seed)
+    rest = flat.clone()
+    # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
+    rest[positions] = (values - floats(coded)) / gain
+    return Split(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))

@@ -1,0 +1,235 @@
+"""What every method must obey. A new row in METHODS is tested here without being asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import Federation, client_seed, delta, job, step, trainer
+
+from fedloom.catchup import Archive
+from fedloom.checkpoint import Snapshot, load, save
+from fedloom.errors import StaleError
+from fedloom.lora import LoraPair, LoraState, derived_seed, digest
+from fedloom.method import State
+from fedloom.methods import METHODS, build
+from fedloom.rounds import Trained, accept, client_turn, full_state, server_turn
+
+LOSSLESS = {
+    "fedsrd": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
+    "fedsrd-e": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
+    "florist": {"tau": 1.0},
+}
+ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
+names = pytest.mark.parametrize("name", sorted(METHODS))
+exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.exact))
+unequal = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.unequal_ranks))
+
+
+def assert_same_model(one: State, two: State) -> None:
+    """Equal to the bit: the pair, the merged increments, the version and the digest."""
+    for name in ("adapter", "frozen", "tail"):
+        assert digest(getattr(one, name)) == digest(getattr(two, name)), name
+    assert (one.version, one.digest) == (two.version, two.digest)
+
+
+def assert_close(one: LoraState, two: LoraState, tolerance: float = 1e-5) -> None:
+    for module, expected in delta(two).items():
+        error = (delta(one)[module] - expected).norm() / expected.norm()
+        assert error <= tolerance, f"{module}: relative error {error:.2e}"
+
+
+@names
+def test_server_and_clients_hold_the_same_bits_after_every_round(name: str):
+    federation = Federation(job(build(name)))
+    for _ in range(4):
+        federation.play()
+        federation.settle()
+        for state in federation.clients.values():
+            assert_same_model(state, federation.server)
+    assert federation.server.version == 4
+
+
+@names
+def test_identical_clients_give_that_client(name: str):
+    method = build(name, LOSSLESS.get(name))
+
+    def train(state: State, round: int, seed: int) -> Trained:
+        parts = (("B",) if round % 2 else ("A",)) if name in ONE_FACTOR else method.trainable(round)
+        return step(state, round, derived_seed(7, round), parts=parts)
+
+    federation = Federation(job(method), train=train)
+    for round in range(1, 4):
+        before = federation.server
+        federation.play()
+        alone = train(before, round, 0).adapter
+        assert_close(federation.server.total, replace(before, adapter=alone).total, 2e-5)
+
+
+@names
+def test_order_of_clients_and_scale_of_weights_do_not_matter(name: str):
+    method = build(name, LOSSLESS.get(name))
+    plain, other = Federation(job(method)), Federation(job(method))
+    renamed = {"ada": "zoe", "bob": "bob", "cyd": "ann"}
+
+    def play(federation: Federation, names: dict[str, str], factor: int) -> None:
+        def train(state: State, round: int, seed: int) -> Trained:
+            trained = trainer(method)(state, round, seed)
+            return replace(trained, num_examples=factor * trained.num_examples)
+
+        payloads = {}
+        for client, called in names.items():
+            seed = client_seed(federation.job, client, 1)
+            turn = client_turn(
+                federation.job, called, federation.clients[client], [], lambda s, r, _, k=seed: train(s, r, k), 1
+            )
+            payloads[called] = turn.payload
+        federation.server = server_turn(federation.job, federation.server, payloads, 1).state
+
+    play(plain, {client: client for client in renamed}, 1)
+    play(other, renamed, 1000)
+    assert_close(other.server.total, plain.server.total)
+
+
+@names
+def test_one_seed_gives_one_sequence_of_bytes(name: str):
+    runs = [Federation(job(build(name), values=values)) for values in ("fp32", "fp32")]
+    for federation in runs:
+        for _ in range(3):
+            federation.play()
+    assert runs[0].broadcasts == runs[1].broadcasts
+    assert runs[0].uploads == runs[1].uploads
+
+
+@names
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_rounded_values_keep_everybody_in_step(name: str, values: str):
+    federation = Federation(job(build(name), values=values))
+    for _ in range(3):
+        federation.play()
+    federation.settle()
+    for state in federation.clients.values():
+        assert_same_model(state, federation.server)
+
+
+@names
+def test_a_client_that_missed_rounds_ends_in_step(name: str):
+    federation = Federation(job(build(name)))
+    federation.play()
+    federation.play(["ada", "bob"])
+    federation.play(["bob"])
+    absent = federation.clients["cyd"]
+    caught_up = accept(federation.job, absent, full_state(federation.job, federation.server, 3))
+    assert_same_model(caught_up, federation.server)
+    federation.settle()
+    assert_same_model(federation.clients["cyd"], federation.server)
+    federation.play()
+
+
+@names
+def test_the_archive_sends_the_cheaper_way(name: str):
+    federation = Federation(job(build(name)))
+    archive = Archive()
+    for version in range(6):
+        federation.play(["ada", "bob"])
+        full = full_state(federation.job, federation.server, version)
+        archive.add(version, federation.broadcasts[-1], len(full))
+    state = federation.clients["cyd"]
+    payloads = archive.needed(federation.job, federation.server, 0, state.adapter.ranks(), 6)
+    assert sum(map(len, payloads)) <= min(len(full), sum(map(len, federation.broadcasts)))
+    for payload in payloads:
+        state = accept(federation.job, state, payload)
+    assert_same_model(state, federation.server)
+
+
+@names
+def test_a_stale_update_is_refused_and_the_others_are_averaged(name: str):
+    federation = Federation(job(build(name)))
+    late = client_turn(federation.job, "cyd", federation.clients["cyd"], [], federation.train, 1).payload
+    federation.play(["ada", "bob"])
+    federation.clients["ada"] = accept(federation.job, federation.clients["ada"], federation.broadcasts[0])
+    fresh = client_turn(federation.job, "ada", federation.clients["ada"], [], federation.train, 2).payload
+    turn = server_turn(federation.job, federation.server, {"ada": fresh, "cyd": late}, 2)
+    assert set(turn.refused) == {"cyd"} and "version 0" in turn.refused["cyd"]
+    assert turn.state.version == 2
+
+
+@names
+def test_a_broadcast_applies_once(name: str):
+    federation = Federation(job(build(name)))
+    federation.play()
+    federation.settle()
+    with pytest.raises(StaleError, match="version 0"):
+        accept(federation.job, federation.clients["ada"], federation.broadcasts[0])
+
+
+@names
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_bytes(name: str, tmp_path):
+    federation, resumed = Federation(job(build(name))), Federation(job(build(name)))
+    federation.play()
+    federation.play(["ada", "cyd"])
+    archive = dict(enumerate(federation.broadcasts))
+    loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
+    resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
+    resumed.broadcasts, resumed.round = list(loaded.archive.values()), loaded.round
+    for run in (federation, resumed):
+        run.play()
+    assert resumed.broadcasts == federation.broadcasts
+    assert resumed.uploads == federation.uploads
+
+
+@exact
+def test_exact_methods_return_the_weighted_sum_of_products(name: str):
+    federation = Federation(job(build(name, LOSSLESS.get(name))))
+    for round in range(1, 4):
+        before = federation.server
+        trained = {c: federation.train(before, round, client_seed(federation.job, c, round)) for c in federation.clients}
+        total = sum(t.num_examples for t in trained.values())
+        federation.play()
+        for module, after in delta(federation.server.total).items():
+            ideal = sum(
+                t.num_examples / total * delta(replace(before, adapter=t.adapter).total)[module] for t in trained.values()
+            )
+            assert (after - ideal).norm() <= 1e-5 * ideal.norm(), module
+
+
+@exact
+def test_exact_methods_do_not_see_the_gauge(name: str):
+    method = build(name, LOSSLESS.get(name))
+    if method.trainable(1) != ("A", "B"):
+        pytest.skip(f"{name} shares one factor: the other one's gauge is fixed")
+    results = []
+    for gauge in (torch.eye(4), torch.randn(4, 4, generator=torch.Generator().manual_seed(5)) + 3 * torch.eye(4)):
+
+        def train(state: State, round: int, seed: int, gauge: torch.Tensor = gauge) -> Trained:
+            trained = step(state, round, seed)
+            turned = trained.adapter.map(lambda p: LoraPair(torch.linalg.solve(gauge, p.A), p.B @ gauge))
+            return replace(trained, adapter=turned)
+
+        federation = Federation(job(method), train=train)
+        federation.play()
+        results.append(federation.server.total)
+    assert_close(results[1], results[0])
+
+
+@unequal
+def test_clients_of_unequal_rank_take_part_for_several_rounds(name: str):
+    clients = {"ada": 4, "bob": 2, "cyd": 1}
+    federation = Federation(job(build(name)), clients)
+    for attending in (["ada", "bob", "cyd"], ["bob", "cyd"], ["ada", "cyd"]):
+        federation.play(attending)
+    federation.settle()
+    for client, state in federation.clients.items():
+        assert state.version == 3
+        assert set(state.adapter.ranks().values()) == {clients[client]}
+    assert_same_model(federation.clients["ada"], federation.server)
+
+
+@names
+def test_a_round_of_zero_changes_changes_nothing(name: str):
+    federation = Federation(job(build(name)), train=lambda s, r, k: Trained(s.adapter, 1, 0.0))
+    for _ in range(3):
+        federation.play()
+    for module, change in delta(federation.server.total).items():
+        assert change.abs().max() == 0, module
