@@ -78,9 +78,7 @@ def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) 
     server = State(adapter, digest=digest(adapter))
     if ranks is None:
         return server
-    held = LoraState(
-        {m: replace(pair, A=pair.A[: ranks[m]], B=pair.B[:, : ranks[m]]) for m, pair in adapter.items()}
-    )
+    held = LoraState({m: replace(pair, A=pair.A[: ranks[m]], B=pair.B[:, : ranks[m]]) for m, pair in adapter.items()})
     return job.method.adopt(replace(server, adapter=held), adapter, LoraState())
 
 
@@ -95,9 +93,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
     memory, entries = job.method.compress(state, trained.adapter, job.context(round, client))
-    header = Header(
-        "update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples
-    )
+    header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
     return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
 
 

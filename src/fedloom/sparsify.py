@@ -27,7 +27,9 @@ def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
     """
-    norms = torch.linalg.vector_norm(other, dim=0).unsqueeze(1) if part == "A" else torch.linalg.vector_norm(other, dim=1)
+    norms = (
+        torch.linalg.vector_norm(other, dim=0).unsqueeze(1) if part == "A" else torch.linalg.vector_norm(other, dim=1)
+    )
     return delta.abs() * norms
 
 

@@ -9,16 +9,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from pydantic import ValidationError, validate_call
+from pydantic import TypeAdapter, ValidationError, validate_call
 
 from fedloom.errors import ConfigError
 from fedloom.method import Method
+from fedloom.methods.fed_dare import fed_dare
+from fedloom.methods.fedex import fedex
 from fedloom.methods.fedit import fedit
+from fedloom.methods.fedprox import fedprox
 from fedloom.methods.fedsrd import fedsrd
+from fedloom.methods.fedsvd import fedsvd
+from fedloom.methods.ffa import ffa
+from fedloom.methods.flasc import flasc
+from fedloom.methods.flexlora import flexlora
+from fedloom.methods.flora import flora
+from fedloom.methods.flora_na import flora_na
 from fedloom.methods.florist import florist
+from fedloom.methods.hetlora import hetlora
+from fedloom.methods.lora_fair import lora_fair
+from fedloom.methods.rolora import rolora
+from fedloom.methods.server_optimiser import ServerOptimiser, optimised
 
 Settings = Mapping[str, object]
 Row = TypeVar("Row")
+Built = TypeVar("Built")
+SERVER_KEYS = inspect.signature(ServerOptimiser).parameters
+"""Settings that any averaging method takes beside its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +47,21 @@ class Entry:
 
 METHODS: Mapping[str, Entry] = {
     "fedit": Entry(fedit),
+    "fedprox": Entry(fedprox),
+    "ffa": Entry(ffa),
+    "rolora": Entry(rolora),
+    "fedsvd": Entry(fedsvd),
+    "lora-fair": Entry(lora_fair),
+    "flora-na": Entry(flora_na),
+    "fedex": Entry(fedex),
+    "flora": Entry(flora),
+    "flexlora": Entry(flexlora),
+    "hetlora": Entry(hetlora),
+    "florist": Entry(florist, {"paper": {}}),
+    "fed-dare": Entry(fed_dare),
+    "flasc": Entry(flasc),
     "fedsrd": Entry(fedsrd, {"paper": {}}),
     "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": {}}),
-    "florist": Entry(florist, {"paper": {}}),
 }
 
 
@@ -46,15 +74,24 @@ def build(name: str, settings: Settings | None = None) -> Method:
     given = dict(settings or {})
     preset = given.pop("preset", "default")
     chosen = _known("method.preset", str(preset), {"default": {}, **entry.presets})
-    for key in given:
-        _known(f"method.{name} key", key, options(name))
+    own = {**chosen, **given}
+    server = {key: own.pop(key) for key in SERVER_KEYS if key in own and key not in options(name)}
+    for key in own:
+        _known(f"method.{name} key", key, {**options(name), **SERVER_KEYS})
+    built: Method = _checked(lambda: validate_call(entry.builder)(**own))
+    if not server:
+        return built
+    return optimised(built, _checked(lambda: TypeAdapter(ServerOptimiser).validate_python(server)))
+
+
+def _checked(make: Callable[[], Built]) -> Built:
+    """What `make` returns. Raises ConfigError naming the first setting that has a wrong type or value."""
     try:
-        built: Method = validate_call(entry.builder)(**{**chosen, **given})
+        return make()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"method.{where} is {first['input']!r}: {first['msg'].lower()}") from None
-    return built
 
 
 def options(name: str) -> dict[str, object]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
-from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed, from_tensors
+from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
 from fedloom.lowrank import ProductChange
-from fedloom.masks import seeded_mask
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.method import Aggregate, Context, Facts, Method, State, Update
+from fedloom.methods.averaging import add_change, alternating
+from fedloom.methods.fed_dare import drop_and_rescale
 from fedloom.sparsify import Adaptive, Rescale, importance, kept_count, split
-from fedloom.tensors import Entry, Seeded, floats, to_dense
+from fedloom.tensors import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +128,13 @@ def carried(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:
     return delta if residual is None or not decay else delta + decay * residual
 
 
-def turn(round: int) -> str:
-    """The factor that round's broadcast changes: B in odd rounds, A in even ones."""
-    return "B" if round % 2 else "A"
-
-
-def reconstruct(
-    solver: Solver, down: Download, state: State, updates: Iterable[Update], context: Context
-) -> Aggregate:
+def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k B_k A_k − B A expressed in one factor (FedSRD eq. 8–12), thinned out for the way down."""
-    part = turn(context.round)
+    part: Literal["A", "B"] = "B" if "B" in alternating(context.round) else "A"
     changes = {
-        module: ProductChange(pair, part, ridge=solver.ridge, rcond=solver.rcond)
+        module: ProductChange(
+            pair, part, rank=pair.rank if solver.decompose else None, ridge=solver.ridge, rcond=solver.rcond
+        )
         for module, pair in state.adapter.items()
     }
     for update in updates:
@@ -149,7 +145,7 @@ def reconstruct(
     kept = []
     for module, change in changes.items():
         name = f"{module}/{part}"
-        solved = change.solve(state.adapter[module].rank if solver.decompose else None)
+        solved = change.solve()
         delta = carried(solved.delta, state.memory.get(name), down.decay)
         entries[name], rest = thin(down, delta, state.adapter[module], name, context)
         if down.decay:
@@ -166,26 +162,5 @@ def thin(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Cont
     part = name[-1]
     scores = importance(delta, pair.B if part == "A" else pair.A, part)
     keep = kept_count(delta.numel(), down.density)
-    cut = split(
-        delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed
-    )
+    cut = split(delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed)
     return cut.sent, cut.rest
-
-
-def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context) -> tuple[Seeded, Tensor]:
-    """DARE: a random share of the elements, divided by that share, so that the expectation is unchanged."""
-    density = max(round(density * 65536), 1) / 65536
-    mask = seeded_mask(delta.numel(), density, seed)
-    kept = delta.flatten()[mask]
-    values = context.quantize(kept / density, seed)
-    rest = delta.flatten().clone()
-    rest[mask] = kept - floats(values) * density
-    return Seeded(tuple(delta.shape), seed, density, values), rest.view_as(delta)
-
-
-def add_change(state: State, entries: Entries, context: Context) -> State:
-    """(B, A) plus the decoded change: the same single addition on the server and on every client."""
-    tensors = state.adapter.tensors()
-    for name, entry in entries.items():
-        tensors[name] = tensors[name] + to_dense(entry)
-    return replace(state, adapter=from_tensors(tensors))

@@ -14,18 +14,15 @@ the same weights, and nobody starts again from zero.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-import torch
-
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraPair, LoraState, derived_seed, from_tensors, initial_state, stack
-from fedloom.lowrank import ProductSum, truncate
-from fedloom.method import FROZEN, Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
-from fedloom.methods.fedit import dense_entries, send_factors
-from fedloom.tensors import to_dense
+from fedloom.lora import LoraState
+from fedloom.lowrank import ProductSum
+from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, adopt_leading, both_factors
+from fedloom.methods.averaging import dense_entries, send
+from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, received, restart
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 
@@ -44,9 +41,9 @@ def florist(*, tau: float = 0.9, client_init: ClientInit = "merge_reinit") -> Me
             receives="singular components up to the energy tau",
             keeps="merged increments",
         ),
-        compress=send_factors,
+        compress=partial(send, both_factors),
         aggregate=partial(leading_components, tau, client_init),
-        receive=partial(take_up, client_init),
+        receive={"merge_reinit": restart, "continue": go_on, "warm": go_on_warm}[client_init],
         adopt=adopt_warm if client_init == "warm" else adopt_leading,
     )
 
@@ -57,8 +54,7 @@ def leading_components(
     """B_g = U_p Σ_p, A_g = V_pᵀ of ΔW* = Σ p_k B_k A_k, p the least rank that holds the share tau of the energy."""
     sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
     for update in updates:
-        sent = from_tensors({name: to_dense(entry) for name, entry in update.entries.items()})
-        for module, pair in sent.items():
+        for module, pair in received(update.entries).items():
             sums[module].add(pair, update.weight)
             if client_init == "warm":
                 sums[module].add(components(state.adapter[module], pair.rank), update.weight)
@@ -74,45 +70,3 @@ def leading_components(
     ranks = [cut.pair.rank for cut in cuts.values()]
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
     return Aggregate(broadcast, {}, {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost})
-
-
-def components(pair: LoraPair, first: int, last: int | None = None) -> LoraPair:
-    """Components first … last − 1 of a pair (none where it has no more)."""
-    return LoraPair(pair.A[first:last], pair.B[:, first:last])
-
-
-def take_up(client_init: ClientInit, state: State, entries: Entries, context: Context) -> State:
-    """The broadcast, taken up as `client_init` says."""
-    tensors = {name: to_dense(entry) for name, entry in entries.items()}
-    merged = merge(state.frozen, from_tensors(tensors, FROZEN))
-    fresh = initial_state(
-        state.adapter.shapes(), state.adapter.ranks(), derived_seed(context.seed, "fresh", context.round)
-    )
-    if client_init == "merge_reinit":
-        return replace(state, adapter=fresh, frozen=merged)
-    lead = from_tensors(tensors)
-    adapter = LoraState({module: filled(lead[module], fresh[module]) for module in fresh})
-    tail = {module: components(pair, fresh[module].rank) for module, pair in lead.items()}
-    if client_init == "continue":
-        return replace(state, adapter=adapter, frozen=merged)
-    return replace(state, adapter=adapter, frozen=merged, tail=LoraState(tail))
-
-
-def filled(pair: LoraPair, fresh: LoraPair) -> LoraPair:
-    """The leading components at the rank of `fresh`; missing ones get its A and a zero B, so that they can train."""
-    missing = max(fresh.rank - pair.rank, 0)
-    a = torch.cat([pair.A[: fresh.rank], fresh.A[fresh.rank - missing :]])
-    return LoraPair(a, torch.nn.functional.pad(pair.B[:, : fresh.rank], (0, missing)))
-
-
-def merge(frozen: LoraState, increment: LoraState) -> LoraState:
-    """The merged increments with one more; kept at rank min(m, n) at most, which loses nothing but rounding."""
-    return stack([frozen, increment]).map(
-        lambda pair: truncate(pair).pair if pair.rank > min(pair.shape) else pair
-    )
-
-
-def adopt_warm(state: State, adapter: LoraState, frozen: LoraState) -> State:
-    """A full state for "warm": what lies beyond the own rank becomes the tail."""
-    tail = LoraState({module: components(pair, state.adapter[module].rank) for module, pair in adapter.items()})
-    return replace(adopt_leading(state, adapter, frozen), tail=tail)

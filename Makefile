@@ -1,0 +1,66 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned versions of constraints.txt.
+# The set-up runs once, and again only when pyproject.toml or constraints.txt change.
+#
+#   PYTHON=python3.12       another interpreter (3.11 or newer)
+#   TORCH=torch==2.13.0     another build of torch, installed before everything else
+#   PIP_ARGS="…"            further arguments of pip, such as an index with CPU-only builds of torch
+#   ARGS="…"                further arguments of `fedloom demo`, such as ARGS="--method fedit --rounds 5"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+RUN_READY := $(VENV)/ready-to-run
+DEV_READY := $(VENV)/ready-to-develop
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format check-slow base-model data clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: $(RUN_READY) ## Train a small federation with real bytes, as it goes on screen; leaves runs/demo
+	$(BIN)/fedloom demo $(ARGS)
+
+test: $(DEV_READY) lint ## Everything that must hold before a change is taken
+	$(BIN)/python -m pytest
+
+lint: $(DEV_READY) ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV_READY) ## Lay the code out anew
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check-slow: $(DEV_READY) ## The tests that take minutes: whole runs, kill and resume, long fuzzing
+	$(BIN)/python -m pytest -m slow
+
+base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)
+	$(BIN)/python scripts/make_base_model.py
+
+data: $(RUN_READY) ## Write the shipped training and held-out data anew
+	$(BIN)/python scripts/make_data.py
+
+clean: ## Remove the environment and caches; runs are kept
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: fedloom needs Python 3.11 or newer; say which with: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first, so that nothing below can draw in another build of it.
+$(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) --editable ".[fast]"
+	@touch $@
+
+$(DEV_READY): $(RUN_READY)
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,128 @@
+"""The frozen base model and its tokenizer, from a Hugging Face folder or the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from fedloom.errors import ConfigError, ModelError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+QUANTIZATIONS: Mapping[str, Mapping[str, object]] = {
+    "none": {},
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+"""model.quantization → arguments of transformers.BitsAndBytesConfig."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_base(
+    path: str | Path, dtype: str = "float32", quantization: str = "none", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, frozen and in evaluation mode, and its tokenizer.
+
+    device: "auto" (a GPU where there is one), "cpu" or "cuda"; CUDA_VISIBLE_DEVICES chooses among several GPUs.
+    Raises ModelError in one line for a folder that does not hold a whole causal language model.
+    """
+    where = _device(device)
+    options = _options(dtype, quantization, where)
+    _check_folder(path)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # transformers lets through whatever its parsers and the file system raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {reason}") from None
+    model, facts = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    odd = [*facts["missing_keys"], *(key for key, *_ in facts["mismatched_keys"])]
+    if odd:
+        raise ModelError(f"{path}: the weights of {min(odd)} are missing or of another shape than its config.json says")
+    if quantization == "none":
+        model.to(where)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
+def _device(device: str) -> torch.device:
+    known = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda"}
+    if device not in known:
+        raise ConfigError(
+            f'model.device {device!r} is unknown: expected "auto", "cpu" or "cuda" (choose among several GPUs with the '
+            "environment variable CUDA_VISIBLE_DEVICES)"
+        )
+    if known[device] == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'model.device is {device!r}, but torch finds no GPU here: use "cpu" or "auto"')
+    return torch.device(known[device])
+
+
+def _options(dtype: str, quantization: str, device: torch.device) -> dict[str, Any]:
+    for key, value, table in (("dtype", dtype, DTYPES), ("quantization", quantization, QUANTIZATIONS)):
+        if value not in table:
+            raise ConfigError(f"model.{key} {value!r} is unknown: expected {', '.join(table)}")
+    if quantization == "none":
+        return {"dtype": DTYPES[dtype]}
+    if device.type != "cuda":
+        raise ConfigError(f'model.quantization = {quantization!r} needs a GPU: use "none" on this machine')
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization = {quantization!r} needs the package bitsandbytes: pip install bitsandbytes"
+        )
+    settings = dict(QUANTIZATIONS[quantization])
+    if quantization == "4bit":
+        settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
+    return {
+        "dtype": DTYPES[dtype],
+        "quantization_config": BitsAndBytesConfig(**settings),  # type: ignore[no-untyped-call]
+        "device_map": {"": 0},
+    }
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
+            return
+        raise ModelError(f"no base model at {path}: expected a Hugging Face folder, or a Hub name such as owner/name")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path} holds no config.json: expected a Hugging Face model folder")
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        raise ModelError(f"{path} holds no weights: expected model.safetensors (or its shards) beside config.json")
+    if not any(folder.glob("tokenizer*")):
+        raise ModelError(f"{path} holds no tokenizer: expected tokenizer.json beside config.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers, whose state is restored afterwards."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

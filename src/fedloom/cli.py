@@ -1,0 +1,228 @@
+"""The command line: reads arguments, calls the library, prints.
+
+Heavy modules are imported by the command that needs them, so that `fedloom --help` answers at once.
+Whatever a command raises as a `FedloomError` becomes one line and exit code 2, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import metadata, resources
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from click import Context
+from rich.console import Console
+from typer.core import TyperGroup
+
+from fedloom.bench.commands import app as bench
+from fedloom.errors import ConfigError, FedloomError
+
+if TYPE_CHECKING:
+    from fedloom.config import Config
+
+screen = Console()
+complaints = Console(stderr=True)
+
+
+class Funnel(TyperGroup):
+    """The group of commands; turns errors into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Context) -> object:
+        """Run a command. 2: the user's own mistake, 130: interrupted; with --debug errors keep their traceback."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (FedloomError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            complaints.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            complaints.print("interrupted", style="red")
+            ctx.exit(130)
+
+
+app = typer.Typer(
+    cls=Funnel,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench, name="bench")
+
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """The `fedloom` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        screen.print(f"fedloom {metadata.version('fedloom')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Federated LoRA fine-tuning that counts every byte it sends."""
+
+
+@app.command()
+def demo(
+    method: Annotated[str | None, typer.Option(help="Another method than the built-in file's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Another number of rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed.")] = None,
+    out: Out = None,
+    sets: Set = None,
+) -> None:
+    """Train a small model that comes with fedloom at four sites, over real bytes."""
+    from fedloom.configfile import load
+
+    chosen = {"method.name": method, "federation.num_rounds": rounds, "federation.seed": seed}
+    overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    with testbed() as folder:
+        config = load(folder / "demo.toml", [*overrides, *(sets or [])])
+        play(config, out or free_folder(Path("runs/demo")))
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings; `fedloom init` writes a file.")],
+    sets: Set = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Simulate the federation that a settings file describes."""
+    from fedloom.configfile import load
+
+    settings = load(config, sets or [])
+    play(settings, out or Path(settings.output.dir or Path("runs") / config.stem), resume=resume)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods and their settings."""
+    from fedloom.inspection import method_rows, method_table
+
+    rows = method_rows()
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        screen.print(method_table(rows))
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A payload, an adapter folder or a run folder.")]) -> None:
+    """Say what is in a payload, an adapter or a run."""
+    from fedloom.inspection import described
+
+    screen.print(described(path))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fedloom.toml")) -> None:
+    """Write a settings file with every key, its meaning and its default."""
+    from fedloom.configfile import template
+
+    if path.exists():
+        raise ConfigError(f"{path} exists already; give another name: fedloom init other.toml")
+    path.write_text(template(), encoding="utf-8")
+    screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable: NAME, NAME:PRESET or NAME:KEY=VALUE,…; also alone and pooled. All, if left out."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every method.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    sets: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Run several methods on the same data with the same seeds; one table and one picture of score against bytes."""
+    from fedloom import compare
+    from fedloom.configfile import load
+    from fedloom.methods import METHODS
+    from fedloom.report import figure, table
+
+    with testbed() as folder:
+        made = compare.runs(
+            load(config or folder / "demo.toml", sets or []), method or list(METHODS), range(seeds), out
+        )
+        seconds: list[float] = []
+
+        def finished(run: compare.Run, taken: float) -> None:
+            seconds.append(taken)
+            left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
+            screen.print(
+                f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left", highlight=False
+            )
+
+        todo = sum(not (run.folder / compare.FINISHED).exists() for run in made)
+        compare.play(made, jobs, finished)
+    groups = compare.reports(made)
+    figure.compare(groups, out / "compare.png")
+    screen.print(table.comparison(groups))
+
+
+def play(config: Config, folder: Path, *, resume: bool = False) -> None:
+    """Run the local engine with its progress on screen, then print the closing tables."""
+    from fedloom.progress import watch
+
+    with resumable(folder), watch(screen) as observer:
+        from fedloom.engines import local
+
+        local.run(config, folder, resume=resume, observer=observer)
+    from fedloom import inspection
+
+    screen.print(inspection.run(folder))
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on where the user interrupts a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = f"fedloom run {shlex.quote(str(folder / 'config.toml'))} --out {shlex.quote(str(folder))} --resume"
+        hint = f"; go on with: {command}" if (folder / "config.toml").exists() else " before the run began"
+        complaints.print(f"interrupted{hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def free_folder(path: Path) -> Path:
+    """`path` or, where that is taken, the first free one of path-2, path-3 and so on."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(folder for folder in chain([path], numbered) if not folder.exists())
+
+
+def testbed() -> AbstractContextManager[Path]:
+    """The folder with the demo's model, data and settings."""
+    return resources.as_file(resources.files("fedloom") / "testbed")

@@ -1,0 +1,124 @@
+"""Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
+
+A variant is a method ("fedsrd"), a method with a preset ("fedsrd:paper") or with settings
+("florist:tau=1.0,client_init=warm"); "alone" trains every client by itself, "pooled" trains on all data in one place.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom.config import Config
+from fedloom.configfile import merge, override, parse
+from fedloom.errors import ConfigError
+from fedloom.ledger import read
+from fedloom.report.numbers import Report, summarise
+
+FINISHED = "report.html"
+"""The last file that a run writes: where it is, the run is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run to make: its variant, its seed, its settings and where it goes."""
+
+    label: str
+    seed: int
+    config: Config
+    folder: Path
+
+
+def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+    """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
+    made = []
+    for variant in variants:
+        for label, overrides in expanded(config, variant).items():
+            for seed in seeds:
+                settings = changed(config, [*overrides, f"federation.seed={seed}"])
+                made.append(Run(label, seed, settings, out / label.replace("/", "_") / f"seed-{seed}"))
+    return made
+
+
+def expanded(config: Config, variant: str) -> dict[str, list[str]]:
+    """Label → overrides of the settings that make the variant."""
+    name, _, rest = variant.partition(":")
+    special = {"alone": _alone, "pooled": _pooled}
+    if name in special:
+        return special[name](config)
+    pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
+    return {variant: [f"method.name={name}", *(f"method.{pair}" for pair in pairs)]}
+
+
+def _alone(config: Config) -> dict[str, list[str]]:
+    """FedIT with a single participant is that client training alone."""
+    return {
+        f"alone:{client}": ["method.name=fedit", f'federation.participants=["{client}"]'] for client in clients(config)
+    }
+
+
+def _pooled(config: Config) -> dict[str, list[str]]:
+    """One client that holds everything and takes as many steps as all clients together."""
+    steps = config.training.max_steps * len(clients(config))
+    split = ["data.partitioner=iid", "federation.num_clients=1", "federation.participants=null"]
+    return {"pooled": ["method.name=fedit", *split, f"training.max_steps={steps}"]}
+
+
+def clients(config: Config) -> list[str]:
+    """Names of the clients that the settings describe."""
+    from fedloom.setup import client_examples, participating
+
+    return list(participating(client_examples(config)[0], config.federation.participants))
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The settings with overrides; a new method name drops the old method's own settings."""
+    tree = config.model_dump(exclude_none=True)
+    if any(text.startswith("method.name=") for text in overrides):
+        tree["method"] = {}
+    for text in overrides:
+        merge(tree, override(text))
+    return parse(tree, "the settings of a variant")
+
+
+def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
+    """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
+
+    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends.
+    """
+    left = [run for run in todo if not (run.folder / FINISHED).exists()]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,)) as pool:
+        futures = {pool.submit(_play, run): run for run in left}
+        for future in as_completed(futures):
+            finished(futures[future], future.result())
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _play(run: Run) -> float:
+    from fedloom.engines import local
+
+    began = time.perf_counter()
+    begun = (run.folder / "config.toml").exists()
+    local.run(run.config, run.folder, resume=begun)
+    return time.perf_counter() - began
+
+
+def reports(made: Sequence[Run]) -> dict[str, list[Report]]:
+    """Label → the reports of its complete runs, one a seed."""
+    grouped: dict[str, list[Report]] = {}
+    for run in made:
+        if (run.folder / FINISHED).exists():
+            grouped.setdefault(run.label, []).append(summarise(read(run.folder / "ledger.jsonl"), str(run.folder)))
+    return grouped

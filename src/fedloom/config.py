@@ -1,0 +1,221 @@
+"""Every setting of a run: one tree of records, whose field names are the keys of the TOML file.
+
+Keys follow PEFT, transformers and Flower. What a key means, its default and its limits stand here and
+nowhere else: `fedloom init`, `--set` and every error message read them from these records
+(`fedloom.configfile`). The settings of a method are its builder's keyword arguments and are checked there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Scalar: TypeAlias = bool | int | float | str
+Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+TargetModules: TypeAlias = Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Ranks: TypeAlias = dict[str, Annotated[int, Field(ge=1)]]
+Alphas: TypeAlias = dict[str, Annotated[float, Field(gt=0)]]
+
+_NEEDED = {
+    "iid": (("federation", "num_clients"),),
+    "dirichlet": (("federation", "num_clients"), ("data", "label_column")),
+    "shards": (("federation", "num_clients"), ("data", "label_column")),
+    "natural": (("data", "id_column"),),
+}
+"""Partitioner → the settings that it cannot do without."""
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes meant by "8MiB", "500 KB" or "1200". Raises ValueError that says what is expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?B?", text.strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"{text!r} is no number of bytes; expected one such as '8MiB', '500KB' or '1200'")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _checked_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Bytes: TypeAlias = Annotated[str, AfterValidator(_checked_bytes)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: no unknown keys, no silent conversions, nothing changed after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The frozen base model."""
+
+    path: str = Field("./model", description="Base model: a Hugging Face folder with a causal LM, or a Hub name.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
+    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
+    device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+
+
+class LoraSettings(Section):
+    """The adapter, with the names of peft.LoraConfig."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapter: ΔW = (lora_alpha / r) B A.")
+    target_modules: TargetModules = Field(
+        "all-linear", description='Modules to adapt: "all-linear", or a list such as ["q_proj", "v_proj"].'
+    )
+    lora_dropout: Probability = Field(0.0, description="Dropout before A, while training.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.")
+    rank_pattern: Ranks = Field({}, description="Module name (or its end) → rank, where it is not r.")
+    alpha_pattern: Alphas = Field({}, description="Module name (or its end) → alpha, where it is not lora_alpha.")
+
+
+class ClientSettings(Section):
+    """What one client has otherwise than [lora] says."""
+
+    r: int | None = Field(None, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    target_modules: TargetModules | None = None
+    lora_dropout: Probability | None = None
+    use_rslora: bool | None = None
+    rank_pattern: Ranks | None = None
+    alpha_pattern: Alphas | None = None
+
+
+class DataSettings(Section):
+    """Where the examples are and who holds which."""
+
+    source: str = Field(
+        "./data/{client}",
+        description="Folder, JSONL or Parquet file, or Hub name. {client} stands for each client's name. A path that "
+        "begins with ./ or ../ counts from the folder of this file.",
+    )
+    template: str = Field("alpaca", description="How an example becomes a prompt and a completion.")
+    max_length: int = Field(512, ge=8, description="Tokens of an example, at most; longer ones are cut.")
+    partitioner: Literal["files", "iid", "dirichlet", "shards", "natural"] = Field(
+        "files",
+        description="Who holds which examples: one file or folder a client, or one source that is shuffled and split: "
+        "evenly (iid), skewed by label (dirichlet), few labels each (shards), or by id (natural).",
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="Skew of the dirichlet partitioner; smaller is more skewed.")
+    label_column: str | None = Field(None, description="Column that dirichlet and shards split by.", examples=["topic"])
+    id_column: str | None = Field(None, description="Column whose values are the natural clients.", examples=["site"])
+    heldout: str | None = Field(
+        None,
+        description="Split that scores are taken on, such as heldout for heldout.jsonl in each client's folder.",
+        examples=["heldout"],
+    )
+    validation: str | None = Field(
+        None, description="Split for choosing settings, never for scores.", examples=["validation"]
+    )
+
+
+class FederationSettings(Section):
+    """Rounds and attendance, with the names of Flower."""
+
+    num_rounds: int = Field(20, ge=1, description="Rounds of the run.")
+    num_clients: int | None = Field(
+        None, ge=1, description="Clients; needed to split one source, otherwise as many as are found.", examples=[4]
+    )
+    participants: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description="Clients that take part, by name; otherwise all that are found.", examples=[["bank", "lab"]]
+    )
+    fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
+    drop_out: Probability = Field(0.0, description="Probability that a sampled client does not answer.")
+    weighting: Literal["examples", "uniform"] = Field("examples", description="Weight of a client in the average.")
+    seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
+    eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
+
+
+class TrainingSettings(Section):
+    """One client's local training in one round, with the names of transformers.TrainingArguments."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    max_steps: int = Field(10, ge=1, description="Optimiser steps of a client in a round.")
+    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in a forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes in an optimiser step.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate over all rounds of the run."
+    )
+    warmup_ratio: Probability = Field(0.0, description="Share of all steps in which the learning rate rises.")
+    warmup_steps: int = Field(0, ge=0, description="The same as a number of steps; give one of the two.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 leaves them.")
+    bf16: bool = Field(False, description="Compute in bfloat16.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    optim: str = Field("adamw_torch", description="Optimiser; a fresh one in every round.")
+
+
+class MethodSettings(BaseModel):
+    """The federated method. Keys beyond these two are the method's own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    __pydantic_extra__: dict[str, Scalar] = Field(init=False)
+
+    name: str = Field("fedsrd", description="Method; `fedloom methods` lists them with their settings.")
+    preset: str | None = Field(None, description="Named group of its settings.", examples=["paper"])
+
+    @property
+    def settings(self) -> dict[str, Scalar]:
+        """What `fedloom.methods.build` takes beside the name: the method's own keys, and the preset if one is named."""
+        named: dict[str, Scalar] = {} if self.preset is None else {"preset": self.preset}
+        return named | (self.__pydantic_extra__ or {})
+
+
+class WireSettings(Section):
+    """How values travel."""
+
+    values: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field("fp32", description="Form of values in payloads.")
+    budget: Bytes | None = Field(
+        None, description="Bytes of one client's update, at most; chooses density and form.", examples=["8MiB"]
+    )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget as a number."""
+        return None if self.budget is None else parse_bytes(self.budget)
+
+
+class OutputSettings(Section):
+    """What a run leaves behind."""
+
+    dir: str | None = Field(
+        None, description="Run folder; otherwise runs/<name of this file>.", examples=["runs/first-try"]
+    )
+    keep_payloads: bool = Field(False, description="Keep every payload, for `fedloom inspect`.")
+    max_rank: int | None = Field(
+        None, ge=1, description="Rank of the exported adapter, at most; the energy lost is reported.", examples=[64]
+    )
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    method: MethodSettings = MethodSettings()
+    wire: WireSettings = WireSettings()
+    output: OutputSettings = OutputSettings()
+    clients: dict[str, ClientSettings] = {}
+
+    def lora_of(self, client: str) -> LoraSettings:
+        """The adapter settings of one client: [lora] with what [clients.<name>] sets over it."""
+        own = self.clients.get(client, ClientSettings())
+        return self.lora.model_copy(update=own.model_dump(exclude_none=True))
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Config:
+        """Keys that need or exclude one another."""
+        for section, key in _NEEDED.get(self.data.partitioner, ()):
+            if getattr(getattr(self, section), key) is None:
+                raise ValueError(f"{section}.{key} is missing: data.partitioner = {self.data.partitioner!r} needs it")
+        if self.training.warmup_ratio and self.training.warmup_steps:
+            raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
+        return self

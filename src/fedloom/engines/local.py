@@ -1,0 +1,205 @@
+"""The in-process engine: one resident base model, adapters swapped in and out, every payload through the wire."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom.catchup import Archive
+from fedloom.checkpoint import Snapshot
+from fedloom.config import Config
+from fedloom.errors import NumericError
+from fedloom.events import Observer, RunFacts, RunSummary, Silent
+from fedloom.export import finish
+from fedloom.ledger import Aggregation, Evaluation, Run, Training
+from fedloom.lora import derived_seed
+from fedloom.method import State
+from fedloom.partition import save_manifest
+from fedloom.rounds import ServerTurn, accept, client_turn, server_turn, start
+from fedloom.runs import RunFolder
+from fedloom.setup import Setup, prepare
+
+
+def run(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> RunSummary:
+    """Simulate the whole federation that `config` describes, leaving its results in the folder `out`.
+
+    Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
+    another run or, with `resume`, nothing to go on from.
+    """
+    with RunFolder.open(out, config, resume=resume) as folder:
+        simulation = Simulation(prepare(config), folder, observer or Silent())
+        return simulation.play(resume)
+
+
+@dataclass(frozen=True, slots=True)
+class Attendance:
+    """Who is asked in a round, and who of them vanishes after the download."""
+
+    asked: tuple[str, ...]
+    vanished: frozenset[str]
+
+
+def attendance(config: Config, clients: Mapping[str, object], round: int) -> Attendance:
+    """The seeded draw of one round: `fraction_train` of the clients, at least one."""
+    federation = config.federation
+    draw = random.Random(derived_seed(federation.seed, "attendance", round))
+    count = max(1, int(federation.fraction_train * len(clients) + 0.5))
+    asked = tuple(sorted(draw.sample(sorted(clients), count)))
+    return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
+
+
+class Simulation:
+    """A run in progress: the participants' states, and where it is recorded."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, observer: Observer) -> None:
+        self.setup = setup
+        self.folder = folder
+        self.observer = observer
+        self.server: State = start(setup.job, setup.initial)
+        self.clients = {name: start(setup.job, setup.initial, site.ranks) for name, site in setup.sites.items()}
+        self.archive = Archive()
+        self.round = 0
+
+    def play(self, resume: bool) -> RunSummary:
+        """All rounds that are left, then the exports and the report."""
+        snapshot = self.folder.restore(self.setup.fingerprint) if resume else None
+        if snapshot:
+            self.restore(snapshot)
+        config, began = self.setup.config, time.perf_counter()
+        self.observer.run_started(
+            RunFacts(
+                method=self.setup.job.method.name,
+                model=config.model.path,
+                clients=tuple(self.clients),
+                num_rounds=config.federation.num_rounds,
+                adapter_values=self.setup.initial.numel(),
+                out=self.folder.path,
+                first_round=self.round + 1,
+            )
+        )
+        if self.round == 0:
+            self.begin()
+        while self.round < config.federation.num_rounds:
+            self.round += 1
+            self.play_round(self.round)
+            if self.round == config.federation.num_rounds:
+                self.deliver_last()
+            self.save()
+        summary = finish(self.setup, self.folder, self.server, time.perf_counter() - began)
+        self.observer.run_finished(summary)
+        return summary
+
+    def begin(self) -> None:
+        """Say what the run is, and how good the model is before it."""
+        config, began = self.setup.config, time.perf_counter()
+        self.folder.ledger.append(
+            Run(
+                method=self.setup.job.method.name,
+                model=config.model.path,
+                clients=tuple(self.clients),
+                num_rounds=config.federation.num_rounds,
+                adapter_values=self.setup.initial.numel(),
+                seed=config.federation.seed,
+            )
+        )
+        if self.setup.manifest:
+            save_manifest(self.folder.path / "split.json", self.setup.manifest)
+        scores = self.evaluate(0)
+        self.observer.round_finished(0, config.federation.num_rounds, scores, 0, 0, time.perf_counter() - began)
+        self.save()
+
+    def play_round(self, round: int) -> None:
+        """Download, train, upload, aggregate, evaluate."""
+        began, ledger = time.perf_counter(), self.folder.ledger
+        bytes_before = ledger.bytes_up, ledger.bytes_down
+        present = attendance(self.setup.config, self.clients, round)
+        payloads = {}
+        for client in present.asked:
+            payload = self.play_client(client, round, client in present.vanished)
+            if payload is not None:
+                payloads[client] = payload
+        if payloads:
+            self.aggregate(payloads, round)
+        else:
+            ledger.note(round, "nobody answered: the round is skipped")
+        every = self.setup.config.federation.eval_every
+        last = round == self.setup.config.federation.num_rounds
+        scores = self.evaluate(round) if last or (every and round % every == 0) else None
+        self.observer.round_finished(
+            round,
+            self.setup.config.federation.num_rounds,
+            scores,
+            ledger.bytes_up - bytes_before[0],
+            ledger.bytes_down - bytes_before[1],
+            time.perf_counter() - began,
+        )
+
+    def play_client(self, client: str, round: int, vanishes: bool) -> bytes | None:
+        """One client's turn; None where it does not answer."""
+        self.observer.client_started(round, client)
+        down = self.download(client, round)
+        if vanishes:
+            for payload in down:
+                self.clients[client] = accept(self.setup.job, self.clients[client], payload)
+            self.folder.ledger.note(round, f"client {client} dropped out after the download")
+            return None
+        try:
+            turn = client_turn(self.setup.job, client, self.clients[client], down, self.setup.train(client), round)
+        except NumericError as error:
+            self.folder.ledger.note(round, str(error))
+            return None
+        self.clients[client] = turn.state
+        trained = turn.trained
+        self.folder.ledger.append(
+            Training(round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds)
+        )
+        self.folder.transfer(round, client, "up", turn.payload)
+        self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), sum(map(len, down)))
+        return turn.payload
+
+    def download(self, client: str, round: int) -> list[bytes]:
+        """What brings the client in step with the server, recorded."""
+        state, ranks = self.clients[client], self.setup.sites[client].ranks
+        payloads = self.archive.needed(self.setup.job, self.server, state.version, ranks, round)
+        for payload in payloads:
+            self.folder.transfer(round, client, "down", payload)
+        return payloads
+
+    def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
+        """The server's turn, recorded."""
+        began = time.perf_counter()
+        turn: ServerTurn = server_turn(self.setup.job, self.server, payloads, round)
+        for client, reason in turn.refused.items():
+            self.folder.ledger.note(round, f"client {client} refused: {reason}")
+        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
+        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        self.server = turn.state
+
+    def deliver_last(self) -> None:
+        """After the last round everybody receives the result, whoever took part in it."""
+        for client in self.clients:
+            for payload in self.download(client, self.round):
+                self.clients[client] = accept(self.setup.job, self.clients[client], payload)
+
+    def evaluate(self, round: int) -> dict[str, float]:
+        """Held-out exact match of the server's model, by domain, recorded."""
+        scores = self.setup.evaluate(self.server)
+        for domain, score in scores.items():
+            self.folder.ledger.append(Evaluation(round, domain, score.exact_match, score.loss))
+        return {domain: score.exact_match for domain, score in scores.items()}
+
+    def save(self) -> None:
+        """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""
+        rows = self.folder.ledger.sync()
+        self.folder.save(
+            Snapshot(self.round, self.server, self.clients, self.archive.payloads, rows, self.setup.fingerprint)
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a checkpoint."""
+        self.round, self.server = snapshot.round, snapshot.server
+        self.clients = dict(snapshot.clients)
+        self.archive = Archive(snapshot.archive)

@@ -1,0 +1,44 @@
+"""FedSVD: B is trained and averaged, then both factors are turned so that the rows of A are orthonormal.
+
+(Lee et al., NeurIPS 2025, arXiv 2505.12805)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from fedloom.lora import LoraState
+from fedloom.lowrank import truncate
+from fedloom.method import Aggregate, Context, Facts, Method, State, Update
+from fedloom.methods.averaging import average, dense_entries, only_b, replace_factors, send
+from fedloom.methods.components import filled
+
+
+def fedsvd() -> Method:
+    """The product B A is unchanged by the turn: B̄ A = U Σ Vᵀ gives B = U Σ and A = Vᵀ."""
+    return Method(
+        name="fedsvd",
+        facts=Facts(
+            paper="FedSVD (arXiv 2505.12805)",
+            exact=True,
+            unequal_ranks=False,
+            sends="B, dense",
+            receives="A and B, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, only_b),
+        aggregate=turned,
+        receive=replace_factors,
+        trainable=only_b,
+    )
+
+
+def turned(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """B̄ and A as they were where B̄ = 0 (there is nothing to turn), otherwise their product's singular factors.
+
+    Directions that B̄ does not use keep rows of the old A, so that they can still train.
+    """
+    means = replace_factors(state, average(state, updates, context).entries, context).adapter
+    turn = {module: filled(truncate(pair).pair, pair) for module, pair in means.items()}
+    return Aggregate(dense_entries(LoraState(turn), context))

@@ -1,0 +1,30 @@
+"""FFA-LoRA: A stays at its seeded start, only B is trained and averaged (Sun et al., ICLR 2024, arXiv 2403.12313).
+
+With A shared, the average of the products is the product with the average: exact.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fedloom.method import Facts, Method
+from fedloom.methods.averaging import average, only_b, replace_factors, send
+
+
+def ffa() -> Method:
+    """A is drawn from the run's seed by everybody, so that it never travels."""
+    return Method(
+        name="ffa",
+        facts=Facts(
+            paper="FFA-LoRA (arXiv 2403.12313)",
+            exact=True,
+            unequal_ranks=False,
+            sends="B, dense",
+            receives="B, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, only_b),
+        aggregate=average,
+        receive=replace_factors,
+        trainable=only_b,
+    )

@@ -1,0 +1,86 @@
+"""FLASC: sparse both ways, with an Adam step on the server (Kuo et al., 2024, arXiv 2406.05233).
+
+The server keeps the whole adapter θ to itself and broadcasts its largest elements. Clients train all elements from
+there, and send the largest of their change from what they received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+from fedloom.lora import LoraState, derived_seed
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.averaging import replace_factors
+from fedloom.methods.server_optimiser import ServerOptimiser
+from fedloom.sparsify import kept_count, split
+from fedloom.tensors import Entry, to_dense
+
+
+def flasc(
+    *,
+    upload_density: float = 0.25,
+    download_density: float = 0.25,
+    server_learning_rate: float = 5e-3,
+    server_momentum: float = 0.9,
+    server_beta2: float = 0.999,
+    server_tau: float = 1e-3,
+) -> Method:
+    """Densities: share of the elements sent each way, in (0, 1]; server_*: FedAdam, see `ServerOptimiser`."""
+    for name, density in (("upload_density", upload_density), ("download_density", download_density)):
+        if not 0.0 < density <= 1.0:
+            raise ConfigError(f"method.{name} is {density}: expected 0 < density ≤ 1")
+    adam = ServerOptimiser("fedadam", server_learning_rate, server_momentum, server_beta2, server_tau)
+    return Method(
+        name="flasc",
+        facts=Facts(
+            paper="FLASC (arXiv 2406.05233)",
+            exact=False,
+            unequal_ranks=False,
+            sends="largest elements of ΔA and ΔB",
+            receives="largest elements of A and B",
+            keeps="server: all of A and B, moments",
+        ),
+        compress=partial(send_largest, upload_density),
+        aggregate=partial(adam_step, adam, download_density),
+        receive=replace_factors,
+    )
+
+
+def largest(tensor: Tensor, density: float, seed: int, context: Context) -> Entry:
+    """The elements of largest magnitude."""
+    keep = kept_count(tensor.numel(), density)
+    return split(tensor, tensor.abs(), keep, quantize=context.quantize, seed=seed).sent
+
+
+def send_largest(
+    density: float, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], Entries]:
+    """The largest elements of the change from the masked download."""
+    before, entries = state.adapter.tensors(), {}
+    for name, tensor in after.tensors().items():
+        seed = derived_seed(context.seed, "upload", context.round, name)
+        entries[name] = largest(tensor - before[name], density, seed, context)
+    return state.memory, entries
+
+
+def adam_step(
+    adam: ServerOptimiser, density: float, state: State, updates: Iterable[Update], context: Context
+) -> Aggregate:
+    """θ moves by FedAdam on the mean change; its largest elements are broadcast."""
+    memory = dict(state.memory)
+    start = {name: memory.get(f"theta/{name}", tensor) for name, tensor in state.adapter.tensors().items()}
+    means = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    for update in updates:
+        for name, entry in update.entries.items():
+            means[name].add_(to_dense(entry), alpha=update.weight)
+    entries: dict[str, Entry] = {}
+    for name, theta in start.items():
+        memory[f"theta/{name}"] = theta + adam.step(name, means[name], memory)
+        seed = derived_seed(context.seed, "download", context.round, name)
+        entries[name] = largest(memory[f"theta/{name}"], density, seed, context)
+    return Aggregate(entries, memory)

@@ -1,0 +1,55 @@
+"""FlexLoRA: the best approximation of the aggregate at each client's own rank.
+
+(Bai et al., NeurIPS 2024, arXiv 2402.11505)
+
+Singular components are nested: a client of rank q is sent the first q of those of the largest rank, in factored form,
+and trains on from them. What lies beyond the largest rank is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from fedloom.lora import LoraPair, LoraState
+from fedloom.lowrank import ProductSum
+from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.averaging import dense_entries, narrow_factors, send
+from fedloom.methods.components import go_on, received
+
+
+def flexlora() -> Method:
+    """B_g = U √Σ, A_g = √Σ Vᵀ: both factors of one size, as trained ones are."""
+    return Method(
+        name="flexlora",
+        facts=Facts(
+            paper="FlexLoRA (arXiv 2402.11505)",
+            exact=False,
+            unequal_ranks=True,
+            sends="A and B, dense",
+            receives="A and B of its own rank, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, both_factors),
+        aggregate=best_approximation,
+        receive=go_on,
+        narrow=narrow_factors,
+    )
+
+
+def best_approximation(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """The leading components of Σ p_k B_k A_k, as many as the server's adapter has."""
+    sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            sums[module].add(pair, update.weight)
+    cuts = {module: total.truncate(rank=state.adapter[module].rank) for module, total in sums.items()}
+    lead = LoraState({module: balanced(cut.pair) for module, cut in cuts.items()})
+    lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
+    return Aggregate(dense_entries(lead, context), {}, {"max_lost_energy": lost})
+
+
+def balanced(pair: LoraPair) -> LoraPair:
+    """The same product with each component's size shared evenly between B's column and A's row."""
+    size = pair.B.norm(dim=0).clamp_min(1e-30).sqrt()
+    return LoraPair(pair.A * size[:, None], pair.B / size)

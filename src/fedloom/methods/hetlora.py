@@ -1,0 +1,68 @@
+"""HetLoRA: zero-padded factors, weighted by the size of each client's change.
+
+(Cho et al., EMNLP 2024, arXiv 2401.06432)
+
+The paper's self-pruning, which lowers a client's rank for good, is left out: a client's rank is its own setting here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+from fedloom.lora import LoraState
+from fedloom.lowrank import frobenius_norm
+from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.averaging import coded, narrow_factors, replace_factors, send
+from fedloom.methods.components import received
+
+
+def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
+    """tail_penalty: weight of ‖B_tail‖ ‖A_tail‖ in a client's loss, tail the last tail_share of its components."""
+    if tail_penalty < 0 or not 0.0 < tail_share <= 1.0:
+        raise ConfigError(f"method.tail_penalty {tail_penalty}, tail_share {tail_share}: expected ≥ 0 and in (0, 1]")
+    return Method(
+        name="hetlora",
+        facts=Facts(
+            paper="HetLoRA (arXiv 2401.06432)",
+            exact=False,
+            unequal_ranks=True,
+            sends="A and B of its own rank, dense",
+            receives="the first rows and columns, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, both_factors),
+        aggregate=weighted_by_norm,
+        receive=replace_factors,
+        narrow=narrow_factors,
+        penalty=partial(tail_size, tail_penalty, tail_share) if tail_penalty else None,
+    )
+
+
+def weighted_by_norm(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """Σ w_k of the zero-padded factors, w_k ∝ ‖B_k A_k‖_F module by module; p_k where every change is zero."""
+    norms = {
+        update.client: {module: frobenius_norm(pair) for module, pair in received(update.entries).items()}
+        for update in updates
+    }
+    sums = {module: sum(sizes[module] for sizes in norms.values()) for module in state.adapter}
+    means = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            weight = norms[update.client][module] / sums[module] if sums[module] else update.weight
+            means[f"{module}/A"][: pair.rank].add_(pair.A, alpha=weight)
+            means[f"{module}/B"][:, : pair.rank].add_(pair.B, alpha=weight)
+    return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
+
+
+def tail_size(weight: float, share: float, before: LoraState, now: LoraState) -> Tensor:
+    """Weight · Σ ‖B_tail‖_F ‖A_tail‖_F, which lets a client's last components die out if they are not needed."""
+    sizes = []
+    for pair in now.values():
+        first = pair.rank - max(1, round(share * pair.rank))
+        sizes.append(pair.B[:, first:].norm() * pair.A[first:].norm())
+    return weight * torch.stack(sizes).sum()

@@ -1,0 +1,56 @@
+"""LoRA-FAIR: FedAvg with a corrected B (Bian et al., ICCV 2025, arXiv 2411.14961).
+
+B̄ + ΔB with ΔB = argmin ‖(B̄ + ΔB) Ā − ΔW*‖² + λ ‖ΔB‖², so ΔB = (ΔW* − B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹; λ → ∞ is FedIT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+
+from fedloom.errors import ConfigError
+from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.averaging import average, coded, replace_factors, send
+from fedloom.methods.components import received
+
+
+def lora_fair(*, ridge: float = 0.01) -> Method:
+    """ridge: λ as a multiple of the largest eigenvalue of Ā Āᵀ, > 0."""
+    if ridge <= 0:
+        raise ConfigError(f"method.ridge is {ridge}: expected more than 0")
+    return Method(
+        name="lora-fair",
+        facts=Facts(
+            paper="LoRA-FAIR (arXiv 2411.14961)",
+            exact=False,
+            unequal_ranks=False,
+            sends="A and B, dense",
+            receives="A and B, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, both_factors),
+        aggregate=partial(corrected, ridge),
+        receive=replace_factors,
+    )
+
+
+def corrected(ridge: float, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """Ā and B̄ + ΔB, in float64 on r × r and m × r matrices only."""
+    mean = dict(average(state, updates, context).entries)
+    means = received(mean)
+    # ΔW* Āᵀ = Σ p_k B_k (A_k Āᵀ)
+    onto = {module: torch.zeros(pair.B.shape, dtype=torch.float64) for module, pair in means.items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            overlap = pair.A.double() @ means[module].A.double().T
+            onto[module] += update.weight * (pair.B.double() @ overlap)
+    for module, pair in means.items():
+        a, b = pair.A.double(), pair.B.double()
+        gram = a @ a.T
+        strength = ridge * torch.linalg.matrix_norm(gram, 2)
+        system = gram + strength * torch.eye(len(gram), dtype=torch.float64)
+        change = torch.linalg.solve(system, (onto[module] - b @ gram).T).T
+        mean[f"{module}/B"] = coded(f"{module}/B", (b + change).float(), context)
+    return Aggregate(mean)

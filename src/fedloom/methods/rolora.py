@@ -1,0 +1,30 @@
+"""RoLoRA: B and A trained and averaged in turn (Chen et al., NeurIPS 2025, arXiv 2502.01755).
+
+The factor that rests is the same everywhere, so every round is exact.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fedloom.method import Facts, Method
+from fedloom.methods.averaging import alternating, average, replace_factors, send
+
+
+def rolora() -> Method:
+    """B in odd rounds, A in even ones."""
+    return Method(
+        name="rolora",
+        facts=Facts(
+            paper="RoLoRA (arXiv 2502.01755)",
+            exact=True,
+            unequal_ranks=False,
+            sends="B or A in turn, dense",
+            receives="the same factor, dense",
+            keeps="nothing",
+        ),
+        compress=partial(send, alternating),
+        aggregate=average,
+        receive=replace_factors,
+        trainable=alternating,
+    )

@@ -1,0 +1,21 @@
+"""What a run amounts to, from its ledger alone: closing tables, a picture, one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedloom.ledger import read
+from fedloom.report.numbers import Report, summarise
+
+__all__ = ["Report", "summarise", "write"]
+
+
+def write(folder: Path) -> Report:
+    """Read `folder/ledger.jsonl`; write `curve.png` and `report.html` beside it."""
+    from fedloom.report.figure import curve
+    from fedloom.report.page import page
+
+    report = summarise(read(folder / "ledger.jsonl"), str(folder))
+    curve(report, folder / "curve.png")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
+    return report

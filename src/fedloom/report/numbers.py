@@ -1,0 +1,111 @@
+"""The figures of a run, and of several runs that differ in their seed only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from fedloom.errors import CheckpointError
+from fedloom.ledger import Aggregation, Evaluation, Note, Row, Run, Totals, Training, totals
+
+MEAN = "mean"
+"""The name under which the mean over domains stands beside them."""
+
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+_Z_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The global model after a round: exact match by domain (and their mean), bytes sent so far, both ways."""
+
+    round: int
+    scores: Mapping[str, float]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
+
+    `train_seconds` and `server_seconds` are sums over all turns and over all rounds.
+    """
+
+    run: Run
+    points: tuple[Point, ...]
+    totals: Totals
+    losses: Mapping[str, Sequence[float]]
+    notes: tuple[Note, ...]
+    train_seconds: float = 0.0
+    server_seconds: float = 0.0
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains that were evaluated, sorted."""
+        return sorted({domain for point in self.points for domain in point.scores} - {MEAN})
+
+    @property
+    def turns(self) -> int:
+        """How often a client trained."""
+        return sum(len(losses) for losses in self.losses.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """What dense fp32 FedIT would have sent in as many turns: 4 bytes a value, both ways."""
+        return 2 * 4 * self.run.adapter_values * self.turns
+
+    def score(self, domain: str, at: int = -1) -> float:
+        """Exact match at the first (0) or last (-1) evaluation; NaN where there was none."""
+        return self.points[at].scores.get(domain, math.nan) if self.points else math.nan
+
+
+def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
+    """The report of one ledger's rows. Raises CheckpointError where the row that says what the run is, is missing."""
+    run = next((row for row in rows if isinstance(row, Run)), None)
+    if run is None:
+        raise CheckpointError(f"{origin} records no run: its first row is missing")
+    sums = totals(rows)
+    rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation))]) + 1)
+    sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))
+    scores: dict[int, dict[str, float]] = {}
+    losses: dict[str, list[float]] = {}
+    for row in rows:
+        if isinstance(row, Evaluation):
+            scores.setdefault(row.round, {})[row.domain] = row.exact_match
+        elif isinstance(row, Training):
+            losses.setdefault(row.client, []).append(row.loss)
+    points = [
+        Point(round, {**found, MEAN: sum(found.values()) / len(found)}, sent[round])
+        for round, found in sorted(scores.items())
+    ]
+    return Report(
+        run=run,
+        points=tuple(points),
+        totals=sums,
+        losses=dict(sorted(losses.items())),
+        notes=tuple(row for row in rows if isinstance(row, Note)),
+        train_seconds=sum(row.seconds for row in rows if isinstance(row, Training)),
+        server_seconds=sum(row.seconds for row in rows if isinstance(row, Aggregation)),
+    )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval (Student's t over seeds; 0 for a single value)."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return mean, 0.0
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    factor = _T_95[count - 2] if count - 2 < len(_T_95) else _Z_95
+    return mean, factor * spread / math.sqrt(count)
+
+
+def human_bytes(size: float) -> str:
+    """A size in the largest fitting of B, KiB, MiB and GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,102 @@
+"""The folder of one run: settings, ledger and checkpoints while it lasts, and what it leaves behind.
+
+out/
+  config.toml      the settings as resolved
+  ledger.jsonl     every payload, training, evaluation
+  checkpoints/     all that is needed to go on
+  payloads/        the bytes themselves, if output.keep_payloads
+  adapter/         the result, as a PEFT adapter
+  curve.png        score against rounds and against bytes
+  report.html      the same and the tables, in one file
+"""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from fedloom import checkpoint
+from fedloom.checkpoint import Snapshot
+from fedloom.config import Config
+from fedloom.configfile import dump
+from fedloom.errors import CheckpointError
+from fedloom.ledger import Direction, Ledger, Transfer
+from fedloom.wire import describe, read_header
+
+
+class RunFolder:
+    """An open run folder, locked against a second process. Use as a context manager."""
+
+    def __init__(self, path: Path, config: Config, lock: IO[str]) -> None:
+        self.path = path
+        self.config = config
+        self._lock = lock
+        self.ledger = Ledger(path / "ledger.jsonl")
+
+    @classmethod
+    def open(cls, path: Path, config: Config, *, resume: bool) -> RunFolder:
+        """Create the folder, or with `resume` take up the run in it.
+
+        Raises CheckpointError where the folder holds something else, is in use, or holds nothing to resume.
+        """
+        settings, text = path / "config.toml", dump(config)
+        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "another run: add --resume to go on with it, or" if settings.exists() else "other files:"
+            raise CheckpointError(f"{path} holds {what} choose another --out")
+        if resume and not settings.exists():
+            raise CheckpointError(f"{path} holds no run to resume; run without --resume")
+        if resume and settings.read_text(encoding="utf-8") != text:
+            raise CheckpointError(f"{settings} differs from the settings given: resume with the settings of that run")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+        settings.write_text(text, encoding="utf-8")
+        return cls(path, config, lock)
+
+    def transfer(self, round: int, client: str, direction: Direction, payload: bytes) -> None:
+        """Record a payload, and keep it if the settings say so."""
+        header = read_header(payload)
+        self.ledger.append(Transfer(round, client, direction, header.kind, len(payload), describe(payload).parts))
+        if self.config.output.keep_payloads:
+            folder = self.path / "payloads"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{round:05d}-{client}-{direction}-v{header.base_version}.fedloom").write_bytes(payload)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint."""
+        checkpoint.save(self.path / "checkpoints", snapshot)
+
+    def restore(self, fingerprint: str) -> Snapshot | None:
+        """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
+        saved = checkpoint.checkpoints(self.path / "checkpoints")
+        if not saved:
+            self.ledger.truncate_to(0)
+            return None
+        snapshot = checkpoint.load(saved[-1])
+        if snapshot.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{saved[-1]} was made with another base model, other data or other settings: resume with those"
+            )
+        self.ledger.truncate_to(snapshot.ledger_rows)
+        return snapshot
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ledger.close()
+        self._lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """A lock that the system drops when the process ends, however it ends."""
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise CheckpointError(f"another process is working in {path}: wait for it, or choose another --out") from None
+    return lock

@@ -1,0 +1,213 @@
+"""From settings to things: the base model, the clients with their data, the held-out sets, and the job they agree on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedloom import peft_bridge
+from fedloom.adapters import AdapterSettings
+from fedloom.base_model import WEIGHTS, load_base
+from fedloom.config import Config, DataSettings, LoraSettings, OutputSettings
+from fedloom.configfile import dump
+from fedloom.data import Example, client_sources, load_examples
+from fedloom.errors import ConfigError
+from fedloom.evaluate import Scores, exact_match_and_loss
+from fedloom.lora import LoraState, derived_seed, initial_state
+from fedloom.method import Method, State
+from fedloom.methods import build
+from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
+from fedloom.rounds import Job, Train, Trained
+from fedloom.tensors import Values
+from fedloom.tokens import Prepared
+from fedloom.tokens import prepare as tokenize
+from fedloom.training import TrainSettings, local_update
+from fedloom.wire import quantize
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """One client: its adapter settings, its rank in every module, its examples in tokens."""
+
+    adapter: AdapterSettings
+    ranks: Mapping[str, int]
+    data: Prepared
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Setup:
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on."""
+
+    config: Config
+    job: Job
+    model: PeftModel
+    adapter: AdapterSettings
+    initial: LoraState
+    sites: Mapping[str, Site]
+    heldout: Mapping[str, Prepared]
+    manifest: Manifest | None
+    fingerprint: str
+
+    def train(self, client: str) -> Train:
+        """The client's training step."""
+        site, settings = self.sites[client], train_settings(self.config)
+
+        def step(state: State, round: int, seed: int) -> Trained:
+            peft_bridge.configure(self.model, site.adapter)
+            after, stats = local_update(
+                self.model,
+                state.adapter,
+                state.fixed,
+                site.data,
+                settings,
+                round=round,
+                num_rounds=self.config.federation.num_rounds,
+                seed=seed,
+                trainable=self.job.method.trainable(round),
+                penalty=self.job.method.penalty,
+            )
+            return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds)
+
+        return step
+
+    def evaluate(self, state: State) -> dict[str, Scores]:
+        """The model that `state` stands for, on every domain's held-out examples."""
+        peft_bridge.configure(self.model, self.adapter)
+        peft_bridge.write(self.model, state.adapter)
+        peft_bridge.set_frozen(self.model, state.fixed)
+        return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
+
+
+def prepare(config: Config) -> Setup:
+    """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
+    method = build(config.method.name, config.method.settings)
+    texts, manifest = client_examples(config)
+    texts = participating(texts, config.federation.participants)
+    heldout = heldout_examples(config.data)
+    base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
+
+    def tokens(examples: Sequence[Example], name: str) -> Prepared:
+        return tokenize(examples, tokenizer, config.data.template, config.data.max_length, name)
+
+    sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
+    ranks = top_ranks(method, sites)
+    shared = peft_bridge.resolve(base, adapter_settings(config.lora))
+    seed = config.federation.seed
+    return Setup(
+        config=config,
+        job=Job(method, seed, partial(coded, config.wire.values), config.federation.weighting),
+        initial=initial_state(peft_bridge.shapes(base, shared), ranks, derived_seed(seed, "start")),
+        model=peft_bridge.attach(base, shared),
+        adapter=shared,
+        sites=sites,
+        heldout={domain: tokens(held, f"held-out set {domain!r}") for domain, held in heldout.items()},
+        manifest=manifest,
+        fingerprint=fingerprint(config, texts),
+    )
+
+
+def coded(kind: str, values: Tensor, seed: int) -> Values:
+    """The values as they will travel under wire.values = `kind`."""
+    return quantize(values, kind, seed)
+
+
+def adapter_settings(lora: LoraSettings) -> AdapterSettings:
+    """[lora], or what one client has of it, as the adapter's settings."""
+    return AdapterSettings(**lora.model_dump())
+
+
+def train_settings(config: Config) -> TrainSettings:
+    """[training] as the trainer's settings."""
+    return TrainSettings(**config.training.model_dump())
+
+
+def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> Site:
+    """One client; its adapter settings may differ from the others'."""
+    settings = peft_bridge.resolve(base, adapter_settings(config.lora_of(client)))
+    return Site(settings, peft_bridge.ranks(base, settings), data)
+
+
+def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
+    """The largest rank of each module among the clients: the server's. Raises ConfigError if the method needs one rank."""
+    first = next(iter(sites.values())).ranks
+    for client, held in sites.items():
+        if set(held.ranks) != set(first):
+            raise ConfigError(f"client {client!r} adapts other modules than the first one: target_modules must agree")
+    top = {module: max(held.ranks[module] for held in sites.values()) for module in first}
+    lower = [client for client, held in sites.items() if dict(held.ranks) != top]
+    if lower and not method.facts.unequal_ranks:
+        raise ConfigError(
+            f"method {method.name!r} needs equal ranks, but client {lower[0]!r} has a lower one than others"
+        )
+    return top
+
+
+def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
+    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with the split's manifest."""
+    settings, federation = config.data, config.federation
+    if settings.partitioner == "files":
+        found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}
+        if federation.num_clients not in (None, len(found)):
+            raise ConfigError(
+                f"federation.num_clients is {federation.num_clients}, but {settings.source} holds data for {len(found)}"
+            )
+        return found, None
+    pooled = [example for path in sources(settings.source).values() for example in load_examples(path)]
+    column = settings.id_column if settings.partitioner == "natural" else settings.label_column
+    wanted = PartitionSettings(
+        partitioner=settings.partitioner,
+        num_clients=federation.num_clients or 1,
+        seed=federation.seed,
+        column=column,
+        alpha=settings.dirichlet_alpha,
+    )
+    manifest = partition(pooled, wanted)
+    return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
+
+
+def participating(texts: dict[str, list[Example]], wanted: Sequence[str] | None) -> dict[str, list[Example]]:
+    """The clients that federation.participants names, or all. Raises ConfigError for a name without data."""
+    unknown = sorted(set(wanted or ()) - set(texts))
+    if unknown:
+        raise ConfigError(
+            f"federation.participants names {unknown[0]!r}, which has no data; there are {', '.join(sorted(texts))}"
+        )
+    return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
+
+
+def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
+    """Domain → examples to score. The setting names a split beside the training data, or files of their own."""
+    name = settings.heldout
+    if name is None:
+        return {}
+    if "{client}" in name or Path(name).exists():
+        return {domain: load_examples(path) for domain, path in sources(name).items()}
+    return {domain: load_examples(path, name) for domain, path in sources(settings.source).items()}
+
+
+def sources(source: str) -> dict[str, Path | str]:
+    """One source per client where the text has {client} in it, otherwise the source itself under its own name."""
+    return dict(client_sources(source)) if "{client}" in source else {Path(source).stem: source}
+
+
+def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
+    """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(dump(config.model_copy(update={"output": OutputSettings()})).encode())
+    folder = Path(config.model.path)
+    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "blake2b").digest())
+    for client, examples in texts.items():
+        hasher.update(f"{client} {data_digest(examples)}".encode())
+    return hasher.hexdigest()
