@@ -257,6 +257,34 @@ def test_methods_are_listed_with_their_settings(call):
     assert all(name in out for name in METHODS)
 
 
+def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
+    from fedloom import compare
+
+    def play(made, jobs, finished):
+        for run in made:
+            run.folder.mkdir(parents=True)
+            (run.folder / compare.FINISHED).touch()
+            with Ledger(run.folder / "ledger.jsonl") as ledger:
+                ledger.append(Run(run.config.method.name, "m", CLIENTS, 1, 1000, run.seed))
+                ledger.append(Evaluation(0, "bank", 0.1, 1.0))
+                ledger.append(Training(1, "ada", 1.0, 10, 100, 0.5))
+                ledger.append(Transfer(1, "ada", "up", "update", 4000))
+                ledger.append(Evaluation(1, "bank", 0.5 + 0.1 * run.seed, 1.0))
+            finished(run, 60.0)
+
+    monkeypatch.setattr(compare, "play", play)
+    monkeypatch.chdir(tmp_path)
+    variants = ("--method", "fedit", "--method", "florist:tau=1.0,client_init=warm")
+    code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "fedit, seed 0: 60 s; about 5 min left"
+    assert len([line for line in lines if "min left" in line]) == 6
+    row = next(line.split() for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
+    assert row[1:] == ["3", "60.0", "±", "24.8", "3.9", "KiB", "50.0", "%", "0.50", "0.000"]
+    assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
+
+
 def test_the_kernel_bench_prints_tables_or_json(call):
     options = ("bench", "aggregate", "--preset", "tinyllama", "--modules", "k_proj", "--ranks", "4,4", "--repeats", 1)
     code, out, _ = call(*options, "--methods", "fedit", "--json")
@@ -267,6 +295,20 @@ def test_the_kernel_bench_prints_tables_or_json(call):
     code, out, _ = call(*options, "--methods", "fedit")
     assert code == 0
     assert "fedit" in out
+
+
+def test_the_wire_bench_prints_json(call):
+    options = ("bench", "wire", "--preset", "tinyllama", "--layers", 1, "--rank", 2, "--repeats", 1)
+    code, out, _ = call(*options, "--json")
+    assert code == 0
+    rows = json.loads(out, parse_constant=pytest.fail)["rows"]
+    assert {"fp32", "bf16", "int8", "int4", "paper"} == {row["values"] for row in rows}
+
+
+def test_the_wire_bench_says_what_a_folder_lacks(call, tmp_path):
+    code, _, err = call("bench", "wire", "--recorded", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no payload of an update" in err
 
 
 @pytest.mark.parametrize(

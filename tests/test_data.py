@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,12 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("cannot reach the Hub\nwith details")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(DataError, match=r"no file or folder owner/name, and no split 'train'.*\(cannot reach the Hub\)$"):
+    with pytest.raises(
+        DataError, match=r"no file or folder owner/name, and no split 'train'.*\(cannot reach the Hub\)$"
+    ):
+        load_examples("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"no file or folder owner/name; .* pip install 'fedloom\[hub\]'"):
         load_examples("owner/name")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPES, delta, initial, random_state
 
 from fedloom.errors import ShapeError
 from fedloom.lora import LoraPair, LoraState, derived_seed, digest, from_tensors, initial_state, narrow, stack
+from toy import SHAPES, delta, initial, random_state
 
 
 def test_a_pair_of_unequal_ranks_is_refused():

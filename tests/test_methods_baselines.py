@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy import RANK, SHAPES, Federation, client_seed, delta, initial, job, random_state, trainer
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState
@@ -17,6 +16,7 @@ from fedloom.methods.flora_na import coefficients
 from fedloom.rounds import Trained
 from fedloom.tensors import Sparse, to_dense
 from fedloom.wire import decode, read_header
+from toy import RANK, SHAPES, Federation, client_seed, delta, initial, job, random_state, trainer
 
 
 def ideal(federation: Federation) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import Federation, client_seed, delta, job, step, trainer
 
 from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot, load, save
@@ -15,6 +14,7 @@ from fedloom.lora import LoraPair, LoraState, derived_seed, digest
 from fedloom.method import State
 from fedloom.methods import METHODS, build
 from fedloom.rounds import Trained, accept, client_turn, full_state, server_turn
+from toy import Federation, client_seed, delta, job, step, trainer
 
 LOSSLESS = {
     "fed-dare": {"sparsity": 0.0},
@@ -188,12 +188,15 @@ def test_exact_methods_return_the_weighted_sum_of_products(name: str):
     federation = Federation(job(build(name, LOSSLESS.get(name))))
     for round in range(1, 4):
         before = federation.server
-        trained = {c: federation.train(before, round, client_seed(federation.job, c, round)) for c in federation.clients}
-        total = sum(t.num_examples for t in trained.values())
+        trained = {
+            c: federation.train(before, round, client_seed(federation.job, c, round)) for c in federation.clients
+        }
+        total = sum(t.num_examples for t in trained)
         federation.play()
         for module, after in delta(federation.server.total).items():
             ideal = sum(
-                t.num_examples / total * delta(replace(before, adapter=t.adapter).total)[module] for t in trained.values()
+                t.num_examples / total * delta(replace(before, adapter=t.adapter).total)[module]
+                for t in trained.values()
             )
             assert (after - ideal).norm() <= 1e-5 * ideal.norm(), module
 

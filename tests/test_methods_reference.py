@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference_methods as reference
-from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
+import reference_methods as reference
 from fedloom.lora import LoraState
 from fedloom.methods import build
 from fedloom.tensors import to_dense
 from fedloom.wire import decode
+from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
 PAPER = {"preset": "paper"}
 

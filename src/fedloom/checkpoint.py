@@ -30,7 +30,7 @@ _LORA_FIELDS = ("adapter", "frozen", "tail")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Snapshot:
-    """A run after `round` rounds. `archive` maps versions to broadcasts; `fingerprint` names the settings and the base."""
+    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data."""
 
     round: int
     server: State

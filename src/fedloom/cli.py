@@ -159,7 +159,8 @@ def compare(
             help="Repeatable: NAME, NAME:PRESET or NAME:KEY=VALUE,…; also alone and pooled. All, if left out."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every method.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every method.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
     sets: Set = None,
     out: Annotated[
@@ -174,7 +175,10 @@ def compare(
 
     with testbed() as folder:
         made = compare.runs(
-            load(config or folder / "demo.toml", sets or []), method or list(METHODS), range(seeds), out
+            load(config or folder / "demo.toml", sets or []),
+            method or list(METHODS),
+            range(first_seed, first_seed + seeds),
+            out,
         )
         seconds: list[float] = []
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from fedloom.config import Config
 from fedloom.configfile import merge, override, parse
-from fedloom.errors import ConfigError
 from fedloom.ledger import read
 from fedloom.report.numbers import Report, summarise
 

@@ -57,6 +57,9 @@ class ModelSettings(Section):
     path: str = Field("./model", description="Base model: a Hugging Face folder with a causal LM, or a Hub name.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of torch; a small model is fastest with 1.", examples=[1]
+    )
     device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
 
 

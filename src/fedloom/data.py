@@ -202,8 +202,10 @@ READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
 
 
 def _from_hub(name: str, split: str) -> list[Example]:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"no file or folder {name}; to read it from the Hub: pip install 'fedloom[hub]'") from None
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library lets through whatever its network stack raises

@@ -29,10 +29,11 @@ def seeded_mask(numel: int, density: float, seed: int) -> Tensor:
     `seed` counts modulo 2⁶⁴. Raises ConfigError for any other density.
     """
     limit = threshold(density)
-    mask = np.empty(numel, dtype=np.bool_)
+    mask = torch.empty(numel, dtype=torch.bool)
+    out = mask.numpy()
     for start, numbers in _numbers(numel, seed):
-        np.less(numbers, limit, out=mask[start : start + numbers.size])
-    return torch.from_numpy(mask)
+        np.less(numbers, limit, out=out[start : start + numbers.size])
+    return mask
 
 
 def seeded_count(numel: int, density: float, seed: int) -> int:
@@ -43,11 +44,11 @@ def seeded_count(numel: int, density: float, seed: int) -> int:
 
 def seeded_uniform(numel: int, seed: int) -> Tensor:
     """A float32 tensor (numel,) of numbers in (0, 1): (number + ½) / 65536."""
-    uniform = np.empty(numel, dtype=np.float32)
+    uniform = torch.empty(numel)
+    out = uniform.numpy()
     for start, numbers in _numbers(numel, seed):
-        np.add(numbers, np.float32(0.5), out=uniform[start : start + numbers.size], dtype=np.float32)
-    uniform *= np.float32(1 / STEPS)
-    return torch.from_numpy(uniform)
+        np.add(numbers, np.float32(0.5), out=out[start : start + numbers.size], dtype=np.float32)
+    return uniform.mul_(1 / STEPS)
 
 
 def threshold(density: float) -> int:

@@ -218,6 +218,6 @@ def _expect(header: Header, kind: str, state: State) -> None:
         raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
     if (header.base_version, header.base_digest) != (state.version, state.digest):
         raise StaleError(
-            f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds version "
-            f"{state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
+            f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds "
+            f"version {state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
         )

@@ -13,6 +13,7 @@ out/
 from __future__ import annotations
 
 import fcntl
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -61,7 +62,8 @@ class RunFolder:
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
-            (folder / f"{round:05d}-{client}-{direction}-v{header.base_version}.fedloom").write_bytes(payload)
+            name = f"{round:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', client)}-{direction}-v{header.base_version}.fedloom"
+            (folder / name).write_bytes(payload)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint."""

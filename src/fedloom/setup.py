@@ -1,4 +1,4 @@
-"""From settings to things: the base model, the clients with their data, the held-out sets, and the job they agree on."""
+"""From settings to things: the base model, the clients with their data, the held-out sets, and the job they share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -58,6 +59,17 @@ class Setup:
     manifest: Manifest | None
     fingerprint: str
 
+    def warnings(self) -> list[str]:
+        """What the user should know about the data before the first round."""
+        held = {f"client {name}": site.data for name, site in self.sites.items()}
+        held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
+        limit = self.config.data.max_length
+        return [
+            f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
+            for name, data in held.items()
+            if data.cut or data.dropped
+        ]
+
     def train(self, client: str) -> Train:
         """The client's training step."""
         site, settings = self.sites[client], train_settings(self.config)
@@ -90,6 +102,8 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
     texts, manifest = client_examples(config)
     texts = participating(texts, config.federation.participants)
@@ -138,7 +152,7 @@ def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> 
 
 
 def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
-    """The largest rank of each module among the clients: the server's. Raises ConfigError if the method needs one rank."""
+    """The largest rank of each module among clients. Raises ConfigError if they differ and the method forbids it."""
     first = next(iter(sites.values())).ranks
     for client, held in sites.items():
         if set(held.ranks) != set(first):
@@ -153,7 +167,7 @@ def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
-    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with the split's manifest."""
+    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with a manifest."""
     settings, federation = config.data, config.federation
     if settings.partitioner == "files":
         found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}

@@ -27,10 +27,9 @@ def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
     """
-    norms = (
-        torch.linalg.vector_norm(other, dim=0).unsqueeze(1) if part == "A" else torch.linalg.vector_norm(other, dim=1)
-    )
-    return delta.abs() * norms
+    norms = torch.linalg.vector_norm(other, dim=0 if part == "A" else 1)
+    scores: Tensor = delta.abs() * (norms.unsqueeze(1) if part == "A" else norms)
+    return scores
 
 
 def kurtosis(values: Tensor) -> float:
@@ -56,8 +55,8 @@ class Adaptive:
     def __post_init__(self) -> None:
         if not (0.0 <= self.base <= 1.0 and self.slope >= 0.0 and self.upper >= 0.0 and self.base + self.upper <= 1.0):
             raise ConfigError(
-                f"sparsity base {self.base}, slope {self.slope}, upper {self.upper}: expected base and upper ≥ 0 with a "
-                "sum of at most 1, and slope ≥ 0"
+                f"sparsity base {self.base}, slope {self.slope}, upper {self.upper}: expected base and upper ≥ 0 "
+                "with a sum of at most 1, and slope ≥ 0"
             )
 
     def keep(self, scores: Tensor) -> int:

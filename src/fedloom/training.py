@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import peft
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,6 +27,9 @@ from fedloom.base_model import quiet
 from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState
 from fedloom.tokens import Prepared
+
+if TYPE_CHECKING:
+    import peft
 
 Penalty = Callable[[LoraState, LoraState], Tensor]
 

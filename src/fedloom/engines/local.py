@@ -105,6 +105,8 @@ class Simulation:
                 seed=config.federation.seed,
             )
         )
+        for text in self.setup.warnings():
+            self.folder.ledger.note(0, text)
         if self.setup.manifest:
             save_manifest(self.folder.path / "split.json", self.setup.manifest)
         scores = self.evaluate(0)

@@ -1,0 +1,95 @@
+"""`fedloom bench …`: reads arguments, calls the benches, prints tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measurements that can be repeated.")
+
+Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("aggregate")
+def aggregate_command(
+    preset: Preset = "llama-3.2-3b",
+    clients: Annotated[int, typer.Option(min=1, help="Clients.")] = 4,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every client; the preset's if left out.")] = None,
+    ranks: Annotated[str, typer.Option(help="A rank for each client: 64,32,16.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods: fedsrd,florist.")] = "",
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj.")] = "",
+    all_modules: Annotated[bool, typer.Option("--all-modules", help="Every layer, not one.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Time the dense computation too; slow.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Server kernels on adapters of true shapes: seconds, memory and error."""
+    from fedloom.bench import aggregate
+
+    result = aggregate.run(
+        preset=preset,
+        clients=clients,
+        rank=rank,
+        ranks=numbers(ranks, "--ranks") or None,
+        methods=words(methods) or None,
+        modules=words(modules) or None,
+        all_modules=all_modules,
+        reference=reference,
+        repeats=repeats,
+        seed=seed,
+    )
+    show(result, aggregate.tables, as_json)
+
+
+@app.command("wire")
+def wire_command(
+    preset: Preset = "llama-3.2-3b",
+    recorded: Annotated[
+        Path | None, typer.Option(help="Folder of payloads that a run kept, instead of synthetic updates.")
+    ] = None,
+    structured: Annotated[bool, typer.Option("--structured", help="Updates with row and column structure.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the fastest is kept.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Payloads of an update and a broadcast: bytes against the entropy bound, seconds, error of each value coding."""
+    from fedloom.bench import wire
+
+    result = wire.run(preset, recorded, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed)
+    show(result, wire.tables, as_json)
+
+
+def words(text: str) -> list[str]:
+    """The words of a list such as "a,b"."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The whole numbers of a list such as "64,32"."""
+    if not all(word.isdecimal() for word in words(text)):
+        raise ConfigError(f"{option} {text}: expected whole numbers with commas between them, such as 64,32,16")
+    return [int(word) for word in words(text)]
+
+
+def show(
+    result: Mapping[str, object], tables: Callable[[Mapping[str, object]], Iterable[Table]], as_json: bool
+) -> None:
+    """Print a measurement as JSON or as tables."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        Console().print(*tables(result), sep="\n")

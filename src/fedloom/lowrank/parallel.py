@@ -1,0 +1,36 @@
+"""Modules side by side: one BLAS thread each, because a LoRA module is too small for BLAS to share out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_busy = threading.Lock()
+
+
+def over_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """[function(item) for item in items], computed by as many threads as torch may use, in the order of the items.
+
+    Every call runs on one thread with one BLAS thread, so results do not depend on how many there are. An exception
+    is that of the first item that raised one. Nested and concurrent calls run in the calling thread.
+    """
+    work = list(items)
+    threads = torch.get_num_threads()
+    if not _busy.acquire(blocking=False):
+        return [function(item) for item in work]
+    try:
+        torch.set_num_threads(1)
+        if threads == 1 or len(work) < 2:
+            return [function(item) for item in work]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, work))
+    finally:
+        torch.set_num_threads(threads)
+        _busy.release()

@@ -1,0 +1,156 @@
+"""Products with the sparse change of a tall factor, straight from the decoded payload.
+
+A tall factor has one row per feature and r columns: B itself (m × r), or Aᵀ where A (r × n) is what travels. Three
+products are all that FedSRD needs; numba does them from the flat positions, torch through its sparse matrices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ShapeError
+from fedloom.masks import seeded_mask
+from fedloom.tensors import Dense, Entry, Sparse, count, floats, to_dense
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tall:
+    """A sparse d × r matrix as it travelled: flat positions in row-major order of the travelling shape.
+
+    turned: the travelling shape is (r, d), not (d, r). values: float32.
+    """
+
+    positions: Tensor
+    values: Tensor
+    size: int
+    rank: int
+    turned: bool
+
+    @property
+    def width(self) -> int:
+        """Row length of the travelling shape."""
+        return self.size if self.turned else self.rank
+
+    def arrays(self) -> tuple[object, object, int, bool]:
+        """What the compiled kernels take first."""
+        return self.positions.numpy(), self.values.numpy(), self.width, self.turned
+
+    def to_dense(self) -> Tensor:
+        """All of it, d × r, float32."""
+        flat = self.values.new_zeros(self.size * self.rank)
+        flat[self.positions] = self.values
+        return flat.view(self.rank, self.size).T if self.turned else flat.view(self.size, self.rank)
+
+    def torch_sparse(self) -> Tensor:
+        """The same in the travelling shape, as a sparse COO tensor."""
+        indices = torch.stack([self.positions // self.width, self.positions % self.width])
+        shape = (self.rank, self.size) if self.turned else (self.size, self.rank)
+        return torch.sparse_coo_tensor(indices, self.values, shape, is_coalesced=True, check_invariants=False)
+
+
+Change = Tall | Tensor
+"""What a client adds to a tall factor: sparse, or a dense d × r tensor in any layout."""
+
+
+def tall(entry: Entry, turned: bool) -> Change:
+    """The entry of B (turned = False) or of A (turned = True) as a change of the tall factor."""
+    if isinstance(entry, Dense):
+        whole = to_dense(entry)
+        return whole.T if turned else whole
+    size, rank = entry.shape[::-1] if turned else entry.shape
+    if isinstance(entry, Sparse):
+        positions = entry.positions
+    else:
+        mask = seeded_mask(count(entry.shape), entry.density, entry.seed)
+        positions = mask.nonzero().squeeze(1).to(floats(entry.values).device)
+    if not _increasing(positions, count(entry.shape)):
+        raise ShapeError(f"the positions of a sparse entry must increase and lie in 0 … {count(entry.shape) - 1}")
+    return Tall(positions, floats(entry.values), size, rank, turned)
+
+
+def _increasing(positions: Tensor, numel: int) -> bool:
+    """Whether memory may be indexed by them, from 0 to below numel."""
+    kernels = compiled_for(positions)
+    if kernels is not None:
+        return bool(kernels.increasing(positions.numpy(), numel))
+    inside = not positions.numel() or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
+    return inside and bool((positions[1:] > positions[:-1]).all())
+
+
+def project(factor: Tensor, change: Change) -> Tensor:
+    """factorᵀ @ change, r × r in float64, of a contiguous d × r factor."""
+    if not isinstance(change, Tall):
+        return _dense_project(factor, change)
+    kernels = compiled_for(factor)
+    if kernels is None:
+        matrix = change.torch_sparse().double()
+        product: Tensor = torch.sparse.mm(matrix if change.turned else matrix.t(), factor.double())
+        return product.T
+    out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
+    kernels.project(*change.arrays(), factor.numpy(), out.numpy())
+    return out.T
+
+
+def _dense_project(factor: Tensor, change: Tensor) -> Tensor:
+    out = factor.new_zeros(factor.shape[1], change.shape[1], dtype=torch.float64)
+    for begin in range(0, factor.shape[0], _CHUNK):
+        out.addmm_(factor[begin : begin + _CHUNK].T.double(), change[begin : begin + _CHUNK].double())
+    return out
+
+
+def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
+    """Add change @ mixing to `total`, in place; total is contiguous float32, d × r, mixing is r × r."""
+    mixing = mixing.to(torch.float32).contiguous()
+    if not isinstance(change, Tall):
+        total.addmm_(change, mixing)
+        return
+    kernels = compiled_for(total)
+    if kernels is None:
+        matrix = change.torch_sparse()
+        total.add_(torch.sparse.mm(matrix.t() if change.turned else matrix, mixing))
+        return
+    kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
+
+
+def cross(changes: Sequence[Tall]) -> Tensor:
+    """SᵀS in float64 of S = [S_1 | S_2 | …], row by row: at 5 % density 1/400 of the dense products. Needs numba."""
+    kernels = compiled_for(changes[0].values)
+    assert kernels is not None, "callers ask compiled_for first"
+    counts = torch.zeros(changes[0].size + 1, dtype=torch.int64)
+    for change in changes:
+        kernels.tally(change.positions.numpy(), change.width, change.turned, counts[1:].numpy())
+    ends = counts.cumsum(0)[:-1].contiguous()
+    width = sum(change.rank for change in changes)
+    elements = sum(change.values.numel() for change in changes)
+    columns = torch.empty(elements, dtype=torch.int64)
+    values = torch.empty(elements, dtype=torch.float32)
+    offset = 0
+    for change in changes:
+        kernels.place(*change.arrays(), offset, ends.numpy(), columns.numpy(), values.numpy())
+        offset += change.rank
+    out = torch.zeros(width, width, dtype=torch.float64)
+    kernels.outer(ends.numpy(), columns.numpy(), values.numpy(), out.numpy())
+    return out + out.T
+
+
+def compiled_for(tensor: Tensor) -> ModuleType | None:
+    """The compiled kernels, where numba is installed (`pip install fedloom[fast]`) and the tensor lies on the CPU."""
+    return _compiled() if tensor.device.type == "cpu" else None
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from fedloom.lowrank import compiled
+
+    return compiled

@@ -1,0 +1,1 @@
+"""The demo's model, client data and settings, made by `scripts/make_data.py` and `scripts/make_base_model.py`."""

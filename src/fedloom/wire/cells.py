@@ -1,0 +1,177 @@
+"""Cells: the parts of a sparse tensor whose positions are coded together, because they are equally dense.
+
+Updates of LoRA factors are not scattered evenly: some rows (components) and some columns (features) change far more
+than others. So rows and columns may be sorted into classes of like density; a cell is the submatrix of one row class
+and one column class, and its positions are counted row by row within it. A tensor without such structure is one cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.wire.gaps import Ints
+
+Bytes = NDArray[np.uint8]
+
+MOST_CLASSES = 8
+_CELL_BITS = 24  # about what one more cell costs in the index
+_CLASS_BITS = 64  # about what the table of one more list of classes costs
+_FEW = 32  # so few positions cannot pay for classes
+_STEP = 65536  # positions handled at a time
+_EVEN = 1.5  # variance of the counts of lines, over that of evenly scattered positions, that may still be chance
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor as a matrix: the last dimension are the columns, all others together the rows."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, shape[-1] if shape else 1
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Lines:
+    """The rows, or the columns, of a matrix in classes. `classes` is None where all are in one class."""
+
+    count: int
+    classes: Bytes | None
+
+    @property
+    def number(self) -> int:
+        """How many classes there are."""
+        return 1 if self.classes is None else int(self.classes.max()) + 1
+
+    def sizes(self, number: int) -> Ints:
+        """Lines in each of `number` classes."""
+        if self.classes is None:
+            return np.array([self.count], dtype=np.int64)
+        return np.bincount(self.classes, minlength=number).astype(np.int64)
+
+    def order(self) -> Ints:
+        """The lines, class after class, each in its own order."""
+        if self.classes is None:
+            return np.arange(self.count, dtype=np.int64)
+        return np.argsort(self.classes, kind="stable")
+
+    def ranks(self, number: int) -> Ints:
+        """Each line's number within its class, of `number` classes."""
+        sizes = self.sizes(number)
+        ranks = np.empty(self.count, dtype=np.int64)
+        ranks[self.order()] = np.arange(self.count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return ranks
+
+    def of(self, lines: Ints) -> Bytes:
+        """The class of each of these lines."""
+        return np.zeros(lines.size, dtype=np.uint8) if self.classes is None else self.classes[lines]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Grid:
+    """A matrix cut in cells, numbered row class first; positions within a cell count its rows one after the other."""
+
+    rows: Lines
+    columns: Lines
+
+    def sizes(self, row_classes: int, column_classes: int) -> Ints:
+        """Elements of every cell."""
+        return np.outer(self.rows.sizes(row_classes), self.columns.sizes(column_classes)).reshape(-1)
+
+    def split(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
+        """(counts per cell, sizes of the cells, positions within their cells, cell after cell)."""
+        row_classes, column_classes = self.rows.number, self.columns.number
+        sizes = self.sizes(row_classes, column_classes)
+        if sizes.size == 1:
+            return np.array([positions.size], dtype=np.int64), sizes, positions
+        rows, columns = divide(positions, self.columns.count)
+        cells = self.cells(rows, columns)
+        widths = self.columns.sizes(column_classes)
+        inner = self.rows.ranks(row_classes)[rows] * widths[self.columns.of(columns)]
+        inner += self.columns.ranks(column_classes)[columns]
+        order = np.argsort(cells, kind="stable")
+        return np.bincount(cells, minlength=sizes.size), sizes, inner[order]
+
+    def cells(self, rows: Ints, columns: Ints) -> Bytes:
+        """The cell of every element."""
+        return self.rows.of(rows) * np.uint8(self.columns.number) + self.columns.of(columns)
+
+    def join(self, counts: Ints, inner: Ints, row_classes: int, column_classes: int) -> None:
+        """Turn positions within cells, cell after cell, into increasing positions in the whole, in place."""
+        if row_classes * column_classes == 1:
+            return
+        row_sizes, widths = self.rows.sizes(row_classes), self.columns.sizes(column_classes)
+        row_starts, column_starts = np.cumsum(row_sizes) - row_sizes, np.cumsum(widths) - widths
+        row_order, column_order = self.rows.order(), self.columns.order()
+        cells = np.repeat(np.arange(counts.size, dtype=np.uint8), counts)
+        for start in range(0, inner.size, _STEP):
+            part, cell = inner[start : start + _STEP], cells[start : start + _STEP]
+            column_class = cell % np.uint8(column_classes)
+            rows, columns = divide(part, widths[column_class])
+            rows += row_starts[cell // np.uint8(column_classes)]
+            columns += column_starts[column_class]
+            np.multiply(row_order[rows], self.columns.count, out=part)
+            part += column_order[columns]
+        inner.sort()
+
+
+def divide(positions: Ints, width: int | Ints) -> tuple[Ints, Ints]:
+    """(row, column) of positions in a matrix of `width` columns, one width for all or one for each."""
+    # Every tensor has fewer than 2³¹ elements, and 32-bit division is several times faster.
+    short = positions.astype(np.uint32)
+    rows = short // np.asarray(width, dtype=np.uint32)
+    return rows.astype(np.int64), positions - rows * np.asarray(width, dtype=np.uint32)
+
+
+def best_grid(positions: Ints, shape: tuple[int, int]) -> Grid:
+    """The cheapest of: one cell, row classes, column classes, both."""
+    whole_rows, whole_columns = Lines(shape[0], None), Lines(shape[1], None)
+    flat = Grid(whole_rows, whole_columns)
+    if positions.size < _FEW or min(shape) < 2:
+        return flat
+    rows, columns = divide(positions, shape[1])
+    by_row = density_classes(np.bincount(rows, minlength=shape[0]), shape[1])
+    by_column = density_classes(np.bincount(columns, minlength=shape[1]), shape[0])
+    grids = [flat, Grid(by_row, whole_columns), Grid(whole_rows, by_column), Grid(by_row, by_column)]
+    different = {(grid.rows.classes is None, grid.columns.classes is None): grid for grid in reversed(grids)}
+    if len(different) == 1:
+        return flat
+    return min(different.values(), key=lambda grid: _grid_bits(grid, rows, columns))
+
+
+def _grid_bits(grid: Grid, rows: Ints, columns: Ints) -> float:
+    """About what the positions cost in these cells: their information, and what cells and classes cost in the index."""
+    sizes = grid.sizes(grid.rows.number, grid.columns.number)
+    counts = np.bincount(grid.cells(rows, columns), minlength=sizes.size)
+    share = np.clip(counts / np.maximum(sizes, 1), 1e-12, 1.0 - 1e-12)
+    information = -sizes * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
+    return float(information.sum()) + _CELL_BITS * sizes.size + _class_bits(grid.rows) + _class_bits(grid.columns)
+
+
+def density_classes(counts: Ints, length: int) -> Lines:
+    """Lines of `length` elements in classes an octave of density wide, the densest first.
+
+    All in one class where the counts vary hardly more than those of evenly scattered positions would.
+    """
+    total = int(counts.sum())
+    spread = counts.size * int((counts * counts).sum()) - total * total
+    expected = total * (counts.size * length - total) / length
+    if spread <= _EVEN * expected:
+        return Lines(counts.size, None)
+    octaves = np.frexp(2 * length / (2 * counts + 1))[1]
+    octaves = np.minimum(octaves - octaves.min(), MOST_CLASSES - 1)
+    present = np.flatnonzero(np.bincount(octaves))
+    if present.size == 1:
+        return Lines(counts.size, None)
+    renumbered = np.zeros(MOST_CLASSES, dtype=np.uint8)
+    renumbered[present] = np.arange(present.size)
+    return Lines(counts.size, renumbered[octaves])
+
+
+def _class_bits(lines: Lines) -> float:
+    """Bits that a list of classes needs."""
+    if lines.classes is None:
+        return 0.0
+    sizes = lines.sizes(lines.number)
+    return float(-np.sum(sizes * np.log2(sizes / lines.count))) + _CLASS_BITS

@@ -1,0 +1,215 @@
+"""Message ↔ bytes, as docs/wire-format.md specifies.
+
+magic "FLOM" | version | header | index (packed) | chunks of the streams | checksum
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import xxhash
+
+from fedloom.errors import WireError
+from fedloom.masks import STEPS, seeded_count
+from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values
+from fedloom.wire.checks import check_entry, plain
+from fedloom.wire.fields import FieldReader, FieldWriter
+from fedloom.wire.gaps import Ints
+from fedloom.wire.index import (
+    DENSE,
+    SEEDED,
+    SPARSE,
+    Item,
+    read_header_fields,
+    read_index,
+    write_header,
+    write_index,
+)
+from fedloom.wire.limits import DEFAULT, Limits
+from fedloom.wire.message import Header, Message
+from fedloom.wire.positions import Cells, PositionSink, PositionSource
+from fedloom.wire.streams import Sink, Sources, Stream, pack, side_by_side, unpack
+from fedloom.wire.values import CODINGS, coding_of, tensor_of
+
+MAGIC = b"FLOM"
+VERSION = 1
+CHECKSUM_BYTES = 8
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Opened:
+    """A payload whose checksum, header and index were found good; the streams are still packed."""
+
+    header: Header
+    items: list[Item]
+    streams: list[Stream]
+    coded: memoryview
+    header_bytes: int
+    index_bytes: int
+
+
+def encode(message: Message) -> bytes:
+    """The payload of a message: the same bytes for equal messages, whatever the order of entries or number of threads.
+
+    Raises WireError where header or entries cannot travel; the error names the entry.
+    """
+    entries = {name: plain(message.entries[name]) for name in sorted(message.entries, key=str.encode)}
+    for name, entry in entries.items():
+        check_entry(name, entry)
+    work = 8 * sum(entry.values.numel() for entry in entries.values())
+    (cells, position_sinks), value_sinks = side_by_side(
+        partial(_put_positions, entries), partial(_put_values, entries), work
+    )
+    streams, chunks = _pack_streams(position_sinks | value_sinks, work)
+    items = [_item(name, entry, cells.get(name)) for name, entry in entries.items()]
+    index = write_index(items, streams)
+    packed = pack(index, text=True)
+    out = FieldWriter()
+    out.data += MAGIC
+    out.byte(VERSION)
+    write_header(out, message.header)
+    out.varint(len(index))
+    out.counted(bytes(packed))
+    return b"".join([out.data, *chunks, _checksum([out.data, *chunks])])
+
+
+def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
+    """The message that `encode` was given, bit by bit.
+
+    Raises WireError, and only that, for bytes that are no valid payload, that another version of the format wrote, or
+    that ask for more than `limits`. Nothing is allocated for a number in the payload before that number was checked.
+    """
+    opened = open_payload(payload, limits)
+    sources = Sources(opened.streams, opened.coded)
+    work = sum(item.output_bytes for item in opened.items)
+    positions, values = side_by_side(
+        partial(_take_positions, opened.items, sources), partial(_take_values, opened.items, sources), work
+    )
+    sources.end()
+    return Message(opened.header, {item.name: _entry(item, positions, values) for item in opened.items})
+
+
+def read_header(payload: bytes, limits: Limits = DEFAULT) -> Header:
+    """The header of a payload with a good checksum. Raises WireError like `decode`; leaves the tensors alone."""
+    return _start(payload, limits)[0]
+
+
+def open_payload(payload: bytes, limits: Limits = DEFAULT) -> Opened:
+    """The payload as far as it can be read without unpacking a stream. Raises WireError like `decode`."""
+    header, fields = _start(payload, limits)
+    header_bytes = fields.at
+    size = fields.varint("the size of the index", limits.max_index)
+    packed = fields.take(fields.varint("the length of the index"), "the index")
+    index_bytes = fields.at - header_bytes
+    items, streams = read_index(unpack(packed, size, "the index"), limits)
+    coded = fields.take(fields.left, "the streams")
+    announced = sum(sum(stream.chunks) for stream in streams)
+    if announced != len(coded):
+        raise WireError(f"the index announces {announced:,} bytes of streams, the payload has {len(coded):,}")
+    return Opened(header, items, streams, coded, header_bytes, index_bytes)
+
+
+def _start(payload: bytes, limits: Limits) -> tuple[Header, FieldReader]:
+    """The header, and the reader behind it."""
+    whole = memoryview(payload).cast("B")
+    if len(whole) > limits.max_payload:
+        raise WireError(f"a payload of {len(whole):,} bytes is more than the {limits.max_payload:,} that are allowed")
+    if bytes(whole[: len(MAGIC)]) != MAGIC or len(whole) <= len(MAGIC) + CHECKSUM_BYTES:
+        raise WireError("these bytes are no fedloom payload: expected FLOM, a version, content and a checksum")
+    # The version comes before the checksum, which a later format may compute in another way.
+    if whole[len(MAGIC)] != VERSION:
+        raise WireError(
+            f"the payload is written in version {whole[len(MAGIC)]} of the format, and this fedloom reads version "
+            f"{VERSION}: install the same version of fedloom on both sides"
+        )
+    body = whole[:-CHECKSUM_BYTES]
+    if _checksum([body]) != whole[-CHECKSUM_BYTES:]:
+        raise WireError("the payload was damaged or cut on its way: its checksum does not match")
+    fields = FieldReader(body, "the payload")
+    fields.take(len(MAGIC) + 1, "the magic bytes")
+    return read_header_fields(fields), fields
+
+
+def _checksum(pieces: Sequence[bytes | bytearray | memoryview]) -> bytes:
+    hasher = xxhash.xxh3_64()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.intdigest().to_bytes(CHECKSUM_BYTES, "little")
+
+
+Sinks = dict[int, Sink]
+
+
+def _put_positions(entries: dict[str, Entry]) -> tuple[dict[str, Cells], Sinks]:
+    sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
+    sink = PositionSink()
+    for entry in sparse.values():
+        sink.add(entry.shape, entry.positions.numpy())
+    layouts, sinks = sink.finish()
+    return dict(zip(sparse, layouts, strict=True)), sinks
+
+
+def _put_values(entries: dict[str, Entry]) -> Sinks:
+    sinks: Sinks = defaultdict(Sink)
+    for coding in CODINGS.values():
+        values = [entry.values for entry in entries.values() if coding_of(entry.values) is coding]
+        if values:
+            coding.put(coding, values, sinks)
+    return dict(sinks)
+
+
+def _pack_streams(sinks: Sinks, work: int) -> tuple[list[Stream], list[bytes | memoryview]]:
+    """The streams that hold anything, by increasing role, and all their chunks."""
+    chunks = {role: sink.chunks() for role, sink in sorted(sinks.items()) if sink.size}
+    raw = [chunk for of_stream in chunks.values() for chunk in of_stream]
+    packed: list[bytes | memoryview] = [b""] * len(raw)
+    packed[0::2], packed[1::2] = side_by_side(partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work)
+    streams, at = [], 0
+    for role, of_stream in chunks.items():
+        lengths = tuple(len(chunk) for chunk in packed[at : at + len(of_stream)])
+        streams.append(Stream(role, sinks[role].size, lengths))
+        at += len(of_stream)
+    return streams, packed
+
+
+def _pack_all(chunks: list[memoryview]) -> list[bytes | memoryview]:
+    return [pack(chunk) for chunk in chunks]
+
+
+def _item(name: str, entry: Entry, cells: Cells | None) -> Item:
+    values = entry.values
+    coding, kept = coding_of(values), values.numel()
+    block = values.block if isinstance(values, Quantized) else 0
+    if isinstance(entry, Seeded):
+        return Item(name, entry.shape, SEEDED, coding, kept, block, None, entry.seed, round(entry.density * STEPS))
+    return Item(name, entry.shape, DENSE if cells is None else SPARSE, coding, kept, block, cells)
+
+
+def _take_positions(items: Sequence[Item], sources: Sources) -> dict[str, Ints]:
+    source = PositionSource(sources, [item.cells for item in items if item.cells is not None])
+    positions = {item.name: source.take(item.shape, item.cells) for item in items if item.cells is not None}
+    source.end()
+    for item in items:
+        if item.form == SEEDED and seeded_count(item.numel, item.threshold / STEPS, item.seed) != item.count:
+            raise WireError(f"tensor {item.name!r} does not have the number of values that its mask keeps")
+    return positions
+
+
+def _take_values(items: Sequence[Item], sources: Sources) -> dict[str, Values]:
+    values: dict[str, Values] = {}
+    for coding in CODINGS.values():
+        own = [item for item in items if item.coding is coding]
+        taken = coding.get(coding, [item.count for item in own], [item.block for item in own], sources)
+        values |= zip((item.name for item in own), taken, strict=True)
+    return values
+
+
+def _entry(item: Item, positions: dict[str, Ints], values: dict[str, Values]) -> Entry:
+    if item.form == SPARSE:
+        return Sparse(item.shape, tensor_of(positions[item.name]), values[item.name])
+    if item.form == SEEDED:
+        return Seeded(item.shape, item.seed, item.threshold / STEPS, values[item.name])
+    return Dense(item.shape, values[item.name])

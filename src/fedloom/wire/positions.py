@@ -1,0 +1,270 @@
+"""The positions of all sparse tensors of a message as streams, and back.
+
+A cell that is more than a quarter full is a bitmap. Any other is a list of gap symbols (see `gaps`), in a stream
+that it shares with cells of about its density, so that one Huffman code suits them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.errors import WireError
+from fedloom.wire.cells import Grid, Lines, best_grid, matrix_shape
+from fedloom.wire.gaps import BitSink, BitSource, Bytes, Ints, from_symbols, to_symbols
+from fedloom.wire.streams import Sink, Sources
+
+CLASSES, BITMAPS, EXTRA, FIRST_GAPS = 0, 1, 2, 32
+"""Roles of streams: the gap streams are FIRST_GAPS, FIRST_GAPS + 1, …"""
+MOST_GAP_STREAMS = 64
+_STREAM_BITS = 8 * 90  # about what one more stream costs: its Huffman code, its frame, its line in the index
+_STEP = 65536  # positions handled at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell in the index: how many positions it has, in which stream (0: the bitmaps, n: gap stream n − 1)."""
+
+    count: int
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """How the positions of one sparse tensor are laid out."""
+
+    row_classes: int
+    column_classes: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def count(self) -> int:
+        """Positions in all cells."""
+        return sum(cell.count for cell in self.cells)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Coded:
+    """One tensor before streams are assigned: per cell its count, density bin (−1: bitmap) and gap symbols."""
+
+    row_classes: int
+    column_classes: int
+    counts: list[int]
+    bins: list[int]
+    symbols: list[Bytes]
+
+
+class PositionSink:
+    """Takes the positions of tensors one by one; `finish` gives every tensor's layout."""
+
+    def __init__(self) -> None:
+        self.classes, self.bitmaps, self.extra = Sink(), Sink(), BitSink()
+        self.tensors: list[_Coded] = []
+
+    def add(self, shape: tuple[int, ...], positions: Ints) -> None:
+        """Append one tensor's positions, increasing and within `shape`."""
+        grid = best_grid(positions, matrix_shape(shape))
+        for lines in (grid.rows, grid.columns):
+            if lines.classes is not None:
+                self.classes.add(lines.classes)
+        counts, sizes, inner = grid.split(positions)
+        bins, cells, end = [], [], 0
+        for count, size in zip(counts.tolist(), sizes.tolist(), strict=True):
+            part = inner[end : end + count]
+            end += count
+            if 4 * count > size:
+                self.bitmaps.add(_bitmap(part, size))
+            bins.append(-1 if 4 * count > size or not count else _density_bin(count, size))
+            cells.append(part)
+        symbols = self._symbols(bins, cells)
+        self.tensors.append(_Coded(grid.rows.number, grid.columns.number, counts.tolist(), bins, symbols))
+
+    def _symbols(self, bins: list[int], cells: list[Ints]) -> list[Bytes]:
+        """The gap symbols of every cell, none of bitmaps, made in one go."""
+        kept = [number for number, bin_ in enumerate(bins) if bin_ >= 0]
+        coded = [np.empty(0, dtype=np.uint8)] * len(cells)
+        if not kept:
+            return coded
+        inner = cells[0] if len(cells) == 1 else np.concatenate([cells[number] for number in kept])
+        starts = np.cumsum([cells[number].size for number in kept])[:-1]
+        gaps = inner.copy()
+        gaps[1:] -= inner[:-1] + 1
+        gaps[starts] = inner[starts]
+        symbols, numbers, widths = to_symbols(gaps)
+        self.extra.add(numbers, widths)
+        for number, part in zip(kept, np.split(symbols, starts), strict=True):
+            coded[number] = part
+        return coded
+
+    def finish(self) -> tuple[list[Cells], dict[int, Sink]]:
+        """The tensors' layouts, in order, and the streams by role."""
+        streams = _shared_streams(self.tensors)
+        sinks = {CLASSES: self.classes, BITMAPS: self.bitmaps, EXTRA: Sink()}
+        sinks[EXTRA].add(self.extra.packed())
+        layouts = []
+        for coded in self.tensors:
+            cells = []
+            for count, bin_, symbols in zip(coded.counts, coded.bins, coded.symbols, strict=True):
+                stream = 0 if bin_ < 0 else streams[bin_]
+                if stream:
+                    sinks.setdefault(FIRST_GAPS + stream - 1, Sink()).add(symbols)
+                cells.append(Cell(count, stream))
+            layouts.append(Cells(coded.row_classes, coded.column_classes, tuple(cells)))
+        return layouts, sinks
+
+
+def _bitmap(positions: Ints, size: int) -> Bytes:
+    bits = np.zeros(size, dtype=np.uint8)
+    bits[positions] = 1
+    return np.packbits(bits, bitorder="little")
+
+
+def _density_bin(count: int, size: int) -> int:
+    """Half octaves of size / count, from the exact binary length of its square."""
+    return (size * size // (count * count)).bit_length()
+
+
+def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
+    """Density bin → number of its stream, from 1: neighbours share one until apart they would be smaller."""
+    histograms: dict[int, NDArray[np.int64]] = {}
+    for coded in tensors:
+        for bin_, symbols in zip(coded.bins, coded.symbols, strict=True):
+            if bin_ >= 0:
+                counts = np.bincount(symbols, minlength=256)
+                histograms[bin_] = histograms[bin_] + counts if bin_ in histograms else counts
+    groups = [([bin_], histograms[bin_]) for bin_ in sorted(histograms)]
+    while len(groups) > 1:
+        losses = [
+            _bits(left[1] + right[1]) - _bits(left[1]) - _bits(right[1])
+            for left, right in zip(groups, groups[1:], strict=False)
+        ]
+        at = min(range(len(losses)), key=losses.__getitem__)
+        if losses[at] > _STREAM_BITS and len(groups) <= MOST_GAP_STREAMS:
+            break
+        groups[at : at + 2] = [(groups[at][0] + groups[at + 1][0], groups[at][1] + groups[at + 1][1])]
+    return {bin_: number for number, (bins, _) in enumerate(groups, start=1) for bin_ in bins}
+
+
+def _bits(histogram: NDArray[np.int64]) -> float:
+    """The entropy of so many symbols, in bits altogether."""
+    present = histogram[histogram > 0]
+    return float(np.sum(present * np.log2(present.sum() / present)))
+
+
+class PositionSource:
+    """Gives back the positions of tensors one by one. `layouts` are those of all of them."""
+
+    def __init__(self, sources: Sources, layouts: Sequence[Cells]) -> None:
+        self._sources = sources
+        self._need(layouts)
+        total = sum(layout.count for layout in layouts)
+        extra = sources[EXTRA]
+        if extra.left > 4 * total:
+            raise WireError(f"{extra.left:,} bytes of extra bits are more than {total:,} positions can need")
+        self._extra = BitSource(extra.take(extra.left))
+        # One array for all: many small ones would leave holes between them.
+        self._left = np.empty(total, dtype=np.int64)
+
+    def _need(self, layouts: Sequence[Cells]) -> None:
+        """Positions are only allocated where streams hold that many."""
+        needed: dict[int, int] = {}
+        for layout in layouts:
+            for cell in layout.cells:
+                role = FIRST_GAPS + cell.stream - 1 if cell.stream else BITMAPS
+                needed[role] = needed.get(role, 0) + cell.count
+        for role, count in needed.items():
+            self._sources[role].need((count + 7) // 8 if role == BITMAPS else count)
+
+    def take(self, shape: tuple[int, ...], layout: Cells) -> Ints:
+        """One tensor's positions. Raises WireError unless they increase and lie within `shape`."""
+        rows, columns = matrix_shape(shape)
+        grid = Grid(self._lines(rows, layout.row_classes), self._lines(columns, layout.column_classes))
+        sizes = grid.sizes(layout.row_classes, layout.column_classes)
+        counts = np.array([cell.count for cell in layout.cells], dtype=np.int64)
+        if (counts > sizes).any():
+            raise WireError(f"a tensor of shape {shape} has a cell with more positions than elements")
+        positions, self._left = self._left[: layout.count], self._left[layout.count :]
+        end = 0
+        for batch in _batches(layout.cells):
+            part = positions[end : end + int(counts[batch].sum())]
+            end += part.size
+            roles = [layout.cells[number].stream for number in range(batch.start, batch.stop)]
+            if not roles[0]:
+                self._bitmap(part, int(sizes[batch.start]))
+            elif len(roles) == 1:
+                self._gaps(part, int(sizes[batch.start]), roles[0])
+            else:
+                self._many(part, counts[batch], sizes[batch], roles)
+        grid.join(counts, positions, layout.row_classes, layout.column_classes)
+        return positions
+
+    def end(self) -> None:
+        """Raises WireError if extra bits are left over."""
+        self._extra.end()
+
+    def _lines(self, count: int, classes: int) -> Lines:
+        if classes == 1:
+            return Lines(count, None)
+        numbers = self._sources[CLASSES].take(count)
+        if count and int(numbers.max()) >= classes:
+            raise WireError(f"a line is in class {numbers.max()} of {classes}")
+        return Lines(count, numbers)
+
+    def _gaps(self, out: Ints, size: int, stream: int) -> None:
+        """The positions of one cell, of any number."""
+        last = -1
+        for start in range(0, out.size, _STEP):
+            part = out[start : start + _STEP]
+            gaps = from_symbols(self._sources[FIRST_GAPS + stream - 1].take(part.size), self._extra)
+            gaps += 1
+            gaps[0] += last
+            np.cumsum(gaps, out=part)
+            last = int(part[-1])
+            if last >= size:
+                raise WireError(f"position {last:,} lies outside a cell of {size:,} elements")
+
+    def _many(self, out: Ints, counts: Ints, sizes: Ints, streams: list[int]) -> None:
+        """The positions of several small cells in one go."""
+        pieces = [
+            self._sources[FIRST_GAPS + stream - 1].take(count)
+            for stream, count in zip(streams, counts.tolist(), strict=True)
+        ]
+        gaps = from_symbols(np.concatenate(pieces), self._extra)
+        gaps += 1
+        np.cumsum(gaps, out=out)
+        ends = np.cumsum(counts)
+        before = np.concatenate([[0], out[ends[:-1] - 1]])
+        out -= np.repeat(before + 1, counts)
+        if (out[ends - 1] >= sizes).any():
+            raise WireError("a position lies outside its cell")
+
+    def _bitmap(self, out: Ints, size: int) -> None:
+        found = 0
+        for start in range(0, size, _STEP):
+            packed = self._sources[BITMAPS].take((min(_STEP, size - start) + 7) // 8)
+            part = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
+            if part.size > out.size - found or (part.size and start + int(part[-1]) >= size):
+                raise WireError(f"a bitmap of {size:,} elements has more than its {out.size:,} positions")
+            np.add(part, start, out=out[found : found + part.size])
+            found += part.size
+        if found != out.size:
+            raise WireError(f"a bitmap has {found:,} positions where the index announces {out.size:,}")
+
+
+def _batches(cells: Sequence[Cell]) -> Iterator[slice]:
+    """Cells that hold anything, in order: bitmaps and large cells alone, small ones that follow each other together."""
+    start = held = 0
+    for number, cell in enumerate(cells):
+        if start < number and (not cell.stream or held + cell.count > _STEP):
+            yield slice(start, number)
+            start, held = number, 0
+        held += cell.count
+        if not cell.stream:
+            if cell.count:
+                yield slice(number, number + 1)
+            start, held = number + 1, 0
+    if start < len(cells):
+        yield slice(start, len(cells))

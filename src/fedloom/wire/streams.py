@@ -1,0 +1,174 @@
+"""Streams: the bytes of one role in all tensors, one after the other, cut in chunks that are packed one by one.
+
+A chunk holds 128 KiB (the last one less) and is either a Zstandard frame or, where that would not be smaller,
+the bytes themselves. Chunks do not depend on one another, so they are packed on as many threads as there are, to the
+same bytes, and a reader never holds more than one of a stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from fedloom.errors import WireError
+
+Bytes = NDArray[np.uint8]
+T = TypeVar("T")
+U = TypeVar("U")
+
+CHUNK = 2**17
+"""Unpacked bytes of a chunk: Zstandard's own block size, each with its own Huffman table."""
+
+MOST_EXPANSION = 2**16
+"""Unpacked bytes that a packed one can stand for, at most: an RLE block of Zstandard makes 128 KiB of 4."""
+
+_INLINE = 2**18  # below this many bytes threads cost more than they save
+
+# Literals only: of what these streams hold, matches rarely pay and Huffman coding nearly always does.
+_LITERALS = zstandard.ZstdCompressionParameters(
+    window_log=17,
+    chain_log=6,
+    hash_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+    strategy=zstandard.STRATEGY_FAST,
+    write_content_size=1,
+)
+_TEXT = zstandard.ZstdCompressionParameters.from_level(19, window_log=17, write_content_size=1)
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One stream as the index announces it: its role, unpacked bytes, and bytes of each chunk."""
+
+    role: int
+    size: int
+    chunks: tuple[int, ...]
+
+
+def pack(raw: bytes | memoryview, *, text: bool = False) -> bytes | memoryview:
+    """A Zstandard frame, or `raw` itself where that is not longer."""
+    name = "text" if text else "literals"
+    if not hasattr(_local, name):
+        setattr(_local, name, zstandard.ZstdCompressor(compression_params=_TEXT if text else _LITERALS))
+    coded: bytes = getattr(_local, name).compress(raw)
+    return coded if len(coded) < len(raw) else raw
+
+
+def unpack(coded: memoryview, size: int, what: str) -> memoryview:
+    """The `size` bytes that `pack` was given; `size` must have been checked against what is allowed."""
+    if len(coded) == size:
+        return coded
+    if len(coded) > size or size > len(coded) * MOST_EXPANSION:
+        raise WireError(f"{what}: {len(coded)} packed bytes cannot stand for {size:,}")
+    if not hasattr(_local, "unpacker"):
+        _local.unpacker = zstandard.ZstdDecompressor()
+    try:
+        # The frame's own claim decides what is allocated, so it must be what the index says.
+        if zstandard.get_frame_parameters(coded).content_size != size:
+            raise WireError(f"{what}: the frame does not announce the {size:,} bytes that the index does")
+        raw: bytes = _local.unpacker.decompress(coded, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WireError(f"{what} is no valid Zstandard frame: {error}") from error
+    if len(raw) != size:
+        raise WireError(f"{what}: {len(raw):,} bytes where the index announces {size:,}")
+    return memoryview(raw)
+
+
+class Sink:
+    """Collects the pieces of one stream."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Bytes] = []
+        self.size = 0
+
+    def add(self, piece: Bytes) -> None:
+        """Append bytes."""
+        if piece.size:
+            self.pieces.append(piece)
+            self.size += piece.size
+
+    def chunks(self) -> list[memoryview]:
+        """The unpacked chunks."""
+        whole = np.concatenate(self.pieces).data if self.pieces else memoryview(b"")
+        return [whole[start : start + CHUNK] for start in range(0, len(whole), CHUNK)]
+
+
+class Source:
+    """Reads one stream from the front, unpacking a chunk at a time."""
+
+    def __init__(self, stream: Stream, coded: memoryview) -> None:
+        self.stream = stream
+        self.coded = coded
+        self.left = stream.size
+        self._next = 0
+        self._chunk = np.empty(0, dtype=np.uint8)
+
+    def need(self, size: int) -> None:
+        """Raises WireError unless so many bytes are left; to be called before anything is allocated for them."""
+        if size > self.left:
+            raise WireError(f"stream {self.stream.role} has {self.left:,} bytes left where {size:,} are needed")
+
+    def take(self, size: int) -> Bytes:
+        """The next `size` bytes, possibly a view that must not be changed."""
+        self.need(size)
+        self.left -= size
+        pieces = []
+        while size > self._chunk.size:
+            pieces.append(self._chunk)
+            size -= self._chunk.size
+            self._chunk = self._unpacked()
+        pieces.append(self._chunk[:size])
+        self._chunk = self._chunk[size:]
+        return pieces[-1] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def end(self) -> None:
+        """Raises WireError unless everything was read."""
+        if self.left:
+            raise WireError(f"stream {self.stream.role} has {self.left:,} bytes that belong to no tensor")
+
+    def _unpacked(self) -> Bytes:
+        number, length = self._next, self.stream.chunks[self._next]
+        self._next += 1
+        size = min(CHUNK, self.stream.size - number * CHUNK)
+        coded, self.coded = self.coded[:length], self.coded[length:]
+        return np.frombuffer(unpack(coded, size, f"chunk {number} of stream {self.stream.role}"), dtype=np.uint8)
+
+
+class Sources:
+    """The streams of a payload by role; a role that it lacks reads as an empty stream."""
+
+    def __init__(self, streams: Sequence[Stream], coded: memoryview) -> None:
+        self._by_role: dict[int, Source] = {}
+        for stream in streams:
+            size = sum(stream.chunks)
+            self._by_role[stream.role] = Source(stream, coded[:size])
+            coded = coded[size:]
+
+    def __getitem__(self, role: int) -> Source:
+        if role not in self._by_role:
+            self._by_role[role] = Source(Stream(role, 0, ()), memoryview(b""))
+        return self._by_role[role]
+
+    def end(self) -> None:
+        """Raises WireError unless every stream was read to its end."""
+        for source in self._by_role.values():
+            source.end()
+
+
+def side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
+    """The results of both; at the same time where `size` bytes of work make that pay."""
+    if size < _INLINE:
+        return left(), right()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(right)
+        return left(), other.result()
