@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from fedloom.errors import WireError
 from fedloom.tensors import Dense, Quantized, Seeded, Sparse, floats
 from fedloom.wire import VALUE_KINDS, Header, Message, decode, describe, encode, quantize, read_header
 from fedloom.wire.gaps import BitSink, BitSource, from_symbols, to_symbols
+from fedloom.wire.streams import Sink
+from fedloom.wire.values import put_words
 from wire_samples import HEADER, dense, equal, numbers, samples, seeded, sparse, structured
 
 HERE = Path(__file__).parent
@@ -166,6 +169,21 @@ def test_an_index_of_many_modules_is_small():
     assert parts["header"] < 60
 
 
+def test_planes_do_not_depend_on_the_byte_order_of_the_machine():
+    """Words held in the other byte order give the same streams."""
+    words = np.array([0x80000001, 0x3F800000, 0x00000000, 0xDEADBEEF], dtype=np.uint32)
+    taken = []
+    for held in (words.astype("<u4"), words.astype(">u4")):
+        sinks = defaultdict(Sink)
+        put_words(held, 8, sinks)
+        taken.append([bytes(sinks[8 + plane].chunks()[0]) for plane in range(4)])
+    assert taken[0] == taken[1]
+    # 0x80000001 rotated left by one is 0x00000003; planes go from the most significant byte to the least.
+    assert [plane[0] for plane in taken[0]] == [0, 0, 0, 3]
+    assert [plane[3] for plane in taken[0]] == [0xBD, 0x5B, 0x7D, 0xDF]
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 40), max_size=200))
 def test_gap_symbols_are_those_of_the_definition(gaps):
     symbols, numbers_, widths = to_symbols(np.array(gaps, dtype=np.int64))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError, NumericError
@@ -15,6 +15,7 @@ INTEGERS = [kind for kind in VALUE_KINDS if kind.startswith("int")]
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
+@settings(deadline=None)
 @given(st.lists(FINITE, max_size=300))
 def test_nearest_blocks_are_those_of_a_slow_twin(values):
     tensor = torch.tensor(values, dtype=torch.float32)

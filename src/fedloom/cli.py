@@ -153,11 +153,9 @@ def compare(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")
     ] = None,
-    method: Annotated[
+    methods: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Repeatable: NAME, NAME:PRESET or NAME:KEY=VALUE,…; also alone and pooled. All, if left out."
-        ),
+        typer.Option(help="all, or NAME, NAME:PRESET, NAME:KEY=VALUE,…, alone, pooled; joined by commas, or repeated."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every method.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
@@ -170,13 +168,12 @@ def compare(
     """Run several methods on the same data with the same seeds; one table and one picture of score against bytes."""
     from fedloom import compare
     from fedloom.configfile import load
-    from fedloom.methods import METHODS
     from fedloom.report import figure, table
 
     with testbed() as folder:
         made = compare.runs(
             load(config or folder / "demo.toml", sets or []),
-            method or list(METHODS),
+            compare.variants(methods or ["all"]),
             range(first_seed, first_seed + seeds),
             out,
         )
@@ -193,7 +190,9 @@ def compare(
         compare.play(made, jobs, finished)
     groups = compare.reports(made)
     figure.compare(groups, out / "compare.png")
-    screen.print(table.comparison(groups))
+    rows = table.compared(groups)
+    (out / "compare.md").write_text(table.markdown(rows), encoding="utf-8")
+    screen.print(table.comparison(rows))
 
 
 def play(config: Config, folder: Path, *, resume: bool = False) -> None:

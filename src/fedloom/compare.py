@@ -17,6 +17,7 @@ from pathlib import Path
 from fedloom.config import Config
 from fedloom.configfile import merge, override, parse
 from fedloom.ledger import read
+from fedloom.methods import METHODS
 from fedloom.report.numbers import Report, summarise
 
 FINISHED = "report.html"
@@ -31,6 +32,20 @@ class Run:
     seed: int
     config: Config
     folder: Path
+
+
+def variants(texts: Sequence[str]) -> list[str]:
+    """Variants named by one or several texts, joined by commas; "all" stands for every method.
+
+    A part such as "tau=1.0" belongs to the variant before it.
+    """
+    found: list[str] = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        if "=" in part and ":" not in part and found:
+            found[-1] += f",{part}"
+        elif part:
+            found += list(METHODS) if part == "all" else [part]
+    return list(dict.fromkeys(found))
 
 
 def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:

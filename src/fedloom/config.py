@@ -55,6 +55,9 @@ class ModelSettings(Section):
     """The frozen base model."""
 
     path: str = Field("./model", description="Base model: a Hugging Face folder with a causal LM, or a Hub name.")
+    adapter: str | None = Field(
+        None, description="PEFT adapter folder to go on from, instead of a fresh adapter.", examples=["./adapter"]
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
     threads: int | None = Field(

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedloom import peft_bridge
-from fedloom.adapters import AdapterSettings
+from fedloom.adapters import AdapterSettings, load_adapter
 from fedloom.base_model import WEIGHTS, load_base
 from fedloom.config import Config, DataSettings, LoraSettings, OutputSettings
 from fedloom.configfile import dump
 from fedloom.data import Example, client_sources, load_examples
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
 from fedloom.lora import LoraState, derived_seed, initial_state
 from fedloom.method import Method, State
@@ -120,7 +120,7 @@ def prepare(config: Config) -> Setup:
     return Setup(
         config=config,
         job=Job(method, seed, partial(coded, config.wire.values), config.federation.weighting),
-        initial=initial_state(peft_bridge.shapes(base, shared), ranks, derived_seed(seed, "start")),
+        initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
         model=peft_bridge.attach(base, shared),
         adapter=shared,
         sites=sites,
@@ -128,6 +128,22 @@ def prepare(config: Config) -> Setup:
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
     )
+
+
+def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> LoraState:
+    """The seeded start, or the adapter that model.adapter names. Raises ModelError if that is for another model."""
+    if config.model.adapter is None:
+        return initial_state(shapes, ranks, derived_seed(config.federation.seed, "start"))
+    state, folder = load_adapter(config.model.adapter)
+    for module in sorted({*shapes, *state}):
+        wanted = (shapes[module], ranks[module]) if module in shapes else None
+        found = (state[module].shape, state[module].rank) if module in state else None
+        if wanted != found:
+            raise ModelError(
+                f"{folder.folder} does not fit {config.model.path}: module {module} has (shape, rank) {found} in the "
+                f"adapter and {wanted} in the run; it is for another base model, or [lora] differs"
+            )
+    return state
 
 
 def coded(kind: str, values: Tensor, seed: int) -> Values:

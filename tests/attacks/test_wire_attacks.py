@@ -97,6 +97,10 @@ ATTACKS = {
     "absurd sizes around a 0": (forged([item(shape=(2**31 - 1,) * 7 + (0,), count=0)]), "fewer than"),
     "more elements than allowed": (forged([item(shape=(2**17,))]), "at most 65,536"),
     "more bytes than allowed": (forged([sparse_item((2**16, 1), shape=(2**16,))]), "decode to 786,432"),
+    "more lines in classes than allowed": (
+        forged([sparse_item((1, 1), (0, 0), shape=(2**16, 1), rows=2)], [(CLASSES, 2**16, bomb(2**16))]),
+        "decode to 524,300 bytes",
+    ),
     "blocks of 0 values": (forged([item(coding=INT8, block=0)]), "blocks of 0"),
     "blocks too large": (forged([item(coding=INT8, block=65537)]), "more than the 65,536"),
     # places
@@ -215,6 +219,18 @@ def test_the_attack_is_refused_for_its_reason(attack):
         tracemalloc.stop()
     # Twice the largest output that is allowed, and a few chunks: no number of the sender's was believed.
     assert peak < 2 * SMALL.max_bytes + 2**20
+
+
+def test_lines_without_classes_cost_nothing():
+    """Half a billion rows in one class are a number, not a list."""
+    where = sparse_item((1, 1), (0, 0), shape=(2**29, 1), columns=2)
+    payload = forged([where], [(CLASSES, 1, b"\x00"), *words(1), (GAPS, 1, b"\x05")])
+    tracemalloc.start()
+    try:
+        assert decode(payload).entries["m/A"].positions.tolist() == [5]
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_readme_lists_every_attack():

@@ -16,6 +16,7 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MMAP_THRESHOLD = -3  # glibc's name for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Peak memory of a call above what was held before, its result and the libraries' workspace included.
 
     On a GPU what torch allocated. On Linux the peak of the resident set, after free memory was handed back to the
-    system; None elsewhere. Call once before to have code loaded and workspaces of the libraries in place.
+    system, with large blocks in mappings of their own from now on, so that what malloc keeps for later does not count;
+    None elsewhere. Call once before to have code loaded and workspaces of the libraries in place.
     """
     if device != "cpu":
         held = torch.cuda.memory_allocated()
@@ -75,7 +77,10 @@ def extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     if not os.access(_CLEAR, os.W_OK):
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and libc.mallopt(_MMAP_THRESHOLD, 2**16)):
+        return None
+    libc.malloc_trim(0)
     _CLEAR.write_text("5")  # resets the peak
     held = _status("VmRSS")
     call()

@@ -9,18 +9,19 @@ payloads of a run can stand in for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from fedloom.bench.machine import best, extra_bytes, seconds
+from fedloom.bench.machine import best, seconds
+from fedloom.bench.paper import paper_decode, paper_encode
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.errors import ConfigError
 from fedloom.lora import derived_seed
@@ -64,7 +65,7 @@ def run(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """{"workload": …, "rows": [Row as a dict, …], "details": [bytes by part and decode memory, …]}.
+    """{"workload": …, "rows": [Row as a dict, …], "details": [bytes by part, memory, seconds of the broadcast, …]}.
 
     `recorded` is a folder of payloads that a run kept (`output.keep_payloads`); the other settings shape the synthetic
     workload. Raises ConfigError for an unknown preset or a folder without updates.
@@ -144,7 +145,8 @@ def _row(kind: str, up: Entries, downs: Sequence[Entries], repeats: int, seed: i
     payload = encode(message)
     parts = describe(payload).parts
     sent = sum(entry.values.numel() for entry in up.values() if isinstance(entry, Sparse))
-    down = [encode(_message(entries, kind, seed)) for entries in downs]
+    broadcast = _message(downs[0], kind, seed)
+    down = [encode(broadcast), *(encode(_message(entries, kind, seed)) for entries in downs[1:])]
     down_bytes = round(sum(map(len, down)) / len(down))
     row = Row(
         kind,
@@ -161,9 +163,10 @@ def _row(kind: str, up: Entries, downs: Sequence[Entries], repeats: int, seed: i
     detail = {
         "values": kind,
         "parts": dict(parts),
+        "down_encode_s": best(lambda: encode(broadcast), repeats),
         "down_decode_s": best(lambda: decode(down[0]), repeats),
         "decode_output_bytes": output,
-        "decode_extra_bytes": extra_bytes(lambda: decode(payload)),
+        "decode_peak_bytes": _peak_bytes(lambda: decode(payload)),
     }
     return row, detail
 
@@ -174,6 +177,16 @@ def _message(entries: Entries, kind: str, seed: int) -> Message:
         for name, entry in entries.items()
     }
     return Message(Header("update", "bench", 1, 0, "0" * 32, num_examples=1), coded)
+
+
+def _peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call holds at a time, its result included: all of it that Python and numpy allocate."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def _output_bytes(entry: Entry) -> int:
@@ -200,38 +213,6 @@ def _paper_row(up: Entries, downs: Sequence[Entries], repeats: int) -> Row:
         min(seconds(lambda: paper_decode(payload, shapes_of)) for _ in range(min(repeats, 2))),
         0.0,
     )
-
-
-def paper_encode(entries: Entries) -> bytes:
-    """Per tensor: one bit an element (present or not), filled up to a byte, then the present values as float32."""
-    pieces = []
-    for entry in entries.values():
-        present = np.zeros(count(entry.shape), dtype=np.bool_)
-        present[_where(entry)] = True
-        pieces += [np.packbits(present).tobytes(), floats(entry.values).numpy().tobytes()]
-    return b"".join(pieces)
-
-
-def paper_decode(payload: bytes, shapes_of: Mapping[str, tuple[int, ...]]) -> dict[str, Sparse]:
-    """What `paper_encode` was given, as sparse entries; the shapes are not in its bytes."""
-    entries, at = {}, 0
-    for name, shape in shapes_of.items():
-        numel = count(shape)
-        packed = np.frombuffer(payload, np.uint8, (numel + 7) // 8, at)
-        positions = np.flatnonzero(np.unpackbits(packed, count=numel))
-        at += packed.size
-        values = np.frombuffer(payload, np.float32, positions.size, at).copy()
-        at += values.nbytes
-        entries[name] = Sparse(shape, torch.from_numpy(positions), torch.from_numpy(values))
-    return entries
-
-
-def _where(entry: Entry) -> Any:  # noqa: ANN401 - whatever indexes an array
-    if isinstance(entry, Sparse):
-        return entry.positions.numpy()
-    if isinstance(entry, Seeded):
-        return seeded_mask(count(entry.shape), entry.density, entry.seed).numpy()
-    return slice(None)
 
 
 def entropy_bits(entries: Entries) -> float:

@@ -98,7 +98,7 @@ def by_randomised(a: Tensor, b: Tensor, rank: int | None) -> Spectrum | None:
         image = (u.float().T @ b) @ a
         previous, excess = excess, _excess(s * s, (image - s[:, None] * v.T).square().sum(1), rank)
         if excess <= MAX_EXCESS:
-            return _ritz(a, b, u, s, v)
+            return _ritz(a, b, u[:, :rank], s[:rank], v[:, :rank])
         if step > 2 and not excess * (excess / previous) ** (MAX_STEPS - step) <= MAX_EXCESS:
             return None
         v = torch.linalg.qr(image.T).Q

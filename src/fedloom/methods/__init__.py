@@ -45,6 +45,8 @@ class Entry:
     presets: Mapping[str, Settings] = field(default_factory=dict)
 
 
+PAPER_SRD: Settings = {"download": "random", "ridge": 0.0}
+
 METHODS: Mapping[str, Entry] = {
     "fedit": Entry(fedit),
     "fedprox": Entry(fedprox),
@@ -57,11 +59,11 @@ METHODS: Mapping[str, Entry] = {
     "flora": Entry(flora),
     "flexlora": Entry(flexlora),
     "hetlora": Entry(hetlora),
-    "florist": Entry(florist, {"paper": {}}),
+    "florist": Entry(florist, {"paper": {"tau": 0.9, "client_init": "merge_reinit"}}),
     "fed-dare": Entry(fed_dare),
     "flasc": Entry(flasc),
-    "fedsrd": Entry(fedsrd, {"paper": {}}),
-    "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": {}}),
+    "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD}),
+    "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD}),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
 from fedloom.lowrank import ProductChange
 from fedloom.method import Aggregate, Context, Facts, Method, State, Update
@@ -63,11 +64,11 @@ def fedsrd(
     rescale: Rescale = "l1",
     rescale_cap: float = math.inf,
     client_residual: float = 0.0,
-    download: Literal["random", "topk"] = "random",
+    download: Literal["random", "topk"] = "topk",
     download_sparsity: float = 0.8,
     download_rescale: Rescale = "none",
     server_residual: float = 0.0,
-    ridge: float = 0.0,
+    ridge: float = 0.03,
     rcond: float = 1e-6,
 ) -> Method:
     """FedSRD (decompose: best rank-r approximation of the aggregate) or FedSRD-e (the aggregate itself, no SVD).
@@ -76,8 +77,19 @@ def fedsrd(
     rescale: "l1" gives what is sent the L1 norm of the whole, by a factor of at most rescale_cap.
     client_residual, server_residual: 0 drops what was not sent; 0 < d ≤ 1 adds d times it to the next change.
     download: "random" keeps a seeded share 1 − download_sparsity, divided by it (DARE); "topk" the most important
-    elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`.
+    elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`. Preset "paper" has the paper's
+    random download and no ridge; docs/LOG.md says why the default differs.
     """
+    shares = {
+        "client_residual": client_residual,
+        "server_residual": server_residual,
+        "download_sparsity": download_sparsity,
+    }
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"method.{name} is {share}: expected 0 to 1")
+    if ridge < 0 or rcond < 0 or rescale_cap < 1:
+        raise ConfigError(f"method: ridge {ridge} and rcond {rcond} must be ≥ 0, rescale_cap {rescale_cap} must be ≥ 1")
     up = Upload(Adaptive(base_sparsity, kurtosis_slope, sparsity_upper), rescale, rescale_cap, client_residual)
     down = Download(download, 1.0 - download_sparsity, download_rescale, rescale_cap, server_residual)
     return Method(

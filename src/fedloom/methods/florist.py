@@ -27,7 +27,7 @@ from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 
 
-def florist(*, tau: float = 0.9, client_init: ClientInit = "merge_reinit") -> Method:
+def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
     """tau: share of the squared singular values that is broadcast, 0 < tau ≤ 1; client_init: see the module."""
     if not 0.0 < tau <= 1.0:
         raise ConfigError(f"method.tau is {tau}: expected 0 < tau ≤ 1 (the paper uses 0.8 to 0.99)")

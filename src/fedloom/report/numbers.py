@@ -56,6 +56,11 @@ class Report:
         """What dense fp32 FedIT would have sent in as many turns: 4 bytes a value, both ways."""
         return 2 * 4 * self.run.adapter_values * self.turns
 
+    def score_at(self, round: int) -> float:
+        """Mean exact match at the last evaluation up to a round; NaN where there was none."""
+        scores = [point.scores[MEAN] for point in self.points if point.round <= round]
+        return scores[-1] if scores else math.nan
+
     def score(self, domain: str, at: int = -1) -> float:
         """Exact match at the first (0) or last (-1) evaluation; NaN where there was none."""
         return self.points[at].scores.get(domain, math.nan) if self.points else math.nan

@@ -56,27 +56,49 @@ def sentence(report: Report) -> str:
     )
 
 
-def comparison(groups: Mapping[str, Sequence[Report]]) -> Table:
-    """Several runs, one row a label: mean final score over seeds and its 95 % interval, bytes, seconds."""
-    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match after the last round", title_style="bold")
-    table.add_column("run", no_wrap=True)
-    for name in ("seeds", "score (%)", "interval", "sent", "of dense", "s / turn", "server s / round"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, reports in groups.items():
-        mean, half = interval([100 * report.score(MEAN) for report in reports])
-        sent, dense = (sum(sizes) for sizes in zip(*((r.totals.bytes, r.dense_bytes) for r in reports), strict=True))
-        turns, rounds = sum(r.turns for r in reports), sum(r.run.num_rounds for r in reports)
-        table.add_row(
-            label,
-            str(len(reports)),
-            f"{mean:.1f}",
-            f"± {half:.1f}" if len(reports) > 1 else "–",
-            human_bytes(sent / len(reports)),
-            f"{100 * sent / dense:.1f} %" if dense else "–",
-            f"{sum(r.train_seconds for r in reports) / turns:.2f}" if turns else "–",
-            f"{sum(r.server_seconds for r in reports) / rounds:.3f}",
-        )
+def compared(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
+    """Several runs, one row a label: score halfway and at the end (mean over seeds, 95 % interval), bytes, seconds."""
+    return [_compared(label, reports) for label, reports in groups.items()]
+
+
+def _compared(label: str, reports: Sequence[Report]) -> dict[str, str]:
+    turns, rounds = sum(r.turns for r in reports), sum(r.run.num_rounds for r in reports)
+    sent, dense = sum(r.totals.bytes for r in reports), sum(r.dense_bytes for r in reports)
+    up, down = sum(r.totals.bytes_up for r in reports), sum(r.totals.bytes_down for r in reports)
+    return {
+        "run": label,
+        "seeds": str(len(reports)),
+        "halfway %": _scored([r.score_at(r.run.num_rounds // 2) for r in reports]),
+        "end %": _scored([r.score(MEAN) for r in reports]),
+        "up / turn": _mean(up, turns),
+        "down / turn": _mean(down, turns),
+        "of dense fp32": f"{100 * sent / dense:.2f} %" if dense else "–",
+        "s / turn": f"{sum(r.train_seconds for r in reports) / turns:.2f}" if turns else "–",
+        "server s / round": f"{sum(r.server_seconds for r in reports) / rounds:.3f}",
+    }
+
+
+def _scored(values: Sequence[float]) -> str:
+    mean, half = interval([100 * value for value in values])
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
+    """The rows of `compared` for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
     return table
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows of `compared` as a Markdown table."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _mean(size: int, turns: int) -> str:

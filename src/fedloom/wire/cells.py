@@ -7,6 +7,7 @@ and one column class, and its positions are counted row by row within it. A tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,18 +51,24 @@ class Lines:
             return np.array([self.count], dtype=np.int64)
         return np.bincount(self.classes, minlength=number).astype(np.int64)
 
-    def order(self) -> Ints:
-        """The lines, class after class, each in its own order."""
+    def ranks(self, lines: Ints, number: int) -> Ints:
+        """The numbers of these lines within their classes."""
         if self.classes is None:
-            return np.arange(self.count, dtype=np.int64)
-        return np.argsort(self.classes, kind="stable")
-
-    def ranks(self, number: int) -> Ints:
-        """Each line's number within its class, of `number` classes."""
+            return lines
         sizes = self.sizes(number)
         ranks = np.empty(self.count, dtype=np.int64)
-        ranks[self.order()] = np.arange(self.count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return ranks
+        order = np.argsort(self.classes, kind="stable")
+        ranks[order] = np.arange(self.count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return ranks[lines]
+
+    def order(self, number: int) -> Callable[[Ints, Bytes], Ints]:
+        """The inverse of `ranks`: (numbers within classes, the classes) → lines."""
+        if self.classes is None:
+            return lambda ranks, classes: ranks
+        lines = np.argsort(self.classes, kind="stable")
+        sizes = self.sizes(number)
+        starts = np.cumsum(sizes) - sizes
+        return lambda ranks, classes: lines[ranks + starts[classes]]
 
     def of(self, lines: Ints) -> Bytes:
         """The class of each of these lines."""
@@ -88,8 +95,8 @@ class Grid:
         rows, columns = divide(positions, self.columns.count)
         cells = self.cells(rows, columns)
         widths = self.columns.sizes(column_classes)
-        inner = self.rows.ranks(row_classes)[rows] * widths[self.columns.of(columns)]
-        inner += self.columns.ranks(column_classes)[columns]
+        inner = self.rows.ranks(rows, row_classes) * widths[self.columns.of(columns)]
+        inner += self.columns.ranks(columns, column_classes)
         order = np.argsort(cells, kind="stable")
         return np.bincount(cells, minlength=sizes.size), sizes, inner[order]
 
@@ -101,19 +108,16 @@ class Grid:
         """Turn positions within cells, cell after cell, into increasing positions in the whole, in place."""
         if row_classes * column_classes == 1:
             return
-        row_sizes, widths = self.rows.sizes(row_classes), self.columns.sizes(column_classes)
-        row_starts, column_starts = np.cumsum(row_sizes) - row_sizes, np.cumsum(widths) - widths
-        row_order, column_order = self.rows.order(), self.columns.order()
+        widths = self.columns.sizes(column_classes)
+        row_order, column_order = self.rows.order(row_classes), self.columns.order(column_classes)
         cells = np.repeat(np.arange(counts.size, dtype=np.uint8), counts)
         for start in range(0, inner.size, _STEP):
             part, cell = inner[start : start + _STEP], cells[start : start + _STEP]
-            column_class = cell % np.uint8(column_classes)
+            row_class, column_class = np.divmod(cell, np.uint8(column_classes))
             rows, columns = divide(part, widths[column_class])
-            rows += row_starts[cell // np.uint8(column_classes)]
-            columns += column_starts[column_class]
-            np.multiply(row_order[rows], self.columns.count, out=part)
-            part += column_order[columns]
-        inner.sort()
+            np.multiply(row_order(rows, row_class), self.columns.count, out=part)
+            part += column_order(columns, column_class)
+        inner.sort(kind="stable")  # a merge of the cells' increasing runs, several times faster than any other sort
 
 
 def divide(positions: Ints, width: int | Ints) -> tuple[Ints, Ints]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedloom.errors import WireError
 from fedloom.tensors import count
-from fedloom.wire.cells import MOST_CLASSES
+from fedloom.wire.cells import MOST_CLASSES, matrix_shape
 from fedloom.wire.fields import FieldReader, FieldWriter, text
 from fedloom.wire.limits import Limits
 from fedloom.wire.message import Header
@@ -60,8 +60,13 @@ class Item:
 
     @property
     def output_bytes(self) -> int:
-        """What the decoded entry takes: its values, scales and positions."""
-        return self.coding.output_bytes * self.count + 4 * self.scales + 8 * self.count * (self.form == SPARSE)
+        """What decoding the entry takes: its values, scales and positions, and 8 bytes for every line in a class."""
+        values = self.coding.output_bytes * self.count + 4 * self.scales
+        if self.cells is None:
+            return values
+        rows, columns = matrix_shape(self.shape)
+        lines = rows * (self.cells.row_classes > 1) + columns * (self.cells.column_classes > 1)
+        return values + 8 * self.count + 8 * lines
 
 
 def write_header(out: FieldWriter, header: Header) -> None:

@@ -15,10 +15,10 @@ class Limits:
     """
 
     max_payload: int = 2**32
-    max_values: int = 2**31
-    max_tensors: int = 2**16
+    max_values: int = 2**30
+    max_tensors: int = 2**13
     max_bytes: int = 2**34
-    max_index: int = 2**24
+    max_index: int = 2**19
 
 
 DEFAULT = Limits()
