@@ -9,7 +9,7 @@ import torch
 
 from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot, load, save
-from fedloom.errors import StaleError
+from fedloom.errors import ConfigError, StaleError
 from fedloom.lora import LoraPair, LoraState, derived_seed, digest
 from fedloom.method import State
 from fedloom.methods import METHODS, build
@@ -240,3 +240,22 @@ def test_a_round_of_zero_changes_changes_nothing(name: str):
         federation.play()
     for module, change in delta(federation.server.total).items():
         assert change.abs().max() == 0, module
+
+
+@pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).takes_budget))
+@pytest.mark.parametrize("budget", [350, 420, 600, 5000])
+def test_a_budget_in_bytes_is_kept_and_used(name: str, budget: int):
+    federation = Federation(job(build(name, {"client_residual": 0.9}), budget=budget))
+    for _ in range(3):
+        federation.play()
+        assert all(len(payload) <= budget for payload in federation.uploads.values())
+    federation.settle()
+    for state in federation.clients.values():
+        assert_same_model(state, federation.server)
+    if budget < 5000:  # that much is more than everything takes
+        assert max(map(len, federation.uploads.values())) > 0.7 * budget
+
+
+def test_a_budget_too_small_for_anything_is_refused():
+    with pytest.raises(ConfigError, match="wire.budget"):
+        Federation(job(build("fedsrd"), budget=40)).play()

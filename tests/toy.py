@@ -13,8 +13,10 @@ SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.dow
 RANK = 4
 
 
-def job(method: Method, *, seed: int = 3, weighting: str = "examples", values: str = "fp32") -> Job:
-    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting)
+def job(
+    method: Method, *, seed: int = 3, weighting: str = "examples", values: str = "fp32", budget: int | None = None
+) -> Job:
+    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting, budget)
 
 
 def ranks(rank: int) -> dict[str, int]:

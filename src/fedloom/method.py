@@ -60,11 +60,15 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding."""
+    """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
+
+    budget: bytes of a client's payload, at most, for methods that can choose (`Method.takes_budget`).
+    """
 
     round: int
     seed: int
     quantize: Quantize
+    budget: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -135,7 +139,8 @@ class Method:
     """One way to federate LoRA.
 
     adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
-    penalty(before, now) is added to a client's loss (`now` holds live parameters).
+    penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
+    keeps to context.budget.
     """
 
     name: str
@@ -147,3 +152,4 @@ class Method:
     trainable: Callable[[int], tuple[str, ...]] = both_factors
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
+    takes_budget: bool = False

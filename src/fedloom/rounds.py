@@ -42,16 +42,21 @@ class Train(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What server and clients agree on before the first round. `quantize` codes the values of both directions."""
+    """What server and clients agree on before the first round.
+
+    quantize codes the values of both directions; budget is the bytes of a client's payload, at most.
+    """
 
     method: Method
     seed: int
     quantize: Quantize
     weighting: str = "examples"
+    budget: int | None = None
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
-        return Context(round, derived_seed(self.seed, "client", party) if party else self.seed, self.quantize)
+        seed = derived_seed(self.seed, "client", party) if party else self.seed
+        return Context(round, seed, self.quantize, self.budget)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

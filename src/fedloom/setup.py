@@ -105,6 +105,8 @@ def prepare(config: Config) -> Setup:
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
+    if config.wire.budget and not method.takes_budget:
+        raise ConfigError(f"wire.budget does not work with method {method.name!r}, which sends everything; unset it")
     texts, manifest = client_examples(config)
     texts = participating(texts, config.federation.participants)
     heldout = heldout_examples(config.data)
@@ -119,7 +121,13 @@ def prepare(config: Config) -> Setup:
     seed = config.federation.seed
     return Setup(
         config=config,
-        job=Job(method, seed, partial(coded, config.wire.values), config.federation.weighting),
+        job=Job(
+            method,
+            seed,
+            partial(coded, config.wire.values),
+            config.federation.weighting,
+            config.wire.budget_bytes,
+        ),
         initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
         model=peft_bridge.attach(base, shared),
         adapter=shared,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from fedloom.partition import save_manifest
 from fedloom.rounds import ServerTurn, accept, client_turn, server_turn, start
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup, prepare
+from fedloom.wire import describe
 
 
 def run(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> RunSummary:
@@ -49,6 +51,14 @@ def attendance(config: Config, clients: Mapping[str, object], round: int) -> Att
     count = max(1, int(federation.fraction_train * len(clients) + 0.5))
     asked = tuple(sorted(draw.sample(sorted(clients), count)))
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
+
+
+def choice(payload: bytes, budget: int) -> str:
+    """What a byte budget was spent on, in words."""
+    tensors = describe(payload).tensors
+    share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
+    kinds = ", ".join(sorted({t.coding for t in tensors}))
+    return f"wire.budget of {budget} bytes: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"
 
 
 class Simulation:
@@ -159,6 +169,8 @@ class Simulation:
             Training(round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds)
         )
         self.folder.transfer(round, client, "up", turn.payload)
+        if round == 1 and self.setup.job.budget:
+            self.folder.ledger.note(round, f"client {client}: {choice(turn.payload, self.setup.job.budget)}")
         self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), sum(map(len, down)))
         return turn.payload
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
 from fedloom.lowrank import ProductChange
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.allotment import Allotment, sent_within
 from fedloom.methods.averaging import add_change, alternating
 from fedloom.methods.fed_dare import drop_and_rescale
 from fedloom.sparsify import Adaptive, Rescale, importance, kept_count, split
@@ -85,15 +86,16 @@ def fedsrd(
         "server_residual": server_residual,
         "download_sparsity": download_sparsity,
     }
-    for name, share in shares.items():
+    for key, share in shares.items():
         if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"method.{name} is {share}: expected 0 to 1")
+            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
     if ridge < 0 or rcond < 0 or rescale_cap < 1:
         raise ConfigError(f"method: ridge {ridge} and rcond {rcond} must be ≥ 0, rescale_cap {rescale_cap} must be ≥ 1")
     up = Upload(Adaptive(base_sparsity, kurtosis_slope, sparsity_upper), rescale, rescale_cap, client_residual)
     down = Download(download, 1.0 - download_sparsity, download_rescale, rescale_cap, server_residual)
+    name = "fedsrd" if decompose else "fedsrd-e"
     return Method(
-        name="fedsrd" if decompose else "fedsrd-e",
+        name=name,
         facts=Facts(
             paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
             exact=False,
@@ -102,36 +104,38 @@ def fedsrd(
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",
         ),
-        compress=partial(send_important, up),
+        compress=partial(send_important, up, name),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
         receive=add_change,
+        takes_budget=True,
     )
 
 
 def send_important(
-    up: Upload, state: State, after: LoraState, context: Context
-) -> tuple[Mapping[str, Tensor], dict[str, Entry]]:
-    """The most important elements of ΔA and ΔB of every module (FedSRD eq. 4–7)."""
-    entries: dict[str, Entry] = {}
-    memory: dict[str, Tensor] = {}
+    up: Upload, name: str, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], Entries]:
+    """The most important elements of ΔA and ΔB of every module (FedSRD eq. 4–7), or as many as the budget allows."""
+    changes: dict[str, tuple[Tensor, Tensor]] = {}
     for module, before in state.adapter.items():
         others = {"A": after[module].B, "B": before.A}
         for part in PARTS:
-            name = f"{module}/{part}"
-            delta = carried(after[module].part(part) - before.part(part), state.memory.get(name), up.decay)
-            scores = importance(delta, others[part], part)
-            cut = split(
-                delta,
-                scores,
-                up.sparsity.keep(scores),
-                rescale=up.rescale,
-                cap=up.cap,
-                quantize=context.quantize,
-                seed=derived_seed(context.seed, "upload", context.round, name),
-            )
-            entries[name] = cut.sent
+            tensor = f"{module}/{part}"
+            delta = carried(after[module].part(part) - before.part(part), state.memory.get(tensor), up.decay)
+            changes[tensor] = delta, importance(delta, others[part], part)
+    memory: dict[str, Tensor] = {}
+
+    def send(allotment: Allotment) -> Entries:
+        entries: dict[str, Entry] = {}
+        for tensor, (delta, scores) in changes.items():
+            seed = derived_seed(context.seed, "upload", context.round, tensor)
+            keep = allotment.counts[tensor]
+            cut = split(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=allotment.quantize, seed=seed)
+            entries[tensor] = cut.sent
             if up.decay:
-                memory[name] = cut.rest
+                memory[tensor] = cut.rest
+        return entries
+
+    entries = sent_within(changes, up.sparsity.keep, send, name, state, context)
     return memory, entries
 
 
