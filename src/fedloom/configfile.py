@@ -43,7 +43,14 @@ _EXPECTED = {
 """pydantic's kind of error → what was expected, in words."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list"}
-_LOCATED = (("model", "path"), ("model", "adapter"), ("data", "source"), ("data", "heldout"), ("data", "validation"), ("output", "dir"))
+_LOCATED = (
+    ("model", "path"),
+    ("model", "adapter"),
+    ("data", "source"),
+    ("data", "heldout"),
+    ("data", "validation"),
+    ("output", "dir"),
+)
 """Settings that may be paths: "./x" counts from the folder of the file that says it."""
 
 

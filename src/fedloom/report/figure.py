@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
 
@@ -22,6 +22,8 @@ MIB = 2**20
 INK = "#222222"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C00", "#000000")
 """Okabe and Ito's palette, told apart with every common kind of colour vision (its yellow darkened for white paper)."""
+LINES = ("-", "--", "-.", ":", "-")
+"""Styles of line, for more runs than there are colours."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE: Any = {
@@ -69,14 +71,19 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
             for axes, along in zip(panels, ("round", "mib"), strict=True):
                 shown = [s for s in stretches if along == "round" or s.mib > 0]
                 xs = [getattr(s, along) for s in shown]
-                axes.plot(xs, [s.mean for s in shown], lw=1.8, ms=4, label=label, color=colour, marker=marker)
+                means = [s.mean for s in shown]
+                axes.plot(
+                    xs, means, LINES[number // len(COLOURS)], lw=1.8, ms=4, label=label, color=colour, marker=marker
+                )
                 low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
-                axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
         panels[1].set_title("the same against bytes, both ways")
         panels[1].set_xscale("log")
+        panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[0].legend(loc="best", fontsize=9)
+        panels[1].xaxis.set_minor_formatter(NullFormatter())
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
         _save(figure, target, form)
 
 
