@@ -274,14 +274,18 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "play", play)
     monkeypatch.chdir(tmp_path)
-    variants = ("--method", "fedit", "--method", "florist:tau=1.0,client_init=warm")
+    variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "fedit, seed 0: 60 s; about 5 min left"
     assert len([line for line in lines if "min left" in line]) == 6
     row = next(line.split() for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
-    assert row[1:] == ["3", "60.0", "±", "24.8", "3.9", "KiB", "50.0", "%", "0.50", "0.000"]
+    turns = ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]
+    assert row[1:] == ["3", "10.0", "±", "0.0", "60.0", "±", "24.8", *turns]
+    assert (
+        "| florist:tau=1.0,client_init=warm | 3 | 10.0 ± 0.0 | 60.0 ± 24.8 |" in (tmp_path / "c/compare.md").read_text()
+    )
     assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
 
 

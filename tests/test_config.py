@@ -139,7 +139,7 @@ def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
         ("[training]\nlearning_rate = nan", "learning_rate is NaN; expected a finite number"),
         ("[federation]\nfraction_train = 0.0", "expected more than 0"),
         ("[federation]\nfraction_train = 1.5", "expected at most 1"),
-        ("[wire]\nvalues = 'int3'", "wire.values is \"int3\"; expected 'fp32', .* or 'int4'"),
+        ("[wire]\nvalues = 'int3'", "wire.values is \"int3\"; expected 'auto', 'fp32', .* or 'int4-stochastic'"),
         ("[wire]\nbudget = '8 mega'", "wire.budget is \"8 mega\"; expected one such as '8MiB'"),
         ("[clients.a]\nr = 0", "clients.a.r is 0; expected at least 1"),
         ("clients = 3", "clients is 3, a whole number; expected a table"),

@@ -188,15 +188,13 @@ def test_exact_methods_return_the_weighted_sum_of_products(name: str):
     federation = Federation(job(build(name, LOSSLESS.get(name))))
     for round in range(1, 4):
         before = federation.server
-        trained = {
-            c: federation.train(before, round, client_seed(federation.job, c, round)) for c in federation.clients
-        }
+        seeds = [client_seed(federation.job, client, round) for client in federation.clients]
+        trained = [federation.train(before, round, seed) for seed in seeds]
         total = sum(t.num_examples for t in trained)
         federation.play()
         for module, after in delta(federation.server.total).items():
             ideal = sum(
-                t.num_examples / total * delta(replace(before, adapter=t.adapter).total)[module]
-                for t in trained.values()
+                t.num_examples / total * delta(replace(before, adapter=t.adapter).total)[module] for t in trained
             )
             assert (after - ideal).norm() <= 1e-5 * ideal.norm(), module
 

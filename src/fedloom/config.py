@@ -175,7 +175,11 @@ class MethodSettings(BaseModel):
 class WireSettings(Section):
     """How values travel."""
 
-    values: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field("fp32", description="Form of values in payloads.")
+    values: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "int8-stochastic", "int4-stochastic"] = Field(
+        "auto",
+        description="Form of values in payloads: fp32 loses nothing; auto is the smallest that costs the method less "
+        "than a point (docs/BENCHMARKS.md).",
+    )
     budget: Bytes | None = Field(
         None, description="Bytes of one client's update, at most; chooses density and form.", examples=["8MiB"]
     )

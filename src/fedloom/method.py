@@ -6,7 +6,7 @@ are bound when the record is built, so the builder's keyword arguments are its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -58,17 +58,29 @@ class Update:
     entries: Entries
 
 
+class Budget(Protocol):
+    """Bytes of a client's payload, at most, for methods that can choose what to send (`Method.takes_budget`)."""
+
+    def allotments(
+        self, changes: Mapping[str, tuple[Tensor, Tensor]], seed: int
+    ) -> Iterator[tuple[Mapping[str, int], Quantize]]:
+        """Name → (change, importance) → ever smaller (number of elements of each tensor, form of their values)."""
+
+    def fits(self, entries: Entries) -> bool:
+        """Whether the entries stay within the budget."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
 
-    budget: bytes of a client's payload, at most, for methods that can choose (`Method.takes_budget`).
+    budget: set where a client's payload is limited.
     """
 
     round: int
     seed: int
     quantize: Quantize
-    budget: int | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -140,7 +152,7 @@ class Method:
 
     adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
     penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
-    keeps to context.budget.
+    keeps to context.budget; values is the form of values meant by wire.values = "auto".
     """
 
     name: str
@@ -153,3 +165,4 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    values: str = "fp32"

@@ -21,6 +21,7 @@ from fedloom.method import FROZEN, Context, Entries, Method, State, Update
 from fedloom.sparsify import Quantize
 from fedloom.tensors import dense, floats, to_dense
 from fedloom.wire import Header, Limits, Message, decode, encode
+from fedloom.wire.budget import ByteBudget
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,7 +57,7 @@ class Job:
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
-        return Context(round, seed, self.quantize, self.budget)
+        return Context(round, seed, self.quantize)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -97,8 +98,11 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
             raise NumericError(
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
-    memory, entries = job.method.compress(state, trained.adapter, job.context(round, client))
     header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
+    context = job.context(round, client)
+    if job.budget is not None:
+        context = replace(context, budget=ByteBudget(job.budget, header))
+    memory, entries = job.method.compress(state, trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
 
 

@@ -124,7 +124,7 @@ def prepare(config: Config) -> Setup:
         job=Job(
             method,
             seed,
-            partial(coded, config.wire.values),
+            partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
             config.federation.weighting,
             config.wire.budget_bytes,
         ),

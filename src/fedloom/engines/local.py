@@ -90,7 +90,7 @@ class Simulation:
                 first_round=self.round + 1,
             )
         )
-        if self.round == 0:
+        if snapshot is None:
             self.begin()
         while self.round < config.federation.num_rounds:
             self.round += 1

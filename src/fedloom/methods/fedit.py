@@ -27,4 +27,5 @@ def fedit() -> Method:
         aggregate=average,
         receive=replace_factors,
         narrow=narrow_factors,
+        values="int8",
     )

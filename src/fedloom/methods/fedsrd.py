@@ -19,10 +19,9 @@ from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
 from fedloom.lowrank import ProductChange
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.allotment import Allotment, sent_within
 from fedloom.methods.averaging import add_change, alternating
 from fedloom.methods.fed_dare import drop_and_rescale
-from fedloom.sparsify import Adaptive, Rescale, importance, kept_count, split
+from fedloom.sparsify import Adaptive, Quantize, Rescale, importance, kept_count, split
 from fedloom.tensors import Entry
 
 
@@ -93,9 +92,8 @@ def fedsrd(
         raise ConfigError(f"method: ridge {ridge} and rcond {rcond} must be ≥ 0, rescale_cap {rescale_cap} must be ≥ 1")
     up = Upload(Adaptive(base_sparsity, kurtosis_slope, sparsity_upper), rescale, rescale_cap, client_residual)
     down = Download(download, 1.0 - download_sparsity, download_rescale, rescale_cap, server_residual)
-    name = "fedsrd" if decompose else "fedsrd-e"
     return Method(
-        name=name,
+        name="fedsrd" if decompose else "fedsrd-e",
         facts=Facts(
             paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
             exact=False,
@@ -104,15 +102,16 @@ def fedsrd(
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",
         ),
-        compress=partial(send_important, up, name),
+        compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
         receive=add_change,
         takes_budget=True,
+        values="int4",
     )
 
 
 def send_important(
-    up: Upload, name: str, state: State, after: LoraState, context: Context
+    up: Upload, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The most important elements of ΔA and ΔB of every module (FedSRD eq. 4–7), or as many as the budget allows."""
     changes: dict[str, tuple[Tensor, Tensor]] = {}
@@ -124,19 +123,25 @@ def send_important(
             changes[tensor] = delta, importance(delta, others[part], part)
     memory: dict[str, Tensor] = {}
 
-    def send(allotment: Allotment) -> Entries:
+    def send(counts: Mapping[str, int], quantize: Quantize) -> Entries:
         entries: dict[str, Entry] = {}
         for tensor, (delta, scores) in changes.items():
             seed = derived_seed(context.seed, "upload", context.round, tensor)
-            keep = allotment.counts[tensor]
-            cut = split(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=allotment.quantize, seed=seed)
+            keep = counts[tensor]
+            cut = split(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=quantize, seed=seed)
             entries[tensor] = cut.sent
             if up.decay:
                 memory[tensor] = cut.rest
         return entries
 
-    entries = sent_within(changes, up.sparsity.keep, send, name, state, context)
-    return memory, entries
+    if context.budget is None:
+        own = {tensor: up.sparsity.keep(scores) for tensor, (_, scores) in changes.items()}
+        return memory, send(own, context.quantize)
+    for counts, quantize in context.budget.allotments(changes, context.seed):
+        entries = send(counts, quantize)
+        if context.budget.fits(entries):
+            return memory, entries
+    raise ConfigError(f"wire.budget is too small for the {len(changes)} tensors of this adapter: raise it")
 
 
 def carried(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:

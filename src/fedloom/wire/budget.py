@@ -8,8 +8,9 @@ positions; the form that leaves the least error wins, and is then encoded and co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import derived_seed
-from fedloom.tensors import Sparse, to_dense
+from fedloom.tensors import Entry, Sparse, Values, to_dense
 from fedloom.wire.codec import encode
 from fedloom.wire.message import Header, Message
 from fedloom.wire.quantize import quantize
@@ -117,6 +118,36 @@ def fit(
     threshold, entries, size = _settled(changes, histogram, kind, header, budget, least, seed)
     density, error = changes.density(entries), changes.error(entries)
     return Fitted(entries, kind, size, budget, density, error, threshold, tuple(candidates))
+
+
+@dataclass(frozen=True, slots=True)
+class ByteBudget:
+    """A budget for the whole payload of one message with this header (see `method.Budget`)."""
+
+    size: int
+    header: Header
+
+    def allotments(
+        self, changes: Mapping[str, tuple[Tensor, Tensor]], seed: int
+    ) -> Iterator[tuple[Mapping[str, int], Callable[[Tensor, int], Values]]]:
+        """Ever smaller (elements of each tensor, form of the values), each the best for its bytes.
+
+        changes: name → (change, importance). The first one aims a little below the budget: values that are rescaled and
+        rounded anew may pack worse than what was measured.
+        """
+        tensors = {name: change for name, (change, _) in changes.items()}
+        scores = {name: score for name, (_, score) in changes.items()}
+        for attempt in range(1, 7):
+            fitted = fit(tensors, int(self.size * 0.98**attempt), self.header, scores=scores, seed=seed)
+            yield {name: entry.positions.numel() for name, entry in fitted.entries.items()}, partial(_as, fitted.kind)
+
+    def fits(self, entries: Mapping[str, Entry]) -> bool:
+        """Whether these entries stay within the budget."""
+        return len(encode(Message(self.header, entries))) <= self.size
+
+
+def _as(kind: str, values: Tensor, seed: int) -> Values:
+    return quantize(values, kind, seed)
 
 
 def _settled(
