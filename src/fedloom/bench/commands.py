@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,21 @@ def wire_command(
 
     result = wire.run(preset, recorded, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed)
     show(result, wire.tables, as_json)
+
+
+@app.command("turn")
+def turn_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """A client's whole turn against a bare training loop over as many batches."""
+    from fedloom.bench import turn
+    from fedloom.configfile import load
+
+    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
+        result = turn.run(load(config or testbed / "demo.toml"), repeats=repeats)
+    show(result, turn.tables, as_json)
 
 
 def words(text: str) -> list[str]:

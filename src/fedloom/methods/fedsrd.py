@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
-from fedloom.lowrank import ProductChange
+from fedloom.lowrank import ProductChange, over_modules
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.averaging import add_change, alternating
 from fedloom.methods.fed_dare import drop_and_rescale
@@ -159,20 +159,24 @@ def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[
         for module, pair in state.adapter.items()
     }
     for update in updates:
-        for module, change in changes.items():
-            change.add(update.entries[f"{module}/B"], update.entries[f"{module}/A"], update.weight)
+        add = partial(add_to, changes, update)
+        over_modules(add, changes)
     entries: dict[str, Entry] = {}
     memory = dict(state.memory)
     kept = []
-    for module, change in changes.items():
+    for module, solved in zip(changes, over_modules(ProductChange.solve, changes.values()), strict=True):
         name = f"{module}/{part}"
-        solved = change.solve()
         delta = carried(solved.delta, state.memory.get(name), down.decay)
         entries[name], rest = thin(down, delta, state.adapter[module], name, context)
         if down.decay:
             memory[name] = rest
         kept.append(solved.kept)
     return Aggregate(entries, memory, {"mean_directions_kept": sum(kept) / max(len(kept), 1)})
+
+
+def add_to(changes: Mapping[str, ProductChange], update: Update, module: str) -> None:
+    """Add one client's change of one module."""
+    changes[module].add(update.entries[f"{module}/B"], update.entries[f"{module}/A"], update.weight)
 
 
 def thin(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState
-from fedloom.lowrank import ProductSum
+from fedloom.lowrank import ProductSum, over_modules
 from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, adopt_leading, both_factors
 from fedloom.methods.averaging import dense_entries, send
 from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, received, restart
@@ -59,7 +59,8 @@ def leading_components(
             sums[module].add(pair, update.weight)
             if client_init == "warm":
                 sums[module].add(components(state.adapter[module], pair.rank), update.weight)
-    cuts = {module: total.truncate(energy=tau) for module, total in sums.items()}
+    cut_all = over_modules(lambda total: total.truncate(energy=tau), sums.values())
+    cuts = dict(zip(sums, cut_all, strict=True))
     trained = {module: 0 if client_init == "merge_reinit" else pair.rank for module, pair in state.adapter.items()}
     lead = LoraState({module: components(cut.pair, 0, trained[module]) for module, cut in cuts.items()})
     rest = LoraState({module: components(cut.pair, trained[module]) for module, cut in cuts.items()})
