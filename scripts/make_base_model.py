@@ -358,6 +358,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of corpus and weights (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5500, help="batches to train on (default: %(default)s)")
     args = parser.parse_args()
+    if args.steps < 40:
+        parser.error("--steps must be at least 40: the learning rate's warm-up takes a twentieth of them")
     torch.set_num_threads(1)  # other numbers of threads sum in other orders; one is steady on a busy machine too
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
