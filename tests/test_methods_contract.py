@@ -183,6 +183,18 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bytes(name: str, tmp_path):
     assert resumed.uploads == federation.uploads
 
 
+@unequal
+def test_clients_of_unequal_rank_survive_a_checkpoint_at_any_round(name: str, tmp_path):
+    """At the start, and where nobody has moved, low-rank clients hold views of the server's tensors."""
+    federation = Federation(job(build(name)), {"ada": 4, "bob": 2, "cyd": 1})
+    for round in range(3):
+        loaded = load(save(tmp_path, Snapshot(round, federation.server, federation.clients)))
+        assert_same_model(loaded.server, federation.server)
+        for client, state in federation.clients.items():
+            assert_same_model(loaded.clients[client], state)
+        federation.play()
+
+
 @exact
 def test_exact_methods_return_the_weighted_sum_of_products(name: str):
     federation = Federation(job(build(name, LOSSLESS.get(name))))

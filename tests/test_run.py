@@ -185,3 +185,14 @@ def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path):
     assert max(t.shape[0] for name, t in tensors.items() if "lora_A" in name) <= 6
     assert 0 < summary.lost_energy < 1
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] <= 6
+
+
+def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path):
+    config = settings(*TWO, "method.name=florist", "clients.lab.r=4", "clients.bank.lora_alpha=8")
+    summary = run(config, tmp_path / "run")
+    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    up = {
+        client: sum(r.bytes for r in rows if r.client == client and r.direction == "up") for client in ("bank", "lab")
+    }
+    assert up["lab"] < up["bank"] / 3 and summary.lost_energy == 0.0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

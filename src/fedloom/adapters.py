@@ -99,7 +99,8 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     for module, pair in state.items():
         scale = settings.scale(module, pair.rank)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A.to(dtype).contiguous()
+        # Copies: pairs may be views of one another, which safetensors does not store.
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A.to(dtype).clone(memory_format=torch.contiguous_format)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = (pair.B / scale).to(dtype).contiguous()
     common = Counter(state.ranks().values()).most_common(1)[0][0] if state else settings.r
     names = settings.target_modules

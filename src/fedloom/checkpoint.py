@@ -46,7 +46,9 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     index: list[tuple[str, str, str, str]] = []
     for party, part, name, tensor in _flat(snapshot):
         key = _key(tensor)
-        tensors.setdefault(key, tensor.detach().cpu().contiguous())
+        if key not in tensors:
+            # A client of lower rank holds views of the server's tensors; safetensors stores no shared memory.
+            tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         index.append((party, part, name, key))
     parties = {"server": snapshot.server, **{f"client:{name}": state for name, state in snapshot.clients.items()}}
     meta = {
