@@ -25,7 +25,7 @@ LOSSLESS = {
 ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
 SERVER_STEP = {"flasc"}
 names = pytest.mark.parametrize("name", sorted(METHODS))
-exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.exact))
+exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, LOSSLESS.get(n)).facts.exact))
 unequal = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.unequal_ranks))
 
 

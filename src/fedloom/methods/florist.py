@@ -35,7 +35,7 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
         name="florist",
         facts=Facts(
             paper="FLoRIST (arXiv 2506.09199)",
-            exact=True,
+            exact=tau == 1.0 and client_init != "continue",
             unequal_ranks=True,
             sends="A and B, dense",
             receives="singular components up to the energy tau",
