@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedloom import peft_bridge
-from fedloom.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, AdapterSettings, load_adapter, save_adapter
+from fedloom.adapter_folder import AdapterFolder, load_adapter
+from fedloom.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.errors import ModelError
 from fedloom.lora import LoraPair, LoraState, digest
 from test_peft_bridge import IDS, NARROW, dense_logits, random_state
@@ -100,7 +101,7 @@ def test_half_precision_and_empty_pairs(tmp_path: Path) -> None:
 
 def test_reading_needs_neither_peft_nor_transformers(tmp_path: Path) -> None:
     small(tmp_path)
-    code = f"import sys; from fedloom.adapters import load_adapter; load_adapter({str(tmp_path)!r})"
+    code = f"import sys; from fedloom.adapter_folder import load_adapter; load_adapter({str(tmp_path)!r})"
     code += "; assert not {'peft', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -173,7 +174,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     first = "base_model.model.model.layers.0.self_attn.k_proj.lora_"
     for name, reason in (
         (f"{first}magnitude_vector", "no LoRA factor"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "no LoRA factor"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "lacks one factor of model.embed_tokens"),
         ("base_model.model.lm_head.weight", "no LoRA factor"),
         ("base_model.model.lm_head.lora_A.weight", "lacks one factor of lm_head"),
     ):

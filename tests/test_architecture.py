@@ -16,8 +16,8 @@ LAYERS = """
     masks tensors lora sparsify lowrank
     wire method methods rounds catchup checkpoint
     config configfile ledger report
-    adapters data templates partition tokens base_model peft_bridge training evaluate
-    runs setup export engines compare bench progress inspection cli __main__
+    tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
+    runs setup export engines compare merge bench progress inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""
@@ -27,7 +27,7 @@ DOORS = {
     "flwr": {"engines/flower"},
     "ray": {"engines/flower"},
     "matplotlib": {"report/figure.py"},
-    "typer": {"cli.py", "bench/commands.py"},
+    "typer": {"cli.py", "bench/commands.py", "merge/command.py"},
     "datasets": {"data.py"},
 }
 """Library → the only files that may import it."""

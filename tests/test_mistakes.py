@@ -139,7 +139,7 @@ def test_going_on_from_an_adapter_starts_where_it_ended(project: Path):
     from fedloom.setup import prepare
 
     setup = prepare(load(project / "demo.toml", ["model.adapter=./first/adapter"]))
-    from fedloom.adapters import load_adapter
+    from fedloom.adapter_folder import load_adapter
 
     assert digest(setup.initial) == digest(load_adapter(project / "first" / "adapter")[0])
     write(setup.model, setup.initial)

@@ -1,32 +1,26 @@
-"""LoRA adapters as PEFT describes and stores them: settings, and folders in and out. No base model is ever loaded.
+"""LoRA adapters as PEFT describes and stores them: settings, and folders that it opens. No base model is ever loaded.
 
-A folder holds adapter_config.json and adapter_model.safetensors; `peft.PeftModel.from_pretrained` opens what is
-written here, and what PEFT has written is read back one module at a time.
+A folder holds adapter_config.json and adapter_model.safetensors; `adapter_folder` reads it back.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fedloom.errors import ConfigError, ModelError, ShapeError
+from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState
+from fedloom.tensor_file import TensorFile
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base model's weights as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +76,32 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one module's factors are stored: those of a linear layer, a convolution or an embedding.
+
+    outputs: m. inputs: sizes of A behind its rank, (n,) or, for a convolution, (in channels, height, width), whose
+    product is n. An embedding's factors have names of their own; its ΔW is stored transposed, n entries of m values.
+    """
+
+    outputs: int
+    inputs: tuple[int, ...]
+    embedding: bool = False
+
+    def names(self, module: str) -> tuple[str, str]:
+        """Names of A and B in the file."""
+        a, b = (
+            f"{PREFIX}{module}.lora_embedding_{p}" if self.embedding else f"{PREFIX}{module}.lora_{p}.weight"
+            for p in PARTS
+        )
+        return a, b
+
+    def stored(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of the file."""
+        ones = [1] * (len(self.inputs) - 1)
+        return pair.A.reshape(-1, *self.inputs), pair.B.reshape(self.outputs, -1, *ones)
+
+
 def save_adapter(
     state: LoraState,
     base_model_name_or_path: str | Path,
@@ -95,157 +115,48 @@ def save_adapter(
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    state = state.map(_at_least_one)
-    tensors: dict[str, Tensor] = {}
-    for module, pair in state.items():
-        scale = settings.scale(module, pair.rank)
-        # Copies: pairs may be views of one another, which safetensors does not store.
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A.to(dtype).clone(memory_format=torch.contiguous_format)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = (pair.B / scale).to(dtype).contiguous()
-    common = Counter(state.ranks().values()).most_common(1)[0][0] if state else settings.r
+    state = state.map(at_least_one)
+    layouts = {module: Layout(m, (n,)) for module, (m, n) in state.shapes().items()}
+    with TensorFile(folder / WEIGHTS_FILE, [name for m, layout in layouts.items() for name in layout.names(m)]) as file:
+        for module, pair in state.items():
+            unscaled = LoraPair(pair.A, pair.B / settings.scale(module, pair.rank))
+            for name, tensor in zip(layouts[module].names(module), layouts[module].stored(unscaled), strict=True):
+                file.add(name, tensor.to(dtype))
+    write_config(folder, str(base_model_name_or_path), settings, state.ranks())
+
+
+def write_config(
+    folder: Path,
+    base_model: str,
+    settings: AdapterSettings,
+    ranks: Mapping[str, int],
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """Write adapter_config.json for modules of these ranks; `more` holds further keys of PEFT's."""
+    most = max(ranks.values(), default=settings.r)
     names = settings.target_modules
     if names == "all-linear":
-        names = sorted({module.rpartition(".")[2] for module in state})
+        names = sorted({module.rpartition(".")[2] for module in ranks})
     config = {
         "alpha_pattern": dict(settings.alpha_pattern),
-        "base_model_name_or_path": str(base_model_name_or_path),
+        "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": settings.fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
         "peft_type": "LORA",
-        "r": common,
-        "rank_pattern": {module: rank for module, rank in state.ranks().items() if rank != common},
+        "r": most,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
         "target_modules": names if isinstance(names, str) else sorted(names),
         "task_type": "CAUSAL_LM",
         "use_rslora": settings.use_rslora,
+        **(more or {}),
     }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _at_least_one(pair: LoraPair) -> LoraPair:
+def at_least_one(pair: LoraPair) -> LoraPair:
+    """The pair, or rank 1 of zeros in place of an empty one."""
     m, n = pair.shape
     return pair if pair.rank else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))
-
-
-class AdapterFolder:
-    """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
-
-    Raises ModelError for a folder that is none, or that holds more than a LoRA adapter of linear modules.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.config = _read_config(self.folder)
-        self.settings = _settings(self.folder, self.config)
-        self.base_model = str(self.config.get("base_model_name_or_path") or "")
-        self.keys = _keys(self.folder)
-
-    @property
-    def modules(self) -> list[str]:
-        """Module names, sorted."""
-        return sorted({module for module, _ in self.keys})
-
-    def pair(self, module: str) -> LoraPair:
-        """One module's pair, float32, the scale folded into B."""
-        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
-            a, b = (file.get_tensor(self.keys[module, part]).float() for part in PARTS)
-        try:
-            pair = LoraPair(a, b)
-        except ShapeError as error:
-            raise ModelError(f"{self.folder}, module {module}: {error}") from None
-        if pair.rank != self.settings.rank(module):
-            raise ModelError(
-                f"{self.folder}, module {module}: the tensors have rank {pair.rank}, {CONFIG_FILE} says "
-                f"{self.settings.rank(module)}; the two files do not belong together"
-            )
-        return LoraPair(pair.A, pair.B * self.settings.scale(module))
-
-
-def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
-    """A whole adapter, and the folder it came from with its settings and the name of its base model."""
-    opened = AdapterFolder(folder)
-    return LoraState({module: opened.pair(module) for module in opened.modules}), opened
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder: expected a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ModelError(f"{folder} holds no {CONFIG_FILE}: it is no PEFT adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, expected an object with PEFT's settings")
-    return config
-
-
-_REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
-    "peft_type": (("LORA",), "only LoRA adapters can be combined"),
-    "use_dora": ((False, None), "DoRA rescales the base weights, so its change is not B A"),
-    "modules_to_save": ((None, [], ()), "whole modules were trained beside the adapter"),
-    "bias": (("none", None), "biases were trained beside the adapter"),
-    "lora_bias": ((False, None), "biases were trained beside the adapter"),
-    "trainable_token_indices": ((None, [], {}), "embeddings were trained beside the adapter"),
-    "layer_replication": ((None, []), "it changes the layers of the base model"),
-    "target_parameters": ((None, []), "adapters of bare parameters are not supported"),
-    "alora_invocation_tokens": ((None, []), "the adapter is active on some tokens only"),
-    "use_qalora": ((False, None), "QALoRA pools its inputs, so its change is not B A"),
-    "init_lora_weights": (
-        (*PLAIN_STARTS, None),
-        "this start changes the weights of the base; convert it with PEFT first",
-    ),
-}
-"""Key of adapter_config.json → values that mean a plain LoRA adapter, and what any other value means."""
-
-
-def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
-    for key, (plain, reason) in _REFUSED.items():
-        if key in config and config[key] not in plain or key == "peft_type" and key not in config:
-            raise ModelError(f"{folder} cannot be used: {key} = {config.get(key)!r}; {reason}")
-    try:
-        return AdapterSettings(
-            r=int(config["r"]),
-            lora_alpha=float(config["lora_alpha"]),
-            target_modules=config.get("target_modules") or "all-linear",
-            lora_dropout=float(config.get("lora_dropout") or 0.0),
-            use_rslora=bool(config.get("use_rslora")),
-            rank_pattern={str(key): int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        )
-    except KeyError as error:
-        raise ModelError(f"{folder / CONFIG_FILE} lacks {error}, which every LoRA adapter has") from None
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} is not valid: {error}") from None
-
-
-def _keys(folder: Path) -> dict[tuple[str, str], str]:
-    """(module, part) → name of the tensor in the file."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        other = " (it holds adapter_model.bin: save it again with safe_serialization=True)"
-        raise ModelError(f"{folder} holds no {WEIGHTS_FILE}{other if (folder / 'adapter_model.bin').is_file() else ''}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    keys: dict[tuple[str, str], str] = {}
-    for name in names:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-        if not match:
-            raise ModelError(
-                f"{path} holds {name}, which is no LoRA factor of a linear module (embeddings, biases, magnitudes and "
-                "whole modules are not supported)"
-            )
-        keys[match[1], match[2]] = name
-    lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
-    if lone or not keys:
-        raise ModelError(f"{path} {f'lacks one factor of {lone[0]}' if lone else 'holds no LoRA factors'}")
-    return keys

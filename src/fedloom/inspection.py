@@ -72,7 +72,7 @@ def run(folder: Path) -> RenderableType:
 
 def adapter(folder: Path) -> RenderableType:
     """The modules of a PEFT adapter by kind: how many, shape of ΔW, ranks, values, mean norm of ΔW."""
-    from fedloom.adapters import load_adapter
+    from fedloom.adapter_folder import load_adapter
 
     state, opened = load_adapter(folder)
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)

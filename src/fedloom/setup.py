@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedloom import peft_bridge
-from fedloom.adapters import AdapterSettings, load_adapter
+from fedloom.adapter_folder import load_adapter
+from fedloom.adapters import AdapterSettings
 from fedloom.base_model import WEIGHTS, load_base
 from fedloom.config import Config, DataSettings, LoraSettings, OutputSettings
 from fedloom.configfile import dump
