@@ -29,9 +29,9 @@ _FACTOR = re.compile(
 class AdapterFolder:
     """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
 
-    layouts: module → how its factors are stored, by sorted names. whole: names of the tensors that are stored as they
-    are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for a folder that is none, whose
-    files do not fit together, or whose change is not B A.
+    layouts: module → how its factors are stored, by sorted names. whole: name → shape of the tensors that are stored as
+    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for a folder that is none,
+    whose files do not fit together, or whose change is not B A.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,7 +41,8 @@ class AdapterFolder:
         self.settings = _settings(self.folder, self.config)
         self.base_model = str(self.config.get("base_model_name_or_path") or "")
         shapes = _shapes(self.folder)
-        self._keys, self.whole = _keys(self.folder / WEIGHTS_FILE, shapes)
+        self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
+        self.whole = {name: shape for name, shape in shapes.items() if name not in self._keys.values()}
         modules = sorted({module for module, _ in self._keys})
         self.layouts = {module: self._layout(module, shapes) for module in modules}
 
@@ -90,7 +91,7 @@ class AdapterFolder:
         told = self.settings.rank(module)
         if a[0] != told:
             raise ModelError(
-                f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}; the two files do not belong together"
+                f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
             )
         return Layout(b[0], a[1:], ".lora_embedding_" in key)
 
@@ -126,6 +127,10 @@ _REFUSED: Plain = {
     "target_parameters": ((None, []), "adapters of bare parameters are not supported"),
     "alora_invocation_tokens": ((None, []), "the adapter is active on some tokens only"),
     "use_qalora": ((False, None), "QALoRA pools its inputs, so its change is not B A"),
+    "use_bdlora": ((None, False), "its factors are block-diagonal and stored in parts"),
+    "kasa_config": ((None,), "KaSA puts a diagonal between B and A and cuts the base weights"),
+    "monteclora_config": ((None,), "MonteCLoRA samples its change, so it is not B A"),
+    "arrow_config": ((None,), "Arrow routes every token to adapters of its own"),
     "init_lora_weights": (
         (*PLAIN_STARTS, None),
         "this start changes the weights of the base; convert it with PEFT first",
@@ -172,24 +177,21 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}{other if (folder / 'adapter_model.bin').is_file() else ''}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
 
 
-def _keys(path: Path, names: Iterable[str]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """(module, part) → name of the tensor in the file; and the names of whole tensors."""
+def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(module, part) → name of the tensor in the file, of all that are factors."""
     keys: dict[tuple[str, str], str] = {}
-    whole = []
-    for name in sorted(names):
+    for name in names:
         match = _FACTOR.fullmatch(name)
         if match:
             keys[match[1], match[2] or match[3]] = name
-        elif name.startswith(PREFIX) and ".lora_" not in name:
-            whole.append(name)
-        else:
+        elif ".lora_" in name or not name.startswith(PREFIX):
             raise ModelError(f"{path} holds {name}, which is no LoRA factor (DoRA's magnitudes are not supported)")
     lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
     if lone or not keys:
         raise ModelError(f"{path} {f'lacks one factor of {lone[0]}' if lone else 'holds no LoRA factors'}")
-    return keys, whole
+    return keys

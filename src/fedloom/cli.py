@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from fedloom.bench.commands import app as bench
 from fedloom.errors import ConfigError, FedloomError
+from fedloom.merge.command import aggregate
 
 if TYPE_CHECKING:
     from fedloom.config import Config
@@ -57,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.command()(aggregate)
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import cast
 
 import peft
@@ -238,3 +239,30 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
         for factor in _factors(layer, FROZEN):
             factor.weight.requires_grad_(False)
     set_trainable(model, PARTS)
+
+
+def add_weighted(
+    base: PreTrainedModel,
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    combination: str,
+    rank: int | None,
+) -> None:
+    """PEFT's own merge, `add_weighted_adapter`, from folders to a folder; it needs the base model in memory.
+
+    Raises ModelError where PEFT refuses the combination, as "linear" does for unequal ranks. The base is left plain.
+    """
+    names = [f"adapter{k}" for k in range(len(folders))]
+    with _undisturbed():
+        model = peft.PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
+        for folder, name in zip(folders[1:], names[1:], strict=True):
+            model.load_adapter(folder, adapter_name=name)
+        tuner = cast(peft.LoraModel, model.base_model)
+        try:
+            tuner.add_weighted_adapter(names, list(weights), "merged", combination, svd_rank=rank)  # type: ignore[arg-type]
+            model.save_pretrained(str(out), selected_adapters=["merged"])
+        except ValueError as error:
+            raise ModelError(f"PEFT's {combination}: {error}") from None
+        finally:
+            tuner.unload()

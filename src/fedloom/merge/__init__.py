@@ -1,0 +1,9 @@
+"""Adapters merged offline: PEFT folders in, one PEFT folder or one merged model out.
+
+combine.py    one module of every adapter → one pair, by the server's step of a method
+folders.py    adapter folders → an adapter folder, module by module
+model.py      an adapter folder into the weights of its base model, tensor by tensor
+output.py     a folder that is whole or not there
+table.py      what was done, for people
+command.py    `fedloom aggregate`
+"""

@@ -1,0 +1,191 @@
+"""An adapter folder into the weights of its base model, W0 + ΔW, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedloom.adapter_folder import AdapterFolder
+from fedloom.adapters import PREFIX
+from fedloom.errors import ModelError
+from fedloom.lora import LoraPair
+from fedloom.tensor_file import TensorFile
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Ends of files that hold weights, or their index."""
+_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What was written: tensors in all and those changed, bytes of weights, and ‖rounding‖_F / ‖ΔW‖_F.
+
+    The base's own type is kept, and may be too coarse for a small change.
+    """
+
+    tensors: int
+    changed: int
+    bytes: int
+    rounding: float
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model's folder: where each tensor lies, and its config.json."""
+
+    folder: Path
+    shards: Mapping[str, tuple[str, ...]]
+    config: Mapping[str, Any]
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return {name for names in self.shards.values() for name in names}
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Of some tensors, read from the headers."""
+        wanted = set(names)
+        found: dict[str, tuple[int, ...]] = {}
+        for shard, held in self.shards.items():
+            with safe_open(self.folder / shard, framework="pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in held if name in wanted}
+        return found
+
+    def tensor(self, shard: str, name: str) -> Tensor:
+        """One tensor. The file is opened anew each time, since what was read stays in memory while it is open."""
+        with safe_open(self.folder / shard, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def open_base(folder: Path) -> Base:
+    """The base model in a folder of transformers'. Raises ModelError where its weights cannot be changed."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"--base-model {folder} holds no config.json: expected a folder with a model of transformers")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if (folder / INDEX).is_file():
+            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = [SINGLE]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"--base-model {folder}: config.json or {INDEX} is not valid ({error})") from None
+    if config.get("quantization_config"):
+        raise ModelError(f"--base-model {folder} is quantised, and cannot take up a change: give the full model")
+    shards = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise ModelError(f"--base-model {folder} lacks {name}: expected its weights as safetensors")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                order = sorted(file.keys(), key=lambda key, f=file: (-_width(f.get_slice(key).get_dtype()), key))  # type: ignore[misc]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder / name} cannot be read: {error}") from None
+        shards[name] = tuple(order)
+    return Base(folder, shards, config)
+
+
+def _width(dtype: str) -> int:
+    """Bits of a type by its name, BF16 say: wider ones go first, so that every tensor is aligned."""
+    return int("".join(filter(str.isdigit, dtype.partition("_")[0])) or 8)
+
+
+def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
+    """Write the base with the adapter merged into it, under the same file names; everything else is copied.
+
+    Raises ModelError where a module or whole tensor of the adapter has no weight of its own in the base.
+    """
+    modules, whole = places(base, adapter)
+    for file in base.folder.iterdir():
+        if file.is_file() and not file.name.endswith(NOT_COPIED):
+            shutil.copyfile(file, out / file.name)
+    size, lost, change = 0, 0.0, 0.0
+    for shard, names in base.shards.items():
+        with TensorFile(out / shard, names) as target:
+            for name in names:
+                tensor = base.tensor(shard, name)
+                if name in whole:
+                    tensor = adapter.tensor(whole[name]).to(tensor.dtype)
+                if name in modules:
+                    tensor, squares = _added(tensor, _oriented(adapter, modules[name]))
+                    change, lost = change + squares[0], lost + squares[1]
+                target.add(name, tensor)
+        size += target.size
+    rounding = (lost / change) ** 0.5 if change else 0.0
+    return Merged(len(base.names()), len({*modules, *whole}), size, rounding)
+
+
+def places(base: Base, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:
+    """Name of a weight in the base → the adapter's module; and → the adapter's whole tensor that replaces it.
+
+    A base saved without its language-model head has shorter names, as transformers allows.
+    """
+    modules = {_place(base, f"{module}.weight", adapter): module for module in adapter.modules}
+    whole = {
+        _place(base, name.removeprefix(PREFIX).replace(".base_layer.", "."), adapter): name for name in adapter.whole
+    }
+    shapes = base.shapes({*modules, *whole})
+    expected = {name: _weight_shape(adapter, module) for name, module in modules.items()}
+    expected |= {name: adapter.whole[own] for name, own in whole.items()}
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ModelError(
+                f"{name} has shape {shapes[name]} in {base.folder}, and {shape} in the adapters: their base is another"
+            )
+    return modules, whole
+
+
+def _place(base: Base, name: str, adapter: AdapterFolder) -> str:
+    names = base.names()
+    fits = [name] if name in names else [known for known in names if name.endswith(f".{known}")]
+    if len(fits) != 1:
+        raise ModelError(
+            f"{base.folder} holds no tensor {name}, which the adapters change: their base is another, or the weight is "
+            "shared with another module's or stored in another form there"
+        )
+    embedding = fits[0].endswith((".embed_tokens.weight", ".wte.weight", "embeddings.weight"))
+    if embedding and base.config.get("tie_word_embeddings", True) and not any("lm_head" in known for known in names):
+        raise ModelError(f"{fits[0]} is also the output layer of {base.folder}, which the adapters do not change")
+    return fits[0]
+
+
+def _weight_shape(adapter: AdapterFolder, module: str) -> tuple[int, ...]:
+    layout = adapter.layouts[module]
+    straight = (layout.outputs, *layout.inputs)
+    return straight[::-1] if _transposed(adapter, module) else straight
+
+
+def _transposed(adapter: AdapterFolder, module: str) -> bool:
+    layout = adapter.layouts[module]
+    return layout.embedding or adapter.settings.fan_in_fan_out and len(layout.inputs) == 1
+
+
+def _oriented(adapter: AdapterFolder, module: str) -> LoraPair:
+    """The pair whose product is ΔW as the base stores that weight."""
+    pair = adapter.pair(module)
+    return LoraPair(pair.B.T, pair.A.T) if _transposed(adapter, module) else pair
+
+
+def _added(weight: Tensor, pair: LoraPair) -> tuple[Tensor, tuple[float, float]]:
+    """W + B A in W's type, some rows at a time, and the squared norms of B A and of what rounding changed."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    rows, sums = out.view(weight.shape[0], -1), weight.reshape(weight.shape[0], -1)
+    change = lost = 0.0
+    for first in range(0, rows.shape[0], _ROWS):
+        part = slice(first, first + _ROWS)
+        delta = pair.B[part].double() @ pair.A.double()
+        ideal = sums[part].double() + delta
+        rows[part] = ideal.to(weight.dtype)
+        change += float(delta.square().sum())
+        lost += float((rows[part].double() - ideal).square().sum())
+    return out, (change, lost)

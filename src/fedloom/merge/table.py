@@ -1,0 +1,155 @@
+"""What a merge did, as plain JSON values and as tables for people."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedloom.merge.combine import Recipe
+    from fedloom.merge.folders import Inputs, Row
+
+Record = Mapping[str, Any]
+LONGEST = 16
+"""Rows of a table at most; beyond, modules are folded by the last part of their names."""
+MIB = 2**20
+
+
+def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+    """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F."""
+    modules = [
+        {
+            "module": row.module,
+            "adapters": len(row.ranks),
+            "ranks": list(row.ranks),
+            "rank": row.rank,
+            **_figures([row], recipe),
+        }
+        for row in rows
+    ]
+    adapters = zip(inputs.adapters, inputs.shares, strict=True)
+    return {
+        "method": recipe.method,
+        "adapters": [{"folder": str(a.folder), "share": share, "modules": len(a.modules)} for a, share in adapters],
+        "modules": modules,
+        "whole": list(inputs.whole),
+        "total": _figures(rows, recipe),
+        "notes": _notes(inputs),
+    }
+
+
+def _figures(rows: Sequence[Row], recipe: Recipe) -> dict[str, float | int]:
+    """Of one module, or of several taken as one vector. kept_energy: 1 − error², what Σσ² the result explains."""
+    exact = _norm(row.costs.exact for row in rows)
+    error = _share(_norm(row.costs.error for row in rows), exact)
+    values = sum(row.values for row in rows)
+    return {
+        "kept_energy": max(0.0, 1.0 - error * error),
+        "error": error,
+        "cap_error": _share(_norm(row.costs.cap for row in rows), exact),
+        "rounding_error": _share(_norm(row.costs.rounding for row in rows), exact),
+        "values": values,
+        "bytes": values * recipe.dtype.itemsize,
+    }
+
+
+def _norm(sizes: Iterable[float]) -> float:
+    return math.hypot(*sizes)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else (float("inf") if part else 0.0)
+
+
+def _notes(inputs: Inputs) -> list[str]:
+    """What a user should know before trusting the result."""
+    count = len(inputs.adapters)
+    partial = [module for module in inputs.layouts if len(inputs.holders(module)) < count]
+    notes = []
+    if partial:
+        notes.append(
+            f"{len(partial)} of {len(inputs.layouts)} modules are not in all adapters ({partial[0]}, say); there an "
+            "adapter without the module counts as no change"
+        )
+    if inputs.whole:
+        notes.append(f"{len(inputs.whole)} whole tensors were averaged as they are: {', '.join(inputs.whole[:3])}")
+    if len(inputs.base_models) > 1:
+        notes.append(f"the adapters name different base models: {', '.join(inputs.base_models)}")
+    return notes
+
+
+def shown(told: Record) -> RenderableType:
+    """The record for a terminal: a row a module, or a kind of modules where there are many; totals; notes."""
+    rows, count = told["modules"], len(told["adapters"])
+    table = Table(box=box.SIMPLE_HEAD, title=f"{told['method']} over {count} adapters", title_style="bold")
+    table.add_column("module", overflow="fold", min_width=10)
+    columns = [head for head, _ in _COLUMNS if _OPTIONAL.get(head, lambda told: True)(told)]
+    for head in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    total = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
+    for name, group in [*_named(rows), (f"all {len(rows)}", [total])]:
+        cells = {head: show(group) for head, show in _COLUMNS}
+        table.add_row(name, *(cells[head] for head in columns), style="bold" if group == [total] else "")
+    return Group(table, *(f"note: {note}" for note in told["notes"]), _closing(told))
+
+
+def _closing(told: Record) -> str:
+    total, model = told["total"], told["model"]
+    size = f"{(model or total)['bytes'] / MIB:,.1f} MiB"
+    what = f"adapter of rank {max(row['rank'] for row in told['modules'])}, {size}"
+    if model:
+        what = (
+            f"model, {size}; {model['changed']} of {model['tensors']} tensors changed, their rounding is "
+            f"{model['rounding']:.1e} of the change"
+        )
+    verb = "wrote" if told["written"] else "nothing written; it would be"
+    return f"{verb} {told['out']}: {what}"
+
+
+def _named(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Every module less what all names begin with; beyond LONGEST of them, those with one last part together."""
+    names = [row["module"] for row in rows]
+    if len(rows) <= LONGEST:
+        start = len(os.path.commonprefix(names).rpartition(".")[0])
+        return [(name[start:].lstrip("."), [row]) for name, row in zip(names, rows, strict=True)]
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        kinds[row["module"].rpartition(".")[2]].append(row)
+    return [(f"{kind} × {len(group)}", group) for kind, group in sorted(kinds.items())]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _worst(key: str) -> Callable[[Sequence[Record]], str]:
+    return lambda group: f"{max(row[key] for row in group):.1e}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Sequence[Record]], str]], ...] = (
+    ("adapters", lambda group: _range([row["adapters"] for row in group])),
+    ("ranks", lambda group: _range([rank for row in group for rank in row["ranks"]])),
+    ("rank", lambda group: _range([row["rank"] for row in group if row["rank"]])),
+    ("kept", lambda group: f"{100 * min(row['kept_energy'] for row in group):.2f} %"),
+    ("error", _worst("error")),
+    ("cap", _worst("cap_error")),
+    ("rounding", _worst("rounding_error")),
+    ("MiB", lambda group: f"{sum(row['bytes'] for row in group) / MIB:.2f}"),
+)
+"""Head → cell of one module, or of several: the range of numbers, the worst of errors, the sum of sizes."""
+_OPTIONAL: Mapping[str, Callable[[Record], bool]] = {
+    "adapters": lambda told: any(row["adapters"] < len(told["adapters"]) for row in told["modules"]),
+    "cap": lambda told: told["total"]["cap_error"] > 0,
+    "rounding": lambda told: told["total"]["rounding_error"] > 0,
+}
+"""Columns that are left out where they would say nothing."""
