@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedloom.merge.folders import Inputs, Row
 
 Record = Mapping[str, Any]
+Show = Callable[[Sequence[Record]], str]
 LONGEST = 16
 """Rows of a table at most; beyond, modules are folded by the last part of their names."""
 MIB = 2**20
@@ -90,13 +91,13 @@ def shown(told: Record) -> RenderableType:
     rows, count = told["modules"], len(told["adapters"])
     table = Table(box=box.SIMPLE_HEAD, title=f"{told['method']} over {count} adapters", title_style="bold")
     table.add_column("module", overflow="fold", min_width=10)
-    columns = [head for head, _ in _COLUMNS if _OPTIONAL.get(head, lambda told: True)(told)]
-    for head in columns:
+    columns = [(head, show) for head, show, said in _COLUMNS if said(told)]
+    for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    total = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
-    for name, group in [*_named(rows), (f"all {len(rows)}", [total])]:
-        cells = {head: show(group) for head, show in _COLUMNS}
-        table.add_row(name, *(cells[head] for head in columns), style="bold" if group == [total] else "")
+    for name, group in _named(rows):
+        table.add_row(name, *(show(group) for _, show in columns))
+    total: Record = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
+    table.add_row(f"all {len(rows)}", *(show([total]) for _, show in columns), style="bold")
     return Group(table, *(f"note: {note}" for note in told["notes"]), _closing(told))
 
 
@@ -132,24 +133,26 @@ def _range(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def _worst(key: str) -> Callable[[Sequence[Record]], str]:
+def _worst(key: str) -> Show:
     return lambda group: f"{max(row[key] for row in group):.1e}"
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Sequence[Record]], str]], ...] = (
-    ("adapters", lambda group: _range([row["adapters"] for row in group])),
-    ("ranks", lambda group: _range([rank for row in group for rank in row["ranks"]])),
-    ("rank", lambda group: _range([row["rank"] for row in group if row["rank"]])),
-    ("kept", lambda group: f"{100 * min(row['kept_energy'] for row in group):.2f} %"),
-    ("error", _worst("error")),
-    ("cap", _worst("cap_error")),
-    ("rounding", _worst("rounding_error")),
-    ("MiB", lambda group: f"{sum(row['bytes'] for row in group) / MIB:.2f}"),
+def _partial(told: Record) -> bool:
+    return any(row["adapters"] < len(told["adapters"]) for row in told["modules"])
+
+
+def _always(told: Record) -> bool:
+    return True
+
+
+_COLUMNS: tuple[tuple[str, Show, Callable[[Record], bool]], ...] = (
+    ("adapters", lambda group: _range([row["adapters"] for row in group]), _partial),
+    ("ranks", lambda group: _range([rank for row in group for rank in row["ranks"]]), _always),
+    ("rank", lambda group: _range([row["rank"] for row in group if row["rank"]]), _always),
+    ("kept", lambda group: f"{100 * min(row['kept_energy'] for row in group):.2f} %", _always),
+    ("error", _worst("error"), _always),
+    ("cap", _worst("cap_error"), lambda told: told["total"]["cap_error"] > 0),
+    ("rounding", _worst("rounding_error"), lambda told: told["total"]["rounding_error"] > 0),
+    ("MiB", lambda group: f"{sum(row['bytes'] for row in group) / MIB:.2f}", _always),
 )
-"""Head → cell of one module, or of several: the range of numbers, the worst of errors, the sum of sizes."""
-_OPTIONAL: Mapping[str, Callable[[Record], bool]] = {
-    "adapters": lambda told: any(row["adapters"] < len(told["adapters"]) for row in told["modules"]),
-    "cap": lambda told: told["total"]["cap_error"] > 0,
-    "rounding": lambda told: told["total"]["rounding_error"] > 0,
-}
-"""Columns that are left out where they would say nothing."""
+"""Head; cell of one module, or of several: the range of numbers, the worst of errors, the sum of sizes; whether shown."""
