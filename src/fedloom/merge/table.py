@@ -155,4 +155,4 @@ _COLUMNS: tuple[tuple[str, Show, Callable[[Record], bool]], ...] = (
     ("rounding", _worst("rounding_error"), lambda told: told["total"]["rounding_error"] > 0),
     ("MiB", lambda group: f"{sum(row['bytes'] for row in group) / MIB:.2f}", _always),
 )
-"""Head; cell of one module, or of several: the range of numbers, the worst of errors, the sum of sizes; whether shown."""
+"""Head; cell of one module, or of several (range of numbers, worst of errors, sum of sizes); whether it is shown."""
