@@ -261,7 +261,8 @@ def add_weighted(
         tuner = cast(peft.LoraModel, model.base_model)
         try:
             tuner.add_weighted_adapter(names, list(weights), "merged", combination, svd_rank=rank)  # type: ignore[arg-type]
-            model.save_pretrained(str(out), selected_adapters=["merged"])
+            # Else PEFT looks for the base on the Hub, to compare vocabularies.
+            model.save_pretrained(str(out), selected_adapters=["merged"], save_embedding_layers=False)
         except ValueError as error:
             raise ModelError(f"PEFT's {combination}: {error}") from None
         finally:

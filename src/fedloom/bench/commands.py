@@ -89,6 +89,26 @@ def turn_command(
     show(result, turn.tables, as_json)
 
 
+@app.command("merge")
+def merge_command(
+    preset: Preset = "tinyllama",
+    ranks: Annotated[str, typer.Option(help="A rank for each adapter.")] = "16,16,16,16",
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj; all if left out.")] = "",
+    against: Annotated[
+        str, typer.Option(help="PEFT's combinations; svd takes minutes, and all of them a base model in memory.")
+    ] = "svd,cat,linear",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """`fedloom aggregate` against PEFT's add_weighted_adapter: seconds, memory and error over one layer."""
+    from fedloom.bench import merge
+
+    kinds, sizes = words(modules) or None, numbers(ranks, "--ranks")
+    result = merge.run(preset=preset, ranks=sizes, modules=kinds, against=words(against), repeats=repeats, seed=seed)
+    show(result, merge.tables, as_json)
+
+
 def words(text: str) -> list[str]:
     """The words of a list such as "a,b"."""
     return [word.strip() for word in text.split(",") if word.strip()]
