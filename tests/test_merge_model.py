@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -21,7 +21,7 @@ from fedloom.errors import ModelError
 from fedloom.lora import LoraPair, LoraState
 from fedloom.merge import folders
 from fedloom.merge.combine import Recipe
-from fedloom.merge.model import merge_into, open_base
+from fedloom.merge.model import INDEX, merge_into, open_base
 from test_peft_bridge import dense_logits, logits, random_state
 from tiny_models import MODELS, llama, qwen2
 
@@ -235,7 +235,8 @@ def test_untied_bases_take_up_embeddings_and_whole_modules(tmp_path: Path) -> No
 
 
 def test_unusable_bases_are_refused(tmp_path: Path) -> None:
-    base = tmp_path / "base"
+    base, out = tmp_path / "base", tmp_path / "out"
+    out.mkdir()
     llama().save_pretrained(base)
     paths, _ = adapters(qwen2(), tmp_path, (2, 2))
     state = LoraState({"model.layers.0.self_attn.k_proj": LoraPair(torch.ones(1, 7), torch.ones(16, 1))})
@@ -244,12 +245,22 @@ def test_unusable_bases_are_refused(tmp_path: Path) -> None:
     save_adapter(elsewhere, "base", AdapterSettings(r=1), tmp_path / "elsewhere")
     for folder, reason in (("narrow", r"k_proj.weight has shape \(16, 32\).*and \(16, 7\)"), ("elsewhere", "layers.9")):
         with pytest.raises(ModelError, match=reason):
-            merge_into(open_base(base), AdapterFolder(tmp_path / folder), tmp_path)
+            merge_into(open_base(base), AdapterFolder(tmp_path / folder), out)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     with pytest.raises(ModelError, match="quantised"):
         open_base(base)
     (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    k_proj = "model.layers.0.self_attn.k_proj.weight"
+    save_file({**tensors, k_proj: tensors[k_proj].to(torch.int8)}, base / "model.safetensors", {"format": "pt"})
+    path, _ = adapters(llama(), tmp_path / "whole", (2,))
+    with pytest.raises(ModelError, match=r"torch.int8 cannot take up a change"):
+        merge_into(open_base(base), AdapterFolder(path[0]), out)
+    (base / INDEX).write_text(json.dumps({"weight_map": {k_proj: "../base/model.safetensors"}}))
+    with pytest.raises(ModelError, match=r"lacks ../base/model.safetensors"):
+        open_base(base)
+    (base / INDEX).unlink()
     (base / "model.safetensors").write_bytes(b"\0" * 9)
     with pytest.raises(ModelError, match="model.safetensors cannot be read"):
         open_base(base)

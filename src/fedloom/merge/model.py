@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedloom.adapter_folder import AdapterFolder
 from fedloom.adapters import PREFIX
 from fedloom.errors import ModelError
 from fedloom.lora import LoraPair
-from fedloom.tensor_file import TensorFile
+from fedloom.tensor_file import DTYPES, TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,14 +51,18 @@ class Base:
         """Of all tensors."""
         return {name for names in self.shards.values() for name in names}
 
-    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Of some tensors, read from the headers."""
-        wanted = set(names)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, read from the headers."""
         found: dict[str, tuple[int, ...]] = {}
-        for shard, held in self.shards.items():
+        for shard, names in self.shards.items():
             with safe_open(self.folder / shard, framework="pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in held if name in wanted}
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
         return found
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of tokens, if the config names it."""
+        return self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
 
     def tensor(self, shard: str, name: str) -> Tensor:
         """One tensor. The file is opened anew each time, since what was read stays in memory while it is open."""
@@ -82,22 +86,23 @@ def open_base(folder: Path) -> Base:
         raise ModelError(f"--base-model {folder}: config.json or {INDEX} is not valid ({error})") from None
     if config.get("quantization_config"):
         raise ModelError(f"--base-model {folder} is quantised, and cannot take up a change: give the full model")
-    shards = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise ModelError(f"--base-model {folder} lacks {name}: expected its weights as safetensors")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                order = sorted(file.keys(), key=lambda key, f=file: (-_width(f.get_slice(key).get_dtype()), key))  # type: ignore[misc]
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / name} cannot be read: {error}") from None
-        shards[name] = tuple(order)
-    return Base(folder, shards, config)
+    return Base(folder, {name: _contents(folder, name) for name in files}, config)
 
 
-def _width(dtype: str) -> int:
-    """Bits of a type by its name, BF16 say: wider ones go first, so that every tensor is aligned."""
-    return int("".join(filter(str.isdigit, dtype.partition("_")[0])) or 8)
+def _contents(folder: Path, shard: str) -> tuple[str, ...]:
+    """Names of a file's tensors, wider types first, so that every tensor is aligned."""
+    if Path(shard).name != shard or not (folder / shard).is_file():
+        raise ModelError(f"--base-model {folder} lacks {shard}: expected its weights as safetensors")
+    try:
+        with safe_open(folder / shard, framework="pt") as file:
+            types = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / shard} cannot be read: {error}") from None
+    widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+    for name, told in types.items():
+        if told not in widths:
+            raise ModelError(f"{folder / shard}: {name} is of type {told}, which is not supported")
+    return tuple(sorted(types, key=lambda name: (-widths[types[name]], name)))
 
 
 def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
@@ -128,24 +133,26 @@ def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
 def places(base: Base, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:
     """Name of a weight in the base → the adapter's module; and → the adapter's whole tensor that replaces it.
 
-    A base saved without its language-model head has shorter names, as transformers allows.
+    Raises ModelError where one of them has no place in the base, another shape, or a second use there.
     """
-    modules = {_place(base, f"{module}.weight", adapter): module for module in adapter.modules}
-    whole = {
-        _place(base, name.removeprefix(PREFIX).replace(".base_layer.", "."), adapter): name for name in adapter.whole
-    }
-    shapes = base.shapes({*modules, *whole})
+    modules = {_place(base, f"{module}.weight"): module for module in adapter.modules}
+    whole = {_place(base, name.removeprefix(PREFIX).replace(".base_layer.", ".")): name for name in adapter.whole}
     expected = {name: _weight_shape(adapter, module) for name, module in modules.items()}
     expected |= {name: adapter.whole[own] for name, own in whole.items()}
+    shapes = base.shapes()
+    vocabulary = [name for name, shape in shapes.items() if shape[:1] == (base.vocab_size,)]
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise ModelError(
                 f"{name} has shape {shapes[name]} in {base.folder}, and {shape} in the adapters: their base is another"
             )
+        if vocabulary == [name]:
+            raise ModelError(f"{name} is also the output layer of {base.folder}, which the adapters do not change")
     return modules, whole
 
 
-def _place(base: Base, name: str, adapter: AdapterFolder) -> str:
+def _place(base: Base, name: str) -> str:
+    """The tensor's name in the base, which is shorter where it was saved without its language-model head."""
     names = base.names()
     fits = [name] if name in names else [known for known in names if name.endswith(f".{known}")]
     if len(fits) != 1:
@@ -153,9 +160,6 @@ def _place(base: Base, name: str, adapter: AdapterFolder) -> str:
             f"{base.folder} holds no tensor {name}, which the adapters change: their base is another, or the weight is "
             "shared with another module's or stored in another form there"
         )
-    embedding = fits[0].endswith((".embed_tokens.weight", ".wte.weight", "embeddings.weight"))
-    if embedding and base.config.get("tie_word_embeddings", True) and not any("lm_head" in known for known in names):
-        raise ModelError(f"{fits[0]} is also the output layer of {base.folder}, which the adapters do not change")
     return fits[0]
 
 
@@ -178,6 +182,8 @@ def _oriented(adapter: AdapterFolder, module: str) -> LoraPair:
 
 def _added(weight: Tensor, pair: LoraPair) -> tuple[Tensor, tuple[float, float]]:
     """W + B A in W's type, some rows at a time, and the squared norms of B A and of what rounding changed."""
+    if not weight.is_floating_point() or weight.itemsize < 2:
+        raise ModelError(f"a weight of type {weight.dtype} cannot take up a change: give the model in bf16 or wider")
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     rows, sums = out.view(weight.shape[0], -1), weight.reshape(weight.shape[0], -1)
     change = lost = 0.0
