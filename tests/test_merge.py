@@ -351,6 +351,7 @@ def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
     for out, inputs, force, reason in (
         ("a", ["b"], False, "--force"),
         ("a", ["a"], True, "one of the folders to be merged"),
+        ("a", ["a/inner"], True, "holds one of the folders to be merged"),
         ("thesis", ["a"], True, "neither an adapter nor a model"),
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -19,7 +19,7 @@ from fedloom.adapter_folder import AdapterFolder, load_adapter
 from fedloom.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.errors import ModelError
 from fedloom.lora import LoraPair, LoraState
-from fedloom.merge import folders
+from fedloom.merge import folders, table
 from fedloom.merge.combine import Recipe
 from fedloom.merge.model import INDEX, merge_into, open_base
 from test_peft_bridge import dense_logits, logits, random_state
@@ -155,7 +155,12 @@ def mean_model(paths: list[Path]) -> PreTrainedModel:
 )
 def test_whole_modules_embeddings_and_tokens_are_merged(tmp_path: Path, config: dict) -> None:
     paths = [trained(qwen2(), tmp_path / f"a{k}", k, **config) for k in range(2)]
-    out = merged(paths, tmp_path / "out", Recipe("florist", energy=1.0))
+    recipe, out = Recipe("florist", energy=1.0), tmp_path / "out"
+    out.mkdir()
+    inputs = folders.opened(paths)
+    told = table.record(inputs, recipe, list(folders.merge(inputs, recipe, out)))
+    assert told["total"]["bytes"] == sum(4 * tensor.numel() for tensor in load_file(out / WEIGHTS_FILE).values())
+    assert bool(told["whole"]) == any("whole tensors" in note for note in told["notes"])
     wanted = logits(mean_model(paths))
     torch.testing.assert_close(opened(qwen2(), out), wanted, atol=1e-5, rtol=0)
     with pytest.raises(ModelError):

@@ -7,6 +7,7 @@ time nor its memory is counted.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,11 +51,13 @@ class Case:
 class Row:
     """One way to merge. error: ‖result − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F over all modules, in float64.
 
-    rank: the largest that came out. All but `way` are None where the way refuses these adapters.
+    seconds: by the clock; cpu_seconds: of all threads, which other work on the machine hardly changes. rank: the
+    largest that came out. All but `way` are None where the way refuses these adapters.
     """
 
     way: str
     seconds: float | None = None
+    cpu_seconds: float | None = None
     extra_bytes: int | None = None
     rank: int | None = None
     error: float | None = None
@@ -101,7 +104,7 @@ def run(
 ) -> dict[str, object]:
     """Merge synthetic adapters of one layer of a preset, our ways and PEFT's combinations `against`.
 
-    Returns {"case", "rows"}, plain JSON values; seconds are medians. No base model is built where `against` is empty.
+    Returns {"case", "rows"}, plain JSON values; times are medians. No base model is built where `against` is empty.
     Raises ConfigError for an unknown preset, module or combination.
     """
     if not ranks or min(ranks) < 1 or repeats < 1 or set(against) - set(AGAINST):
@@ -172,16 +175,24 @@ def _row(name: str, way: Way, case: Case, scratch: str, repeats: int) -> Row:
         return Row(name)
     result = AdapterFolder(written[-1])
     rank = max(result.settings.rank(own) for own in result.modules)
-    peaks = [peak for _, peak in trials if peak is not None]
-    seconds = statistics.median(taken for taken, _ in trials)
-    return Row(name, seconds, max(peaks, default=None), rank, _error(result, case))
+    seconds, cpu, peaks = zip(*trials, strict=True)
+    peak = max((peak for peak in peaks if peak is not None), default=None)
+    return Row(name, statistics.median(seconds), statistics.median(cpu), peak, rank, _error(result, case))
 
 
-def _measured(call: Callable[[], object]) -> tuple[float, int | None]:
-    """Seconds and extra bytes of one call."""
-    taken: list[float] = []
-    peak = machine.extra_bytes(lambda: taken.append(machine.seconds(call)))
-    return (taken or [machine.seconds(call)])[0], peak
+def _measured(call: Callable[[], object]) -> tuple[float, float, int | None]:
+    """Seconds, CPU seconds and extra bytes of one call."""
+    taken: list[tuple[float, float]] = []
+
+    def timed() -> None:
+        before = time.process_time()
+        seconds = machine.seconds(call)
+        taken.append((seconds, time.process_time() - before))
+
+    peak = machine.extra_bytes(timed)
+    if not taken:
+        timed()
+    return *taken[0], peak
 
 
 def _error(result: AdapterFolder, case: Case) -> float:
@@ -202,11 +213,12 @@ def tables(result: Mapping[str, object]) -> list[Table]:
     ranks = ", ".join(map(str, case["ranks"]))
     table = Table(title=f"{case['preset']}, {case['modules']} modules, adapters of rank {ranks}")
     table.add_column("way")
-    for name in ("seconds", "extra MiB", "rank", "error"):
+    for name in ("seconds", "CPU s", "extra MiB", "rank", "error"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = (row["seconds"], row["extra_bytes"] and row["extra_bytes"] / 2**20, row["rank"], row["error"])
-        table.add_row(row["way"], *map(_cell, cells, (".2f", ".0f", "d", ".1e")))
+        mib = row["extra_bytes"] and row["extra_bytes"] / 2**20
+        cells = (row["seconds"], row["cpu_seconds"], mib, row["rank"], row["error"])
+        table.add_row(row["way"], *map(_cell, cells, (".2f", ".2f", ".0f", "d", ".1e")))
     return [table]
 
 

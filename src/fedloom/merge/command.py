@@ -65,7 +65,8 @@ def aggregate(
         if base:
             places(base, adapter)
     rows, merged = perform(inputs, recipe, base, None if dry_run else out)
-    told = {**table.record(inputs, recipe, rows), "out": str(out), "written": not dry_run, "model": merged}
+    place = {"out": str(out), "base": base_model and str(base_model), "written": not dry_run, "model": merged}
+    told = {**table.record(inputs, recipe, rows), **place}
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:

@@ -15,12 +15,12 @@ MARKS = ("adapter_config.json", "config.json")
 
 
 def check_free(out: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Raise ConfigError where `out` is taken, or is one of the folders that are read.
+    """Raise ConfigError where `out` is taken, or is or holds one of the folders that are read.
 
     With `force` an adapter or a model may be replaced, but nothing else: a mistyped path shall cost no work.
     """
-    if any(out.resolve() == folder.resolve() for folder in inputs):
-        raise ConfigError(f"--out {out} is one of the folders to be merged: choose another")
+    if any(out.resolve() in (folder.resolve(), *folder.resolve().parents) for folder in inputs):
+        raise ConfigError(f"--out {out} is or holds one of the folders to be merged: choose another")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
     if not force:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fedloom.merge.combine import Recipe
@@ -24,7 +25,10 @@ MIB = 2**20
 
 
 def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
-    """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F."""
+    """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F.
+
+    "whole": name → number of values of each whole tensor.
+    """
     modules = [
         {
             "module": row.module,
@@ -36,12 +40,15 @@ def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any
         for row in rows
     ]
     adapters = zip(inputs.adapters, inputs.shares, strict=True)
+    whole = {name: math.prod(inputs.adapters[0].whole[name]) for name in inputs.whole}
+    total = _figures(rows, recipe)
+    values = total["values"] + sum(whole.values())
     return {
         "method": recipe.method,
         "adapters": [{"folder": str(a.folder), "share": share, "modules": len(a.modules)} for a, share in adapters],
         "modules": modules,
-        "whole": list(inputs.whole),
-        "total": _figures(rows, recipe),
+        "whole": whole,
+        "total": {**total, "values": values, "bytes": values * recipe.dtype.itemsize},
         "notes": _notes(inputs),
     }
 
@@ -89,29 +96,28 @@ def _notes(inputs: Inputs) -> list[str]:
 def shown(told: Record) -> RenderableType:
     """The record for a terminal: a row a module, or a kind of modules where there are many; totals; notes."""
     rows, count = told["modules"], len(told["adapters"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"{told['method']} over {count} adapters", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{told['method']} over {count} adapter{'s' * (count > 1)}", title_style="bold"
+    )
     table.add_column("module", overflow="fold", min_width=10)
     columns = [(head, show) for head, show, said in _COLUMNS if said(told)]
     for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for name, group in _named(rows):
-        table.add_row(name, *(show(group) for _, show in columns))
+        table.add_row(Text(name), *(show(group) for _, show in columns))
     total: Record = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
     table.add_row(f"all {len(rows)}", *(show([total]) for _, show in columns), style="bold")
-    return Group(table, *(f"note: {note}" for note in told["notes"]), _closing(told))
+    return Group(table, *(Text(f"note: {note}") for note in told["notes"]), Text(_closing(told)))
 
 
 def _closing(told: Record) -> str:
-    total, model = told["total"], told["model"]
-    size = f"{(model or total)['bytes'] / MIB:,.1f} MiB"
-    what = f"adapter of rank {max(row['rank'] for row in told['modules'])}, {size}"
-    if model:
-        what = (
-            f"model, {size}; {model['changed']} of {model['tensors']} tensors changed, their rounding is "
-            f"{model['rounding']:.1e} of the change"
-        )
-    verb = "wrote" if told["written"] else "nothing written; it would be"
-    return f"{verb} {told['out']}: {what}"
+    """What `fedloom aggregate` wrote, or would: told["out"], told["base"], told["written"], told["model"]."""
+    what = f"adapter of rank {max(row['rank'] for row in told['modules'])}, {told['total']['bytes'] / MIB:,.1f} MiB"
+    if told["base"]:
+        what = f"{told['base']} with {len(told['modules'])} modules changed"
+    if told["model"]:
+        what += f", {told['model']['bytes'] / MIB:,.1f} MiB; rounding is {told['model']['rounding']:.1e} of the change"
+    return f"{'wrote' if told['written'] else 'nothing written; it would be'} {told['out']}: {what}"
 
 
 def _named(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
