@@ -140,7 +140,8 @@ def _case(
         state = LoraState({name: case.clients[k].pair for name, case in cases.items()})
         save_adapter(state, preset.name, AdapterSettings(r=rank, lora_alpha=ALPHA), folders[-1])
     weights = next(iter(cases.values())).weights()
-    return Case(tuple(folders), tuple(weights), _base(preset) if with_base else None, max(ranks))
+    shares = tuple(weight / sum(weights) for weight in weights)  # to the last bit, which PEFT does not see to
+    return Case(tuple(folders), shares, _base(preset) if with_base else None, max(ranks))
 
 
 def _full_name(name: str) -> str:
