@@ -249,6 +249,8 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
             "k_proj.*different base models",
         ),
         (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_magnitude_vector": torch.ones(24)}, "magnitude_vector.*DoRA"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.default.weight": torch.ones(4, 80)}, "holds both.*k_proj"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_embedding_A": torch.ones(4, 80)}, "holds both.*k_proj"),
         (lambda t: {**t, "layers.0.weight": torch.ones(2)}, "layers.0.weight"),
         (lambda t: {**t, f"{PREFIX}lm_head.weight": torch.ones(2, 2)}, "differ in the whole tensor.*lm_head"),
     ],

@@ -42,7 +42,8 @@ class AdapterFolder:
         self.base_model = str(self.config.get("base_model_name_or_path") or "")
         shapes = _shapes(self.folder)
         self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
-        self.whole = {name: shape for name, shape in shapes.items() if name not in self._keys.values()}
+        factors = set(self._keys.values())
+        self.whole = {name: shape for name, shape in shapes.items() if name not in factors}
         modules = sorted({module for module, _ in self._keys})
         self.layouts = {module: self._layout(module, shapes) for module in modules}
 
@@ -83,17 +84,18 @@ class AdapterFolder:
         return tensors
 
     def _layout(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-        key = self._keys[module, "A"]
-        a, b = shapes[key], shapes[self._keys[module, "B"]]
+        names = [self._keys[module, part] for part in PARTS]
+        a, b = (shapes[name] for name in names)
+        embedding = [".lora_embedding_" in name for name in names]
         where = f"{self.folder / WEIGHTS_FILE}, module {module}"
-        if len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
+        if embedding[0] != embedding[1] or len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
             raise ModelError(f"{where}: A of shape {a} and B of shape {b} are no LoRA pair: expected (r, n) and (m, r)")
         told = self.settings.rank(module)
         if a[0] != told:
             raise ModelError(
                 f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
             )
-        return Layout(b[0], a[1:], ".lora_embedding_" in key)
+        return Layout(b[0], a[1:], embedding[0])
 
 
 def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
@@ -188,7 +190,10 @@ def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
     for name in names:
         match = _FACTOR.fullmatch(name)
         if match:
-            keys[match[1], match[2] or match[3]] = name
+            own = match[1], match[2] or match[3]
+            if own in keys:
+                raise ModelError(f"{path} holds both {keys[own]} and {name}: which of them is meant?")
+            keys[own] = name
         elif ".lora_" in name or not name.startswith(PREFIX):
             raise ModelError(f"{path} holds {name}, which is no LoRA factor (DoRA's magnitudes are not supported)")
     lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
