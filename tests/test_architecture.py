@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
-    wire method methods rounds catchup checkpoint
+    wire method methods cohort rounds catchup checkpoint
     config configfile ledger report
     adapters data templates partition tokens base_model peft_bridge training evaluate
-    runs setup export engines compare bench progress inspection cli __main__
+    runs clients setup export engines compare bench progress inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""

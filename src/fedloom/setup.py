@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedloom import peft_bridge
 from fedloom.adapters import AdapterSettings, load_adapter
 from fedloom.base_model import WEIGHTS, load_base
-from fedloom.config import Config, DataSettings, LoraSettings, OutputSettings
+from fedloom.clients import Site, apart, shared_settings, site, top_ranks
+from fedloom.config import Config, DataSettings, OutputSettings
 from fedloom.configfile import dump
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
-from fedloom.lora import LoraState, derived_seed, initial_state
-from fedloom.method import Method, State
+from fedloom.lora import LoraState, derived_seed, initial_state, subset
+from fedloom.method import State
 from fedloom.methods import build
 from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
 from fedloom.rounds import Job, Train, Trained
@@ -34,15 +34,6 @@ from fedloom.wire import quantize
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Site:
-    """One client: its adapter settings, its rank in every module, its examples in tokens."""
-
-    adapter: AdapterSettings
-    ranks: Mapping[str, int]
-    data: Prepared
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,11 +66,12 @@ class Setup:
         site, settings = self.sites[client], train_settings(self.config)
 
         def step(state: State, round: int, seed: int) -> Trained:
+            trained, fixed = apart(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
             after, stats = local_update(
                 self.model,
-                state.adapter,
-                state.fixed,
+                trained,
+                fixed,
                 site.data,
                 settings,
                 round=round,
@@ -88,7 +80,7 @@ class Setup:
                 trainable=self.job.method.trainable(round),
                 penalty=self.job.method.penalty,
             )
-            return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds)
+            return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
 
         return step
 
@@ -117,7 +109,7 @@ def prepare(config: Config) -> Setup:
 
     sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
     ranks = top_ranks(method, sites)
-    shared = peft_bridge.resolve(base, adapter_settings(config.lora))
+    shared = shared_settings(base, config.lora, ranks)
     seed = config.federation.seed
     return Setup(
         config=config,
@@ -127,6 +119,7 @@ def prepare(config: Config) -> Setup:
             partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
             config.federation.weighting,
             config.wire.budget_bytes,
+            config.federation.module_weighting,
         ),
         initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
         model=peft_bridge.attach(base, shared),
@@ -159,35 +152,9 @@ def coded(kind: str, values: Tensor, seed: int) -> Values:
     return quantize(values, kind, seed)
 
 
-def adapter_settings(lora: LoraSettings) -> AdapterSettings:
-    """[lora], or what one client has of it, as the adapter's settings."""
-    return AdapterSettings(**lora.model_dump())
-
-
 def train_settings(config: Config) -> TrainSettings:
     """[training] as the trainer's settings."""
     return TrainSettings(**config.training.model_dump())
-
-
-def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> Site:
-    """One client; its adapter settings may differ from the others'."""
-    settings = peft_bridge.resolve(base, adapter_settings(config.lora_of(client)))
-    return Site(settings, peft_bridge.ranks(base, settings), data)
-
-
-def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
-    """The largest rank of each module among clients. Raises ConfigError if they differ and the method forbids it."""
-    first = next(iter(sites.values())).ranks
-    for client, held in sites.items():
-        if set(held.ranks) != set(first):
-            raise ConfigError(f"client {client!r} adapts other modules than the first one: target_modules must agree")
-    top = {module: max(held.ranks[module] for held in sites.values()) for module in first}
-    lower = [client for client, held in sites.items() if dict(held.ranks) != top]
-    if lower and not method.facts.unequal_ranks:
-        raise ConfigError(
-            f"method {method.name!r} needs equal ranks, but client {lower[0]!r} has a lower one than others"
-        )
-    return top
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
