@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
-    wire method methods cohort rounds catchup checkpoint
+    wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger report
     adapters data templates partition tokens base_model peft_bridge training evaluate
     runs clients setup export engines compare bench progress inspection cli __main__

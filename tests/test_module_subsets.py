@@ -78,12 +78,16 @@ def test_exact_methods_return_the_weighted_sum_over_those_who_count(name: str, m
     for round in range(1, 4):
         before, p = federation.server, shares(federation)
         trained = {
-            client: federation.train(before, round, client_seed(federation.job, client, round)).adapter
+            client: federation.training(client)(before, round, client_seed(federation.job, client, round)).adapter
             for client in CLIENTS
         }
         federation.play()
         for module, after in delta(federation.server.total).items():
-            own = {client: delta(replace(before, adapter=trained[client]).total)[module] for client in CLIENTS}
+            own = {
+                client: delta(replace(before, adapter=trained[client]).total)[module]
+                for client in CLIENTS
+                if module in CLIENTS[client]
+            }
             old = delta(before.total)[module]
             holders = {client: p[client] for client in CLIENTS if module in CLIENTS[client]}
             if module_weighting == "holders":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fedloom.adapters import AdapterSettings
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
 from fedloom.method import Method, State
 from fedloom.rounds import Job, Train, Trained, accept, addressed, client_turn, server_turn, start
@@ -67,13 +68,24 @@ def trainer(method: Method, *, size: float = 0.1):
 class Federation:
     """Server and clients in one process, every payload through the wire."""
 
-    def __init__(self, job: Job, clients: dict[str, int | dict[str, int]] | None = None, *, train=None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        clients: dict[str, int | dict[str, int]] | None = None,
+        *,
+        train=None,
+        shapes: dict[str, tuple[int, int]] = SHAPES,
+        settings: dict[str, AdapterSettings] | None = None,
+    ) -> None:
         self.job = job
+        self.settings = settings or {}
         self.train = train or trainer(job.method)
         self.ranks = {
             name: ranks(rank) for name, rank in (clients or dict.fromkeys(["ada", "bob", "cyd"], RANK)).items()
         }
-        top = initial({module: max(own.get(module, 0) for own in self.ranks.values()) for module in SHAPES})
+        top = initial_state(
+            shapes, {module: max(own.get(module, 0) for own in self.ranks.values()) for module in shapes}, 3
+        )
         self.server = start(job, top)
         self.clients = {name: start(job, top, own) for name, own in self.ranks.items()}
         self.broadcasts: list[bytes] = []
@@ -94,11 +106,20 @@ class Federation:
         self.uploads = payloads
 
     def training(self, name: str) -> Train:
-        """The client's step: the modules that it has, no others."""
+        """The client's step, on the modules that it has, in PEFT's terms: its B is the inner one without its scale."""
+        settings = self.settings.get(name)
+
+        def scaled(adapter: LoraState, power: int) -> LoraState:
+            if settings is None:
+                return adapter
+            return LoraState(
+                {m: LoraPair(pair.A, pair.B * settings.scale(m, pair.rank) ** power) for m, pair in adapter.items()}
+            )
 
         def train(state: State, round: int, seed: int) -> Trained:
-            trained = self.train(state, round, seed)
-            return replace(trained, adapter=subset(trained.adapter, self.ranks[name]))
+            inner = replace(state, adapter=scaled(subset(state.adapter, self.ranks[name]), -1))
+            trained = self.train(inner, round, seed)
+            return replace(trained, adapter=scaled(trained.adapter, 1))
 
         return train
 

@@ -138,6 +138,18 @@ class FederationSettings(Section):
         description="Average of a module that some clients do not train: over the clients that do, or over all, those "
         "that do not with the weights they have.",
     )
+    consolidate_every: int = Field(
+        0,
+        ge=0,
+        description="Rounds between recompressions of the merged increments; everyone then receives the full state. "
+        "Saves bytes where clients miss many rounds; 0 for never.",
+    )
+    consolidate_energy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the squared singular values that a recompression keeps, module by module.",
+    )
     seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from fedloom.cohort import Cohort, combine, shares
+from fedloom.consolidation import Consolidation, consolidated
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
 from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow, subset
 from fedloom.method import FROZEN, Context, Entries, Method, State
@@ -46,7 +47,7 @@ class Job:
     """What server and clients agree on before the first round.
 
     quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
-    module_weighting say what a client counts for (`cohort`).
+    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state.
     """
 
     method: Method
@@ -55,6 +56,7 @@ class Job:
     weighting: str = "examples"
     budget: int | None = None
     module_weighting: str = "holders"
+    consolidation: Consolidation = Consolidation()
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
@@ -73,7 +75,10 @@ class ClientTurn:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ServerTurn:
-    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers."""
+    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
+
+    Where the server consolidated, its state is a version further than the payload leads.
+    """
 
     state: State
     payload: bytes
@@ -134,7 +139,10 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     )
     payload = encode(Message(header, result.entries))
     after = accept(job, replace(state, memory=result.memory), payload)
-    return ServerTurn(after, payload, refused, result.stats)
+    if not job.consolidation.due(round):
+        return ServerTurn(after, payload, refused, result.stats)
+    after, cost = consolidated(after, job.consolidation.energy)
+    return ServerTurn(after, payload, refused, {**result.stats, **cost})
 
 
 def accept(job: Job, state: State, payload: bytes) -> State:

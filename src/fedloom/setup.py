@@ -18,6 +18,7 @@ from fedloom.base_model import WEIGHTS, load_base
 from fedloom.clients import Site, apart, shared_settings, site, top_ranks
 from fedloom.config import Config, DataSettings, OutputSettings
 from fedloom.configfile import dump
+from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
@@ -120,6 +121,7 @@ def prepare(config: Config) -> Setup:
             config.federation.weighting,
             config.wire.budget_bytes,
             config.federation.module_weighting,
+            Consolidation(config.federation.consolidate_every, config.federation.consolidate_energy),
         ),
         initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
         model=peft_bridge.attach(base, shared),

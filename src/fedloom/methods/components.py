@@ -48,10 +48,19 @@ def adopt_warm(state: State, adapter: LoraState, frozen: LoraState) -> State:
 
 
 def with_tail(state: State, adapter: LoraState) -> State:
-    """The state with what lies in `adapter` beyond the own rank as its tail."""
+    """The state with what lies in `adapter` beyond the own rank as its tail.
+
+    Components that add nothing are left out, so that a full state, whose adapter was filled up, gives the same bits.
+    """
     ranks = state.adapter.ranks()
-    beyond = {module: components(pair, ranks[module]) for module, pair in adapter.items()}
+    beyond = {module: effective(components(pair, ranks[module])) for module, pair in adapter.items()}
     return replace(state, tail=LoraState({**state.tail, **beyond}))
+
+
+def effective(pair: LoraPair) -> LoraPair:
+    """The components whose column of B is not zero."""
+    used = pair.B.any(dim=0)
+    return LoraPair(pair.A[used], pair.B[:, used])
 
 
 def received(entries: Entries, prefix: str = "") -> LoraState:
