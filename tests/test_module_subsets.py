@@ -10,6 +10,7 @@ import torch
 
 from fedloom import peft_bridge
 from fedloom.checkpoint import Snapshot, load, save
+from fedloom.clients import apart, top_ranks
 from fedloom.configfile import load as load_config
 from fedloom.engines.local import Simulation
 from fedloom.errors import ConfigError
@@ -33,8 +34,9 @@ CLIENTS = {
     "cyd": dict.fromkeys([Q], RANK),
     "dan": dict.fromkeys([K, Q, DOWN], RANK),
 }
-names = pytest.mark.parametrize("name", sorted(METHODS))
-exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, LOSSLESS.get(n)).facts.exact))
+ABLE = sorted(name for name in METHODS if build(name).module_subsets)
+names = pytest.mark.parametrize("name", ABLE)
+exact = pytest.mark.parametrize("name", [n for n in ABLE if build(n, LOSSLESS.get(n)).facts.exact])
 weightings = pytest.mark.parametrize("module_weighting", ["holders", "all"])
 
 
@@ -176,7 +178,6 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
 
 
 def test_a_model_with_a_part_trained_and_a_part_fixed_computes_what_the_whole_does():
-    from fedloom.clients import apart
     from fedloom.lora import LoraState, initial_state
     from tiny_models import llama
 
@@ -203,3 +204,17 @@ def test_unequal_ranks_are_named_with_the_module():
     wanted = [*SETTINGS, "method.name=fedsrd", "clients.lab.r=4"]
     with pytest.raises(ConfigError, match=r"client 'lab' has rank 4 in .*q_proj where another has 16"):
         prepare(load_config(TESTBED / "demo.toml", wanted))
+
+
+def test_settings_for_a_client_that_is_not_there_are_named():
+    with pytest.raises(ConfigError, match=r"\[clients.labb\].*did you mean 'lab'"):
+        prepare(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.labb.r=4"]))
+
+
+def test_what_a_method_cannot_do_is_refused_before_the_run():
+    settings = [*SETTINGS, "method.name=fedit", "federation.consolidate_every=5"]
+    with pytest.raises(ConfigError, match="consolidate_every does nothing with method 'fedit'"):
+        prepare(load_config(TESTBED / "demo.toml", settings))
+    sites = prepare(load_config(TESTBED / "demo.toml", SETTINGS)).sites
+    with pytest.raises(ConfigError, match=r"client 'lab' does not train .*down_proj; set the same target_modules"):
+        top_ranks(replace(build("fedsrd"), module_subsets=False), sites)

@@ -79,13 +79,19 @@ def apart(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]
 def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
     """The largest rank of each module among the clients that train it.
 
-    Raises ConfigError if they differ and the method forbids it.
+    Raises ConfigError if ranks or modules differ and the method forbids it.
     """
     top: dict[str, int] = {}
     for held in sites.values():
         for module, rank in held.ranks.items():
             top[module] = max(rank, top.get(module, 0))
     for client, held in sites.items():
+        missing = sorted(set(top) - set(held.ranks))
+        if missing and not method.module_subsets:
+            raise ConfigError(
+                f"method {method.name!r} needs every client to train the same modules, but client {client!r} does not "
+                f"train {missing[0]}; set the same target_modules for all"
+            )
         lower = sorted(module for module, rank in held.ranks.items() if rank < top[module])
         if lower and not method.facts.unequal_ranks:
             raise ConfigError(

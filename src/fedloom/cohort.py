@@ -83,7 +83,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
     for clients, modules in cohort.groups().items():
-        part = replace(state, adapter=subset(state.adapter, modules), memory=memory)
+        part = replace(restricted(state, modules), memory=memory)
         held = {client: cohort.weights[client] for client in clients}
         others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
         if others and module_weighting == "holders":
@@ -95,6 +95,13 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
         memory = result.memory
         stats.append((len(modules), result.stats))
     return Aggregate(entries, memory, pooled(stats))
+
+
+def restricted(state: State, modules: Collection[str]) -> State:
+    """What the state says of some modules; the memory is left whole."""
+    parts = (state.adapter, state.frozen, state.tail)
+    adapter, frozen, tail = (subset(part, modules) for part in parts)
+    return replace(state, adapter=adapter, frozen=frozen, tail=tail)
 
 
 def sent_unchanged(method: Method, state: State, context: Context) -> Entries:

@@ -14,10 +14,10 @@ from typing import Protocol
 
 import torch
 
-from fedloom.cohort import Cohort, combine, shares
+from fedloom.cohort import Cohort, combine, restricted, shares
 from fedloom.consolidation import Consolidation, consolidated
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
-from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow, subset
+from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow
 from fedloom.method import FROZEN, Context, Entries, Method, State
 from fedloom.sparsify import Quantize
 from fedloom.tensors import dense, floats, to_dense
@@ -111,8 +111,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     context = job.context(round, client)
     if job.budget is not None:
         context = replace(context, budget=ByteBudget(job.budget, header))
-    own = replace(state, adapter=subset(state.adapter, trained.adapter))
-    memory, entries = job.method.compress(own, trained.adapter, context)
+    memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,11 @@ def prepare(config: Config) -> Setup:
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(f"wire.budget does not work with method {method.name!r}, which sends everything; unset it")
     texts, manifest = client_examples(config)
+    if config.federation.consolidate_every and not method.merges:
+        raise ConfigError(
+            f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
+        )
+    known(config.clients, texts)
     texts = participating(texts, config.federation.participants)
     heldout = heldout_examples(config.data)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
@@ -190,6 +196,15 @@ def participating(texts: dict[str, list[Example]], wanted: Sequence[str] | None)
             f"federation.participants names {unknown[0]!r}, which has no data; there are {', '.join(sorted(texts))}"
         )
     return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
+
+
+def known(settings: Collection[str], clients: Collection[str]) -> None:
+    """Raises ConfigError where [clients.<name>] is about a client that there is not."""
+    for name in settings:
+        if name not in clients:
+            near = get_close_matches(name, clients, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
+            raise ConfigError(f"[clients.{name}] has settings for a client without data; {hint}")
 
 
 def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
