@@ -70,10 +70,9 @@ def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> 
 
 def apart(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
     """What a client trains, with an empty pair for every other module; and what its model has beside that."""
-    others = {module: pair for module, pair in state.adapter.items() if module not in modules}
-    return LoraState({**state.adapter, **narrow(LoraState(others), dict.fromkeys(others, 0))}), stack(
-        [state.fixed, LoraState(others)]
-    )
+    others = LoraState({module: pair for module, pair in state.adapter.items() if module not in modules})
+    empty = narrow(others, dict.fromkeys(others, 0))
+    return LoraState({**state.adapter, **empty}), stack([state.fixed, others])
 
 
 def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:

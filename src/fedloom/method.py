@@ -28,7 +28,8 @@ class State:
     adapter: the pair that is trained on. frozen: merged increments of merging methods, in factored form, the same for
     all. tail: components of the global adapter beyond this participant's own rank, replaced by every change. The model
     in use is W0 + frozen + tail + adapter. memory: what stays private to the participant (a client's residual, a
-    server's moments), by name. version counts the changes applied since the start; digest names the global state.
+    server's moments), by name. version counts the changes since the start, consolidations included; digest names the
+    global state.
     """
 
     adapter: LoraState

@@ -122,7 +122,8 @@ def catchup_command(
     methods: Annotated[str, typer.Option(help="Methods, with presets: flora,florist:paper.")] = (
         "flora,florist:paper,florist,fedex"
     ),
-    energies: Annotated[str, typer.Option(help="Shares of Σσ² to keep in a consolidation.")] = "1,0.999,0.99,0.9",
+    energies: Annotated[str, typer.Option(help="Shares of Σσ² to keep in a consolidation.")] = "1,0.99,0.9",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a client of the demo that missed rounds is sent, and what a consolidation saves and costs."""
@@ -133,7 +134,7 @@ def catchup_command(
         runs = {}
         for spec in words(methods):
             name, _, preset = spec.partition(":")
-            own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else [])]
+            own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
             runs[spec] = load(testbed / "demo.toml", [f"federation.num_rounds={rounds}", *own])
         show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
 
