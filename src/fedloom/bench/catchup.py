@@ -19,7 +19,7 @@ def run(configs: Mapping[str, Config], energies: Sequence[float]) -> dict[str, A
     """One row for each run and energy. The last client misses all rounds; the others take part in all of them.
 
     bytes: what the absent client is sent. rank: mean over modules of the merged increments. lost_energy: share of their
-    Σσ² that the recompression drops. exact_match: mean over the domains of the state that is sent.
+    Σσ² that the recompression drops. loss: held-out, mean over the domains, of the state that is sent.
     """
     rows: list[dict[str, Any]] = []
     for label, config in configs.items():
@@ -60,18 +60,18 @@ def played(setup: Setup) -> tuple[State, list[bytes]]:
 def facts(setup: Setup, state: State, round: int) -> dict[str, float]:
     """Bytes of a full state, mean rank of its merged increments, and how good the model is that it stands for."""
     ranks = list(state.frozen.ranks().values())
-    scores = [score.exact_match for score in setup.evaluate(state).values()]
+    losses = [score.loss for score in setup.evaluate(state).values()]
     return {
         "bytes": len(full_state(setup.job, state, round)),
         "rank": sum(ranks) / max(len(ranks), 1),
-        "exact_match": sum(scores) / max(len(scores), 1),
+        "loss": sum(losses) / max(len(losses), 1),
     }
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The rows for a terminal."""
     table = Table(title=f"a client that missed {result['rounds']} rounds")
-    for name in ("run", "what is sent", "KiB", "mean rank", "lost energy", "exact match %"):
+    for name in ("run", "what is sent", "KiB", "mean rank", "lost energy", "held-out loss"):
         table.add_column(name, justify="left" if name in ("run", "what is sent") else "right")
     for row in result["rows"]:
         table.add_row(
@@ -80,6 +80,6 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             f"{row['bytes'] / 1024:.1f}",
             f"{row['rank']:.1f}" if "rank" in row else "",
             f"{row['lost_energy']:.1e}" if "lost_energy" in row else "",
-            f"{100 * row['exact_match']:.1f}" if "exact_match" in row else "",
+            f"{row['loss']:.4f}" if "loss" in row else "",
         )
     return [table]
