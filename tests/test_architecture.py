@@ -1,6 +1,7 @@
 """The shape of the package: imports run one way, heavy libraries have one door each, files and functions stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
-    wire method methods rounds catchup checkpoint
+    wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
-    runs setup export merge engines compare bench progress inspection cli __main__
+    runs clients setup export merge engines compare bench progress inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""
@@ -160,6 +161,13 @@ def test_the_public_face_is_small_and_true():
     for name in fedloom.__all__:
         assert getattr(fedloom, name) is not None
     assert set(fedloom.__all__) <= set(dir(fedloom))
+
+
+def test_the_tests_that_the_documentation_names_are_there():
+    tests = Path(__file__).parent
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in tests.glob("test_*.py")), re.M))
+    named = set(re.findall(r"`(test_\w+)`", (tests.parent / "docs" / "add-a-method.md").read_text()))
+    assert len(named) > 30 and not named - defined
 
 
 def loaded_by(statement):

@@ -25,6 +25,8 @@ from fedloom.partition import (
     save_manifest,
 )
 
+TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
+
 ROWS = [
     {"instruction": "add", "input": "1 2", "output": "3", "topic": "sums"},
     {"instruction": "greet", "input": None, "output": "hei, døgn ☃", "topic": "talk"},
@@ -217,12 +219,24 @@ def test_each_partitioner_does_what_it_says() -> None:
         ({"num_clients": 11}, "10 examples cannot be split among 11"),
         ({"partitioner": "dirichlet", "column": None}, "needs the name of a column"),
         ({"partitioner": "natural", "column": "site"}, "no label or id in column 'site'.*has columns topic"),
-        ({"partitioner": "dirichlet", "alpha": 0.001, "num_clients": 9}, "client 'client-.*' gets no examples"),
+        ({"partitioner": "shards", "num_clients": 9}, "client 'client-.*' gets no examples"),
     ],
 )
 def test_partitions_that_cannot_be_made(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         partition(examples(10), replace(PartitionSettings("iid", 2, 0, "topic"), **changes))
+
+
+def test_the_demo_data_can_be_split_among_a_thousand_clients() -> None:
+    found = [load_examples(path / "train.jsonl") for path in sorted((TESTBED / "data").iterdir())]
+    data = [example for some in found for example in some]
+    for kind, fewest, most, domains in (("iid", 7, 8, 3.0), ("shards", 6, 8, 1.5), ("dirichlet", 1, 80, 2.0)):
+        held = partition(data, PartitionSettings(kind, 1000, 0, "domain")).clients.values()
+        sizes = [len(own) for own in held]
+        assert len(held) == 1000 and sum(sizes) == len(data) == 7200
+        assert fewest <= min(sizes) and max(sizes) <= most, kind
+        mean = sum(len({data[index].columns["domain"] for index in own}) for own in held) / 1000
+        assert mean >= domains if kind == "iid" else mean < 3.0, kind
 
 
 def test_a_manifest_holds_only_for_its_data(tmp_path: Path) -> None:

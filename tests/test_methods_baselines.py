@@ -162,6 +162,16 @@ def test_flasc_broadcasts_the_largest_elements_and_keeps_the_rest_to_itself():
         assert theta[entry.positions].abs().min() >= theta[kept == 0].abs().max()
 
 
+def test_flasc_measures_change_from_the_masked_download():
+    """A client that does not train has changed nothing, although it holds a quarter of the server's adapter only."""
+    federation = Federation(job(build("flasc", {"download_density": 0.25})))
+    federation.play()
+    federation.train = lambda state, round, seed: Trained(state.adapter, 1, 0.0)
+    federation.play()
+    for payload in federation.uploads.values():
+        assert all(entry.positions.numel() == 0 for entry in decode(payload).entries.values())
+
+
 def test_fedprox_pulls_towards_the_global_adapter():
     penalty = build("fedprox", {"mu": 0.5}).penalty
     before, now = random_state(1), random_state(2)
@@ -220,6 +230,20 @@ def test_wrong_settings_name_what_was_meant(name: str, settings: dict, words: st
 
 
 # --- faults of released code -------------------------------------------------------------------------------------
+
+
+def test_a_sparse_method_sends_no_zeros():
+    """FedSRD's release sends its sparse tensors dense."""
+    sizes = {}
+    for sparsity in (0.5, 0.85):
+        federation = Federation(job(build("fedsrd", {"base_sparsity": sparsity, "kurtosis_slope": 0.0})))
+        federation.play()
+        for entry in decode(federation.uploads["ada"]).entries.values():
+            assert isinstance(entry, Sparse)
+            assert entry.positions.numel() == max(1, round((1 - sparsity) * to_dense(entry).numel()))
+            assert bool((entry.values != 0).all())
+        sizes[sparsity] = len(federation.uploads["ada"])
+    assert sizes[0.85] < 0.6 * sizes[0.5]
 
 
 def test_no_client_is_counted_twice():

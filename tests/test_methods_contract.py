@@ -14,6 +14,7 @@ from fedloom.lora import LoraPair, LoraState, derived_seed, digest
 from fedloom.method import State
 from fedloom.methods import METHODS, build
 from fedloom.rounds import Trained, accept, client_turn, full_state, server_turn
+from fedloom.wire import decode, encode
 from toy import Federation, client_seed, delta, job, step, trainer
 
 LOSSLESS = {
@@ -51,6 +52,16 @@ def test_server_and_clients_hold_the_same_bits_after_every_round(name: str):
         for state in federation.clients.values():
             assert_same_model(state, federation.server)
     assert federation.server.version == 4
+
+
+@names
+@pytest.mark.parametrize("values", ["fp32", "int4"])
+def test_every_payload_is_read_back_as_it_was_written(name: str, values: str):
+    federation = Federation(job(build(name), values=values))
+    for _ in range(2):
+        federation.play()
+        for payload in [*federation.uploads.values(), federation.broadcasts[-1]]:
+            assert encode(decode(payload)) == payload
 
 
 @names

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state
+from fedloom.adapters import AdapterSettings
+from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
 from fedloom.method import Method, State
-from fedloom.rounds import Job, Trained, accept, addressed, client_turn, server_turn, start
+from fedloom.rounds import Job, Train, Trained, accept, addressed, client_turn, server_turn, start
 from fedloom.wire import quantize
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
@@ -14,16 +17,23 @@ RANK = 4
 
 
 def job(
-    method: Method, *, seed: int = 3, weighting: str = "examples", values: str = "fp32", budget: int | None = None
+    method: Method,
+    *,
+    seed: int = 3,
+    weighting: str = "examples",
+    values: str = "fp32",
+    budget: int | None = None,
+    module_weighting: str = "holders",
 ) -> Job:
-    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting, budget)
+    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting, budget, module_weighting)
 
 
-def ranks(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
+def ranks(rank: int | dict[str, int]) -> dict[str, int]:
+    """One rank for every module, or each module's own; a client does not train a module that is left out."""
+    return dict.fromkeys(SHAPES, rank) if isinstance(rank, int) else rank
 
 
-def initial(rank: int = RANK, seed: int = 3) -> LoraState:
+def initial(rank: int | dict[str, int] = RANK, seed: int = 3) -> LoraState:
     return initial_state(SHAPES, ranks(rank), seed)
 
 
@@ -58,13 +68,26 @@ def trainer(method: Method, *, size: float = 0.1):
 class Federation:
     """Server and clients in one process, every payload through the wire."""
 
-    def __init__(self, job: Job, clients: dict[str, int] | None = None, *, train=None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        clients: dict[str, int | dict[str, int]] | None = None,
+        *,
+        train=None,
+        shapes: dict[str, tuple[int, int]] = SHAPES,
+        settings: dict[str, AdapterSettings] | None = None,
+    ) -> None:
         self.job = job
+        self.settings = settings or {}
         self.train = train or trainer(job.method)
-        client_ranks = clients or {"ada": RANK, "bob": RANK, "cyd": RANK}
-        top = initial(max(client_ranks.values()))
+        self.ranks = {
+            name: ranks(rank) for name, rank in (clients or dict.fromkeys(["ada", "bob", "cyd"], RANK)).items()
+        }
+        top = initial_state(
+            shapes, {module: max(own.get(module, 0) for own in self.ranks.values()) for module in shapes}, 3
+        )
         self.server = start(job, top)
-        self.clients = {name: start(job, top, ranks(rank)) for name, rank in client_ranks.items()}
+        self.clients = {name: start(job, top, own) for name, own in self.ranks.items()}
         self.broadcasts: list[bytes] = []
         self.round = 0
 
@@ -74,7 +97,7 @@ class Federation:
         payloads = {}
         for name in attending or list(self.clients):
             state = self.clients[name]
-            turn = client_turn(self.job, name, state, self.missed(name), self.train, self.round)
+            turn = client_turn(self.job, name, state, self.missed(name), self.training(name), self.round)
             self.clients[name], payloads[name] = turn.state, turn.payload
         turn = server_turn(self.job, self.server, payloads, self.round)
         assert not turn.refused
@@ -82,9 +105,26 @@ class Federation:
         self.broadcasts.append(turn.payload)
         self.uploads = payloads
 
+    def training(self, name: str) -> Train:
+        """The client's step, on the modules that it has, in PEFT's terms: its B is the inner one without its scale."""
+        settings = self.settings.get(name)
+
+        def scaled(adapter: LoraState, power: int) -> LoraState:
+            if settings is None:
+                return adapter
+            return LoraState(
+                {m: LoraPair(pair.A, pair.B * settings.scale(m, pair.rank) ** power) for m, pair in adapter.items()}
+            )
+
+        def train(state: State, round: int, seed: int) -> Trained:
+            inner = replace(state, adapter=scaled(subset(state.adapter, self.ranks[name]), -1))
+            trained = self.train(inner, round, seed)
+            return replace(trained, adapter=scaled(trained.adapter, 1))
+
+        return train
+
     def missed(self, name: str) -> list[bytes]:
-        state = self.clients[name]
-        return [addressed(self.job, p, state.adapter.ranks()) for p in self.broadcasts[state.version :]]
+        return [addressed(self.job, p, self.ranks[name]) for p in self.broadcasts[self.clients[name].version :]]
 
     def settle(self) -> None:
         """Give every client what it has missed."""

@@ -20,18 +20,26 @@ class Archive:
 
     def add(self, version: int, payload: bytes, limit: int) -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
+        if version - 1 not in self.payloads:  # no way leads here from what came before: the server consolidated
+            self.payloads.clear()
         self.payloads[version] = payload
         while len(self.payloads) > 1 and sum(map(len, self.payloads.values())) > limit:
             del self.payloads[min(self.payloads)]
 
+    def reach(self, version: int) -> int:
+        """The oldest version from which the broadcasts lead to `version`; who holds an older one needs a full state."""
+        while version - 1 in self.payloads:
+            version -= 1
+        return version
+
     def needed(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
         """The payloads, in order, that bring a client at `version` in step with the server."""
-        versions = range(version, server.version)
-        missed = [addressed(job, self.payloads[v], ranks) for v in versions if v in self.payloads]
-        if len(missed) == len(versions) and len(missed) <= 1:
+        reached = version >= self.reach(server.version)
+        missed = [addressed(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
+        size = sum(map(len, missed))
+        # Below a byte a value they are cheaper than any full state, so that it need not be encoded to know its size.
+        if reached and size <= server.total.numel():
             return missed
         if self._full is None or self._full[0] != server.version:
             self._full = (server.version, full_state(job, server, round))
-        full = self._full[1]
-        complete = len(missed) == len(versions)
-        return missed if complete and sum(map(len, missed)) <= len(full) else [full]
+        return missed if reached and size <= len(self._full[1]) else [self._full[1]]

@@ -1,6 +1,7 @@
 """All that a run needs to go on, in one safetensors file that is either whole or not there.
 
-Equal tensors are stored once: clients in step with the server cost nothing.
+Equal tensors are stored once, and so is the list of a state's tensors that several participants share: a client in
+step with others costs a line.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedloom.errors import CheckpointError
-from fedloom.lora import from_tensors
+from fedloom.lora import LoraState, from_tensors
 from fedloom.method import State
 
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
 
-_FORMAT = "fedloom-checkpoint-1"
-_LORA_FIELDS = ("adapter", "frozen", "tail")
+_FORMAT = "fedloom-checkpoint-2"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,27 +42,21 @@ class Snapshot:
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
-    tensors: dict[str, Tensor] = {}
-    index: list[tuple[str, str, str, str]] = []
-    for party, part, name, tensor in _flat(snapshot):
-        key = _key(tensor)
-        if key not in tensors:
-            # A client of lower rank holds views of the server's tensors; safetensors stores no shared memory.
-            tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        index.append((party, part, name, key))
-    parties = {"server": snapshot.server, **{f"client:{name}": state for name, state in snapshot.clients.items()}}
+    shelves = _Shelves()
     meta = {
         "format": _FORMAT,
         "round": snapshot.round,
         "ledger_rows": snapshot.ledger_rows,
         "fingerprint": snapshot.fingerprint,
-        "index": index,
-        "parties": {name: [state.version, state.digest] for name, state in parties.items()},
+        "server": shelves.party(snapshot.server),
+        "clients": {name: shelves.party(state) for name, state in snapshot.clients.items()},
+        "archive": shelves.put({str(v): _bytes(payload) for v, payload in snapshot.archive.items()}),
+        "shelves": shelves.names,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{snapshot.round:05d}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
+    save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
     _sync(partial)
     os.replace(partial, path)
     _sync(folder)
@@ -89,35 +83,58 @@ def load(path: Path) -> Snapshot:
     for key, tensor in tensors.items():
         if _key(tensor) != key:
             raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
-    parties: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in ["archive", *meta["parties"]]}
-    for party, part, name, key in meta["index"]:
-        parties[party].setdefault(part, {})[name] = tensors[key]
-    states = {name: _state(parties[name], *facts) for name, facts in meta["parties"].items()}
+    shelves = [{name: tensors[key] for name, key in shelf.items()} for shelf in meta["shelves"]]
+    held: dict[int, LoraState] = {}
+
+    def lora(shelf: int) -> LoraState:
+        if shelf not in held:
+            held[shelf] = from_tensors(shelves[shelf])
+        return held[shelf]
+
+    def party(version: int, digest: str, adapter: int, frozen: int, tail: int, memory: int) -> State:
+        return State(lora(adapter), lora(frozen), lora(tail), shelves[memory], version, digest)
+
     return Snapshot(
         round=meta["round"],
-        server=states.pop("server"),
-        clients={name.removeprefix("client:"): state for name, state in states.items()},
-        archive={int(name): tensor.numpy().tobytes() for name, tensor in parties["archive"].get("payload", {}).items()},
+        server=party(*meta["server"]),
+        clients={name: party(*facts) for name, facts in meta["clients"].items()},
+        archive={int(name): tensor.numpy().tobytes() for name, tensor in shelves[meta["archive"]].items()},
         ledger_rows=meta["ledger_rows"],
         fingerprint=meta["fingerprint"],
     )
 
 
-def _flat(snapshot: Snapshot) -> Iterator[tuple[str, str, str, Tensor]]:
-    parties = {"server": snapshot.server, **{f"client:{name}": state for name, state in snapshot.clients.items()}}
-    for party, state in parties.items():
-        for part in _LORA_FIELDS:
-            for name, tensor in getattr(state, part).tensors().items():
-                yield party, part, name, tensor
-        for name, tensor in state.memory.items():
-            yield party, "memory", name, tensor
-    for version, payload in snapshot.archive.items():
-        yield "archive", "payload", str(version), torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+class _Shelves:
+    """What is to be stored: tensors by content, and lists of tensors, each list once however many share the object."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.names: list[dict[str, str]] = []
+        self._places: dict[int, tuple[int, object]] = {}
+
+    def party(self, state: State) -> list[int | str]:
+        """A participant's state: version, digest, and the shelves of its parts."""
+        parts = (state.adapter, state.frozen, state.tail)
+        return [state.version, state.digest, *(self.put(part) for part in parts), self.put(state.memory)]
+
+    def put(self, named: LoraState | Mapping[str, Tensor]) -> int:
+        """The number of the shelf that holds these tensors."""
+        if id(named) not in self._places:
+            tensors = named.tensors() if isinstance(named, LoraState) else named
+            self._places[id(named)] = len(self.names), named  # held on to, so that no other object gets its id
+            self.names.append({name: self._key(tensor) for name, tensor in tensors.items()})
+        return self._places[id(named)][0]
+
+    def _key(self, tensor: Tensor) -> str:
+        key = _key(tensor)
+        if key not in self.tensors:
+            # A client of lower rank holds views of the server's tensors; safetensors stores no shared memory.
+            self.tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return key
 
 
-def _state(parts: Mapping[str, Mapping[str, Tensor]], version: int, digest: str) -> State:
-    adapter, frozen, tail = (from_tensors(parts.get(part, {})) for part in _LORA_FIELDS)
-    return State(adapter, frozen, tail, parts.get("memory", {}), version, digest)
+def _bytes(payload: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
 def _key(tensor: Tensor) -> str:

@@ -133,6 +133,23 @@ class FederationSettings(Section):
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
     drop_out: Probability = Field(0.0, description="Probability that a sampled client does not answer.")
     weighting: Literal["examples", "uniform"] = Field("examples", description="Weight of a client in the average.")
+    module_weighting: Literal["holders", "all"] = Field(
+        "holders",
+        description="Average of a module that some clients do not train: over the clients that do, or over all, those "
+        "that do not with the weights they have.",
+    )
+    consolidate_every: int = Field(
+        0,
+        ge=0,
+        description="Rounds between recompressions of the merged increments; everyone then receives the full state. "
+        "Saves bytes where clients miss many rounds; 0 for never.",
+    )
+    consolidate_energy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the squared singular values that a recompression keeps, module by module.",
+    )
     seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
 

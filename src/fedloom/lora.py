@@ -9,7 +9,7 @@ can be added, stacked and averaged without a thought for scales.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,10 +125,20 @@ def derived_seed(seed: int, *labels: str | int) -> int:
 
 
 def narrow(state: LoraState, ranks: Mapping[str, int]) -> LoraState:
-    """Each module's first `ranks[module]` components (all of them where it has fewer)."""
+    """Each module's first `ranks[module]` components: all where it has fewer, or where `ranks` does not name it."""
     return LoraState(
-        {module: LoraPair(pair.A[: ranks[module]], pair.B[:, : ranks[module]]) for module, pair in state.items()}
+        {module: LoraPair(p.A[: ranks.get(module)], p.B[:, : ranks.get(module)]) for module, p in state.items()}
     )
+
+
+def subset(state: LoraState, modules: Collection[str]) -> LoraState:
+    """The state of these modules alone."""
+    return LoraState({module: pair for module, pair in state.items() if module in modules})
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor's name on the wire, "module/part", belongs to."""
+    return name.rpartition("/")[0]
 
 
 def stack(states: list[LoraState]) -> LoraState:

@@ -28,7 +28,8 @@ class State:
     adapter: the pair that is trained on. frozen: merged increments of merging methods, in factored form, the same for
     all. tail: components of the global adapter beyond this participant's own rank, replaced by every change. The model
     in use is W0 + frozen + tail + adapter. memory: what stays private to the participant (a client's residual, a
-    server's moments), by name. version counts the changes applied since the start; digest names the global state.
+    server's moments), by name. version counts the changes since the start, consolidations included; digest names the
+    global state.
     """
 
     adapter: LoraState
@@ -85,7 +86,10 @@ class Context:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Aggregate:
-    """The outcome of a round on the server: what to broadcast, the server's new memory, numbers worth recording."""
+    """The outcome of a round on the server: what to broadcast, the server's new memory, numbers worth recording.
+
+    Where modules are aggregated in groups, the largest counts of stats called max_…, of others the mean over modules.
+    """
 
     entries: Entries
     memory: Mapping[str, Tensor] = field(default_factory=dict)
@@ -152,7 +156,9 @@ class Method:
 
     adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
     penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
-    keeps to context.budget; values is the form of values meant by wire.values = "auto".
+    keeps to context.budget; values is the form of values meant by wire.values = "auto". merges says that of
+    State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
+    of the modules only.
     """
 
     name: str
@@ -166,3 +172,5 @@ class Method:
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
     values: str = "fp32"
+    merges: bool = False
+    module_subsets: bool = True

@@ -73,13 +73,19 @@ def _iid(
 def _dirichlet(
     examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
 ) -> dict[str, list[int]]:
-    """Each label's examples in proportions drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335)."""
+    """Each label's examples in proportions drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335).
+
+    With many clients some would be left with nothing: those take one example each, from whoever then holds the most.
+    """
     held: list[list[int]] = [[] for _ in range(settings.num_clients)]
     for indices in _by_value(examples, order, settings).values():
         shares = rng.dirichlet(np.full(settings.num_clients, settings.alpha))
         cuts = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(int)
         for client, part in zip(held, np.split(np.array(indices), cuts), strict=True):
             client.extend(part.tolist())
+    for client in held:
+        if not client:
+            client.append(max(held, key=len).pop())
     return dict(zip(_names(settings.num_clients), held, strict=True))
 
 

@@ -8,16 +8,17 @@ The training step is an argument. The server applies the decoded broadcast, as e
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
+from fedloom.cohort import Cohort, combine, restricted, shares
+from fedloom.consolidation import Consolidation, consolidated
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
-from fedloom.lora import LoraState, derived_seed, digest, from_tensors
-from fedloom.method import FROZEN, Context, Entries, Method, State, Update
+from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow
+from fedloom.method import FROZEN, Context, Entries, Method, State
 from fedloom.sparsify import Quantize
 from fedloom.tensors import dense, floats, to_dense
 from fedloom.wire import Header, Limits, Message, decode, encode
@@ -26,7 +27,7 @@ from fedloom.wire.budget import ByteBudget
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trained:
-    """What a training step returns: the adapter after it, and numbers about it."""
+    """What a training step returns: the adapter after it, of the modules that the client trains, and numbers."""
 
     adapter: LoraState
     num_examples: int
@@ -45,7 +46,8 @@ class Train(Protocol):
 class Job:
     """What server and clients agree on before the first round.
 
-    quantize codes the values of both directions; budget is the bytes of a client's payload, at most.
+    quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
+    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state.
     """
 
     method: Method
@@ -53,6 +55,8 @@ class Job:
     quantize: Quantize
     weighting: str = "examples"
     budget: int | None = None
+    module_weighting: str = "holders"
+    consolidation: Consolidation = Consolidation()
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
@@ -71,7 +75,10 @@ class ClientTurn:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ServerTurn:
-    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers."""
+    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
+
+    Where the server consolidated, its state is a version further than the payload leads.
+    """
 
     state: State
     payload: bytes
@@ -80,12 +87,14 @@ class ServerTurn:
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
-    """The state at version 0 of a participant of the given ranks (by module); None for the server's own."""
+    """The state at version 0 of a participant of the given ranks (by module); None for the server's own.
+
+    A module that `ranks` does not name is held whole, as the server holds it: a client that does not train it uses it.
+    """
     server = State(adapter, digest=digest(adapter))
     if ranks is None:
         return server
-    held = LoraState({m: replace(pair, A=pair.A[: ranks[m]], B=pair.B[:, : ranks[m]]) for m, pair in adapter.items()})
-    return job.method.adopt(replace(server, adapter=held), adapter, LoraState())
+    return job.method.adopt(replace(server, adapter=narrow(adapter, ranks)), adapter, LoraState())
 
 
 def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
@@ -102,7 +111,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     context = job.context(round, client)
     if job.budget is not None:
         context = replace(context, budget=ByteBudget(job.budget, header))
-    memory, entries = job.method.compress(state, trained.adapter, context)
+    memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
 
 
@@ -112,23 +121,27 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     A client whose payload is invalid, stale or not finite is refused and reported; the round goes on with the
     others. Raises RoundError if nobody is left.
     """
-    headers: dict[str, Header] = {}
+    examples: dict[str, int] = {}
+    modules: dict[str, Collection[str]] = {}
     refused: dict[str, str] = {}
     for client in sorted(payloads):
         try:
-            headers[client] = inspected(job, state, payloads[client], round)
+            examples[client], modules[client] = inspected(job, state, payloads[client], round)
         except FedloomError as error:
             refused[client] = str(error)
-    cohort = Cohort(payloads, weights(headers, job.weighting))
+    cohort = Cohort(payloads, shares(examples, job.weighting), modules)
     if not cohort.weights:
         raise RoundError(f"round {round}: no usable update from {len(payloads)} clients ({refused or 'none answered'})")
-    result = job.method.aggregate(state, cohort, job.context(round))
+    result = combine(job.method, state, cohort, job.context(round), job.module_weighting)
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
     payload = encode(Message(header, result.entries))
     after = accept(job, replace(state, memory=result.memory), payload)
-    return ServerTurn(after, payload, refused, result.stats)
+    if not job.consolidation.due(round):
+        return ServerTurn(after, payload, refused, result.stats)
+    after, cost = consolidated(after, job.consolidation.energy)
+    return ServerTurn(after, payload, refused, {**result.stats, **cost})
 
 
 def accept(job: Job, state: State, payload: bytes) -> State:
@@ -159,35 +172,8 @@ def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     return payload if entries is message.entries else encode(Message(message.header, entries))
 
 
-def weights(headers: Mapping[str, Header], weighting: str) -> dict[str, float]:
-    """Each client's share of the round: by its number of examples, or "uniform". Shares sum to 1."""
-    shares = {name: 1.0 if weighting == "uniform" else float(h.num_examples) for name, h in headers.items()}
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items() if share > 0}
-
-
-class Cohort:
-    """The updates of one round, in order of client name, decoded one at a time on every pass."""
-
-    def __init__(self, payloads: Mapping[str, bytes], weights: Mapping[str, float]) -> None:
-        self.payloads = payloads
-        self.weights = weights
-
-    def __iter__(self) -> Iterator[Update]:
-        for client, weight in self.weights.items():
-            yield Update(client, weight, decode(self.payloads[client]).entries)
-
-    def digest(self, base: str) -> str:
-        """32 hex digits for the state that follows `base` by these updates."""
-        hasher = hashlib.blake2b(base.encode(), digest_size=16)
-        for client, weight in self.weights.items():
-            hasher.update(f"{client}\x00{weight}".encode())
-            hasher.update(hashlib.blake2b(self.payloads[client]).digest())
-        return hasher.hexdigest()
-
-
-def inspected(job: Job, state: State, payload: bytes, round: int) -> Header:
-    """The header of an update that may be averaged. Raises the error that says why it may not."""
+def inspected(job: Job, state: State, payload: bytes, round: int) -> tuple[int, frozenset[str]]:
+    """Examples and modules of an update that may be averaged. Raises the error that says why it may not."""
     limits = Limits(max_values=4 * state.adapter.numel())
     message = decode(payload, limits)
     header = message.header
@@ -197,12 +183,15 @@ def inspected(job: Job, state: State, payload: bytes, round: int) -> Header:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
     if header.num_examples <= 0 and job.weighting == "examples":
         raise WireError("the update says that it rests on no examples: a client needs at least one")
-    _check_entries(message.entries, state.adapter, job.method.trainable(round))
-    return header
+    modules = frozenset(module_of(name) for name in message.entries)
+    _check_entries(message.entries, modules, state.adapter, job.method.trainable(round))
+    return header.num_examples, modules
 
 
-def _check_entries(entries: Entries, adapter: LoraState, parts: tuple[str, ...]) -> None:
-    expected = {f"{module}/{part}" for module in adapter for part in parts}
+def _check_entries(entries: Entries, modules: Collection[str], adapter: LoraState, parts: tuple[str, ...]) -> None:
+    expected = {f"{module}/{part}" for module in adapter if module in modules for part in parts}
+    if not expected:
+        raise ShapeError("the update is about no module of this adapter: the client trains other modules")
     if set(entries) != expected:
         name = min(set(entries) ^ expected)
         raise ShapeError(f"the update {'lacks' if name in expected else 'has an unexpected'} tensor {name}")

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
 from fedloom.adapters import AdapterSettings
 from fedloom.base_model import WEIGHTS, load_base
-from fedloom.config import Config, DataSettings, LoraSettings, OutputSettings
+from fedloom.clients import Site, apart, shared_settings, site, top_ranks
+from fedloom.config import Config, DataSettings, OutputSettings
 from fedloom.configfile import dump
+from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
-from fedloom.lora import LoraState, derived_seed, initial_state
-from fedloom.method import Method, State
+from fedloom.lora import LoraState, derived_seed, initial_state, subset
+from fedloom.method import State
 from fedloom.methods import build
 from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
 from fedloom.rounds import Job, Train, Trained
@@ -35,15 +37,6 @@ from fedloom.wire import quantize
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Site:
-    """One client: its adapter settings, its rank in every module, its examples in tokens."""
-
-    adapter: AdapterSettings
-    ranks: Mapping[str, int]
-    data: Prepared
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,11 +69,12 @@ class Setup:
         site, settings = self.sites[client], train_settings(self.config)
 
         def step(state: State, round: int, seed: int) -> Trained:
+            trained, fixed = apart(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
             after, stats = local_update(
                 self.model,
-                state.adapter,
-                state.fixed,
+                trained,
+                fixed,
                 site.data,
                 settings,
                 round=round,
@@ -89,7 +83,7 @@ class Setup:
                 trainable=self.job.method.trainable(round),
                 penalty=self.job.method.penalty,
             )
-            return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds)
+            return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
 
         return step
 
@@ -109,6 +103,11 @@ def prepare(config: Config) -> Setup:
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(f"wire.budget does not work with method {method.name!r}, which sends everything; unset it")
     texts, manifest = client_examples(config)
+    if config.federation.consolidate_every and not method.merges:
+        raise ConfigError(
+            f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
+        )
+    known(config.clients, texts)
     texts = participating(texts, config.federation.participants)
     heldout = heldout_examples(config.data)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
@@ -118,7 +117,7 @@ def prepare(config: Config) -> Setup:
 
     sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
     ranks = top_ranks(method, sites)
-    shared = peft_bridge.resolve(base, adapter_settings(config.lora))
+    shared = shared_settings(base, config.lora, ranks)
     seed = config.federation.seed
     return Setup(
         config=config,
@@ -128,6 +127,8 @@ def prepare(config: Config) -> Setup:
             partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
             config.federation.weighting,
             config.wire.budget_bytes,
+            config.federation.module_weighting,
+            Consolidation(config.federation.consolidate_every, config.federation.consolidate_energy),
         ),
         initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
         model=peft_bridge.attach(base, shared),
@@ -160,35 +161,9 @@ def coded(kind: str, values: Tensor, seed: int) -> Values:
     return quantize(values, kind, seed)
 
 
-def adapter_settings(lora: LoraSettings) -> AdapterSettings:
-    """[lora], or what one client has of it, as the adapter's settings."""
-    return AdapterSettings(**lora.model_dump())
-
-
 def train_settings(config: Config) -> TrainSettings:
     """[training] as the trainer's settings."""
     return TrainSettings(**config.training.model_dump())
-
-
-def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> Site:
-    """One client; its adapter settings may differ from the others'."""
-    settings = peft_bridge.resolve(base, adapter_settings(config.lora_of(client)))
-    return Site(settings, peft_bridge.ranks(base, settings), data)
-
-
-def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
-    """The largest rank of each module among clients. Raises ConfigError if they differ and the method forbids it."""
-    first = next(iter(sites.values())).ranks
-    for client, held in sites.items():
-        if set(held.ranks) != set(first):
-            raise ConfigError(f"client {client!r} adapts other modules than the first one: target_modules must agree")
-    top = {module: max(held.ranks[module] for held in sites.values()) for module in first}
-    lower = [client for client, held in sites.items() if dict(held.ranks) != top]
-    if lower and not method.facts.unequal_ranks:
-        raise ConfigError(
-            f"method {method.name!r} needs equal ranks, but client {lower[0]!r} has a lower one than others"
-        )
-    return top
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
@@ -222,6 +197,15 @@ def participating(texts: dict[str, list[Example]], wanted: Sequence[str] | None)
             f"federation.participants names {unknown[0]!r}, which has no data; there are {', '.join(sorted(texts))}"
         )
     return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
+
+
+def known(settings: Collection[str], clients: Collection[str]) -> None:
+    """Raises ConfigError where [clients.<name>] is about a client that there is not."""
+    for name in settings:
+        if name not in clients:
+            near = get_close_matches(name, clients, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
+            raise ConfigError(f"[clients.{name}] has settings for a client without data; {hint}")
 
 
 def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:

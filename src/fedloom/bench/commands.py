@@ -109,6 +109,56 @@ def merge_command(
     show(result, merge.tables, as_json)
 
 
+@app.command("crowd")
+def crowd_command(
+    clients: Annotated[int, typer.Option(min=1, help="Clients that the demo's data are split among.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 100,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Very many clients, 1 % of them a round, 30 % dropping out: peak memory, seconds, bytes."""
+    from fedloom.bench import crowd
+    from fedloom.configfile import load
+
+    wanted = [
+        "data.partitioner=iid",
+        f"federation.num_clients={clients}",
+        f"federation.num_rounds={rounds}",
+        "federation.fraction_train=0.01",
+        "federation.drop_out=0.3",
+        "federation.eval_every=0",
+        "training.max_steps=1",
+        f"method.name={method}",
+        *(settings or []),
+    ]
+    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
+        show(crowd.run(load(testbed / "demo.toml", wanted)), crowd.tables, as_json)
+
+
+@app.command("catchup")
+def catchup_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that the client misses.")] = 20,
+    methods: Annotated[str, typer.Option(help="Methods, with presets: flora,florist:paper.")] = (
+        "flora,florist:paper,florist,fedex"
+    ),
+    energies: Annotated[str, typer.Option(help="Shares of Σσ² to keep in a consolidation.")] = "1,0.99,0.9",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a client of the demo that missed rounds is sent, and what a consolidation saves and costs."""
+    from fedloom.bench import catchup
+    from fedloom.configfile import load
+
+    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
+        runs = {}
+        for spec in words(methods):
+            name, _, preset = spec.partition(":")
+            own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
+            runs[spec] = load(testbed / "demo.toml", [f"federation.num_rounds={rounds}", *own])
+        show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
+
+
 def words(text: str) -> list[str]:
     """The words of a list such as "a,b"."""
     return [word.strip() for word in text.split(",") if word.strip()]

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot
 from fedloom.config import Config
+from fedloom.engines.roster import Roster
 from fedloom.errors import NumericError
 from fedloom.events import Observer, RunFacts, RunSummary, Silent
 from fedloom.export import finish
@@ -69,7 +70,7 @@ class Simulation:
         self.folder = folder
         self.observer = observer
         self.server: State = start(setup.job, setup.initial)
-        self.clients = {name: start(setup.job, setup.initial, site.ranks) for name, site in setup.sites.items()}
+        self.clients = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
         self.archive = Archive()
         self.round = 0
 
@@ -152,18 +153,16 @@ class Simulation:
     def play_client(self, client: str, round: int, vanishes: bool) -> bytes | None:
         """One client's turn; None where it does not answer."""
         self.observer.client_started(round, client)
-        down = self.download(client, round)
+        received = self.download(client, round)
         if vanishes:
-            for payload in down:
-                self.clients[client] = accept(self.setup.job, self.clients[client], payload)
             self.folder.ledger.note(round, f"client {client} dropped out after the download")
             return None
         try:
-            turn = client_turn(self.setup.job, client, self.clients[client], down, self.setup.train(client), round)
+            turn = client_turn(self.setup.job, client, self.clients[client], [], self.setup.train(client), round)
         except NumericError as error:
             self.folder.ledger.note(round, str(error))
             return None
-        self.clients[client] = turn.state
+        self.clients.hold(client, turn.state)
         trained = turn.trained
         self.folder.ledger.append(
             Training(round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds)
@@ -171,16 +170,18 @@ class Simulation:
         self.folder.transfer(round, client, "up", turn.payload)
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {client}: {choice(turn.payload, self.setup.job.budget)}")
-        self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), sum(map(len, down)))
+        self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), received)
         return turn.payload
 
-    def download(self, client: str, round: int) -> list[bytes]:
-        """What brings the client in step with the server, recorded."""
+    def download(self, client: str, round: int) -> int:
+        """Bring the client in step with the server; the bytes that it received are recorded, and returned."""
         state, ranks = self.clients[client], self.setup.sites[client].ranks
         payloads = self.archive.needed(self.setup.job, self.server, state.version, ranks, round)
         for payload in payloads:
             self.folder.transfer(round, client, "down", payload)
-        return payloads
+            state = accept(self.setup.job, state, payload)
+        self.clients.hold(client, state)
+        return sum(map(len, payloads))
 
     def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
         """The server's turn, recorded."""
@@ -191,12 +192,12 @@ class Simulation:
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         self.server = turn.state
+        self.clients.forget(self.archive.reach(self.server.version))
 
     def deliver_last(self) -> None:
         """After the last round everybody receives the result, whoever took part in it."""
         for client in self.clients:
-            for payload in self.download(client, self.round):
-                self.clients[client] = accept(self.setup.job, self.clients[client], payload)
+            self.download(client, self.round)
 
     def evaluate(self, round: int) -> dict[str, float]:
         """Held-out exact match of the server's model, by domain, recorded."""
@@ -215,5 +216,6 @@ class Simulation:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.clients = dict(snapshot.clients)
+        for client, state in snapshot.clients.items():
+            self.clients.hold(client, state)
         self.archive = Archive(snapshot.archive)

@@ -89,11 +89,15 @@ def add_change(state: State, entries: Entries, context: Context) -> State:
 
 
 def narrow_factors(entries: Entries, ranks: Mapping[str, int]) -> Entries:
-    """The first `ranks[module]` rows of A and columns of B; entries that need no cut stay as they are."""
+    """The first `ranks[module]` rows of A and columns of B; entries that need no cut stay as they are.
+
+    A module that `ranks` does not name is kept whole.
+    """
     cut: dict[str, Entry] = {}
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
         tensor = to_dense(entry)
-        keep = tensor[: ranks[module]] if part.endswith("A") else tensor[:, : ranks[module]]
+        rank = ranks.get(module)
+        keep = tensor[:rank] if part.endswith("A") else tensor[:, :rank]
         cut[name] = entry if keep.shape == tensor.shape else dense(keep)
     return entries if all(cut[name] is entry for name, entry in entries.items()) else cut

@@ -1,7 +1,7 @@
 """What the methods share that broadcast components of an aggregate: how a participant takes them up.
 
 Entries "module/A" and "module/B" are the adapter to go on with, leading components first; "module/frozen_A" and
-"module/frozen_B" are increments that everybody merges.
+"module/frozen_B" are increments that everybody merges. A module that a broadcast does not name stays as it is.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ def components(pair: LoraPair, first: int, last: int | None = None) -> LoraPair:
 
 def restart(state: State, entries: Entries, context: Context) -> State:
     """Merge what was broadcast, and begin a fresh adapter, the same seeded one for all."""
-    return replace(state, adapter=fresh(state, context), frozen=merge(state.frozen, received(entries, FROZEN)))
+    merged, start = received(entries, FROZEN), fresh(state, context)
+    adapter = LoraState({module: start[module] if module in merged else pair for module, pair in state.adapter.items()})
+    return replace(state, adapter=adapter, frozen=merge(state.frozen, merged))
 
 
 def go_on(state: State, entries: Entries, context: Context) -> State:
     """Train on from the leading components up to the own rank, drop the others; merge the increments, if any."""
     lead, start = received(entries), fresh(state, context)
-    adapter = LoraState({module: filled(lead[module], pair) for module, pair in start.items()})
-    return replace(state, adapter=adapter, frozen=merge(state.frozen, received(entries, FROZEN)))
+    taken = {module: filled(pair, start[module]) for module, pair in lead.items()}
+    return replace(
+        state, adapter=LoraState({**state.adapter, **taken}), frozen=merge(state.frozen, received(entries, FROZEN))
+    )
 
 
 def go_on_warm(state: State, entries: Entries, context: Context) -> State:
@@ -44,9 +48,19 @@ def adopt_warm(state: State, adapter: LoraState, frozen: LoraState) -> State:
 
 
 def with_tail(state: State, adapter: LoraState) -> State:
-    """The state with what lies in `adapter` beyond the own rank as its tail."""
+    """The state with what lies in `adapter` beyond the own rank as its tail.
+
+    Components that add nothing are left out, so that a full state, whose adapter was filled up, gives the same bits.
+    """
     ranks = state.adapter.ranks()
-    return replace(state, tail=LoraState({module: components(pair, ranks[module]) for module, pair in adapter.items()}))
+    beyond = {module: effective(components(pair, ranks[module])) for module, pair in adapter.items()}
+    return replace(state, tail=LoraState({**state.tail, **beyond}))
+
+
+def effective(pair: LoraPair) -> LoraPair:
+    """The components whose column of B is not zero."""
+    used = pair.B.any(dim=0)
+    return LoraPair(pair.A[used], pair.B[:, used])
 
 
 def received(entries: Entries, prefix: str = "") -> LoraState:

@@ -30,6 +30,7 @@ def fedex() -> Method:
         compress=partial(send, both_factors),
         aggregate=mean_and_residual,
         receive=go_on,
+        merges=True,
     )
 
 

@@ -29,6 +29,7 @@ def flora() -> Method:
         compress=partial(send, both_factors),
         aggregate=stacked,
         receive=restart,
+        merges=True,
     )
 
 

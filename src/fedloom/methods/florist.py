@@ -44,6 +44,7 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
         compress=partial(send, both_factors),
         aggregate=partial(leading_components, tau, client_init),
         receive={"merge_reinit": restart, "continue": go_on, "warm": go_on_warm}[client_init],
+        merges=client_init != "continue",
         adopt=adopt_warm if client_init == "warm" else adopt_leading,
         values="int8",
     )

@@ -1,0 +1,64 @@
+"""The states of many simulated clients, in little memory.
+
+Clients that hold the same version hold the same tensors, once. What a client holds that is further back than broadcasts
+reach is not kept at all: it will be sent the full state, which replaces everything but its ranks and its own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from fedloom.lora import LoraState
+from fedloom.method import State
+from fedloom.rounds import Job, start
+
+Ranks = tuple[tuple[str, int], ...]
+
+
+class Roster(Mapping[str, State]):
+    """Client → its state."""
+
+    def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
+        kinds: dict[Ranks, Ranks] = {}
+        keys = {client: tuple(sorted(own.items())) for client, own in ranks.items()}
+        self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
+        self._start = {kind: start(job, initial, dict(kind)) for kind in kinds}
+        self._states = {client: self._start[kind] for client, kind in self._kinds.items()}
+        self._shared: dict[tuple[int, Ranks], State] = {}
+
+    def __getitem__(self, client: str) -> State:
+        return self._states[client]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def hold(self, client: str, state: State) -> None:
+        """The client now holds `state`; its tensors are those of another client at the same point, where equal."""
+        found = self._shared.setdefault((state.version, self._kinds[client]), replace(state, memory={}))
+        self._states[client] = replace(found, memory=state.memory) if same(found, state) else state
+
+    def forget(self, oldest: int) -> None:
+        """Let go of what is held at versions before `oldest`, which only a full state can bring forward."""
+        self._shared = {key: state for key, state in self._shared.items() if key[0] >= oldest}
+        for client, state in self._states.items():
+            first = self._start[self._kinds[client]]
+            if state.version < oldest and state.adapter is not first.adapter:
+                own = replace(first, version=state.version, digest=state.digest, memory=state.memory)
+                self._states[client] = own
+
+
+def same(one: State, two: State) -> bool:
+    """Whether two states have the same bits, but for what is private."""
+    pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
+    return one.digest == two.digest and all(identical(a.tensors(), b.tensors()) for a, b in pairs)
+
+
+def identical(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    """Equal names, shapes and bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,88 @@
+"""A whole run of the in-process engine with a made-up training step, and what crosses between server and clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedloom.adapters import AdapterSettings
+from fedloom.config import Config
+from fedloom.engines import local
+from fedloom.engines.local import Simulation
+from fedloom.events import Observer, Silent
+from fedloom.lora import LoraState
+from fedloom.method import State
+from fedloom.methods import build
+from fedloom.rounds import Job, Train
+from fedloom.runs import RunFolder
+from toy import SHAPES, job, ranks, trainer
+
+
+@dataclass(frozen=True)
+class ToySetup:
+    """Stands in for `setup.Setup`: no model, no data."""
+
+    config: Config
+    job: Job
+    initial: LoraState
+    sites: dict[str, SimpleNamespace]
+    manifest: None = None
+    fingerprint: str = "toy"
+    adapter: AdapterSettings = AdapterSettings(r=4, target_modules=sorted(SHAPES))
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def train(self, client: str) -> Train:
+        return trainer(self.job.method)
+
+    def evaluate(self, state: State) -> dict[str, object]:
+        return {}
+
+
+def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
+    method = build(config.method.name, config.method.settings)
+    sites = {f"client-{index:04d}": SimpleNamespace(ranks=ranks(4)) for index in range(clients)}
+    return ToySetup(config, job(method), initial, sites)
+
+
+@contextmanager
+def simulation(
+    setup: ToySetup, out: Path, observer: Observer | None = None, resume: bool = False
+) -> Iterator[Simulation]:
+    with RunFolder.open(out, setup.config, resume=resume) as folder:
+        yield Simulation(setup, folder, observer or Silent())
+
+
+def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what crosses between server and clients, where it crosses, and knows nothing of the ledger.
+
+    down: payloads that a client applies; up: those that a client's turn gives; heard: those that the server is given.
+    """
+    crossed: Counter[str] = Counter()
+    accept, client_turn, server_turn = local.accept, local.client_turn, local.server_turn
+
+    def counted_accept(job, state, payload):
+        crossed["down"] += len(payload)
+        return accept(job, state, payload)
+
+    def counted_client(job, client, state, payloads, train, round):
+        crossed["down"] += sum(map(len, payloads))
+        turn = client_turn(job, client, state, payloads, train, round)
+        crossed["up"] += len(turn.payload)
+        return turn
+
+    def counted_server(job, state, payloads, round):
+        crossed["heard"] += sum(map(len, payloads.values()))
+        return server_turn(job, state, payloads, round)
+
+    patch.setattr(local, "accept", counted_accept)
+    patch.setattr(local, "client_turn", counted_client)
+    patch.setattr(local, "server_turn", counted_server)
+    return crossed
