@@ -149,6 +149,39 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
 
 
 @app.command()
+def estimate(
+    preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "llama-3.2-3b",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every client; the preset's if left out.")] = None,
+    ranks: Annotated[str, typer.Option(help="A rank for each client: 64,32,16.")] = "",
+    clients: Annotated[int, typer.Option(min=1, help="Clients in a round.")] = 4,
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj.")] = "",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="all, or NAME, NAME:PRESET, NAME:KEY=VALUE,…; joined by commas, or repeated."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings whose model, clients, ranks and method are used instead of a preset.")
+    ] = None,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes of a round by method, and the server's seconds and memory, before anything is trained."""
+    from fedloom import estimate
+    from fedloom.bench.commands import numbers, show, words
+    from fedloom.compare import variants
+    from fedloom.configfile import load
+
+    if config is None:
+        held = numbers(ranks, "--ranks") or None
+        case = estimate.preset_case(preset, rank=rank, ranks=held, clients=clients, modules=words(modules) or None)
+        chosen: list[str] = list(estimate.DEFAULT_METHODS)
+    else:
+        settings = load(config, sets or [])
+        case, chosen = estimate.config_case(settings), [estimate.variant_of(settings)]
+    show(estimate.run(case, variants(methods) if methods else chosen), estimate.tables, as_json)
+
+
+@app.command()
 def compare(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")

@@ -17,6 +17,8 @@ from fedloom.sparsify import Quantize
 from fedloom.tensors import Entry
 
 Entries = Mapping[str, Entry]
+CORE = "R"
+"""The part of a module that is the matrix between two resting factors: "module/R"."""
 FROZEN = "frozen_"
 """Prefix of the entries that hold merged increments: "module/frozen_A"."""
 
@@ -146,6 +148,11 @@ def both_factors(round: int) -> tuple[str, ...]:
     return PARTS
 
 
+def no_core(state: State) -> LoraState:
+    """The factors themselves are trained, not a matrix between two that rest."""
+    return LoraState()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to federate LoRA.
@@ -153,6 +160,9 @@ class Method:
     adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
     penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
     keeps to context.budget; values is the form of values meant by wire.values = "auto".
+
+    core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
+    the adapter is A = R V and B = U, the rows of V orthonormal (or zero).
     """
 
     name: str
@@ -166,3 +176,8 @@ class Method:
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
     values: str = "fp32"
+    core: Callable[[State], LoraState] = no_core
+
+    def parts(self, state: State, round: int) -> tuple[str, ...]:
+        """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""
+        return (CORE,) if self.core(state) else self.trainable(round)

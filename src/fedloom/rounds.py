@@ -197,7 +197,7 @@ def inspected(job: Job, state: State, payload: bytes, round: int) -> Header:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
     if header.num_examples <= 0 and job.weighting == "examples":
         raise WireError("the update says that it rests on no examples: a client needs at least one")
-    _check_entries(message.entries, state.adapter, job.method.trainable(round))
+    _check_entries(message.entries, state.adapter, job.method.parts(state, round))
     return header
 
 
@@ -210,7 +210,7 @@ def _check_entries(entries: Entries, adapter: LoraState, parts: tuple[str, ...])
         module, _, part = name.rpartition("/")
         m, n = adapter[module].shape
         rank = entry.shape[0] if part == "A" else entry.shape[-1]
-        wanted = (rank, n) if part == "A" else (m, rank)
+        wanted = {"A": (rank, n), "B": (m, rank)}.get(part, (adapter[module].rank, adapter[module].rank))
         if entry.shape != wanted or rank > adapter[module].rank:
             raise ShapeError(f"{name} has shape {entry.shape}, expected {wanted} with rank ≤ {adapter[module].rank}")
         if not torch.isfinite(floats(entry.values)).all():

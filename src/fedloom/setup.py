@@ -86,6 +86,7 @@ class Setup:
                 num_rounds=self.config.federation.num_rounds,
                 seed=seed,
                 trainable=self.job.method.trainable(round),
+                core=self.job.method.core(state),
                 penalty=self.job.method.penalty,
             )
             return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds)
