@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata, resources
@@ -210,6 +211,10 @@ def compare(
             range(first_seed, first_seed + seeds),
             out,
         )
+        todo = len(compare.left(made))
+        screen.print(f"{len(made)} runs, {todo} left; a trial of each method first", highlight=False)
+        stated, began = compare.expected(made, jobs), time.monotonic()
+        screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
         seconds: list[float] = []
 
         def finished(run: compare.Run, taken: float) -> None:
@@ -219,8 +224,9 @@ def compare(
                 f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left", highlight=False
             )
 
-        todo = sum(not (run.folder / compare.FINISHED).exists() for run in made)
         compare.play(made, jobs, finished)
+        taken = time.monotonic() - began
+        screen.print(f"taken: {taken / 60:.1f} min, where {stated / 60:.1f} were stated", highlight=False)
     groups = compare.reports(made)
     figure.compare(groups, out / "compare.png")
     rows = table.compared(groups)
