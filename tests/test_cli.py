@@ -279,7 +279,7 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
     assert code == 0
     lines = out.splitlines()
-    assert lines[:2] == ["6 runs, 6 left; a trial of each method first", "stated: 3.0 min for 6 runs, 1 at a time"]
+    assert lines[:2] == ["6 runs, 6 left; a trial of each first", "stated: 3.0 min for 6 runs, 1 at a time"]
     assert lines[2] == "fedit, seed 0: 60 s; about 5 min left"
     assert "taken: 0.0 min, where 3.0 were stated" in lines
     assert len([line for line in lines if "min left" in line]) == 6

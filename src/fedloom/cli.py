@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata, resources
 from itertools import chain, count
@@ -26,6 +26,7 @@ from fedloom.bench.commands import app as bench
 from fedloom.errors import ConfigError, FedloomError
 
 if TYPE_CHECKING:
+    from fedloom.compare import Run
     from fedloom.config import Config
 
 screen = Console()
@@ -205,33 +206,72 @@ def compare(
     from fedloom.report import figure, table
 
     with testbed() as folder:
-        made = compare.runs(
-            load(config or folder / "demo.toml", sets or []),
-            compare.variants(methods or ["all"]),
-            range(first_seed, first_seed + seeds),
-            out,
-        )
-        todo = len(compare.left(made))
-        screen.print(f"{len(made)} runs, {todo} left; a trial of each method first", highlight=False)
-        stated, began = compare.expected(made, jobs), time.monotonic()
-        screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
-        seconds: list[float] = []
-
-        def finished(run: compare.Run, taken: float) -> None:
-            seconds.append(taken)
-            left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
-            screen.print(
-                f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left", highlight=False
-            )
-
-        compare.play(made, jobs, finished)
-        taken = time.monotonic() - began
-        screen.print(f"taken: {taken / 60:.1f} min, where {stated / 60:.1f} were stated", highlight=False)
+        chosen = load(config or folder / "demo.toml", sets or [])
+        numbers = range(first_seed, first_seed + seeds)
+        made = compare.runs(chosen, compare.variants(methods or ["all"]), numbers, out)
+        play_all(made, jobs)
     groups = compare.reports(made)
     figure.compare(groups, out / "compare.png")
     rows = table.compared(groups)
     (out / "compare.md").write_text(table.markdown(rows), encoding="utf-8")
     screen.print(table.comparison(rows))
+
+
+@app.command()
+def tune(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="The setting to choose.")] = "method.tau",
+    values: Annotated[str, typer.Option(help="Its values.")] = "0.8,0.85,0.9,0.95,0.99",
+    against: Annotated[list[str] | None, typer.Option(help="Methods that E has to match, as for compare.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every value.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the chosen settings.")] = Path("runs/tune"),
+) -> None:
+    """Choose a setting, such as FLoRIST's tau, on the validation split; write settings O (best) and E (cheapest)."""
+    from fedloom import compare, tune
+    from fedloom.bench.commands import words
+    from fedloom.configfile import load
+    from fedloom.report import table
+
+    with testbed() as folder:
+        settings = load(config or folder / "demo.toml", sets or [])
+        others = compare.variants(against or ["fedit"])
+        made = tune.search(settings, key, words(values), others, range(first_seed, first_seed + seeds), out)
+        play_all(made, jobs)
+        groups = compare.reports(made)
+        choice = tune.choose(groups, key, words(values))
+        files = tune.write(settings, key, choice, out)
+    rows = table.compared(groups)
+    (out / "tune.md").write_text(table.markdown(rows), encoding="utf-8")
+    screen.print(table.comparison(rows))
+    for name, found in (("O", choice.best), ("E", choice.efficient)):
+        screen.print(
+            f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}", markup=False
+        )
+
+
+def play_all(made: Sequence[Run], jobs: int) -> None:
+    """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took."""
+    from fedloom import compare
+
+    todo = len(compare.left(made))
+    screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
+    stated, began = compare.expected(made, jobs), time.monotonic()
+    screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
+    seconds: list[float] = []
+
+    def finished(run: Run, taken: float) -> None:
+        seconds.append(taken)
+        left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
+        screen.print(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left", highlight=False)
+
+    compare.play(made, jobs, finished)
+    taken = time.monotonic() - began
+    screen.print(f"taken: {taken / 60:.1f} min, where {stated / 60:.1f} were stated", highlight=False)
 
 
 def play(config: Config, folder: Path, *, resume: bool = False) -> None:

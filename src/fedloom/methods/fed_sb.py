@@ -43,7 +43,7 @@ Keep = Literal["leading", "all"]
 Core = Callable[[State], LoraState]
 
 
-def fed_sb(*, keep: Keep = "leading", scale: float = 1.0) -> Method:
+def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
     """keep: what of round 1 is merged, its r leading components or all of them; scale: see the module."""
     if not scale > 0:
         raise ConfigError(f"method.scale is {scale}: expected more than 0")
