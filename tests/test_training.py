@@ -167,7 +167,7 @@ def test_within_a_core_only_the_matrix_between_the_factors_moves() -> None:
         assert torch.equal(pair.B, begin[module].B)
         moved = between(pair.A - begin[module].A, core[module].A)
         torch.testing.assert_close(moved @ core[module].A, pair.A - begin[module].A, atol=1e-6, rtol=0)
-        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), atol=1e-4, rtol=0)
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), atol=1e-3, rtol=0)
     again, _ = update(model, state)
     assert digest(again) == digest(plain)
 

@@ -164,6 +164,7 @@ def estimate(
     config: Annotated[
         Path | None, typer.Option(help="Settings whose model, clients, ranks and method are used instead of a preset.")
     ] = None,
+    all_modules: Annotated[bool, typer.Option("--all-modules", help="Play every layer, not one; slow.")] = False,
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -180,7 +181,8 @@ def estimate(
     else:
         settings = load(config, sets or [])
         case, chosen = estimate.config_case(settings), [estimate.variant_of(settings)]
-    show(estimate.run(case, variants(methods) if methods else chosen), estimate.tables, as_json)
+    result = estimate.run(case, variants(methods) if methods else chosen, whole=all_modules)
+    show(result, estimate.tables, as_json)
 
 
 @app.command()

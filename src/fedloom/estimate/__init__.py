@@ -75,12 +75,13 @@ def variant_of(config: Config) -> str:
     return ":".join([config.method.name, *([",".join([*preset, *own])] if preset or own else [])])
 
 
-def run(case: Case, methods: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+def run(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = False) -> dict[str, Any]:
     """{"case": …, "rows": [a Prediction as a dictionary and its totals], "published": [a Figure and what we send]}.
 
     methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one client by
     coding, "total_bytes" those of a round of all clients in the method's own coding. Everything but bytes and the
-    published figures is a prediction from one layer of made-up updates, timed now on this machine.
+    published figures is a prediction from one layer of made-up updates, timed now on this machine; with `whole` every
+    layer is played, which is slow and predicts nothing.
     """
     built = {}
     for variant in methods:
@@ -89,7 +90,7 @@ def run(case: Case, methods: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
         for label, overrides in expanded(Config(), variant).items():
             chosen = changed(Config(), overrides).method
             built[label] = build(chosen.name, chosen.settings)
-    rows = predict(built, case.layout, case.ranks, seed=seed)
+    rows = predict(built, case.layout, case.ranks, seed=seed, whole=whole)
     ranks = sorted({rank for held in case.ranks.values() for rank in held.values()})
     return {
         "case": {
@@ -100,6 +101,7 @@ def run(case: Case, methods: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
             "ranks": ranks,
             "rounds": case.rounds,
             "threads": torch.get_num_threads(),
+            "whole": whole,
         },
         "rows": [_row(told, case) for told in rows],
         "published": [
@@ -155,7 +157,12 @@ def _round_table(result: Mapping[str, Any]) -> Table:
         f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates",
         title_style="bold",
         caption="all: a round of all clients in the coding that wire.values = auto means. Seconds and memory of the "
-        f"server are predictions: one layer timed now, {case['threads']} threads, times the layers",
+        + (
+            "server: measured, every layer"
+            if case["whole"]
+            else "server are predictions: one layer timed now times the layers"
+        )
+        + f", {case['threads']} threads",
     )
     table.add_column("method", overflow="fold")
     for name in (PAPER, *CODINGS, "auto", "all", "1 / Σ rank", "server s", "server MiB"):

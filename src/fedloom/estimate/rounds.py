@@ -98,12 +98,15 @@ class Play:
         return addressed(self.job, self.broadcast, self.ranks[name])
 
 
-def sample(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks]) -> Sample:
-    """One module of each kind: of those that share the last part of the name, the shape and every client's rank."""
+def sample(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
+    """One module of each kind: of those that share the last part of the name, the shape and every client's rank.
+
+    With `whole` every module.
+    """
     kinds: dict[object, str] = {}
     counts: Counter[str] = Counter()
     for module, shape in layout.items():
-        key = module.rpartition(".")[2], shape, tuple(held[module] for held in ranks.values())
+        key = module if whole else module.rpartition(".")[2], shape, tuple(held[module] for held in ranks.values())
         counts[kinds.setdefault(key, module)] += 1
     return Sample({module: layout[module] for module in counts}, counts)
 
@@ -114,22 +117,24 @@ def predict(
     ranks: Mapping[str, Ranks],
     *,
     seed: int = 0,
+    whole: bool = False,
     with_memory: bool = True,
 ) -> list[Prediction]:
     """A round of each method with clients of these ranks (client → module → rank) on these modules.
 
-    Raises ConfigError where a method cannot combine unequal ranks.
+    One module of each kind is played, with `whole` every one. Raises ConfigError where a method cannot combine unequal
+    ranks.
     """
-    played = [_predict(name, method, layout, ranks, seed) for name, method in methods.items()]
+    chosen = sample(layout, ranks, whole=whole)
+    held = {client: {module: rank[module] for module in chosen.shapes} for client, rank in ranks.items()}
+    played = [_predict(name, method, chosen, held, seed) for name, method in methods.items()]
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
-    return [replace(told, memory=memory(play, chosen) if with_memory else None) for told, play, chosen in played]
+    return [replace(told, memory=memory(play, chosen) if with_memory else None) for told, play in played]
 
 
 def _predict(
-    name: str, method: Method, layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], seed: int
-) -> tuple[Prediction, Play, Sample]:
-    chosen = sample(layout, ranks)
-    held = {client: {module: rank[module] for module in chosen.shapes} for client, rank in ranks.items()}
+    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], seed: int
+) -> tuple[Prediction, Play]:
     top = {module: max(rank[module] for rank in held.values()) for module in chosen.shapes}
     if not method.facts.unequal_ranks and any(rank != top for rank in held.values()):
         raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
@@ -151,7 +156,7 @@ def _predict(
         efficiency(decode(play.broadcast).entries, chosen),
         chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
     )
-    return told, play, chosen
+    return told, play
 
 
 def made_up(method: Method) -> Train:
