@@ -102,12 +102,13 @@ def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():
 
 
 def test_settings_are_estimated_without_their_weights(tmp_path):
-    config = load(DEMO, ["clients.lab.r=4", "method.name=florist", "method.tau=0.9"])
+    config = load(DEMO, ["clients.lab.r=4", "method.name=florist", "method.tau=0.9", "wire.values=fp16"])
     case = estimate.config_case(config)
     assert case.values == 143_360 and case.rounds == 20
     assert set(case.ranks["lab"].values()) == {4} and set(case.ranks["bank"].values()) == {16}
     assert estimate.variant_of(config) == "florist:tau=0.9"
     (row,) = estimate.run(case, [estimate.variant_of(config)])["rows"]
+    assert row["auto"] == "fp16" and row["up_bytes"]["int8"] < row["up_bytes"]["fp16"] < row["up_bytes"]["fp32"]
     assert row["run_bytes"] == pytest.approx(row["first_round_bytes"] + 19 * row["total_bytes"], abs=20)
 
 

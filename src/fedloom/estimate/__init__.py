@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fe
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is estimated: a name, the adapted modules with their (m, n), every client's ranks, rounds of the run."""
+    """What is estimated: a name, the adapted modules with their (m, n), every client's ranks.
+
+    rounds: of the run, if there is one; coding: form of all values, "auto" for that of each method.
+    """
 
     name: str
     layout: Mapping[str, tuple[int, int]]
     ranks: Mapping[str, Ranks]
     rounds: int | None = None
+    coding: str = "auto"
 
     @property
     def values(self) -> int:
@@ -65,7 +69,9 @@ def config_case(config: Config) -> Case:
         client: peft_bridge.ranks(base, peft_bridge.resolve(base, setup.adapter_settings(config.lora_of(client))))
         for client in clients(config)
     }
-    return Case(config.model.path, peft_bridge.shapes(base, shared), ranks, config.federation.num_rounds)
+    return Case(
+        config.model.path, peft_bridge.shapes(base, shared), ranks, config.federation.num_rounds, config.wire.values
+    )
 
 
 def variant_of(config: Config) -> str:
@@ -89,7 +95,8 @@ def run(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = Fals
             raise ConfigError(f"{variant!r} sends nothing that an estimate could be made of; give methods")
         for label, overrides in expanded(Config(), variant).items():
             chosen = changed(Config(), overrides).method
-            built[label] = build(chosen.name, chosen.settings)
+            method = build(chosen.name, chosen.settings)
+            built[label] = method if case.coding == "auto" else replace(method, values=case.coding)
     rows = predict(built, case.layout, case.ranks, seed=seed, whole=whole)
     ranks = sorted({rank for held in case.ranks.values() for rank in held.values()})
     return {
@@ -156,7 +163,7 @@ def _round_table(result: Mapping[str, Any]) -> Table:
         title=f"{case['name']}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
         f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates",
         title_style="bold",
-        caption="all: a round of all clients in the coding that wire.values = auto means. Seconds and memory of the "
+        caption="all: a round of all clients in the coding before it, wire.values. Seconds and memory of the "
         + (
             "server: measured, every layer"
             if case["whole"]

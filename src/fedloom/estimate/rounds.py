@@ -51,7 +51,7 @@ class Prediction:
 
     up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
     may alternate, and begin otherwise than they go on); first: bytes of the first round, all clients and both ways, in
-    `auto`. auto: the coding that wire.values = "auto" means. efficiency: one over the sum of the ranks that are
+    `auto`. auto: the method's coding (`Method.values`). efficiency: one over the sum of the ranks that are
     broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
     of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
     not tell).
@@ -144,8 +144,8 @@ def _predict(
     up, down = [], []
     for number in range(1, ROUNDS + 1):
         play.round(number)
-        up.append(sizes_of(list(play.uploads.values()), chosen))
-        down.append(sizes_of([play.addressed(client) for client in play.clients], chosen))
+        up.append(sizes_of(list(play.uploads.values()), chosen, method.values))
+        down.append(sizes_of([play.addressed(client) for client in play.clients], chosen, method.values))
     play.clients.clear()
     told = Prediction(
         name,
@@ -186,14 +186,15 @@ def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
 
 
-def sizes_of(payloads: Sequence[bytes], chosen: Sample) -> dict[str, float]:
+def sizes_of(payloads: Sequence[bytes], chosen: Sample, auto: str) -> dict[str, float]:
     """Coding → bytes of one payload on the whole model, the mean over payloads; those that are alike are coded once."""
+    codings = dict.fromkeys((*CODINGS, auto))
     known: dict[object, dict[str, float]] = {}
     found = []
     for message in map(decode, payloads):
         alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
         if alike not in known:
-            known[alike] = {coding: whole(recoded(message, coding), chosen) for coding in CODINGS}
+            known[alike] = {coding: scaled(recoded(message, coding), chosen) for coding in codings}
             known[alike][PAPER] = paper_bytes(message.entries, chosen)
         found.append(known[alike])
     return mean(found)
@@ -213,7 +214,7 @@ def recoded(message: Message, coding: str) -> bytes:
     return encode(Message(message.header, entries))
 
 
-def whole(payload: bytes, chosen: Sample) -> float:
+def scaled(payload: bytes, chosen: Sample) -> float:
     """Bytes of a payload if every module were in it as often as in the model."""
     told = describe(payload)
     index = told.parts["index"] / max(len(told.tensors), 1)
