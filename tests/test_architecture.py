@@ -18,7 +18,7 @@ LAYERS = """
     wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
-    runs clients setup export merge engines compare bench progress inspection cli __main__
+    runs clients setup export merge engines pace compare tune bench estimate progress inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""

@@ -273,12 +273,15 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
             finished(run, 60.0)
 
     monkeypatch.setattr(compare, "play", play)
+    monkeypatch.setattr(compare, "expected", lambda made, jobs: 30.0 * len(made) / jobs)
     monkeypatch.chdir(tmp_path)
     variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "fedit, seed 0: 60 s; about 5 min left"
+    assert lines[:2] == ["6 runs, 6 left; a trial of each first", "stated: 3.0 min for 6 runs, 1 at a time"]
+    assert lines[2] == "fedit, seed 0: 60 s; about 5 min left"
+    assert "taken: 0.0 min, where 3.0 were stated" in lines
     assert len([line for line in lines if "min left" in line]) == 6
     row = next(line.split() for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
     turns = ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]

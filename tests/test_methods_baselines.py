@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, RoundError
 from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
 from fedloom.methods import METHODS, build
 from fedloom.methods.flora_na import coefficients
-from fedloom.rounds import Trained
-from fedloom.tensors import Sparse, to_dense
-from fedloom.wire import decode, read_header
+from fedloom.rounds import Trained, server_turn
+from fedloom.tensors import Sparse, dense, to_dense
+from fedloom.wire import Message, decode, encode, read_header
 from toy import RANK, SHAPES, Federation, client_seed, delta, initial, job, random_state, trainer
 
 
@@ -326,3 +326,52 @@ def test_alpha_is_part_of_the_update_not_of_the_average():
         federation.play()
     for module, change in delta(one.server.total).items():
         torch.testing.assert_close(delta(two.server.total)[module], change, rtol=1e-4, atol=1e-6)
+
+
+def test_fed_sb_sends_r_squared_values_and_averages_exactly():
+    """From the second round on the broadcast product is Σ p_k U R_k V, and nothing else of the model changes."""
+    federation = Federation(job(build("fed-sb")))
+    federation.play()
+    first = federation.server
+    assert all(torch.count_nonzero(pair.B @ pair.A) == 0 for pair in first.adapter.values())
+    for _ in range(2):
+        target = ideal(federation)
+        federation.play()
+        for name, entry in decode(federation.uploads["ada"]).entries.items():
+            assert name.endswith("/R") and entry.shape == (RANK, RANK)
+        for module, change in delta(federation.server.adapter).items():
+            torch.testing.assert_close(change, target[module], rtol=1e-5, atol=1e-7)
+        assert federation.server.frozen is first.frozen
+
+
+def test_fed_sb_rests_on_the_leading_components_of_the_first_round():
+    federation = Federation(job(build("fed-sb", {"scale": 2.0})))
+    target = ideal(federation)
+    federation.play()
+    core = federation.job.method.core(federation.server)
+    for module, product in target.items():
+        u, s, vt = np.linalg.svd(product.numpy(), full_matrices=False)
+        pair = core[module]
+        assert np.allclose(np.abs(u[:, :RANK].T @ pair.B.numpy()), 2 * np.eye(RANK), atol=1e-4)
+        assert np.allclose(np.abs(vt[:RANK] @ pair.A.numpy().T), np.eye(RANK), atol=1e-4)
+        merged = delta(federation.server.frozen)[module].numpy()
+        assert np.allclose(merged, (u[:, :RANK] * s[:RANK]) @ vt[:RANK], atol=1e-5)
+
+
+def test_fed_sb_goes_on_with_lora_where_nobody_answered_in_round_one():
+    federation = Federation(job(build("fed-sb")))
+    federation.round = 1  # skipped
+    federation.play()
+    assert set(federation.server.frozen) == set(SHAPES)
+    federation.play()
+    assert {name.rpartition("/")[2] for name in decode(federation.uploads["ada"]).entries} == {"R"}
+
+
+def test_fed_sb_refuses_a_matrix_of_another_size():
+    federation = Federation(job(build("fed-sb")))
+    federation.play()
+    header = read_header(federation.uploads["ada"])
+    header = replace(header, round=2, base_version=1, base_digest=federation.server.digest)
+    small = encode(Message(header, {f"{module}/R": dense(torch.eye(3)) for module in SHAPES}))
+    with pytest.raises(RoundError, match=r"shape \(3, 3\), expected \(4, 4\)"):
+        server_turn(federation.job, federation.server, {"ada": small}, 2)

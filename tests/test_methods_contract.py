@@ -22,6 +22,7 @@ LOSSLESS = {
     "fedsrd": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
     "fedsrd-e": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
     "florist": {"tau": 1.0},
+    "fed-sb": {"keep": "all"},
 }
 ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
 SERVER_STEP = {"flasc"}
@@ -72,7 +73,7 @@ def test_identical_clients_give_that_client(name: str):
 
     def train(state: State, round: int, seed: int) -> Trained:
         parts = (("B",) if round % 2 else ("A",)) if name in ONE_FACTOR else method.trainable(round)
-        return step(state, round, derived_seed(7, round), parts=parts)
+        return step(state, round, derived_seed(7, round), parts=parts, core=method.core(state))
 
     federation = Federation(job(method), train=train)
     for round in range(1, 4):

@@ -20,7 +20,7 @@ from fedloom import peft_bridge, training
 from fedloom.adapters import AdapterSettings
 from fedloom.data import Example
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraPair, LoraState, digest, initial_state
+from fedloom.lora import LoraPair, LoraState, between, digest, initial_state
 from fedloom.tokens import Prepared, prepare
 from fedloom.training import TrainSettings, local_update, rate
 from test_peft_bridge import random_state
@@ -52,7 +52,17 @@ def resident(name: str = "llama", settings: AdapterSettings = ADAPTER) -> tuple[
 
 
 def update(
-    model, state, data=None, settings=SETTINGS, *, frozen=None, round=1, seed=1, trainable=("A", "B"), penalty=None
+    model,
+    state,
+    data=None,
+    settings=SETTINGS,
+    *,
+    frozen=None,
+    round=1,
+    seed=1,
+    trainable=("A", "B"),
+    core=None,
+    penalty=None,
 ):
     return local_update(
         model,
@@ -64,6 +74,7 @@ def update(
         num_rounds=10,
         seed=seed,
         trainable=trainable,
+        core=core,
         penalty=penalty,
     )
 
@@ -142,6 +153,23 @@ def test_factors_that_are_not_trained_keep_their_bits(part: str) -> None:
         assert not torch.equal(pair.part(part), state[module].part(part))
     both, _ = update(model, state)
     assert all(not torch.equal(both[module].part(fixed), state[module].part(fixed)) for module in state)
+
+
+def test_within_a_core_only_the_matrix_between_the_factors_moves() -> None:
+    """AdamW's first step moves every element of R by the learning rate; the model is as it was afterwards."""
+    model, state = resident()
+    plain, _ = update(model, state)
+    core = state.map(lambda pair: LoraPair(torch.linalg.qr(pair.A.T).Q.T, pair.B))
+    begin = LoraState({m: LoraPair(torch.eye(pair.rank) @ core[m].A, pair.B) for m, pair in state.items()})
+    settings = replace(SETTINGS, max_steps=1, learning_rate=1e-2, weight_decay=0.0)
+    after, _ = update(model, begin, settings=settings, core=core, frozen=state)
+    for module, pair in after.items():
+        assert torch.equal(pair.B, begin[module].B)
+        moved = between(pair.A - begin[module].A, core[module].A)
+        torch.testing.assert_close(moved @ core[module].A, pair.A - begin[module].A, atol=1e-6, rtol=0)
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), atol=1e-3, rtol=0)
+    again, _ = update(model, state)
+    assert digest(again) == digest(plain)
 
 
 def test_same_arguments_same_bits_whatever_happened_before() -> None:

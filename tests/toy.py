@@ -49,20 +49,34 @@ def random_state(seed: int, rank: int = RANK, size: float = 0.1) -> LoraState:
     )
 
 
-def step(state: State, round: int, seed: int, *, size: float = 0.1, parts: tuple[str, ...] = ("A", "B")) -> Trained:
-    """A seeded random change of the trainable factors; the number of examples follows from the seed."""
+def step(
+    state: State,
+    round: int,
+    seed: int,
+    *,
+    size: float = 0.1,
+    parts: tuple[str, ...] = ("A", "B"),
+    core: LoraState | None = None,
+) -> Trained:
+    """A seeded random change of the trainable factors, or of the matrix within a core; so are the examples."""
     generator = torch.Generator().manual_seed(seed)
 
-    def moved(pair: LoraPair) -> LoraPair:
+    def moved(module: str, pair: LoraPair) -> LoraPair:
+        if core:
+            change = size * torch.randn(pair.rank, pair.rank, generator=generator)
+            return LoraPair(pair.A + change @ core[module].A, pair.B)
         noise = {part: size * torch.randn(pair.part(part).shape, generator=generator) for part in ("A", "B")}
         return LoraPair(*(pair.part(part) + noise[part] * (part in parts) for part in ("A", "B")))
 
-    return Trained(state.adapter.map(moved), num_examples=1 + seed % 7, loss=1.0, steps=1)
+    after = LoraState({module: moved(module, pair) for module, pair in state.adapter.items()})
+    return Trained(after, num_examples=1 + seed % 7, loss=1.0, steps=1)
 
 
 def trainer(method: Method, *, size: float = 0.1):
-    """The toy step, moving only the factors that the method trains in that round."""
-    return lambda state, round, seed: step(state, round, seed, size=size, parts=method.trainable(round))
+    """The toy step, moving only what the method trains in that round."""
+    return lambda state, round, seed: step(
+        state, round, seed, size=size, parts=method.trainable(round), core=method.core(state)
+    )
 
 
 class Federation:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -64,6 +65,18 @@ def load_base(
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
+
+
+def empty_base(path: str | Path) -> PreTrainedModel:
+    """The model's modules and their shapes, without weights. Raises ModelError where its config.json cannot be read."""
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            return cast(PreTrainedModel, model)
+    except Exception as error:  # transformers lets through whatever its parsers and the file system raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path} holds no config.json of a causal language model: {reason}") from None
 
 
 def _device(device: str) -> torch.device:

@@ -13,12 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedloom.config import Config
 from fedloom.configfile import merge, override, parse
 from fedloom.ledger import read
 from fedloom.methods import METHODS
 from fedloom.report.numbers import Report, summarise
+
+if TYPE_CHECKING:
+    from fedloom.pace import Pace
 
 FINISHED = "report.html"
 """The last file that a run writes: where it is, the run is complete."""
@@ -100,18 +104,41 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
     return parse(tree, "the settings of a variant")
 
 
+def left(todo: Sequence[Run]) -> list[Run]:
+    """The runs that are not complete yet."""
+    return [run for run in todo if not (run.folder / FINISHED).exists()]
+
+
+def expected(todo: Sequence[Run], jobs: int) -> float:
+    """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
+    trials = {run.label: run for run in left(todo)}
+    with _pool(jobs) as pool:
+        paces = dict(zip(trials, pool.map(_pace, trials.values()), strict=True))
+    seconds = [paces[run.label].seconds(run.config) for run in left(todo)]
+    return max(sum(seconds) / jobs, max(seconds, default=0.0))
+
+
 def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
     An interrupted run is resumed. `finished(run, seconds)` is called as each one ends.
     """
-    left = [run for run in todo if not (run.folder / FINISHED).exists()]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,)) as pool:
-        futures = {pool.submit(_play, run): run for run in left}
+    with _pool(jobs) as pool:
+        futures = {pool.submit(_play, run): run for run in left(todo)}
         for future in as_completed(futures):
             finished(futures[future], future.result())
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,))
+
+
+def _pace(run: Run) -> Pace:
+    from fedloom.pace import pace
+
+    return pace(run.config)
 
 
 def _limit_threads(threads: int) -> None:

@@ -17,6 +17,8 @@ from fedloom.sparsify import Quantize
 from fedloom.tensors import Entry
 
 Entries = Mapping[str, Entry]
+CORE = "R"
+"""The part of a module that is the matrix between two resting factors: "module/R"."""
 FROZEN = "frozen_"
 """Prefix of the entries that hold merged increments: "module/frozen_A"."""
 
@@ -150,6 +152,11 @@ def both_factors(round: int) -> tuple[str, ...]:
     return PARTS
 
 
+def no_core(state: State) -> LoraState:
+    """The factors themselves are trained, not a matrix between two that rest."""
+    return LoraState()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to federate LoRA.
@@ -159,6 +166,9 @@ class Method:
     keeps to context.budget; values is the form of values meant by wire.values = "auto". merges says that of
     State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
     of the modules only.
+
+    core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
+    the adapter is A = R V and B = U, the rows of V orthonormal (or zero).
     """
 
     name: str
@@ -174,3 +184,8 @@ class Method:
     values: str = "fp32"
     merges: bool = False
     module_subsets: bool = True
+    core: Callable[[State], LoraState] = no_core
+
+    def parts(self, state: State, round: int) -> tuple[str, ...]:
+        """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""
+        return (CORE,) if self.core(state) else self.trainable(round)

@@ -20,12 +20,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.adapters import AdapterSettings, lora_scale, pattern_key
 from fedloom.errors import ModelError, ShapeError
-from fedloom.lora import PARTS, LoraPair, LoraState
+from fedloom.lora import PARTS, LoraPair, LoraState, between
 
 TRAINED = "default"
 FROZEN = "frozen"
@@ -215,6 +216,40 @@ def set_trainable(model: peft.PeftModel, parts: Sequence[str]) -> None:
     for _, layer in layers(model):
         for part, factor in zip(PARTS, _factors(layer, TRAINED), strict=True):
             factor.weight.requires_grad_(part in parts)
+
+
+@contextmanager
+def training_core(model: peft.PeftModel, core: LoraState) -> Iterator[None]:
+    """While it lasts, A of each module in `core` is R V with V the core's A, and only the matrix R (r × r) trains.
+
+    An empty core changes nothing.
+    """
+    downs = [(_factors(layer, TRAINED)[0], core[name].A) for name, layer in layers(model) if core]
+    for down, rows in downs:
+        held = _Between(rows.to(down.weight.device, down.weight.dtype))
+        parametrize.register_parametrization(down, "weight", held, unsafe=True)
+        down.parametrizations.weight.original.requires_grad_(True)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for down, _ in downs:
+            product = down.weight.detach()
+            parametrize.remove_parametrizations(down, "weight", leave_parametrized=False)
+            down.weight = nn.Parameter(product)
+
+
+class _Between(nn.Module):
+    """R ↦ R V, and back."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix @ cast(Tensor, self.rows)
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        return between(a, cast(Tensor, self.rows))
 
 
 def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:

@@ -184,7 +184,7 @@ def inspected(job: Job, state: State, payload: bytes, round: int) -> tuple[int, 
     if header.num_examples <= 0 and job.weighting == "examples":
         raise WireError("the update says that it rests on no examples: a client needs at least one")
     modules = frozenset(module_of(name) for name in message.entries)
-    _check_entries(message.entries, modules, state.adapter, job.method.trainable(round))
+    _check_entries(message.entries, modules, state.adapter, job.method.parts(state, round))
     return header.num_examples, modules
 
 
@@ -199,7 +199,7 @@ def _check_entries(entries: Entries, modules: Collection[str], adapter: LoraStat
         module, _, part = name.rpartition("/")
         m, n = adapter[module].shape
         rank = entry.shape[0] if part == "A" else entry.shape[-1]
-        wanted = (rank, n) if part == "A" else (m, rank)
+        wanted = {"A": (rank, n), "B": (m, rank)}.get(part, (adapter[module].rank, adapter[module].rank))
         if entry.shape != wanted or rank > adapter[module].rank:
             raise ShapeError(f"{name} has shape {entry.shape}, expected {wanted} with rank ≤ {adapter[module].rank}")
         if not torch.isfinite(floats(entry.values)).all():

@@ -81,6 +81,7 @@ class Setup:
                 num_rounds=self.config.federation.num_rounds,
                 seed=seed,
                 trainable=self.job.method.trainable(round),
+                core=self.job.method.core(state),
                 penalty=self.job.method.penalty,
             )
             return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)

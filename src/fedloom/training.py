@@ -100,23 +100,26 @@ def local_update(
     num_rounds: int,
     seed: int,
     trainable: Sequence[str] = PARTS,
+    core: LoraState | None = None,
     penalty: Penalty | None = None,
 ) -> tuple[LoraState, TrainStats]:
     """Train `state`, on top of W0 and `frozen`, for one round; the factors not named in `trainable` keep their bits.
 
+    With a `core` the matrix R of A = R V is trained, V being the core's A, and neither factor by itself.
     penalty(before, now) is added to the loss of every step. Same arguments, same bits (on one thread).
     """
     begun = time.perf_counter()
     peft_bridge.write(model, state)
     peft_bridge.set_frozen(model, frozen)
-    peft_bridge.set_trainable(model, trainable)
+    peft_bridge.set_trainable(model, () if core else trainable)
     rates = [rate(settings, round, num_rounds, step) for step in range(settings.max_steps)]
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live(model))
-    with _undisturbed(model), quiet():
+    with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet():
         loss, steps, tokens = _fit(model, data, _arguments(model, settings, seed), rates, extra, settings.bf16)
+        trained = peft_bridge.read(model)
     peft_bridge.set_trainable(model, PARTS)
-    trained = peft_bridge.read(model)
-    after = LoraState({module: _keep(state[module], pair, trainable) for module, pair in trained.items()})
+    changed = ("A",) if core else trainable
+    after = LoraState({module: _keep(state[module], pair, changed) for module, pair in trained.items()})
     return after, TrainStats(loss, steps, len(data), tokens, time.perf_counter() - begun)
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError, validate_call
 from fedloom.errors import ConfigError
 from fedloom.method import Method
 from fedloom.methods.fed_dare import fed_dare
+from fedloom.methods.fed_sb import fed_sb
 from fedloom.methods.fedex import fedex
 from fedloom.methods.fedit import fedit
 from fedloom.methods.fedprox import fedprox
@@ -62,6 +63,7 @@ METHODS: Mapping[str, Entry] = {
     "florist": Entry(florist, {"paper": {"tau": 0.9, "client_init": "merge_reinit"}}),
     "fed-dare": Entry(fed_dare),
     "flasc": Entry(flasc),
+    "fed-sb": Entry(fed_sb),
     "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD}),
     "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD}),
 }

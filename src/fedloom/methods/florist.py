@@ -9,6 +9,10 @@ The server broadcasts the leading singular components of Σ p_k B_k A_k. How cli
 With "warm" the components beyond the largest rank are merged for good; those between a client's own rank and the
 largest are its `tail`, which the server adds back to that client's contribution. So nothing is lost, everybody uses
 the same weights, and nobody starts again from zero.
+
+The paper chooses τ anew for every experiment and reports two: O, the best, and E, the lowest that still matches the
+other methods. `fedloom tune` does that on the validation split, on which no score is taken (docs/tuning.md): a τ chosen
+by the score that is then reported would be chosen with knowledge of the answers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Fed-SB: only an r × r matrix between two resting factors is trained and sent.
+
+(Singhal et al., 2025, arXiv 2502.15371)
+
+The change of weight is U R V with U (m × r) and V (r × n) the same for all, so that the mean of the R_k gives the mean
+of the products: exact, and r² values a module whatever its size.
+
+The paper takes U and V from a singular value decomposition of the first gradient of full fine-tuning, at one place.
+Here no site has everybody's data, no gradient of a whole weight leaves a site, and m × n matrices are never formed. So
+the first round is one of ordinary LoRA: everybody trains from the seeded start and sends A and B, as in FedIT. The
+server takes the singular components of Σ p_k B_k A_k, which is what the clients' first steps add up to, and broadcasts
+them once. Where this deviates from the paper:
+
+- the subspace is that of a round of LoRA steps of all clients, not that of one full gradient;
+- what round 1 has learnt is merged for good (the paper only initialises from its gradient), and R begins at zero, where
+  the paper begins at the singular values;
+- V has unit rows, as in the paper, and U columns of length `scale`, by which a step of R moves the weights further.
+
+With keep = "leading" the r leading components are broadcast and what lies beyond them is lost in round 1, once; every
+later round is exact. With "all" round 1 is exact too, and its broadcast has the sum of all ranks, as FLoRA's has in
+every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+from fedloom.lora import LoraPair, LoraState, between
+from fedloom.lowrank import ProductSum
+from fedloom.method import CORE, FROZEN, Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
+from fedloom.methods.averaging import coded, dense_entries, send
+from fedloom.methods.components import merge, received
+from fedloom.tensors import to_dense
+
+Keep = Literal["leading", "all"]
+Core = Callable[[State], LoraState]
+
+
+def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
+    """keep: what of round 1 is merged, its r leading components or all of them; scale: see the module."""
+    if not scale > 0:
+        raise ConfigError(f"method.scale is {scale}: expected more than 0")
+    core = partial(resting, scale)
+    return Method(
+        name="fed-sb",
+        facts=Facts(
+            paper="Fed-SB (arXiv 2502.15371)",
+            exact=keep == "all",
+            unequal_ranks=False,
+            sends="R, r × r; A and B in round 1",
+            receives="R, r × r; components in round 1",
+            keeps="the resting pair",
+        ),
+        compress=partial(send_core, core),
+        aggregate=partial(mean_core, core, keep),
+        receive=partial(take_up, core),
+        core=core,
+    )
+
+
+def resting(scale: float, state: State) -> LoraState:
+    """U and V: the leading components of what round 1 merged, their singular values replaced by `scale`; empty before.
+
+    A direction that round 1 did not use is zero in both, and stays unused.
+    """
+    ranks = state.adapter.ranks()
+    return LoraState({module: _resized(pair, ranks[module], scale) for module, pair in state.frozen.items()})
+
+
+def _resized(pair: LoraPair, rank: int, scale: float) -> LoraPair:
+    missing = max(rank - pair.rank, 0)
+    a, b = pair.A[:rank], pair.B[:, :rank]
+    b = b * (scale / b.norm(dim=0).clamp_min(1e-30))
+    return LoraPair(torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
+
+
+def send_core(core: Core, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
+    """R_k of every module; A and B as long as nothing rests."""
+    pairs = core(state)
+    if not pairs:
+        return send(both_factors, state, after, context)
+    matrices = {f"{module}/{CORE}": between(pair.A, pairs[module].A) for module, pair in after.items()}
+    return state.memory, {name: coded(name, matrix, context) for name, matrix in matrices.items()}
+
+
+def mean_core(core: Core, keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """Σ p_k R_k; at first the singular components of Σ p_k B_k A_k, to be merged."""
+    pairs = core(state)
+    if not pairs:
+        return first_components(keep, state, updates, context)
+    means = {f"{module}/{CORE}": torch.zeros(pair.rank, pair.rank) for module, pair in pairs.items()}
+    for update in updates:
+        for name, entry in update.entries.items():
+            means[name].add_(to_dense(entry), alpha=update.weight)
+    return Aggregate({name: coded(name, mean, context) for name, mean in means.items()})
+
+
+def first_components(keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """B = U Σ and A = V of the sum of products, r components or all."""
+    sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            sums[module].add(pair, update.weight)
+    ranks = state.adapter.ranks() if keep == "leading" else dict.fromkeys(sums)
+    cuts = {module: total.truncate(rank=ranks[module]) for module, total in sums.items()}
+    lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
+    increments = LoraState({module: cut.pair for module, cut in cuts.items()})
+    return Aggregate(dense_entries(increments, context, FROZEN), {}, {"max_lost_energy": lost})
+
+
+def take_up(core: Core, state: State, entries: Entries, context: Context) -> State:
+    """A = R V with the R that was broadcast; after the first components U and V rest between an R of zero."""
+    increments = received(entries, FROZEN)
+    if increments:
+        state = replace(state, frozen=merge(state.frozen, increments))
+    pairs = {}
+    for module, pair in core(state).items():
+        matrix = torch.zeros(pair.rank, pair.rank) if increments else to_dense(entries[f"{module}/{CORE}"])
+        pairs[module] = LoraPair(matrix @ pair.A, pair.B)
+    return replace(state, adapter=LoraState(pairs))

@@ -1,0 +1,82 @@
+"""A setting is chosen on the validation split, and the held-out one is never opened meanwhile."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedloom import compare, tune
+from fedloom.configfile import load
+from fedloom.engines import local
+from fedloom.errors import ConfigError
+from fedloom.ledger import Evaluation, Run, Transfer
+from fedloom.report.numbers import summarise
+
+TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
+SHORT = [
+    "method.name=florist",
+    "method.client_init=merge_reinit",
+    "federation.num_rounds=1",
+    "federation.eval_every=0",
+    "federation.participants=['lab']",
+    "training.max_steps=1",
+]
+
+
+def report(score: float, size: int):
+    rows = [Run("m", "m", ("a",), 1, 10, 0), Transfer(1, "a", "up", "update", size), Evaluation(1, "d", score, 1.0)]
+    return summarise(rows)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "efficient"),
+    [(0.5, "0.8"), (0.65, "0.9"), (0.7, "0.9"), (0.75, "0.99"), (0.9, "0.99"), (None, "0.99")],
+)
+def test_o_scores_best_and_e_is_the_cheapest_that_matches(baseline, efficient):
+    groups = {"k=0.8": [report(0.6, 10)], "k=0.9": [report(0.6, 20), report(0.8, 20)], "k=0.99": [report(0.8, 30)]}
+    if baseline is not None:
+        groups |= {"ffa": [report(0.1, 5)], "fedit": [report(baseline, 5)]}
+    choice = tune.choose(groups, "k", ["0.8", "0.9", "0.99"])
+    assert (choice.best.value, choice.efficient.value, choice.matched) == ("0.99", efficient, baseline)
+
+
+def test_of_equal_scores_the_cheaper_one_is_best():
+    choice = tune.choose({"k=1": [report(0.6, 10)], "k=2": [report(0.6, 9)]}, "k", ["1", "2"])
+    assert choice.best.value == choice.efficient.value == "2"
+
+
+def test_a_search_never_opens_the_held_out_split(tmp_path: Path):
+    """It works where there is none: the files are deleted. What it writes names the split all the same."""
+    bed = tmp_path / "bed"
+    shutil.copytree(TESTBED, bed, ignore=shutil.ignore_patterns("heldout*", "__pycache__"))
+    config = load(bed / "demo.toml", SHORT)
+    made = tune.search(config, "method.tau", ["0.8", "0.99"], [], [100], tmp_path / "out")
+    assert [run.config.data.heldout for run in made] == ["validation"] * 2
+    assert "heldout" not in {str(value) for run in made for value in run.config.data.model_dump().values()}
+    for run in made:
+        local.run(run.config, run.folder)
+    groups = compare.reports(made)
+    choice = tune.choose(groups, "method.tau", ["0.8", "0.99"])
+    files = tune.write(config, "method.tau", choice, tmp_path / "out")
+    sizes = {label: reports[0].totals.bytes for label, reports in groups.items()}
+    assert sizes["method.tau=0.8"] < sizes["method.tau=0.99"]
+    for name, found in (("O", choice.best), ("E", choice.efficient)):
+        chosen = load(files[name])
+        assert (chosen.data.heldout, chosen.data.validation) == ("heldout", "validation")
+        assert chosen.method.settings["tau"] == float(found.value)
+        assert chosen.method.settings["client_init"] == "merge_reinit"
+        assert chosen.federation.seed == config.federation.seed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("data.validation=null", "is missing"), ("data.validation=heldout", "would leak")]
+)
+def test_a_search_needs_a_split_of_its_own(override: str, message: str):
+    config = load(TESTBED / "demo.toml", [*SHORT, override])
+    with pytest.raises(ConfigError, match=message):
+        tune.search(config, "method.tau", ["0.8"], [], [100], Path("unused"))
+
+
+def test_a_value_without_a_run_is_named():
+    with pytest.raises(ConfigError, match=r"k=2 has no complete run"):
+        tune.choose({"k=1": [report(0.5, 1)]}, "k", ["1", "2"])
