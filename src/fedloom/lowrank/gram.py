@@ -14,6 +14,7 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 _CHUNK_VALUES = 2**18
 _BLOCK = 64
+_QUICK_ROWS = 256
 
 
 def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -27,6 +28,14 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         for i in range(0, size, block):
             out[i : i + block, i:].addmm_(chunk[i : i + block], chunk[i:].T)
     return out.triu_() + out.triu(1).T
+
+
+def quick_gram(tall: Tensor) -> Tensor:
+    """FᵀF of F (d × r, float32): products in float32, summed in float64 over blocks of rows; good to about 1e-7."""
+    whole = tall.shape[0] // _QUICK_ROWS * _QUICK_ROWS
+    blocks, rest = tall[:whole].reshape(-1, _QUICK_ROWS, tall.shape[1]), tall[whole:]
+    out = torch.bmm(blocks.mT, blocks).sum(0, dtype=torch.float64)
+    return out.add_(rest.T @ rest) if rest.shape[0] else out
 
 
 @dataclass(frozen=True, eq=False, slots=True)
