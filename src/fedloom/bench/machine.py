@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fedloom.errors import ConfigError
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD = -3  # glibc's name for it
@@ -26,6 +28,15 @@ class Rates:
     float32: float
     float64: float
     bytes: float
+
+
+def check(device: str) -> None:
+    """Raise ConfigError unless this machine can compute on "cpu", "cuda" or "cuda:<number>", whichever `device` is."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ConfigError(f"device is {device!r}: expected cpu, cuda or cuda:<number>")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
 
 
 def rates(device: str = "cpu", repeats: int = 3) -> Rates:

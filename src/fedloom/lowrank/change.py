@@ -25,13 +25,10 @@ from fedloom.errors import NumericError, ShapeError
 from fedloom.lora import LoraPair
 from fedloom.lowrank.gram import core, gram
 from fedloom.lowrank.inverse import inverse
-from fedloom.lowrank.product_sum import ProductSum
+from fedloom.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
 from fedloom.lowrank.sparse import Change as TallChange
 from fedloom.lowrank.sparse import Tall, compiled_for, cross, project, spread, tall
 from fedloom.tensors import Entry, floats
-
-HELD_RANK = 512
-"""Stacked rank up to which FedSRD holds the clients' changes; beyond, it adds them up and recompresses."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -145,7 +142,11 @@ class ProductChange:
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
             spread(total, held.moving, piece.T)
-        return total, torch.stack(pieces).sum(0) - self._inverse.shrink, float(found.energies[keep:].sum() / found.energies.sum())
+        return (
+            total,
+            torch.stack(pieces).sum(0) - self._inverse.shrink,
+            float(found.energies[keep:].sum() / found.energies.sum()),
+        )
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
@@ -156,7 +157,7 @@ class ProductChange:
     def _as_sum(self, rank: int) -> ProductSum:
         """What was spilled and what is held as one sum of products F_k G_kᵀ; float64 where F is ill-conditioned."""
         dtype = torch.float64 if self._inverse.basis.dtype == torch.float64 else torch.float32
-        total = ProductSum((self._fixed.shape[0], self._moving.shape[0]), cap=max(HELD_RANK, 4 * rank))
+        total = ProductSum((self._fixed.shape[0], self._moving.shape[0]), cap=streaming_cap(rank))
         if self._spilled is not None:
             total.add(self._spilled.factors(), 1.0)
         for held in self._held:

@@ -27,7 +27,7 @@ def increasing(positions: Array, numel: int) -> bool:
     ordered = positions[0] >= 0 and positions[-1] < numel
     for k in range(1, positions.size):  # no early exit: so that it runs on vectors
         ordered &= positions[k] > positions[k - 1]
-    return ordered
+    return bool(ordered)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
@@ -66,7 +66,7 @@ def _flush(part: Array, out: Array) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
 def _gather(positions: Array, values: Array, begin: int, end: int, base: int, rows: Array, target: Array) -> None:
-    """target += Σ value · rows[position − base, :], two elements at a time."""
+    """Target += Σ value · rows[position − base, :], two elements at a time."""
     q = begin
     while q + 2 <= end:
         row, next_row = rows[positions[q] - base], rows[positions[q + 1] - base]

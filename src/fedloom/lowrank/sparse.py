@@ -7,7 +7,8 @@ products are all that FedSRD needs; numba does them from the flat positions, tor
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -20,6 +21,7 @@ from fedloom.masks import seeded_mask
 from fedloom.tensors import Dense, Entry, Sparse, count, floats, to_dense
 
 _CHUNK = 4096
+_hidden = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -148,7 +150,18 @@ def cross(changes: Sequence[Tall]) -> Tensor:
 
 def compiled_for(tensor: Tensor) -> ModuleType | None:
     """The compiled kernels, where numba is installed (`pip install fedloom[fast]`) and the tensor lies on the CPU."""
-    return _compiled() if tensor.device.type == "cpu" else None
+    return _compiled() if tensor.device.type == "cpu" and not _hidden else None
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """As if numba were not installed, for all threads, to measure and test what remains."""
+    global _hidden
+    _hidden = True
+    try:
+        yield
+    finally:
+        _hidden = False
 
 
 @cache
