@@ -261,7 +261,7 @@ def test_few_components_of_many_are_the_best_whatever_the_spectrum(m, n, stacked
     assert torch.allclose(gram, torch.eye(rank, dtype=torch.float64), atol=1e-5)
 
 
-@pytest.mark.parametrize(("fall", "computed"), [(0.2, 4), (1.0, 56)])
+@pytest.mark.parametrize(("fall", "computed"), [(0.5, 4), (1.0, 56)])
 def test_all_components_are_computed_only_where_few_do_not_do(fall, computed):
     terms = decaying(100, 90, 56, fall)
     assert truncate(terms, rank=4, kernel="gram").singular_values.numel() == computed

@@ -1,11 +1,12 @@
 """The kernel benchmark: true shapes, the promised keys, and kernels that do what the dense computations do."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from fedloom.bench import accuracy, aggregate, kernels
+from fedloom.bench import accuracy, aggregate, kernels, machine
 from fedloom.bench.kernels import Kernel
 from fedloom.bench.presets import PRESETS, Preset, shapes
 from fedloom.bench.workload import module
@@ -94,3 +95,10 @@ def test_torch_only_hides_the_compiled_kernels_for_the_time_of_the_run(monkeypat
     aggregate.run(preset="tiny", methods=["fedit"], repeats=1, torch_only=True)
     assert set(seen) == {None}
     assert sparse.compiled_for(torch.ones(1)) is before
+
+
+def test_processor_time_does_not_count_waiting():
+    with machine.processor_time():
+        assert machine.seconds(lambda: time.sleep(0.2)) < 0.1
+    assert machine.seconds(lambda: time.sleep(0.2)) >= 0.2
+    assert aggregate.run(preset="tiny", methods=["fedit"], repeats=1, cpu_time=True)["rows"]

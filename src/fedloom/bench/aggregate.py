@@ -56,12 +56,14 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     torch_only: bool = False,
+    cpu_time: bool = False,
 ) -> dict[str, object]:
     """Time the kernels of `methods` on one layer of a preset, or on all with `all_modules`; see the command's help.
 
     clients adapters of rank `rank` (the preset's by default), or one for each of `ranks`. Repeats are interleaved
     between methods and the median is kept. Returns {"rows", "accuracy", "streaming", "machine"}, plain JSON values.
     device: where the adapters lie and the kernels run, "cpu" or "cuda". torch_only: as if numba were not installed.
+    cpu_time: seconds of processor time in place of wall-clock time, rates included.
     Raises ConfigError for an unknown preset, method or module, for methods that need equal ranks, and for a device
     that this machine has not got.
     """
@@ -76,7 +78,8 @@ def run(
     layout = shapes(chosen, modules, None if all_modules else 1)
     work = [module(name, shape, sizes, seed, device) for name, shape in layout.items()]
     sample = {case.pair.shape: case for case in work}
-    with sparse.torch_only() if torch_only else nullcontext():
+    clock = machine.processor_time() if cpu_time else nullcontext()
+    with clock, sparse.torch_only() if torch_only else nullcontext():
         return _measured(kernels, work, sample, reference, repeats, device)
 
 

@@ -36,6 +36,7 @@ def aggregate_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
     device: Annotated[str, typer.Option(help="Where the kernels run: cpu or cuda.")] = "cpu",
     torch_only: Annotated[bool, typer.Option("--torch-only", help="As if numba were not installed.")] = False,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Seconds of processor time, not of the clock.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Server kernels on adapters of true shapes: seconds, memory and error."""
@@ -54,6 +55,7 @@ def aggregate_command(
         seed=seed,
         device=device,
         torch_only=torch_only,
+        cpu_time=cpu_time,
     )
     show(result, aggregate.tables, as_json)
 
