@@ -11,7 +11,8 @@ import reference
 from fedloom.errors import ConfigError, NumericError, ShapeError
 from fedloom.lora import LoraPair, stack_pairs
 from fedloom.lowrank import ProductSum, frobenius_norm, inner, relative_error, truncate, truncate_all
-from fedloom.lowrank.kernels import by_gram
+from fedloom.lowrank.kernels import Wanted, by_gram
+from fedloom.lowrank.stack import Stack
 from fedloom.lowrank.truncation import plan
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -126,17 +127,17 @@ def test_a_flat_spectrum_costs_no_accuracy(kernel):
 
 
 def test_the_cost_rule_takes_the_kernel_that_suits():
-    assert plan(3072, 8192, 256, 64, torch.float32)[0] == "gram"
-    assert plan(3072, 8192, 2400, 16, torch.float32)[0] == "randomised"
-    assert plan(3072, 8192, 2400, None, torch.float32)[0] == "gram"
-    assert plan(3072, 8192, 8, 8, torch.float64) == ("qr",)
+    assert plan(8192, 3072, 256, Wanted(64), torch.float32)[0] == "gram"
+    assert plan(8192, 3072, 2400, Wanted(16), torch.float32)[0] == "randomised"
+    assert plan(8192, 3072, 2400, Wanted(energy=0.9), torch.float32)[0] == "gram"
+    assert plan(8192, 3072, 8, Wanted(8), torch.float64) == ("qr",)
 
 
 def test_clients_that_cancel_leave_gram_without_digits_and_it_says_so():
     one = pair(40, 30, 4)
     nearly = LoraPair(one.A, -one.B * (1 + 1e-6))
     terms = stack_pairs([one, nearly])
-    assert by_gram(terms.A, terms.B, None) is None
+    assert by_gram(Stack(terms.shape, ((terms, 1.0),)), Wanted()) is None
     cut = truncate(terms)
     assert cut.kernel == "qr"
     assert_components(cut, reference.dense(terms))
@@ -227,3 +228,75 @@ def test_bad_input_is_named():
             truncate(pair(5, 6, 2), **wrong)
     with pytest.raises(ConfigError, match="cap"):
         ProductSum((5, 6), cap=0)
+
+
+def decaying(m, n, stacked, fall, seed=0):
+    """A sum of one term whose singular values fall from 1 by `fall` at each step, then are the same random noise."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(s, stacked, generator=generator, dtype=torch.float64)).Q for s in (m, n))
+    sizes = torch.maximum(fall ** torch.arange(stacked, dtype=torch.float64), torch.tensor(0.03))
+    gauge = torch.linalg.qr(torch.randn(stacked, stacked, generator=generator, dtype=torch.float64)).Q
+    return LoraPair((gauge.T @ v.T).float(), ((u * sizes) @ gauge).float())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    m=st.integers(60, 120),
+    n=st.integers(60, 120),
+    stacked=st.sampled_from([40, 56]),
+    rank=st.integers(1, 4),
+    fall=st.floats(0.1, 1.0),
+    seed=st.integers(0, 99),
+)
+def test_few_components_of_many_are_the_best_whatever_the_spectrum(m, n, stacked, rank, fall, seed):
+    terms = decaying(m, n, stacked, fall, seed)
+    cut = truncate(terms, rank=rank, kernel="gram")
+    assert cut.pair.rank == rank
+    exact = reference.singular_values(reference.dense(terms))
+    best = float(exact[rank:].square().sum().sqrt())
+    error = float((reference.dense(cut.pair) - reference.dense(terms)).norm())
+    assert error <= best * (1 + 1e-8) + 1e-7
+    assert cut.lost_energy == pytest.approx(best**2 / float(exact.square().sum()), rel=1e-4)
+    gram = cut.pair.A.double() @ cut.pair.A.double().T
+    assert torch.allclose(gram, torch.eye(rank, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize(("fall", "computed"), [(0.5, 4), (1.0, 56)])
+def test_all_components_are_computed_only_where_few_do_not_do(fall, computed):
+    terms = decaying(100, 90, 56, fall)
+    assert truncate(terms, rank=4, kernel="gram").singular_values.numel() == computed
+    exact = reference.singular_values(reference.dense(terms))
+    share = float(exact[:3].square().sum() / exact.square().sum()) - 1e-3
+    total = ProductSum(terms.shape)
+    for first in range(0, 56, 4):
+        total.add(LoraPair(terms.A[first : first + 4], terms.B[:, first : first + 4]), 1.0)
+    cut = total.truncate(energy=share)
+    assert cut.singular_values.numel() == computed
+    assert cut.pair.rank == reference.energy_rank(reference.dense(terms), share)
+
+
+def test_a_share_of_the_energy_beyond_the_expected_rank_takes_all_components():
+    terms = decaying(100, 90, 56, 0.2)
+    total = ProductSum(terms.shape)
+    for first in range(0, 56, 4):
+        total.add(LoraPair(terms.A[first : first + 4], terms.B[:, first : first + 4]), 1.0)
+    cut = total.truncate(energy=0.99)
+    assert cut.pair.rank == reference.energy_rank(reference.dense(terms), 0.99) > 4
+    assert cut.lost_energy <= 0.01
+
+
+def test_a_tail_too_small_for_float32_gram_matrices_is_not_lost():
+    generator = torch.Generator().manual_seed(4)
+    u, v = (torch.linalg.qr(torch.randn(s, 48, generator=generator, dtype=torch.float64)).Q for s in (90, 80))
+    sizes = torch.cat([torch.ones(4), torch.full((44,), 1e-4)]).double()
+    terms = LoraPair(v.T.float(), (u * sizes).float())
+    cut = truncate(terms, rank=4, kernel="gram")
+    assert cut.lost_energy == pytest.approx(float(sizes[4:].square().sum() / sizes.square().sum()), rel=1e-4)
+
+
+def test_a_sum_holds_what_it_is_given_and_copies_nothing():
+    first = pair(30, 20, 4)
+    total = summed([first], [1.0])
+    held = total._stack().terms[0][0]
+    assert held.A.data_ptr() == first.A.data_ptr()
+    assert held.B.data_ptr() == first.B.data_ptr()

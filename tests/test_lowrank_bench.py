@@ -1,15 +1,17 @@
 """The kernel benchmark: true shapes, the promised keys, and kernels that do what the dense computations do."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from fedloom.bench import accuracy, aggregate, kernels
+from fedloom.bench import accuracy, aggregate, kernels, machine
+from fedloom.bench.kernels import Kernel
 from fedloom.bench.presets import PRESETS, Preset, shapes
 from fedloom.bench.workload import module
 from fedloom.errors import ConfigError
-from fedloom.lowrank import relative_error
+from fedloom.lowrank import relative_error, sparse
 
 KEYS = {"method", "modules", "seconds", "reference_seconds", "ratio", "extra_bytes", "excess", "error"}
 
@@ -76,3 +78,27 @@ def test_bad_options_are_named():
     ):
         with pytest.raises(ConfigError, match=text):
             aggregate.run(**wrong)
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, text in (("quantum", "cpu, cuda or"), ("cpu:1", "cpu, cuda or"), ("cuda:1", "finds 1 CUDA")):
+        with pytest.raises(ConfigError, match=text):
+            aggregate.run(preset="tiny", device=device)
+
+
+def test_torch_only_hides_the_compiled_kernels_for_the_time_of_the_run(monkeypatch):
+    seen = []
+    spied = Kernel(lambda case: seen.append(sparse.compiled_for(case.pair.A)), kernels.work_fedit)
+    monkeypatch.setitem(kernels.KERNELS, "fedit", spied)
+    before = sparse.compiled_for(torch.ones(1))
+    aggregate.run(preset="tiny", methods=["fedit"], repeats=1, torch_only=True)
+    assert set(seen) == {None}
+    assert sparse.compiled_for(torch.ones(1)) is before
+
+
+def test_processor_time_does_not_count_waiting():
+    with machine.processor_time():
+        assert machine.seconds(lambda: time.sleep(0.2)) < 0.1
+    assert machine.seconds(lambda: time.sleep(0.2)) >= 0.2
+    assert aggregate.run(preset="tiny", methods=["fedit"], repeats=1, cpu_time=True)["rows"]

@@ -12,6 +12,7 @@ import reference
 from fedloom.errors import NumericError, ShapeError
 from fedloom.lora import LoraPair
 from fedloom.lowrank import ProductChange, change, sparse
+from fedloom.lowrank.inverse import inverse
 from fedloom.masks import seeded_mask
 from fedloom.tensors import Seeded, Sparse, dense, to_dense
 
@@ -195,3 +196,35 @@ def test_numba_is_optional(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert sparse.compiled_for(torch.zeros(1)) is None
     sparse._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_asking_twice_or_in_between_changes_nothing(side, rank, backend):
+    changes, weights = updates(40, 30, 5, 3), [0.2, 0.5, 0.3]
+    pair = global_pair(40, 30, 5)
+    total = ProductChange(pair, side, rank=rank)
+    for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
+        total.add(delta_b, delta_a, weight)
+        total.solve()
+    once = solved(pair, side, changes, weights, rank=rank).delta
+    for _ in range(2):
+        assert torch.allclose(total.solve().delta, once, atol=1e-6 * float(once.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("condition", "ridge", "quick"), [(2.0, 0.0, True), (30.0, 0.0, False), (30.0, 0.03, True), (1e6, 0.0, False)]
+)
+def test_products_in_float32_are_taken_only_where_the_inverse_is_benign(condition, ridge, quick):
+    factor = global_pair(600, 30, 8, condition=condition).B
+    found = inverse(factor, ridge, 1e-9)
+    exact = reference_inverse(factor, ridge)
+    assert found.quick is quick
+    assert found.condition == pytest.approx(condition, rel=0.05)
+    error = (found.left @ found.basis.double().T - exact).norm() / exact.norm()
+    assert float(error) < (1e-5 if quick else 1e-7 * condition)
+
+
+def reference_inverse(factor, ridge):
+    u, s, vt = torch.linalg.svd(factor.double(), full_matrices=False)
+    return (vt.T * (s / (s.square() + ridge * s[0] ** 2))) @ u.T

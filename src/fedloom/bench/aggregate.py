@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.workload import Module, module
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair
-from fedloom.lowrank import ProductSum
+from fedloom.lowrank import ProductSum, sparse
 from fedloom.lowrank.parallel import over_modules
 
 DEFAULT_METHODS = ("fedit", "fedsrd", "fedsrd-e", "florist", "flexlora")
@@ -54,13 +55,19 @@ def run(
     repeats: int = 3,
     seed: int = 0,
     device: str = "cpu",
+    torch_only: bool = False,
+    cpu_time: bool = False,
 ) -> dict[str, object]:
     """Time the kernels of `methods` on one layer of a preset, or on all with `all_modules`; see the command's help.
 
     clients adapters of rank `rank` (the preset's by default), or one for each of `ranks`. Repeats are interleaved
     between methods and the median is kept. Returns {"rows", "accuracy", "streaming", "machine"}, plain JSON values.
-    Raises ConfigError for an unknown preset, method or module, and for methods that need equal ranks.
+    device: where the adapters lie and the kernels run, "cpu" or "cuda". torch_only: as if numba were not installed.
+    cpu_time: seconds of processor time in place of wall-clock time, rates included.
+    Raises ConfigError for an unknown preset, method or module, for methods that need equal ranks, and for a device
+    that this machine has not got.
     """
+    machine.check(device)
     chosen = preset_named(preset)
     sizes = list(ranks) if ranks else [chosen.rank if rank is None else rank] * clients
     if not sizes or min(sizes) < 1 or repeats < 1:
@@ -71,6 +78,19 @@ def run(
     layout = shapes(chosen, modules, None if all_modules else 1)
     work = [module(name, shape, sizes, seed, device) for name, shape in layout.items()]
     sample = {case.pair.shape: case for case in work}
+    clock = machine.processor_time() if cpu_time else nullcontext()
+    with clock, sparse.torch_only() if torch_only else nullcontext():
+        return _measured(kernels, work, sample, reference, repeats, device)
+
+
+def _measured(
+    kernels: Mapping[str, Kernel],
+    work: Sequence[Module],
+    sample: Mapping[tuple[int, int], Module],
+    reference: bool,
+    repeats: int,
+    device: str,
+) -> dict[str, object]:
     for kernel in kernels.values():
         for case in sample.values():
             kernel.run(case)
@@ -88,10 +108,16 @@ def run(
         rows.append(_published(rows, _of_each(two_svds, sample, counts)))
     return {
         "rows": [vars_of(row) for row in rows],
-        "accuracy": accuracy.hard_cases(max(sizes), min(len(sizes), 4)) if reference else [],
+        "accuracy": accuracy.hard_cases(*_hard_size(sample)) if reference else [],
         "streaming": streaming() if reference else [],
         "machine": machine.description(measured, device),
     }
+
+
+def _hard_size(sample: Mapping[tuple[int, int], Module]) -> tuple[int, int]:
+    """Rank and number of clients of the hard cases: those of the bench, but no more than four clients."""
+    case = next(iter(sample.values()))
+    return case.pair.rank, min(len(case.clients), 4)
 
 
 def vars_of(row: Row) -> dict[str, object]:

@@ -34,6 +34,9 @@ def aggregate_command(
     reference: Annotated[bool, typer.Option("--reference", help="Time the dense computation too; slow.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the kernels run: cpu or cuda.")] = "cpu",
+    torch_only: Annotated[bool, typer.Option("--torch-only", help="As if numba were not installed.")] = False,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Seconds of processor time, not of the clock.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Server kernels on adapters of true shapes: seconds, memory and error."""
@@ -50,6 +53,9 @@ def aggregate_command(
         reference=reference,
         repeats=repeats,
         seed=seed,
+        device=device,
+        torch_only=torch_only,
+        cpu_time=cpu_time,
     )
     show(result, aggregate.tables, as_json)
 

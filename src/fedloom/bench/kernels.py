@@ -126,29 +126,33 @@ def work_fedit(case: Module) -> Work:
 
 
 def work_truncation(case: Module) -> Work:
-    """Half of two Gram matrices, eigen-decomposition and two-sided product of the core, the two leading factors."""
+    """Half of two Gram matrices, one product of each with the leading components, the two leading factors."""
     (m, n), kept = case.pair.shape, case.pair.rank
     stacked = sum(client.pair.rank for client in case.clients)
-    double = stacked**2 * (m + n) + (14 / 3 + 13 / 3) * stacked**3 + 2 * stacked * kept * (n + stacked)
-    return Work(double, 2.0 * stacked * kept * m, 4.0 * (2 * stacked + kept) * (m + n))
+    double = 4 * stacked**2 * kept + 2 * stacked * kept * (n + stacked)
+    return Work(double, stacked**2 * (m + n) + 2.0 * stacked * kept * m, 4.0 * (2 * stacked + kept) * (m + n))
 
 
 def work_fedsrd_e(case: Module) -> Work:
-    """Half of one Gram matrix and its eigen-decomposition, two sparse products a client, one dense product."""
+    """Half of one Gram matrix and its eigen-decomposition, two sparse products a client, one dense product.
+
+    In float32 but for what is r × r.
+    """
     (m, n), r, count = case.pair.shape, case.pair.rank, len(case.clients)
     elements = DENSITY * r * count
-    double = r**2 * m + 14 / 3 * r**3 + 2 * r * elements * m + 2 * r**3 * count
-    return Work(double, 2 * r * elements * n + 2 * r**2 * n, 4.0 * r * (m + 3 * n) + 12 * elements * (m + n))
+    single = r**2 * m + 2 * r * elements * (m + n) + 2 * r**2 * n
+    return Work(14 / 3 * r**3 + 2 * r**3 * count, single, 4.0 * r * (m + 3 * n) + 12 * elements * (m + n))
 
 
 def work_fedsrd(case: Module) -> Work:
-    """As FedSRD-e, with both Gram matrices of the stacks (sparse but for one block each) and the core."""
+    """Both Gram matrices of the stacks (sparse but for one block each) in float64, the core, FedSRD-e's products."""
     (m, n), r, count = case.pair.shape, case.pair.rank, len(case.clients)
     stacked = r * count
     base = work_fedsrd_e(case)
     pairs = (DENSITY * stacked) ** 2 * (m + n)
-    double = r**2 * n + 2 * r * DENSITY * stacked * n + pairs + 9 * stacked**3 + 2 * stacked**2 * r
-    return Work(base.float64 + double, base.float32, base.bytes)
+    double = (r**2 + 2 * r * DENSITY * stacked) * (m + n) + pairs + 9 * stacked**3 + 2 * stacked**2 * r
+    single = 2 * r * DENSITY * stacked * n + 2 * r**2 * n
+    return Work(base.float64 + double, single, base.bytes)
 
 
 KERNELS: dict[str, Kernel] = {

@@ -8,15 +8,19 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 
+from fedloom.errors import ConfigError
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD = -3  # glibc's name for it
+_now = time.perf_counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,15 @@ class Rates:
     float32: float
     float64: float
     bytes: float
+
+
+def check(device: str) -> None:
+    """Raise ConfigError unless this machine can compute on "cpu", "cuda" or "cuda:<number>", whichever `device` is."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ConfigError(f"device is {device!r}: expected cpu, cuda or cuda:<number>")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
 
 
 def rates(device: str = "cpu", repeats: int = 3) -> Rates:
@@ -53,13 +66,24 @@ def best(call: Callable[[], object], repeats: int) -> float:
     return min(seconds(call) for _ in range(repeats))
 
 
+@contextmanager
+def processor_time() -> Iterator[None]:
+    """Measure seconds of processor time, the sum over threads, for machines that others use as well."""
+    global _now
+    _now = time.process_time
+    try:
+        yield
+    finally:
+        _now = time.perf_counter
+
+
 def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, until the GPU has finished where one was used."""
-    start = time.perf_counter()
+    """Wall-clock seconds of one call (see `processor_time`), until the GPU has finished where one was used."""
+    start = _now()
     call()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return _now() - start
 
 
 def extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:

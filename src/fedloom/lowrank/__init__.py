@@ -15,7 +15,7 @@ No function here forms an m × n matrix while the stacked rank is below min(m, n
 from fedloom.lowrank.change import Change, ProductChange
 from fedloom.lowrank.norms import frobenius_norm, inner, relative_error
 from fedloom.lowrank.parallel import over_modules
-from fedloom.lowrank.product_sum import ProductSum
+from fedloom.lowrank.product_sum import ProductSum, streaming_cap
 from fedloom.lowrank.truncation import Truncation, truncate, truncate_all
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "inner",
     "over_modules",
     "relative_error",
+    "streaming_cap",
     "truncate",
     "truncate_all",
 ]

@@ -25,20 +25,18 @@ from fedloom.errors import NumericError, ShapeError
 from fedloom.lora import LoraPair
 from fedloom.lowrank.gram import core, gram
 from fedloom.lowrank.inverse import inverse
-from fedloom.lowrank.product_sum import ProductSum
+from fedloom.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
 from fedloom.lowrank.sparse import Change as TallChange
 from fedloom.lowrank.sparse import Tall, compiled_for, cross, project, spread, tall
 from fedloom.tensors import Entry, floats
-
-HELD_RANK = 512
-"""Stacked rank up to which FedSRD holds the clients' changes; beyond, it adds them up and recompresses."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
     """The change of one factor.
 
-    delta: float32, r × n for side A, m × r for side B. kept: singular values of the other factor that were inverted.
+    delta: float32, r × n for side A (the transpose of a contiguous n × r), m × r for side B; clients added later may
+    overwrite it. kept: singular values of the other factor that were inverted.
     lost_energy: share of Σσ² of the aggregate beyond the rank asked for. condition: largest over smallest of the kept
     ones (0 where there is none).
     """
@@ -81,8 +79,9 @@ class ProductChange:
         self.rank = rank
         self._fixed = factors["B" if side == "A" else "A"].contiguous()
         self._moving = factors[side]
-        self._inverse = inverse(self._fixed, ridge, rcond)
-        self._mixing = torch.zeros_like(self._inverse.shrink)
+        self._gram = None if rank is None else gram(self._fixed.T)
+        self._inverse = inverse(self._fixed, ridge, rcond, self._gram)
+        self._mixing = -self._inverse.shrink
         self._total = torch.zeros_like(self._moving, memory_format=torch.contiguous_format)
         self._clients = 0
         self._held: list[Held] = []
@@ -96,9 +95,10 @@ class ProductChange:
         kept_side = "B" if self.side == "A" else "A"
         kept = tall(entries[kept_side], turned=kept_side == "A")
         moving = tall(entries[self.side], turned=self.side == "A")
-        seen = self._inverse.shrink + self._inverse.left @ project(self._inverse.basis, kept)
+        quick = self.rank is None and self._inverse.quick
+        seen = torch.addmm(self._inverse.shrink, self._inverse.left, project(self._inverse.basis, kept, quick=quick))
         if self.rank is None:
-            self._mixing += weight * seen
+            self._mixing.add_(seen, alpha=weight)
             spread(self._total, moving, weight * seen.T)
             return
         self._held.append(Held(kept, moving, weight, seen))
@@ -108,27 +108,28 @@ class ProductChange:
     def solve(self) -> Change:
         """The change that the clients added so far amount to; zero if there were none."""
         if not self._clients:
-            return Change(torch.zeros_like(self._total.T if self.side == "A" else self._total), 0, 0.0, 0.0)
-        total, mixing, lost = self._total, self._mixing, 0.0
+            return self._changed(torch.zeros_like(self._total), 0, 0.0, 0.0)
+        lost = 0.0
         if self.rank is not None:
-            total, mixing, lost = self._by_gram(self.rank) or self._by_sum(self.rank)
-        mixing = (mixing - self._inverse.shrink).float()
-        if self.side == "A":
-            delta = torch.mm(mixing, self._moving.T).add_(total.T)
-        else:
-            delta = torch.addmm(total, self._moving, mixing.T)
-        return Change(delta, self._inverse.kept, lost, self._inverse.condition)
+            self._total, self._mixing, lost = self._by_gram(self.rank) or self._by_sum(self.rank)
+        # G times what was mixed joins the total for good, so that no second matrix like G is needed.
+        self._total.addmm_(self._moving, self._mixing.T.float())
+        self._mixing.zero_()
+        return self._changed(self._total, self._inverse.kept, lost, self._inverse.condition)
+
+    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> Change:
+        return Change(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
         """(Σ ΔG_k Z_kᵀ, Σ Z_k, energy lost) from Gram matrices of sparse changes; None where they do not serve."""
         kept, moving = [held.kept for held in self._held], [held.moving for held in self._held]
-        if self._spilled is not None or compiled_for(self._fixed) is None:
+        if self._spilled is not None or self._gram is None or compiled_for(self._fixed) is None:
             return None
         if not (all_sparse(kept) and all_sparse(moving)):
             return None
         weights = self._total.new_tensor([held.weight for held in self._held], dtype=torch.float64)
         scale = weights.repeat_interleave(self._fixed.shape[1])
-        left = stacked_gram(self._fixed, self._inverse.gram, kept) * scale * scale[:, None]
+        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]
         moving_factor = self._moving.contiguous()
         right = stacked_gram(moving_factor, gram(moving_factor.T), moving)
         found = core(left, right)
@@ -141,18 +142,22 @@ class ProductChange:
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
             spread(total, held.moving, piece.T)
-        return total, torch.stack(pieces).sum(0), float(found.energies[keep:].sum() / found.energies.sum())
+        return (
+            total,
+            torch.stack(pieces).sum(0) - self._inverse.shrink,
+            float(found.energies[keep:].sum() / found.energies.sum()),
+        )
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
         cut = self._as_sum(rank).truncate(rank=rank)
         seen = self._inverse.left @ project(self._inverse.basis, cut.pair.B)
-        return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), torch.zeros_like(self._mixing), cut.lost_energy
+        return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink, cut.lost_energy
 
     def _as_sum(self, rank: int) -> ProductSum:
         """What was spilled and what is held as one sum of products F_k G_kᵀ; float64 where F is ill-conditioned."""
         dtype = torch.float64 if self._inverse.basis.dtype == torch.float64 else torch.float32
-        total = ProductSum((self._fixed.shape[0], self._moving.shape[0]), cap=max(HELD_RANK, 4 * rank))
+        total = ProductSum((self._fixed.shape[0], self._moving.shape[0]), cap=streaming_cap(rank))
         if self._spilled is not None:
             total.add(self._spilled.factors(), 1.0)
         for held in self._held:

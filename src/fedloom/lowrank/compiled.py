@@ -16,33 +16,68 @@ from numba import njit
 Array = np.ndarray[Any, Any]
 
 
+_ROWS = 512
+
+
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
 def increasing(positions: Array, numel: int) -> bool:
     """Whether 0 ≤ positions[0] < positions[1] < … < numel."""
-    last = -1
-    for position in positions:
-        if position <= last or position >= numel:
-            return False
-        last = position
-    return True
+    if not positions.size:
+        return True
+    ordered = positions[0] >= 0 and positions[-1] < numel
+    for k in range(1, positions.size):  # no early exit: so that it runs on vectors
+        ordered &= positions[k] > positions[k - 1]
+    return bool(ordered)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
-def project(positions: Array, values: Array, width: int, turned: bool, factor: Array, out: Array) -> None:
-    """out[c, :] += Σ factor[d, :] · value over the elements (d, c) of the tall matrix."""
+def project(positions: Array, values: Array, width: int, turned: bool, factor: Array, part: Array, out: Array) -> None:
+    """out[c, :] += Σ factor[d, :] · value over the elements (d, c) of the tall matrix.
+
+    part: zeros like `out`, of the type to sum some hundred elements in, before they are added to `out`.
+    """
     rank = factor.shape[1]
-    first = 0
-    end = width
-    for k in range(positions.size):
-        while positions[k] >= end:
-            first += 1
-            end += width
-        second = positions[k] - end + width
-        row = second if turned else first
-        target = out[first] if turned else out[second]
-        value = np.float64(values[k])
-        for j in range(rank):
-            target[j] += value * factor[row, j]
+    k = 0
+    for first in range(out.shape[0] if turned else factor.shape[0]):
+        base = first * width
+        begin = k
+        while k < positions.size and positions[k] < base + width:
+            k += 1
+        if turned:
+            _gather(positions, values, begin, k, base, factor, part[first])
+        else:
+            for q in range(begin, k):
+                target = part[positions[q] - base]
+                value = part.dtype.type(values[q])
+                for j in range(rank):
+                    target[j] += value * factor[first, j]
+        if not turned and first % _ROWS == _ROWS - 1:
+            _flush(part, out)
+    _flush(part, out)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def _flush(part: Array, out: Array) -> None:
+    for c in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[c, j] += part[c, j]
+            part[c, j] = 0.0
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
+def _gather(positions: Array, values: Array, begin: int, end: int, base: int, rows: Array, target: Array) -> None:
+    """Target += Σ value · rows[position − base, :], two elements at a time."""
+    q = begin
+    while q + 2 <= end:
+        row, next_row = rows[positions[q] - base], rows[positions[q + 1] - base]
+        value, next_value = target.dtype.type(values[q]), target.dtype.type(values[q + 1])
+        for j in range(target.size):
+            target[j] += value * row[j] + next_value * next_row[j]
+        q += 2
+    if q < end:
+        row, value = rows[positions[q] - base], target.dtype.type(values[q])
+        for j in range(target.size):
+            target[j] += value * row[j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]

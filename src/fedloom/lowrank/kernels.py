@@ -1,6 +1,7 @@
 """Singular components of W = B A from the factors: three algorithms with one face.
 
-Each takes A (R × n) and B (m × R) and gives a Spectrum, or None where its own check says that another one is needed.
+Each takes a Stack and what is wanted of it and gives a Spectrum, or None where its own check says that another one is
+needed.
 """
 
 from __future__ import annotations
@@ -8,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom.lora import LoraPair
-from fedloom.lowrank.gram import EPS, Core, core, gram
+from fedloom.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram, gram_of
+from fedloom.lowrank.leading import MAX_EXCESS, MAX_STEPS, OVERSAMPLING, leading, pays, possible_gain
+from fedloom.lowrank.stack import Stack
 
-OVERSAMPLING = 16
-MAX_STEPS = 8
-MAX_EXCESS = 1e-8
-_CHUNK = 1024
+
+class Wanted(NamedTuple):
+    """The leading `rank` components, or as many as hold the share `energy` of Σσ², or all where both are None.
+
+    expected: the rank that an energy cut is likely to keep.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    expected: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,38 +44,74 @@ class Spectrum:
     expand: Callable[[int], LoraPair]
 
 
-def working_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """float64 where a factor is, else float32."""
-    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-
-
 def floor(top: float, noise: float, dtype: torch.dtype) -> float:
     """The energy that a product of factors of this type may have by rounding alone."""
     return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
 
 
-def by_gram(a: Tensor, b: Tensor, rank: int | None) -> Spectrum | None:
-    """Two R × R Gram matrices in float64 and one eigen-decomposition. For float32 factors and R < min(m, n)."""
-    gram_a = gram(a)
-    found = core(gram(b.T), gram_a)
+def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
+    """Two R × R Gram matrices and the components that are wanted of their core, or all of them.
+
+    For float32 factors and R < min(m, n). Where few components are wanted, Gram matrices of float32 products are tried
+    first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram matrices and one chunk at a
+    time.
+    """
+    rank = wanted.expected if wanted.rank is None and wanted.energy is not None else wanted.rank
+    if rank and pays(stack.rank, rank):
+        for dtype, error in ((torch.float32, QUICK_ERROR), (torch.float64, 4 * EPS)):
+            gram_b, gram_a, weights = _grams(stack, dtype)
+            found = leading(gram_b, gram_a, rank, error)
+            if found is not None and _enough(found, wanted):
+                break
+    else:
+        gram_b, gram_a, weights = _grams(stack, torch.float64)
+        found = None
+    if found is None or not _enough(found, wanted):
+        found = core(gram_b, gram_a)
     if found is None:
         return None
     low = floor(float(found.energies[0]), found.noise, torch.float32)
-    return Spectrum(found.energies, 0.0, low, partial(_expand_gram, a, b, gram_a, found))
+    expand = partial(_expand_gram, stack, gram_a, weights, found)
+    return Spectrum(found.energies, found.beyond, low, expand)
 
 
-def _expand_gram(a: Tensor, b: Tensor, gram_a: Tensor, found: Core, keep: int) -> LoraPair:
+def _grams(stack: Stack, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """BᵀB, A Aᵀ and the weights, all float64, with products of `dtype`; the weights are in the first."""
+    zeros = stack.terms[0][0].A.new_zeros(stack.rank, stack.rank, dtype=torch.float64)
+    gram_a = gram_of(stack.chunks("A", dtype), zeros.clone())
+    gram_b = gram_of(stack.chunks("B", dtype), zeros)
+    weights = stack.weights(gram_b)
+    return gram_b.mul_(weights).mul_(weights[:, None]), gram_a, weights
+
+
+def _enough(found: Core, wanted: Wanted) -> bool:
+    """Whether the leading components hold the share of the energy that is wanted."""
+    held = float(found.energies.sum())
+    return wanted.energy is None or wanted.rank is not None or held >= wanted.energy * (held + found.beyond)
+
+
+def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, keep: int) -> LoraPair:
     """V in float64, so that its rows stay orthonormal where σ is small; W V = B (A V) in float32."""
     right = found.right(keep) / found.energies[:keep].sqrt()
-    vt = a.new_empty(keep, a.shape[1], dtype=torch.float32)
-    for begin in range(0, a.shape[1], _CHUNK):
-        vt[:, begin : begin + _CHUNK] = right.T @ a[:, begin : begin + _CHUNK].double()
-    return LoraPair(vt, b.float() @ (gram_a @ right).float())
+    image = (weights[:, None] * (gram_a @ right)).float()
+    m, n = stack.shape
+    vt = torch.empty(keep, n, dtype=torch.float32, device=right.device)
+    wv = torch.empty(m, keep, dtype=torch.float32, device=right.device)
+    begin = 0
+    for chunk in stack.chunks("A", torch.float64):
+        vt[:, begin : begin + chunk.shape[0]] = right.T @ chunk.T
+        begin += chunk.shape[0]
+    begin = 0
+    for chunk in stack.chunks("B", torch.float32):
+        torch.mm(chunk, image, out=wv[begin : begin + chunk.shape[0]])
+        begin += chunk.shape[0]
+    return LoraPair(vt, wv)
 
 
-def by_qr(a: Tensor, b: Tensor, rank: int | None) -> Spectrum:
+def by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
     """QR of both factors and an SVD of the core, all in float64: for float64 factors, and where Gram gives up."""
-    dtype = working_dtype(a, b)
+    dtype, pair = stack.dtype, stack.pair()
+    a, b = pair.A, pair.B
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
     u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
@@ -77,7 +123,7 @@ def by_qr(a: Tensor, b: Tensor, rank: int | None) -> Spectrum:
     return Spectrum(s * s, 0.0, floor(float(s[0]) ** 2, noise**2, dtype), expand)
 
 
-def by_randomised(a: Tensor, b: Tensor, rank: int | None) -> Spectrum | None:
+def by_randomised(stack: Stack, wanted: Wanted) -> Spectrum | None:
     """Subspace iteration with QR on the implicit product, for R far above the rank. Seeded, so it repeats itself.
 
     (Halko, Martinsson & Tropp 2011, algorithm 4.4.) After every step the Ritz residuals ρ_i = ‖Wᵀu_i − σ_i v_i‖ tell
@@ -85,9 +131,10 @@ def by_randomised(a: Tensor, b: Tensor, rank: int | None) -> Spectrum | None:
     below MAX_EXCESS of the energy left out, and gives up (None) as soon as it will not get there in MAX_STEPS, as on a
     flat spectrum.
     """
+    rank, pair = wanted.rank, stack.pair()
     if rank is None:
         return None
-    a, b = a.float(), b.float()
+    a, b = pair.A.float(), pair.B.float()
     generator = torch.Generator().manual_seed(a.shape[1])
     v = torch.linalg.qr(torch.randn(a.shape[1], rank + OVERSAMPLING, generator=generator).to(a.device)).Q
     excess = float("inf")
@@ -107,9 +154,8 @@ def by_randomised(a: Tensor, b: Tensor, rank: int | None) -> Spectrum | None:
 
 def _excess(energies: Tensor, residuals: Tensor, rank: int) -> float:
     """What the first `rank` Ritz components may miss of the best, over the energy that is left out at least."""
-    gap = energies[:rank] - energies[rank] - residuals[rank]
-    gain = (residuals[:rank] * energies[:rank] / gap.clamp_min(0.0)).sum()
-    return float(gain / torch.maximum(energies[rank:].sum(), energies[0] * torch.finfo(torch.float32).eps ** 2))
+    left_out = torch.maximum(energies[rank:].sum(), energies[0] * torch.finfo(torch.float32).eps ** 2)
+    return possible_gain(energies, residuals * energies, rank) / float(left_out)
 
 
 def _ritz(a: Tensor, b: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Spectrum:

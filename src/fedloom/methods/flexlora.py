@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from fedloom.lora import LoraPair, LoraState
-from fedloom.lowrank import ProductSum
+from fedloom.lowrank import ProductSum, streaming_cap
 from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
 from fedloom.methods.averaging import dense_entries, narrow_factors, send
 from fedloom.methods.components import go_on, received
@@ -39,7 +39,7 @@ def flexlora() -> Method:
 
 def best_approximation(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """The leading components of Σ p_k B_k A_k, as many as the server's adapter has."""
-    sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
+    sums = {module: ProductSum(pair.shape, cap=streaming_cap(pair.rank)) for module, pair in state.adapter.items()}
     for update in updates:
         for module, pair in received(update.entries).items():
             sums[module].add(pair, update.weight)

@@ -23,7 +23,7 @@ from typing import Literal
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState
-from fedloom.lowrank import ProductSum, over_modules
+from fedloom.lowrank import ProductSum, over_modules, streaming_cap
 from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, adopt_leading, both_factors
 from fedloom.methods.averaging import dense_entries, send
 from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, received, restart
@@ -57,8 +57,14 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
 def leading_components(
     tau: float, client_init: ClientInit, state: State, updates: Iterable[Update], context: Context
 ) -> Aggregate:
-    """B_g = U_p Σ_p, A_g = V_pᵀ of ΔW* = Σ p_k B_k A_k, p the least rank that holds the share tau of the energy."""
-    sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
+    """B_g = U_p Σ_p, A_g = V_pᵀ of ΔW* = Σ p_k B_k A_k, p the least rank that holds the share tau of the energy.
+
+    Below tau = 1 the sum is capped, so that a large cohort stays bounded: what that loses is in `max_lost_energy`.
+    """
+    sums = {
+        module: ProductSum(pair.shape, cap=streaming_cap(pair.rank) if tau < 1.0 else None)
+        for module, pair in state.adapter.items()
+    }
     for update in updates:
         for module, pair in received(update.entries).items():
             sums[module].add(pair, update.weight)

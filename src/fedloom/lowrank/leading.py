@@ -1,0 +1,81 @@
+"""The leading singular components of a product from its Gram matrices, without decomposing all of the core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedloom.lowrank.gram import Core
+
+OVERSAMPLING = 16
+MAX_STEPS = 8
+MAX_EXCESS = 1e-8
+"""What a better subspace could still gain, over the energy that is left out."""
+SMALLEST_TAIL = 1e-8
+"""Share of the energy below which what is left out is not a difference of two sums, but wants all components."""
+
+
+def pays(stacked: int, rank: int) -> bool:
+    """Whether a subspace of this rank is small enough in a core of R × R."""
+    return 2 * (rank + OVERSAMPLING) <= stacked
+
+
+def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
+    """The first `rank` components of W = L Rᵀ from LᵀL and RᵀR; None where all are needed to be sure.
+
+    error: of either Gram matrix, in Frobenius norm over its own. Spread over the R directions it couples one direction
+    with the others by δ = error ‖LᵀL‖ ‖RᵀR‖ / √R.
+
+    Subspace iteration with Rayleigh–Ritz on WᵀW, whose vectors R y are held by y alone (Halko, Martinsson & Tropp 2011,
+    §4.5): a step costs 4 R² (rank + 16) operations in float64. To second order a rotation of the subspace can still
+    gain Σ ρ_i² / (λ_i − λ_{rank+1}), ρ_i = ‖WᵀW v_i − λ_i v_i‖. It ends when that is below MAX_EXCESS of the energy
+    left out, and gives up where MAX_STEPS would not do, as on a flat spectrum, where δ in the place of ρ_i is too much,
+    and where there is next to no tail.
+    """
+    total = float((gram_left * gram_right).sum())
+    size = gram_left.shape[0]
+    noise = error / size**0.5 * float(torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right))
+    generator = torch.Generator().manual_seed(size)
+    y = torch.randn(size, rank + OVERSAMPLING, generator=generator, dtype=torch.float64).to(gram_left)
+    seen = gram_right @ y
+    excess = float("inf")
+    for step in range(1, MAX_STEPS + 1):
+        image = gram_left @ seen
+        found = _ritz(y.T @ seen, seen.T @ image)
+        if found is None:
+            return None
+        energies, mixing = found
+        y, seen, image = y @ mixing, seen @ mixing, image @ mixing
+        seen_image = gram_right @ image
+        residuals = ((image - y * energies) * (seen_image - seen * energies)).sum(0)
+        tail = total - float(energies[:rank].sum())
+        if step > 1 and not tail > max(SMALLEST_TAIL, 100 * error) * total:
+            return None
+        previous, excess = excess, possible_gain(energies, residuals, rank) / max(tail, SMALLEST_TAIL * total)
+        if excess <= MAX_EXCESS:
+            unsure = possible_gain(energies, torch.full_like(residuals, noise**2), rank) / tail
+            trusted = unsure <= MAX_EXCESS and float(energies[rank - 1]) > 100 * noise
+            first = energies[:rank]
+            return Core(first, tail, noise, y[:, :rank], torch.diag(first.sqrt())) if trusted else None
+        if step > 2 and not excess * (excess / previous) ** (MAX_STEPS - step) <= MAX_EXCESS:
+            return None
+        y, seen = image / energies, seen_image / energies
+    return None
+
+
+def possible_gain(energies: Tensor, residuals: Tensor, rank: int) -> float:
+    """Σ ρ_i² / (λ_i − λ_{rank+1}) of the first `rank` Ritz values and squared residuals; infinite without a gap."""
+    error = residuals[rank].clamp_min(0.0).sqrt()
+    gap = energies[:rank] - energies[rank] - error
+    return float((residuals[:rank].clamp_min(0.0) / gap.clamp_min(0.0)).sum())
+
+
+def _ritz(lengths: Tensor, image: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Ritz values, descending, and the combinations of the basis that they belong to; None for a dependent basis."""
+    root, info = torch.linalg.cholesky_ex(lengths)
+    if int(info):
+        return None
+    half = torch.linalg.solve_triangular(root, image, upper=False)
+    energies, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    mixing = torch.linalg.solve_triangular(root.T, vectors.flip(1), upper=True)
+    return energies.flip(0), mixing
