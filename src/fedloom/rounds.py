@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -99,7 +100,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
     header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
-    context = job.context(round, client)
+    context = replace(job.context(round, client), size=partial(payload_bytes, header))
     if job.budget is not None:
         context = replace(context, budget=ByteBudget(job.budget, header))
     memory, entries = job.method.compress(state, trained.adapter, context)
@@ -122,10 +123,11 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     cohort = Cohort(payloads, weights(headers, job.weighting))
     if not cohort.weights:
         raise RoundError(f"round {round}: no usable update from {len(payloads)} clients ({refused or 'none answered'})")
-    result = job.method.aggregate(state, cohort, job.context(round))
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
+    context = replace(job.context(round), size=partial(payload_bytes, header))
+    result = job.method.aggregate(state, cohort, context)
     payload = encode(Message(header, result.entries))
     after = accept(job, replace(state, memory=result.memory), payload)
     return ServerTurn(after, payload, refused, result.stats)
@@ -143,6 +145,11 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     _expect(header, "change", state)
     changed = job.method.receive(state, message.entries, job.context(header.round))
     return replace(changed, version=header.base_version + 1, digest=header.result_digest)
+
+
+def payload_bytes(header: Header, entries: Entries) -> int:
+    """Size of the payload that carries these entries under this header."""
+    return len(encode(Message(header, entries)))
 
 
 def full_state(job: Job, state: State, round: int) -> bytes:
