@@ -23,6 +23,7 @@ LOSSLESS = {
     "fedsrd-e": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
     "florist": {"tau": 1.0},
     "fed-sb": {"keep": "all"},
+    "loom": {"budget": "300%", "max_density": 1.0},
 }
 ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
 SERVER_STEP = {"flasc"}

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
-from fedloom.sparsify import Adaptive, importance, kurtosis, l1_gain, split, top_positions
+from fedloom.sparsify import Adaptive, importance, kurtosis, l1_gain, leading_positions, split, top_positions
 from fedloom.tensors import to_dense
 
 
@@ -47,6 +47,7 @@ def test_impossible_sparsity_is_refused():
         Adaptive(base=0.95, upper=0.11)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=0, max_size=40), st.integers(0, 45))
 def test_top_positions_agree_with_a_stable_sort(scores: list[int], keep: int):
     flat = torch.tensor(scores, dtype=torch.float32)
@@ -55,6 +56,7 @@ def test_top_positions_agree_with_a_stable_sort(scores: list[int], keep: int):
     assert top_positions(flat, keep).tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 60), st.sampled_from([math.inf, 2.0]))
 def test_sent_and_rest_add_up_to_the_input(seed: int, keep: int, cap: float):
     delta = tensor(seed, 6, 10)
@@ -84,3 +86,33 @@ def test_rounding_goes_into_the_rest():
 def test_a_zero_change_sends_nothing():
     cut = split(torch.zeros(4, 4), torch.zeros(4, 4), 5, rescale="l1")
     assert cut.sent.positions.numel() == 0
+
+
+def slow_leading(scores: list[float], keep: int) -> list[int]:
+    """The largest first, ties by position, nothing that is zero."""
+    return [i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0][:keep]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-40, 0.5, 1.0, 3.0]) | st.floats(0, 2.0**100, width=32), max_size=60), st.data()
+)
+def test_leading_positions_are_those_of_a_slow_twin(values, data):
+    keep = data.draw(st.integers(0, len(values) + 2))
+    scores = torch.tensor(values, dtype=torch.float32)
+    expected = slow_leading(scores.tolist(), keep)
+    assert leading_positions(scores, keep).tolist() == expected
+    assert top_positions(scores, keep).tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("keep", [1, 500, 2000, 39_999])
+def test_large_tensors_are_selected_from_exactly_although_a_sample_guides(keep):
+    """A sample sees every tenth element: the large ones may all be hidden between those, or on them."""
+    size = 40_960
+    even = torch.rand(size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.where(torch.arange(size) % 10 == 0, 0.0, even)
+    shown = torch.where(torch.arange(size) % 10 == 0, even, 0.0)
+    for scores in (even, even**9, torch.ones(size), torch.arange(size) / size, hidden, shown):
+        expected = slow_leading(scores.tolist(), keep)
+        assert leading_positions(scores, keep).tolist() == expected
+        assert top_positions(scores, keep).tolist() == sorted(expected)

@@ -25,7 +25,7 @@ from wire_samples import HEADER, dense, equal, numbers, samples, seeded, sparse,
 
 HERE = Path(__file__).parent
 SAMPLES = samples()
-GOLDEN = HERE / "golden" / "wire-v1"
+GOLDEN = HERE / "golden" / "wire-v2"
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -33,6 +33,18 @@ def test_nearest_blocks_are_those_of_a_slow_twin(values):
             assert coded.codes[start : start + block].tolist() == [min(max(c, -top), top) for c in expected]
 
 
+@settings(deadline=None)
+@given(st.lists(FINITE, min_size=1, max_size=2100))
+def test_signs_carry_the_mean_magnitude_of_their_block(values):
+    tensor = torch.tensor(values, dtype=torch.float32)
+    coded = quantize(tensor, "sign", 0)
+    assert isinstance(coded, Quantized) and coded.bits == 1
+    assert coded.codes.tolist() == [-1 if value < 0 else 1 for value in tensor.tolist()]
+    for number, scale in enumerate(coded.scales.tolist()):
+        part = tensor[1024 * number : 1024 * (number + 1)].double().abs()
+        assert scale == pytest.approx(part.mean().item(), rel=2**-8, abs=1e-38)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in INTEGERS if kind.endswith("stochastic")])
 def test_stochastic_rounding_is_unbiased_and_seeded(kind):
     values = torch.linspace(-1, 1, 401)

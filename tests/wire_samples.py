@@ -58,6 +58,7 @@ def samples() -> dict[str, Message]:
         "bf16-gaps": {"m/A": sparse((8, 60), 1 / 16, "bf16", 3), "m/B": sparse((300, 8), 1 / 64, "bf16", 4)},
         "fp16-bitmap": {"m/A": sparse((8, 20), 0.5, "fp16", 5)},
         "int8-seeded": {"m/B": seeded((40, 8), 0.25, "int8", 6)},
+        "sign-gaps": {"m/A": sparse((8, 60), 1 / 16, "sign", 8), "m/B": dense((5, 3), "sign", 9)},
         "int4-classes": {"m/A": structured((40, 90), "int4", 7), "m/B": structured((90, 40), "int4", 9)},
     }
     return {name: Message(HEADER, own) for name, own in entries.items()}

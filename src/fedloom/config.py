@@ -189,10 +189,13 @@ class MethodSettings(BaseModel):
         return named | (self.__pydantic_extra__ or {})
 
 
+Values = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "sign", "int8-stochastic", "int4-stochastic"]
+
+
 class WireSettings(Section):
     """How values travel."""
 
-    values: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "int8-stochastic", "int4-stochastic"] = Field(
+    values: Values = Field(
         "auto",
         description="Form of values in payloads: fp32 loses nothing; auto is the smallest that costs the method less "
         "than a point (docs/BENCHMARKS.md).",

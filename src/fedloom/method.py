@@ -73,17 +73,24 @@ class Budget(Protocol):
         """Whether the entries stay within the budget."""
 
 
+def unsent(entries: Entries) -> int:
+    """The size of entries where nothing travels."""
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
 
-    budget: set where a client's payload is limited.
+    budget: set where a client's payload is limited. size: what a payload with these entries takes, in bytes; `compress`
+    and `aggregate` may ask.
     """
 
     round: int
     seed: int
     quantize: Quantize
     budget: Budget | None = None
+    size: Callable[[Entries], int] = unsent
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -108,7 +109,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
     header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
-    context = job.context(round, client)
+    context = replace(job.context(round, client), size=partial(payload_bytes, header))
     if job.budget is not None:
         context = replace(context, budget=ByteBudget(job.budget, header))
     memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
@@ -132,10 +133,11 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     cohort = Cohort(payloads, shares(examples, job.weighting), modules)
     if not cohort.weights:
         raise RoundError(f"round {round}: no usable update from {len(payloads)} clients ({refused or 'none answered'})")
-    result = combine(job.method, state, cohort, job.context(round), job.module_weighting)
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
+    context = replace(job.context(round), size=partial(payload_bytes, header))
+    result = combine(job.method, state, cohort, context, job.module_weighting)
     payload = encode(Message(header, result.entries))
     after = accept(job, replace(state, memory=result.memory), payload)
     if not job.consolidation.due(round):
@@ -156,6 +158,11 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     _expect(header, "change", state)
     changed = job.method.receive(state, message.entries, job.context(header.round))
     return replace(changed, version=header.base_version + 1, digest=header.result_digest)
+
+
+def payload_bytes(header: Header, entries: Entries) -> int:
+    """Size of the payload that carries these entries under this header."""
+    return len(encode(Message(header, entries)))
 
 
 def full_state(job: Job, state: State, round: int) -> bytes:

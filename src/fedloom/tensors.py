@@ -21,8 +21,8 @@ from fedloom.masks import seeded_mask
 class Quantized:
     """Integers in blocks that share one scale: value = code × scale of its block.
 
-    `codes` is int8, 1-D, one per value (4-bit codes lie in −7 … 7); `scales` is float32, 1-D, one
-    per block of `block` values (the last block may be short); `bits` is 8 or 4.
+    `codes` is int8, 1-D, one per value (4-bit codes lie in −7 … 7, codes of one bit are −1 and 1); `scales` is float32,
+    1-D, one per block of `block` values (the last block may be short); `bits` is 8, 4 or 1.
     """
 
     codes: Tensor

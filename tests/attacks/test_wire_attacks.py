@@ -15,6 +15,7 @@ from wire_forge import (
     INT4,
     INT8,
     SEEDED,
+    SIGN,
     SPARSE,
     bomb,
     cells,
@@ -34,7 +35,7 @@ from fedloom.wire.index import write_index
 from fedloom.wire.streams import Stream
 
 HERE = Path(__file__).parent
-GOLDEN = {path.stem: bytes.fromhex(path.read_text()) for path in (HERE.parent / "golden" / "wire-v1").glob("*.hex")}
+GOLDEN = {path.stem: bytes.fromhex(path.read_text()) for path in (HERE.parent / "golden" / "wire-v2").glob("*.hex")}
 PLAIN = GOLDEN["fp32-dense"]
 GAPS = FIRST_GAPS
 SMALL = Limits(max_payload=2**20, max_values=2**16, max_tensors=64, max_bytes=2**19, max_index=2**16)
@@ -63,19 +64,19 @@ ATTACKS = {
     # bytes that are no payload
     "nothing at all": (b"", "no fedloom payload"),
     "another file": (b"PK\x03\x04" + bytes(40), "no fedloom payload"),
-    "magic alone": (b"FLOM\x01", "no fedloom payload"),
-    "a newer version": (sealed(b"FLOM\x02" + PLAIN[5:-8]), "version 2 of the format"),
+    "magic alone": (b"FLOM\x02", "no fedloom payload"),
+    "a newer version": (sealed(b"FLOM\x03" + PLAIN[5:-8]), "version 3 of the format"),
     "a newer version with another checksum": (b"FLOM\x07" + PLAIN[5:], "version 7 of the format"),
     "cut short": (PLAIN[:-1], "damaged or cut"),
     "continued": (PLAIN + b"\x00", "damaged or cut"),
     "too long a payload": (bytes(2**20 + 1), "more than the 1,048,576"),
     # header
-    "an unknown kind": (sealed(b"FLOM\x01\x09" + bytes(30)), "9 is no kind"),
-    "a method that is no text": (sealed(b"FLOM\x01\x00\x02\xff\xfe" + bytes(30)), "no UTF-8"),
-    "a method longer than the payload": (sealed(b"FLOM\x01\x00\x7fabc"), "ends inside the method"),
-    "a round above 2^63": (sealed(b"FLOM\x01\x00\x00" + b"\xff" * 9 + b"\x01" + bytes(9)), "no number below"),
-    "an overlong number": (sealed(b"FLOM\x01\x00\x00" + b"\x80\x00" + bytes(9)), "more bytes than it needs"),
-    "a digest of 3 bytes": (sealed(b"FLOM\x01\x00\x00\x00\x00\x00\x03abc" + bytes(9)), "has 3 bytes"),
+    "an unknown kind": (sealed(b"FLOM\x02\x09" + bytes(30)), "9 is no kind"),
+    "a method that is no text": (sealed(b"FLOM\x02\x00\x02\xff\xfe" + bytes(30)), "no UTF-8"),
+    "a method longer than the payload": (sealed(b"FLOM\x02\x00\x7fabc"), "ends inside the method"),
+    "a round above 2^63": (sealed(b"FLOM\x02\x00\x00" + b"\xff" * 9 + b"\x01" + bytes(9)), "no number below"),
+    "an overlong number": (sealed(b"FLOM\x02\x00\x00" + b"\x80\x00" + bytes(9)), "more bytes than it needs"),
+    "a digest of 3 bytes": (sealed(b"FLOM\x02\x00\x00\x00\x00\x00\x03abc" + bytes(9)), "has 3 bytes"),
     "no index": (sealed(start()), "ends inside the size of the index"),
     # index
     "an index larger than allowed": (with_index(b"", claimed=2**40, packed=b"x" * 100), "more than the 65,536"),
@@ -91,7 +92,7 @@ ATTACKS = {
     "a name that is no text": (with_index(names((0, b"\xff"))), "no UTF-8"),
     "a name too long": (with_index(names((0, b"a" * 1025))), "more than the 1,024"),
     "an unknown form": (with_index(names((0, b"a")) + b"\x03\x00"), "form 3"),
-    "an unknown coding": (with_index(names((0, b"a")) + b"\x00\x05"), "coding 5"),
+    "an unknown coding": (with_index(names((0, b"a")) + b"\x00\x06"), "coding 6"),
     "nine dimensions": (forged([item(shape=(1,) * 9, count=1)]), "more than the 8"),
     "2^31 elements": (forged([item(shape=(2**16, 2**15), count=0)]), "fewer than"),
     "absurd sizes around a 0": (forged([item(shape=(2**31 - 1,) * 7 + (0,), count=0)]), "fewer than"),
@@ -162,6 +163,10 @@ ATTACKS = {
     "a 4-bit code of -8": (
         forged([item(coding=INT4, block=4)], [(17, 2, b"\x11\x01"), *[(22 + p, 1, b"\x00") for p in range(4)]]),
         "outside -7 to 7",
+    ),
+    "bits behind the last sign": (
+        forged([item(coding=SIGN, block=4)], [(26, 1, b"\x1f"), *[(27 + p, 1, b"\x00") for p in range(4)]]),
+        "follow the last sign",
     ),
     "a scale that is not a number": (
         forged(

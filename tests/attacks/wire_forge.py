@@ -15,8 +15,8 @@ from fedloom.wire.streams import Stream
 from fedloom.wire.values import CODINGS
 
 HEADER = Header("update", "fedsrd", 1, 0, "0" * 32, num_examples=1)
-FP32, INT8, INT4 = CODINGS[0], CODINGS[3], CODINGS[4]
-__all__ = ["BITMAPS", "CLASSES", "DENSE", "EXTRA", "FIRST_GAPS", "FP32", "INT4", "INT8", "SEEDED", "SPARSE"]
+FP32, INT8, INT4, SIGN = CODINGS[0], CODINGS[3], CODINGS[4], CODINGS[5]
+__all__ = ["BITMAPS", "CLASSES", "DENSE", "EXTRA", "FIRST_GAPS", "FP32", "INT4", "INT8", "SEEDED", "SIGN", "SPARSE"]
 
 
 def sealed(body: bytes) -> bytes:
@@ -27,7 +27,7 @@ def sealed(body: bytes) -> bytes:
 def start(header: Header = HEADER) -> bytes:
     """Everything before the index."""
     out = FieldWriter()
-    out.data += b"FLOM\x01"
+    out.data += b"FLOM\x02"
     write_header(out, header)
     return bytes(out.data)
 

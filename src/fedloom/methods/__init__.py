@@ -27,6 +27,7 @@ from fedloom.methods.flora import flora
 from fedloom.methods.flora_na import flora_na
 from fedloom.methods.florist import florist
 from fedloom.methods.hetlora import hetlora
+from fedloom.methods.loom import loom
 from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.rolora import rolora
 from fedloom.methods.server_optimiser import ServerOptimiser, optimised
@@ -66,6 +67,7 @@ METHODS: Mapping[str, Entry] = {
     "fed-sb": Entry(fed_sb),
     "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD}),
     "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD}),
+    "loom": Entry(loom),
 }
 
 

@@ -35,7 +35,7 @@ from fedloom.wire.streams import Sink, Sources, Stream, pack, side_by_side, unpa
 from fedloom.wire.values import CODINGS, coding_of, tensor_of
 
 MAGIC = b"FLOM"
-VERSION = 1
+VERSION = 2
 CHECKSUM_BYTES = 8
 
 

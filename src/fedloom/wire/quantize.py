@@ -1,7 +1,8 @@
 """Rounding float32 values to what will travel: a table of kinds, one pure function each.
 
 Integer kinds follow "value = code × scale of its block". A scale is the least bfloat16 number at which the largest
-magnitude of the block still fits, so it costs two bytes and the codes use their whole range.
+magnitude of the block still fits, so it costs two bytes and the codes use their whole range. The scale of signs is the
+mean magnitude of the block, which keeps its L1 norm.
 """
 
 from __future__ import annotations
@@ -65,6 +66,22 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
     return Quantized(codes, scales, block, bits)
 
 
+def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
+    """±1 times the mean magnitude of the block, as bfloat16; zero counts as positive."""
+    count = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block).abs()
+    if not bool(padded.isfinite().all()):
+        raise NumericError("sign values cannot hold infinities or NaN: the update has diverged")
+    sizes = torch.full((padded.shape[0],), float(block))
+    if count % block:
+        sizes[-1] = count % block
+    # Divided before they are summed: the sum of finite numbers need not be finite.
+    means = (padded / sizes.unsqueeze(1)).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
+    scales = means.to(torch.bfloat16).to(torch.float32)
+    codes = (values >= 0).to(torch.int8).mul_(2).sub_(1)
+    return Quantized(codes, scales, block, 1)
+
+
 def _up_to_bfloat16(positive: Tensor) -> Tensor:
     """The least bfloat16 numbers that are not below these, as float32."""
     return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
@@ -77,6 +94,7 @@ VALUE_KINDS: MappingProxyType[str, Rounding] = MappingProxyType(
         "fp16": _float16,
         "int8": partial(_blocks, bits=8, block=1024, stochastic=False),
         "int4": partial(_blocks, bits=4, block=128, stochastic=False),
+        "sign": partial(_signs, block=1024),
         "int8-stochastic": partial(_blocks, bits=8, block=1024, stochastic=True),
         "int4-stochastic": partial(_blocks, bits=4, block=128, stochastic=True),
     }

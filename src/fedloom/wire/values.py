@@ -2,7 +2,7 @@
 
 Floating-point words are rotated left by one bit, so that the sign leaves the exponent alone in the first byte, and cut
 in byte planes, the first byte of all values first: exponents pack well, mantissas hardly. Codes of integers are bytes,
-or two to a byte, and the scales of their blocks are float32 planes of their own.
+two or eight to a byte, and the scales of their blocks are float32 planes of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedloom.wire.streams import Sink, Sources
 Words = NDArray[Any]
 MOST_BLOCK = 65536
 """Values that may share a scale."""
-SCALES = MappingProxyType({8: 18, 4: 22})
+SCALES = MappingProxyType({8: 18, 4: 22, 1: 27})
 """Bits of a code → role of the first of the four streams of their scales."""
 
 _STEP = 65536  # values handled at a time
@@ -99,7 +99,7 @@ def _get_floats(coding: ValueCoding, counts: Sequence[int], blocks: Sequence[int
 def _put_blocks(coding: ValueCoding, tensors: Sequence[Values], sinks: Mapping[int, Sink]) -> None:
     quantized = [values for values in tensors if isinstance(values, Quantized)]
     codes = np.concatenate([values.codes.numpy() for values in quantized])
-    sinks[coding.role].add((codes if coding.bits == 8 else _nibbles(codes)).view(np.uint8))
+    sinks[coding.role].add(PACK[coding.bits](codes))
     put_words(
         np.concatenate([values.scales.numpy() for values in quantized]).view(np.uint32), SCALES[coding.bits], sinks
     )
@@ -141,7 +141,7 @@ def _get_codes(count: int, coding: ValueCoding, sources: Sources) -> NDArray[np.
     for start in range(0, count, _STEP):
         part = codes[start : start + _STEP]
         packed = source.take((part.size * coding.bits + 7) // 8)
-        part[:] = packed.view(np.int8) if coding.bits == 8 else _from_nibbles(packed, part.size)
+        part[:] = UNPACK[coding.bits](packed, part.size)
     return codes
 
 
@@ -155,6 +155,33 @@ def _from_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
     return halves[:count].view(np.int8)
 
 
+def _bytes(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    return codes.view(np.uint8)
+
+
+def _from_bytes(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
+    return packed.view(np.int8)
+
+
+def _signs(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """One bit a code, set where it is +1, the first in the lowest bit; the end is filled up with 0."""
+    return np.packbits(codes > 0, bitorder="little")
+
+
+def _from_signs(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
+    bits = np.unpackbits(packed, bitorder="little")
+    if bits[count:].any():
+        raise WireError("bits follow the last sign")
+    codes = bits[:count].view(np.int8)
+    codes += codes
+    codes -= np.int8(1)
+    return codes
+
+
+PACK = MappingProxyType({8: _bytes, 4: _nibbles, 1: _signs})
+UNPACK = MappingProxyType({8: _from_bytes, 4: _from_nibbles, 1: _from_signs})
+"""Bits of a code → how codes become bytes, and how `count` of them come back."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CODINGS: MappingProxyType[int, ValueCoding] = MappingProxyType(
@@ -166,6 +193,7 @@ CODINGS: MappingProxyType[int, ValueCoding] = MappingProxyType(
             ValueCoding(2, "fp16", 14, 2, 8, 0, 2, _put_floats, _get_floats),
             ValueCoding(3, "int8", 16, 1, 8, 8, 1, _put_blocks, _get_blocks),
             ValueCoding(4, "int4", 17, 1, 4, 4, 1, _put_blocks, _get_blocks),
+            ValueCoding(5, "sign", 26, 1, 1, 1, 1, _put_blocks, _get_blocks),
         )
     }
 )

@@ -1,0 +1,261 @@
+"""loom: both factors, sparse and one bit a value, both ways, within a budget of bytes (fedloom's own; docs/loom.md).
+
+Clients send the signs of the most important elements of ΔA and ΔB. The server averages them and broadcasts the signs of
+the most important elements of the mean; what it leaves out waits for the next rounds. How many elements travel follows
+from the budget alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+from fedloom.lora import LoraPair, LoraState, derived_seed, from_tensors, stack
+from fedloom.lowrank import over_modules
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.sparsify import importance, kept_count, leading_positions
+from fedloom.tensors import Quantized, Sparse, to_dense
+
+COST = "cost"
+"""The name in a participant's memory of what its last payload took, over the entropy of positions and values."""
+
+_TRIES = 5
+_AIM = 0.99  # of the budget: what is aimed at
+_USED = 0.95  # of the budget: enough
+_ROOM = 2.0  # densities that are looked at, over the one that is expected
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Bytes of a client's turn, both ways: `share` of dense fp32 or, where that is 0, `size`; `up` of them go up.
+
+    most: the share of a tensor's elements that is sent at most.
+    """
+
+    share: float
+    size: int
+    up: float
+    most: float
+
+    def bytes(self, adapter: LoraState, direction: str) -> int:
+        """What a payload in this direction may take, where `adapter` is what dense fp32 would send."""
+        both = self.share * 2 * 4 * adapter.numel() if self.share else self.size
+        return int(both * (self.up if direction == "up" else 1.0 - self.up))
+
+
+def loom(
+    *,
+    budget: str | int = "1%",
+    upload_share: float = 0.42,
+    step: float = 3.0,
+    server_residual: float = 0.9,
+    max_density: float = 0.12,
+) -> Method:
+    """Signs of the most important elements of both factors, up and down.
+
+    budget: bytes of a client's turn, up and down together, or a share of dense fp32 ("1%"); a payload has one element
+    of every tensor even where there is no room for it. upload_share: of the budget, the part that goes up.
+    step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
+    server_residual: the share of what a broadcast leaves out that is added to the next one.
+    max_density: the share of a tensor's elements that is sent at most, whatever the budget.
+    """
+    dial = Dial(*_amount(budget), upload_share, max_density)
+    for key, share in (("upload_share", upload_share), ("max_density", max_density)):
+        if not 0.0 < share <= 1.0:
+            raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
+    if not 0.0 <= server_residual <= 1.0 or step <= 0.0:
+        raise ConfigError(f"method: expected server_residual {server_residual} from 0 to 1 and step {step} above 0")
+    return Method(
+        name="loom",
+        facts=Facts(
+            paper="fedloom (docs/loom.md)",
+            exact=False,
+            unequal_ranks=True,
+            sends="signs of the important elements of ΔA and ΔB",
+            receives="signs of the important elements of ΔA and ΔB",
+            keeps="server: what it did not send",
+        ),
+        compress=partial(send_signs, dial, step),
+        aggregate=partial(broadcast_signs, dial, server_residual),
+        receive=add_to_all,
+        adopt=adopt_all,
+        values="sign",
+    )
+
+
+def _amount(budget: str | int) -> tuple[float, int]:
+    """(share, 0) of "1%", (0, bytes) of a whole number."""
+    text = str(budget).strip()
+    try:
+        share, size = (float(text[:-1]) / 100, 0) if text.endswith("%") else (0.0, int(text))
+    except ValueError:
+        share, size = 0.0, 0
+    if not (math.isfinite(share) and (share > 0 or size > 0)):
+        raise ConfigError(f'method.budget is {budget!r}: expected a share of dense fp32 such as "1%", or bytes')
+    return share, size
+
+
+def send_signs(
+    dial: Dial, step: float, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], Entries]:
+    """The most important elements of ΔA and ΔB, as many as the budget has room for."""
+
+    def moved(module: str) -> dict[str, Delta]:
+        before, now = state.adapter[module], after[module]
+        return {
+            f"{module}/A": Delta(now.A - before.A, now.B, "A", step),
+            f"{module}/B": Delta(now.B - before.B, before.A, "B", step),
+        }
+
+    return filled(moved, dial.bytes(state.adapter, "up"), dial.most, state, context)
+
+
+def broadcast_signs(
+    dial: Dial, residual: float, state: State, updates: Iterable[Update], context: Context
+) -> Aggregate:
+    """The most important elements of the clients' mean and of what earlier broadcasts left out."""
+    sums = {
+        name: residual * state.memory[name] if name in state.memory else torch.zeros_like(tensor)
+        for name, tensor in state.adapter.tensors().items()
+    }
+    for update in updates:
+        for name, entry in update.entries.items():
+            lead = tuple(slice(size) for size in entry.shape)
+            sums[name][lead].add_(to_dense(entry), alpha=update.weight)
+
+    def moved(module: str) -> dict[str, Delta]:
+        pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
+        return {f"{module}/A": Delta(a, pair.B + b, "A"), f"{module}/B": Delta(b, pair.A, "B")}
+
+    memory, entries = filled(moved, dial.bytes(state.adapter, "down"), dial.most, state, context)
+    rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items()} if residual else {}
+    sent = sum(entry.positions.numel() for entry in entries.values())
+    return Aggregate(entries, {**memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Delta:
+    """A change of factor `part` ("A" or "B"), which is multiplied with `other`.
+
+    step: what is sent of it has its L1 norm, but at most `step` times its L2 norm; with 0 it stays as it is.
+    """
+
+    tensor: Tensor
+    other: Tensor
+    part: str
+    step: float = 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ranked:
+    """A flat change, its shape, its norms, and the positions of its most important elements, the first ones first."""
+
+    flat: Tensor
+    shape: tuple[int, ...]
+    leading: Tensor
+    l1: float
+    l2: float
+
+    @classmethod
+    def of(cls, delta: Delta, most: float) -> Ranked:
+        """With the share `most` of all positions."""
+        keep = kept_count(delta.tensor.numel(), most)
+        leading = leading_positions(importance(delta.tensor, delta.other, delta.part), keep)
+        l1, l2 = delta.tensor.abs().sum().item(), delta.step * delta.tensor.norm().item()
+        return cls(delta.tensor.flatten(), tuple(delta.tensor.shape), leading, l1, l2)
+
+    def entry(self, density: float, name: str, context: Context) -> Sparse:
+        """The share `density` of the elements, at least one; the few stand in for all, see `Delta.step`."""
+        leading = self.leading[: kept_count(self.flat.numel(), density)]
+        positions = torch.from_numpy(np.sort(leading.numpy()))
+        kept = self.flat[positions]
+        count = kept.numel()
+        if count and self.l2:
+            kept = kept * (min(self.l1 / count, self.l2 / math.sqrt(count)) / kept.abs().mean().item())
+        seed = derived_seed(context.seed, "loom", context.round, name)
+        return Sparse(self.shape, positions, context.quantize(kept, seed))
+
+
+def filled(
+    moved: Callable[[str], Mapping[str, Delta]], budget: int, most: float, state: State, context: Context
+) -> tuple[dict[str, Tensor], dict[str, Sparse]]:
+    """(memory, entries) that fill a budget of bytes.
+
+    Every tensor sends the same share of its elements, one at least and the share `most` at most. How large a share the
+    budget affords follows from the entropy of positions, times what the last payload took over that.
+    """
+    total, each = max(state.adapter.numel(), 1), value_bits(context)
+    cost = state.memory[COST].item() if COST in state.memory else 1.0
+    room = min(most, _ROOM * affordable(8 * budget / total / cost, each, most))
+    pieces = over_modules(lambda module: {n: Ranked.of(d, room) for n, d in moved(module).items()}, state.adapter)
+    ranked = {name: one for piece in pieces for name, one in piece.items()}
+
+    def at(density: float) -> dict[str, Sparse]:
+        made = over_modules(lambda name: ranked[name].entry(density, name, context), ranked)
+        return dict(zip(ranked, made, strict=True))
+
+    best, taken = at(0.0), 0
+    least = context.size(best)
+    for _ in range(_TRIES):
+        density = min(affordable(8 * max(_AIM * budget - least, 0) / total / cost, each, most), room)
+        entries = at(density)
+        size = context.size(entries)
+        if taken < size <= budget:
+            best, taken = entries, size
+        if taken > _USED * budget or (taken == size and density == room):
+            break
+        cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
+    return {COST: torch.tensor(cost)}, best
+
+
+def value_bits(context: Context) -> float:
+    """Bits of a value in the form in which values travel."""
+    values = context.quantize(torch.ones(1), 0)
+    return values.bits if isinstance(values, Quantized) else 8 * values.element_size()
+
+
+def element_bits(density: float, each: float) -> float:
+    """Bits an element, sent or not: the entropy of whether it is sent, and `each` where it is."""
+    if not 0.0 < density < 1.0:
+        return density * each
+    return -density * math.log2(density) - (1 - density) * math.log2(1 - density) + density * each
+
+
+def affordable(bits: float, each: float, most: float) -> float:
+    """The density at which an element takes so many bits: `most`, or at most a half."""
+    if bits >= element_bits(most, each):
+        return most
+    low, high = 0.0, min(most, 0.5)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if element_bits(middle, each) <= bits else (low, middle)
+    return low
+
+
+def add_to_all(state: State, entries: Entries, context: Context) -> State:
+    """The decoded change is added to the whole global pair, of which a client of lower rank trains the leading part."""
+    whole = {name: tensor + to_dense(entries[name]) for name, tensor in joined(state).tensors().items()}
+    return adopt_all(state, from_tensors(whole), state.frozen)
+
+
+def adopt_all(state: State, adapter: LoraState, frozen: LoraState) -> State:
+    """The leading components up to the own rank are trained, the others are kept beside them: nobody loses any."""
+    lead, rest = {}, {}
+    for module, pair in adapter.items():
+        rank = state.adapter[module].rank
+        lead[module] = LoraPair(pair.A[:rank], pair.B[:, :rank])
+        if rank < pair.rank:
+            rest[module] = LoraPair(pair.A[rank:], pair.B[:, rank:])
+    return replace(state, adapter=LoraState(lead), tail=LoraState(rest), frozen=frozen)
+
+
+def joined(state: State) -> LoraState:
+    """The whole global pair: the trained part and the tail."""
+    return stack([state.adapter, state.tail])
