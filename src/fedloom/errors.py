@@ -12,7 +12,6 @@
     ├── PolicyRefusal                a job that the site's own rules do not allow
     ├── AuditError                   a site's record of what has left it was altered
     ├── RoundError                   a round that cannot be completed (nobody answered, say)
-    ├── PolicyRefusal                what a site's own rules forbid
     └── SiteError                    a site's worker that cannot be reached, or a request that it cannot serve
 
 A message names the file, key, module or client, says what was expected, and what to do.
@@ -74,10 +73,6 @@ class AuditError(FedloomError):
 
 class RoundError(FedloomError):
     """A round that cannot be completed."""
-
-
-class PolicyRefusal(FedloomError):
-    """What a site's own rules forbid. Its text leaves the site: it names the rule, never the data."""
 
 
 class SiteError(FedloomError):
