@@ -107,7 +107,7 @@ def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]])
     """The training step as the policy lets its outcome be used; give this one to `rounds.client_turn`.
 
     parts: the factors that a round trains (`Method.trainable`). Without noise a change beyond max_update_norm raises
-    PolicyRefusal. With noise the change is clipped instead, and the loss is withheld: it would say what the noise hides.
+    PolicyRefusal. With noise the change is clipped instead, and the loss, which the noise does not cover, withheld.
     """
 
     def step(state: State, round: int, seed: int) -> Trained:

@@ -89,7 +89,7 @@ def epsilon(mu: float, delta: float) -> float:
 
 
 def _delta(eps: float, mu: float) -> float:
-    """δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ); the second term is left out, which errs to the safe side, at its limit."""
+    """δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ); where the second term underflows it is left out, the safe side."""
     first = 0.5 * math.erfc((eps / mu - mu / 2) / math.sqrt(2))
     second = 0.5 * math.erfc((eps / mu + mu / 2) / math.sqrt(2))
     return first - (math.exp(eps + math.log(second)) if second > 0 else 0.0)
