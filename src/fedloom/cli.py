@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedloom.bench.commands import app as bench
+from fedloom.deploy.commands import app as federation
 from fedloom.errors import ConfigError, FedloomError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.add_typer(federation, name="federation")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
