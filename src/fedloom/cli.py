@@ -11,6 +11,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
 from importlib import metadata, resources
 from itertools import chain, count
 from pathlib import Path
@@ -27,6 +28,14 @@ from fedloom.errors import ConfigError, FedloomError
 
 if TYPE_CHECKING:
     from fedloom.config import Config
+
+
+class Engine(StrEnum):
+    """Where a run takes place."""
+
+    local = "local"
+    flower = "flower"
+
 
 screen = Console()
 complaints = Console(stderr=True)
@@ -111,12 +120,25 @@ def run(
     sets: Set = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="local simulates here; flower submits to the SuperLink that [flower] names.")
+    ] = Engine.local,
 ) -> None:
-    """Simulate the federation that a settings file describes."""
+    """Train the federation that a settings file describes."""
     from fedloom.configfile import load
 
     settings = load(config, sets or [])
-    play(settings, out or Path(settings.output.dir or Path("runs") / config.stem), resume=resume)
+    folder = out or Path(settings.output.dir or Path("runs") / config.stem)
+    {Engine.local: play, Engine.flower: submit}[engine](settings, folder, resume=resume)
+
+
+@app.command()
+def worker(site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="What the site lends, and how.")]) -> None:
+    """Hold a site's model and data, and work for the federations that ask, as the site's policy allows."""
+    from fedloom.site import config
+    from fedloom.site.worker import serve
+
+    serve(config.load(site))
 
 
 @app.command()
@@ -137,6 +159,20 @@ def inspect(path: Annotated[Path, typer.Argument(help="A payload, an adapter fol
     from fedloom.inspection import described
 
     screen.print(described(path))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, in progress or over.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+) -> None:
+    """Show how a run stands, and go on showing it until it is over."""
+    from fedloom.status import follow, shown
+
+    if once:
+        screen.print(shown(folder))
+    else:
+        follow(folder, screen)
 
 
 @app.command()
@@ -208,6 +244,20 @@ def play(config: Config, folder: Path, *, resume: bool = False) -> None:
     from fedloom import inspection
 
     screen.print(inspection.run(folder))
+
+
+def submit(config: Config, folder: Path, *, resume: bool = False) -> None:
+    """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
+    from fedloom.engines.flower import launch
+    from fedloom.engines.flower.settings import check
+
+    check(config)
+    with screen.status("submitting"), resumable(folder):
+        launch.run(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))
+    if (folder / "ledger.jsonl").exists():
+        from fedloom import inspection
+
+        screen.print(inspection.run(folder))
 
 
 @contextmanager

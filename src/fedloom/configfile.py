@@ -50,6 +50,7 @@ _LOCATED = (
     ("data", "heldout"),
     ("data", "validation"),
     ("output", "dir"),
+    ("flower", "root_certificates"),
 )
 """Settings that may be paths: "./x" counts from the folder of the file that says it."""
 
