@@ -15,9 +15,9 @@ LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
     wire method methods rounds catchup checkpoint
-    config configfile ledger report
+    config configfile ledger serverlog report
     adapters data templates partition tokens base_model peft_bridge training evaluate
-    runs setup export site engines compare bench deploy progress inspection cli __main__
+    runs setup export site engines compare bench deploy progress status inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""
@@ -46,7 +46,10 @@ IMPURE = {
     "peft",
     "numpy.random",
 }
-LIGHT = ("errors", "events", "config", "configfile", "ledger", "report", "progress", "inspection", "cli")
+LIGHT = (
+    *("errors", "events", "config", "configfile", "ledger", "serverlog"),
+    *("report", "progress", "status", "inspection", "cli"),
+)
 """Modules that must not load torch when imported, so that `fedloom --help` answers at once."""
 
 FILES = sorted(ROOT.rglob("*.py"))

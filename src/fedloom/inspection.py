@@ -132,14 +132,14 @@ def audit(folder: Path) -> RenderableType:
 
     lines, moved = AuditTrail(folder).verify()
     table = Table(box=box.SIMPLE_HEAD, title="what has left this site", title_style="bold")
-    table.add_column("job")
-    for name in ("rounds", "payloads", "bytes", "without noise", "first", "last"):
+    table.add_column("job", no_wrap=True)
+    for name in ("rounds", "payloads", "bytes", "without noise", "last day"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in dict.fromkeys(line.job for line in lines):
         told = [line for line in lines if line.job == job]
         bare = sum(line.mu is None for line in told)
         rounds, size = len({line.round for line in told}), sum(line.bytes for line in told)
-        table.add_row(job, str(rounds), str(len(told)), f"{size:,}", str(bare), told[0].time, told[-1].time)
+        table.add_row(job, str(rounds), str(len(told)), f"{size:,}", str(bare), told[-1].time[:10])
     return Group(table, *summary(lines, moved))
 
 
