@@ -38,6 +38,7 @@ SHORT = (
     "data.heldout=null",
 )
 LOST = Error(5, "the node is unavailable")
+LATE = "late"
 
 
 def settings(*overrides: str) -> Config:
@@ -48,13 +49,20 @@ def site(name: str, folder: Path, policy: Policy | None = None) -> SiteConfig:
     return SiteConfig(
         name=name,
         model=str(TESTBED / "model"),
-        data=str(TESTBED / "data" / name),
+        data=str(examples(folder)),
         device="cpu",
         state=str(folder / name),
         socket=str(folder / f"{name}.sock"),
         token_file=str(folder / f"{name}.token"),
         policy=policy or Policy(),
     )
+
+
+def examples(folder: Path) -> Path:
+    """A file of data that is quick to read; the made-up step does not look at it."""
+    path = folder / "examples.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    return path
 
 
 class ToySetup(Setup):
@@ -92,7 +100,7 @@ class DeskGrid:
     """What Flower would carry is handed over here.
 
     disturb(node, ask, round, reply) says what becomes of a reply: the same or another parcel, an Error, None (it is
-    lost) or a number of pulls after which it arrives.
+    lost), LATE (it arrives in the next round) or anything else (it arrives as it is).
     """
 
     config: Config
@@ -100,7 +108,8 @@ class DeskGrid:
     disturb: Disturb | None = None
     policies: Mapping[str, Policy] = field(default_factory=dict)
     nodes: list[FakeNode] = field(default_factory=list)
-    arriving: list[list] = field(default_factory=list)
+    arriving: list[tuple[int, str, Message]] = field(default_factory=list)
+    round: int = 0
     log: list[tuple[str, str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,16 +135,17 @@ class DeskGrid:
         self.log.append((node.desk.site.name, *asked))
         context = Context(1, node.node_id, {}, RecordDict(), {"settings": dump(self.config)})
         reply = client.relay(message, context, lambda parcel, _: node.desk.answer(parcel))
-        outcome = self.disturb(node, *asked, unpack(reply.content)) if self.disturb else 0
+        outcome = self.disturb(node, *asked, unpack(reply.content)) if self.disturb else "as it is"
         if isinstance(outcome, Parcel | Error):
             reply = Message(pack(outcome) if isinstance(outcome, Parcel) else outcome, reply_to=message)
         if outcome is not None:
-            self.arriving.append([outcome if isinstance(outcome, int) else 0, identifier, reply])
+            self.arriving.append((asked[1] + (outcome == LATE), identifier, reply))
+        self.round = asked[1]
         return identifier
 
     def pull_messages(self, message_ids: list[str]) -> list[Message]:
-        due = [item for item in self.arriving if item[0] <= 0 and item[1] in message_ids]
-        self.arriving = [[pulls - 1, *rest] for pulls, *rest in self.arriving if [pulls, *rest] not in due]
+        due = [item for item in self.arriving if item[0] <= self.round and item[1] in message_ids]
+        self.arriving = [item for item in self.arriving if item not in due]
         return [reply for _, _, reply in due]
 
     def close(self) -> None:

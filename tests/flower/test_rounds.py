@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from desks import LOST, SITES, assemble, settings
+from desks import LATE, LOST, SITES, assemble, settings
 
 from fedloom.engines.local import Attendance, Simulation
 from fedloom.errors import ConfigError, RoundError
@@ -59,7 +59,7 @@ def only(site: str, round: int, outcome):
 
     def disturb(node, ask, number, reply):
         hit = (node.desk.site.name, ask, number) == (site, "turn", round) and next(times) == 0
-        return outcome(node, reply) if hit else 0
+        return outcome(node, reply) if hit else "as it is"
 
     return disturb
 
@@ -115,7 +115,7 @@ def test_rounds_go_on_without_a_silent_site_and_its_residual_is_taken_back(toy_f
 
 
 def test_a_late_update_is_refused_by_its_round(toy_federation, tmp_path: Path):
-    hold = only("lab", 2, lambda node, reply: 30)
+    hold = only("lab", 2, lambda node, reply: LATE)
     federation, _ = toy_federation("flower.grace=0.02", "flower.deadline=20", disturb=hold)
     assert state(federation.server) == state(local(tmp_path, absent={2: ("lab",)}).server)
     late = {site: reason for roll in rolls(tmp_path) for site, reason in roll.late.items()}
@@ -162,7 +162,7 @@ def test_an_update_replayed_from_an_earlier_round_is_refused(toy_federation, tmp
 
     def replay(node, ask, round, reply):
         if (node.desk.site.name, ask) != ("bank", "turn"):
-            return 0
+            return "as it is"
         kept.append(reply)
         return kept[0]
 
@@ -176,7 +176,7 @@ def test_a_round_without_enough_answers_stops_the_run_and_resumes_to_the_same_bi
     gone = [True]
 
     def away(node, ask, round, reply):
-        return None if gone[0] and round >= 3 and node.desk.site.name != "bank" else 0
+        return None if gone[0] and round >= 3 and node.desk.site.name != "bank" else "as it is"
 
     overrides = ["flower.deadline=0.1"]
     with pytest.raises(RoundError, match="round 3: 1 of 3 sites answered in 2 tries") as stopped:
@@ -245,7 +245,7 @@ def test_a_job_that_a_site_does_not_allow_never_starts_there(toy_federation, tmp
 def test_a_name_belongs_to_one_connected_node_and_to_the_one_that_was_registered_with_it(toy_federation, tmp_path):
     def registered(node, ask, round, reply):
         node.name = {"lab": "laboratory"}.get(node.desk.site.name, "")
-        return Parcel({**reply.facts, "name": "bank"}) if ask == "hello" and node.desk.site.name == "depot" else 0
+        return Parcel({**reply.facts, "name": "bank"}) if ask == "hello" and node.desk.site.name == "depot" else "as it is"
 
     with pytest.raises(RoundError, match="1 of 3 sites are there"):
         toy_federation(disturb=registered)
