@@ -17,7 +17,7 @@ LAYERS = """
     wire method methods rounds catchup checkpoint
     config configfile ledger serverlog report
     adapters data templates partition tokens base_model peft_bridge training evaluate
-    runs setup export site engines compare bench deploy progress status inspection cli __main__
+    runs setup export site engines compare deploy bench progress status inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""

@@ -245,7 +245,9 @@ def test_a_job_that_a_site_does_not_allow_never_starts_there(toy_federation, tmp
 def test_a_name_belongs_to_one_connected_node_and_to_the_one_that_was_registered_with_it(toy_federation, tmp_path):
     def registered(node, ask, round, reply):
         node.name = {"lab": "laboratory"}.get(node.desk.site.name, "")
-        return Parcel({**reply.facts, "name": "bank"}) if ask == "hello" and node.desk.site.name == "depot" else "as it is"
+        return (
+            Parcel({**reply.facts, "name": "bank"}) if ask == "hello" and node.desk.site.name == "depot" else "as it is"
+        )
 
     with pytest.raises(RoundError, match="1 of 3 sites are there"):
         toy_federation(disturb=registered)

@@ -98,6 +98,19 @@ def wan_command(
     show(result, wan.tables, as_json)
 
 
+@app.command("flower")
+def flower_command(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 6,
+    mebibytes: Annotated[float, typer.Option(min=0.1, help="Size of the payloads whose bytes are counted.")] = 64.0,
+    traffic: Annotated[bool, typer.Option(help="Count the bytes of a run over TLS too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """A federation on this machine: what a round costs beside training, and the ledger against Flower's own count."""
+    from fedloom.bench import flower
+
+    show(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+
+
 @app.command("turn")
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,

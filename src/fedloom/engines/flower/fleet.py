@@ -26,10 +26,21 @@ TTL_SECONDS = 12 * 3600.0
 class Node(Protocol):
     """What Flower tells of a SuperNode."""
 
-    node_id: int
-    status: str
-    name: str
-    last_activated_at: str
+    @property
+    def node_id(self) -> int:
+        """The same after a restart where nodes have keys."""
+
+    @property
+    def status(self) -> str:
+        """Whether it is "online"."""
+
+    @property
+    def name(self) -> str:
+        """The name that the operator registered; "" without node keys."""
+
+    @property
+    def last_activated_at(self) -> str:
+        """When it was started last."""
 
 
 class Grid(Protocol):

@@ -80,9 +80,11 @@ class Gathering:
         """Take replies until everybody has answered or failed, the grace is over, or the deadline is."""
         until, looked = time.monotonic() + self.rules.deadline, time.monotonic()
         quorum: float | None = None
-        while any(site not in self.failed for site in self.missing):
+        while True:
             for reply in self.fleet.collect():
                 self.take(reply)
+            if all(site in self.failed for site in self.missing):
+                return
             now = time.monotonic()
             if quorum is None and len(self.answers) >= self.rules.min_replies:
                 quorum = now

@@ -115,6 +115,19 @@ def submit(client: Any, config: Config, out: Path, resume: bool) -> int:  # noqa
     return int(response.run_id)
 
 
+def register(client: Any, site: str, public_key: bytes) -> None:  # noqa: ANN401 (Flower's client is untyped)
+    """Let a site in under a name: its node's public key, as OpenSSH writes it."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    key = load_ssh_public_key(public_key)
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise RoundError(f"the public key of {site} is of another kind than ECDSA")
+    client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site))
+
+
 def wait(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
     """Poll until the run is over. A SuperLink that is away for a while is waited for."""
     import httpx

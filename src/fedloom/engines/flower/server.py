@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid as FlowerGrid
+from flwr.serverapp import ServerApp
 
 from fedloom.base_model import weights_digest
 from fedloom.config import Config
 from fedloom.configfile import parse
-from fedloom.engines.flower.fleet import Fleet, Reply
+from fedloom.engines.flower.fleet import Fleet, Grid, Reply
 from fedloom.engines.flower.gathering import POLL_SECONDS, Gathering
 from fedloom.engines.flower.settings import check
 from fedloom.engines.local import Attendance, Simulation, choice
@@ -216,7 +217,7 @@ app = ServerApp()
 
 
 @app.main()
-def main(grid: Grid, context: Context) -> None:
+def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
     settings, out = str(context.run_config["settings"]), Path(str(context.run_config["out"]))
     config = parse(tomllib.loads(settings), "the run's settings")
