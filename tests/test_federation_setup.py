@@ -133,7 +133,7 @@ def test_site_toml_is_read_back_and_names_every_setting(made):
     everything = path.read_text().replace("# [policy.privacy]", "[policy.privacy]")
     lines = [line.removeprefix("# ") if " = " in line else line for line in everything.splitlines()]
     tree = tomllib.loads("\n".join(lines))
-    assert set(tree) == set(SiteConfig.model_fields)
+    assert set(tree) == set(SiteConfig.model_fields) and tree["socket_group"] == "fedloom-node"
     assert set(tree["policy"]) == set(Policy.model_fields)
     assert set(tree["policy"]["privacy"]) == set(Privacy.model_fields)
     assert Policy.model_validate(tree["policy"]).privacy.max_epsilon == 8.0

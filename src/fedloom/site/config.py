@@ -30,6 +30,11 @@ class SiteConfig(Section):
     token_file: str = Field(
         "./worker.token", description="File with the secret that a request must show; made on first start, mode 0600."
     )
+    socket_group: str | None = Field(
+        None,
+        description="Group that may use the socket and read the token, where the SuperNode runs as another user.",
+        examples=["fedloom-node"],
+    )
     idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
     policy: Policy = Policy()
 

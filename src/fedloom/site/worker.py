@@ -11,6 +11,7 @@ import hmac
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -44,10 +45,10 @@ def serve(site: SiteConfig) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SiteError(f"another worker is using {state}; a site has one worker") from None
-        token = own_token(Path(site.token_file))
+        token = own_token(Path(site.token_file), site.socket_group)
         signal.signal(signal.SIGTERM, _stop)
         path = Path(site.socket)
-        with _listening(path) as listener:
+        with _listening(path, site.socket_group) as listener:
             try:
                 _loop(listener, Desk(site), token, 60 * site.idle_minutes)
             except _Stop:
@@ -56,21 +57,33 @@ def serve(site: SiteConfig) -> None:
                 path.unlink(missing_ok=True)
 
 
-def own_token(path: Path) -> str:
-    """The secret in the file, made on first use. Raises SiteError where others than its owner may read the file."""
+def own_token(path: Path, group: str | None = None) -> str:
+    """The secret in the file, made on first use. Raises SiteError where others than owner and `group` may read it."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        if path.stat().st_mode & 0o077:
+        if path.stat().st_mode & (0o037 if group else 0o077):
             raise SiteError(f"{path} may be read by others than its owner: chmod 600 {path}") from None
-        return path.read_text(encoding="utf-8").strip()
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return path.read_text(encoding="utf-8")
+    else:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    _share(path, group, 0o640)
+    return path.read_text(encoding="utf-8").strip()
 
 
-def _listening(path: Path) -> socket.socket:
-    """A socket that only this user may connect to. What a dead worker left behind is cleared away."""
+def _share(path: Path, group: str | None, mode: int) -> None:
+    """Let the group use a file of ours. Raises SiteError where this machine has no such group, or we are not in it."""
+    if group is None:
+        return
+    try:
+        shutil.chown(path, group=group)
+        path.chmod(mode)
+    except (LookupError, OSError) as error:
+        raise SiteError(f"socket_group {group!r} cannot be given {path}: {error}") from None
+
+
+def _listening(path: Path, group: str | None = None) -> socket.socket:
+    """A socket that only this user and `group` may connect to. What a dead worker left behind is cleared away."""
     path.unlink(missing_ok=True)  # nobody listens there: the lock is ours
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
@@ -81,6 +94,7 @@ def _listening(path: Path) -> socket.socket:
         raise SiteError(f"cannot listen on {path}: {error} (a socket's path has at most 107 bytes)") from None
     finally:
         os.umask(before)
+    _share(path, group, 0o660)
     listener.listen()
     listener.settimeout(TICK_SECONDS)
     return listener
