@@ -150,4 +150,5 @@ class DeskGrid:
 
     def close(self) -> None:
         for node in self.nodes:
-            node.desk.release()
+            if node.desk.place is not None:
+                node.desk.place.store.close()  # release() would also collect the garbage of a whole test session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -53,6 +53,12 @@ def trained_once_a_round(federation: Processes, out: Path) -> None:
         assert [row.round for row in rows if isinstance(row, Training)] == [1, 2, 3], site
 
 
+def during(ended: list[object], condition: Callable[[], object], what: str) -> None:
+    """Wait for something in a run that goes on meanwhile."""
+    until(lambda: ended or condition(), what)
+    assert not ended, ended[0]
+
+
 def ended_well(ended: list[object]) -> None:
     until(lambda: ended, "the end of the run")
     assert isinstance(ended[0], launch.RunState), ended[0]
@@ -60,7 +66,7 @@ def ended_well(ended: list[object]) -> None:
 
 def test_a_worker_killed_mid_step_costs_nothing_but_time(federation: Processes, undisturbed: Path, tmp_path: Path):
     ended = federation.submit(tmp_path / "run")
-    until(lambda: federation.said("worker-lab", "round 2: training"), "the second round")
+    during(ended, lambda: federation.said("worker-lab", "round 2: training"), "the second round")
     federation.kill("worker-lab")
     assert federation.said("worker-lab", "turn answered") == 1, "the kill came after the step"
     federation.worker("lab")
@@ -103,7 +109,7 @@ def test_kill_anything_and_the_run_ends_with_the_same_bits(
 def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> list[object]:
     """Mid-round. Flower lets the node back in once it has missed its heartbeats, after up to a minute."""
     before = federation.said("worker-depot", "round 2: training")
-    until(lambda: federation.said("worker-depot", "round 2: training") > before, "the second round")
+    during(ended, lambda: federation.said("worker-depot", "round 2: training") > before, "the second round")
     federation.kill("node-depot")
 
     def back() -> bool:
@@ -118,7 +124,7 @@ def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> lis
 
 def kill_serverapp(federation: Processes, out: Path, ended: list[object]) -> list[object]:
     """After round 2; the run is submitted again."""
-    until((out / "checkpoints/round-00002.safetensors").exists, "the second round")
+    during(ended, (out / "checkpoints/round-00002.safetensors").exists, "the second round")
     app = federation.child("superlink", "flwr-serverapp")
     assert app is not None and not (out / "adapter").exists()
     app.kill()
@@ -128,7 +134,7 @@ def kill_serverapp(federation: Processes, out: Path, ended: list[object]) -> lis
 
 def kill_superlink(federation: Processes, out: Path, ended: list[object]) -> list[object]:
     """After round 1, and with it the server app; both come back."""
-    until((out / "checkpoints/round-00001.safetensors").exists, "the first round")
+    during(ended, (out / "checkpoints/round-00001.safetensors").exists, "the first round")
     app = federation.child("superlink", "flwr-serverapp")
     assert app is not None
     federation.kill("superlink")
