@@ -35,6 +35,7 @@ class Engine(StrEnum):
 
     local = "local"
     flower = "flower"
+    flower_sim = "flower-sim"
 
 
 screen = Console()
@@ -121,7 +122,11 @@ def run(
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     engine: Annotated[
-        Engine, typer.Option(help="local simulates here; flower submits to the SuperLink that [flower] names.")
+        Engine,
+        typer.Option(
+            help="local simulates here; flower submits to the SuperLink that [flower] names; flower-sim plays that "
+            "engine in this process."
+        ),
     ] = Engine.local,
 ) -> None:
     """Train the federation that a settings file describes."""
@@ -129,7 +134,7 @@ def run(
 
     settings = load(config, sets or [])
     folder = out or Path(settings.output.dir or Path("runs") / config.stem)
-    {Engine.local: play, Engine.flower: submit}[engine](settings, folder, resume=resume)
+    {Engine.local: play, Engine.flower: submit, Engine.flower_sim: simulate}[engine](settings, folder, resume=resume)
 
 
 @app.command()
@@ -241,6 +246,19 @@ def play(config: Config, folder: Path, *, resume: bool = False) -> None:
         from fedloom.engines import local
 
         local.run(config, folder, resume=resume, observer=observer)
+    from fedloom import inspection
+
+    screen.print(inspection.run(folder))
+
+
+def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
+    """Play the Flower engine in this process, then print the closing tables."""
+    from fedloom.progress import watch
+
+    with resumable(folder), watch(screen) as observer:
+        from fedloom.engines.flower import direct
+
+        direct.simulate(config, folder, resume=resume, observer=observer)
     from fedloom import inspection
 
     screen.print(inspection.run(folder))

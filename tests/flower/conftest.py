@@ -31,7 +31,7 @@ def toy_federation(tmp_path, monkeypatch):
         config = desks.settings(*overrides)
         if grid is None:
             grid = desks.DeskGrid(config, tmp_path, disturb, policies or {})
-            grids.append(grid)
+        grids.append(grid)
         with RunFolder.open(tmp_path / out, config, resume=resume) as folder:
             setup = desks.assemble(config, {name: [] for name in desks.SITES}, {})
             base = server.weights_digest(config.model.path)

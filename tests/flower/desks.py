@@ -31,14 +31,14 @@ from fedloom.tokens import Prepared
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbed"
 SITES = ("bank", "depot", "lab")
 SHORT = (
-    "federation.num_rounds=4",
+    "federation.num_rounds=3",
     f"federation.participants={list(SITES)}",
     "flower.deadline=1.5",
     "flower.retries=1",
     "data.heldout=null",
 )
 LOST = Error(5, "the node is unavailable")
-LATE = "late"
+LATE = object()
 
 
 def settings(*overrides: str) -> Config:
@@ -139,7 +139,7 @@ class DeskGrid:
         if isinstance(outcome, Parcel | Error):
             reply = Message(pack(outcome) if isinstance(outcome, Parcel) else outcome, reply_to=message)
         if outcome is not None:
-            self.arriving.append((asked[1] + (outcome == LATE), identifier, reply))
+            self.arriving.append((asked[1] + (outcome is LATE), identifier, reply))
         self.round = asked[1]
         return identifier
 

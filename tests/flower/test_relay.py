@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from desks import site
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedloom.engines.flower import client
@@ -33,6 +33,7 @@ PARCELS = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PARCELS)
 def test_a_parcel_arrives_as_it_was_sent(parcel: Parcel):
     near, far = socket.socketpair()
@@ -41,6 +42,7 @@ def test_a_parcel_arrives_as_it_was_sent(parcel: Parcel):
         assert receive(far) == parcel
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PARCELS)
 def test_a_parcel_travels_in_a_message_of_flowers(parcel: Parcel):
     assert unpack(pack(parcel)) == parcel

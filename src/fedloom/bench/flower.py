@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from fedloom.bench.loopback import Loopback
 from fedloom.config import Config
 from fedloom.configfile import load
 from fedloom.engines.flower import launch
+from fedloom.engines.flower.client import Ask, call
 from fedloom.engines.flower.direct import DirectGrid
 from fedloom.engines.flower.server import serve
-from fedloom.ledger import Evaluation, Roll, Training, Transfer, read, totals
+from fedloom.ledger import Roll, Training, Transfer, read, totals
+from fedloom.site.protocol import Parcel
 
 SITES = ("bank", "depot")
 TARGET_BYTES = 64 * 2**20
@@ -56,7 +59,8 @@ def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
         for site in SITES:
             loopback.worker(site)
         places = {site: loopback.folder / "fed/sites" / site for site in SITES}
-        serve(DirectGrid(config, places), config, folder / "run")
+        asks: dict[str, Ask] = {site: partial(_ask, place) for site, place in places.items()}
+        serve(DirectGrid(config, asks), config, folder / "run")
         rows = read(folder / "run" / "ledger.jsonl")
     rolls = [row for row in rows if isinstance(row, Roll)]
     trained = {(row.round, row.client): row.seconds for row in rows if isinstance(row, Training)}
@@ -69,6 +73,10 @@ def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
         "clientapp_start_s": seconds_of("import fedloom.engines.flower.client"),
         "cold_s": seconds_of(COLD.format(testbed=str(testbed))),
     }
+
+
+def _ask(place: Path, parcel: Parcel, context: object) -> Parcel:
+    return call(parcel, place / "worker.sock", place / "worker.token")
 
 
 COLD = """
@@ -128,7 +136,6 @@ def traffic_of(testbed: Path, folder: Path, mebibytes: float) -> dict[str, Any]:
         "difference": flower - sums.bytes,
         "allowed": sums.bytes // 100 + 2000 * messages,
         "round_s": [row.seconds for row in rows if isinstance(row, Roll)],
-        "evaluations": sum(isinstance(row, Evaluation) for row in rows),
     }
 
 
