@@ -10,6 +10,7 @@ import threading
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -304,10 +305,11 @@ def test_the_doctor_finds_what_is_wrong_at_the_server(made, harm, what):
 class Pretender(http.server.BaseHTTPRequestHandler):
     """Answers 200 to all, as a SuperLink without a proxy does to /health; its clock may be wrong."""
 
-    status, minutes = 200, 0.0
+    statuses: ClassVar[dict[str, int]] = {}
+    minutes = 0.0
 
     def do_GET(self):
-        self.send_response_only(self.status)
+        self.send_response_only(self.statuses.get(self.path, 200))
         at = datetime.now(UTC) - timedelta(minutes=self.minutes)
         self.send_header("Date", at.strftime("%a, %d %b %Y %H:%M:%S GMT"))
         self.send_header("Content-Length", "0")
@@ -336,9 +338,13 @@ def test_the_way_to_the_superlink_is_tried(made, pretender):
     kind, port = pretender
     found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
     assert {check.outcome for check in found.values()} == {"ok"} and "this machine alone" in found["exposure"].found
-    kind.status = 403
+    kind.statuses = {"/health": 403}
     found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
     assert found["exposure"].found == "only the fleet path is open from here"
+    for status in (403, 502):
+        kind.statuses = {"/health": 403, "/v1/fleet/": status}
+        found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
+        assert found["fleet path"].outcome == "fail" and str(status) in found["fleet path"].found
 
 
 @pytest.mark.parametrize(("minutes", "outcome"), [(0.0, "ok"), (-4.0, "ok"), (-6.0, "fail"), (0.2, "fail")])

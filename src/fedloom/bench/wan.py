@@ -30,7 +30,7 @@ from fedloom.errors import ConfigError, WireError
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state
 from fedloom.method import State
 from fedloom.methods import build
-from fedloom.rounds import Job, Trained, accept, client_turn, server_turn, start
+from fedloom.rounds import Job, Trained, client_turn, server_turn, start
 from fedloom.tensors import Values
 from fedloom.wire import quantize
 
@@ -75,6 +75,14 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Workload:
+    """An adapter, and the change that training it makes in every round."""
+
+    before: LoraState
+    change: LoraState
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Played:
     """A round's payloads and the seconds beside the line."""
 
@@ -103,12 +111,12 @@ def run(
     line = line or Line()
     modules = shapes(preset_named(preset), layers=layers)
     width = preset_named(preset).rank if rank is None else rank
-    rows = []
+    rows, work = [], workload(modules, width, seed)
     for text in runs:
         method, colon, values = text.partition(":")
         if not colon:
             raise ConfigError(f"{text!r}: expected METHOD:VALUES, such as fedsrd:int8")
-        rows.append(_row(method, values, played(method, values, modules, width, clients, seed), line, scale))
+        rows.append(_row(method, values, played(method, values, work, clients, seed), line, scale))
     return {
         "workload": {
             "name": f"{preset}, rank {width}",
@@ -131,29 +139,43 @@ def _row(method: str, values: str, round: Played, line: Line, scale: float) -> R
     return Row(method, values, *sizes, round.client_s, down_s, up_s, round.server_s, floor, total, scale)
 
 
-def played(
-    method: str, values: str, modules: Mapping[str, tuple[int, int]], rank: int, clients: int, seed: int
-) -> Played:
+def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Workload:
+    """A start whose B is not zero, as if some rounds had passed: no element of A is worth sending while B is."""
+    fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
+    made = {
+        part: {
+            module: LoraPair(
+                *(heavy_tailed(shape, False, derived_seed(seed, part, module)) for shape in ((rank, n), (m, rank)))
+            )
+            for module, (m, n) in modules.items()
+        }
+        for part in ("grown", "change")
+    }
+    before = {module: LoraPair(pair.A, made["grown"][module].B) for module, pair in fresh.items()}
+    return Workload(LoraState(before), LoraState(made["change"]))
+
+
+def played(method: str, values: str, work: Workload, clients: int, seed: int) -> Played:
     """The second round of a run, whose download is the first one's outcome; one client's work, all clients' updates."""
     job = Job(build(method), seed, partial(_coded, values))
-    fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
-    # B is not zero, as it would be at the very start: no element of A would be worth sending then.
-    before = LoraState({module: LoraPair(pair.A, _grown(pair.B, seed, module)) for module, pair in fresh.items()})
-    server = site = start(job, before)
-    first = client_turn(job, "site", site, (), _change, 1).payload
-    turn = server_turn(job, server, {"site": first}, 1)
-    server, down = turn.state, turn.payload
+    server = site = start(job, work.before)
     seconds: list[float] = []
 
     def train(state: State, round: int, seed: int) -> Trained:
         began = time.perf_counter()
-        trained = _change(state, round, seed)
+        after = {
+            module: LoraPair(pair.A + work.change[module].A, pair.B + work.change[module].B)
+            for module, pair in state.adapter.items()
+        }
         seconds.append(time.perf_counter() - began)
-        return trained
+        return Trained(LoraState(after), num_examples=1, loss=0.0)
 
+    first = client_turn(job, "site", site, (), train, 1).payload
+    turn = server_turn(job, server, {"site": first}, 1)
+    server, down = turn.state, turn.payload
     began = time.perf_counter()
-    done = client_turn(job, "site", accept(job, site, down), (), train, 2)
-    client_s = time.perf_counter() - began - seconds[0]
+    done = client_turn(job, "site", site, (down,), train, 2)
+    client_s = time.perf_counter() - began - seconds[-1]
     began = time.perf_counter()
     server_turn(job, server, {f"site-{number}": done.payload for number in range(clients)}, 2)
     return Played(down, done.payload, client_s, time.perf_counter() - began)
@@ -161,21 +183,6 @@ def played(
 
 def _coded(values: str, tensor: torch.Tensor, seed: int) -> Values:
     return quantize(tensor, values, seed)
-
-
-def _grown(b: torch.Tensor, seed: int, module: str) -> torch.Tensor:
-    return heavy_tailed((b.shape[0], b.shape[1]), structured=False, seed=derived_seed(seed, "grown", module))
-
-
-def _change(state: State, round: int, seed: int) -> Trained:
-    """A made-up training: heavy-tailed changes of both factors."""
-
-    def moved(tensor: torch.Tensor, *labels: str) -> torch.Tensor:
-        shape = (tensor.shape[0], tensor.shape[1])
-        return tensor + heavy_tailed(shape, structured=False, seed=derived_seed(seed, *labels))
-
-    after = {m: LoraPair(moved(pair.A, m, "A"), moved(pair.B, m, "B")) for m, pair in state.adapter.items()}
-    return Trained(LoraState(after), num_examples=1, loss=0.0)
 
 
 @contextmanager

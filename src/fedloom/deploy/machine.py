@@ -20,6 +20,11 @@ from fedloom.deploy.check import Check, fail, ok, warn
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5, 305
 """How far a site's clock may be off before Flower refuses its signatures (flwr 1.41)."""
+FLEET = "/v1/fleet/"
+"""What a site needs of the SuperLink's paths."""
+_REACH = "start superlink.sh behind the proxy, and see the proxy's error log"
+_BLOCKED = {403: "let this path pass: server/nginx.conf, server/Caddyfile", 502: _REACH, 503: _REACH, 504: _REACH}
+"""HTTP status that no SuperLink gives to `FLEET` → what to do about it."""
 _GIB = 2**30
 
 
@@ -158,7 +163,7 @@ def superlink(host: str, port: int, ca: Path) -> list[Check]:
     """The way from a site to the SuperLink: name, port, TLS, clocks, and that nothing but the fleet path is open."""
     what = f"SuperLink {host}:{port}"
     try:
-        answer = ask(host, port, ca, ["/v1/fleet/", "/health"])
+        answer = ask(host, port, ca, [FLEET, "/health"])
     except socket.gaierror:
         return [fail(what, "the name cannot be resolved", "check the address and this machine's DNS")]
     except ssl.SSLCertVerificationError as error:
@@ -170,6 +175,8 @@ def superlink(host: str, port: int, ca: Path) -> list[Check]:
     except OSError as error:
         return [fail(what, f"no TLS connection: {error}", "is this the SuperLink, and does it use TLS?")]
     found = [ok(what, f"TLS, certificate valid to {answer.ends:%Y-%m-%d}"), _clocks(answer.ahead)]
+    if (status := answer.statuses[FLEET]) in _BLOCKED:
+        return [*found, fail("fleet path", f"the proxy answers {status} to {FLEET}", _BLOCKED[status])]
     if answer.statuses["/health"] != 200:
         return [*found, ok("exposure", "only the fleet path is open from here")]
     text = "all paths of the SuperLink are open from here, those that submit code included"
