@@ -269,7 +269,7 @@ def expired(folder):
 
 
 def for_another_host(folder):
-    path = folder / "federation.toml"
+    path = folder / "server" / "federation.toml"
     path.write_text(path.read_text().replace("fed.example.org", "new.example.org"))
 
 
@@ -279,6 +279,10 @@ def with_another_key(folder):
 
 def from_another_ca(folder):
     (folder / "server" / "ca.pem").write_bytes(pem(new_ca(new_key(), "another")))
+
+
+def without_a_connection(folder):
+    (folder / "server" / "flwr" / "config.toml").write_text("[superlink]\n")
 
 
 def moved(folder):
@@ -294,6 +298,7 @@ def moved(folder):
         (with_another_key, "server.key"),
         (from_another_ca, "chain"),
         (moved, "flwr"),
+        (without_a_connection, "flwr"),
     ],
 )
 def test_the_doctor_finds_what_is_wrong_at_the_server(made, harm, what):

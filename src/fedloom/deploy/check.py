@@ -40,5 +40,5 @@ def tried(what: str, advice: str, check: Callable[[], Check]) -> Check:
     """The check, or a failure that says what it raised."""
     try:
         return check()
-    except (FedloomError, OSError, ValueError) as error:
+    except (FedloomError, OSError, ValueError, LookupError) as error:
         return fail(what, " ".join(str(error).split()), advice)

@@ -63,7 +63,7 @@ def site(path: Path, online: bool) -> list[Check]:
 def server(folder: Path, online: bool) -> list[Check]:
     """What the server needs: certificate, keys of the sites, the flwr command's settings, a SuperLink that runs."""
     found = [*machine.versions(PACKAGES), machine.disk(folder), machine.clock()]
-    told = _told(folder.parent)
+    told = _told(folder)
     hosts = [endpoint(text, "address")[0] for text in (told.address, told.listen)] if told else []
     try:
         found += machine.certificate(folder, hosts)

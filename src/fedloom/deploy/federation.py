@@ -1,12 +1,12 @@
 """`fedloom federation init`: everything that a federation on Flower needs in files, for the server and for each site.
 
 DIR/
-  federation.toml   what was asked for; `add` reads it
+  federation.toml   what was asked for: read by `add` and `renew`, and with the others' copies by the doctor
   ca/               the federation's own CA; keep it away from the server, on a machine that is off the network
   server/           for the server: certificate, SuperLink, proxy rules, systemd unit, the sites' public keys, run.toml
   sites/NAME/       for one site: CA certificate, node key, SuperNode, worker, SITE.toml, systemd units
 
-Private keys have mode 0600. Nothing that exists is ever written over.
+Private keys have mode 0600. Nothing that exists is written over; `renew` keeps the certificate before as *.old.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Pat
     for name, mode in _SERVER_FILES.items():
         _write(server / name, _text(name, values), mode)
     _write(server / "flwr" / "config.toml", _text("config.toml", values))
+    _write(server / RECORD, tomli_w.dumps(federation.model_dump()))
     made = [_write_site(folder, federation, name, number) for number, name in enumerate(sites)]
     return [folder / "ca", server, *made]
 
