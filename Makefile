@@ -38,7 +38,7 @@ format: $(DEV_READY) ## Lay the code out anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads
+check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, kill -9 of every process
 	$(BIN)/python -m pytest -m slow
 
 base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)

@@ -16,9 +16,10 @@ LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
     wire method methods cohort consolidation rounds catchup checkpoint
-    config configfile ledger report
+    config configfile ledger serverlog report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
-    runs clients setup export merge engines pace compare tune bench estimate progress inspection cli __main__
+    runs clients setup export merge site engines pace compare tune deploy bench estimate progress status inspection
+    cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""
@@ -28,7 +29,7 @@ DOORS = {
     "flwr": {"engines/flower"},
     "ray": {"engines/flower"},
     "matplotlib": {"report/figure.py"},
-    "typer": {"cli.py", "bench/commands.py", "merge/command.py"},
+    "typer": {"cli.py", "bench/commands.py", "deploy/commands.py", "merge/command.py"},
     "datasets": {"data.py"},
 }
 """Library → the only files that may import it."""
@@ -47,7 +48,10 @@ IMPURE = {
     "peft",
     "numpy.random",
 }
-LIGHT = ("errors", "events", "config", "configfile", "ledger", "report", "progress", "inspection", "cli")
+LIGHT = (
+    *("errors", "events", "config", "configfile", "ledger", "serverlog"),
+    *("report", "progress", "status", "inspection", "cli"),
+)
 """Modules that must not load torch when imported, so that `fedloom --help` answers at once."""
 
 FILES = sorted(ROOT.rglob("*.py"))
@@ -123,7 +127,7 @@ def test_light_modules_load_nothing_heavy(path):
     tops = {dotted.partition(".")[0] for dotted in imports(path, top_level=True)}
     assert not heavy & tops
     for dotted in imports(path, top_level=True):
-        if dotted.startswith("fedloom.") and dotted not in ("fedloom.bench.commands", "fedloom.merge.command"):
+        if dotted.startswith("fedloom.") and not dotted.endswith((".command", ".commands")):
             assert unit(dotted) in LIGHT, f"{name_of(path)} imports {dotted}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,15 @@ def empty_base(path: str | Path) -> PreTrainedModel:
     except Exception as error:  # transformers lets through whatever its parsers and the file system raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path} holds no config.json of a causal language model: {reason}") from None
+
+
+def weights_digest(path: str | Path) -> str:
+    """32 hex digits for the files that hold the weights; those of no file where `path` is a Hub name."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for file in sorted(found for pattern in WEIGHTS for found in Path(path).glob(pattern)):
+        with file.open("rb") as content:
+            hasher.update(hashlib.file_digest(content, "blake2b").digest())
+    return hasher.hexdigest()
 
 
 def _device(device: str) -> torch.device:

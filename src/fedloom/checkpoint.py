@@ -75,7 +75,9 @@ def load(path: Path) -> Snapshot:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("fedloom", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and
+            # the matrix kernels round the last bits of odd shapes in another way there.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
     if meta.get("format") != _FORMAT:

@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
 from importlib import metadata, resources
 from itertools import chain, count
 from pathlib import Path
@@ -23,12 +24,22 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedloom.bench.commands import app as bench
+from fedloom.deploy.commands import app as federation
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.merge.command import aggregate
 
 if TYPE_CHECKING:
     from fedloom.compare import Run
     from fedloom.config import Config
+
+
+class Engine(StrEnum):
+    """Where a run takes place."""
+
+    local = "local"
+    flower = "flower"
+    flower_sim = "flower-sim"
+
 
 screen = Console()
 complaints = Console(stderr=True)
@@ -61,6 +72,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(aggregate)
+app.add_typer(federation, name="federation")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
@@ -113,12 +125,29 @@ def run(
     sets: Set = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="local simulates here; flower submits to the SuperLink that [flower] names; flower-sim plays that "
+            "engine in this process."
+        ),
+    ] = Engine.local,
 ) -> None:
-    """Simulate the federation that a settings file describes."""
+    """Train the federation that a settings file describes."""
     from fedloom.configfile import load
 
     settings = load(config, sets or [])
-    play(settings, out or Path(settings.output.dir or Path("runs") / config.stem), resume=resume)
+    folder = out or Path(settings.output.dir or Path("runs") / config.stem)
+    {Engine.local: play, Engine.flower: submit, Engine.flower_sim: simulate}[engine](settings, folder, resume=resume)
+
+
+@app.command()
+def worker(site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="What the site lends, and how.")]) -> None:
+    """Hold a site's model and data, and work for the federations that ask, as the site's policy allows."""
+    from fedloom.site import config
+    from fedloom.site.worker import serve
+
+    serve(config.load(site))
 
 
 @app.command()
@@ -139,6 +168,20 @@ def inspect(path: Annotated[Path, typer.Argument(help="A payload, an adapter fol
     from fedloom.inspection import described
 
     screen.print(described(path))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, in progress or over.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+) -> None:
+    """Show how a run stands, and go on showing it until it is over."""
+    from fedloom.status import follow, shown
+
+    if once:
+        screen.print(shown(folder))
+    else:
+        follow(folder, screen)
 
 
 @app.command()
@@ -289,6 +332,33 @@ def play(config: Config, folder: Path, *, resume: bool = False) -> None:
     from fedloom import inspection
 
     screen.print(inspection.run(folder))
+
+
+def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
+    """Play the Flower engine in this process, then print the closing tables."""
+    from fedloom.progress import watch
+
+    with resumable(folder), watch(screen) as observer:
+        from fedloom.engines.flower import direct
+
+        direct.simulate(config, folder, resume=resume, observer=observer)
+    from fedloom import inspection
+
+    screen.print(inspection.run(folder))
+
+
+def submit(config: Config, folder: Path, *, resume: bool = False) -> None:
+    """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
+    from fedloom.engines.flower import launch
+    from fedloom.engines.flower.settings import check
+
+    check(config)
+    with screen.status("submitting"), resumable(folder):
+        launch.run(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))
+    if (folder / "ledger.jsonl").exists():
+        from fedloom import inspection
+
+        screen.print(inspection.run(folder))
 
 
 @contextmanager

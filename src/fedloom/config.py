@@ -210,6 +210,28 @@ class WireSettings(Section):
         return None if self.budget is None else parse_bytes(self.budget)
 
 
+class FlowerSettings(Section):
+    """A federation across machines (`fedloom run --engine flower`). Every time is in seconds."""
+
+    superlink: str = Field("127.0.0.1:8000", description="Address of the SuperLink.")
+    root_certificates: str | None = Field(
+        None, description="Certificate of the CA that signed the SuperLink's own.", examples=["./ca.crt"]
+    )
+    insecure: bool = Field(False, description="Connect without TLS; for trials on one machine only.")
+    min_replies: int = Field(2, ge=1, description="Updates that a round needs.")
+    deadline: float = Field(3600.0, gt=0, description="How long a round, or one try of it, waits for updates.")
+    grace: float | None = Field(
+        None,
+        ge=0,
+        description="How long it waits for the rest once min_replies are in; otherwise until the deadline.",
+        examples=[60.0],
+    )
+    retries: int = Field(2, ge=0, description="How often the missing are asked again before a run stops.")
+    max_norm_ratio: float = Field(
+        100.0, gt=1, description="An update is refused whose norm is over so many times the round's median."
+    )
+
+
 class OutputSettings(Section):
     """What a run leaves behind."""
 
@@ -232,6 +254,7 @@ class Config(Section):
     training: TrainingSettings = TrainingSettings()
     method: MethodSettings = MethodSettings()
     wire: WireSettings = WireSettings()
+    flower: FlowerSettings = FlowerSettings()
     output: OutputSettings = OutputSettings()
     clients: dict[str, ClientSettings] = {}
 

@@ -50,6 +50,7 @@ _LOCATED = (
     ("data", "heldout"),
     ("data", "validation"),
     ("output", "dir"),
+    ("flower", "root_certificates"),
 )
 """Settings that may be paths: "./x" counts from the folder of the file that says it."""
 
@@ -90,7 +91,7 @@ def parse(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{_explain(error)} ({origin})") from None
+        raise ConfigError(f"{explain(error)} ({origin})") from None
 
 
 def override(text: str) -> Tree:
@@ -198,7 +199,7 @@ def _nearest(key: str) -> str | None:
     return words[near[0]] if near else None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """One sentence about the first key that is wrong; the ways a union could have been right are joined by "or"."""
     errors = error.errors()
     first = errors[0]

@@ -9,7 +9,10 @@
     ├── WireError                    bytes that are not a valid payload
     │   └── StaleError               a valid payload, computed from another base than the receiver's
     ├── CheckpointError              a run folder that cannot be resumed
-    └── RoundError                   a round that cannot be completed (nobody answered, say)
+    ├── PolicyRefusal                a job that the site's own rules do not allow
+    ├── AuditError                   a site's record of what has left it was altered
+    ├── RoundError                   a round that cannot be completed (nobody answered, say)
+    └── SiteError                    a site's worker that cannot be reached, or a request that it cannot serve
 
 A message names the file, key, module or client, says what was expected, and what to do.
 """
@@ -53,5 +56,24 @@ class CheckpointError(FedloomError):
     """A run folder that cannot be resumed."""
 
 
+class PolicyRefusal(FedloomError):
+    """A job that the site's own rules do not allow.
+
+    The message is the whole reason, for the site's own log; `public` is all that the server is told.
+    """
+
+    def __init__(self, reason: str, public: str = "refused by the site's policy") -> None:
+        super().__init__(reason)
+        self.public = public
+
+
+class AuditError(FedloomError):
+    """A site's record of what has left it was altered or cannot be kept."""
+
+
 class RoundError(FedloomError):
     """A round that cannot be completed."""
+
+
+class SiteError(FedloomError):
+    """A site's worker that cannot be reached, or a request that it cannot serve."""

@@ -1,4 +1,4 @@
-"""What `fedloom methods` and `fedloom inspect` print: the table of methods; a payload, an adapter or a run in words."""
+"""What `fedloom methods` and `fedloom inspect` print: the methods; a payload, an adapter, a run, an audit record."""
 
 from __future__ import annotations
 
@@ -54,9 +54,11 @@ def method_table(rows: Sequence[MethodRow]) -> RenderableType:
 
 
 def described(path: Path) -> RenderableType:
-    """What is at `path`. Raises the error that says why it is neither a payload nor an adapter nor a run."""
+    """What is at `path`. Raises the error that says why it is none of what is known."""
     if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder; expected a payload, an adapter folder or a run folder")
+        raise ConfigError(
+            f"{path}: no such file or folder; expected a payload, or the folder of an adapter, a run or an audit"
+        )
     return next(show for fits, show in _KINDS if fits(path))(path)
 
 
@@ -124,6 +126,23 @@ def payload(path: Path) -> RenderableType:
     return Group(facts, table, parts)
 
 
+def audit(folder: Path) -> RenderableType:
+    """What has left a site, job by job, after the record was checked: every line, and every payload still kept."""
+    from fedloom.site.audit import AuditTrail, summary
+
+    lines, moved = AuditTrail(folder).verify()
+    table = Table(box=box.SIMPLE_HEAD, title="what has left this site", title_style="bold")
+    table.add_column("job", no_wrap=True)
+    for name in ("rounds", "payloads", "bytes", "without noise", "last day"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for job in dict.fromkeys(line.job for line in lines):
+        told = [line for line in lines if line.job == job]
+        bare = sum(line.mu is None for line in told)
+        rounds, size = len({line.round for line in told}), sum(line.bytes for line in told)
+        table.add_row(job, str(rounds), str(len(told)), f"{size:,}", str(bare), told[-1].time[:10])
+    return Group(table, *summary(lines, moved))
+
+
 def _norm(pair: LoraPair) -> float:
     """‖B A‖_F from the r × r Gram matrices."""
     a, b = pair.A.double(), pair.B.double()
@@ -142,6 +161,7 @@ def _toml(value: object) -> str:
 
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], RenderableType]], ...] = (
     (lambda path: (path / "ledger.jsonl").is_file(), run),
+    (lambda path: (path / "audit.jsonl").is_file(), audit),
     (Path.is_dir, adapter),
     (Path.is_file, payload),
 )

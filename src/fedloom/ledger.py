@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +94,23 @@ class Aggregation:
 
 
 @dataclass(frozen=True, slots=True)
+class Roll:
+    """Who answered in one round of a federation across machines, who failed and why, who came too late.
+
+    tries counts how often the missing were asked: 1 where nobody was missed.
+    """
+
+    __pydantic_config__ = _FORBID
+    row: Literal["roll"] = field(default="roll", kw_only=True)
+    round: int
+    answered: Annotated[tuple[str, ...], Field(strict=False)]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    late: Mapping[str, str] = field(default_factory=dict)
+    tries: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something worth saying in words: who dropped out, who was refused and why."""
 
@@ -103,7 +120,7 @@ class Note:
     text: str
 
 
-Row: TypeAlias = Run | Transfer | Training | Evaluation | Aggregation | Note
+Row: TypeAlias = Run | Transfer | Training | Evaluation | Aggregation | Roll | Note
 _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 
 
@@ -155,10 +172,14 @@ def read(path: Path) -> list[Row]:
 
 
 class Ledger:
-    """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`."""
+    """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
 
-    def __init__(self, path: Path) -> None:
+    told(row) is called for every row that is appended.
+    """
+
+    def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
         self.path = path
+        self._told = told
         self._offsets = [0]
         rows: list[Row] = []
         if path.exists():
@@ -179,6 +200,8 @@ class Ledger:
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
         self._count([row])
+        if self._told:
+            self._told(row)
 
     def note(self, round: int, text: str) -> None:
         """Add a row of words."""

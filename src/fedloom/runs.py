@@ -3,6 +3,8 @@
 out/
   config.toml      the settings as resolved
   ledger.jsonl     every payload, training, evaluation
+  log.jsonl        the same rows as they happened, with the time, for log shippers
+  metrics.prom     rounds, bytes, failures after each round, for Prometheus
   checkpoints/     all that is needed to go on
   payloads/        the bytes themselves, if output.keep_payloads
   adapter/         the result, as a PEFT adapter
@@ -13,17 +15,20 @@ out/
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from fedloom import checkpoint
+from fedloom import checkpoint, serverlog
 from fedloom.checkpoint import Snapshot
 from fedloom.config import Config
 from fedloom.configfile import dump
 from fedloom.errors import CheckpointError
-from fedloom.ledger import Direction, Ledger, Transfer
+from fedloom.ledger import Direction, Ledger, Transfer, read
+from fedloom.report import metrics
+from fedloom.serverlog import ServerLog
 from fedloom.wire import describe, read_header
 
 
@@ -34,7 +39,8 @@ class RunFolder:
         self.path = path
         self.config = config
         self._lock = lock
-        self.ledger = Ledger(path / "ledger.jsonl")
+        self._log = ServerLog(path / serverlog.FILE)
+        self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
 
     @classmethod
     def open(cls, path: Path, config: Config, *, resume: bool) -> RunFolder:
@@ -57,17 +63,20 @@ class RunFolder:
 
     def transfer(self, round: int, client: str, direction: Direction, payload: bytes) -> None:
         """Record a payload, and keep it if the settings say so."""
-        header = read_header(payload)
-        self.ledger.append(Transfer(round, client, direction, header.kind, len(payload), describe(payload).parts))
+        self.ledger.append(transfer_row(round, client, direction, payload))
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
-            name = f"{round:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', client)}-{direction}-v{header.base_version}.fedloom"
+            version = read_header(payload).base_version
+            name = f"{round:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', client)}-{direction}-v{version}.fedloom"
             (folder / name).write_bytes(payload)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, and the metrics that go with it."""
         checkpoint.save(self.path / "checkpoints", snapshot)
+        partial = self.path / f"{metrics.FILE}.partial"
+        partial.write_text(metrics.prometheus(read(self.ledger.path)), encoding="utf-8")
+        os.replace(partial, self.path / metrics.FILE)
 
     def restore(self, fingerprint: str) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
@@ -90,7 +99,13 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.ledger.close()
+        self._log.close()
         self._lock.close()
+
+
+def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
+    """The ledger's row about a payload."""
+    return Transfer(round, client, direction, read_header(payload).kind, len(payload), describe(payload).parts)
 
 
 def _locked(path: Path) -> IO[str]:

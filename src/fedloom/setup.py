@@ -16,9 +16,9 @@ from torch import Tensor
 from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
 from fedloom.adapters import AdapterSettings
-from fedloom.base_model import WEIGHTS, load_base
+from fedloom.base_model import load_base, weights_digest
 from fedloom.clients import Site, apart, shared_settings, site, top_ranks
-from fedloom.config import Config, DataSettings, OutputSettings
+from fedloom.config import Config, DataSettings, FlowerSettings, OutputSettings
 from fedloom.configfile import dump
 from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
@@ -98,22 +98,33 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
+    texts, manifest = client_examples(config)
+    known(config.clients, texts)
+    texts = participating(texts, config.federation.participants)
+    return assemble(config, texts, heldout_examples(config.data), manifest)
+
+
+def assemble(
+    config: Config,
+    texts: Mapping[str, Sequence[Example]],
+    heldout: Mapping[str, Sequence[Example]],
+    manifest: Manifest | None = None,
+) -> Setup:
+    """The same from examples by client. A client without any trains elsewhere: only its ranks are of interest here."""
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(f"wire.budget does not work with method {method.name!r}, which sends everything; unset it")
-    texts, manifest = client_examples(config)
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
             f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
         )
-    known(config.clients, texts)
-    texts = participating(texts, config.federation.participants)
-    heldout = heldout_examples(config.data)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
 
     def tokens(examples: Sequence[Example], name: str) -> Prepared:
+        if not examples:
+            return Prepared((), 0)
         return tokenize(examples, tokenizer, config.data.template, config.data.max_length, name)
 
     sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
@@ -227,11 +238,8 @@ def sources(source: str) -> dict[str, Path | str]:
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
     """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(dump(config.model_copy(update={"output": OutputSettings()})).encode())
-    folder = Path(config.model.path)
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        with path.open("rb") as file:
-            hasher.update(hashlib.file_digest(file, "blake2b").digest())
+    hasher.update(dump(config.model_copy(update={"output": OutputSettings(), "flower": FlowerSettings()})).encode())
+    hasher.update(weights_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())
     return hasher.hexdigest()

@@ -80,6 +80,43 @@ def wire_command(
     show(result, wire.tables, as_json)
 
 
+@app.command("wan")
+def wan_command(
+    preset: Preset = "llama-3.2-3b",
+    runs: Annotated[
+        str, typer.Option(help="METHOD:VALUES, joined by commas.")
+    ] = "fedit:fp32,fedsrd:fp32,fedsrd:bf16,fedsrd:int8,fedsrd:int4",
+    up: Annotated[float, typer.Option(min=0.01, help="Mbit/s from a site.")] = 10.0,
+    down: Annotated[float, typer.Option(min=0.01, help="Mbit/s to a site.")] = 50.0,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds there and back.")] = 80.0,
+    clients: Annotated[int, typer.Option(min=1, help="Updates that the server combines.")] = 4,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    scale: Annotated[float, typer.Option(min=1, help="Measure on a line so many times as fast.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The wall time of a round over a slow line, training left out; takes as long as the line does."""
+    from fedloom.bench import wan
+
+    line = wan.Line(up, down, rtt)
+    result = wan.run(preset, words(runs), line=line, clients=clients, rank=rank, layers=layers, scale=scale, seed=seed)
+    show(result, wan.tables, as_json)
+
+
+@app.command("flower")
+def flower_command(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 6,
+    mebibytes: Annotated[float, typer.Option(min=0.1, help="Size of the payloads whose bytes are counted.")] = 64.0,
+    traffic: Annotated[bool, typer.Option(help="Count the bytes of a run over TLS too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """A federation on this machine: what a round costs beside training, and the ledger against Flower's own count."""
+    from fedloom.bench import flower
+
+    show(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+
+
 @app.command("turn")
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,

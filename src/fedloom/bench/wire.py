@@ -100,7 +100,7 @@ def synthetic(
     for module, (m, n) in modules.items():
         for part, shape in (("A", (rank, n)), ("B", (m, rank))):
             name = f"{module}/{part}"
-            change = _change(shape, structured, derived_seed(seed, name)).flatten()
+            change = heavy_tailed(shape, structured, derived_seed(seed, name)).flatten()
             positions = change.abs().topk(max(round(DENSITY * change.numel()), 1)).indices.sort().values
             up[name] = Sparse(shape, positions, change[positions])
             mask_seed = derived_seed(seed, "mask", name)
@@ -109,7 +109,8 @@ def synthetic(
     return up, tuple(downs.values())
 
 
-def _change(shape: tuple[int, int], structured: bool, seed: int) -> Tensor:
+def heavy_tailed(shape: tuple[int, int], structured: bool, seed: int) -> Tensor:
+    """A change of a factor as the workload has it: see the top of this file."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:

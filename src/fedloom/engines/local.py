@@ -129,11 +129,7 @@ class Simulation:
         began, ledger = time.perf_counter(), self.folder.ledger
         bytes_before = ledger.bytes_up, ledger.bytes_down
         present = attendance(self.setup.config, self.clients, round)
-        payloads = {}
-        for client in present.asked:
-            payload = self.play_client(client, round, client in present.vanished)
-            if payload is not None:
-                payloads[client] = payload
+        payloads = self.collect(round, present)
         if payloads:
             self.aggregate(payloads, round)
         else:
@@ -149,6 +145,11 @@ class Simulation:
             ledger.bytes_down - bytes_before[1],
             time.perf_counter() - began,
         )
+
+    def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
+        """The updates of one round, by client."""
+        turns = {client: self.play_client(client, round, client in present.vanished) for client in present.asked}
+        return {client: payload for client, payload in turns.items() if payload is not None}
 
     def play_client(self, client: str, round: int, vanishes: bool) -> bytes | None:
         """One client's turn; None where it does not answer."""

@@ -135,9 +135,9 @@ def broadcast_signs(
         return {f"{module}/A": Delta(a, pair.B + b, "A"), f"{module}/B": Delta(b, pair.A, "B")}
 
     memory, entries = filled(moved, dial.bytes(state.adapter, "down"), dial.most, state, context)
-    rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items()} if residual else {}
+    rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
     sent = sum(entry.positions.numel() for entry in entries.values())
-    return Aggregate(entries, {**memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
+    return Aggregate(entries, {**state.memory, **memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,0 +1,174 @@
+"""`fedloom federation doctor`: is everything in place at this site, or at the server?"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.deploy import machine
+from fedloom.deploy.check import Check, fail, ok, tried, warn
+from fedloom.deploy.federation import RECORD, Federation, endpoint, recorded
+from fedloom.errors import ConfigError, FedloomError
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "cryptography")
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def examined(path: Path, *, online: bool = True) -> list[Check]:
+    """All checks of a site (its SITE.toml, or the folder that holds it) or of the server's folder.
+
+    Raises ConfigError where the path is neither.
+    """
+    if path.is_dir() and (path / "SITE.toml").is_file():
+        path = path / "SITE.toml"
+    if path.is_file():
+        return site(path, online)
+    if (path / "superlink.sh").is_file():
+        return server(path, online)
+    raise ConfigError(f"{path} is neither a SITE.toml nor a server's folder, as `fedloom federation init` writes them")
+
+
+def site(path: Path, online: bool) -> list[Check]:
+    """What a site needs: settings, model, data, keys, a worker, a way to the SuperLink."""
+    from fedloom.site.config import load
+
+    found, folder = machine.versions(PACKAGES), path.parent
+    try:
+        config = load(path)
+    except FedloomError as error:
+        return [*found, fail(path.name, str(error), "mend this first; the rest was not checked")]
+    found.append(ok(path.name, f"site {config.name}, policy: {_limits(config.policy.model_dump(exclude_none=True))}"))
+    told = _told(folder)
+    found.append(tried("model", "put the base model there", lambda: model(config.model, told)))
+    found.append(
+        tried("data", "put the examples there", lambda: examples(Path(config.data), config.policy.min_examples))
+    )
+    found.append(tried("audit", "find out who touched it before going on", lambda: audit(Path(config.state))))
+    found.append(machine.disk(Path(config.state)))
+    ask_again = "ask the federation's operator for this site's files"
+    found.append(tried("node.key", ask_again, lambda: machine.node_key(folder / "node.key")))
+    found.append(tried("ca.pem", ask_again, lambda: machine.authority(folder / "ca.pem")))
+    if not online:
+        return found
+    found.append(tried("worker", "fedloom worker SITE.toml", lambda: worker(Path(config.socket), config.token_file)))
+    if told is None:
+        return [*found, warn("SuperLink", "its address is not known here", f"{ask_again} (federation.toml)")]
+    return [*found, *machine.superlink(*endpoint(told.address, "address"), folder / "ca.pem")]
+
+
+def server(folder: Path, online: bool) -> list[Check]:
+    """What the server needs: certificate, keys of the sites, the flwr command's settings, a SuperLink that runs."""
+    found = [*machine.versions(PACKAGES), machine.disk(folder), machine.clock()]
+    told = _told(folder)
+    hosts = [endpoint(text, "address")[0] for text in (told.address, told.listen)] if told else []
+    try:
+        found += machine.certificate(folder, hosts)
+    except (FedloomError, OSError) as error:
+        found.append(fail("certificate", str(error), "fedloom federation renew DIR"))
+    nodes = sorted(path.stem for path in (folder / "nodes").glob("*.pub"))
+    if nodes:
+        found.append(ok("sites", f"{', '.join(nodes)}; register.sh lets them in"))
+    else:
+        found.append(fail("sites", "no public key in nodes/", "fedloom federation add DIR NAME"))
+    found.append(tried("flwr", "put its absolute path into flwr/config.toml", lambda: connection(folder)))
+    if (folder.parent / "ca" / "ca.key").exists():
+        found.append(warn("ca.key", "lies beside the server's folder", "keep it on a machine that is off the network"))
+    if (folder / "run.toml").is_file():
+        found.append(tried("model", "put the base model there", lambda: model(_run_model(folder), told)))
+    if online and told:
+        found += machine.superlink(*endpoint(told.listen, "listen"), folder / "ca.pem")
+        if told.address != told.listen:
+            found += machine.superlink(*endpoint(told.address, "address"), folder / "ca.pem")
+    return found
+
+
+def model(path: str, told: Federation | None) -> Check:
+    """The base model's digest, against the one that the server's operator noted."""
+    from fedloom.base_model import weights_digest
+
+    if not Path(path).is_dir():
+        return fail("model", f"{path}: no such folder", "put the base model there")
+    digest = weights_digest(path)
+    noted = told.model_digest if told else ""
+    if not noted:
+        return warn("model", f"{path}, digest {digest}", "compare the digest with the server's: they must be equal")
+    if digest != noted:
+        return fail("model", f"{path}, digest {digest}; the federation's is {noted}", "take the server's files")
+    return ok("model", f"{path}, digest {digest}, as the federation's")
+
+
+def examples(path: Path, fewest: int) -> Check:
+    """The site's training examples, read as the worker reads them."""
+    from fedloom.data import load_examples
+
+    count = len(load_examples(path))
+    if count < fewest:
+        return fail("data", f"{count} examples in {path}", f"policy.min_examples is {fewest}")
+    return ok("data", f"{count} examples in {path}")
+
+
+def audit(state: Path) -> Check:
+    """The record of everything that has left, checked line by line."""
+    from fedloom.site.audit import AuditTrail
+
+    lines, _ = AuditTrail(state / "audit").verify()
+    return ok("audit", f"{len(lines)} payloads have left; the record is unbroken")
+
+
+def worker(path: Path, token_file: str) -> Check:
+    """Whether a worker answers on its socket, and takes the token."""
+    from fedloom.site.protocol import Parcel, receive, send
+
+    token = Path(token_file).read_text(encoding="utf-8").strip()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10.0)
+        connection.connect(str(path))
+        send(connection, Parcel({"token": token}))
+        said = str(receive(connection).facts.get("error", ""))
+    if "token" in said:
+        return fail("worker", f"answers on {path}, but refuses the token in {token_file}", "restart the worker")
+    return ok("worker", f"answers on {path}, and takes the token")
+
+
+def connection(folder: Path) -> Check:
+    """Whether the flwr command finds the CA; it takes absolute paths only."""
+    import tomllib
+
+    settings = tomllib.loads((folder / "flwr" / "config.toml").read_text(encoding="utf-8"))
+    named = Path(settings["superlink"]["federation"]["root-certificates"])
+    if not named.is_file():
+        return fail("flwr", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
+    return ok("flwr", f"flwr/config.toml names {named}")
+
+
+def table(checks: list[Check]) -> Table:
+    """The findings for a terminal."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "what", "found", "what to do"):
+        shown.add_column(column, overflow="fold", no_wrap=column in ("", "what"))
+    for check in checks:
+        colour = _COLOURS[check.outcome]
+        shown.add_row(Text(check.outcome, style=colour), Text(check.what), Text(check.found), Text(check.advice))
+    return shown
+
+
+def _told(folder: Path) -> Federation | None:
+    """What the federation's operator wrote down for this site or server, if it is there."""
+    return recorded(folder) if (folder / RECORD).exists() else None
+
+
+def _run_model(folder: Path) -> str:
+    from fedloom.configfile import load
+
+    return load(folder / "run.toml", []).model.path
+
+
+def _limits(policy: dict[str, object]) -> str:
+    """The rules that limit something, in a few words."""
+    usual = {"min_examples": 1, "scrub_errors": True}
+    set_here = [key for key, value in policy.items() if usual.get(key) != value]
+    return ", ".join(set_here) or "nothing is limited"

@@ -1,0 +1,225 @@
+"""`fedloom federation init`: everything that a federation on Flower needs in files, for the server and for each site.
+
+DIR/
+  federation.toml   what was asked for: read by `add` and `renew`, and with the others' copies by the doctor
+  ca/               the federation's own CA; keep it away from the server, on a machine that is off the network
+  server/           for the server: certificate, SuperLink, proxy rules, systemd unit, the sites' public keys, run.toml
+  sites/NAME/       for one site: CA certificate, node key, SuperNode, worker, SITE.toml, systemd units
+
+Private keys have mode 0600. Nothing that exists is written over; `renew` keeps the certificate before as *.old.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+import tomli_w
+from pydantic import ValidationError
+
+from fedloom.config import Section
+from fedloom.deploy.certificates import (
+    new_ca,
+    new_key,
+    new_server,
+    node_key,
+    pem,
+    pem_key,
+    read_certificate,
+    read_key,
+    read_public_key,
+)
+from fedloom.errors import ConfigError
+
+FIRST_NODE_PORT = 9094
+"""Each SuperNode listens on a local port of its own, counted from here, so that several can run on one machine."""
+_SERVER_FILES = {
+    "superlink.sh": 0o755,
+    "register.sh": 0o755,
+    "nginx.conf": 0o644,
+    "Caddyfile": 0o644,
+    "fedloom-superlink.service": 0o644,
+    "run.toml": 0o644,
+}
+_SITE_FILES = {
+    "SITE.toml": 0o644,
+    "supernode.sh": 0o755,
+    "fedloom-worker.service": 0o644,
+    "fedloom-supernode.service": 0o644,
+}
+RECORD = "federation.toml"
+
+
+class Federation(Section):
+    """What a federation is set up for.
+
+    address: host:port that the sites connect to, the proxy's where there is one. listen: where the SuperLink itself
+    listens. model, data: path of the base model and of a site's examples ({site} stands for its name). model_digest:
+    `base_model.weights_digest` of the server's model, "" where it is not known. site_folder: where a site will keep
+    its files ({site} stands for its name); "" means where they are written. days: how long the server's certificate
+    is valid.
+    """
+
+    address: str
+    listen: str
+    model: str = "./model"
+    data: str = "./data"
+    model_digest: str = ""
+    site_folder: str = ""
+    days: int = 825
+
+
+class _Text(Template):
+    """%{name} stands for a value, so that $ keeps its meaning in shell scripts and proxy rules."""
+
+    delimiter = "%"
+
+
+def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Path]:
+    """Write all of it; returns the folders to hand out: ca, server and those of the sites.
+
+    Raises ConfigError for a wrong address or name, or where the folder holds anything already.
+    """
+    host, _ = endpoint(federation.address, "--address")
+    listen_host, _ = endpoint(federation.listen, "--listen")
+    _check_names(sites)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already; nothing is written over. For a further site: federation add")
+    ca_key, server_key = new_key(), new_key()
+    ca = new_ca(ca_key, f"fedloom CA for {host}")
+    hosts = [host, listen_host, "localhost", "127.0.0.1"]
+    _write(folder / RECORD, tomli_w.dumps(federation.model_dump()))
+    _write(folder / "ca" / "ca.pem", pem(ca))
+    _write(folder / "ca" / "ca.key", pem_key(ca_key), 0o600)
+    server = folder / "server"
+    _write(server / "ca.pem", pem(ca))
+    _write(server / "server.pem", pem(new_server(server_key, hosts, ca, ca_key, federation.days)))
+    _write(server / "server.key", pem_key(server_key), 0o600)
+    values = _server_values(federation, server, sites)
+    for name, mode in _SERVER_FILES.items():
+        _write(server / name, _text(name, values), mode)
+    _write(server / "flwr" / "config.toml", _text("config.toml", values))
+    _write(server / RECORD, tomli_w.dumps(federation.model_dump()))
+    made = [_write_site(folder, federation, name, number) for number, name in enumerate(sites)]
+    return [folder / "ca", server, *made]
+
+
+def add(folder: Path, site: str, public_key: Path | None = None) -> Path:
+    """Write the files of one more site; returns its folder.
+
+    public_key: of a key pair that the site made itself; without it one is made here. Raises ConfigError where the
+    folder was not made by `init`, or has such a site.
+    """
+    federation = recorded(folder)
+    _check_names([site])
+    existing = sorted((folder / "server" / "nodes").glob("*.pub"))
+    if public_key is not None:
+        read_public_key(public_key)
+    if (folder / "sites" / site).exists() or site in [path.stem for path in existing]:
+        raise ConfigError(f"{folder} has a site {site!r} already; nothing is written over")
+    return _write_site(folder, federation, site, len(existing), public_key)
+
+
+def recorded(folder: Path) -> Federation:
+    """What `init` was asked for. Raises ConfigError where the folder was not made by it."""
+    path = folder / RECORD
+    try:
+        return Federation.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `fedloom federation init {folder}` makes one") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def renew(folder: Path, days: int) -> Path:
+    """A new key and certificate for the server, for the same names; the old ones are kept as *.old."""
+    federation, server = recorded(folder), folder / "server"
+    hosts = [endpoint(federation.address, "address")[0], endpoint(federation.listen, "listen")[0]]
+    ca, ca_key = read_certificate(folder / "ca" / "ca.pem"), read_key(folder / "ca" / "ca.key")
+    key = new_key()
+    certificate = new_server(key, [*hosts, "localhost", "127.0.0.1"], ca, ca_key, days)
+    for name in ("server.pem", "server.key"):
+        os.replace(server / name, server / f"{name}.old")
+    _write(server / "server.pem", pem(certificate))
+    _write(server / "server.key", pem_key(key), 0o600)
+    return server / "server.pem"
+
+
+def endpoint(text: str, option: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[IPv6]:port". Raises ConfigError, which names the option, for anything else."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)):(\d{1,5})", text)
+    if not match or not 0 < int(match[3]) < 65536:
+        raise ConfigError(f"{option} {text}: expected host:port, such as fed.example.org:9443")
+    return match[1] or match[2], int(match[3])
+
+
+def _check_names(sites: Sequence[str]) -> None:
+    for name in sites:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise ConfigError(f"site {name!r}: expected up to 64 letters, digits, dots, dashes or underscores")
+    if len(set(sites)) != len(sites) or not sites:
+        raise ConfigError(f"sites {', '.join(sites) or 'none'}: expected one or more different names (--site NAME)")
+
+
+def _write_site(folder: Path, federation: Federation, name: str, number: int, public_key: Path | None = None) -> Path:
+    site = folder / "sites" / name
+    if public_key is None:
+        private, public = node_key(new_key())
+        _write(site / "node.key", private, 0o600)
+    else:
+        public = read_public_key(public_key)
+    _write(site / "node.pub", public)
+    _write(folder / "server" / "nodes" / f"{name}.pub", public)
+    _write(site / "ca.pem", (folder / "ca" / "ca.pem").read_bytes())
+    _write(site / RECORD, tomli_w.dumps(federation.model_copy(update={"data": "", "site_folder": ""}).model_dump()))
+    kept = federation.site_folder.replace("{site}", name) or str(site.absolute())
+    values = {
+        "name": name,
+        "address": federation.address,
+        "model": federation.model,
+        "data": federation.data.replace("{site}", name),
+        "folder": kept,
+        "node_port": str(FIRST_NODE_PORT + number),
+        "bin": str(Path(sys.executable).parent),
+    }
+    for file, mode in _SITE_FILES.items():
+        _write(site / file, _text(file, values), mode)
+    return site
+
+
+def _server_values(federation: Federation, server: Path, sites: Sequence[str]) -> dict[str, str]:
+    host, port = endpoint(federation.address, "--address")
+    listen_host, listen_port = endpoint(federation.listen, "--listen")
+    return {
+        "address": federation.address,
+        "host": host,
+        "port": str(port),
+        "listen": federation.listen,
+        "listen_host": listen_host,
+        "listen_port": str(listen_port),
+        "folder": str(server.absolute()),
+        "bin": str(Path(sys.executable).parent),
+        "model": federation.model,
+        "participants": ", ".join(json.dumps(name) for name in sites),
+        "quorum": str(max(1, len(sites) - 1)),
+    }
+
+
+def _text(name: str, values: Mapping[str, str]) -> str:
+    template = resources.files("fedloom.deploy") / "templates" / name
+    return _Text(template.read_text(encoding="utf-8")).substitute(values)
+
+
+def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """A new file of this mode from its first byte on; FileExistsError where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)

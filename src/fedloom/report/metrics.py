@@ -1,0 +1,91 @@
+"""A run as Prometheus reads it: the text format, for node_exporter's textfile collector or any file server.
+
+Nothing but the ledger is needed, so every engine has it, and a resumed run goes on counting where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedloom.ledger import Aggregation, Note, Roll, Row
+from fedloom.report.answers import answers
+from fedloom.report.numbers import MEAN, summarise
+
+FILE = "metrics.prom"
+"""Its name in a run's folder."""
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One name with its samples: (labels, value)."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[Labels, float]]
+
+    def lines(self) -> Iterable[str]:
+        """The text format, version 0.0.4."""
+        yield f"# HELP {self.name} {self.help}"
+        yield f"# TYPE {self.name} {self.kind}"
+        for labels, value in self.samples:
+            text = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
+            yield f"{self.name}{{{text}}} {_number(value)}"
+
+
+def prometheus(rows: Sequence[Row]) -> str:
+    """The whole file. Raises CheckpointError where the rows record no run."""
+    report, tallies = summarise(rows), answers(rows)
+    run, sums = report.run, report.totals
+    done = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
+    tries = sum(row.tries - 1 for row in rows if isinstance(row, Roll))
+    late = sum(len(row.late) for row in rows if isinstance(row, Roll))
+    notes = sum(isinstance(row, Note) for row in rows)
+    base = {"method": run.method}
+    sent = [
+        ({**base, "client": client, "direction": direction}, float(size))
+        for client, both in sums.by_client.items()
+        for direction, size in zip(("up", "down"), both, strict=True)
+    ]
+    scores = report.points[-1].scores if report.points else {}
+    losses = [({**base, "client": client}, held[-1]) for client, held in report.losses.items() if held]
+    metrics = (
+        Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, run.num_rounds)]),
+        Metric("fedloom_rounds_done_total", "counter", "The last round that was aggregated.", [(base, done)]),
+        Metric("fedloom_payload_bytes_total", "counter", "Bytes of payloads between server and clients.", sent),
+        Metric("fedloom_payloads_total", "counter", "Payloads sent either way.", [(base, sums.transfers)]),
+        Metric("fedloom_answers_total", "counter", "Updates that came in time.", _of(base, tallies, "answered")),
+        Metric("fedloom_failures_total", "counter", "Rounds asked in vain.", _of(base, tallies, "missed")),
+        Metric("fedloom_late_answers_total", "counter", "Updates that came too late.", [(base, late)]),
+        Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, tries)]),
+        Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, notes)]),
+        Metric("fedloom_training_loss", "gauge", "Mean loss of a client's last training.", losses),
+        Metric(
+            "fedloom_exact_match",
+            "gauge",
+            "Held-out exact match, 0 to 1, at the last evaluation.",
+            [({**base, "domain": domain}, score) for domain, score in scores.items() if domain != MEAN],
+        ),
+        Metric("fedloom_server_seconds_total", "counter", "Seconds of aggregation.", [(base, report.server_seconds)]),
+        Metric("fedloom_training_seconds_total", "counter", "Seconds of training.", [(base, report.train_seconds)]),
+    )
+    return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
+
+
+def _of(base: Labels, tallies: Mapping[str, object], key: str) -> list[tuple[Labels, float]]:
+    return [({**base, "client": client}, float(getattr(tally, key))) for client, tally in sorted(tallies.items())]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return f"{value:.0f}" if value == int(value) else repr(float(value))

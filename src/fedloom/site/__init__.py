@@ -1,0 +1,18 @@
+"""What runs at a site: the worker that holds model and data, the site's policy, and the record of what left.
+
+How the parts meet:
+
+    SITE.toml ─site.config.load→ SiteConfig          name, model, data, socket, state folder, [policy]
+    worker.serve(site)                               one long-lived process; requests come in over a unix socket
+      job arrives   → trail = audit.AuditTrail(site.state / "audit")      one record a site, for all its jobs
+                      policy.check_job(site.policy, method, modules, examples, trail.spent(job, round))
+      training      → rounds.client_turn(…, policy.guarded(site.policy, train, method.trainable), round)
+                      clipped and noised before the method selects or keeps anything: noise cannot be added later
+      turn is done  → policy.check_update(site.policy, payload, state.adapter, trail.spent(job, round))
+      before reply  → trail.record(payload, job, round, mu)  mu = site.policy.privacy.mu, or None without noise
+      any error     → policy.told_to_server(site.policy, error, reference) is all that leaves; its text stays in the log
+
+A payload that is asked for twice is sent from the state folder, never trained anew: fresh noise on the same data would
+be a second release. A job's residuals are kept apart by the policy's privacy settings, since those from rounds without
+noise are not covered.
+"""

@@ -1,0 +1,64 @@
+"""SITE.toml: what one site lends to federations, and on which conditions."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator
+
+from fedloom.config import Section
+from fedloom.configfile import explain
+from fedloom.errors import ConfigError
+from fedloom.site.policy import Policy
+
+PATHS = ("model", "data", "state", "socket", "token_file")
+"""Keys that are paths; those that are not absolute count from the folder of the file."""
+
+
+class SiteConfig(Section):
+    """One site. The server learns its name, its number of examples and the digest of its base model."""
+
+    name: str = Field(description="Name of the site, as the server's operator registered it.", examples=["bank"])
+    model: str = Field(description="Base model: a Hugging Face folder; every site and the server hold the same one.")
+    data: str = Field(description="Training examples: a JSONL or Parquet file, or a folder with train.jsonl.")
+    device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+    state: str = Field("./state", description="Folder for adapter, residuals, ledger and audit record of every job.")
+    socket: str = Field("./worker.sock", description="Unix socket on which the worker takes requests.")
+    token_file: str = Field(
+        "./worker.token", description="File with the secret that a request must show; made on first start, mode 0600."
+    )
+    socket_group: str | None = Field(
+        None,
+        description="Group that may use the socket and read the token, where the SuperNode runs as another user.",
+        examples=["fedloom-node"],
+    )
+    idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
+    policy: Policy = Policy()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise ValueError(f"{name!r} is no name; expected up to 64 letters, digits, dots, dashes or underscores")
+        return name
+
+
+def load(path: Path) -> SiteConfig:
+    """The site that a file describes, its paths made absolute. Raises ConfigError about the first key that is wrong."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `fedloom federation init` writes one for every site") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    for key in PATHS:
+        value = tree.get(key, SiteConfig.model_fields[key].default)
+        if isinstance(value, str):
+            tree[key] = os.path.normpath(path.absolute().parent / Path(value).expanduser())
+    try:
+        return SiteConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{explain(error)} ({path})") from None

@@ -1,0 +1,128 @@
+"""What the shim and the worker say to one another over the unix socket, and within Flower's messages.
+
+A parcel is a few named facts and any number of payloads. On the socket it is
+
+    magic "FLWK" | length of the head, 4 bytes, big-endian | head: JSON {"facts": …, "sizes": […]} | the payloads
+
+Every length is checked before anything of that length is read. This module loads no torch: the shim is started anew
+for every message.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedloom.errors import SiteError
+
+Fact: TypeAlias = str | int | float | bool | None
+MAGIC = b"FLWK"
+MOST_HEAD = 2**20
+MOST_PAYLOADS = 2**12
+MOST_BYTES = 2**33
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Named facts and payloads."""
+
+    facts: Mapping[str, Fact]
+    payloads: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the server asks of a site.
+
+    ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer) or
+    "deliver" (bring yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the
+    server's base weights; counted: the last round in which the server counted an update of this site, 0 if none.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    ask: Literal["hello", "turn", "deliver"]
+    job: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    settings: Annotated[str, Field(max_length=2**18)]
+    base: str
+    round: Annotated[int, Field(ge=0)] = 0
+    counted: Annotated[int, Field(ge=0)] = 0
+
+
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
+_SIZES: TypeAdapter[list[int]] = TypeAdapter(
+    Annotated[list[Annotated[int, Field(strict=True, ge=0, le=MOST_BYTES)]], Field(max_length=MOST_PAYLOADS)]
+)
+
+
+def request(facts: Mapping[str, Fact]) -> Request:
+    """The request that the facts of a parcel make. Raises SiteError if they make none."""
+    try:
+        return _REQUEST.validate_json(json.dumps(dict(facts)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SiteError(f"no request that a worker knows: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def sizes(found: object) -> list[int]:
+    """Lengths of payloads, as another party wrote them. Raises SiteError if they are none, or too many bytes."""
+    try:
+        lengths = _SIZES.validate_python(found)
+    except ValidationError as error:
+        raise SiteError(f"the lengths of payloads are wrong: {error.errors()[0]['msg']}") from None
+    if sum(lengths) > MOST_BYTES:
+        raise SiteError(f"payloads of {sum(lengths):,} bytes; at most {MOST_BYTES:,} are taken")
+    return lengths
+
+
+def cut(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...]:
+    """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
+    if sum(lengths) != len(content):
+        raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
+    view, ends, pieces = memoryview(content), 0, []
+    for length in lengths:
+        pieces.append(bytes(view[ends : ends + length]))
+        ends += length
+    return tuple(pieces)
+
+
+def send(connection: socket.socket, parcel: Parcel) -> None:
+    """Write one parcel."""
+    head = json.dumps({"facts": dict(parcel.facts), "sizes": [len(p) for p in parcel.payloads]}).encode()
+    if len(head) > MOST_HEAD:
+        raise SiteError(f"a head of {len(head):,} bytes; at most {MOST_HEAD:,} are allowed")
+    connection.sendall(MAGIC + struct.pack(">I", len(head)) + head)
+    for payload in parcel.payloads:
+        connection.sendall(payload)
+
+
+def receive(connection: socket.socket) -> Parcel:
+    """Read one parcel. Raises SiteError for anything that is none, ConnectionError where the other side hangs up."""
+    start = _take(connection, len(MAGIC) + 4)
+    (length,) = struct.unpack(">I", start[len(MAGIC) :])
+    if start[: len(MAGIC)] != MAGIC or length > MOST_HEAD:
+        raise SiteError("this is no parcel of fedloom's")
+    try:
+        head = json.loads(_take(connection, length))
+        facts, lengths = head["facts"], sizes(head["sizes"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SiteError("the head of a parcel cannot be read") from None
+    if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
+        raise SiteError("the facts of a parcel are no plain facts")
+    return Parcel(facts, tuple(bytes(_take(connection, size)) for size in lengths))
+
+
+def _take(connection: socket.socket, length: int) -> bytearray:
+    """Exactly so many bytes. Memory is taken as they arrive, not as they are announced."""
+    taken = bytearray()
+    while len(taken) < length:
+        piece = connection.recv(min(length - len(taken), 2**20))
+        if not piece:
+            raise ConnectionError("the other side hung up")
+        taken += piece
+    return taken

@@ -1,0 +1,45 @@
+"""Fixtures of the Flower tests; without the extra `flower` they are skipped, and say so."""
+
+from __future__ import annotations
+
+import pytest
+
+flwr = pytest.importorskip("flwr", reason="the extra `flower` is not installed: pip install 'fedloom[flower]'")
+
+
+@pytest.fixture
+def toy_federation(tmp_path, monkeypatch):
+    """play(grid's settings …) → the finished server and the grid, on made-up models."""
+    import desks
+
+    from fedloom.engines.flower import gathering, server
+    from fedloom.engines.flower.fleet import Fleet
+    from fedloom.events import Silent
+    from fedloom.runs import RunFolder
+
+    monkeypatch.setattr("fedloom.site.desk.assemble", desks.assemble)
+    monkeypatch.setattr("fedloom.engines.local.finish", lambda *arguments: None)
+    for module, name, value in (
+        (gathering, "POLL_SECONDS", 0.002),
+        (server, "POLL_SECONDS", 0.002),
+        (gathering, "LOOK_SECONDS", 0.01),
+    ):
+        monkeypatch.setattr(module, name, value)
+    grids = []
+
+    def play(*overrides, disturb=None, policies=None, grid=None, resume=False, out="run"):
+        config = desks.settings(*overrides)
+        if grid is None:
+            grid = desks.DeskGrid(config, tmp_path, disturb, policies or {})
+        grids.append(grid)
+        with RunFolder.open(tmp_path / out, config, resume=resume) as folder:
+            setup = desks.assemble(config, {name: [] for name in desks.SITES}, {})
+            base = server.weights_digest(config.model.path)
+            facts = {"job": server.job_id(folder.path / "job", resume), "base": base}
+            federation = server.Federation(setup, folder, Silent(), Fleet(grid, facts, desks.SITES))
+            federation.play(resume)
+        return federation, grid
+
+    yield play
+    for grid in grids:
+        grid.close()

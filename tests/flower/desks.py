@@ -1,0 +1,154 @@
+"""A federation without processes: the ServerApp's rounds against real desks, over a grid that tests can disturb.
+
+Model and training are made up (tests/toy.py), so that a round takes milliseconds; everything else is the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+import toy
+from fedloom.adapters import AdapterSettings
+from fedloom.config import Config
+from fedloom.configfile import dump, load
+from fedloom.data import Example
+from fedloom.engines.flower import client
+from fedloom.engines.flower.payload import pack, unpack
+from fedloom.methods import build
+from fedloom.rounds import Train
+from fedloom.setup import Setup, Site
+from fedloom.site.config import SiteConfig
+from fedloom.site.desk import Desk
+from fedloom.site.policy import Policy
+from fedloom.site.protocol import Parcel
+from fedloom.tokens import Prepared
+
+TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbed"
+SITES = ("bank", "depot", "lab")
+SHORT = (
+    "federation.num_rounds=3",
+    f"federation.participants={list(SITES)}",
+    "flower.deadline=1.5",
+    "flower.retries=1",
+    "data.heldout=null",
+)
+LOST = Error(5, "the node is unavailable")
+LATE = object()
+
+
+def settings(*overrides: str) -> Config:
+    return load(TESTBED / "demo.toml", [*SHORT, *overrides])
+
+
+def site(name: str, folder: Path, policy: Policy | None = None) -> SiteConfig:
+    return SiteConfig(
+        name=name,
+        model=str(TESTBED / "model"),
+        data=str(examples(folder)),
+        device="cpu",
+        state=str(folder / name),
+        socket=str(folder / f"{name}.sock"),
+        token_file=str(folder / f"{name}.token"),
+        policy=policy or Policy(),
+    )
+
+
+def examples(folder: Path) -> Path:
+    """A file of data that is quick to read; the made-up step does not look at it."""
+    path = folder / "examples.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    return path
+
+
+class ToySetup(Setup):
+    """A setup whose training step is a seeded random change."""
+
+    def train(self, client: str) -> Train:
+        return toy.trainer(self.job.method)
+
+    def evaluate(self, state: object) -> dict:
+        return {}
+
+
+def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, manifest: object = None) -> ToySetup:
+    """Stands for setup.assemble."""
+    job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
+    adapter = AdapterSettings(r=toy.RANK)
+    sites = {name: Site(adapter, toy.ranks(toy.RANK), Prepared(tuple(held), 0)) for name, held in texts.items()}
+    return ToySetup(config, job, None, adapter, toy.initial(), sites, {}, None, "toy")
+
+
+@dataclass
+class FakeNode:
+    node_id: int
+    desk: Desk
+    status: str = "online"
+    name: str = ""
+    last_activated_at: str = "first start"
+
+
+Disturb = Callable[[FakeNode, str, int, Parcel], object]
+
+
+@dataclass
+class DeskGrid:
+    """What Flower would carry is handed over here.
+
+    disturb(node, ask, round, reply) says what becomes of a reply: the same or another parcel, an Error, None (it is
+    lost), LATE (it arrives in the next round) or anything else (it arrives as it is).
+    """
+
+    config: Config
+    folder: Path
+    disturb: Disturb | None = None
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    nodes: list[FakeNode] = field(default_factory=list)
+    arriving: list[tuple[int, str, Message]] = field(default_factory=list)
+    round: int = 0
+    log: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's runtime sets
+        for number, name in enumerate(SITES, start=101):
+            self.nodes.append(FakeNode(number, Desk(site(name, self.folder, self.policies.get(name)))))
+
+    def node(self, name: str) -> FakeNode:
+        return next(node for node in self.nodes if node.desk.site.name == name)
+
+    def get_nodes(self) -> list[FakeNode]:
+        return [FakeNode(**vars(node)) for node in self.nodes]
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        return [self.handed(message) for message in messages]
+
+    def handed(self, message: Message) -> str:
+        identifier = message.object_id
+        message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
+        node = next(node for node in self.nodes if node.node_id == message.metadata.dst_node_id)
+        facts = unpack(message.content).facts
+        asked = (str(facts["ask"]), int(facts["round"]))
+        self.log.append((node.desk.site.name, *asked))
+        context = Context(1, node.node_id, {}, RecordDict(), {"settings": dump(self.config)})
+        reply = client.relay(message, context, lambda parcel, _: node.desk.answer(parcel))
+        outcome = self.disturb(node, *asked, unpack(reply.content)) if self.disturb else "as it is"
+        if isinstance(outcome, Parcel | Error):
+            reply = Message(pack(outcome) if isinstance(outcome, Parcel) else outcome, reply_to=message)
+        if outcome is not None:
+            self.arriving.append((asked[1] + (outcome is LATE), identifier, reply))
+        self.round = asked[1]
+        return identifier
+
+    def pull_messages(self, message_ids: list[str]) -> list[Message]:
+        due = [item for item in self.arriving if item[0] <= self.round and item[1] in message_ids]
+        self.arriving = [item for item in self.arriving if item not in due]
+        return [reply for _, _, reply in due]
+
+    def close(self) -> None:
+        for node in self.nodes:
+            if node.desk.place is not None:
+                node.desk.place.store.close()  # release() would also collect the garbage of a whole test session

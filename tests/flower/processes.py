@@ -1,0 +1,62 @@
+"""The loopback federation as tests use it: three sites, one stranger, and kill -9."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import psutil
+from desks import SITES, TESTBED
+
+from fedloom.bench.loopback import PATIENCE, Loopback
+from fedloom.config import Config
+from fedloom.configfile import load
+from fedloom.engines.flower import launch
+
+STRANGER = "stranger"
+
+
+class Processes(Loopback):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"))
+
+    def settings(self) -> Config:
+        own = [
+            "federation.num_rounds=3",
+            "federation.eval_every=0",
+            f"federation.participants={list(SITES)}",
+            "training.max_steps=12",
+            "output.keep_payloads=true",
+            f"flower.deadline={PATIENCE}",
+            "flower.min_replies=3",
+            "data.heldout=null",
+        ]
+        return load(TESTBED / "demo.toml", [*own, *self.overrides()])
+
+    def said(self, name: str, words: str) -> int:
+        """How often a process has said these words."""
+        return self.log(name).read_text(errors="replace").count(words) if self.log(name).exists() else 0
+
+    def submit(self, out: Path, *, resume: bool = False) -> list[object]:
+        """Hand a run in from a thread; the list gets its end, a state or an error."""
+        ended: list[object] = []
+
+        def wait() -> None:
+            try:
+                ended.append(launch.run(self.settings(), out, resume=resume))
+            except Exception as error:  # the test looks at it
+                ended.append(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return ended
+
+    def kill(self, name: str) -> None:
+        """kill -9, the process alone: what it started has to notice by itself."""
+        process = self.started.pop(name)
+        process.kill()
+        process.wait(30)
+
+    def child(self, name: str, words: str) -> psutil.Process | None:
+        """The process that `name` started, directly or not, with these words in its command line."""
+        found = psutil.Process(self.started[name].pid).children(recursive=True)
+        return next((child for child in found if any(words in part for part in child.cmdline())), None)

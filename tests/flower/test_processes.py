@@ -1,0 +1,144 @@
+"""Real processes, TLS, node keys: kill -9 anywhere, and the run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from desks import SITES
+from processes import STRANGER, Processes
+
+from fedloom.bench.loopback import free_ports, until
+from fedloom.engines.flower import launch
+from fedloom.engines.local import run
+from fedloom.ledger import Training, read
+
+pytestmark = pytest.mark.flower
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(tmp_path_factory.mktemp("f"))
+    try:
+        processes.everything(processes.settings(), SITES)
+        yield processes
+    finally:
+        processes.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(federation: Processes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The local engine's run with the same settings: everybody answers in every round."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    run(federation.settings(), folder)
+    return folder
+
+
+def same(one: Path, other: Path) -> None:
+    """The same adapter and, whatever was sent twice, the same payloads."""
+    file = "adapter/adapter_model.safetensors"
+    assert (one / file).read_bytes() == (other / file).read_bytes()
+    payloads = [{path.name: path.read_bytes() for path in (run / "payloads").iterdir()} for run in (one, other)]
+    assert payloads[0] == payloads[1]
+
+
+def trained_once_a_round(federation: Processes, out: Path) -> None:
+    """No turn is in a site's own ledger twice."""
+    job = (out / "job").read_text()
+    for site in SITES:
+        rows = read(federation.folder / "fed/sites" / site / "state/jobs" / job / "ledger.jsonl")
+        assert [row.round for row in rows if isinstance(row, Training)] == [1, 2, 3], site
+
+
+def during(ended: list[object], condition: Callable[[], object], what: str) -> None:
+    """Wait for something in a run that goes on meanwhile."""
+    until(lambda: ended or condition(), what)
+    assert not ended, ended[0]
+
+
+def ended_well(ended: list[object]) -> None:
+    until(lambda: ended, "the end of the run")
+    assert isinstance(ended[0], launch.RunState), ended[0]
+
+
+def test_a_worker_killed_mid_step_costs_nothing_but_time(federation: Processes, undisturbed: Path, tmp_path: Path):
+    ended = federation.submit(tmp_path / "run")
+    during(ended, lambda: federation.said("worker-lab", "round 2: training"), "the second round")
+    federation.kill("worker-lab")
+    assert federation.said("worker-lab", "turn answered") == 1, "the kill came after the step"
+    federation.worker("lab")
+    ended_well(ended)
+    same(tmp_path / "run", undisturbed)
+    trained_once_a_round(federation, tmp_path / "run")
+
+
+def test_who_is_not_registered_or_does_not_speak_tls_is_refused(federation: Processes):
+    stranger = federation.supernode(STRANGER)
+    plain = federation.start(
+        "plain", "flower-supernode", "--insecure", "--superlink", federation.address, "--max-retries", "1",
+        "--port", str(free_ports(1)[0]),
+    )  # fmt: skip
+    with pytest.raises(httpx.HTTPError):
+        httpx.post(f"http://{federation.address}/v1/fleet/pull-messages", timeout=20)
+    until(lambda: stranger.poll() is not None and plain.poll() is not None, "the end of both")
+    assert stranger.returncode != 0 and plain.returncode != 0
+    assert federation.said(f"node-{STRANGER}", "Failed to initialize the connection")
+    assert not federation.said("plain", "SuperNode ID")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["supernode", "serverapp", "superlink"])
+def test_kill_anything_and_the_run_ends_with_the_same_bits(
+    federation: Processes, undisturbed: Path, tmp_path: Path, victim: str, capsys: pytest.CaptureFixture
+):
+    began, out = time.monotonic(), tmp_path / "run"
+    ended = federation.submit(out)
+    outcome = {"supernode": kill_supernode, "serverapp": kill_serverapp, "superlink": kill_superlink}[victim](
+        federation, out, ended
+    )
+    ended_well(outcome)
+    same(out, undisturbed)
+    trained_once_a_round(federation, out)
+    with capsys.disabled():
+        print(f"\n{victim} killed: the same adapter and payloads after {time.monotonic() - began:.0f} s")
+
+
+def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> list[object]:
+    """Mid-round. Flower lets the node back in once it has missed its heartbeats, after up to a minute."""
+    before = federation.said("worker-depot", "round 2: training")
+    during(ended, lambda: federation.said("worker-depot", "round 2: training") > before, "the second round")
+    federation.kill("node-depot")
+
+    def back() -> bool:
+        process = federation.started.get("node-depot")
+        if process is None or process.poll() is not None:
+            federation.supernode("depot")
+        return bool(ended)
+
+    until(back, "the end of the run")
+    return ended
+
+
+def kill_serverapp(federation: Processes, out: Path, ended: list[object]) -> list[object]:
+    """After round 2; the run is submitted again."""
+    during(ended, (out / "checkpoints/round-00002.safetensors").exists, "the second round")
+    app = federation.child("superlink", "flwr-serverapp")
+    assert app is not None and not (out / "adapter").exists()
+    app.kill()
+    until(lambda: not app.is_running() or app.status() == "zombie", "the server app's end")
+    return federation.submit(out, resume=True)
+
+
+def kill_superlink(federation: Processes, out: Path, ended: list[object]) -> list[object]:
+    """After round 1, and with it the server app; both come back."""
+    during(ended, (out / "checkpoints/round-00001.safetensors").exists, "the first round")
+    app = federation.child("superlink", "flwr-serverapp")
+    assert app is not None
+    federation.kill("superlink")
+    until(lambda: not app.is_running() or app.status() == "zombie", "the server app's end")
+    until(lambda: not federation.listening(), "the SuperLink's end")
+    federation.superlink()
+    return federation.submit(out, resume=True)

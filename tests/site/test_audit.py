@@ -1,0 +1,133 @@
+"""Everything that left is on record, and a record that was touched is found out."""
+
+import io
+import json
+import math
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedloom.errors import AuditError
+from fedloom.inspection import described
+from fedloom.site.audit import FIRST, AuditTrail
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def trail(tmp_path):
+    made = AuditTrail(tmp_path / "audit")
+    for number in range(4):
+        made.record(bytes([number]) * (10 + number), "job-a", number // 2 + 1, None, NOON + timedelta(hours=8 * number))
+    return made
+
+
+def rewritten(trail, change):
+    lines = [json.loads(text) for text in trail.path.read_text().splitlines()]
+    change(lines)
+    trail.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_lines_name_the_payload_and_the_line_before(trail):
+    lines, moved = trail.verify()
+    assert [line.bytes for line in lines] == [10, 11, 12, 13] and not moved
+    assert [line.previous for line in lines] == [FIRST, *(line.digest for line in lines[:-1])]
+    assert (trail.folder / "payloads" / lines[2].payload).read_bytes() == b"\x02" * 12
+    assert trail.path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[1].update(bytes=1),
+        lambda lines: lines[3].update(round=9),
+        lambda lines: lines[0].update(mu=0.5),
+        lambda lines: lines.pop(0),
+        lambda lines: lines.pop(2),
+        lambda lines: lines.insert(1, dict(lines[0])),
+        lambda lines: lines.reverse(),
+        lambda lines: lines[2].update(digest=lines[1]["digest"]),
+        lambda lines: lines[2].pop("time"),
+        lambda lines: lines[2].update(note="nothing to see"),
+    ],
+)
+def test_an_altered_record_is_found_out_and_not_written_on(trail, change):
+    rewritten(trail, change)
+    with pytest.raises(AuditError, match=r"audit\.jsonl"):
+        trail.verify()
+    with pytest.raises(AuditError):
+        trail.record(b"more", "job-a", 3, None)
+    with pytest.raises(AuditError):
+        trail.spent("job-a", 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_is_found_out(tmp_path_factory, data):
+    trail = AuditTrail(tmp_path_factory.mktemp("audit"))
+    for number in range(3):
+        trail.record(b"x" * number, "job", number, 0.5, NOON)
+    content = bytearray(trail.path.read_bytes())
+    # The newline at the end is left out: a line without it counts as cut short by a crash, as a missing one would.
+    place = data.draw(st.integers(0, len(content) - 2))
+    content[place] ^= data.draw(st.integers(1, 255))
+    trail.path.write_bytes(content)
+    with suppress(AuditError):
+        assert [line.bytes for line in trail.verify()[0]] == [0, 1, 2] and _same_meaning(content)
+
+
+def _same_meaning(content):
+    """JSON allows some bytes to differ, such as a tab for a space; the fields must then be those written."""
+    rows = [json.loads(text) for text in bytes(content).splitlines()]
+    return [(row["job"], row["round"], row["mu"]) for row in rows] == [("job", number, 0.5) for number in range(3)]
+
+
+def test_an_altered_payload_is_found_out_and_one_moved_away_is_told(trail):
+    lines, _ = trail.verify()
+    kept = trail.folder / "payloads" / lines[1].payload
+    kept.rename(trail.folder.parent / "elsewhere")
+    assert trail.verify()[1] == [lines[1]]
+    kept.write_bytes(b"something else")
+    with pytest.raises(AuditError, match="round 1 of job job-a"):
+        trail.verify()
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(trail):
+    whole = trail.path.read_bytes()
+    trail.path.write_bytes(whole[:-5])
+    assert len(trail.lines()) == 3
+    trail.record(b"again", "job-b", 1, None, NOON)
+    assert [line.job for line in trail.verify()[0]] == ["job-a"] * 3 + ["job-b"]
+
+
+def test_bytes_of_a_round_and_of_the_last_day_are_counted(trail):
+    spent = trail.spent("job-a", 2, NOON + timedelta(hours=25))
+    assert (spent.bytes_round, spent.bytes_day, spent.mu_squared) == (25, 36, 0.0)
+    assert trail.spent("job-b", 2, NOON + timedelta(days=9)).bytes_day == 0
+
+
+def test_a_payload_sent_twice_costs_its_privacy_once(tmp_path):
+    trail = AuditTrail(tmp_path)
+    for payload in (b"one", b"one", b"two"):
+        trail.record(payload, "job", 1, 0.5)
+    spent = trail.spent("job", 1)
+    assert spent.bytes_round == 9 and math.isclose(spent.mu_squared, 0.5)
+
+
+def test_nothing_leaves_where_it_cannot_be_recorded(tmp_path):
+    (tmp_path / "audit").write_text("a file where the folder should be")
+    with pytest.raises(AuditError, match="nothing leaves"):
+        AuditTrail(tmp_path / "audit").record(b"x", "job", 1, None)
+
+
+def test_inspect_shows_the_record_and_what_the_noise_is_worth(trail):
+    trail.record(b"noisy", "job-b", 1, 0.5, NOON)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(described(trail.folder))
+    text = console.export_text()
+    assert "job-a" in text and "46" in text and trail.lines()[-1].digest in text
+    assert "μ = 0.5" in text and "4 payloads left without noise" in text

@@ -1,0 +1,242 @@
+"""A site's rules hold against whatever the server asks for and whatever a turn produces."""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import toy
+from fedloom.errors import NumericError, PolicyRefusal
+from fedloom.methods import build
+from fedloom.rounds import Trained, client_turn, start
+from fedloom.site.policy import Policy, Spent, check_job, check_update, guarded, told_to_server
+from fedloom.site.privacy import Privacy, epsilon, norm, normal, released
+from fedloom.tensors import dense, floats
+from fedloom.wire import Header, Message, decode, encode
+
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+
+
+def refused(public: str, call) -> str:
+    with pytest.raises(PolicyRefusal) as caught:
+        call()
+    assert public in caught.value.public
+    return str(caught.value)
+
+
+def turn(policy, name="fedsrd", *, train=None, **settings):
+    method = build(name, settings)
+    job = toy.job(method)
+    step = guarded(policy, train or toy.trainer(method), method.trainable)
+    state = start(job, toy.initial(), toy.ranks(toy.RANK))
+    return state, client_turn(job, "ada", state, [], step, 1)
+
+
+def test_without_rules_nothing_is_refused_or_changed():
+    policy = Policy()
+    check_job(policy, "fedit", MODULES, 1, Spent(10**12, 10**12, 1e9))
+    state, guarded_turn = turn(policy)
+    method = build("fedsrd")
+    plain = client_turn(toy.job(method), "ada", state, [], toy.trainer(method), 1)
+    assert guarded_turn.payload == plain.payload
+    check_update(policy, guarded_turn.payload, state.adapter, Spent())
+
+
+def test_methods_and_modules_outside_the_lists_are_refused_by_name():
+    policy = Policy(methods=("fedsrd",), modules=("q_proj", "*.mlp.*"))
+    check_job(policy, "fedsrd", MODULES, 5, Spent())
+    refused("method 'fedit' is not allowed", lambda: check_job(policy, "fedit", MODULES, 5, Spent()))
+    odd = [*MODULES, "lm_head"]
+    refused("module lm_head is not allowed", lambda: check_job(policy, "fedsrd", odd, 5, Spent()))
+
+
+def test_reasons_that_rest_on_data_stay_at_the_site():
+    policy = Policy(min_examples=50, max_update_norm=1e-3)
+    reason = refused("refused by the site's policy", lambda: check_job(policy, "fedit", MODULES, 17, Spent()))
+    assert "17" in reason
+    with pytest.raises(PolicyRefusal) as caught:
+        turn(policy)
+    assert caught.value.public == "refused by the site's policy" and "norm" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["max_bytes_round", "max_bytes_day"])
+def test_bytes_are_counted_with_those_that_left_before(key):
+    state, done = turn(Policy())
+    size = len(done.payload)
+    policy = Policy(**{key: str(3 * size)})
+    used = {"max_bytes_round": "bytes_round", "max_bytes_day": "bytes_day"}[key]
+    check_update(policy, done.payload, state.adapter, Spent(**{used: 2 * size}))
+    over = Spent(**{used: 2 * size + 1})
+    refused(f"{key} is used up", lambda: check_update(policy, done.payload, state.adapter, over))
+    refused(f"{key} is used up", lambda: check_job(policy, "fedit", [], 1, Spent(**{used: 3 * size})))
+
+
+def message(kind="update", **entries):
+    return encode(Message(Header(kind, "fedsrd", 1, 0, "0" * 32, num_examples=1), entries))
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (message("state", **{"layers.0.q_proj/A": dense(torch.zeros(4, 10))}), "kind 'state'"),
+        (message(**{"lm_head/A": dense(torch.zeros(4, 10))}), "lm_head/A"),
+        (message(**{"layers.0.q_proj/frozen_A": dense(torch.zeros(4, 10))}), "frozen_A"),
+        (message(**{"layers.0.q_proj/A": dense(torch.zeros(5, 10))}), "(5, 10)"),
+    ],
+)
+def test_only_updates_of_the_adapter_leave(payload, said):
+    assert said in refused("policy", lambda: check_update(Policy(), payload, toy.initial(), Spent()))
+
+
+def test_a_diverged_change_is_beyond_any_norm():
+    def diverged(state, round, seed):
+        return Trained(state.adapter.map(lambda pair: type(pair)(pair.A * math.nan, pair.B)), 5, 1.0)
+
+    with pytest.raises(PolicyRefusal, match="norm nan"):
+        turn(Policy(max_update_norm=1e9), train=diverged)
+
+
+def test_error_texts_are_withheld_unless_the_site_says_otherwise():
+    error = NumericError("patient 4711 made the loss explode")
+    assert "4711" not in told_to_server(Policy(), error, "ab12") and "ab12" in told_to_server(Policy(), error, "ab12")
+    assert "4711" in told_to_server(Policy(scrub_errors=False), error, "ab12")
+    refusal = PolicyRefusal("17 examples", "refused by the site's policy")
+    assert "17" not in told_to_server(Policy(scrub_errors=False), refusal, "ab12")
+
+
+def test_the_server_can_be_told_a_fixed_number_of_examples():
+    _, done = turn(Policy(declared_examples=1000))
+    assert decode(done.payload).header.num_examples == 1000
+
+
+NOISY = Policy(privacy=Privacy(clip_norm=0.5, noise_multiplier=1.0))
+
+
+def test_what_leaves_is_clipped_and_has_the_noise_that_was_promised():
+    change = {"A": torch.full((300, 100), 1.0), "B": torch.full((200, 100), -2.0)}
+    privacy = Privacy(clip_norm=0.5, noise_multiplier=2.0)
+    noisy = released(change, privacy)
+    size = norm(change)
+    rest = torch.cat([(noisy[name] - change[name] * 0.5 / size).flatten() for name in change])
+    assert float(rest.std()) == pytest.approx(1.0, rel=0.02)
+    assert abs(float(rest.mean())) < 0.02
+    assert float((rest.abs() > 3.0).double().mean()) == pytest.approx(0.0027, rel=0.3)
+
+
+def test_a_small_change_is_not_scaled_up_and_a_diverged_one_says_nothing():
+    privacy = Privacy(clip_norm=1e6, noise_multiplier=1e-12)
+    small = {"A": torch.full((3, 4), 0.25)}
+    assert torch.allclose(released(small, privacy)["A"], small["A"], atol=1e-4)
+    diverged = released({"A": torch.tensor([1.0, math.nan, math.inf])}, privacy)["A"]
+    assert torch.isfinite(diverged).all() and diverged.abs().max() < 1e-4
+
+
+def test_noise_is_fresh_every_time_and_does_not_follow_from_the_seeds_that_the_server_knows():
+    torch.manual_seed(0)
+    first = turn(NOISY)[1].payload
+    torch.manual_seed(0)
+    assert turn(NOISY)[1].payload != first
+    assert not torch.equal(normal(8), normal(8))
+    assert normal(0).numel() == 0 and normal(7).numel() == 7
+
+
+def test_the_loss_is_withheld_with_noise():
+    assert math.isnan(turn(NOISY)[1].trained.loss)
+    assert turn(Policy())[1].trained.loss == 1.0
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedsrd", "fed-dare"])
+def test_all_that_a_turn_leaves_behind_depends_on_data_through_the_noise_alone(name, monkeypatch):
+    """With the noise fixed and as large as the clip, two data sets whose clipped changes agree give equal bytes and
+    equal residuals, although selection, rescaling and residuals looked at the change."""
+    monkeypatch.setattr("fedloom.site.privacy.normal", lambda count: torch.linspace(-1, 1, count, dtype=torch.float64))
+    settings = {"client_residual": 0.9} if name == "fedsrd" else {}
+    method = build(name, settings)
+
+    def scaled(size, state, round, seed):
+        return toy.step(state, round, 11, size=size, parts=method.trainable(round))
+
+    tight = Policy(privacy=Privacy(clip_norm=1e-9, noise_multiplier=1e9), declared_examples=10)
+    first, second = (turn(tight, name, train=partial(scaled, size), **settings)[1] for size in (0.1, 40.0))
+    assert first.payload == second.payload
+    assert first.state.memory.keys() == second.state.memory.keys()
+    assert all(torch.equal(first.state.memory[key], second.state.memory[key]) for key in first.state.memory)
+
+
+def test_factors_that_a_round_does_not_train_get_no_noise():
+    state, done = turn(NOISY, "ffa")
+    after = done.trained.adapter
+    for module, pair in state.adapter.items():
+        assert torch.equal(after[module].A, pair.A) and not torch.equal(after[module].B, pair.B)
+
+
+def test_selection_happens_after_the_noise():
+    """A change with one large element: sent alone if selection saw it, drowned in large noise if it sees the noise."""
+
+    def one(state, round, seed):
+        def moved(pair):
+            b = pair.B.clone()
+            b[0, 0] += 1.0
+            return type(pair)(pair.A, b)
+
+        return Trained(state.adapter.map(moved), 5, 1.0)
+
+    loud = Policy(privacy=Privacy(clip_norm=1.0, noise_multiplier=1e6))
+    entries = decode(turn(loud, train=one)[1].payload).entries
+    spread = torch.cat([floats(entry.values) for entry in entries.values()])
+    assert (spread.abs() > 1e3).all() and len(spread) > 5
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rounds", "delta", "expected"),
+    [(1.0, 1, 1e-5, 9.9973), (2.0, 20, 1e-6, 30.5789), (10.0, 100, 1e-6, 10.9972), (0.5, 1, 1e-5, 24.3816)],
+)
+def test_epsilon_is_that_of_an_accountant(sigma, rounds, delta, expected):
+    """Expected: dp-accounting 0.6.0, PLDAccountant of GaussianDpEvent(sigma / 2) composed `rounds` times."""
+    privacy = Privacy(clip_norm=3.0, noise_multiplier=sigma)
+    assert epsilon(math.sqrt(rounds) * privacy.mu, delta) == pytest.approx(expected, rel=1e-3)
+
+
+def test_epsilon_at_the_edges():
+    assert epsilon(0.0, 1e-6) == 0.0
+    assert epsilon(1e-9, 1e-6) == 0.0
+    assert 30 < epsilon(5.0, 1e-6) < epsilon(5.0, 1e-9) < epsilon(6.0, 1e-9)
+    assert epsilon(60.0, 1e-6) > 1800 and math.isfinite(epsilon(1e6, 1e-6))
+    assert epsilon(1.0, sys.float_info.min) > epsilon(1.0, 1e-300)
+
+
+def test_nothing_more_leaves_once_epsilon_is_used_up():
+    privacy = Privacy(clip_norm=1.0, noise_multiplier=10.0, delta=1e-6, max_epsilon=4.0)
+    policy = Policy(privacy=privacy)
+    possible = 0
+    while possible < 100:
+        try:
+            check_job(policy, "fedit", MODULES, 5, Spent(mu_squared=possible * privacy.mu**2))
+        except PolicyRefusal as refusal:
+            assert "privacy budget" in refusal.public
+            break
+        possible += 1
+    assert 0 < possible < 100
+    assert epsilon(math.sqrt(possible) * privacy.mu, 1e-6) <= 4.0 < epsilon(math.sqrt(possible + 1) * privacy.mu, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_bytes_day": "a lot"},
+        {"max_bytes_round": "0"},
+        {"min_examples": 0},
+        {"unknown": 1},
+        {"methods": []},
+        {"privacy": {"clip_norm": 0.0, "noise_multiplier": 1.0}},
+        {"privacy": {"clip_norm": 1.0, "noise_multiplier": math.inf}},
+        {"privacy": {"clip_norm": 1.0}},
+        {"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1.0}},
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Policy.model_validate(wrong)
