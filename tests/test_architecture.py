@@ -18,8 +18,8 @@ LAYERS = """
     wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger serverlog report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
-    runs clients setup export merge site engines pace compare tune deploy bench estimate progress status inspection
-    cli __main__
+    runs clients setup export merge site engines pace compare tune deploy bench estimate studies progress status
+    inspection cli __main__
 """
 ORDER = list(LAYERS.split())
 """A module may import those before it, and those of its own package."""
@@ -29,7 +29,7 @@ DOORS = {
     "flwr": {"engines/flower"},
     "ray": {"engines/flower"},
     "matplotlib": {"report/figure.py"},
-    "typer": {"cli.py", "bench/commands.py", "deploy/commands.py", "merge/command.py"},
+    "typer": {"cli.py", "bench/commands.py", "deploy/commands.py", "merge/command.py", "studies/commands.py"},
     "datasets": {"data.py"},
 }
 """Library → the only files that may import it."""

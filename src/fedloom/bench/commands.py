@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fedloom.errors import ConfigError
+from fedloom.testbed import testbed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,8 +127,8 @@ def turn_command(
     from fedloom.bench import turn
     from fedloom.configfile import load
 
-    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
-        result = turn.run(load(config or testbed / "demo.toml"), repeats=repeats)
+    with testbed() as folder:
+        result = turn.run(load(config or folder / "demo.toml"), repeats=repeats)
     show(result, turn.tables, as_json)
 
 
@@ -175,8 +175,8 @@ def crowd_command(
         f"method.name={method}",
         *(settings or []),
     ]
-    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
-        show(crowd.run(load(testbed / "demo.toml", wanted)), crowd.tables, as_json)
+    with testbed() as folder:
+        show(crowd.run(load(folder / "demo.toml", wanted)), crowd.tables, as_json)
 
 
 @app.command("catchup")
@@ -193,12 +193,12 @@ def catchup_command(
     from fedloom.bench import catchup
     from fedloom.configfile import load
 
-    with resources.as_file(resources.files("fedloom") / "testbed") as testbed:
+    with testbed() as folder:
         runs = {}
         for spec in words(methods):
             name, _, preset = spec.partition(":")
             own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
-            runs[spec] = load(testbed / "demo.toml", [f"federation.num_rounds={rounds}", *own])
+            runs[spec] = load(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
         show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
 
 

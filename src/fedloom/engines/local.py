@@ -12,7 +12,7 @@ from pathlib import Path
 from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot
 from fedloom.config import Config
-from fedloom.engines.roster import Roster
+from fedloom.engines.roster import Held, Roster
 from fedloom.errors import NumericError
 from fedloom.events import Observer, RunFacts, RunSummary, Silent
 from fedloom.export import finish
@@ -70,7 +70,7 @@ class Simulation:
         self.folder = folder
         self.observer = observer
         self.server: State = start(setup.job, setup.initial)
-        self.clients = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
+        self.clients: Held = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
         self.archive = Archive()
         self.round = 0
 
@@ -175,14 +175,20 @@ class Simulation:
         return turn.payload
 
     def download(self, client: str, round: int) -> int:
-        """Bring the client in step with the server; the bytes that it received are recorded, and returned."""
-        state, ranks = self.clients[client], self.setup.sites[client].ranks
-        payloads = self.archive.needed(self.setup.job, self.server, state.version, ranks, round)
+        """Bring the client in step with the server; returns the bytes that it received."""
+        state, payloads = self.clients[client], self.missed(client, round)
         for payload in payloads:
-            self.folder.transfer(round, client, "down", payload)
             state = accept(self.setup.job, state, payload)
         self.clients.hold(client, state)
         return sum(map(len, payloads))
+
+    def missed(self, client: str, round: int) -> list[bytes]:
+        """What brings the client in step with the server, recorded as sent."""
+        version, ranks = self.clients[client].version, self.setup.sites[client].ranks
+        payloads = self.archive.needed(self.setup.job, self.server, version, ranks, round)
+        for payload in payloads:
+            self.folder.transfer(round, client, "down", payload)
+        return payloads
 
     def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
         """The server's turn, recorded."""

@@ -1,4 +1,4 @@
-"""The states of many simulated clients, in little memory.
+"""What an engine knows of its clients' states; and the states of many simulated clients, in little memory.
 
 Clients that hold the same version hold the same tensors, once. What a client holds that is further back than broadcasts
 reach is not kept at all: it will be sent the full state, which replaces everything but its ranks and its own memory.
@@ -6,6 +6,7 @@ reach is not kept at all: it will be sent the full state, which replaces everyth
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -18,8 +19,20 @@ from fedloom.rounds import Job, start
 Ranks = tuple[tuple[str, int], ...]
 
 
-class Roster(Mapping[str, State]):
-    """Client → its state."""
+class Held(Mapping[str, State]):
+    """Client → what is known of its state."""
+
+    @abstractmethod
+    def hold(self, client: str, state: State) -> None:
+        """The client now holds `state`."""
+
+    @abstractmethod
+    def forget(self, oldest: int) -> None:
+        """Let go of what is held at versions before `oldest`, which only a full state can bring forward."""
+
+
+class Roster(Held):
+    """Every client's whole state. What clients hold alike is kept once."""
 
     def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
         kinds: dict[Ranks, Ranks] = {}
@@ -39,12 +52,12 @@ class Roster(Mapping[str, State]):
         return len(self._states)
 
     def hold(self, client: str, state: State) -> None:
-        """The client now holds `state`; its tensors are those of another client at the same point, where equal."""
+        """Its tensors are those of another client at the same point, where they are equal."""
         found = self._shared.setdefault((state.version, self._kinds[client]), replace(state, memory={}))
         self._states[client] = replace(found, memory=state.memory) if same(found, state) else state
 
     def forget(self, oldest: int) -> None:
-        """Let go of what is held at versions before `oldest`, which only a full state can bring forward."""
+        """What is let go of leaves version, digest and memory."""
         self._shared = {key: state for key, state in self._shared.items() if key[0] >= oldest}
         for client, state in self._states.items():
             first = self._start[self._kinds[client]]

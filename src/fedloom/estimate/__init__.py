@@ -59,14 +59,15 @@ def preset_case(
 
 def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
-    from fedloom import peft_bridge, setup
+    from fedloom import peft_bridge
     from fedloom.base_model import empty_base
+    from fedloom.clients import adapter_settings
     from fedloom.compare import clients
 
     base = empty_base(config.model.path)
-    shared = peft_bridge.resolve(base, setup.adapter_settings(config.lora))
+    shared = peft_bridge.resolve(base, adapter_settings(config.lora))
     ranks = {
-        client: peft_bridge.ranks(base, peft_bridge.resolve(base, setup.adapter_settings(config.lora_of(client))))
+        client: peft_bridge.ranks(base, peft_bridge.resolve(base, adapter_settings(config.lora_of(client))))
         for client in clients(config)
     }
     return Case(

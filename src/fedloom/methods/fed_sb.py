@@ -62,6 +62,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
         aggregate=partial(mean_core, core, keep),
         receive=partial(take_up, core),
         core=core,
+        module_subsets=False,
     )
 
 

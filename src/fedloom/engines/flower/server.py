@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fedloom.engines.flower.fleet import Fleet, Grid, Reply
 from fedloom.engines.flower.gathering import POLL_SECONDS, Gathering
 from fedloom.engines.flower.settings import check
 from fedloom.engines.local import Attendance, Simulation, choice
+from fedloom.engines.roster import Held
 from fedloom.errors import CheckpointError, FedloomError, RoundError, WireError
 from fedloom.events import Observer, Silent
 from fedloom.ledger import Training
@@ -63,13 +64,36 @@ def job_id(path: Path, resume: bool) -> str:
     return path.read_text(encoding="utf-8")
 
 
+class Known(Held):
+    """Of a site's state only version and digest are known, and, in its memory, the last round that counted."""
+
+    def __init__(self, states: Mapping[str, State]) -> None:
+        self._states = dict(states)
+
+    def __getitem__(self, client: str) -> State:
+        return self._states[client]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def hold(self, client: str, state: State) -> None:
+        """Replaces what was known."""
+        self._states[client] = state
+
+    def forget(self, oldest: int) -> None:
+        """Nothing: there are no tensors."""
+
+
 class Federation(Simulation):
     """The server's side of a run. `clients` holds what is known of each site: version, digest, last counted round."""
 
     def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, fleet: Fleet) -> None:
         super().__init__(setup, folder, observer)
         self.fleet = fleet
-        self.clients = dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN))
+        self.clients = Known(dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN)))
 
     def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
         """The updates of one round; who gave none is noted with the reason."""
@@ -113,7 +137,7 @@ class Federation(Simulation):
     def send(self, site: str, ask: str, round: int) -> None:
         """Ask a site, with whatever it has missed."""
         self.observer.client_started(round, site)
-        payloads = tuple(self.download(site, round))
+        payloads = tuple(self.missed(site, round))
         parcel = Parcel({"counted": self.counted(site)}, payloads)
         self.fleet.post(self.fleet.names[site], site, ask, round, parcel)
         self.folder.ledger.sync()
@@ -132,14 +156,14 @@ class Federation(Simulation):
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         round, payload = reply.asked.round, parcel.payloads[0]
         try:
-            header = inspected(self.setup.job, self.server, payload, round)
+            examples, _ = inspected(self.setup.job, self.server, payload, round)
         except FedloomError as error:
             raise type(error)(f"refused: {error}") from None
         self.folder.transfer(round, site, "up", payload)
         self.know(site, self.server.version, self.server.digest)
         loss, steps, seconds = (number(parcel.facts.get(name)) for name in ("loss", "steps", "seconds"))
         steps = steps if steps == steps else 0
-        self.folder.ledger.append(Training(round, site, loss, int(steps), header.num_examples, seconds))
+        self.folder.ledger.append(Training(round, site, loss, int(steps), examples, seconds))
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {site}: {choice(payload, self.setup.job.budget)}")
         self.observer.client_finished(round, site, loss, len(payload), 0)
@@ -182,13 +206,13 @@ class Federation(Simulation):
 
     def know(self, site: str, version: int, digest: str) -> None:
         """Remember which state a site holds."""
-        self.clients[site] = replace(self.clients[site], version=version, digest=digest)
+        self.clients.hold(site, replace(self.clients[site], version=version, digest=digest))
 
     def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
         """As everywhere; and remember whose updates were counted."""
         super().aggregate(payloads, round)
         for site in payloads:
-            self.clients[site] = replace(self.clients[site], memory={"counted": torch.tensor(round)})
+            self.clients.hold(site, replace(self.clients[site], memory={"counted": torch.tensor(round)}))
 
     def deliver_last(self) -> None:
         """Send the result to every site that is connected; who did not confirm is noted."""

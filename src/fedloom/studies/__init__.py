@@ -1,0 +1,1 @@
+"""Commands that set methods side by side, before training and by training."""
