@@ -292,6 +292,29 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
     assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
 
 
+def test_an_estimate_prints_tables_or_json(call):
+    options = (
+        "estimate",
+        "--preset",
+        "tinyllama",
+        "--modules",
+        "k_proj",
+        "--ranks",
+        "4,2",
+        "--methods",
+        "florist:tau=0.9",
+    )
+    code, out, _ = call(*options, "--json")
+    assert code == 0
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert [row["method"] for row in result["rows"]] == ["florist:tau=0.9"]
+    assert result["case"]["clients"] == 2 and result["case"]["ranks"] == [2, 4]
+    code, out, _ = call(*options)
+    assert code == 0 and "flor" in out and "MiB of one client" in out
+    code, _, err = call("estimate", "--preset", "tinyllama", "--ranks", "4,2", "--methods", "fedsrd")
+    assert code == 2 and "needs equal ranks" in err
+
+
 def test_the_kernel_bench_prints_tables_or_json(call):
     options = ("bench", "aggregate", "--preset", "tinyllama", "--modules", "k_proj", "--ranks", "4,4", "--repeats", 1)
     code, out, _ = call(*options, "--methods", "fedit", "--json")

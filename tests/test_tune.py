@@ -1,15 +1,18 @@
 """A setting is chosen on the validation split, and the held-out one is never opened meanwhile."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
-from fedloom import compare, tune
+from fedloom import cli, compare, tune
 from fedloom.configfile import load
 from fedloom.engines import local
 from fedloom.errors import ConfigError
-from fedloom.ledger import Evaluation, Run, Transfer
+from fedloom.ledger import Evaluation, Ledger, Run, Training, Transfer
 from fedloom.report.numbers import summarise
 
 TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
@@ -80,3 +83,27 @@ def test_a_search_needs_a_split_of_its_own(override: str, message: str):
 def test_a_value_without_a_run_is_named():
     with pytest.raises(ConfigError, match=r"k=2 has no complete run"):
         tune.choose({"k=1": [report(0.5, 1)]}, "k", ["1", "2"])
+
+
+def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
+    def play(made, jobs, finished):
+        for run in made:
+            run.folder.mkdir(parents=True)
+            (run.folder / compare.FINISHED).touch()
+            tau = run.config.method.settings.get("tau", 0.0)
+            with Ledger(run.folder / "ledger.jsonl") as ledger:
+                ledger.append(Run(run.config.method.name, "m", ("a",), 1, 10, run.seed))
+                ledger.append(Training(1, "a", 1.0, 1, 1, 1.0))
+                ledger.append(Transfer(1, "a", "up", "update", int(100 * tau)))
+                ledger.append(Evaluation(1, "d", tau or 0.85, 1.0))
+            finished(run, 1.0)
+
+    monkeypatch.setattr(compare, "play", play)
+    monkeypatch.setattr(compare, "expected", lambda made, jobs: 60.0)
+    monkeypatch.setattr(cli, "screen", Console(file=io.StringIO(), width=200))
+    command = ["tune", "--set", "method.name=florist", "--values", "0.8,0.9,0.99", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    taus = [load(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
+    assert taus == [0.99, 0.9]
+    assert "O: method.tau = 0.99, 99.0 % on validation" in cli.screen.file.getvalue()

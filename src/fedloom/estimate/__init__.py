@@ -173,8 +173,8 @@ def _round_table(result: Mapping[str, Any]) -> Table:
         + f", {case['threads']} threads",
     )
     table.add_column("method", overflow="fold")
-    for name in (PAPER, *CODINGS, "auto", "all", "1 / Σ rank", "server s", "server MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in (PAPER, *CODINGS, "auto", "all", "1 / Σ rank", "server s", "MiB"):
+        table.add_column(name, justify="right", overflow="fold")
     for row in result["rows"]:
         sizes = [f"{row['up_bytes'][c] / MIB:.1f} + {row['down_bytes'][c] / MIB:.1f}" for c in (PAPER, *CODINGS)]
         table.add_row(
