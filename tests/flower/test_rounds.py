@@ -236,6 +236,19 @@ def test_a_refusal_by_policy_is_told_without_its_reason(toy_federation, tmp_path
     assert "refused by the site's policy" in reason and "1e-09" not in reason and "norm" not in reason
 
 
+def test_a_reply_that_is_sent_again_counts_against_the_sites_bytes(toy_federation, tmp_path: Path):
+    toy_federation("federation.num_rounds=1", out="probe")
+    rows = [row for row in read(tmp_path / "probe" / "ledger.jsonl") if isinstance(row, Transfer)]
+    size = max(row.bytes for row in rows if row.direction == "up")
+
+    def restart(node, reply):
+        node.last_activated_at = "second start"
+
+    policies = {"lab": Policy(max_bytes_round=str(int(1.5 * size)))}
+    toy_federation("federation.num_rounds=1", policies=policies, disturb=only("lab", 1, restart))
+    assert "max_bytes_round is used up" in rolls(tmp_path)[0].failed["lab"]
+
+
 def test_a_job_that_a_site_does_not_allow_never_starts_there(toy_federation, tmp_path: Path):
     with pytest.raises(RoundError, match="1 of 3 sites are there") as stopped:
         toy_federation(policies=dict.fromkeys(("lab", "bank"), Policy(methods=("fedit",))))
