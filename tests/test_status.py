@@ -134,6 +134,14 @@ def test_every_row_is_logged_with_its_time_and_stays_when_the_ledger_is_cut_back
     assert lines[1]["bytes"] == 300 and lines[0]["time"] <= lines[-1]["time"]
 
 
+def test_what_json_lacks_is_logged_as_null(tmp_path):
+    log = ServerLog(tmp_path / "log.jsonl")
+    log.row(Training(1, "ada", float("nan"), 3, 10))
+    log.close()
+    text = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(text)["loss"] is None and "NaN" not in text
+
+
 def test_the_command_shows_a_run_and_refuses_what_is_none(tmp_path):
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         for row in LOCAL:

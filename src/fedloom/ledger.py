@@ -166,6 +166,11 @@ def totals(rows: Iterable[Row]) -> Totals:
     )
 
 
+def dumped(row: Row) -> bytes:
+    """The row as one JSON object, as it stands in a ledger."""
+    return _ROWS.dump_json(row)
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a ledger. A half-written last line is dropped; any other bad line is a CheckpointError."""
     return _scan(path)[0]
@@ -196,7 +201,7 @@ class Ledger:
 
     def append(self, row: Row) -> None:
         """Add one row; it is on disk after the next `sync`."""
-        line = _ROWS.dump_json(row) + b"\n"
+        line = dumped(row) + b"\n"
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
         self._count([row])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import tomllib
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -24,8 +25,8 @@ from typing import IO, Self
 from fedloom import checkpoint, serverlog
 from fedloom.checkpoint import Snapshot
 from fedloom.config import Config
-from fedloom.configfile import dump
-from fedloom.errors import CheckpointError
+from fedloom.configfile import dump, parse
+from fedloom.errors import CheckpointError, ConfigError
 from fedloom.ledger import Direction, Ledger, Transfer, read
 from fedloom.report import metrics
 from fedloom.serverlog import ServerLog
@@ -54,7 +55,7 @@ class RunFolder:
             raise CheckpointError(f"{path} holds {what} choose another --out")
         if resume and not settings.exists():
             raise CheckpointError(f"{path} holds no run to resume; run without --resume")
-        if resume and settings.read_text(encoding="utf-8") != text:
+        if resume and not _same(settings, config):
             raise CheckpointError(f"{settings} differs from the settings given: resume with the settings of that run")
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
@@ -101,6 +102,15 @@ class RunFolder:
         self.ledger.close()
         self._log.close()
         self._lock.close()
+
+
+def _same(settings: Path, config: Config) -> bool:
+    """Whether a run's settings are these. [flower] may differ: another deadline makes no other run."""
+    try:
+        held = parse(tomllib.loads(settings.read_text(encoding="utf-8")), str(settings))
+    except (ConfigError, tomllib.TOMLDecodeError):
+        return False
+    return held.model_copy(update={"flower": config.flower}) == config
 
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:

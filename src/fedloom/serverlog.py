@@ -6,11 +6,10 @@ Log shippers read it as it is. Other than the ledger it is never cut back: round
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.ledger import Note, Roll, Row
+from fedloom.ledger import Note, Roll, Row, dumped
 
 FILE = "log.jsonl"
 """Its name in a run's folder."""
@@ -24,7 +23,7 @@ class ServerLog:
 
     def row(self, row: Row) -> None:
         """One line: {"time", "level", "event", …}, the event being the kind of row."""
-        facts = {key: value for key, value in asdict(row).items() if key != "row" and value != {}}
+        facts = {key: value for key, value in json.loads(dumped(row)).items() if key != "row" and value != {}}
         told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level(row), "event": row.row}
         try:
             self._file.write(json.dumps({**told, **facts}, ensure_ascii=False) + "\n")

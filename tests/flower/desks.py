@@ -15,10 +15,11 @@ from flwr.supercore.task_identity import TaskIdentity
 import toy
 from fedloom.adapters import AdapterSettings
 from fedloom.config import Config
-from fedloom.configfile import dump, load
+from fedloom.configfile import load
 from fedloom.data import Example
 from fedloom.engines.flower import client
 from fedloom.engines.flower.payload import pack, unpack
+from fedloom.engines.flower.settings import shared
 from fedloom.methods import build
 from fedloom.rounds import Train
 from fedloom.setup import Setup, Site
@@ -133,7 +134,7 @@ class DeskGrid:
         facts = unpack(message.content).facts
         asked = (str(facts["ask"]), int(facts["round"]))
         self.log.append((node.desk.site.name, *asked))
-        context = Context(1, node.node_id, {}, RecordDict(), {"settings": dump(self.config)})
+        context = Context(1, node.node_id, {}, RecordDict(), {"settings": shared(self.config)})
         reply = client.relay(message, context, lambda parcel, _: node.desk.answer(parcel))
         outcome = self.disturb(node, *asked, unpack(reply.content)) if self.disturb else "as it is"
         if isinstance(outcome, Parcel | Error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -58,5 +59,8 @@ class Processes(Loopback):
 
     def child(self, name: str, words: str) -> psutil.Process | None:
         """The process that `name` started, directly or not, with these words in its command line."""
-        found = psutil.Process(self.started[name].pid).children(recursive=True)
-        return next((child for child in found if any(words in part for part in child.cmdline())), None)
+        for child in psutil.Process(self.started[name].pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if any(words in part for part in child.cmdline()):
+                    return child
+        return None

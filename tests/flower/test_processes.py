@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from desks import SITES
 from processes import STRANGER, Processes
@@ -106,6 +107,13 @@ def test_kill_anything_and_the_run_ends_with_the_same_bits(
         print(f"\n{victim} killed: the same adapter and payloads after {time.monotonic() - began:.0f} s")
 
 
+def gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> list[object]:
     """Mid-round. Flower lets the node back in once it has missed its heartbeats, after up to a minute."""
     before = federation.said("worker-depot", "round 2: training")
@@ -128,7 +136,7 @@ def kill_serverapp(federation: Processes, out: Path, ended: list[object]) -> lis
     app = federation.child("superlink", "flwr-serverapp")
     assert app is not None and not (out / "adapter").exists()
     app.kill()
-    until(lambda: not app.is_running() or app.status() == "zombie", "the server app's end")
+    until(lambda: gone(app), "the server app's end")
     return federation.submit(out, resume=True)
 
 
@@ -138,7 +146,7 @@ def kill_superlink(federation: Processes, out: Path, ended: list[object]) -> lis
     app = federation.child("superlink", "flwr-serverapp")
     assert app is not None
     federation.kill("superlink")
-    until(lambda: not app.is_running() or app.status() == "zombie", "the server app's end")
+    until(lambda: gone(app), "the server app's end")
     until(lambda: not federation.listening(), "the SuperLink's end")
     federation.superlink()
     return federation.submit(out, resume=True)

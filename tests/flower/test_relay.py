@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import subprocess
@@ -182,3 +183,28 @@ def test_the_client_app_loads_no_torch():
     code = "import sys, fedloom.engines.flower.client; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "False"
+
+
+def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    released = threading.Event()
+
+    class Loaded(Desk):
+        def release(self) -> None:
+            self.place = None
+            released.set()
+
+    desk = Loaded(site("bank", tmp_path))
+    desk.place = object()
+    monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
+    listener = worker._listening(Path(desk.site.socket))
+    thread = threading.Thread(target=_until_closed, args=(listener, desk))
+    thread.start()
+    assert released.wait(60)
+    listener.close()
+    thread.join()
+    assert desk.place is None
+
+
+def _until_closed(listener: socket.socket, desk: Desk) -> None:
+    with contextlib.suppress(OSError):
+        worker._loop(listener, desk, "token", 0.02)

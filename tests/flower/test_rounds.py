@@ -184,7 +184,7 @@ def test_a_round_without_enough_answers_stops_the_run_and_resumes_to_the_same_bi
     assert "--resume" in str(stopped.value)
     assert (tmp_path / "run" / "checkpoints" / "round-00002.safetensors").exists()
     gone[0] = False
-    federation, grid = toy_federation(*overrides, disturb=away, resume=True)
+    federation, grid = toy_federation("flower.deadline=30", disturb=away, resume=True)  # [flower] may be changed
     assert state(federation.server) == state(local(tmp_path).server)
     assert {ask for _, ask, round in grid.log if round in (1, 2)} == set()
 
@@ -236,6 +236,19 @@ def test_a_refusal_by_policy_is_told_without_its_reason(toy_federation, tmp_path
     assert "refused by the site's policy" in reason and "1e-09" not in reason and "norm" not in reason
 
 
+def test_a_reply_that_is_sent_again_counts_against_the_sites_bytes(toy_federation, tmp_path: Path):
+    toy_federation("federation.num_rounds=1", out="probe")
+    rows = [row for row in read(tmp_path / "probe" / "ledger.jsonl") if isinstance(row, Transfer)]
+    size = max(row.bytes for row in rows if row.direction == "up")
+
+    def restart(node, reply):
+        node.last_activated_at = "second start"
+
+    policies = {"lab": Policy(max_bytes_round=str(int(1.5 * size)))}
+    toy_federation("federation.num_rounds=1", policies=policies, disturb=only("lab", 1, restart))
+    assert "max_bytes_round is used up" in rolls(tmp_path)[0].failed["lab"]
+
+
 def test_a_job_that_a_site_does_not_allow_never_starts_there(toy_federation, tmp_path: Path):
     with pytest.raises(RoundError, match="1 of 3 sites are there") as stopped:
         toy_federation(policies=dict.fromkeys(("lab", "bank"), Policy(methods=("fedit",))))
@@ -253,6 +266,19 @@ def test_a_name_belongs_to_one_connected_node_and_to_the_one_that_was_registered
         toy_federation(grid=grid)
     assert "registered as 'laboratory'" in str(stopped.value)
     assert "as another node that is connected does" in str(stopped.value)
+
+
+def test_a_site_that_was_refused_may_mend_itself_and_take_part(toy_federation, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("fedloom.engines.flower.fleet.GREET_SECONDS", 0.01)
+    times = iter(range(1000))
+
+    def mended(node, ask, round, reply):
+        broken = ask == "hello" and node.desk.site.name == "lab" and next(times) < 2
+        return Parcel({"error": "no data yet"}) if broken else "as it is"
+
+    federation, grid = toy_federation("flower.deadline=30", disturb=mended)
+    assert state(federation.server) == state(local(tmp_path).server)
+    assert notes(tmp_path).count("no data yet") == 1
 
 
 def test_the_ledger_says_what_the_run_is(toy_federation, tmp_path: Path):

@@ -29,6 +29,7 @@ from fedloom.engines.flower import launch
 from fedloom.engines.flower.client import Ask, call
 from fedloom.engines.flower.direct import DirectGrid
 from fedloom.engines.flower.server import serve
+from fedloom.events import Silent
 from fedloom.ledger import Roll, Training, Transfer, read, totals
 from fedloom.site.protocol import Parcel
 
@@ -51,6 +52,19 @@ def settings(testbed: Path, *overrides: str) -> Config:
     return load(testbed / "demo.toml", [*own, *overrides])
 
 
+class Watch(Silent):
+    """Notes when each round ended; from one end to the next lie a checkpoint and a whole round."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, float] = {}
+
+    def round_finished(
+        self, round: int, num_rounds: int, scores: object, bytes_up: int, bytes_down: int, seconds: float
+    ) -> None:
+        """Take the time."""
+        self.ends[round] = time.perf_counter()
+
+
 def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of a round outside training, warm; of a turn of a cold worker; of a ClientApp's start."""
     folder.mkdir()
@@ -60,15 +74,18 @@ def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
             loopback.worker(site)
         places = {site: loopback.folder / "fed/sites" / site for site in SITES}
         asks: dict[str, Ask] = {site: partial(_ask, place) for site, place in places.items()}
-        serve(DirectGrid(config, asks), config, folder / "run")
+        watch = Watch()
+        serve(DirectGrid(config, asks), config, folder / "run", observer=watch)
         rows = read(folder / "run" / "ledger.jsonl")
-    rolls = [row for row in rows if isinstance(row, Roll)]
     trained = {(row.round, row.client): row.seconds for row in rows if isinstance(row, Training)}
-    spans = [row.seconds - sum(trained[row.round, site] for site in row.answered) for row in rolls]
+    spans = [
+        watch.ends[round] - watch.ends[round - 1] - sum(trained[round, site] for site in SITES)
+        for round in range(2, rounds + 1)
+    ]
     return {
         "sites": len(SITES),
         "rounds": rounds,
-        "overhead_s": statistics.median(spans[1:]),
+        "overhead_s": statistics.median(spans),
         "training_s": statistics.median(trained.values()),
         "clientapp_start_s": seconds_of("import fedloom.engines.flower.client"),
         "cold_s": seconds_of(COLD.format(testbed=str(testbed))),

@@ -94,10 +94,11 @@ class Desk:
         fresh = [payload for payload in payloads if not _applied(payload, state.version)]
         for payload in fresh:
             state = accept(job, state, payload)
+        spent = self.trail.spent(asked.job, asked.round)
         if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
+            check_update(self.site.policy, held.payload, state.adapter, spent)
             return self.leave(asked, held)
-        spent = self.trail.spent(asked.job, asked.round)
         data = place.setup.sites[self.site.name].data
         check_job(self.site.policy, job.method.name, tuple(place.setup.initial), len(data), spent)
         train = guarded(self.site.policy, place.setup.train(self.site.name), job.method.trainable)

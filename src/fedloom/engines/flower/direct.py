@@ -15,11 +15,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedloom.config import Config
-from fedloom.configfile import dump
 from fedloom.data import client_sources
 from fedloom.engines.flower.client import Ask, relay
 from fedloom.engines.flower.server import serve
-from fedloom.engines.flower.settings import check
+from fedloom.engines.flower.settings import check, shared
 from fedloom.errors import ConfigError
 from fedloom.events import Observer
 from fedloom.site.config import SiteConfig
@@ -44,7 +43,7 @@ class DirectGrid:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # as Flower's runtime would
         self.nodes = [DirectNode(number, name) for number, name in enumerate(sites, start=2)]
         self.asks = dict(zip((node.node_id for node in self.nodes), sites.values(), strict=True))
-        self.settings = dump(config)
+        self.settings = shared(config)
         self.replies: dict[str, Message] = {}
 
     def get_nodes(self) -> Iterable[DirectNode]:

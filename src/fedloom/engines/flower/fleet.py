@@ -21,6 +21,7 @@ from fedloom.site.protocol import Fact, Parcel
 GONE = frozenset({5, 8, 9, 10})
 """Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
 TTL_SECONDS = 12 * 3600.0
+GREET_SECONDS = 30.0
 
 
 class Node(Protocol):
@@ -54,6 +55,14 @@ class Grid(Protocol):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A node that may not take part, why, and when it was told so."""
+
+    reason: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +100,19 @@ class Fleet:
     facts: Mapping[str, Fact]
     expected: Sequence[str]
     names: dict[str, int] = field(default_factory=dict)
-    strangers: dict[int, str] = field(default_factory=dict)
+    strangers: dict[int, Stranger] = field(default_factory=dict)
     outstanding: dict[str, Asked] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Ask the SuperLink which nodes are there, and greet those that have not said their name."""
+        """Ask the SuperLink which nodes are there, and greet those that have not said their name.
+
+        Those that could not take part are greeted again after a while: their site may have mended what was wrong.
+        """
         self.nodes = {node.node_id: node for node in self.grid.get_nodes() if node.status == "online"}
-        known = {*self.names.values(), *self.strangers, *(asked.node for asked in self.outstanding.values())}
+        past = time.monotonic() - GREET_SECONDS
+        recent = {node for node, stranger in self.strangers.items() if stranger.at > past}
+        known = {*self.names.values(), *recent, *(asked.node for asked in self.outstanding.values())}
         for node in self.nodes:
             if node not in known:
                 self.post(node, "", "hello", 0, Parcel({}))
@@ -139,31 +153,34 @@ class Fleet:
         return replies
 
     def introduce(self, reply: Reply) -> str | None:
-        """Take a node's name from its answer to "hello"; the reason if it is refused.
+        """Take a node's name from its answer to "hello"; the reason if it is refused, once.
 
         A name that the operator gave when the node was registered is binding; otherwise a name belongs to the node
         that said it first, for as long as it is connected.
         """
         node, parcel = reply.asked.node, reply.parcel
-        if parcel is None or "error" in parcel.facts:
-            if not reply.gone:
-                self.strangers[node] = reply.error or str(parcel.facts["error"] if parcel else "")
-                return f"node {node} cannot take part: {self.strangers[node]}"
+        if reply.gone:
             return None
-        claimed = str(parcel.facts.get("name", ""))
+        claimed = str(parcel.facts.get("name", "")) if parcel and not reply.error else ""
+        reason = reply.error or self.objection(node, claimed)
+        if not reason:
+            self.names[claimed] = node
+            self.strangers.pop(node, None)
+            return None
+        known = node in self.strangers
+        self.strangers[node] = Stranger(f"node {node} cannot take part: {reason}", time.monotonic())
+        return None if known else self.strangers[node].reason
+
+    def objection(self, node: int, claimed: str) -> str:
+        """Why a node may not have the name that it says; "" if it may."""
         given = self.nodes[node].name if node in self.nodes else ""
-        reason = ""
         if claimed not in self.expected:
-            reason = f"says that it is {claimed!r}, which is not among federation.participants"
-        elif given and given != claimed:
-            reason = f"says that it is {claimed!r}, but is registered as {given!r}"
-        elif self.names.get(claimed, node) != node and self.here(claimed):
-            reason = f"says that it is {claimed!r}, as another node that is connected does"
-        if reason:
-            self.strangers[node] = reason
-            return f"node {node} {reason}"
-        self.names[claimed] = node
-        return None
+            return f"it says that it is {claimed!r}, which is not among federation.participants"
+        if given and given != claimed:
+            return f"it says that it is {claimed!r}, but is registered as {given!r}"
+        if self.names.get(claimed, node) != node and self.here(claimed):
+            return f"it says that it is {claimed!r}, as another node that is connected does"
+        return ""
 
 
 def _read(asked: Asked, message: Message) -> Reply:

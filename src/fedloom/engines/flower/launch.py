@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedloom.config import Config
-from fedloom.configfile import dump
+from fedloom.engines.flower.settings import own, shared
 from fedloom.errors import RoundError
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -56,7 +56,7 @@ def bundle(config: Config, out: Path, resume: bool) -> bytes:
     """The Flower App Bundle: no code, only the names of fedloom's two apps and the settings for them."""
     from flwr.cli.build import build_fab_from_files
 
-    settings = {"settings": dump(config), "out": str(out.absolute()), "resume": resume}
+    settings = {"settings": shared(config), "own": own(config), "out": str(out.absolute()), "resume": resume}
     apps = {"serverapp": "fedloom.engines.flower.server:app", "clientapp": "fedloom.engines.flower.client:app"}
     project = {
         "project": {

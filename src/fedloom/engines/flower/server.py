@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import secrets
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,9 @@ from flwr.serverapp import ServerApp
 
 from fedloom.base_model import weights_digest
 from fedloom.config import Config
-from fedloom.configfile import parse
 from fedloom.engines.flower.fleet import Fleet, Grid, Reply
 from fedloom.engines.flower.gathering import POLL_SECONDS, Gathering
-from fedloom.engines.flower.settings import check
+from fedloom.engines.flower.settings import check, joined
 from fedloom.engines.local import Attendance, Simulation, choice
 from fedloom.engines.roster import Held
 from fedloom.errors import CheckpointError, FedloomError, RoundError, WireError
@@ -118,7 +116,10 @@ class Federation(Simulation):
             self.folder.ledger.sync()
 
     def muster(self) -> None:
-        """Wait until every site has said hello; go on without some at the deadline. Raises RoundError if too few."""
+        """Wait until every site has said hello; go on without some at the deadline, or after a grace without news.
+
+        Raises RoundError if there are too few.
+        """
         rules = self.setup.config.flower
         until = time.monotonic() + rules.deadline
         while time.monotonic() < until and set(self.fleet.names) != set(self.clients):
@@ -126,8 +127,10 @@ class Federation(Simulation):
             time.sleep(POLL_SECONDS)
             for reply in self.fleet.collect():
                 self.stray(reply)
+                if rules.grace is not None and len(self.fleet.names) >= rules.min_replies:
+                    until = min(until, time.monotonic() + rules.grace)
         if len(self.fleet.names) < rules.min_replies:
-            refused = "; ".join(self.fleet.strangers.values())
+            refused = "; ".join(stranger.reason for stranger in self.fleet.strangers.values())
             raise RoundError(
                 f"{len(self.fleet.names)} of {len(self.clients)} sites are there after {rules.deadline:g} s, "
                 f"flower.min_replies is {rules.min_replies}{f' ({refused})' if refused else ''}: run `fedloom "
@@ -243,6 +246,5 @@ app = ServerApp()
 @app.main()
 def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
-    settings, out = str(context.run_config["settings"]), Path(str(context.run_config["out"]))
-    config = parse(tomllib.loads(settings), "the run's settings")
-    serve(grid, config, out, resume=bool(context.run_config["resume"]))
+    told, out = context.run_config, Path(str(context.run_config["out"]))
+    serve(grid, joined(str(told["settings"]), str(told["own"])), out, resume=bool(told["resume"]))

@@ -1,9 +1,17 @@
-"""What settings must say before a run may go across machines."""
+"""What settings must say before a run may go across machines, and who is told which of them."""
 
 from __future__ import annotations
 
-from fedloom.config import Config
+import tomllib
+
+import tomli_w
+
+from fedloom.config import Config, FlowerSettings, OutputSettings
+from fedloom.configfile import dump, parse
 from fedloom.errors import ConfigError
+
+SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings()}
+"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts."""
 
 
 def check(config: Config) -> None:
@@ -19,3 +27,18 @@ def check(config: Config) -> None:
         )
     if config.federation.drop_out:
         raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")
+
+
+def shared(config: Config) -> str:
+    """The settings that the sites are told, as TOML."""
+    return dump(config.model_copy(update=SERVERS_OWN))
+
+
+def own(config: Config) -> str:
+    """The rest of them."""
+    return tomli_w.dumps(config.model_dump(include=set(SERVERS_OWN), exclude_none=True))
+
+
+def joined(shared: str, own: str) -> Config:
+    """The settings that were split into `shared` and `own`."""
+    return parse({**tomllib.loads(shared), **tomllib.loads(own)}, "the run's settings")
