@@ -6,8 +6,8 @@
     norms.py        Frobenius norms, inner products and errors of products, in float64
     parallel.py     modules side by side, one BLAS thread each
 
-Beneath them lie gram.py and kernels.py (how components are found), inverse.py (the pseudo-inverse of a tall factor),
-sparse.py and compiled.py (products with sparse changes).
+Beneath them lie stack.py (a sum as its terms), gram.py, leading.py and kernels.py (how components are found),
+inverse.py (the pseudo-inverse of a tall factor), sparse.py and compiled.py (products with sparse changes).
 
 No function here forms an m × n matrix while the stacked rank is below min(m, n).
 """

@@ -121,7 +121,7 @@ class ProductChange:
         return Change(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
-        """(Σ ΔG_k Z_kᵀ, Σ Z_k, energy lost) from Gram matrices of sparse changes; None where they do not serve."""
+        """(Σ ΔG_k Z_kᵀ, Σ Z_k − P, energy lost) from Gram matrices of sparse changes; None where they do not serve."""
         kept, moving = [held.kept for held in self._held], [held.moving for held in self._held]
         if self._spilled is not None or self._gram is None or compiled_for(self._fixed) is None:
             return None
@@ -142,11 +142,8 @@ class ProductChange:
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
             spread(total, held.moving, piece.T)
-        return (
-            total,
-            torch.stack(pieces).sum(0) - self._inverse.shrink,
-            float(found.energies[keep:].sum() / found.energies.sum()),
-        )
+        lost = float(found.energies[keep:].sum() / found.energies.sum())
+        return total, torch.stack(pieces).sum(0) - self._inverse.shrink, lost
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""

@@ -15,7 +15,6 @@ from numba import njit
 
 Array = np.ndarray[Any, Any]
 
-
 _ROWS = 512
 
 

@@ -1,4 +1,4 @@
-"""Singular components of W = B A from the factors: three algorithms with one face.
+"""Singular components of W = B A from the factors: two algorithms with one face.
 
 Each takes a Stack and what is wanted of it and gives a Spectrum, or None where its own check says that another one is
 needed.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedloom.lora import LoraPair
-from fedloom.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram, gram_of
-from fedloom.lowrank.leading import MAX_EXCESS, MAX_STEPS, OVERSAMPLING, leading, pays, possible_gain
+from fedloom.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
+from fedloom.lowrank.leading import leading, pays
 from fedloom.lowrank.stack import Stack
 
 
@@ -121,49 +121,3 @@ def by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
         return LoraPair((vt[:keep] @ qa.T).to(dtype), (qb @ (u[:, :keep] * s[:keep])).to(dtype))
 
     return Spectrum(s * s, 0.0, floor(float(s[0]) ** 2, noise**2, dtype), expand)
-
-
-def by_randomised(stack: Stack, wanted: Wanted) -> Spectrum | None:
-    """Subspace iteration with QR on the implicit product, for R far above the rank. Seeded, so it repeats itself.
-
-    (Halko, Martinsson & Tropp 2011, algorithm 4.4.) After every step the Ritz residuals ρ_i = ‖Wᵀu_i − σ_i v_i‖ tell
-    what a better subspace could still gain, to second order Σ ρ_i² σ_i² / (σ_i² − σ²_{rank+1}). It ends when that is
-    below MAX_EXCESS of the energy left out, and gives up (None) as soon as it will not get there in MAX_STEPS, as on a
-    flat spectrum.
-    """
-    rank, pair = wanted.rank, stack.pair()
-    if rank is None:
-        return None
-    a, b = pair.A.float(), pair.B.float()
-    generator = torch.Generator().manual_seed(a.shape[1])
-    v = torch.linalg.qr(torch.randn(a.shape[1], rank + OVERSAMPLING, generator=generator).to(a.device)).Q
-    excess = float("inf")
-    for step in range(1, MAX_STEPS + 1):
-        q, upper = torch.linalg.qr((b @ (a @ v)).double())
-        u, s, wt = torch.linalg.svd(upper, full_matrices=False)
-        u, v = q @ u, v.double() @ wt.T
-        image = (u.float().T @ b) @ a
-        previous, excess = excess, _excess(s * s, (image - s[:, None] * v.T).square().sum(1), rank)
-        if excess <= MAX_EXCESS:
-            return _ritz(a, b, u[:, :rank], s[:rank], v[:, :rank])
-        if step > 2 and not excess * (excess / previous) ** (MAX_STEPS - step) <= MAX_EXCESS:
-            return None
-        v = torch.linalg.qr(image.T).Q
-    return None
-
-
-def _excess(energies: Tensor, residuals: Tensor, rank: int) -> float:
-    """What the first `rank` Ritz components may miss of the best, over the energy that is left out at least."""
-    left_out = torch.maximum(energies[rank:].sum(), energies[0] * torch.finfo(torch.float32).eps ** 2)
-    return possible_gain(energies, residuals * energies, rank) / float(left_out)
-
-
-def _ritz(a: Tensor, b: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Spectrum:
-    """The components found, and the energy beyond them from what is left of A without its part along V."""
-    rest = a - (a @ v.float()) @ v.float().T
-    beyond = float((gram(rest, torch.float32).double() * gram(b.T, torch.float32)).sum())
-
-    def expand(keep: int) -> LoraPair:
-        return LoraPair(v[:, :keep].T.float().contiguous(), (u[:, :keep] * s[:keep]).float())
-
-    return Spectrum(s * s, max(beyond, 0.0), floor(float(s[0]) ** 2, 0.0, torch.float32), expand)

@@ -11,6 +11,7 @@ from fedloom.lowrank.stack import Stack
 from fedloom.lowrank.truncation import Truncation, truncate_stack
 
 HELD_RANK = 512
+"""Stacked rank that is always held as it came; beyond, what is held may be recompressed."""
 
 
 def streaming_cap(rank: int) -> int:

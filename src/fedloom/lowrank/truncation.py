@@ -10,16 +10,11 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora import LoraPair
-from fedloom.lowrank.kernels import Spectrum, Wanted, by_gram, by_qr, by_randomised
-from fedloom.lowrank.leading import OVERSAMPLING, pays
+from fedloom.lowrank.kernels import Spectrum, Wanted, by_gram, by_qr
 from fedloom.lowrank.parallel import over_modules
 from fedloom.lowrank.stack import Stack
 
-KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {
-    "gram": by_gram,
-    "qr": by_qr,
-    "randomised": by_randomised,
-}
+KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": by_gram, "qr": by_qr}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,7 +50,7 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     if wanted.energy == 1.0:
         wanted = wanted._replace(energy=None)
     stack = _folded(stack)
-    names = plan(*stack.shape, stack.rank, wanted, stack.dtype) if kernel is None else (kernel, "qr")
+    names = plan(stack.dtype) if kernel is None else (kernel, "qr")
     for name in names:
         spectrum = KERNELS[name](stack, wanted) if stack.rank and all(stack.shape) else _nothing(stack)
         if spectrum is not None:
@@ -63,22 +58,13 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     raise AssertionError("the QR kernel answers always")
 
 
-def plan(m: int, n: int, stacked: int, wanted: Wanted, dtype: torch.dtype) -> tuple[str, ...]:
+def plan(dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels to try, the cheapest first; each but the last checks itself.
 
-    Costs in float32 operations, float64 counting double. Gram: 2 (R² (m + n) + 10 R³), the eigen-decomposition running
-    at a third of the speed of products; without 10 R³ where few components are wanted. Randomised, l = rank + 16, four
-    steps and the energy left out: 16 R l (m + n) + R² (m + n).
+    float64 factors have more digits than Gram matrices keep. For float32 they are always the cheaper: R² (m + n)
+    operations against 4 R² (m + n) of two QR decompositions, and R ≤ min(m, n) here.
     """
-    if dtype == torch.float64:
-        return ("qr",)
-    rank = wanted.rank
-    gram_cost = 2 * stacked**2 * (m + n) + (0 if rank and pays(stacked, rank) else 20 * stacked**3)
-    sketch = (rank or stacked) + OVERSAMPLING
-    randomised_cost = (16 * stacked * sketch + stacked**2) * (m + n)
-    if rank and sketch < min(stacked, m, n) and randomised_cost < gram_cost:
-        return ("randomised", "gram", "qr")
-    return ("gram", "qr")
+    return ("qr",) if dtype == torch.float64 else ("gram", "qr")
 
 
 def truncate_all(
