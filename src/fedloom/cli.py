@@ -72,8 +72,6 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(federation, name="federation")
-for command in (aggregate, estimate, compare, tune):
-    app.command()(command)
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
@@ -194,6 +192,10 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
         raise ConfigError(f"{path} exists already; give another name: fedloom init other.toml")
     path.write_text(template(), encoding="utf-8")
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
+
+
+for command in (aggregate, estimate, compare, tune):
+    app.command()(command)
 
 
 def play(config: Config, folder: Path, *, resume: bool = False) -> None:

@@ -241,7 +241,8 @@ def affordable(bits: float, each: float, most: float) -> float:
 
 def add_to_all(state: State, entries: Entries, context: Context) -> State:
     """The decoded change is added to the whole global pair, of which a client of lower rank trains the leading part."""
-    whole = {name: tensor + to_dense(entries[name]) for name, tensor in joined(state).tensors().items()}
+    whole = joined(state).tensors()
+    whole |= {name: whole[name] + to_dense(entry) for name, entry in entries.items()}
     return adopt_all(state, from_tensors(whole), state.frozen)
 
 
