@@ -107,7 +107,9 @@ def wan_command(
 @app.command("flower")
 def flower_command(
     rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 6,
-    mebibytes: Annotated[float, typer.Option(min=0.1, help="Size of the payloads whose bytes are counted.")] = 64.0,
+    mebibytes: Annotated[
+        float, typer.Option(min=0.1, help="fp32 values of the adapter whose bytes are counted.")
+    ] = 88.0,
     traffic: Annotated[bool, typer.Option(help="Count the bytes of a run over TLS too.")] = True,
     as_json: AsJson = False,
 ) -> None:
