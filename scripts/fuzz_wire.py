@@ -31,7 +31,7 @@ from fedloom.wire.fields import FieldWriter
 from fedloom.wire.index import write_index
 from fedloom.wire.streams import CHUNK, Stream, unpack
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "wire-v1"
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "wire-v2"
 SMALL = Limits(max_payload=2**18, max_values=2**16, max_tensors=64, max_bytes=2**20, max_index=2**16)
 HEADROOM = 64 * 2**20  # what one input may allocate beyond what is held at the start
 WIRE = str(Path(fedloom.wire.__file__).parent)

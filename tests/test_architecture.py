@@ -49,7 +49,7 @@ IMPURE = {
     "numpy.random",
 }
 LIGHT = (
-    *("errors", "events", "config", "configfile", "ledger", "serverlog"),
+    *("errors", "events", "testbed", "config", "configfile", "ledger", "serverlog"),
     *("report", "progress", "status", "inspection", "cli"),
 )
 """Modules that must not load torch when imported, so that `fedloom --help` answers at once."""

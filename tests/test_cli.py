@@ -16,6 +16,7 @@ from fedloom.errors import DataError, FedloomError
 from fedloom.events import RunFacts, RunSummary
 from fedloom.ledger import Evaluation, Ledger, Run, Training, Transfer
 from fedloom.progress import Lines, View, watch
+from fedloom.studies import commands
 
 CLIENTS = ("ada", "bob")
 
@@ -74,7 +75,8 @@ def call(monkeypatch):
 
     def call(*arguments, width=200):
         screen, complaints = io.StringIO(), io.StringIO()
-        monkeypatch.setattr(cli, "screen", Console(file=screen, width=width))
+        for module in (cli, commands):
+            monkeypatch.setattr(module, "screen", Console(file=screen, width=width))
         monkeypatch.setattr(cli, "complaints", Console(file=complaints, width=width))
         result = CliRunner().invoke(cli.app, list(map(str, arguments)))
         if result.exception and not isinstance(result.exception, SystemExit):

@@ -14,6 +14,7 @@ from fedloom.engines import local
 from fedloom.errors import ConfigError
 from fedloom.ledger import Evaluation, Ledger, Run, Training, Transfer
 from fedloom.report.numbers import summarise
+from fedloom.studies import commands
 
 TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
 SHORT = [
@@ -100,10 +101,10 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(compare, "play", play)
     monkeypatch.setattr(compare, "expected", lambda made, jobs: 60.0)
-    monkeypatch.setattr(cli, "screen", Console(file=io.StringIO(), width=200))
+    monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=200))
     command = ["tune", "--set", "method.name=florist", "--values", "0.8,0.9,0.99", "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(cli.app, command).exit_code == 0
     assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
     taus = [load(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
     assert taus == [0.99, 0.9]
-    assert "O: method.tau = 0.99, 99.0 % on validation" in cli.screen.file.getvalue()
+    assert "O: method.tau = 0.99, 99.0 % on validation" in commands.screen.file.getvalue()
