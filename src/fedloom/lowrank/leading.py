@@ -17,7 +17,7 @@ SMALLEST_TAIL = 1e-8
 
 def pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
-    return 2 * (rank + OVERSAMPLING) <= stacked
+    return 3 * (rank + OVERSAMPLING) <= stacked
 
 
 def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
