@@ -22,11 +22,12 @@ from click import Context
 from rich.console import Console
 from typer.core import TyperGroup
 
+from fedloom.bench.commands import AsJson
 from fedloom.bench.commands import app as bench
 from fedloom.deploy.commands import app as federation
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.merge.command import aggregate
-from fedloom.studies.commands import compare, estimate, tune
+from fedloom.studies.commands import Set, compare, estimate, tune
 from fedloom.testbed import testbed
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ app.add_typer(bench, name="bench")
 app.add_typer(federation, name="federation")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:

@@ -115,7 +115,9 @@ def assemble(
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
     if config.wire.budget and not method.takes_budget:
-        raise ConfigError(f"wire.budget does not work with method {method.name!r}, which sends everything; unset it")
+        raise ConfigError(
+            f"wire.budget does not work with method {method.name!r}, which keeps to no budget of that kind; unset it"
+        )
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
             f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"

@@ -6,7 +6,6 @@ reach is not kept at all: it will be sent the full state, which replaces everyth
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -22,13 +21,24 @@ Ranks = tuple[tuple[str, int], ...]
 class Held(Mapping[str, State]):
     """Client → what is known of its state."""
 
-    @abstractmethod
+    def __init__(self, states: Mapping[str, State]) -> None:
+        self._states = dict(states)
+
+    def __getitem__(self, client: str) -> State:
+        return self._states[client]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
     def hold(self, client: str, state: State) -> None:
         """The client now holds `state`."""
+        self._states[client] = state
 
-    @abstractmethod
     def forget(self, oldest: int) -> None:
-        """Let go of what is held at versions before `oldest`, which only a full state can bring forward."""
+        """Versions before `oldest` can only be brought forward by a full state: what is kept of them may go."""
 
 
 class Roster(Held):
@@ -39,17 +49,8 @@ class Roster(Held):
         keys = {client: tuple(sorted(own.items())) for client, own in ranks.items()}
         self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
         self._start = {kind: start(job, initial, dict(kind)) for kind in kinds}
-        self._states = {client: self._start[kind] for client, kind in self._kinds.items()}
+        super().__init__({client: self._start[kind] for client, kind in self._kinds.items()})
         self._shared: dict[tuple[int, Ranks], State] = {}
-
-    def __getitem__(self, client: str) -> State:
-        return self._states[client]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def hold(self, client: str, state: State) -> None:
         """Its tensors are those of another client at the same point, where they are equal."""

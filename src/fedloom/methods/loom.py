@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraPair, LoraState, derived_seed, from_tensors, stack
+from fedloom.lora import LoraState, derived_seed, from_tensors, stack
 from fedloom.lowrank import over_modules
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
+from fedloom.methods.components import components
 from fedloom.sparsify import importance, kept_count, leading_positions
 from fedloom.tensors import Quantized, Sparse, to_dense
 
@@ -241,22 +242,13 @@ def affordable(bits: float, each: float, most: float) -> float:
 
 def add_to_all(state: State, entries: Entries, context: Context) -> State:
     """The decoded change is added to the whole global pair, of which a client of lower rank trains the leading part."""
-    whole = joined(state).tensors()
+    whole = stack([state.adapter, state.tail]).tensors()
     whole |= {name: whole[name] + to_dense(entry) for name, entry in entries.items()}
     return adopt_all(state, from_tensors(whole), state.frozen)
 
 
 def adopt_all(state: State, adapter: LoraState, frozen: LoraState) -> State:
     """The leading components up to the own rank are trained, the others are kept beside them: nobody loses any."""
-    lead, rest = {}, {}
-    for module, pair in adapter.items():
-        rank = state.adapter[module].rank
-        lead[module] = LoraPair(pair.A[:rank], pair.B[:, :rank])
-        if rank < pair.rank:
-            rest[module] = LoraPair(pair.A[rank:], pair.B[:, rank:])
-    return replace(state, adapter=LoraState(lead), tail=LoraState(rest), frozen=frozen)
-
-
-def joined(state: State) -> LoraState:
-    """The whole global pair: the trained part and the tail."""
-    return stack([state.adapter, state.tail])
+    ranks = state.adapter.ranks()
+    beyond = {module: components(pair, ranks[module]) for module, pair in adapter.items() if pair.rank > ranks[module]}
+    return replace(adopt_leading(state, adapter, frozen), tail=LoraState(beyond))

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedloom.bench.commands import AsJson, numbers, show, words
 from fedloom.testbed import testbed
 
 if TYPE_CHECKING:
     from fedloom.compare import Run
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 screen = Console()
 
 
@@ -39,7 +39,6 @@ def estimate(
 ) -> None:
     """Bytes of a round by method, and the server's seconds and memory, before anything is trained."""
     from fedloom import estimate
-    from fedloom.bench.commands import numbers, show, words
     from fedloom.compare import variants
     from fedloom.configfile import load
 
@@ -77,8 +76,8 @@ def compare(
 
     with testbed() as folder:
         chosen = load(config or folder / "demo.toml", sets or [])
-        numbers = range(first_seed, first_seed + seeds)
-        made = compare.runs(chosen, compare.variants(methods or ["all"]), numbers, out)
+        tried = range(first_seed, first_seed + seeds)
+        made = compare.runs(chosen, compare.variants(methods or ["all"]), tried, out)
         play_all(made, jobs)
     groups = compare.reports(made)
     figure.compare(groups, out / "compare.png")
@@ -102,7 +101,6 @@ def tune(
 ) -> None:
     """Choose a setting, such as FLoRIST's tau, on the validation split; write settings O (best) and E (cheapest)."""
     from fedloom import compare, tune
-    from fedloom.bench.commands import words
     from fedloom.configfile import load
     from fedloom.report import table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,36 +62,13 @@ def job_id(path: Path, resume: bool) -> str:
     return path.read_text(encoding="utf-8")
 
 
-class Known(Held):
-    """Of a site's state only version and digest are known, and, in its memory, the last round that counted."""
-
-    def __init__(self, states: Mapping[str, State]) -> None:
-        self._states = dict(states)
-
-    def __getitem__(self, client: str) -> State:
-        return self._states[client]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def hold(self, client: str, state: State) -> None:
-        """Replaces what was known."""
-        self._states[client] = state
-
-    def forget(self, oldest: int) -> None:
-        """Nothing: there are no tensors."""
-
-
 class Federation(Simulation):
     """The server's side of a run. `clients` holds what is known of each site: version, digest, last counted round."""
 
     def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, fleet: Fleet) -> None:
         super().__init__(setup, folder, observer)
         self.fleet = fleet
-        self.clients = Known(dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN)))
+        self.clients = Held(dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN)))
 
     def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
         """The updates of one round; who gave none is noted with the reason."""
