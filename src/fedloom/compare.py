@@ -1,7 +1,7 @@
 """Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
 
 A variant is a method ("fedsrd"), a method with a preset ("fedsrd:paper") or with settings
-("florist:tau=1.0,client_init=warm"); "alone" trains every client by itself, "pooled" trains on all data in one place.
+("florist:tau=1.0,client_init=warm"; a key with a dot is one of another table than the method's); "alone" trains every client by itself, "pooled" trains on all data in one place.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def expanded(config: Config, variant: str) -> dict[str, list[str]]:
     if name in special:
         return special[name](config)
     pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
-    return {variant: [f"method.name={name}", *(f"method.{pair}" for pair in pairs)]}
+    named = [pair if "." in pair.partition("=")[0] else f"method.{pair}" for pair in pairs]
+    return {variant: [f"method.name={name}", *named]}
 
 
 def _alone(config: Config) -> dict[str, list[str]]:

@@ -28,7 +28,10 @@ _FORBID = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors."""
+    """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
+
+    client_values: the same for clients that hold fewer, having a lower rank or fewer modules.
+    """
 
     __pydantic_config__ = _FORBID
     row: Literal["run"] = field(default="run", kw_only=True)
@@ -38,6 +41,7 @@ class Run:
     num_rounds: int
     adapter_values: int
     seed: int
+    client_values: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
+from fedloom.ledger import Run
 from fedloom.lora import LoraState, derived_seed, initial_state, subset
 from fedloom.method import State
 from fedloom.methods import build
@@ -63,6 +64,23 @@ class Setup:
             for name, data in held.items()
             if data.cut or data.dropped
         ]
+
+    def described(self) -> Run:
+        """The run, as the first row of a ledger says it."""
+        whole = self.initial.numel()
+        held = {
+            name: sum(rank * sum(self.initial[module].shape) for module, rank in site.ranks.items())
+            for name, site in self.sites.items()
+        }
+        return Run(
+            method=self.job.method.name,
+            model=self.config.model.path,
+            clients=tuple(self.sites),
+            num_rounds=self.config.federation.num_rounds,
+            adapter_values=whole,
+            seed=self.config.federation.seed,
+            client_values={name: values for name, values in held.items() if values != whole},
+        )
 
     def train(self, client: str) -> Train:
         """The client's training step."""

@@ -16,7 +16,7 @@ from fedloom.engines.roster import Held, Roster
 from fedloom.errors import NumericError
 from fedloom.events import Observer, RunFacts, RunSummary, Silent
 from fedloom.export import finish
-from fedloom.ledger import Aggregation, Evaluation, Run, Training
+from fedloom.ledger import Aggregation, Evaluation, Training
 from fedloom.lora import derived_seed
 from fedloom.method import State
 from fedloom.partition import save_manifest
@@ -106,16 +106,7 @@ class Simulation:
     def begin(self) -> None:
         """Say what the run is, and how good the model is before it."""
         config, began = self.setup.config, time.perf_counter()
-        self.folder.ledger.append(
-            Run(
-                method=self.setup.job.method.name,
-                model=config.model.path,
-                clients=tuple(self.clients),
-                num_rounds=config.federation.num_rounds,
-                adapter_values=self.setup.initial.numel(),
-                seed=config.federation.seed,
-            )
-        )
+        self.folder.ledger.append(self.setup.described())
         for text in self.setup.warnings():
             self.folder.ledger.note(0, text)
         if self.setup.manifest:

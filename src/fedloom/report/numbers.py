@@ -53,8 +53,9 @@ class Report:
 
     @property
     def dense_bytes(self) -> int:
-        """What dense fp32 FedIT would have sent in as many turns: 4 bytes a value, both ways."""
-        return 2 * 4 * self.run.adapter_values * self.turns
+        """What dense fp32 FedIT would have sent in as many turns: 4 bytes a value that a client holds, both ways."""
+        whole, fewer = self.run.adapter_values, self.run.client_values
+        return sum(2 * 4 * fewer.get(client, whole) * len(losses) for client, losses in self.losses.items())
 
     def score_at(self, round: int) -> float:
         """Mean exact match at the last evaluation up to a round; NaN where there was none."""

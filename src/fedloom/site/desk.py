@@ -27,7 +27,7 @@ from fedloom.configfile import parse
 from fedloom.data import load_examples
 from fedloom.errors import FedloomError, SiteError
 from fedloom.export import exported
-from fedloom.ledger import Run, Training
+from fedloom.ledger import Training
 from fedloom.rounds import ClientTurn, accept, client_turn, start
 from fedloom.runs import transfer_row
 from fedloom.setup import Setup, assemble
@@ -186,16 +186,7 @@ class Desk:
         """The state before the first round. Its seal is on disk before anything rests on it."""
         setup = place.setup
         state = start(setup.job, setup.initial, setup.sites[self.site.name].ranks)
-        place.store.ledger.append(
-            Run(
-                method=setup.job.method.name,
-                model=self.site.model,
-                clients=tuple(setup.sites),
-                num_rounds=setup.config.federation.num_rounds,
-                adapter_values=setup.initial.numel(),
-                seed=setup.config.federation.seed,
-            )
-        )
+        place.store.ledger.append(setup.described())
         held = Held(0, state, state)
         place.store.save(held)
         return held
