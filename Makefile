@@ -18,7 +18,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow base-model data clean
+.PHONY: help demo test lint format check-slow front base-model data clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +40,10 @@ format: $(DEV_READY) ## Lay the code out anew
 
 check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, kill -9 of every process
 	$(BIN)/python -m pytest -m slow
+
+front: $(RUN_READY) ## Score against bytes at five budgets, two testbeds; hours; leaves docs/front.png and docs/front.csv
+	$(BIN)/fedloom front --jobs 2 --out runs/front
+	cp runs/front/front.png runs/front/front.csv docs/
 
 base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)
 	$(BIN)/python scripts/make_base_model.py

@@ -18,7 +18,7 @@ LAYERS = """
     wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger serverlog report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
-    runs clients setup export merge site engines pace compare tune deploy bench estimate studies progress status
+    runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status
     inspection cli __main__
 """
 ORDER = list(LAYERS.split())

@@ -27,7 +27,7 @@ from fedloom.bench.commands import app as bench
 from fedloom.deploy.commands import app as federation
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.merge.command import aggregate
-from fedloom.studies.commands import Set, compare, estimate, tune
+from fedloom.studies.commands import Set, compare, estimate, front, tune
 from fedloom.testbed import testbed
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, estimate, compare, tune):
+for command in (aggregate, estimate, compare, tune, front):
     app.command()(command)
 
 

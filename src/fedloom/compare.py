@@ -1,7 +1,8 @@
 """Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
 
 A variant is a method ("fedsrd"), a method with a preset ("fedsrd:paper") or with settings
-("florist:tau=1.0,client_init=warm"; a key with a dot is one of another table than the method's); "alone" trains every client by itself, "pooled" trains on all data in one place.
+("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the method's). "alone" trains every
+client by itself, "pooled" trains on all data in one place.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from csv import DictWriter
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -99,6 +101,16 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
         return ""
     lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as comma-separated values."""
+    text = io.StringIO()
+    if rows:
+        writer = DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
 
 
 def _mean(size: int, turns: int) -> str:

@@ -1,4 +1,4 @@
-"""`fedloom estimate`, `compare` and `tune`: read arguments, call the library, print."""
+"""`fedloom estimate`, `compare`, `tune` and `front`: read arguments, call the library, print."""
 
 from __future__ import annotations
 
@@ -119,6 +119,35 @@ def tune(
         screen.print(
             f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}", markup=False
         )
+
+
+def front(
+    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    sets: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
+    ] = Path("runs/front"),
+) -> None:
+    """Score against bytes at five budgets, every method with settings chosen for each; a table, a CSV and a picture."""
+    from fedloom import front
+    from fedloom.report import figure, table
+    from fedloom.report.front import above, rows
+
+    with testbed() as folder:
+        tried = range(first_seed, first_seed + seeds)
+        made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
+        play_all(front.distinct(made), jobs)
+    found = front.points(made)
+    words_of = rows(found)
+    (out / "front.md").write_text(table.markdown(words_of), encoding="utf-8")
+    (out / "front.csv").write_text(table.csv(words_of), encoding="utf-8")
+    figure.front(found, out / "front.png")
+    screen.print(table.comparison(words_of))
+    for point in above(found):
+        screen.print(f"above loom at {point.budget} on {point.testbed}: {point.variant}", markup=False)
 
 
 def play_all(made: Sequence[Run], jobs: int) -> None:
