@@ -12,6 +12,8 @@ from rich.table import Table
 
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
 
+_SHORT = 20
+
 
 def closing(report: Report) -> RenderableType:
     """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
@@ -89,7 +91,9 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
     """The rows of `compared` for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+        # Numbers may go on in a second line; a short name that is broken in two is hard to find.
+        whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*row.values())
     return table
