@@ -9,6 +9,8 @@ import torch
 
 from fedloom.catchup import Archive
 from fedloom.consolidation import Consolidation, consolidated
+from fedloom.engines.roster import Roster, same
+from fedloom.errors import RoundError, StaleError
 from fedloom.lora import LoraState, stack
 from fedloom.method import State
 from fedloom.methods import METHODS, build
@@ -33,14 +35,18 @@ class Attended(Federation):
         super().__init__(job, clients)
         self.archive = Archive()
         self.top = self.server.adapter
+        self.roster = Roster(job, self.top, self.ranks)
         self.sent: list[tuple[str, int]] = []
 
     def bring(self, client: str) -> None:
         """Catch the client up, and hold it to one that comes from nothing by the full state."""
         state = self.clients[client]
-        for payload in self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.round):
+        needed = self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.round)
+        for payload in needed:
             self.sent.append((read_header(payload).kind, len(payload)))
             state = accept(self.job, state, payload)
+        self.roster.receive(client, needed)
+        assert same(self.roster[client], state), "what is computed once is what the client itself would have"
         newcomer = start(self.job, self.top, self.ranks[client])
         assert_same_model(state, accept(self.job, newcomer, full_state(self.job, self.server, self.round)))
         self.clients[client] = state
@@ -53,11 +59,14 @@ class Attended(Federation):
             if client not in vanished:
                 turn = client_turn(self.job, client, self.clients[client], [], self.training(client), self.round)
                 self.clients[client], payloads[client] = turn.state, turn.payload
+                self.roster.hold(client, turn.state)
         if payloads:
             turn = server_turn(self.job, self.server, payloads, self.round)
             assert not turn.refused
             self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+            led = turn.state.version == self.server.version + 1
             self.server, self.stats = turn.state, turn.stats
+            self.roster.follow(turn.payload if led else full_state(self.job, self.server, self.round))
 
 
 SCHEDULES = [(name, 0) for name in sorted(METHODS)] + [(name, 3) for name in sorted(METHODS) if build(name).merges]
@@ -151,3 +160,30 @@ def test_one_large_broadcast_gives_way_to_a_smaller_full_state():
     federation.bring("j")
     assert [kind for kind, _ in federation.sent] == ["state"]
     assert torch.equal(federation.clients["j"].frozen[min(SHAPES)].A, federation.server.frozen[min(SHAPES)].A)
+
+
+def test_the_roster_keeps_two_states_for_each_kind_of_client_however_many_versions_are_held():
+    federation = Attended(job(build("fedsrd")), {f"c{i}": RANK for i in range(8)})
+    for client in federation.clients:
+        federation.attend([client], set())
+    assert len({state.version for state in federation.roster.values()}) == 8
+    assert len({id(state.adapter) for state in federation.roster.values()}) == 1, "all are behind by a round or more"
+    federation.bring("c0")
+    assert len({id(state.adapter) for state in federation.roster.values()}) == 2
+
+
+def test_the_roster_refuses_what_does_not_lead_to_the_servers_state():
+    federation = Attended(job(build("fedit")), dict.fromkeys("ab", RANK))
+    for _ in range(3):
+        federation.attend(["a"], set())
+    needed = federation.archive.needed(federation.job, federation.server, 0, federation.ranks["b"], 4)
+    with pytest.raises(RoundError, match="client b was sent leads to version 0"):
+        federation.roster.receive("b", [])
+    if len(needed) > 1:
+        with pytest.raises(StaleError):
+            federation.roster.receive("b", needed[1:])
+    other = Attended(job(build("fedit"), seed=9), dict.fromkeys("ab", RANK))
+    for _ in range(3):
+        other.attend(["a"], set())
+    with pytest.raises(RoundError, match="not to the server's"):
+        federation.roster.receive("b", [full_state(other.job, other.server, 4)])

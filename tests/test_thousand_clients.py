@@ -50,8 +50,8 @@ def test_a_thousand_clients(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     trained = sum(isinstance(row, Training) for row in rows)
     vanished = sum("dropped out" in row.text for row in rows if isinstance(row, Note))
     assert trained + vanished == 1000 and 0.25 < vanished / 1000 < 0.35
+    assert max(watch.objects) <= 3, "the server's, the latest of the clients' and the first"
     assert max(watch.held[10:]) <= 1.5 * max(watch.held[5:11]), "memory is flat"
-    assert max(watch.objects) < 40, "clients at one version share one state"
     assert len({id(state.adapter) for state in run.clients.values()}) == 1
     assert {(state.version, state.digest) for state in run.clients.values()} == {
         (run.server.version, run.server.digest)

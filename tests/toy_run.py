@@ -15,12 +15,14 @@ from fedloom.adapters import AdapterSettings
 from fedloom.config import Config
 from fedloom.engines import local
 from fedloom.engines.local import Simulation
+from fedloom.engines.roster import Roster
 from fedloom.events import Observer, Silent
 from fedloom.lora import LoraState
 from fedloom.method import State
 from fedloom.methods import build
 from fedloom.rounds import Job, Train
 from fedloom.runs import RunFolder
+from fedloom.setup import Setup
 from toy import SHAPES, job, ranks, trainer
 
 
@@ -35,6 +37,7 @@ class ToySetup:
     manifest: None = None
     fingerprint: str = "toy"
     adapter: AdapterSettings = AdapterSettings(r=4, target_modules=sorted(SHAPES))
+    described = Setup.described
 
     def warnings(self) -> list[str]:
         return []
@@ -66,11 +69,11 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
     down: payloads that a client applies; up: those that a client's turn gives; heard: those that the server is given.
     """
     crossed: Counter[str] = Counter()
-    accept, client_turn, server_turn = local.accept, local.client_turn, local.server_turn
+    receive, client_turn, server_turn = Roster.receive, local.client_turn, local.server_turn
 
-    def counted_accept(job, state, payload):
-        crossed["down"] += len(payload)
-        return accept(job, state, payload)
+    def counted_receive(roster, client, payloads):
+        crossed["down"] += sum(map(len, payloads))
+        receive(roster, client, payloads)
 
     def counted_client(job, client, state, payloads, train, round):
         crossed["down"] += sum(map(len, payloads))
@@ -82,7 +85,7 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
         crossed["heard"] += sum(map(len, payloads.values()))
         return server_turn(job, state, payloads, round)
 
-    patch.setattr(local, "accept", counted_accept)
+    patch.setattr(Roster, "receive", counted_receive)
     patch.setattr(local, "client_turn", counted_client)
     patch.setattr(local, "server_turn", counted_server)
     return crossed

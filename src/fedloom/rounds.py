@@ -155,7 +155,7 @@ def accept(job: Job, state: State, payload: bytes) -> State:
         tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
         adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
         return replace(adopted, version=header.base_version, digest=header.base_digest)
-    _expect(header, "change", state)
+    expect(header, "change", state)
     changed = job.method.receive(state, message.entries, job.context(header.round))
     return replace(changed, version=header.base_version + 1, digest=header.result_digest)
 
@@ -185,7 +185,7 @@ def inspected(job: Job, state: State, payload: bytes, round: int) -> tuple[int, 
     message = decode(payload, limits)
     header = message.header
     _same_method(job, header)
-    _expect(header, "update", state)
+    expect(header, "update", state)
     if header.round != round:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
     if header.num_examples <= 0 and job.weighting == "examples":
@@ -218,7 +218,8 @@ def _same_method(job: Job, header: Header) -> None:
         raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
 
 
-def _expect(header: Header, kind: str, state: State) -> None:
+def expect(header: Header, kind: str, state: State) -> None:
+    """Raises WireError for a payload of another kind, StaleError for one that rests on another state."""
     if header.kind != kind:
         raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
     if (header.base_version, header.base_digest) != (state.version, state.digest):

@@ -20,7 +20,7 @@ from fedloom.ledger import Aggregation, Evaluation, Training
 from fedloom.lora import derived_seed
 from fedloom.method import State
 from fedloom.partition import save_manifest
-from fedloom.rounds import ServerTurn, accept, client_turn, server_turn, start
+from fedloom.rounds import ServerTurn, client_turn, full_state, server_turn, start
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup, prepare
 from fedloom.wire import describe
@@ -70,7 +70,8 @@ class Simulation:
         self.folder = folder
         self.observer = observer
         self.server: State = start(setup.job, setup.initial)
-        self.clients: Held = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
+        self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
+        self.clients: Held = self.roster
         self.archive = Archive()
         self.round = 0
 
@@ -167,10 +168,8 @@ class Simulation:
 
     def download(self, client: str, round: int) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
-        state, payloads = self.clients[client], self.missed(client, round)
-        for payload in payloads:
-            state = accept(self.setup.job, state, payload)
-        self.clients.hold(client, state)
+        payloads = self.missed(client, round)
+        self.roster.receive(client, payloads)
         return sum(map(len, payloads))
 
     def missed(self, client: str, round: int) -> list[bytes]:
@@ -189,8 +188,9 @@ class Simulation:
             self.folder.ledger.note(round, f"client {client} refused: {reason}")
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
-        self.clients.forget(self.archive.reach(self.server.version))
+        self.clients.follow(turn.payload if led else full_state(self.setup.job, self.server, round))
 
     def deliver_last(self) -> None:
         """After the last round everybody receives the result, whoever took part in it."""
@@ -214,6 +214,8 @@ class Simulation:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
+        if self.server.version:
+            self.clients.follow(full_state(self.setup.job, self.server, self.round))
         for client, state in snapshot.clients.items():
             self.clients.hold(client, state)
         self.archive = Archive(snapshot.archive)

@@ -1,19 +1,22 @@
 """What an engine knows of its clients' states; and the states of many simulated clients, in little memory.
 
-Clients that hold the same version hold the same tensors, once. What a client holds that is further back than broadcasts
-reach is not kept at all: it will be sent the full state, which replaces everything but its ranks and its own memory.
+Clients of the same ranks at the same version hold the same bits. So the state at the server's version is computed once
+for all of them, by what clients do with a broadcast, and of a client that is behind nothing is kept but where it stands
+and what is its own: what it is sent next leads to that one state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from fedloom.errors import RoundError
 from fedloom.lora import LoraState
 from fedloom.method import State
-from fedloom.rounds import Job, start
+from fedloom.rounds import Job, accept, addressed, expect, start
+from fedloom.wire import read_header
 
 Ranks = tuple[tuple[str, int], ...]
 
@@ -37,34 +40,60 @@ class Held(Mapping[str, State]):
         """The client now holds `state`."""
         self._states[client] = state
 
-    def forget(self, oldest: int) -> None:
-        """Versions before `oldest` can only be brought forward by a full state: what is kept of them may go."""
+    def follow(self, payload: bytes) -> None:
+        """The server has moved on by this broadcast, or to this full state."""
 
 
 class Roster(Held):
-    """Every client's whole state. What clients hold alike is kept once."""
+    """Every client's state. The tensors of a client that is behind are those before the first round: only their shapes
+    are of use.
+    """
 
     def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
         kinds: dict[Ranks, Ranks] = {}
         keys = {client: tuple(sorted(own.items())) for client, own in ranks.items()}
+        self._job = job
         self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
-        self._start = {kind: start(job, initial, dict(kind)) for kind in kinds}
-        super().__init__({client: self._start[kind] for client, kind in self._kinds.items()})
-        self._shared: dict[tuple[int, Ranks], State] = {}
+        self._first = {kind: start(job, initial, dict(kind)) for kind in kinds}
+        self._latest = dict(self._first)
+        super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
 
     def hold(self, client: str, state: State) -> None:
-        """Its tensors are those of another client at the same point, where they are equal."""
-        found = self._shared.setdefault((state.version, self._kinds[client]), replace(state, memory={}))
-        self._states[client] = replace(found, memory=state.memory) if same(found, state) else state
+        """Its version, digest and memory; its tensors are those of everybody else there."""
+        latest, first = self._latest[self._kinds[client]], self._first[self._kinds[client]]
+        there = (state.version, state.digest) == (latest.version, latest.digest)
+        tensors = latest if there else first
+        own = replace(tensors, version=state.version, digest=state.digest, memory=state.memory)
+        super().hold(client, own)
 
-    def forget(self, oldest: int) -> None:
-        """What is let go of leaves version, digest and memory."""
-        self._shared = {key: state for key, state in self._shared.items() if key[0] >= oldest}
+    def follow(self, payload: bytes) -> None:
+        """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
+        self._latest = {
+            kind: accept(self._job, latest, addressed(self._job, payload, dict(kind)))
+            for kind, latest in self._latest.items()
+        }
         for client, state in self._states.items():
-            first = self._start[self._kinds[client]]
-            if state.version < oldest and state.adapter is not first.adapter:
-                own = replace(first, version=state.version, digest=state.digest, memory=state.memory)
-                self._states[client] = own
+            self.hold(client, state)
+
+    def receive(self, client: str, payloads: Sequence[bytes]) -> None:
+        """Bring one client to the latest state by what it is sent.
+
+        Raises StaleError where a payload rests on another state than the one before leads to, and RoundError where all
+        of them together do not lead to the latest.
+        """
+        state, latest = self[client], self._latest[self._kinds[client]]
+        whole = True
+        for payload in payloads:
+            header = read_header(payload)
+            if header.kind == "state":
+                state = accept(self._job, state, payload)
+                whole = same(state, latest)
+            else:
+                expect(header, "change", state)
+                state = replace(state, version=header.base_version + 1, digest=header.result_digest)
+        if not whole or (state.version, state.digest) != (latest.version, latest.digest):
+            raise RoundError(f"what client {client} was sent leads to version {state.version}, not to the server's")
+        self.hold(client, state)
 
 
 def same(one: State, two: State) -> bool:
