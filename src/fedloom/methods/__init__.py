@@ -113,5 +113,5 @@ def _known(what: str, key: str, table: Mapping[str, Row]) -> Row:
     if key in table:
         return table[key]
     near = difflib.get_close_matches(key, table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ConfigError(f"{what} {key!r} is unknown{hint} Known: {', '.join(sorted(table))}")
