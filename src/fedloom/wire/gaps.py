@@ -31,7 +31,7 @@ def to_symbols(gaps: Ints) -> tuple[Bytes, Ints, Bytes]:
     symbols = gaps.astype(np.uint8)
     where = np.flatnonzero(gaps >= LARGE)
     large = gaps[where]
-    widths = np.frexp(large.astype(np.float64))[1] - 4
+    widths = (large.astype(np.float64).view(np.int64) >> 52) - 1026  # by the exponent of the number as a float
     leading = large >> widths
     symbols[where] = 8 * widths + leading
     return symbols, large - (leading << widths), widths.astype(np.uint8)

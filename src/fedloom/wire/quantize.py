@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.masks import seeded_uniform
-from fedloom.tensors import Quantized, Values
+from fedloom.tensors import Quantized, Values, all_finite
 
 Rounding = Callable[[Tensor, int], Values]
 
@@ -68,17 +68,18 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
 
 def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
     """±1 times the mean magnitude of the block, as bfloat16; zero counts as positive."""
-    count = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block).abs()
-    if not bool(padded.isfinite().all()):
+    if not all_finite(values):
         raise NumericError("sign values cannot hold infinities or NaN: the update has diverged")
-    sizes = torch.full((padded.shape[0],), float(block))
-    if count % block:
-        sizes[-1] = count % block
+    count = values.numel()
+    rest = count % block
+    padded = torch.nn.functional.pad(values, (0, block - rest)) if rest else values
+    sizes = torch.full((-(-count // block), 1), float(block))
+    if rest:
+        sizes[-1] = rest
     # Divided before they are summed: the sum of finite numbers need not be finite.
-    means = (padded / sizes.unsqueeze(1)).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
+    means = padded.view(-1, block).abs().div_(sizes).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
     scales = means.to(torch.bfloat16).to(torch.float32)
-    codes = (values >= 0).to(torch.int8).mul_(2).sub_(1)
+    codes = (values >= 0).view(torch.int8).mul_(2).sub_(1)
     return Quantized(codes, scales, block, 1)
 
 
