@@ -133,8 +133,8 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     values = scores.numpy()
     if keep >= values.size:
         return torch.arange(values.size)
-    if keep <= 0:
-        return torch.empty(0, dtype=torch.int64)
+    if keep <= 1:
+        return torch.from_numpy(values.argmax(keepdims=True)[: max(keep, 0)])
     least = np.partition(values, -keep)[-keep]
     chosen = values >= least
     surplus = int(np.count_nonzero(chosen)) - keep
