@@ -182,7 +182,8 @@ class Shortlist:
         l1, l2 = (scores.sum().item(), delta.step * change.norm().item()) if delta.step else (0.0, 0.0)
         scores.mul_(reach(delta.other, delta.part))
         positions, left = shortlist(scores, kept_count(change.numel(), most))
-        return cls(tuple(change.shape), positions, change.flatten()[positions], left, l1, l2)
+        values = change.flatten().index_select(0, positions)
+        return cls(tuple(change.shape), positions, values, left, l1, l2)
 
     def entry(self, density: float, name: str, context: Context) -> Sparse:
         """The share `density` of the elements, at least one; the few stand in for all, see `Delta.step`."""

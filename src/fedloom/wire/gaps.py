@@ -75,6 +75,14 @@ class BitSink:
         self.pieces.append(packed[: total // 32])
         self._tail, self._used = int(packed[total // 32]), total % 32
 
+    def join(self, other: BitSink) -> None:
+        """Append all that another one holds."""
+        for piece in other.pieces:
+            halves = piece.astype("<u4", copy=False).view("<u2").astype(np.int64)
+            self.add(halves, np.full(halves.size, 16, dtype=np.uint8))
+        if other._used:
+            self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
+
     def packed(self) -> Bytes:
         """All bits, the last byte filled up with zeros."""
         tail = np.frombuffer(self._tail.to_bytes(4, "little"), dtype=np.uint8)[: (self._used + 7) // 8]

@@ -105,6 +105,15 @@ class PositionSink:
             of_tensor[number] = coded
         self._waiting, self._held = [], 0
 
+    def join(self, other: PositionSink) -> None:
+        """Append all that another one took, as if it had come here."""
+        for sink in (self, other):
+            sink._code()
+        self.classes.join(other.classes)
+        self.bitmaps.join(other.bitmaps)
+        self.extra.join(other.extra)
+        self.tensors += other.tensors
+
     def finish(self) -> tuple[list[Cells], dict[int, Sink]]:
         """The tensors' layouts, in order, and the streams by role."""
         self._code()
