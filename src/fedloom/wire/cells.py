@@ -7,8 +7,9 @@ and one column class, and its positions are counted row by row within it. A tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,24 +150,31 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints
     found = np.bincount(both.cells(rows, columns))
     table.reshape(-1)[: found.size] = found
     heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
-    height, width = whole_rows.sizes(1), whole_columns.sizes(1)
-    choices = [(_grid_bits(table, heights, widths), both)]
-    if height.size < heights.size and width.size < widths.size:
-        choices.append((_grid_bits(table.sum(axis=0), height, widths), Grid(whole_rows, by_column)))
-        choices.append((_grid_bits(table.sum(axis=1), heights, width), Grid(by_row, whole_columns)))
-    choices.append((_grid_bits(table.sum(), height, width), flat))
-    return min(choices, key=lambda choice: choice[0])[1], rows, columns
+    choices = (
+        (both, table, heights, widths),
+        (Grid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
+        (Grid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
+        (flat, table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
+    )
+    bits = _grid_bits([choice[1:] for choice in choices])
+    return choices[bits.index(min(bits))][0], rows, columns
 
 
-def _grid_bits(counts: Ints, heights: Ints, widths: Ints) -> float:
-    """About what so many positions in each cell cost: their information, and what cells and classes take.
+def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
+    """About what positions cost in each grid: their information, and what cells and classes take in the index.
 
-    heights, widths: how many rows and columns there are of each class.
+    A grid is the positions in every cell, and how many rows and how many columns there are of each class.
     """
-    sizes = np.outer(heights, widths).reshape(-1)
-    share = np.minimum(np.maximum(counts.reshape(-1) / np.maximum(sizes, 1), 1e-12), 1.0 - 1e-12)
-    information = -sizes * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
-    return float(information.sum()) + _CELL_BITS * sizes.size + _class_bits(heights) + _class_bits(widths)
+    sizes = [np.outer(heights, widths).reshape(-1) for _, heights, widths in grids]
+    size, count = np.concatenate(sizes), np.concatenate([counts.reshape(-1) for counts, _, _ in grids])
+    share = np.minimum(np.maximum(count / np.maximum(size, 1), 1e-12), 1.0 - 1e-12)
+    information = -size * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
+    starts = list(accumulate((cells.size for cells in sizes[:-1]), initial=0))
+    sums = np.add.reduceat(information, starts).tolist()
+    return [
+        bits + _CELL_BITS * cells.size + _class_bits(heights) + _class_bits(widths)
+        for bits, cells, (_, heights, widths) in zip(sums, sizes, grids, strict=True)
+    ]
 
 
 def density_classes(counts: Ints, length: int) -> Lines:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.masks import seeded_uniform
-from fedloom.tensors import Quantized, Values, all_finite
+from fedloom.tensors import Quantized, Values
 
 Rounding = Callable[[Tensor, int], Values]
 
@@ -68,19 +69,21 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
 
 def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
     """±1 times the mean magnitude of the block, as bfloat16; zero counts as positive."""
-    if not all_finite(values):
+    flat = values.numpy()
+    if not np.isfinite(flat).all():
         raise NumericError("sign values cannot hold infinities or NaN: the update has diverged")
-    count = values.numel()
-    rest = count % block
-    padded = torch.nn.functional.pad(values, (0, block - rest)) if rest else values
-    sizes = torch.full((-(-count // block), 1), float(block))
-    if rest:
-        sizes[-1] = rest
+    count, rest = flat.size, flat.size % block
+    parts = np.zeros(count + -count % block, dtype=np.float32)
     # Divided before they are summed: the sum of finite numbers need not be finite.
-    means = padded.view(-1, block).abs().div_(sizes).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
+    np.abs(flat, out=parts[:count])
+    parts[: count - rest] /= block
+    parts[count - rest : count] /= max(rest, 1)
+    means = torch.from_numpy(parts).view(-1, block).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
     scales = means.to(torch.bfloat16).to(torch.float32)
-    codes = (values >= 0).view(torch.int8).mul_(2).sub_(1)
-    return Quantized(codes, scales, block, 1)
+    codes = (flat >= 0).view(np.int8)
+    codes += codes
+    codes -= np.int8(1)
+    return Quantized(torch.from_numpy(codes), scales, block, 1)
 
 
 def _up_to_bfloat16(positive: Tensor) -> Tensor:
