@@ -138,7 +138,7 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     if keep >= values.size:
         return torch.arange(values.size)
     if keep <= 1:
-        return torch.from_numpy(values.argmax(keepdims=True)[: max(keep, 0)])
+        return torch.tensor([int(values.argmax())] if keep == 1 else [], dtype=torch.int64)
     least = np.partition(values, -keep)[-keep]
     chosen = values >= least
     surplus = int(np.count_nonzero(chosen)) - keep

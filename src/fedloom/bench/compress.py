@@ -135,7 +135,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in ("method", "values"):
         table.add_column(column)
-    for column in ("up MiB", "first turn s", "later turn s", "processor s", "one encode", "× floor"):
+    for column in ("up MiB", "first s", "later s", "CPU s", "encode CPU s", "× floor"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         times = [f"{row[key]:.3f}" for key in ("first_s", "send_s", "cpu_s", "encode_cpu_s")]
