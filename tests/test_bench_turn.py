@@ -14,4 +14,6 @@ def test_rows_hold_a_turn_a_bare_loop_and_their_difference():
     (row,) = result["rows"]
     assert row["client"] == "lab" and row["bare_s"] > 0 and result["prepare_s"] > 0
     assert row["overhead_s"] == row["turn_s"] - row["bare_s"]
+    assert 0 < row["train_s"] <= row["turn_s"] and row["send_cpu_s"] > 0
+    assert row["send_share"] == row["send_s"] / row["train_s"] > 0
     assert "lab" in [str(cell) for cell in turn.tables(result)[0].columns[0].cells]

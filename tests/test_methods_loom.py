@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Context, State, Update
 from fedloom.methods import build
-from fedloom.rounds import Job, client_turn, payload_bytes, server_turn, start
-from fedloom.tensors import floats, to_dense
-from fedloom.wire import Header, quantize
+from fedloom.methods.loom import COST, element_bits, value_bits
+from fedloom.rounds import Draft, Job, client_turn, server_turn, start
+from fedloom.sparsify import importance, kept_count
+from fedloom.tensors import Sparse, floats, to_dense
+from fedloom.wire import Header, Message, encode, quantize
 from toy import step
 
 SHAPES = {"a.q_proj": (96, 160), "b.down": (160, 240)}
@@ -28,7 +31,7 @@ def job(settings: dict[str, object], values: str = "sign") -> Job:
 
 
 def context(values: str = "fp32") -> Context:
-    return Context(1, 5, lambda tensor, seed: quantize(tensor, values, seed), size=partial(payload_bytes, HEADER))
+    return Context(1, 5, lambda tensor, seed: quantize(tensor, values, seed), size=Draft(HEADER).size)
 
 
 def moved(state: LoraState, seed: int) -> LoraState:
@@ -78,6 +81,104 @@ def test_what_is_sent_is_what_a_slow_twin_picks():
         kept = change.flatten()[entry.positions]
         mean = min(change.abs().sum() / keep, 2.5 * change.norm() / math.sqrt(keep))
         assert floats(entry.values).double() == pytest.approx(kept * (mean / kept.abs().mean()), rel=1e-5)
+
+
+def slow_entry(before, after, other, part, density, step, given):
+    """What loom sends of one factor, by sorting everything."""
+    change = after - before
+    scores = importance(change, other, part).flatten().tolist()
+    ranked = [i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0]
+    where = torch.tensor(sorted(ranked[: kept_count(len(scores), density)]), dtype=torch.int64)
+    kept = change.flatten()[where]
+    if where.numel():
+        l1, l2 = change.abs().sum().item() / len(where), step * change.norm().item() / math.sqrt(len(where))
+        kept = kept * (min(l1, l2) / kept.abs().mean().item())
+    return Sparse(tuple(change.shape), where, given.quantize(kept, 0))
+
+
+def slow_compress(budget, most, step, state, after, given):
+    """(cost, entries) of loom's page, every trial from the very beginning."""
+
+    def at(density):
+        entries = {}
+        for module, now in after.items():
+            before = state.adapter[module]
+            entries[f"{module}/A"] = slow_entry(before.A, now.A, now.B, "A", density, step, given)
+            entries[f"{module}/B"] = slow_entry(before.B, now.B, before.A, "B", density, step, given)
+        return entries
+
+    def density_of(bits):
+        if bits >= element_bits(most, each):
+            return most
+        low, high = 0.0, min(most, 0.5)
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if element_bits(middle, each) <= bits else (low, middle)
+        return low
+
+    total, each = state.adapter.numel(), value_bits(given)
+    cost = state.memory[COST].item() if COST in state.memory else 1.0
+    best, taken = at(0.0), 0
+    least = given.size(best)
+    for _ in range(5):
+        density = density_of(8 * max(0.99 * budget - least, 0) / total / cost)
+        entries = at(density)
+        size = given.size(entries)
+        if taken < size <= budget:
+            best, taken = entries, size
+        if taken > 0.95 * budget or (taken == size and density == most):
+            break
+        cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
+    return cost, best
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1),
+    st.integers(1, 6),
+    st.integers(0, 1000),
+    st.sampled_from([0, 200, 400, 900, 10_000]),
+    st.sampled_from([None, 0.3, 1.0, 4.0]),
+    st.sampled_from(["sign", "fp32"]),
+)
+def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, budget, cost, values):
+    """Changes are rounded to few values, so that there are ties and zeros; a wrong remembered cost asks for trials."""
+    start_ = moved(initial_state(shapes, dict.fromkeys(shapes, rank), seed), seed)
+    state = State(start_, memory={} if cost is None else {COST: torch.tensor(cost)})
+    generator = torch.Generator().manual_seed(seed)
+    after = state.adapter.map(
+        lambda pair: LoraPair(*(t + torch.randint(-2, 3, t.shape, generator=generator) / 64 for t in (pair.A, pair.B)))
+    )
+    given_ = context(values)
+    method = build("loom", {"budget": budget or 1, "upload_share": 1.0, "max_density": 0.4})
+    memory, entries = method.compress(state, after, given_)
+    expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_)
+    assert memory[COST].item() == pytest.approx(expected_cost, rel=1e-6)
+    assert entries.keys() == expected.keys()
+    for name, entry in entries.items():
+        assert torch.equal(entry.positions, expected[name].positions)
+        assert torch.equal(floats(entry.values), floats(expected[name].values))
+
+
+def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
+    encoded = []
+    monkeypatch.setattr("fedloom.rounds.encode", lambda message: encoded.append(message) or encode(message))
+    run, adapter = job({"budget": "3%", "max_density": 0.5}), initial_state(SHAPES, RANKS, 0)
+    turn = client_turn(run, "ada", start(run, adapter, RANKS), (), step, 1)
+    encoded.clear()
+    later = client_turn(run, "ada", turn.state, (), step, 2)
+    assert len(encoded) == 2, "one element of every tensor, and the payload"
+    assert later.payload == encode(encoded[-1])
+
+
+def test_a_draft_encodes_anew_what_is_not_the_same():
+    state = State(moved(initial_state(SHAPES, RANKS, 1), 1))
+    sent, other = (build("loom", {}).compress(state, moved(state.adapter, seed), context())[1] for seed in (2, 3))
+    draft = Draft(HEADER)
+    assert draft.payload({}) == encode(Message(HEADER, {}))
+    first = draft.payload(sent)
+    assert draft.payload(dict(sent)) is first
+    assert draft.payload({**sent, "a.q_proj/A": other["a.q_proj/A"]}) != first == draft.payload(sent)
 
 
 def test_what_a_broadcast_leaves_out_joins_the_next_one():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
-from fedloom.sparsify import Adaptive, importance, kurtosis, l1_gain, leading_positions, split, top_positions
+from fedloom.sparsify import Adaptive, importance, kurtosis, l1_gain, largest, reach, shortlist, split, top_positions
 from fedloom.tensors import to_dense
 
 
@@ -97,22 +97,39 @@ def slow_leading(scores: list[float], keep: int) -> list[int]:
 @given(
     st.lists(st.sampled_from([0.0, 1e-40, 0.5, 1.0, 3.0]) | st.floats(0, 2.0**100, width=32), max_size=60), st.data()
 )
-def test_leading_positions_are_those_of_a_slow_twin(values, data):
-    keep = data.draw(st.integers(0, len(values) + 2))
+def test_every_selection_from_a_shortlist_is_that_of_a_slow_twin(values, data):
+    most = data.draw(st.integers(0, len(values) + 2))
     scores = torch.tensor(values, dtype=torch.float32)
-    expected = slow_leading(scores.tolist(), keep)
-    assert leading_positions(scores, keep).tolist() == expected
-    assert top_positions(scores, keep).tolist() == sorted(expected)
+    positions, left = shortlist(scores, most)
+    assert torch.equal(left, scores[positions])
+    for keep in {0, 1, most // 2, most}:
+        if keep <= most:
+            assert positions[largest(left, keep)].tolist() == sorted(slow_leading(scores.tolist(), keep))
+    assert top_positions(scores, most).tolist() == sorted(slow_leading(scores.tolist(), most))
 
 
 @pytest.mark.parametrize("keep", [1, 500, 2000, 39_999])
 def test_large_tensors_are_selected_from_exactly_although_a_sample_guides(keep):
-    """A sample sees every tenth element: the large ones may all be hidden between those, or on them."""
+    """A sample sees every eleventh element: the large ones may all be hidden between those, or on them."""
     size = 40_960
     even = torch.rand(size, generator=torch.Generator().manual_seed(1))
-    hidden = torch.where(torch.arange(size) % 10 == 0, 0.0, even)
-    shown = torch.where(torch.arange(size) % 10 == 0, even, 0.0)
+    hidden = torch.where(torch.arange(size) % 11 == 0, 0.0, even)
+    shown = torch.where(torch.arange(size) % 11 == 0, even, 0.0)
     for scores in (even, even**9, torch.ones(size), torch.arange(size) / size, hidden, shown):
         expected = slow_leading(scores.tolist(), keep)
-        assert leading_positions(scores, keep).tolist() == expected
         assert top_positions(scores, keep).tolist() == sorted(expected)
+        positions, left = shortlist(scores, keep)
+        assert positions[largest(left, keep // 2)].tolist() == sorted(expected[: keep // 2])
+
+
+def test_a_shortlist_of_a_matrix_with_unequal_columns_stays_short():
+    """A sample at a multiple of the width would see one column alone, and list nearly all or have to begin anew."""
+    for width in (16, 64, 3072):
+        scores = tensor(3, 524_288 // width, width).abs() * torch.linspace(0, 1, width) ** 4
+        assert 5_000 <= shortlist(scores, 5_000)[0].numel() < 10_000
+
+
+def test_importance_is_the_magnitude_times_the_reach_bit_by_bit():
+    delta, other = tensor(7, 6, 9), tensor(8, 12, 6)
+    assert torch.equal(importance(delta, other, "A"), delta.abs() * reach(other, "A"))
+    assert torch.equal(importance(delta.T, other.T, "B"), delta.T.abs() * reach(other.T, "B"))

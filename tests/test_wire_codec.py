@@ -187,10 +187,12 @@ def test_planes_do_not_depend_on_the_byte_order_of_the_machine():
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 40), max_size=200))
 def test_gap_symbols_are_those_of_the_definition(gaps):
     symbols, numbers_, widths = to_symbols(np.array(gaps, dtype=np.int64))
-    sink = BitSink()
-    half = len(numbers_) // 2
-    sink.add(numbers_[:half], widths[:half])
-    sink.add(numbers_[half:], widths[half:])
+    sink, other = BitSink(), BitSink()
+    third = len(numbers_) // 3
+    sink.add(numbers_[:third], widths[:third])
+    sink.add(numbers_[third : 2 * third], widths[third : 2 * third])
+    other.add(numbers_[2 * third :], widths[2 * third :])
+    sink.join(other)
     bits = 0
     at = 0
     for gap, symbol in zip(gaps, symbols.tolist(), strict=True):

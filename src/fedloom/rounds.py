@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol
-
-import torch
 
 from fedloom.cohort import Cohort, combine, restricted, shares
 from fedloom.consolidation import Consolidation, consolidated
@@ -21,7 +18,7 @@ from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, S
 from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow
 from fedloom.method import FROZEN, Context, Entries, Method, State
 from fedloom.sparsify import Quantize
-from fedloom.tensors import dense, floats, to_dense
+from fedloom.tensors import all_finite, dense, floats, to_dense
 from fedloom.wire import Header, Limits, Message, decode, encode
 from fedloom.wire.budget import ByteBudget
 
@@ -87,6 +84,26 @@ class ServerTurn:
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(eq=False, slots=True)
+class Draft:
+    """Payloads under one header. The last one is kept, since what a method measured last is mostly what is sent."""
+
+    header: Header
+    entries: Entries = field(default_factory=dict)
+    encoded: bytes = b""
+
+    def size(self, entries: Entries) -> int:
+        """Bytes of the payload that carries these entries."""
+        return len(self.payload(entries))
+
+    def payload(self, entries: Entries) -> bytes:
+        """The payload that carries these entries."""
+        known = self.encoded and entries.keys() == self.entries.keys()
+        if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
+            self.entries, self.encoded = dict(entries), encode(Message(self.header, entries))
+        return self.encoded
+
+
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
     """The state at version 0 of a participant of the given ranks (by module); None for the server's own.
 
@@ -104,16 +121,17 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
         state = accept(job, state, payload)
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
     for name, tensor in trained.adapter.tensors().items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NumericError(
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
     header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
-    context = replace(job.context(round, client), size=partial(payload_bytes, header))
+    draft = Draft(header)
+    context = replace(job.context(round, client), size=draft.size)
     if job.budget is not None:
         context = replace(context, budget=ByteBudget(job.budget, header))
     memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
-    return ClientTurn(replace(state, memory=memory), encode(Message(header, entries)), trained)
+    return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 
 
 def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
@@ -136,9 +154,10 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
-    context = replace(job.context(round), size=partial(payload_bytes, header))
+    draft = Draft(header)
+    context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
-    payload = encode(Message(header, result.entries))
+    payload = draft.payload(result.entries)
     after = accept(job, replace(state, memory=result.memory), payload)
     if not job.consolidation.due(round):
         return ServerTurn(after, payload, refused, result.stats)
@@ -158,11 +177,6 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     expect(header, "change", state)
     changed = job.method.receive(state, message.entries, job.context(header.round))
     return replace(changed, version=header.base_version + 1, digest=header.result_digest)
-
-
-def payload_bytes(header: Header, entries: Entries) -> int:
-    """Size of the payload that carries these entries under this header."""
-    return len(encode(Message(header, entries)))
 
 
 def full_state(job: Job, state: State, round: int) -> bytes:
@@ -209,7 +223,7 @@ def _check_entries(entries: Entries, modules: Collection[str], adapter: LoraStat
         wanted = {"A": (rank, n), "B": (m, rank)}.get(part, (adapter[module].rank, adapter[module].rank))
         if entry.shape != wanted or rank > adapter[module].rank:
             raise ShapeError(f"{name} has shape {entry.shape}, expected {wanted} with rank ≤ {adapter[module].rank}")
-        if not torch.isfinite(floats(entry.values)).all():
+        if not all_finite(floats(entry.values)):
             raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
 
 

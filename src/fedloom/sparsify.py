@@ -6,12 +6,14 @@ Importance and the adaptive density are those of FedSRD (arXiv 2510.04601, §3.2
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.errors import ConfigError
@@ -29,9 +31,33 @@ def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
     """
-    norms = torch.linalg.vector_norm(other, dim=0 if part == "A" else 1)
-    scores: Tensor = delta.abs() * (norms.unsqueeze(1) if part == "A" else norms)
-    return scores
+    return delta.abs().mul_(reach(other, part))
+
+
+def reach(other: Tensor, part: str) -> Tensor:
+    """‖B[:, u]‖₂ as a column (r, 1) for part "A", ‖A[v, :]‖₂ (r,) for part "B": the factors of `importance`."""
+    if part == "B":
+        norms: Tensor = torch.linalg.vector_norm(other, dim=1)
+        return norms
+    # What torch adds up down the columns, in the same order and several times faster.
+    matrix = other.detach().cpu().numpy()
+    return torch.from_numpy(np.sqrt(np.einsum("ij,ij->j", matrix, matrix))).to(other.device).unsqueeze(1)
+
+
+class _Scratch(threading.local):
+    """One thread's memory for what is soon overwritten: memory fresh from the system costs more than arithmetic."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def floats(self, use: str, shape: torch.Size) -> Tensor:
+        """Uninitialised float32 memory, the same for every call with this use."""
+        if use not in self.held or self.held[use].numel() < shape.numel():
+            self.held[use] = torch.empty(shape.numel())
+        return self.held[use][: shape.numel()].view(shape)
+
+
+scratch = _Scratch()
 
 
 def kurtosis(values: Tensor) -> float:
@@ -77,48 +103,48 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
 
     Elements that score zero are never kept, since they carry nothing.
     """
-    flat = scores.flatten()
-    if keep >= flat.numel():
-        return flat.nonzero().squeeze(1)
-    if keep <= 0:
-        return torch.empty(0, dtype=torch.int64)
-    among = _candidates(flat, keep)
-    left = flat[among]
-    threshold = torch.topk(left, keep, sorted=True).values[-1]
-    above = among[left > threshold]
-    if threshold <= 0:
-        return above
-    ties = among[left == threshold][: keep - above.numel()]
-    return torch.cat([above, ties]).sort().values
+    positions, left = shortlist(scores, keep)
+    return positions[largest(left, keep)]
 
 
-def _candidates(flat: Tensor, keep: int) -> Tensor:
-    """Increasing positions that the `keep` largest elements, and all that equal the least of them, are among.
+def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(flat positions, scores) of elements above zero, by position: any selection of up to `keep` elements is in it.
 
-    Selecting costs several times more than one comparison an element, so a sample says where to look. Where it misled,
-    everything is looked at.
+    Selecting costs many times more than one comparison an element, so a sample says which ones to compare. Where it
+    misled, all are listed.
     """
-    if flat.numel() >= _LARGE:
-        sample = flat[:: flat.numel() // _SAMPLE]
-        wanted = keep / flat.numel() * sample.numel()
-        rank = math.ceil(wanted + 4 * math.sqrt(wanted) + 4)
-        if rank < sample.numel() // 2:
-            among = (flat >= torch.topk(sample, rank).values[-1]).nonzero().squeeze(1)
-            if among.numel() >= keep:
-                return among
-    return torch.arange(flat.numel())
+    flat = scores.detach().cpu().flatten().numpy()
+    limit = _guessed_limit(flat, keep)
+    among = np.flatnonzero(flat >= limit) if limit > 0 else np.empty(0, dtype=np.int64)
+    if among.size < keep:
+        among = np.flatnonzero(flat > 0)
+    return torch.from_numpy(among), torch.from_numpy(flat.take(among))
 
 
-def leading_positions(scores: Tensor, keep: int) -> Tensor:
-    """Those of `top_positions`, the largest score first, equal scores by position: a prefix is a smaller selection."""
-    flat = scores.flatten()
-    among = _candidates(flat, keep)
-    among = among[flat[among] > 0]
-    # Positive floats sort like their bits, so one integer holds score and position, and numpy sorts integers fastest.
-    bits = flat[among].numpy().view(np.int32).astype(np.int64)
-    keys = (np.int64(2**31 - 1) - bits) << np.int64(32) | among.numpy()
-    keys.sort()
-    return torch.from_numpy(keys[:keep] & np.int64(2**32 - 1))
+def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
+    """A score that `keep` elements or somewhat more are likely to reach; 0 where a guess would not pay."""
+    if flat.size < _LARGE or keep < 1:
+        return 0.0
+    # An odd step meets every column of a matrix whose width is a power of two.
+    sample = flat[:: flat.size // _SAMPLE | 1]
+    wanted = keep / flat.size * sample.size
+    rank = math.ceil(wanted + 4 * math.sqrt(wanted) + 4)
+    return float(np.partition(sample, -rank)[-rank]) if rank < sample.size // 2 else 0.0
+
+
+def largest(scores: Tensor, keep: int) -> Tensor:
+    """Increasing indices of the `keep` largest of some scores (1-D, on the CPU), or of all; the first ones win ties."""
+    values = scores.numpy()
+    if keep >= values.size:
+        return torch.arange(values.size)
+    if keep <= 1:
+        return torch.tensor([int(values.argmax())] if keep == 1 else [], dtype=torch.int64)
+    least = np.partition(values, -keep)[-keep]
+    chosen = values >= least
+    surplus = int(np.count_nonzero(chosen)) - keep
+    if surplus:
+        chosen[np.flatnonzero(values == least)[-surplus:]] = False
+    return torch.from_numpy(np.flatnonzero(chosen))
 
 
 def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:

@@ -7,6 +7,7 @@ the receiver will see.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -94,6 +95,12 @@ def count(shape: tuple[int, ...]) -> int:
 def floats(values: Values) -> Tensor:
     """The values as float32, 1-D."""
     return values.dequantize() if isinstance(values, Quantized) else values.to(torch.float32)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor infinity, found in one pass."""
+    # The extremes of numbers among which there is a NaN are NaN.
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def dense(tensor: Tensor) -> Dense:

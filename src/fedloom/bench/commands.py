@@ -104,6 +104,31 @@ def wan_command(
     show(result, wan.tables, as_json)
 
 
+@app.command("compress")
+def compress_command(
+    preset: Preset = "llama-3.2-3b",
+    methods: Annotated[str, typer.Option(help="Methods: loom,fedsrd.")] = "loom,fedsrd,fedit",
+    budget: Annotated[str, typer.Option(help="Bytes of a turn, or a share, for methods that have a budget.")] = "",
+    structured: Annotated[bool, typer.Option("--structured", help="Updates with row and column structure.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What it costs a client to choose, round and encode its update; `bench turn` sets that beside training."""
+    from fedloom.bench import compress
+
+    names = words(methods)
+    show(
+        compress.run(
+            preset, names, budget=budget, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed
+        ),
+        compress.tables,
+        as_json,
+    )
+
+
 @app.command("flower")
 def flower_command(
     rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 6,
@@ -123,6 +148,7 @@ def flower_command(
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=loom.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """A client's whole turn against a bare training loop over as many batches."""
@@ -130,7 +156,7 @@ def turn_command(
     from fedloom.configfile import load
 
     with testbed() as folder:
-        result = turn.run(load(config or folder / "demo.toml"), repeats=repeats)
+        result = turn.run(load(config or folder / "demo.toml", settings or ()), repeats=repeats)
     show(result, turn.tables, as_json)
 
 

@@ -11,16 +11,20 @@ import torch
 from rich.table import Table
 
 from fedloom import peft_bridge
+from fedloom.bench.compress import sending
 from fedloom.config import Config
+from fedloom.method import State
 from fedloom.rounds import client_turn, start
 from fedloom.setup import Setup, prepare
 
 
 def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
-    """Rows of (client, turn_s, bare_s, overhead_s), medians over interleaved repeats, and seconds of preparation.
+    """Rows of the medians over interleaved repeats, and seconds of preparation.
 
     turn_s: receive, train, compress and encode. bare_s: forward, backward and AdamW on as many batches of the client's
-    examples, nothing else.
+    examples, nothing else. overhead_s: turn_s − bare_s. train_s: the training of a turn. send_s and send_cpu_s: all but
+    receiving and training, where the client remembers an earlier turn, on the wall and of the processor. send_share:
+    send_s / train_s.
     """
     begun = time.perf_counter()
     setup = prepare(config)
@@ -28,15 +32,22 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     rows = []
     for client, site in setup.sites.items():
         state = start(setup.job, setup.initial, site.ranks)
-        turns, bare = [], []
-        for _ in range(repeats + 1):
-            bare.append(bare_steps(setup, client))
-            begun = time.perf_counter()
-            client_turn(setup.job, client, state, [], setup.train(client), 1)
-            turns.append(time.perf_counter() - begun)
-        turn_s, bare_s = statistics.median(turns[1:]), statistics.median(bare[1:])  # the first ones warm up
-        rows.append({"client": client, "turn_s": turn_s, "bare_s": bare_s, "overhead_s": turn_s - bare_s})
+        taken = [repeat(setup, client, state) for _ in range(repeats + 1)][1:]  # the first one warms up
+        row = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+        differences = {"overhead_s": row["turn_s"] - row["bare_s"], "send_share": row["send_s"] / row["train_s"]}
+        rows.append({"client": client, **row, **differences})
     return {"rows": rows, "prepare_s": prepared, "threads": torch.get_num_threads()}
+
+
+def repeat(setup: Setup, client: str, state: State) -> dict[str, float]:
+    """One measurement of each kind."""
+    bare_s = bare_steps(setup, client)
+    begun = time.perf_counter()
+    turn = client_turn(setup.job, client, state, [], setup.train(client), 1)
+    turn_s = time.perf_counter() - begun
+    spent = sending(setup.job, client, turn.state, turn.trained, 1)[1]
+    train_s = turn.trained.seconds
+    return {"turn_s": turn_s, "bare_s": bare_s, "train_s": train_s, "send_s": spent.wall, "send_cpu_s": spent.cpu}
 
 
 def bare_steps(setup: Setup, client: str) -> float:
@@ -64,8 +75,9 @@ def bare_steps(setup: Setup, client: str) -> float:
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The rows for a terminal."""
     table = Table(title=f"a client's turn, {result['threads']} threads; prepared in {result['prepare_s']:.2f} s")
-    for name in ("client", "turn s", "bare loop s", "overhead s"):
+    for name in ("client", "turn s", "bare loop s", "overhead s", "training s", "sending s", "of training"):
         table.add_column(name, justify="left" if name == "client" else "right")
     for row in result["rows"]:
-        table.add_row(row["client"], *(f"{row[key]:.3f}" for key in ("turn_s", "bare_s", "overhead_s")))
+        times = [f"{row[key]:.3f}" for key in ("turn_s", "bare_s", "overhead_s", "train_s", "send_s")]
+        table.add_row(row["client"], *times, f"{row['send_share']:.1%}")
     return [table]

@@ -140,13 +140,16 @@ def _row(method: str, values: str, round: Played, line: Line, scale: float) -> R
     return Row(method, values, *sizes, round.client_s, down_s, up_s, round.server_s, floor, total, scale)
 
 
-def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Workload:
-    """A start whose B is not zero, as if some rounds had passed: no element of A is worth sending while B is."""
+def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, structured: bool = False) -> Workload:
+    """A start whose B is not zero, as if some rounds had passed: no element of A is worth sending while B is.
+
+    structured: changes have row and column structure, see `bench.wire`.
+    """
     fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
     made = {
         part: {
             module: LoraPair(
-                *(heavy_tailed(shape, False, derived_seed(seed, part, module)) for shape in ((rank, n), (m, rank)))
+                *(heavy_tailed(shape, structured, derived_seed(seed, part, module)) for shape in ((rank, n), (m, rank)))
             )
             for module, (m, n) in modules.items()
         }
@@ -158,7 +161,7 @@ def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Wo
 
 def played(method: str, values: str, work: Workload, clients: int, seed: int) -> Played:
     """The second round of a run, whose download is the first one's outcome; one client's work, all clients' updates."""
-    job = Job(build(method), seed, partial(_coded, values))
+    job = Job(build(method), seed, partial(coded, values))
     server = site = start(job, work.before)
     seconds: list[float] = []
 
@@ -182,7 +185,8 @@ def played(method: str, values: str, work: Workload, clients: int, seed: int) ->
     return Played(down, done.payload, client_s, time.process_time() - began)
 
 
-def _coded(values: str, tensor: torch.Tensor, seed: int) -> Values:
+def coded(values: str, tensor: torch.Tensor, seed: int) -> Values:
+    """A tensor's values in the coding of this name, for a job."""
     return quantize(tensor, values, seed)
 
 

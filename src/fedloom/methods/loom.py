@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +20,8 @@ from fedloom.lora import LoraState, derived_seed, from_tensors, stack
 from fedloom.lowrank import over_modules
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
 from fedloom.methods.components import components
-from fedloom.sparsify import importance, kept_count, leading_positions
-from fedloom.tensors import Quantized, Sparse, to_dense
+from fedloom.sparsify import kept_count, largest, reach, scratch, shortlist
+from fedloom.tensors import Quantized, Sparse, count, to_dense
 
 COST = "cost"
 """The name in a participant's memory of what its last payload took, over the entropy of positions and values."""
@@ -30,7 +29,7 @@ COST = "cost"
 _TRIES = 5
 _AIM = 0.99  # of the budget: what is aimed at
 _USED = 0.95  # of the budget: enough
-_ROOM = 2.0  # densities that are looked at, over the one that is expected
+_ROOM = 1.2  # densities that are listed, over the one that is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +110,8 @@ def send_signs(
     def moved(module: str) -> dict[str, Delta]:
         before, now = state.adapter[module], after[module]
         return {
-            f"{module}/A": Delta(now.A - before.A, now.B, "A", step),
-            f"{module}/B": Delta(now.B - before.B, before.A, "B", step),
+            f"{module}/A": Delta(now.A, before.A, now.B, "A", step),
+            f"{module}/B": Delta(now.B, before.B, before.A, "B", step),
         }
 
     return filled(moved, dial.bytes(state.adapter, "up"), dial.most, state, context)
@@ -133,7 +132,7 @@ def broadcast_signs(
 
     def moved(module: str) -> dict[str, Delta]:
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
-        return {f"{module}/A": Delta(a, pair.B + b, "A"), f"{module}/B": Delta(b, pair.A, "B")}
+        return {f"{module}/A": Delta(a, None, pair.B + b, "A"), f"{module}/B": Delta(b, None, pair.A, "B")}
 
     memory, entries = filled(moved, dial.bytes(state.adapter, "down"), dial.most, state, context)
     rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
@@ -143,45 +142,84 @@ def broadcast_signs(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Delta:
-    """A change of factor `part` ("A" or "B"), which is multiplied with `other`.
+    """A change of factor `part` ("A" or "B"), which is multiplied with `other`: after − before, or `after` itself.
 
     step: what is sent of it has its L1 norm, but at most `step` times its L2 norm; with 0 it stays as it is.
     """
 
-    tensor: Tensor
+    after: Tensor
+    before: Tensor | None
     other: Tensor
     part: str
     step: float = 0.0
 
+    def change(self) -> Tensor:
+        """The change, in memory that this thread's next change may overwrite."""
+        if self.before is None:
+            return self.after
+        return torch.sub(self.after, self.before, out=scratch.floats("change", self.after.shape))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Ranked:
-    """A flat change, its shape, its norms, and the positions of its most important elements, the first ones first."""
+class Shortlist:
+    """What may be sent of a change, by position: where it is, what it is, how important; and the norms of the whole.
 
-    flat: Tensor
+    l2 is 0 where the norms do not matter.
+    """
+
     shape: tuple[int, ...]
-    leading: Tensor
+    positions: Tensor
+    values: Tensor
+    scores: Tensor
     l1: float
     l2: float
 
     @classmethod
-    def of(cls, delta: Delta, most: float) -> Ranked:
-        """With the share `most` of all positions."""
-        keep = kept_count(delta.tensor.numel(), most)
-        leading = leading_positions(importance(delta.tensor, delta.other, delta.part), keep)
-        l1, l2 = delta.tensor.abs().sum().item(), delta.step * delta.tensor.norm().item()
-        return cls(delta.tensor.flatten(), tuple(delta.tensor.shape), leading, l1, l2)
+    def of(cls, delta: Delta, most: float) -> Shortlist:
+        """Enough of it to send the share `most` of the elements."""
+        change = delta.change()
+        scores = torch.abs(change, out=scratch.floats("scores", change.shape))
+        l1, l2 = (scores.sum().item(), delta.step * change.norm().item()) if delta.step else (0.0, 0.0)
+        scores.mul_(reach(delta.other, delta.part))
+        positions, left = shortlist(scores, kept_count(change.numel(), most))
+        values = change.flatten().index_select(0, positions)
+        return cls(tuple(change.shape), positions, values, left, l1, l2)
 
     def entry(self, density: float, name: str, context: Context) -> Sparse:
         """The share `density` of the elements, at least one; the few stand in for all, see `Delta.step`."""
-        leading = self.leading[: kept_count(self.flat.numel(), density)]
-        positions = torch.from_numpy(np.sort(leading.numpy()))
-        kept = self.flat[positions]
-        count = kept.numel()
-        if count and self.l2:
-            kept = kept * (min(self.l1 / count, self.l2 / math.sqrt(count)) / kept.abs().mean().item())
+        chosen = largest(self.scores, kept_count(count(self.shape), density))
+        kept, number = self.values.index_select(0, chosen), chosen.numel()
+        if number and self.l2:
+            kept = kept * (min(self.l1 / number, self.l2 / math.sqrt(number)) / kept.abs().mean().item())
         seed = derived_seed(context.seed, "loom", context.round, name)
-        return Sparse(self.shape, positions, context.quantize(kept, seed))
+        return Sparse(self.shape, self.positions.index_select(0, chosen), context.quantize(kept, seed))
+
+
+@dataclass(eq=False, slots=True)
+class Lists:
+    """The shortlists of all tensors, made anew where more is wanted than they hold; `room` is the density they hold."""
+
+    moved: Callable[[str], Mapping[str, Delta]]
+    modules: Iterable[str]
+    context: Context
+    room: float = 0.0
+    listed: dict[str, Shortlist] = field(default_factory=dict)
+
+    def entries(self, density: float) -> dict[str, Sparse]:
+        """The share `density` of every tensor."""
+        if density > self.room or not self.listed:
+            self.hold(density)
+        made = over_modules(lambda name: self.listed[name].entry(density, name, self.context), self.listed)
+        return dict(zip(self.listed, made, strict=True))
+
+    def hold(self, density: float) -> None:
+        """List enough for this density and a little more."""
+        self.room = _ROOM * density
+        pieces = over_modules(
+            lambda module: {name: Shortlist.of(delta, self.room) for name, delta in self.moved(module).items()},
+            self.modules,
+        )
+        self.listed = {name: one for piece in pieces for name, one in piece.items()}
 
 
 def filled(
@@ -194,23 +232,17 @@ def filled(
     """
     total, each = max(state.adapter.numel(), 1), value_bits(context)
     cost = state.memory[COST].item() if COST in state.memory else 1.0
-    room = min(most, _ROOM * affordable(8 * budget / total / cost, each, most))
-    pieces = over_modules(lambda module: {n: Ranked.of(d, room) for n, d in moved(module).items()}, state.adapter)
-    ranked = {name: one for piece in pieces for name, one in piece.items()}
-
-    def at(density: float) -> dict[str, Sparse]:
-        made = over_modules(lambda name: ranked[name].entry(density, name, context), ranked)
-        return dict(zip(ranked, made, strict=True))
-
-    best, taken = at(0.0), 0
+    lists = Lists(moved, state.adapter, context)
+    lists.hold(affordable(8 * budget / total / cost, each, most))
+    best, taken = lists.entries(0.0), 0
     least = context.size(best)
     for _ in range(_TRIES):
-        density = min(affordable(8 * max(_AIM * budget - least, 0) / total / cost, each, most), room)
-        entries = at(density)
+        density = affordable(8 * max(_AIM * budget - least, 0) / total / cost, each, most)
+        entries = lists.entries(density)
         size = context.size(entries)
         if taken < size <= budget:
             best, taken = entries, size
-        if taken > _USED * budget or (taken == size and density == room):
+        if taken > _USED * budget or (taken == size and density == most):
             break
         cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
     return {COST: torch.tensor(cost)}, best

@@ -7,8 +7,9 @@ and one column class, and its positions are counted row by row within it. A tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,13 +87,15 @@ class Grid:
         """Elements of every cell."""
         return np.outer(self.rows.sizes(row_classes), self.columns.sizes(column_classes)).reshape(-1)
 
-    def split(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
-        """(counts per cell, sizes of the cells, positions within their cells, cell after cell)."""
+    def split(self, positions: Ints, rows: Ints, columns: Ints) -> tuple[Ints, Ints, Ints]:
+        """(counts per cell, sizes of the cells, positions within their cells, cell after cell).
+
+        rows, columns: of the positions; not looked at where there is one cell.
+        """
         row_classes, column_classes = self.rows.number, self.columns.number
         sizes = self.sizes(row_classes, column_classes)
         if sizes.size == 1:
             return np.array([positions.size], dtype=np.int64), sizes, positions
-        rows, columns = divide(positions, self.columns.count)
         cells = self.cells(rows, columns)
         widths = self.columns.sizes(column_classes)
         inner = self.rows.ranks(rows, row_classes) * widths[self.columns.of(columns)]
@@ -128,29 +131,50 @@ def divide(positions: Ints, width: int | Ints) -> tuple[Ints, Ints]:
     return rows.astype(np.int64), positions - rows * np.asarray(width, dtype=np.uint32)
 
 
-def best_grid(positions: Ints, shape: tuple[int, int]) -> Grid:
-    """The cheapest of: one cell, row classes, column classes, both."""
+def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints]:
+    """The cheapest of: one cell, row classes, column classes, both; and the rows and columns of the positions.
+
+    Where lines are not worth looking at, the positions themselves stand for rows and columns.
+    """
     whole_rows, whole_columns = Lines(shape[0], None), Lines(shape[1], None)
     flat = Grid(whole_rows, whole_columns)
     if positions.size < _FEW or min(shape) < 2:
-        return flat
+        return flat, positions, positions
     rows, columns = divide(positions, shape[1])
     by_row = density_classes(np.bincount(rows, minlength=shape[0]), shape[1])
     by_column = density_classes(np.bincount(columns, minlength=shape[1]), shape[0])
-    grids = [flat, Grid(by_row, whole_columns), Grid(whole_rows, by_column), Grid(by_row, by_column)]
-    different = {(grid.rows.classes is None, grid.columns.classes is None): grid for grid in reversed(grids)}
-    if len(different) == 1:
-        return flat
-    return min(different.values(), key=lambda grid: _grid_bits(grid, rows, columns))
+    if by_row.classes is None and by_column.classes is None:
+        return flat, rows, columns
+    both = Grid(by_row, by_column)
+    table = np.zeros((by_row.number, by_column.number), dtype=np.int64)
+    found = np.bincount(both.cells(rows, columns))
+    table.reshape(-1)[: found.size] = found
+    heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
+    choices = (
+        (both, table, heights, widths),
+        (Grid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
+        (Grid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
+        (flat, table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
+    )
+    bits = _grid_bits([choice[1:] for choice in choices])
+    return choices[bits.index(min(bits))][0], rows, columns
 
 
-def _grid_bits(grid: Grid, rows: Ints, columns: Ints) -> float:
-    """About what the positions cost in these cells: their information, and what cells and classes cost in the index."""
-    sizes = grid.sizes(grid.rows.number, grid.columns.number)
-    counts = np.bincount(grid.cells(rows, columns), minlength=sizes.size)
-    share = np.clip(counts / np.maximum(sizes, 1), 1e-12, 1.0 - 1e-12)
-    information = -sizes * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
-    return float(information.sum()) + _CELL_BITS * sizes.size + _class_bits(grid.rows) + _class_bits(grid.columns)
+def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
+    """About what positions cost in each grid: their information, and what cells and classes take in the index.
+
+    A grid is the positions in every cell, and how many rows and how many columns there are of each class.
+    """
+    sizes = [np.outer(heights, widths).reshape(-1) for _, heights, widths in grids]
+    size, count = np.concatenate(sizes), np.concatenate([counts.reshape(-1) for counts, _, _ in grids])
+    share = np.minimum(np.maximum(count / np.maximum(size, 1), 1e-12), 1.0 - 1e-12)
+    information = -size * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
+    starts = list(accumulate((cells.size for cells in sizes[:-1]), initial=0))
+    sums = np.add.reduceat(information, starts).tolist()
+    return [
+        bits + _CELL_BITS * cells.size + _class_bits(heights) + _class_bits(widths)
+        for bits, cells, (_, heights, widths) in zip(sums, sizes, grids, strict=True)
+    ]
 
 
 def density_classes(counts: Ints, length: int) -> Lines:
@@ -173,9 +197,8 @@ def density_classes(counts: Ints, length: int) -> Lines:
     return Lines(counts.size, renumbered[octaves])
 
 
-def _class_bits(lines: Lines) -> float:
-    """Bits that a list of classes needs."""
-    if lines.classes is None:
+def _class_bits(sizes: Ints) -> float:
+    """Bits that a list of classes of these sizes needs; one class needs no list."""
+    if sizes.size == 1:
         return 0.0
-    sizes = lines.sizes(lines.number)
-    return float(-np.sum(sizes * np.log2(sizes / lines.count))) + _CLASS_BITS
+    return float(-np.sum(sizes * np.log2(sizes / sizes.sum()))) + _CLASS_BITS

@@ -61,7 +61,7 @@ def encode(message: Message) -> bytes:
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
     (cells, position_sinks), value_sinks = side_by_side(
-        partial(_put_positions, entries), partial(_put_values, entries), work
+        partial(_put_positions, entries, work), partial(_put_values, entries), work
     )
     streams, chunks = _pack_streams(position_sinks | value_sinks, work)
     items = [_item(name, entry, cells.get(name)) for name, entry in entries.items()]
@@ -143,13 +143,20 @@ def _checksum(pieces: Sequence[bytes | bytearray | memoryview]) -> bytes:
 Sinks = dict[int, Sink]
 
 
-def _put_positions(entries: dict[str, Entry]) -> tuple[dict[str, Cells], Sinks]:
+def _put_positions(entries: dict[str, Entry], work: int) -> tuple[dict[str, Cells], Sinks]:
     sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
-    sink = PositionSink()
-    for entry in sparse.values():
-        sink.add(entry.shape, entry.positions.numpy())
+    halves = list(sparse.values())[: len(sparse) // 2], list(sparse.values())[len(sparse) // 2 :]
+    sink, other = side_by_side(partial(_taken, halves[0]), partial(_taken, halves[1]), work)
+    sink.join(other)
     layouts, sinks = sink.finish()
     return dict(zip(sparse, layouts, strict=True)), sinks
+
+
+def _taken(entries: Sequence[Sparse]) -> PositionSink:
+    sink = PositionSink()
+    for entry in entries:
+        sink.add(entry.shape, entry.positions.numpy())
+    return sink
 
 
 def _put_values(entries: dict[str, Entry]) -> Sinks:

@@ -31,7 +31,7 @@ def to_symbols(gaps: Ints) -> tuple[Bytes, Ints, Bytes]:
     symbols = gaps.astype(np.uint8)
     where = np.flatnonzero(gaps >= LARGE)
     large = gaps[where]
-    widths = np.frexp(large.astype(np.float64))[1] - 4
+    widths = (large.astype(np.float64).view(np.int64) >> 52) - 1026  # by the exponent of the number as a float
     leading = large >> widths
     symbols[where] = 8 * widths + leading
     return symbols, large - (leading << widths), widths.astype(np.uint8)
@@ -74,6 +74,14 @@ class BitSink:
         packed[0] += np.uint32(self._tail)
         self.pieces.append(packed[: total // 32])
         self._tail, self._used = int(packed[total // 32]), total % 32
+
+    def join(self, other: BitSink) -> None:
+        """Append all that another one holds."""
+        for piece in other.pieces:
+            halves = piece.astype("<u4", copy=False).view("<u2").astype(np.int64)
+            self.add(halves, np.full(halves.size, 16, dtype=np.uint8))
+        if other._used:
+            self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
 
     def packed(self) -> Bytes:
         """All bits, the last byte filled up with zeros."""

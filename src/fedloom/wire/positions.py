@@ -22,6 +22,7 @@ CLASSES, BITMAPS, EXTRA, FIRST_GAPS = 0, 1, 2, 32
 MOST_GAP_STREAMS = 64
 _STREAM_BITS = 8 * 90  # about what one more stream costs: its Huffman code, its frame, its line in the index
 _STEP = 65536  # positions handled at a time
+_NOTHING = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,44 +64,59 @@ class PositionSink:
     def __init__(self) -> None:
         self.classes, self.bitmaps, self.extra = Sink(), Sink(), BitSink()
         self.tensors: list[_Coded] = []
+        self._waiting: list[tuple[list[Bytes], int, Ints]] = []
+        self._held = 0
 
     def add(self, shape: tuple[int, ...], positions: Ints) -> None:
         """Append one tensor's positions, increasing and within `shape`."""
-        grid = best_grid(positions, matrix_shape(shape))
+        grid, rows, columns = best_grid(positions, matrix_shape(shape))
         for lines in (grid.rows, grid.columns):
             if lines.classes is not None:
                 self.classes.add(lines.classes)
-        counts, sizes, inner = grid.split(positions)
-        bins, cells, end = [], [], 0
-        for count, size in zip(counts.tolist(), sizes.tolist(), strict=True):
+        counts, sizes, inner = grid.split(positions, rows, columns)
+        bins, symbols, end = [], [_NOTHING] * counts.size, 0
+        for number, (count, size) in enumerate(zip(counts.tolist(), sizes.tolist(), strict=True)):
             part = inner[end : end + count]
             end += count
-            if 4 * count > size:
+            bitmap = 4 * count > size
+            if bitmap:
                 self.bitmaps.add(_bitmap(part, size))
-            bins.append(-1 if 4 * count > size or not count else _density_bin(count, size))
-            cells.append(part)
-        symbols = self._symbols(bins, cells)
+            elif count:
+                self._waiting.append((symbols, number, part))
+                self._held += count
+            bins.append(-1 if bitmap or not count else _density_bin(count, size))
         self.tensors.append(_Coded(grid.rows.number, grid.columns.number, counts.tolist(), bins, symbols))
+        if self._held >= _STEP:
+            self._code()
 
-    def _symbols(self, bins: list[int], cells: list[Ints]) -> list[Bytes]:
-        """The gap symbols of every cell, none of bitmaps, made in one go."""
-        kept = [number for number, bin_ in enumerate(bins) if bin_ >= 0]
-        coded = [np.empty(0, dtype=np.uint8)] * len(cells)
-        if not kept:
-            return coded
-        inner = cells[0] if len(cells) == 1 else np.concatenate([cells[number] for number in kept])
-        starts = np.cumsum([cells[number].size for number in kept])[:-1]
+    def _code(self) -> None:
+        """Make the gap symbols of the cells that wait for them: of many small ones in one go."""
+        parts = [part for _, _, part in self._waiting]
+        if not parts:
+            return
+        inner = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        starts = np.cumsum([part.size for part in parts])[:-1]
         gaps = inner.copy()
         gaps[1:] -= inner[:-1] + 1
         gaps[starts] = inner[starts]
         symbols, numbers, widths = to_symbols(gaps)
         self.extra.add(numbers, widths)
-        for number, part in zip(kept, np.split(symbols, starts), strict=True):
-            coded[number] = part
-        return coded
+        for (of_tensor, number, _), coded in zip(self._waiting, np.split(symbols, starts), strict=True):
+            of_tensor[number] = coded
+        self._waiting, self._held = [], 0
+
+    def join(self, other: PositionSink) -> None:
+        """Append all that another one took, as if it had come here."""
+        for sink in (self, other):
+            sink._code()
+        self.classes.join(other.classes)
+        self.bitmaps.join(other.bitmaps)
+        self.extra.join(other.extra)
+        self.tensors += other.tensors
 
     def finish(self) -> tuple[list[Cells], dict[int, Sink]]:
         """The tensors' layouts, in order, and the streams by role."""
+        self._code()
         streams = _shared_streams(self.tensors)
         sinks = {CLASSES: self.classes, BITMAPS: self.bitmaps, EXTRA: Sink()}
         sinks[EXTRA].add(self.extra.packed())
@@ -129,22 +145,24 @@ def _density_bin(count: int, size: int) -> int:
 
 def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
     """Density bin → number of its stream, from 1: neighbours share one until apart they would be smaller."""
-    histograms: dict[int, NDArray[np.int64]] = {}
+    symbols: dict[int, list[Bytes]] = {}
     for coded in tensors:
-        for bin_, symbols in zip(coded.bins, coded.symbols, strict=True):
+        for bin_, of_cell in zip(coded.bins, coded.symbols, strict=True):
             if bin_ >= 0:
-                counts = np.bincount(symbols, minlength=256)
-                histograms[bin_] = histograms[bin_] + counts if bin_ in histograms else counts
-    groups = [([bin_], histograms[bin_]) for bin_ in sorted(histograms)]
+                symbols.setdefault(bin_, []).append(of_cell)
+    groups = [([bin_], np.bincount(np.concatenate(symbols[bin_]), minlength=256)) for bin_ in sorted(symbols)]
+    alone = [_bits(counts) for _, counts in groups]
+    together = [_bits(left[1] + right[1]) for left, right in zip(groups, groups[1:], strict=False)]
     while len(groups) > 1:
-        losses = [
-            _bits(left[1] + right[1]) - _bits(left[1]) - _bits(right[1])
-            for left, right in zip(groups, groups[1:], strict=False)
-        ]
+        losses = [both - left - right for both, left, right in zip(together, alone, alone[1:], strict=False)]
         at = min(range(len(losses)), key=losses.__getitem__)
         if losses[at] > _STREAM_BITS and len(groups) <= MOST_GAP_STREAMS:
             break
         groups[at : at + 2] = [(groups[at][0] + groups[at + 1][0], groups[at][1] + groups[at + 1][1])]
+        alone[at : at + 2] = [together[at]]
+        first, last = max(at - 1, 0), min(at + 2, len(groups))
+        near = groups[first:last]
+        together[first : at + 2] = [_bits(left[1] + right[1]) for left, right in zip(near, near[1:], strict=False)]
     return {bin_: number for number, (bins, _) in enumerate(groups, start=1) for bin_ in bins}
 
 

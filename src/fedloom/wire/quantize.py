@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,18 +69,21 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
 
 def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
     """±1 times the mean magnitude of the block, as bfloat16; zero counts as positive."""
-    count = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block).abs()
-    if not bool(padded.isfinite().all()):
+    flat = values.numpy()
+    if not np.isfinite(flat).all():
         raise NumericError("sign values cannot hold infinities or NaN: the update has diverged")
-    sizes = torch.full((padded.shape[0],), float(block))
-    if count % block:
-        sizes[-1] = count % block
+    count, rest = flat.size, flat.size % block
+    parts = np.zeros(count + -count % block, dtype=np.float32)
     # Divided before they are summed: the sum of finite numbers need not be finite.
-    means = (padded / sizes.unsqueeze(1)).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
+    np.abs(flat, out=parts[:count])
+    parts[: count - rest] /= block
+    parts[count - rest : count] /= max(rest, 1)
+    means = torch.from_numpy(parts).view(-1, block).sum(dim=1).clamp_(max=torch.finfo(torch.bfloat16).max)
     scales = means.to(torch.bfloat16).to(torch.float32)
-    codes = (values >= 0).to(torch.int8).mul_(2).sub_(1)
-    return Quantized(codes, scales, block, 1)
+    codes = (flat >= 0).view(np.int8)
+    codes += codes
+    codes -= np.int8(1)
+    return Quantized(torch.from_numpy(codes), scales, block, 1)
 
 
 def _up_to_bfloat16(positive: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ class Sink:
             self.pieces.append(piece)
             self.size += piece.size
 
+    def join(self, other: Sink) -> None:
+        """Append all that another one holds."""
+        self.pieces += other.pieces
+        self.size += other.size
+
     def chunks(self) -> list[memoryview]:
         """The unpacked chunks."""
         whole = np.concatenate(self.pieces).data if self.pieces else memoryview(b"")

@@ -203,7 +203,9 @@ CODINGS: MappingProxyType[int, ValueCoding] = MappingProxyType(
 def coding_of(values: Values) -> ValueCoding:
     """The coding of values in this form. Raises WireError for a form that cannot travel."""
     form = values.bits if isinstance(values, Quantized) else values.dtype
-    for coding in CODINGS.values():
-        if form == (coding.bits or DTYPES[coding.name]):
-            return coding
-    raise WireError(f"values of form {form} cannot travel: expected {', '.join(c.name for c in CODINGS.values())}")
+    if form not in _BY_FORM:
+        raise WireError(f"values of form {form} cannot travel: expected {', '.join(c.name for c in CODINGS.values())}")
+    return _BY_FORM[form]
+
+
+_BY_FORM = {coding.bits or DTYPES[coding.name]: coding for coding in CODINGS.values()}
