@@ -153,6 +153,10 @@ class FederationSettings(Section):
     seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
 
+    def asked(self, clients: int) -> int:
+        """How many of so many clients are asked in a round."""
+        return max(1, int(self.fraction_train * clients + 0.5))
+
 
 class TrainingSettings(Section):
     """One client's local training in one round, with the names of transformers.TrainingArguments."""

@@ -83,7 +83,8 @@ class Context:
     """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
 
     budget: set where a client's payload is limited. size: what a payload with these entries takes, in bytes; `compress`
-    and `aggregate` may ask.
+    and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
+    downloads: see `rounds.Job`.
     """
 
     round: int
@@ -91,6 +92,8 @@ class Context:
     quantize: Quantize
     budget: Budget | None = None
     size: Callable[[Entries], int] = unsent
+    num_rounds: int = 0
+    downloads: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -45,7 +45,9 @@ class Job:
     """What server and clients agree on before the first round.
 
     quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
-    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state.
+    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state;
+    num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
+    turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
     """
 
     method: Method
@@ -55,11 +57,13 @@ class Job:
     budget: int | None = None
     module_weighting: str = "holders"
     consolidation: Consolidation = Consolidation()
+    num_rounds: int = 0
+    downloads: float = 1.0
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
-        return Context(round, seed, self.quantize)
+        return Context(round, seed, self.quantize, num_rounds=self.num_rounds, downloads=self.downloads)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -68,10 +68,7 @@ class Setup:
     def described(self) -> Run:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
-        held = {
-            name: sum(rank * sum(self.initial[module].shape) for module, rank in site.ranks.items())
-            for name, site in self.sites.items()
-        }
+        held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
         return Run(
             method=self.job.method.name,
             model=self.config.model.path,
@@ -150,19 +147,23 @@ def assemble(
     sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
     ranks = top_ranks(method, sites)
     shared = shared_settings(base, config.lora, ranks)
-    seed = config.federation.seed
+    federation = config.federation
+    seed = federation.seed
+    initial = first_adapter(config, peft_bridge.shapes(base, shared), ranks)
     return Setup(
         config=config,
         job=Job(
             method,
             seed,
             partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
-            config.federation.weighting,
+            federation.weighting,
             config.wire.budget_bytes,
-            config.federation.module_weighting,
-            Consolidation(config.federation.consolidate_every, config.federation.consolidate_energy),
+            federation.module_weighting,
+            Consolidation(federation.consolidate_every, federation.consolidate_energy),
+            federation.num_rounds,
+            downloads(initial, sites, federation.asked(len(sites))),
         ),
-        initial=first_adapter(config, peft_bridge.shapes(base, shared), ranks),
+        initial=initial,
         model=peft_bridge.attach(base, shared),
         adapter=shared,
         sites=sites,
@@ -170,6 +171,17 @@ def assemble(
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
     )
+
+
+def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
+    """How many values a client of these ranks holds."""
+    return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
+
+
+def downloads(adapter: LoraState, sites: Mapping[str, Site], asked: int) -> float:
+    """Values that go down in a turn, where everything is sent that was missed, over the values that a client holds."""
+    held = sum(values_of(adapter, site.ranks) for site in sites.values())
+    return adapter.numel() * len(sites) ** 2 / (held * asked) if held else 1.0
 
 
 def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> LoraState:

@@ -49,8 +49,7 @@ def attendance(config: Config, clients: Mapping[str, object], round: int) -> Att
     """The seeded draw of one round: `fraction_train` of the clients, at least one."""
     federation = config.federation
     draw = random.Random(derived_seed(federation.seed, "attendance", round))
-    count = max(1, int(federation.fraction_train * len(clients) + 0.5))
-    asked = tuple(sorted(draw.sample(sorted(clients), count)))
+    asked = tuple(sorted(draw.sample(sorted(clients), federation.asked(len(clients)))))
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
 
 

@@ -36,18 +36,25 @@ _ROOM = 1.2  # densities that are listed, over the one that is asked for
 class Dial:
     """Bytes of a client's turn, both ways: `share` of dense fp32 or, where that is 0, `size`; `up` of them go up.
 
-    most: the share of a tensor's elements that is sent at most.
+    most: the share of a tensor's elements that is sent at most. taper: how much the first rounds take from the last.
     """
 
     share: float
     size: int
     up: float
     most: float
+    taper: float
 
-    def bytes(self, adapter: LoraState, direction: str) -> int:
+    def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
         """What a payload in this direction may take, where `adapter` is what dense fp32 would send."""
         both = self.share * 2 * 4 * adapter.numel() if self.share else self.size
-        return int(both * (self.up if direction == "up" else 1.0 - self.up))
+        part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
+        return int(both * part * self.weight(context.round, context.num_rounds))
+
+    def weight(self, round: int, num_rounds: int) -> float:
+        """What this round's bytes are, over the mean of all rounds: from 1 + taper it falls to 1 − taper."""
+        done = (round - 0.5) / num_rounds if num_rounds else 0.5
+        return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
 
 
 def loom(
@@ -57,21 +64,26 @@ def loom(
     step: float = 3.0,
     server_residual: float = 0.9,
     max_density: float = 0.12,
+    taper: float = 1.0,
 ) -> Method:
     """Signs of the most important elements of both factors, up and down.
 
-    budget: bytes of a client's turn, up and down together, or a share of dense fp32 ("1%"); a payload has one element
-    of every tensor even where there is no room for it. upload_share: of the budget, the part that goes up.
+    budget: bytes of a client's turn, up and down together and on the mean of all rounds, or a share of dense fp32
+    ("1%"); a payload has one element of every tensor even where there is no room for it. upload_share: of the budget,
+    the part that goes up. taper: a round's bytes fall in a line from 1 + taper times the mean to 1 − taper times.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: the share of what a broadcast leaves out that is added to the next one.
     max_density: the share of a tensor's elements that is sent at most, whatever the budget.
     """
-    dial = Dial(*_amount(budget), upload_share, max_density)
+    dial = Dial(*_amount(budget), upload_share, max_density, taper)
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
-    if not 0.0 <= server_residual <= 1.0 or step <= 0.0:
-        raise ConfigError(f"method: expected server_residual {server_residual} from 0 to 1 and step {step} above 0")
+    for key, share in (("server_residual", server_residual), ("taper", taper)):
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
+    if step <= 0.0:
+        raise ConfigError(f"method.step is {step}: expected more than 0")
     return Method(
         name="loom",
         facts=Facts(
@@ -114,7 +126,7 @@ def send_signs(
             f"{module}/B": Delta(now.B, before.B, before.A, "B", step),
         }
 
-    return filled(moved, dial.bytes(state.adapter, "up"), dial.most, state, context)
+    return filled(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
 
 
 def broadcast_signs(
@@ -134,7 +146,7 @@ def broadcast_signs(
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
         return {f"{module}/A": Delta(a, None, pair.B + b, "A"), f"{module}/B": Delta(b, None, pair.A, "B")}
 
-    memory, entries = filled(moved, dial.bytes(state.adapter, "down"), dial.most, state, context)
+    memory, entries = filled(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
     rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
     sent = sum(entry.positions.numel() for entry in entries.values())
     return Aggregate(entries, {**state.memory, **memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
