@@ -1,7 +1,7 @@
 """Products with the sparse change of a tall factor, straight from the decoded payload.
 
 A tall factor has one row per feature and r columns: B itself (m × r), or Aᵀ where A (r × n) is what travels. Three
-products are all that FedSRD needs; numba does them from the flat positions, torch through its sparse matrices.
+products are all that FedSRD needs; numba does them from the flat positions, torch alone sorts the elements and sums line by line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,11 +53,20 @@ class Tall:
         flat[self.positions] = self.values
         return flat.view(self.rank, self.size).T if self.turned else flat.view(self.size, self.rank)
 
-    def torch_sparse(self) -> Tensor:
-        """The same in the travelling shape, as a sparse COO tensor."""
-        indices = torch.stack([self.positions // self.width, self.positions % self.width])
-        shape = (self.rank, self.size) if self.turned else (self.size, self.rank)
-        return torch.sparse_coo_tensor(indices, self.values, shape, is_coalesced=True, check_invariants=False)
+    def bags(self, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The elements line by line, a line being a row of the tall matrix (`by_row`) or a column of it.
+
+        Where each stands in its line, where every line begins (and the last one ends), and the values.
+        """
+        lanes, places = self.positions // self.width, self.positions % self.width
+        rows, columns = (places, lanes) if self.turned else (lanes, places)
+        lines, inner, number = (rows, columns, self.size) if by_row else (columns, rows, self.rank)
+        ends = torch.bincount(lines, minlength=number).cumsum(0)
+        values = self.values
+        if by_row == self.turned:  # they travelled in the other order
+            order = _order(lines, number)
+            inner, values = inner[order], values[order]
+        return inner, torch.cat([ends.new_zeros(1), ends]), values
 
 
 Change = Tall | Tensor
@@ -97,9 +107,7 @@ def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
         return _dense_project(factor, change)
     kernels = compiled_for(factor)
     if kernels is None:
-        matrix = change.torch_sparse().to(torch.float32 if quick else torch.float64)
-        product: Tensor = torch.sparse.mm(matrix if change.turned else matrix.t(), factor.to(matrix.dtype))
-        return product.T.double()
+        return _gathered(change.bags(by_row=False), factor if quick else factor.double()).T.double()
     out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
     part = torch.zeros_like(out, dtype=torch.float32 if quick else torch.float64)
     kernels.project(*change.arrays(), factor.numpy(), part.numpy(), out.numpy())
@@ -121,10 +129,25 @@ def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
         return
     kernels = compiled_for(total)
     if kernels is None:
-        matrix = change.torch_sparse()
-        total.add_(torch.sparse.mm(matrix.t() if change.turned else matrix, mixing))
+        total.add_(_gathered(change.bags(by_row=True), mixing))
         return
     kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
+
+
+def _gathered(bags: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:
+    """For every line the sum of value · table[place, :]: each row of the result is written once, from registers."""
+    places, starts, values = bags
+    found: Tensor = torch.nn.functional.embedding_bag(
+        places, table, starts, mode="sum", per_sample_weights=values.to(table.dtype), include_last_offset=True
+    )
+    return found
+
+
+def _order(keys: Tensor, bound: int) -> Tensor:
+    """The stable order of keys from 0 to below `bound`; numpy sorts those that fit 16 bits by their digits."""
+    if keys.device.type != "cpu":
+        return keys.argsort(stable=True)
+    return torch.from_numpy(keys.numpy().astype(np.min_scalar_type(bound)).argsort(kind="stable"))
 
 
 def cross(changes: Sequence[Tall]) -> Tensor:
