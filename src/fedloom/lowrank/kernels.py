@@ -20,6 +20,10 @@ from fedloom.lowrank.leading import holding, leading, pays
 from fedloom.lowrank.stack import Stack
 
 
+MAX_GROWTH = 16.0
+"""Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
+
+
 class Wanted(NamedTuple):
     """The leading `rank` components, or as many as hold the share `energy` of Σσ², or all where both are None.
 
@@ -104,14 +108,21 @@ def _enough(found: Core, wanted: Wanted) -> bool:
 
 
 def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, keep: int) -> LoraPair:
-    """V in float64, so that its rows stay orthonormal where σ is small; W V = B (A V) in float32."""
+    """V and W V = B (A V), the latter in float32, V in float64 where its terms cancel.
+
+    A row of V is of length 1 and a sum of multiples of the rows of A, of which each is rounded: Σ (length of a term)² is
+    what the square of the rounding error grows by.
+    """
     right = found.right(keep) / found.energies[:keep].sqrt()
     image = (weights[:, None] * (gram_a @ right)).float()
+    growth = (right.square() * gram_a.diagonal()[:, None]).sum(0)
+    dtype = torch.float32 if bool((growth <= MAX_GROWTH).all()) else torch.float64
+    right = right.to(dtype)
     m, n = stack.shape
     vt = torch.empty(keep, n, dtype=torch.float32, device=right.device)
     wv = torch.empty(m, keep, dtype=torch.float32, device=right.device)
     begin = 0
-    for chunk in stack.chunks("A", torch.float64):
+    for chunk in stack.chunks("A", dtype):
         vt[:, begin : begin + chunk.shape[0]] = right.T @ chunk.T
         begin += chunk.shape[0]
     begin = 0
