@@ -122,7 +122,7 @@ class ProductChange:
         return Change(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
-        """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) from Gram matrices of sparse changes; None where they do not serve."""
+        """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) by Gram matrices of sparse changes; None where they do not serve."""
         kept, moving = [held.kept for held in self._held], [held.moving for held in self._held]
         if self._spilled is not None or self._gram is None or compiled_for(self._fixed) is None:
             return None

@@ -41,7 +41,7 @@ def project(positions: Array, values: Array, width: int, turned: bool, factor: A
     begin = 0
     lines, step = (out.shape[0], 1) if turned else (factor.shape[0], _ROWS)
     for first in range(0, lines, step):
-        end = np.searchsorted(positions, (first + step) * width)
+        end = int(np.searchsorted(positions, (first + step) * width))
         if turned:
             _gather(positions, values, begin, end, first * width, factor, part[first])
         else:
@@ -53,7 +53,11 @@ def project(positions: Array, values: Array, width: int, turned: bool, factor: A
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
 def _scatter(positions: Array, values: Array, rows: Array, part: Array) -> None:
-    """part[c, :] += value · rows[d, :]. Numbers without a sign, since numba looks for indices that count from the end."""
+    """part[c, :] += value · rows[d, :] of elements in the order of rows.
+
+    The numbers have no sign, so that numba looks for none that count from the end; a division costs less than a branch
+    on where the next row begins.
+    """
     columns = part.shape[1]
     for k in range(positions.size):
         row = np.uint64(positions[k]) // np.uint64(columns)

@@ -19,7 +19,6 @@ from fedloom.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
 from fedloom.lowrank.leading import holding, leading, pays
 from fedloom.lowrank.stack import Stack
 
-
 MAX_GROWTH = 16.0
 """Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
 
@@ -60,8 +59,8 @@ def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
     """Two R × R Gram matrices and the components that are wanted of their core, or all of them.
 
     For float32 factors and R < min(m, n). Where few components are wanted, or a share of the energy, Gram matrices of
-    float32 products are tried first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram matrices and one chunk
-    at a time.
+    float32 products are tried first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram
+    matrices and one chunk at a time.
     """
     rank = wanted.expected if wanted.rank is None and wanted.energy is not None else wanted.rank
     found, dtype = None, None
@@ -110,8 +109,8 @@ def _enough(found: Core, wanted: Wanted) -> bool:
 def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, keep: int) -> LoraPair:
     """V and W V = B (A V), the latter in float32, V in float64 where its terms cancel.
 
-    A row of V is of length 1 and a sum of multiples of the rows of A, of which each is rounded: Σ (length of a term)² is
-    what the square of the rounding error grows by.
+    A row of V is of length 1 and a sum of multiples of rows of A, each of them rounded: the sum of their squared
+    lengths is what the square of the rounding error grows by.
     """
     right = found.right(keep) / found.energies[:keep].sqrt()
     image = (weights[:, None] * (gram_a @ right)).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ def _unit(gram: Tensor) -> Tensor:
 def _coupling(gram_left: Tensor, gram_right: Tensor, error: float) -> float:
     """δ, see `leading`."""
     norms = torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right)
-    return error / gram_left.shape[0] ** 0.5 * float(norms)
+    return error * float(norms) / math.sqrt(gram_left.shape[0])
 
 
 def _trusted(energies: Tensor, rank: int, tail: float, error: float, noise: float) -> bool:

@@ -1,7 +1,8 @@
 """Products with the sparse change of a tall factor, straight from the decoded payload.
 
 A tall factor has one row per feature and r columns: B itself (m × r), or Aᵀ where A (r × n) is what travels. Three
-products are all that FedSRD needs; numba does them from the flat positions, torch alone sorts the elements and sums line by line.
+products are all that FedSRD needs; numba does them from the flat positions, torch alone sorts the elements and sums
+line by line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fedloom.masks import seeded_mask
 from fedloom.tensors import Dense, Entry, Sparse, count, floats, to_dense
 
 _CHUNK = 4096
+_BLOCK = 512
+"""Rows whose elements are summed in float32, as in `compiled.project`."""
 _hidden = False
 
 
@@ -53,20 +56,22 @@ class Tall:
         flat[self.positions] = self.values
         return flat.view(self.rank, self.size).T if self.turned else flat.view(self.size, self.rank)
 
-    def bags(self, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The elements line by line, a line being a row of the tall matrix (`by_row`) or a column of it.
+    def lines(self, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The elements line by line: by rows of the tall matrix, or by columns, anew in every block of rows.
 
-        Where each stands in its line, where every line begins (and the last one ends), and the values.
+        The column or row of each element, where every line begins (and the last one ends), and the values.
         """
-        lanes, places = self.positions // self.width, self.positions % self.width
-        rows, columns = (places, lanes) if self.turned else (lanes, places)
-        lines, inner, number = (rows, columns, self.size) if by_row else (columns, rows, self.rank)
-        ends = torch.bincount(lines, minlength=number).cumsum(0)
-        values = self.values
-        if by_row == self.turned:  # they travelled in the other order
-            order = _order(lines, number)
-            inner, values = inner[order], values[order]
-        return inner, torch.cat([ends.new_zeros(1), ends]), values
+        lanes, inner = self.positions // self.width, self.positions % self.width
+        rows, columns = (inner, lanes) if self.turned else (lanes, inner)
+        blocks = -(-self.size // _BLOCK)
+        keys, count = (rows, self.size) if by_row else (rows // _BLOCK * self.rank + columns, blocks * self.rank)
+        places, values = columns if by_row else rows, self.values
+        if self.turned or not by_row:  # they travelled in another order
+            order = _order(keys, count)
+            places, values = places[order], values[order]
+        starts = torch.zeros(count + 1, dtype=torch.int64, device=keys.device)
+        torch.cumsum(torch.bincount(keys, minlength=count), 0, out=starts[1:])
+        return places, starts, values
 
 
 Change = Tall | Tensor
@@ -107,7 +112,8 @@ def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
         return _dense_project(factor, change)
     kernels = compiled_for(factor)
     if kernels is None:
-        return _gathered(change.bags(by_row=False), factor if quick else factor.double()).T.double()
+        parts = _gathered(change.lines(by_row=False), factor if quick else factor.double())
+        return parts.view(-1, change.rank, factor.shape[1]).sum(0, dtype=torch.float64).T
     out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
     part = torch.zeros_like(out, dtype=torch.float32 if quick else torch.float64)
     kernels.project(*change.arrays(), factor.numpy(), part.numpy(), out.numpy())
@@ -129,14 +135,14 @@ def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
         return
     kernels = compiled_for(total)
     if kernels is None:
-        total.add_(_gathered(change.bags(by_row=True), mixing))
+        total.add_(_gathered(change.lines(by_row=True), mixing))
         return
     kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
 
 
-def _gathered(bags: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:
+def _gathered(lines: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:
     """For every line the sum of value · table[place, :]: each row of the result is written once, from registers."""
-    places, starts, values = bags
+    places, starts, values = lines
     found: Tensor = torch.nn.functional.embedding_bag(
         places, table, starts, mode="sum", per_sample_weights=values.to(table.dtype), include_last_offset=True
     )
