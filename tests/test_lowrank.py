@@ -273,6 +273,48 @@ def test_all_components_are_computed_only_where_few_do_not_do(fall, computed):
     assert cut.pair.rank == reference.energy_rank(reference.dense(terms), share)
 
 
+@settings(max_examples=20, deadline=None)
+@given(fall=st.floats(0.3, 1.0), share=st.sampled_from([0.5, 0.9, 0.99, 1 - 1e-5]), seed=st.integers(0, 99))
+def test_a_share_of_the_energy_is_exact_however_the_gram_matrices_were_multiplied(fall, share, seed):
+    terms = decaying(100, 90, 40, fall, seed)
+    matrix = reference.dense(terms)
+    cut = truncate(terms, energy=share, kernel="gram")
+    exact = reference.singular_values(matrix)
+    assert cut.pair.rank == reference.energy_rank(matrix, share)
+    assert cut.singular_values.numel() in (cut.pair.rank, 40)
+    assert torch.allclose(cut.singular_values, exact[: cut.singular_values.numel()], atol=1e-6, rtol=0)
+    best = float(exact[cut.pair.rank :].square().sum().sqrt())
+    assert float((reference.dense(cut.pair) - matrix).norm()) <= best * (1 + 1e-8) + 5e-7 * float(matrix.norm())
+
+
+def test_a_share_of_the_energy_takes_float64_only_where_the_tail_is_tiny():
+    terms = decaying(100, 90, 40, 0.5)
+    few, all_ = truncate(terms, energy=0.9, kernel="gram"), truncate(terms, energy=1 - 1e-5, kernel="gram")
+    assert few.singular_values.numel() == few.pair.rank
+    assert all_.singular_values.numel() == 40
+
+
+def test_rows_stay_orthonormal_where_the_terms_of_a_row_cancel():
+    first, second = pair(90, 80, 6, seed=1), pair(90, 80, 6, seed=2)
+    nearly = LoraPair(first.A + 1e-3 * second.A, -first.B)
+    total = ProductSum(first.shape)
+    for term in (first, nearly):
+        total.add(term, 1.0)
+    cut = total.truncate(rank=6)
+    assert cut.kernel == "gram"
+    a = cut.pair.A.double()
+    assert torch.allclose(a @ a.T, torch.eye(6, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_huge_and_tiny_factors_take_the_same_way(scale):
+    terms = decaying(100, 90, 64, 0.5)
+    plain, scaled = truncate(terms, rank=4), truncate(LoraPair(terms.A * scale, terms.B * scale), rank=4)
+    assert scaled.singular_values.numel() == 4
+    assert torch.allclose(scaled.singular_values / scale**2, plain.singular_values, rtol=1e-6)
+    assert scaled.lost_energy == pytest.approx(plain.lost_energy, rel=1e-4)
+
+
 def test_a_share_of_the_energy_beyond_the_expected_rank_takes_all_components():
     terms = decaying(100, 90, 64, 0.2)
     total = ProductSum(terms.shape)

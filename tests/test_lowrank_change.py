@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
 from fedloom.errors import NumericError, ShapeError
 from fedloom.lora import LoraPair
 from fedloom.lowrank import ProductChange, change, sparse
+from fedloom.lowrank.gram import gram
 from fedloom.lowrank.inverse import inverse
 from fedloom.masks import seeded_mask
 from fedloom.tensors import Seeded, Sparse, dense, to_dense
@@ -161,19 +162,46 @@ def test_solving_twice_gives_the_same_bits(backend):
         assert torch.equal(total.solve().delta, total.solve().delta)
 
 
-def test_compiled_and_torch_products_agree():
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from([1, 7, 40, 600, 1500]),
+    rank=st.sampled_from([1, 3, 8, 33, 64]),
+    density=st.sampled_from([0.0, 0.002, 0.05, 1.0]),
+    turned=st.booleans(),
+    quick=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sparse_products_are_those_of_the_dense_matrix(backend, size, rank, density, turned, quick, seed):
+    piece = sparse.tall(some((rank, size) if turned else (size, rank), density, seed, scale=1.0), turned)
+    whole = piece.to_dense().double()
+    generator = torch.Generator().manual_seed(seed)
+    factor, mixing = (torch.randn(lines, rank, generator=generator) for lines in (size, rank))
+    found, bound = sparse.project(factor, piece, quick=quick), factor.abs().double().T @ whole.abs()
+    assert found.dtype == torch.float64
+    assert bool(((found - factor.double().T @ whole).abs() <= (1e-5 if quick else 1e-13) * bound).all())
+    total = factor.clone()
+    sparse.spread(total, piece, mixing)
+    bound = factor.abs().double() + whole.abs() @ mixing.abs().double()
+    assert bool(((total.double() - factor.double() - whole @ mixing.double()).abs() <= 1e-5 * bound).all())
+
+
+def test_crossed_changes_are_the_gram_matrix_of_their_stack():
     pytest.importorskip("numba")
-    generator = torch.Generator().manual_seed(0)
-    for turned in (False, True):
-        piece = sparse.tall(some((5, 40) if turned else (40, 5), 0.3, 3), turned)
-        factor, mixing = torch.randn(40, 5, generator=generator), torch.randn(5, 5, generator=generator)
-        whole = piece.to_dense().double()
-        assert torch.allclose(sparse.project(factor, piece), factor.double().T @ whole, atol=1e-12)
-        total = factor.clone()
-        sparse.spread(total, piece, mixing)
-        assert torch.allclose(total.double(), factor.double() + whole @ mixing.double(), atol=1e-6)
-        stack = torch.cat([whole, whole], dim=1)
-        assert torch.allclose(sparse.cross([piece, piece]), stack.T @ stack, atol=1e-12)
+    pieces = [sparse.tall(some((5, 40) if turned else (40, 5), 0.3, 3), turned) for turned in (False, True)]
+    stack = torch.cat([piece.to_dense().double() for piece in pieces], dim=1)
+    assert torch.allclose(sparse.cross(pieces), stack.T @ stack, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_line_has_its_elements_in_the_order_of_places(turned):
+    entry = some((6, 50) if turned else (50, 6), 0.3, 5)
+    piece = sparse.tall(entry, turned)
+    for by_row in (False, True):
+        whole = piece.to_dense() if by_row else piece.to_dense().T
+        places, starts, values = piece.lines(by_row)
+        assert starts.tolist() == [0, *(whole != 0).sum(1).cumsum(0).tolist()]
+        assert torch.equal(places, whole.nonzero()[:, 1])
+        assert torch.equal(values, whole[whole != 0])
 
 
 def test_bad_input_is_named(backend):
@@ -223,6 +251,26 @@ def test_products_in_float32_are_taken_only_where_the_inverse_is_benign(conditio
     assert found.condition == pytest.approx(condition, rel=0.05)
     error = (found.left @ found.basis.double().T - exact).norm() / exact.norm()
     assert float(error) < (1e-5 if quick else 1e-7 * condition)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.03])
+def test_the_quick_inverse_gives_what_the_exact_one_does(ridge):
+    factor = global_pair(600, 30, 8, condition=4.0).B
+    quick, exact = inverse(factor, ridge, 1e-6), inverse(factor, ridge, 1e-6, gram(factor.T))
+    assert (quick.kept, quick.quick) == (exact.kept, exact.quick) == (8, True)
+    assert quick.condition == pytest.approx(exact.condition, rel=1e-5)
+    assert quick.amplification == pytest.approx(exact.amplification, rel=1e-5)
+    assert torch.allclose(quick.left, exact.left, rtol=0, atol=1e-5 * float(exact.left.abs().max()))
+    assert torch.allclose(quick.shrink, exact.shrink, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rcond", "kept"), [(0.2, 8), (0.5, 4), (1.0, 0)])
+def test_a_cut_off_within_the_spectrum_is_not_for_the_quick_inverse(rcond, kept):
+    factor = global_pair(600, 30, 8, condition=4.0).B
+    found = inverse(factor, 0.0, rcond)
+    assert found.kept == kept
+    exact = inverse(factor, 0.0, rcond, gram(factor.T))
+    assert torch.allclose(found.left, exact.left, rtol=0, atol=1e-5 * float(exact.left.abs().max()) + 1e-12)
 
 
 def reference_inverse(factor, ridge):

@@ -48,7 +48,7 @@ class Change:
 
 
 class Held(NamedTuple):
-    """One client's change of the kept and the moving factor, its weight, and P + F⁺ΔF."""
+    """One client's change of the kept and the moving factor, its weight w, and w (P + F⁺ΔF)ᵀ."""
 
     kept: TallChange
     moving: TallChange
@@ -81,7 +81,7 @@ class ProductChange:
         self._moving = factors[side]
         self._gram = None if rank is None else gram(self._fixed.T)
         self._inverse = inverse(self._fixed, ridge, rcond, self._gram)
-        self._mixing = -self._inverse.shrink
+        self._mixing = -self._inverse.shrink.T
         self._total = torch.zeros_like(self._moving, memory_format=torch.contiguous_format)
         self._clients = 0
         self._held: list[Held] = []
@@ -96,10 +96,11 @@ class ProductChange:
         kept = tall(entries[kept_side], turned=kept_side == "A")
         moving = tall(entries[self.side], turned=self.side == "A")
         quick = self.rank is None and self._inverse.quick
-        seen = torch.addmm(self._inverse.shrink, self._inverse.left, project(self._inverse.basis, kept, quick=quick))
+        found = project(self._inverse.basis, kept, quick=quick)
+        seen = torch.addmm(self._inverse.shrink.T, found.T, self._inverse.left.T, beta=weight, alpha=weight)
         if self.rank is None:
-            self._mixing.add_(seen, alpha=weight)
-            spread(self._total, moving, weight * seen.T)
+            self._mixing.add_(seen)
+            spread(self._total, moving, seen)
             return
         self._held.append(Held(kept, moving, weight, seen))
         if self._held_rank() > HELD_RANK:
@@ -113,7 +114,7 @@ class ProductChange:
         if self.rank is not None:
             self._total, self._mixing, lost = self._by_gram(self.rank) or self._by_sum(self.rank)
         # G times what was mixed joins the total for good, so that no second matrix like G is needed.
-        self._total.addmm_(self._moving, self._mixing.T.float())
+        self._total.addmm_(self._moving, self._mixing.float())
         self._mixing.zero_()
         return self._changed(self._total, self._inverse.kept, lost, self._inverse.condition)
 
@@ -121,7 +122,7 @@ class ProductChange:
         return Change(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
-        """(Σ ΔG_k Z_kᵀ, Σ Z_k − P, energy lost) from Gram matrices of sparse changes; None where they do not serve."""
+        """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) by Gram matrices of sparse changes; None where they do not serve."""
         kept, moving = [held.kept for held in self._held], [held.moving for held in self._held]
         if self._spilled is not None or self._gram is None or compiled_for(self._fixed) is None:
             return None
@@ -137,19 +138,19 @@ class ProductChange:
             return None
         keep = min(rank, int((found.energies > found.noise).sum()))
         lead = found.right(keep)
-        seen = torch.cat([held.weight * held.seen for held in self._held], dim=1)
-        pieces = (seen @ right @ (lead / found.energies[:keep]) @ lead.T).chunk(len(self._held), dim=1)
+        seen = torch.cat([held.seen for held in self._held])
+        pieces = (lead @ ((lead / found.energies[:keep]).T @ (right @ seen))).chunk(len(self._held))
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
-            spread(total, held.moving, piece.T)
+            spread(total, held.moving, piece)
         lost = float(found.energies[keep:].sum() / found.energies.sum())
-        return total, torch.stack(pieces).sum(0) - self._inverse.shrink, lost
+        return total, torch.stack(pieces).sum(0) - self._inverse.shrink.T, lost
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
         cut = self._as_sum(rank).truncate(rank=rank)
         seen = self._inverse.left @ project(self._inverse.basis, cut.pair.B)
-        return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink, cut.lost_energy
+        return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink.T, cut.lost_energy
 
     def _as_sum(self, rank: int) -> ProductSum:
         """What was spilled and what is held as one sum of products F_k G_kᵀ; float64 where F is ill-conditioned."""

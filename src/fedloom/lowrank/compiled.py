@@ -16,6 +16,9 @@ from numba import njit
 Array = np.ndarray[Any, Any]
 
 _ROWS = 512
+"""Tall rows whose sums are added up in the smaller type."""
+_BLOCK = 2**15
+"""Elements of `total` that are worked on at a time: half of a small second cache."""
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
@@ -35,24 +38,33 @@ def project(positions: Array, values: Array, width: int, turned: bool, factor: A
 
     part: zeros like `out`, of the type to sum some hundred elements in, before they are added to `out`.
     """
-    rank = factor.shape[1]
-    k = 0
-    for first in range(out.shape[0] if turned else factor.shape[0]):
-        base = first * width
-        begin = k
-        while k < positions.size and positions[k] < base + width:
-            k += 1
+    begin = 0
+    lines, step = (out.shape[0], 1) if turned else (factor.shape[0], _ROWS)
+    for first in range(0, lines, step):
+        end = int(np.searchsorted(positions, (first + step) * width))
         if turned:
-            _gather(positions, values, begin, k, base, factor, part[first])
+            _gather(positions, values, begin, end, first * width, factor, part[first])
         else:
-            for q in range(begin, k):
-                target = part[positions[q] - base]
-                value = part.dtype.type(values[q])
-                for j in range(rank):
-                    target[j] += value * factor[first, j]
-        if not turned and first % _ROWS == _ROWS - 1:
+            _scatter(positions[begin:end], values[begin:end], factor, part)
             _flush(part, out)
+        begin = end
     _flush(part, out)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
+def _scatter(positions: Array, values: Array, rows: Array, part: Array) -> None:
+    """part[c, :] += value · rows[d, :] of elements in the order of rows.
+
+    The numbers have no sign, so that numba looks for none that count from the end; a division costs less than a branch
+    on where the next row begins.
+    """
+    columns = part.shape[1]
+    for k in range(positions.size):
+        row = np.uint64(positions[k]) // np.uint64(columns)
+        column = np.uint64(positions[k]) - row * np.uint64(columns)
+        value = part.dtype.type(values[k])
+        for j in range(columns):
+            part[column, j] += value * rows[row, j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
@@ -82,19 +94,35 @@ def _gather(positions: Array, values: Array, begin: int, end: int, base: int, ro
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
 def spread(positions: Array, values: Array, width: int, turned: bool, mixing: Array, total: Array) -> None:
     """total[d, :] += value · mixing[c, :] over the elements (d, c) of the tall matrix."""
-    rank = mixing.shape[1]
-    first = 0
-    end = width
+    if turned:
+        _spread_turned(positions, values, width, mixing, total)
+        return
+    columns = total.shape[1]
     for k in range(positions.size):
-        while positions[k] >= end:
-            first += 1
-            end += width
-        second = positions[k] - end + width
-        source = mixing[first] if turned else mixing[second]
-        target = total[second] if turned else total[first]
+        row = np.uint64(positions[k]) // np.uint64(columns)
+        column = np.uint64(positions[k]) - row * np.uint64(columns)
         value = values[k]
-        for j in range(rank):
-            target[j] += value * source[j]
+        for j in range(columns):
+            total[row, j] += value * mixing[column, j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
+def _spread_turned(positions: Array, values: Array, width: int, mixing: Array, total: Array) -> None:
+    """The same for as many rows of `total` at a time as stay in the cache, over all columns of the tall matrix."""
+    columns = mixing.shape[1]
+    step = max(_BLOCK // columns, 1)
+    begin = np.searchsorted(positions, np.arange(mixing.shape[0]) * width)
+    for stop in range(step, width + step, step):
+        for column in range(mixing.shape[0]):
+            base = column * width
+            limit = base + min(stop, width)
+            k = begin[column]
+            while k < positions.size and positions[k] < limit:
+                row, value = np.uint64(positions[k] - base), values[k]
+                for j in range(columns):
+                    total[row, j] += value * mixing[column, j]
+                k += 1
+            begin[column] = k
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]

@@ -15,9 +15,9 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 _CHUNK_VALUES = 2**18
 _BLOCK = 64
-_QUICK_ROWS = 256
+_QUICK_ROWS = 1024
 QUICK_ERROR = 4e-7
-"""Frobenius norm of the error of a Gram matrix of float32 products over its own; 5e-8 to 9e-8 were measured."""
+"""Frobenius norm of the error of a Gram matrix of float32 products over its own; 5e-8 to 2e-7 were measured."""
 
 
 def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -47,11 +47,9 @@ def inverse(factor: Tensor, ridge: float, rcond: float, gram_factor: Tensor | No
     the ridge bounds it.
     """
     if gram_factor is None:
-        energies, vectors = torch.linalg.eigh(quick_gram(factor))
-        if energies.numel() and float(energies[0]) > QUICK_LIMIT * float(energies[-1]):
-            found = _inverse(energies.sqrt(), vectors, None, factor, ridge, rcond)
-            if found.quick:
-                return found
+        found = _benign(factor, ridge, rcond)
+        if found is not None:
+            return found
         gram_factor = gram(factor.T)
     energies, vectors = torch.linalg.eigh(gram_factor)
     top = float(energies[-1]) if energies.numel() else 0.0
@@ -60,6 +58,22 @@ def inverse(factor: Tensor, ridge: float, rcond: float, gram_factor: Tensor | No
     basis, upper = torch.linalg.qr(factor.double())
     left_vectors, sigma, vt = torch.linalg.svd(upper)
     return _inverse(sigma, vt.T, left_vectors, basis, ridge, rcond)
+
+
+def _benign(factor: Tensor, ridge: float, rcond: float) -> Inverse | None:
+    """By Cholesky of a quick Gram matrix; None unless that is `quick`, and all singular values are inverted."""
+    gram_factor = quick_gram(factor)
+    size = gram_factor.shape[0]
+    energies = torch.linalg.eigvalsh(gram_factor).tolist()
+    if not size or not energies[0] > max(QUICK_LIMIT, rcond**2) * energies[-1]:
+        return None
+    amplification = energies[-1] / (energies[0] + ridge * energies[-1])
+    if amplification > QUICK_AMPLIFICATION:
+        return None
+    one = torch.eye(size, dtype=torch.float64, device=factor.device)
+    left = torch.cholesky_inverse(torch.linalg.cholesky(gram_factor.add(one, alpha=ridge * energies[-1])))
+    shrink = left @ gram_factor if ridge else one
+    return Inverse(left, factor, shrink, size, (energies[-1] / energies[0]) ** 0.5, amplification)
 
 
 def _inverse(

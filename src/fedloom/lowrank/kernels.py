@@ -6,7 +6,7 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from fedloom.lora import LoraPair
 from fedloom.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
-from fedloom.lowrank.leading import leading, pays
+from fedloom.lowrank.leading import holding, leading, pays
 from fedloom.lowrank.stack import Stack
+
+MAX_GROWTH = 16.0
+"""Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
 
 
 class Wanted(NamedTuple):
@@ -44,6 +47,9 @@ class Spectrum:
     expand: Callable[[int], LoraPair]
 
 
+Find = Callable[..., Core | None]
+
+
 def floor(top: float, noise: float, dtype: torch.dtype) -> float:
     """The energy that a product of factors of this type may have by rounding alone."""
     return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
@@ -52,27 +58,37 @@ def floor(top: float, noise: float, dtype: torch.dtype) -> float:
 def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
     """Two R × R Gram matrices and the components that are wanted of their core, or all of them.
 
-    For float32 factors and R < min(m, n). Where few components are wanted, Gram matrices of float32 products are tried
-    first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram matrices and one chunk at a
-    time.
+    For float32 factors and R < min(m, n). Where few components are wanted, or a share of the energy, Gram matrices of
+    float32 products are tried first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram
+    matrices and one chunk at a time.
     """
     rank = wanted.expected if wanted.rank is None and wanted.energy is not None else wanted.rank
-    if rank and pays(stack.rank, rank):
-        for dtype, error in ((torch.float32, QUICK_ERROR), (torch.float64, 4 * EPS)):
-            gram_b, gram_a, weights = _grams(stack, dtype)
-            found = leading(gram_b, gram_a, rank, error)
-            if found is not None and _enough(found, wanted):
-                break
-    else:
-        gram_b, gram_a, weights = _grams(stack, torch.float64)
+    found, dtype = None, None
+    for dtype, error, find in _stages(stack.rank, rank, wanted):
+        gram_b, gram_a, weights = _grams(stack, dtype)
+        found = find(gram_b, gram_a, error=error)
+        if found is not None and _enough(found, wanted):
+            break
         found = None
-    if found is None or not _enough(found, wanted):
+    if found is None:
+        if dtype is not torch.float64:
+            gram_b, gram_a, weights = _grams(stack, torch.float64)
         found = core(gram_b, gram_a)
     if found is None:
         return None
     low = floor(float(found.energies[0]), found.noise, torch.float32)
     expand = partial(_expand_gram, stack, gram_a, weights, found)
     return Spectrum(found.energies, found.beyond, low, expand)
+
+
+def _stages(stacked: int, rank: int | None, wanted: Wanted) -> Sequence[tuple[torch.dtype, float, Find]]:
+    """How to look for the leading components alone: the type of the products, their error, and the algorithm."""
+    if rank and pays(stacked, rank):
+        find = partial(leading, rank=rank)
+        return (torch.float32, QUICK_ERROR, find), (torch.float64, 4 * EPS, find)
+    if wanted.rank is None and wanted.energy is not None:
+        return ((torch.float32, QUICK_ERROR, partial(holding, energy=wanted.energy)),)
+    return ()
 
 
 def _grams(stack: Stack, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,14 +107,21 @@ def _enough(found: Core, wanted: Wanted) -> bool:
 
 
 def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, keep: int) -> LoraPair:
-    """V in float64, so that its rows stay orthonormal where σ is small; W V = B (A V) in float32."""
+    """V and W V = B (A V), the latter in float32, V in float64 where its terms cancel.
+
+    A row of V is of length 1 and a sum of multiples of rows of A, each of them rounded: the sum of their squared
+    lengths is what the square of the rounding error grows by.
+    """
     right = found.right(keep) / found.energies[:keep].sqrt()
     image = (weights[:, None] * (gram_a @ right)).float()
+    growth = (right.square() * gram_a.diagonal()[:, None]).sum(0)
+    dtype = torch.float32 if bool((growth <= MAX_GROWTH).all()) else torch.float64
+    right = right.to(dtype)
     m, n = stack.shape
     vt = torch.empty(keep, n, dtype=torch.float32, device=right.device)
     wv = torch.empty(m, keep, dtype=torch.float32, device=right.device)
     begin = 0
-    for chunk in stack.chunks("A", torch.float64):
+    for chunk in stack.chunks("A", dtype):
         vt[:, begin : begin + chunk.shape[0]] = right.T @ chunk.T
         begin += chunk.shape[0]
     begin = 0

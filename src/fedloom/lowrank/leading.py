@@ -1,13 +1,17 @@
-"""The leading singular components of a product from its Gram matrices, without decomposing all of the core."""
+"""The leading singular components of a product from Gram matrices that are known to an error."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from fedloom.lowrank.gram import Core
+from fedloom.lowrank.gram import Core, core
 
 OVERSAMPLING = 16
+QUICK_STEPS = 2
+"""Steps in float32 before those that can tell how good the subspace is; these cost four times as much."""
 MAX_STEPS = 8
 MAX_EXCESS = 1e-8
 """What a better subspace could still gain, over the energy that is left out."""
@@ -18,6 +22,22 @@ SMALLEST_TAIL = 1e-8
 def pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
     return 3 * (rank + OVERSAMPLING) <= stacked
+
+
+def holding(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) -> Core | None:
+    """The first components of W = L Rᵀ that hold the share `energy` of all, from LᵀL and RᵀR.
+
+    None where the error of these, see `leading`, could cost more than MAX_EXCESS of the energy left out.
+    """
+    whole = core(gram_left, gram_right)
+    if whole is None:
+        return None
+    tails = whole.energies.flip(0).cumsum(0).flip(0)
+    rank = int((tails > (1.0 - energy) * tails[0]).sum())
+    noise = _coupling(gram_left, gram_right, error)
+    if rank == tails.numel() or not _trusted(whole.energies, rank, float(tails[rank]), error, noise):
+        return None
+    return Core(whole.energies[:rank], float(tails[rank]), noise, whole.root, whole.vectors[:, :rank])
 
 
 def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
@@ -34,9 +54,13 @@ def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> C
     """
     total = float((gram_left * gram_right).sum())
     size = gram_left.shape[0]
-    noise = error / size**0.5 * float(torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right))
+    noise = _coupling(gram_left, gram_right, error)
     generator = torch.Generator().manual_seed(size)
-    y = torch.randn(size, rank + OVERSAMPLING, generator=generator, dtype=torch.float64).to(gram_left)
+    y = torch.randn(size, rank + OVERSAMPLING, generator=generator).to(gram_left.device)
+    quick_left, quick_right = (_unit(gram).float() for gram in (gram_left, gram_right))
+    for _ in range(QUICK_STEPS):
+        y = torch.linalg.qr(quick_left @ (quick_right @ y)).Q
+    y = y.double()
     seen = gram_right @ y
     excess = float("inf")
     for step in range(1, MAX_STEPS + 1):
@@ -53,14 +77,34 @@ def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> C
             return None
         previous, excess = excess, possible_gain(energies, residuals, rank) / max(tail, SMALLEST_TAIL * total)
         if excess <= MAX_EXCESS:
-            unsure = possible_gain(energies, torch.full_like(residuals, noise**2), rank) / tail
-            trusted = unsure <= MAX_EXCESS and float(energies[rank - 1]) > 100 * noise
+            if not _trusted(energies, rank, tail, error, noise):
+                return None
             first = energies[:rank]
-            return Core(first, tail, noise, y[:, :rank], torch.diag(first.sqrt())) if trusted else None
+            return Core(first, tail, noise, y[:, :rank], torch.diag(first.sqrt()))
         if step > 2 and not excess * (excess / previous) ** (MAX_STEPS - step) <= MAX_EXCESS:
             return None
         y, seen = image / energies, seen_image / energies
     return None
+
+
+def _unit(gram: Tensor) -> Tensor:
+    """The same with elements that no type overflows with."""
+    return gram / gram.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
+
+
+def _coupling(gram_left: Tensor, gram_right: Tensor, error: float) -> float:
+    """δ, see `leading`."""
+    norms = torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right)
+    return error * float(norms) / math.sqrt(gram_left.shape[0])
+
+
+def _trusted(energies: Tensor, rank: int, tail: float, error: float, noise: float) -> bool:
+    """Whether δ (`noise`) costs next to nothing of what `rank` components leave out, and hides none of them."""
+    total = float(energies[:rank].sum()) + tail
+    if not tail > max(SMALLEST_TAIL, 100 * error) * total:
+        return False
+    unsure = possible_gain(energies, torch.full_like(energies, noise**2), rank) / tail
+    return unsure <= MAX_EXCESS and float(energies[rank - 1]) > 100 * noise
 
 
 def possible_gain(energies: Tensor, residuals: Tensor, rank: int) -> float:

@@ -1,7 +1,8 @@
 """Products with the sparse change of a tall factor, straight from the decoded payload.
 
 A tall factor has one row per feature and r columns: B itself (m × r), or Aᵀ where A (r × n) is what travels. Three
-products are all that FedSRD needs; numba does them from the flat positions, torch through its sparse matrices.
+products are all that FedSRD needs; numba does them from the flat positions, torch alone sorts the elements and sums
+line by line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from fedloom.masks import seeded_mask
 from fedloom.tensors import Dense, Entry, Sparse, count, floats, to_dense
 
 _CHUNK = 4096
+_BLOCK = 512
+"""Rows whose elements are summed in float32, as in `compiled.project`."""
 _hidden = False
 
 
@@ -52,11 +56,22 @@ class Tall:
         flat[self.positions] = self.values
         return flat.view(self.rank, self.size).T if self.turned else flat.view(self.size, self.rank)
 
-    def torch_sparse(self) -> Tensor:
-        """The same in the travelling shape, as a sparse COO tensor."""
-        indices = torch.stack([self.positions // self.width, self.positions % self.width])
-        shape = (self.rank, self.size) if self.turned else (self.size, self.rank)
-        return torch.sparse_coo_tensor(indices, self.values, shape, is_coalesced=True, check_invariants=False)
+    def lines(self, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The elements line by line: by rows of the tall matrix, or by columns, anew in every block of rows.
+
+        The column or row of each element, where every line begins (and the last one ends), and the values.
+        """
+        lanes, inner = self.positions // self.width, self.positions % self.width
+        rows, columns = (inner, lanes) if self.turned else (lanes, inner)
+        blocks = -(-self.size // _BLOCK)
+        keys, count = (rows, self.size) if by_row else (rows // _BLOCK * self.rank + columns, blocks * self.rank)
+        places, values = columns if by_row else rows, self.values
+        if self.turned or not by_row:  # they travelled in another order
+            order = _order(keys, count)
+            places, values = places[order], values[order]
+        starts = torch.zeros(count + 1, dtype=torch.int64, device=keys.device)
+        torch.cumsum(torch.bincount(keys, minlength=count), 0, out=starts[1:])
+        return places, starts, values
 
 
 Change = Tall | Tensor
@@ -97,9 +112,8 @@ def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
         return _dense_project(factor, change)
     kernels = compiled_for(factor)
     if kernels is None:
-        matrix = change.torch_sparse().to(torch.float32 if quick else torch.float64)
-        product: Tensor = torch.sparse.mm(matrix if change.turned else matrix.t(), factor.to(matrix.dtype))
-        return product.T.double()
+        parts = _gathered(change.lines(by_row=False), factor if quick else factor.double())
+        return parts.view(-1, change.rank, factor.shape[1]).sum(0, dtype=torch.float64).T
     out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
     part = torch.zeros_like(out, dtype=torch.float32 if quick else torch.float64)
     kernels.project(*change.arrays(), factor.numpy(), part.numpy(), out.numpy())
@@ -121,10 +135,25 @@ def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
         return
     kernels = compiled_for(total)
     if kernels is None:
-        matrix = change.torch_sparse()
-        total.add_(torch.sparse.mm(matrix.t() if change.turned else matrix, mixing))
+        total.add_(_gathered(change.lines(by_row=True), mixing))
         return
     kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
+
+
+def _gathered(lines: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:
+    """For every line the sum of value · table[place, :]: each row of the result is written once, from registers."""
+    places, starts, values = lines
+    found: Tensor = torch.nn.functional.embedding_bag(
+        places, table, starts, mode="sum", per_sample_weights=values.to(table.dtype), include_last_offset=True
+    )
+    return found
+
+
+def _order(keys: Tensor, bound: int) -> Tensor:
+    """The stable order of keys from 0 to below `bound`; numpy sorts those that fit 16 bits by their digits."""
+    if keys.device.type != "cpu":
+        return keys.argsort(stable=True)
+    return torch.from_numpy(keys.numpy().astype(np.min_scalar_type(bound)).argsort(kind="stable"))
 
 
 def cross(changes: Sequence[Tall]) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedloom.lora import LoraPair
 
+_CHUNK_ROWS = 1024
+"""Rows that are copied side by side at a time: few enough to be used from the cache, and not from fresh memory."""
 _CHUNK_BYTES = 2**22
 
 
@@ -41,7 +43,7 @@ class Stack:
 
     def chunks(self, part: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """Row blocks of the tall factor without the weights, in turn: of [A_1ᵀ | A_2ᵀ | …] (n × R) or [B_1 | …]."""
-        step = max(_CHUNK_BYTES // (dtype.itemsize * max(self.rank, 1)), 256)
+        step = max(min(_CHUNK_BYTES // (dtype.itemsize * max(self.rank, 1)), _CHUNK_ROWS), 256)
         for begin in range(0, self.shape[0 if part == "B" else 1], step):
             if part == "A":
                 yield torch.cat([pair.A[:, begin : begin + step] for pair, _ in self.terms]).to(dtype).T
