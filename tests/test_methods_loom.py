@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Context, State, Update
 from fedloom.methods import build
-from fedloom.methods.loom import COST, element_bits, value_bits
+from fedloom.methods.loom import COST, Dial, element_bits, value_bits
 from fedloom.rounds import Draft, Job, client_turn, server_turn, start
+from fedloom.setup import downloads
 from fedloom.sparsify import importance, kept_count
 from fedloom.tensors import Sparse, floats, to_dense
 from fedloom.wire import Header, Message, encode, quantize
@@ -94,6 +96,33 @@ def slow_entry(before, after, other, part, density, step, given):
         l1, l2 = change.abs().sum().item() / len(where), step * change.norm().item() / math.sqrt(len(where))
         kept = kept * (min(l1, l2) / kept.abs().mean().item())
     return Sparse(tuple(change.shape), where, given.quantize(kept, 0))
+
+
+@pytest.mark.parametrize("taper", [0.0, 0.4, 1.0])
+def test_the_bytes_of_the_rounds_fall_in_a_line_and_their_mean_is_the_budget(taper):
+    dial = Dial(0.0, 10_000, 0.5, 1.0, taper)
+    adapter = initial_state(SHAPES, RANKS, 0)
+    sizes = [dial.bytes(adapter, "up", replace(context(), round=round, num_rounds=10)) for round in range(1, 11)]
+    assert sum(sizes) == pytest.approx(10 * 5000, abs=10)
+    assert sizes == [pytest.approx(5000 * (1 + taper * (1 - (round - 0.5) / 5)), abs=1) for round in range(1, 11)]
+    unknown = [dial.bytes(adapter, "up", replace(context(), round=round)) for round in (1, 9)]
+    assert unknown == [5000, 5000]
+
+
+def test_a_broadcast_is_the_smaller_the_more_of_them_a_client_misses():
+    dial, adapter = Dial(0.0, 10_000, 0.4, 1.0, 0.0), initial_state(SHAPES, RANKS, 0)
+    assert dial.bytes(adapter, "down", context()) == 6000
+    assert dial.bytes(adapter, "down", replace(context(), downloads=7.5)) == 800
+    assert dial.bytes(adapter, "up", replace(context(), downloads=7.5)) == 4000
+
+
+def test_downloads_count_missed_broadcasts_and_what_a_client_has_no_rank_for():
+    """Four clients of rank 8, four of rank 2, two of eight a round: 4 broadcasts a turn, of 8 / 5 of what they hold."""
+    adapter = initial_state(SHAPES, RANKS, 0)
+    sites = {f"c{i}": SimpleNamespace(ranks=dict.fromkeys(SHAPES, 8 if i < 4 else 2)) for i in range(8)}
+    assert downloads(adapter, sites, 8) == pytest.approx(8 / 5)
+    assert downloads(adapter, sites, 2) == pytest.approx(4 * 8 / 5)
+    assert downloads(adapter, {"c0": sites["c0"]}, 1) == 1
 
 
 def slow_compress(budget, most, step, state, after, given):
@@ -222,8 +251,9 @@ def test_no_room_still_sends_one_element_of_every_tensor():
         ({"budget": 0}, "method.budget"),
         ({"upload_share": 0.0}, "method.upload_share is 0.0"),
         ({"max_density": 1.5}, "method.max_density is 1.5"),
-        ({"step": 0.0}, "step 0.0"),
-        ({"server_residual": 1.1}, "server_residual 1.1"),
+        ({"step": 0.0}, "step is 0.0"),
+        ({"server_residual": 1.1}, "server_residual is 1.1"),
+        ({"taper": -0.1}, "taper is -0.1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
