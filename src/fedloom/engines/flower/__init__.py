@@ -4,5 +4,7 @@
                                           │  payload: one opaque array a message
     SuperNode ─→ ClientApp (client: a relay, started anew for every message) ─unix socket→ fedloom worker (site.desk)
 
+    fedloom run ─simulation→ Flower's Simulation Runtime ─→ Ray's processes (actors: desks of all sites)
+
 Nothing outside this package imports flwr. `client` and `payload` load no torch.
 """
