@@ -212,12 +212,10 @@ def play(config: Config, folder: Path, *, resume: bool = False) -> None:
 
 def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
     """Run the Flower engine with Ray's processes on this machine as its sites, then print the closing tables."""
-    from fedloom.engines.flower.launch import quiet
     from fedloom.engines.flower.settings import installed
     from fedloom.progress import watch
 
     installed("simulation", "flwr", "ray")
-    quiet()
     with resumable(folder), watch(screen) as observer:
         from fedloom.engines.flower import simulation
 

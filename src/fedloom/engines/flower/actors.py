@@ -1,4 +1,4 @@
-"""The sites of a simulation, as Ray's processes (actors) play them: any process may be any site, message by message.
+"""The sites of a simulation, as Ray's processes play them: any process may be any site, message by message.
 
 What a site remembers is on disk alone (`site.store`), and read anew for every message; model and examples are loaded
 once in a process, for all sites.
@@ -11,54 +11,41 @@ import logging
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-
 from fedloom.configfile import dump, parse
-from fedloom.engines.flower.client import relay
+from fedloom.engines.flower.runtime import Cast
 from fedloom.setup import Setup, assemble, client_examples, participating
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
+from fedloom.site.policy import Policy
 from fedloom.site.protocol import Parcel
 
 log = logging.getLogger("fedloom.worker")
-FORMAT = "%(asctime)s %(process)d %(levelname)s %(message)s"
 
 
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """All sites of a simulation, in the order of Flower's partitions. settings: what a run tells its sites."""
+def ask(cast: Cast, name: str, parcel: Parcel) -> Parcel:
+    """A site's reply. Who asks while another process is being the same site waits for its turn."""
+    desk = _desk(cast, name)
+    with _locked(Path(desk.site.state)):
+        _log_to(Path(cast.folder) / "worker.log")
+        try:
+            return desk.answer(parcel)
+        finally:
+            desk.close()
 
-    settings: str
-    sites: tuple[SiteConfig, ...]
-    log: Path
 
-    def app(self) -> ClientApp:
-        """What Ray's processes are given."""
-        app = ClientApp()
-        app.train()(self.answer)
-        app.query()(self.answer)
-        return app
-
-    def answer(self, message: Message, context: Context) -> Message:
-        """The answer of the site whose node was asked."""
-        told = Context(context.run_id, context.node_id, context.node_config, context.state, {"settings": self.settings})
-        return relay(message, told, self.ask)
-
-    def ask(self, parcel: Parcel, context: Context) -> Parcel:
-        """The same, from its desk. Who asks while another process is being the same site waits for its turn."""
-        site = self.sites[int(context.node_config["partition-id"])]
-        with _locked(Path(site.state)):
-            _log_to(self.log)
-            desk = _desk(site)
-            try:
-                return desk.answer(parcel)
-            finally:
-                desk.close()
+def site(cast: Cast, name: str) -> SiteConfig:
+    """What the site would say in its SITE.toml. Raises pydantic's ValidationError where the name is none for a site."""
+    return SiteConfig(
+        name=name,
+        model=cast.model,
+        data="",
+        device=cast.device,
+        state=str(Path(cast.folder) / name),
+        policy=Policy(scrub_errors=False),
+    )
 
 
 @contextmanager
@@ -72,14 +59,14 @@ def _locked(folder: Path) -> Iterator[None]:
 @cache
 def _log_to(path: Path) -> None:
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
 
 
 @cache
-def _desk(site: SiteConfig) -> Desk:
-    return Desk(site, lambda config: _everybody(dump(config)))
+def _desk(cast: Cast, name: str) -> Desk:
+    return Desk(site(cast, name), lambda config: _everybody(dump(config)))
 
 
 @cache

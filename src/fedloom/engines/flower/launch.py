@@ -18,14 +18,8 @@ from fedloom.config import Config
 from fedloom.engines.flower.settings import own, shared
 from fedloom.errors import RoundError
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",
-}
-"""Environment in which Flower and Ray call nobody and print no tips."""
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Environment in which Flower calls nobody."""
 POLL_SECONDS = 1.0
 AWAY_SECONDS = 60.0
 """How long a SuperLink may be out of reach before a submitted run is given up on here."""
@@ -40,11 +34,6 @@ class RunState:
     details: str
     bytes_sent: int
     bytes_received: int
-
-
-def quiet() -> None:
-    """Put QUIET into the environment. Flower and Ray read it when they are imported: call this before."""
-    os.environ.update(QUIET)
 
 
 def run(config: Config, out: Path, *, resume: bool = False, told: Callable[[int], None] | None = None) -> RunState:
@@ -84,7 +73,7 @@ def bundle(config: Config, out: Path, resume: bool) -> bytes:
 @contextmanager
 def control(config: Config) -> Iterator[Any]:
     """A client of the SuperLink's Control API. Raises RoundError in words where that cannot be reached."""
-    quiet()
+    os.environ.update(QUIET)
     import click
     import httpx
     from flwr.cli.typing import SuperLinkConnection

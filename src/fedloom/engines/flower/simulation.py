@@ -1,46 +1,50 @@
 """The Flower engine on this machine: Flower's Simulation Runtime, with Ray's processes as the sites.
 
-    serve (this thread) ─→ Runtime ─→ Flower's runtime (a thread) ─→ Ray ─→ processes: actors.Sites ─→ desk
+    serve (this process) ─→ Runtime ─pipe→ a process with Flower's runtime ─→ Ray's processes ─→ desks
 
-Flower would run the ServerApp in a thread of its own. Here that only hands its grid over and waits, so that the rounds
-are played in the caller's thread, where errors and Ctrl-C arrive.
+The rounds are played here, so that errors and Ctrl-C arrive where the user is, and so that a training that goes on at
+a site can be given up: Ray's own waiting cannot be interrupted, its process can be killed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-import threading
 from collections.abc import Iterable
+from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid as FlowerGrid
-from flwr.serverapp import ServerApp
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
 from pydantic import ValidationError
 
 from fedloom.config import Config
 from fedloom.configfile import explain
-from fedloom.engines.flower.actors import Sites
+from fedloom.engines.flower import actors
 from fedloom.engines.flower.fleet import Node
-from fedloom.engines.flower.launch import quiet
+from fedloom.engines.flower.launch import QUIET
+from fedloom.engines.flower.runtime import Cast
 from fedloom.engines.flower.server import serve
 from fedloom.engines.flower.settings import check, shared
 from fedloom.errors import ConfigError, RoundError
 from fedloom.events import Observer
 from fedloom.setup import client_examples, known, participating
-from fedloom.site.config import SiteConfig
-from fedloom.site.policy import Policy
 
 STORE_BYTES = 256 * 2**20
 """Memory through which Ray hands messages over; what does not fit goes over files."""
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds that Flower's runtime may take to end by itself."""
+RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or it takes an address that the network reaches in place of 127.0.0.1
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it prints a tip
+    "RAY_worker_niceness": "0",  # it would give its processes the lowest priority
+}
 
 
 def run(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
@@ -51,9 +55,8 @@ def run(config: Config, out: Path, *, resume: bool = False, observer: Observer |
     """
     config = with_participants(config)
     share = gpu_share(config)
-    sites = sites_of(config, out.absolute() / "sites", "cuda" if share else "cpu")
-    app = Sites(shared(config), sites, out.absolute() / "sites" / "worker.log").app()
-    with Runtime(app, len(sites), backend(config, len(sites), share)) as runtime:
+    everybody = cast(config, out, share)
+    with Runtime(everybody, backend(config, len(everybody.names), share)) as runtime:
         serve(runtime, config, out, resume=resume, observer=observer)
 
 
@@ -77,22 +80,17 @@ def gpu_share(config: Config) -> float:
     return float(there and config.model.device != "cpu") if share is None else share
 
 
-def sites_of(config: Config, folder: Path, device: str) -> tuple[SiteConfig, ...]:
-    """What each site would say in its SITE.toml. Raises ConfigError where a client's name is none for a site."""
+def cast(config: Config, out: Path, share: float) -> Cast:
+    """All sites, for the processes that play them. Raises ConfigError where a client's name is none for a site."""
+    names = tuple(sorted(config.federation.participants or ()))
+    device = "cuda" if share else "cpu"
+    cast = Cast(names, shared(config), config.model.path, device, str(out.absolute() / "sites"))
     try:
-        return tuple(
-            SiteConfig(
-                name=name,
-                model=config.model.path,
-                data=config.data.source,
-                device=device,
-                state=str(folder / name),
-                policy=Policy(scrub_errors=False),
-            )
-            for name in sorted(config.federation.participants or ())
-        )
+        for name in names:
+            actors.site(cast, name)
     except ValidationError as error:
         raise ConfigError(f"engine flower-sim: {explain(error)}") from None
+    return cast
 
 
 def backend(config: Config, sites: int, share: float) -> dict[str, Any]:
@@ -113,33 +111,31 @@ def backend(config: Config, sites: int, share: float) -> dict[str, Any]:
 
 
 class Runtime:
-    """Flower's grid, and the runtime behind it: started when the grid is first looked at, ended with the context."""
+    """Flower's grid, from the process that has it: started when the grid is first looked at, ended with the context."""
 
-    def __init__(self, app: ClientApp, sites: int, backend: dict[str, Any]) -> None:
-        self.app = app
-        self.sites = sites
+    def __init__(self, cast: Cast, backend: dict[str, Any]) -> None:
+        self.cast = cast
         self.backend = backend
-        self.grid: FlowerGrid | None = None
-        self.failure: BaseException | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flower-simulation", daemon=True)
         self._folder = tempfile.TemporaryDirectory(prefix="fedloom-", ignore_cleanup_errors=True)
+        self._pipe, self._far = Pipe()
+        self._process: subprocess.Popen[bytes] | None = None
 
     def get_nodes(self) -> Iterable[Node]:
-        """The sites' nodes; none while Flower starts."""
-        if self._thread.ident is None:
-            self._thread.start()
-        if self.grid is None and self._thread.is_alive():
-            return ()
-        return self._alive().get_nodes()
+        """The sites' nodes."""
+        if self._process is None:
+            self._start()
+        nodes: list[Node] = self._asked("get_nodes")
+        return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send; the identifiers come back."""
-        return self._alive().push_messages(messages)
+        identifiers: list[str] = self._asked("push_messages", list(messages))
+        return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there."""
-        return self._alive().pull_messages(message_ids)
+        replies: list[Message] = self._asked("pull_messages", list(message_ids))
+        return replies
 
     def __enter__(self) -> Self:
         return self
@@ -147,46 +143,46 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
-        if self._thread.ident is not None:
-            self._end(0.0 if kind else PATIENCE)
+        if self._process is not None:
+            self._end(self._process, 0.0 if kind else PATIENCE)
+        self._pipe.close()
         self._folder.cleanup()
 
-    def _alive(self) -> FlowerGrid:
-        if self.grid is None or not self._thread.is_alive():
-            raise RoundError(f"Flower's Simulation Runtime has ended: {_root(self.failure)}")
-        return self.grid
+    def _start(self) -> None:
+        code = f"from fedloom.engines.flower.runtime import main; main({self._far.fileno()})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[self._far.fileno()],
+            env={**os.environ, **QUIET, **RAY},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C on the terminal is for the caller, who ends this group as a whole
+        )
+        self._far.close()
+        init = {**self.backend["init_args"], "_temp_dir": self._folder.name}
+        self._pipe.send((self.cast, {**self.backend, "init_args": init}))
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self._received()
 
-    def _run(self) -> None:
-        from flwr.simulation import run_simulation
+    def _asked(self, name: str, *arguments: object) -> Any:  # noqa: ANN401 (Flower's own kinds)
+        self._pipe.send((name, arguments))
+        return self._received()
 
-        server = ServerApp()
-
-        @server.main()
-        def hand_over(grid: FlowerGrid, context: Context) -> None:
-            self.grid = grid
-            self._over.wait()
-
-        quiet()
-        logging.getLogger("flwr").setLevel(logging.CRITICAL)
-        self.backend["init_args"]["_temp_dir"] = self._folder.name
+    def _received(self) -> Any:  # noqa: ANN401 (Flower's own kinds)
         try:
-            run_simulation(server, self.app, self.sites, backend_config=self.backend)
-        except BaseException as error:  # Flower ends a process where it gives up
-            self.failure = error
+            answer = self._pipe.recv()
+        except EOFError:
+            answer = RuntimeError("its process was killed")
+        if isinstance(answer, Exception):
+            raise RoundError(f"Flower's Simulation Runtime has ended: {answer}")
+        return answer
 
-    def _end(self, patience: float) -> None:
-        """End the runtime; what is still being worked on after `patience` seconds is given up."""
-        import ray
-
-        self._thread.join(patience)
-        while self._thread.is_alive():
-            ray.shutdown()
-            self._thread.join(1.0)
-
-
-def _root(error: BaseException | None) -> str:
-    """The first line of what an error began with."""
-    while error is not None and error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0] if error else "it gave no reason"
+    def _end(self, process: subprocess.Popen[bytes], patience: float) -> None:
+        """End the process; what a site is still doing after `patience` seconds is given up."""
+        try:
+            if patience:
+                self._pipe.send(None)
+            process.wait(patience)
+        except (OSError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)  # with all that Ray started there
+            process.wait()
