@@ -18,10 +18,11 @@ from desks import TESTBED
 from fedloom.config import Config
 from fedloom.configfile import load
 from fedloom.engines import local
-from fedloom.engines.flower import simulation
-from fedloom.engines.flower.settings import installed
+from fedloom.engines.flower import actors, simulation
+from fedloom.engines.flower.settings import installed, shared
 from fedloom.errors import CheckpointError, ConfigError, FedloomError, RoundError
 from fedloom.events import Silent
+from fedloom.setup import prepare
 
 pytestmark = pytest.mark.flower
 needs_ray = pytest.mark.skipif(
@@ -140,7 +141,10 @@ def test_what_keeps_ray_from_starting_is_told(tmp_path: Path):
         (["federation.participants=['bank']"], "min_replies is 2"),
         (["federation.drop_out=0.5"], "drop_out is for simulations"),
         (["clients.nobody.r=3"], "nobody"),
-        (["data.partitioner=natural", "data.id_column=instruction", "data.source=./b.jsonl"], "expected up to 64 letters"),
+        (
+            ["data.partitioner=natural", "data.id_column=instruction", "data.source=./b.jsonl"],
+            "expected up to 64 letters",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong, message):
@@ -149,6 +153,13 @@ def test_a_mistake_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(simulation, "serve", lambda *arguments, **more: pytest.fail("it began"))
     with pytest.raises(FedloomError, match=message):
         simulation.run(load(TESTBED / "demo.toml", wrong), tmp_path / "run")
+
+
+def test_every_process_splits_one_source_as_the_local_engine_does():
+    split = ["data.partitioner=iid", "federation.num_clients=3", f"data.source={TESTBED}/data/lab/validation.jsonl"]
+    config = simulation.with_participants(load(TESTBED / "demo.toml", [*split, "data.heldout=null"]))
+    assert config.federation.participants == ("client-00", "client-01", "client-02")
+    assert actors.everybody(shared(config)).fingerprint == prepare(config).fingerprint
 
 
 def test_a_folder_that_is_taken(tmp_path: Path):

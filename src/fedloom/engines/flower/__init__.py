@@ -4,7 +4,7 @@
                                           │  payload: one opaque array a message
     SuperNode ─→ ClientApp (client: a relay, started anew for every message) ─unix socket→ fedloom worker (site.desk)
 
-    fedloom run ─simulation→ Flower's Simulation Runtime ─→ Ray's processes (actors: desks of all sites)
+    fedloom run (simulation: rounds) ─pipe→ Flower's Simulation Runtime (runtime) ─→ Ray's processes (actors: all desks)
 
-Nothing outside this package imports flwr. `client` and `payload` load no torch.
+Nothing outside this package imports flwr. `client`, `payload` and `runtime` load no torch.
 """

@@ -66,11 +66,11 @@ def _log_to(path: Path) -> None:
 
 @cache
 def _desk(cast: Cast, name: str) -> Desk:
-    return Desk(site(cast, name), lambda config: _everybody(dump(config)))
+    return Desk(site(cast, name), lambda config: everybody(dump(config)))
 
 
 @cache
-def _everybody(settings: str) -> Setup:
+def everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
     texts, _ = client_examples(config)

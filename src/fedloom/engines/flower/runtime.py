@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -70,7 +71,7 @@ def main(descriptor: int) -> None:
 
     @server.main()
     def hand_over(grid: Grid, context: Context) -> None:
-        _serve(pipe, grid)
+        _serve(pipe, grid, backend["init_args"].get("_temp_dir", ""))
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
@@ -79,12 +80,13 @@ def main(descriptor: int) -> None:
         pipe.send(RuntimeError(_root(error)))
 
 
-def _serve(pipe: Connection, grid: Grid) -> None:
+def _serve(pipe: Connection, grid: Grid, folder: str) -> None:
     pipe.send((TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id))
     while True:
         try:
             asked = pipe.recv()
-        except EOFError:
+        except EOFError:  # the other end was killed
+            shutil.rmtree(folder, ignore_errors=True)
             os.killpg(0, signal.SIGKILL)  # with all that Ray started
         if asked is None:
             return
