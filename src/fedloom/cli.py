@@ -127,7 +127,7 @@ def run(
         Engine,
         typer.Option(
             help="local simulates here; flower submits to the SuperLink that [flower] names; flower-sim plays that "
-            "engine in this process."
+            "engine here, on Flower's Simulation Runtime with Ray."
         ),
     ] = Engine.local,
 ) -> None:
@@ -211,13 +211,15 @@ def play(config: Config, folder: Path, *, resume: bool = False) -> None:
 
 
 def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
-    """Play the Flower engine in this process, then print the closing tables."""
+    """Run the Flower engine with Ray's processes on this machine as its sites, then print the closing tables."""
+    from fedloom.engines.flower.settings import installed
     from fedloom.progress import watch
 
+    installed("simulation", "flwr", "ray")
     with resumable(folder), watch(screen) as observer:
-        from fedloom.engines.flower import direct
+        from fedloom.engines.flower import simulation
 
-        direct.simulate(config, folder, resume=resume, observer=observer)
+        simulation.run(config, folder, resume=resume, observer=observer)
     from fedloom import inspection
 
     screen.print(inspection.run(folder))
@@ -226,8 +228,9 @@ def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
 def submit(config: Config, folder: Path, *, resume: bool = False) -> None:
     """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
     from fedloom.engines.flower import launch
-    from fedloom.engines.flower.settings import check
+    from fedloom.engines.flower.settings import check, installed
 
+    installed("flower", "flwr")
     check(config)
     with screen.status("submitting"), resumable(folder):
         launch.run(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))

@@ -215,7 +215,7 @@ class WireSettings(Section):
 
 
 class FlowerSettings(Section):
-    """A federation across machines (`fedloom run --engine flower`). Every time is in seconds."""
+    """A federation on Flower (`fedloom run --engine flower` or `flower-sim`). Every time is in seconds."""
 
     superlink: str = Field("127.0.0.1:8000", description="Address of the SuperLink.")
     root_certificates: str | None = Field(
@@ -233,6 +233,21 @@ class FlowerSettings(Section):
     retries: int = Field(2, ge=0, description="How often the missing are asked again before a run stops.")
     max_norm_ratio: float = Field(
         100.0, gt=1, description="An update is refused whose norm is over so many times the round's median."
+    )
+    sim_cpus: int | None = Field(
+        None,
+        ge=1,
+        description="flower-sim: processes that play sites, each on one CPU with a base model of its own; otherwise "
+        "as many as there are CPUs.",
+        examples=[4],
+    )
+    sim_gpus: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="flower-sim: share of a GPU that each of these processes gets, 0 to train on the CPU; otherwise 1 "
+        "where model.device means a GPU.",
+        examples=[0.25],
     )
 
 

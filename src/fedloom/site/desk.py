@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,10 +52,14 @@ class Place:
 
 
 class Desk:
-    """Answers requests, one at a time. The model stays loaded from one to the next, until `release`."""
+    """Answers requests, one at a time. The model stays loaded from one to the next, until `release`.
 
-    def __init__(self, site: SiteConfig) -> None:
+    assembled: the run's settings → model and examples, where several sites of one process share them.
+    """
+
+    def __init__(self, site: SiteConfig, assembled: Callable[[Config], Setup] | None = None) -> None:
         self.site = site
+        self.assembled = assembled or self.alone
         self.trail = AuditTrail(Path(site.state) / "audit")
         self.place: Place | None = None
         self.held: Held | None = None
@@ -166,15 +170,20 @@ class Desk:
         names = config.federation.participants or ()
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(names)}; this site is {self.site.name!r}")
-        mine = load_examples(self.site.data)
-        texts = {name: mine if name == self.site.name else [] for name in sorted(names)}
-        setup = assemble(config, texts, {})
-        for text in setup.warnings():
-            log.warning(text)
+        setup = self.assembled(config)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         return Place(asked.job, asked.settings, setup, Store(Path(self.site.state) / "jobs" / asked.job, seal))
+
+    def alone(self, config: Config) -> Setup:
+        """The base model with this site's examples; of the other sites only the ranks are of interest here."""
+        mine = load_examples(self.site.data)
+        names = sorted(config.federation.participants or ())
+        setup = assemble(config, {name: mine if name == self.site.name else [] for name in names}, {})
+        for text in setup.warnings():
+            log.warning(text)
+        return setup
 
     def own(self, text: str) -> Config:
         """The run's settings with this site's own model and device; the server's paths mean nothing here."""
@@ -191,12 +200,17 @@ class Desk:
         place.store.save(held)
         return held
 
-    def release(self) -> None:
-        """Let go of model and data; the next request loads them again."""
+    def close(self) -> None:
+        """Let go of the job's folder; the next request reads what is there then."""
         if self.place is not None:
             self.place.store.close()
-            log.info("model and data of job %s released", self.place.job)
         self.place = self.held = None
+
+    def release(self) -> None:
+        """Let go of model and data as well; the next request loads them again."""
+        if self.place is not None:
+            log.info("model and data of job %s released", self.place.job)
+        self.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -63,11 +63,15 @@ def job_id(path: Path, resume: bool) -> str:
 
 
 class Federation(Simulation):
-    """The server's side of a run. `clients` holds what is known of each site: version, digest, last counted round."""
+    """The server's side of a run. `clients` holds what is known of each site: version, digest, last counted round.
+
+    sent: bytes that a site was sent since it answered last, for who watches the run.
+    """
 
     def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, fleet: Fleet) -> None:
         super().__init__(setup, folder, observer)
         self.fleet = fleet
+        self.sent: dict[str, int] = {}
         self.clients = Held(dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN)))
 
     def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
@@ -118,6 +122,7 @@ class Federation(Simulation):
         """Ask a site, with whatever it has missed."""
         self.observer.client_started(round, site)
         payloads = tuple(self.missed(site, round))
+        self.sent[site] = self.sent.get(site, 0) + sum(map(len, payloads))
         parcel = Parcel({"counted": self.counted(site)}, payloads)
         self.fleet.post(self.fleet.names[site], site, ask, round, parcel)
         self.folder.ledger.sync()
@@ -146,7 +151,7 @@ class Federation(Simulation):
         self.folder.ledger.append(Training(round, site, loss, int(steps), examples, seconds))
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {site}: {choice(payload, self.setup.job.budget)}")
-        self.observer.client_finished(round, site, loss, len(payload), 0)
+        self.observer.client_finished(round, site, loss, len(payload), self.sent.pop(site, 0))
         return payload
 
     def stray(self, reply: Reply) -> str | None:

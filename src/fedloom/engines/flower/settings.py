@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from importlib.util import find_spec
 
 import tomli_w
 
@@ -12,6 +13,13 @@ from fedloom.errors import ConfigError
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts."""
+
+
+def installed(extra: str, *libraries: str) -> None:
+    """Raises ConfigError, which names the extra to install, where one of these libraries is missing."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ConfigError(f'this engine needs {library}, which is not installed: pip install "fedloom[{extra}]"')
 
 
 def check(config: Config) -> None:
