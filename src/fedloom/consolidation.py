@@ -42,7 +42,7 @@ def consolidated(state: State, energy: float) -> tuple[State, Mapping[str, float
     before, after = (sum(held.ranks().values()) for held in (state.frozen, frozen))
     if after >= before:
         return state, {}
-    sizes = {module: float(cut.singular_values.square().sum()) for module, cut in cuts.items()}
+    sizes = {module: cut.energy for module, cut in cuts.items()}
     lost = sum(sizes[module] * cut.lost_energy for module, cut in cuts.items())
     stats = {
         "consolidated_rank": after / len(frozen),
