@@ -49,7 +49,6 @@ def exported(server: State, max_rank: int | None) -> tuple[LoraState, float]:
             pairs[module] = pair
             continue
         cut = truncate(pair, rank=cap)
-        whole = float((cut.singular_values**2).sum())
-        energy, lost = energy + whole, lost + whole * cut.lost_energy
+        energy, lost = energy + cut.energy, lost + cut.energy * cut.lost_energy
         pairs[module] = cut.pair
     return LoraState(pairs), lost / energy if energy else 0.0
