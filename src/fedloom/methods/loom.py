@@ -64,7 +64,7 @@ def loom(
     step: float = 3.0,
     server_residual: float = 0.9,
     max_density: float = 0.12,
-    taper: float = 0.5,
+    taper: float = 0.0,
 ) -> Method:
     """Signs of the most important elements of both factors, up and down.
 
