@@ -10,7 +10,7 @@ from fedloom.bench import accuracy, aggregate, kernels, machine
 from fedloom.bench.kernels import Kernel
 from fedloom.bench.presets import PRESETS, Preset, shapes
 from fedloom.bench.workload import module
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, NumericError
 from fedloom.lowrank import relative_error, sparse
 
 KEYS = {"method", "modules", "seconds", "reference_seconds", "ratio", "extra_bytes", "excess", "error"}
@@ -54,6 +54,15 @@ def test_unequal_ranks_leave_out_the_methods_that_cannot_use_them():
     result = aggregate.run(preset="tiny", ranks=[4, 2, 1], repeats=1)
     assert [row["method"] for row in result["rows"]] == ["fedit", "florist", "flexlora"]
     assert {row["ratio"] for row in result["rows"]} == {None}
+
+
+def test_a_dense_reference_that_does_not_converge_is_told_in_words(monkeypatch):
+    def fails(case):
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(aggregate, "two_svds", fails)
+    with pytest.raises(NumericError, match="failed to converge.*leave --reference out"):
+        aggregate.run(preset="tiny", methods=["florist"], reference=True, repeats=1)
 
 
 def test_the_kernels_do_what_their_dense_references_do():

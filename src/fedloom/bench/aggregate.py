@@ -14,7 +14,7 @@ from fedloom.bench import accuracy, machine
 from fedloom.bench.kernels import KERNELS, Kernel, two_svds
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.workload import Module, module
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, NumericError
 from fedloom.lora import LoraPair
 from fedloom.lowrank import ProductSum, sparse
 from fedloom.lowrank.parallel import over_modules
@@ -152,7 +152,13 @@ def _dense_seconds(
 def _of_each(
     call: Callable[[Module], object], sample: Mapping[tuple[int, int], Module], counts: Mapping[tuple[int, int], int]
 ) -> float:
-    return sum(counts[shape] * machine.seconds(lambda c=case: call(c)) for shape, case in sample.items())  # type: ignore[misc]
+    try:
+        return sum(counts[shape] * machine.seconds(lambda c=case: call(c)) for shape, case in sample.items())  # type: ignore[misc]
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericError(
+            f"the dense reference does not converge here ({str(error).splitlines()[0]}): leave --reference "
+            "out, or try other --modules, another --seed or another number of threads"
+        ) from None
 
 
 def _row(
