@@ -41,7 +41,7 @@ format: $(DEV_READY) ## Lay the code out anew
 check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, kill -9 of every process
 	$(BIN)/python -m pytest -m slow
 
-front: $(RUN_READY) ## Score against bytes at five budgets, two testbeds; hours; leaves docs/front.png and docs/front.csv
+front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
 	$(BIN)/fedloom front --jobs 2 --out runs/front
 	cp runs/front/front.png runs/front/front.csv docs/
 

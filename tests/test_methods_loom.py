@@ -15,7 +15,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Context, State, Update
 from fedloom.methods import build
-from fedloom.methods.loom import COST, Dial, element_bits, value_bits
+from fedloom.methods.loom import COST, Dial, affordable, element_bits, value_bits
 from fedloom.rounds import Draft, Job, client_turn, server_turn, start
 from fedloom.setup import downloads
 from fedloom.sparsify import importance, kept_count
@@ -125,6 +125,13 @@ def test_downloads_count_missed_broadcasts_and_what_a_client_has_no_rank_for():
     assert downloads(adapter, {"c0": sites["c0"]}, 1) == 1
 
 
+@pytest.mark.parametrize("bits", [0.0, 1e-4, 0.05, 0.4, 1.2, 50.0])
+def test_the_affordable_density_is_the_largest_that_the_bits_pay_for(bits):
+    found = affordable(bits, 1.0, 0.4)
+    grid = [density / 10_000 for density in range(4001) if element_bits(density / 10_000, 1.0) <= bits]
+    assert found == pytest.approx(max(grid), abs=1.01e-4)
+
+
 def slow_compress(budget, most, step, state, after, given):
     """(cost, entries) of loom's page, every trial from the very beginning."""
 
@@ -136,21 +143,12 @@ def slow_compress(budget, most, step, state, after, given):
             entries[f"{module}/B"] = slow_entry(before.B, now.B, before.A, "B", density, step, given)
         return entries
 
-    def density_of(bits):
-        if bits >= element_bits(most, each):
-            return most
-        low, high = 0.0, min(most, 0.5)
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if element_bits(middle, each) <= bits else (low, middle)
-        return low
-
     total, each = state.adapter.numel(), value_bits(given)
     cost = state.memory[COST].item() if COST in state.memory else 1.0
     best, taken = at(0.0), 0
     least = given.size(best)
     for _ in range(5):
-        density = density_of(8 * max(0.99 * budget - least, 0) / total / cost)
+        density = affordable(8 * max(0.99 * budget - least, 0) / total / cost, each, most)
         entries = at(density)
         size = given.size(entries)
         if taken < size <= budget:

@@ -1,4 +1,4 @@
-"""Score against bytes at several budgets, every method with settings chosen for each of them: the runs.
+"""Score against bytes at several budgets, with settings chosen for each of them: the runs.
 
 What is compared stands in `testbed/front.toml`: for each testbed, a list of variants under each budget and under
 "published", whose first is the reference, dense FedIT.

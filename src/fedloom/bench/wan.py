@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
@@ -32,8 +31,7 @@ from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state
 from fedloom.method import State
 from fedloom.methods import build
 from fedloom.rounds import Job, Trained, client_turn, server_turn, start
-from fedloom.tensors import Values
-from fedloom.wire import quantize
+from fedloom.setup import coded
 
 CHUNK = 5 * 2**20
 """Bytes of a request, as in flwr 1.41."""
@@ -183,11 +181,6 @@ def played(method: str, values: str, work: Workload, clients: int, seed: int) ->
     began = time.process_time()
     server_turn(job, server, {f"site-{number}": done.payload for number in range(clients)}, 2)
     return Played(down, done.payload, client_s, time.process_time() - began)
-
-
-def coded(values: str, tensor: torch.Tensor, seed: int) -> Values:
-    """A tensor's values in the coding of this name, for a job."""
-    return quantize(tensor, values, seed)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedloom.compare import Run
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
 screen = Console()
 
 
@@ -63,7 +64,7 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every method.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Jobs = 1,
     sets: Set = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
@@ -95,7 +96,7 @@ def tune(
     against: Annotated[list[str] | None, typer.Option(help="Methods that E has to match, as for compare.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every value.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Jobs = 1,
     sets: Set = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of the chosen settings.")] = Path("runs/tune"),
 ) -> None:
@@ -125,13 +126,13 @@ def front(
     testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Jobs = 1,
     sets: Set = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
     ] = Path("runs/front"),
 ) -> None:
-    """Score against bytes at five budgets, every method with settings chosen for each; a table, a CSV and a picture."""
+    """Score against bytes at several budgets, the variants of testbed/front.toml; a table, a CSV and a picture."""
     from fedloom import front
     from fedloom.report import figure, table
     from fedloom.report.front import above, rows
@@ -141,11 +142,11 @@ def front(
         made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
         play_all(front.distinct(made), jobs)
     found = front.points(made)
-    words_of = rows(found)
-    (out / "front.md").write_text(table.markdown(words_of), encoding="utf-8")
-    (out / "front.csv").write_text(table.csv(words_of), encoding="utf-8")
+    lines = rows(found)
+    (out / "front.md").write_text(table.markdown(lines), encoding="utf-8")
+    (out / "front.csv").write_text(table.csv(lines), encoding="utf-8")
     figure.front(found, out / "front.png")
-    screen.print(table.comparison(words_of))
+    screen.print(table.comparison(lines))
     for point in above(found):
         screen.print(f"above loom at {point.budget} on {point.testbed}: {point.variant}", markup=False)
 
