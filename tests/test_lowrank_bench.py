@@ -13,6 +13,7 @@ from fedloom.bench.workload import module
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lowrank import relative_error, sparse
 
+STREAMING = aggregate.streaming  # before the tests replace it
 KEYS = {"method", "modules", "seconds", "reference_seconds", "ratio", "extra_bytes", "excess", "error"}
 
 
@@ -111,3 +112,19 @@ def test_processor_time_does_not_count_waiting():
         assert machine.seconds(lambda: time.sleep(0.2)) < 0.1
     assert machine.seconds(lambda: time.sleep(0.2)) >= 0.2
     assert aggregate.run(preset="tiny", methods=["fedit"], repeats=1, cpu_time=True)["rows"]
+
+
+def test_live_tensors_are_counted_until_they_are_freed():
+    def call() -> None:
+        kept = torch.ones(1000)
+        for _ in range(5):
+            kept = kept + torch.ones(1000)  # at most three at a time
+        assert kept[0] == 6
+
+    assert machine.tensor_bytes(lambda: None) == 0
+    assert machine.tensor_bytes(call) == pytest.approx(3 * 4000, abs=64)
+
+
+def test_a_capped_sum_holds_no_more_of_many_clients_than_of_ten():
+    ten, hundred = STREAMING(shape=(300, 200), counts=(10, 100))
+    assert hundred["tensor_bytes"] == ten["tensor_bytes"] > 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.table import Table
@@ -19,6 +21,8 @@ from fedloom.lora import LoraPair
 from fedloom.lowrank import ProductSum, sparse
 from fedloom.lowrank.parallel import over_modules
 
+REFERENCE_SECONDS = 10.0
+"""No repeat of a dense reference begins later."""
 DEFAULT_METHODS = ("fedit", "fedsrd", "fedsrd-e", "florist", "flexlora")
 
 
@@ -99,19 +103,24 @@ def _measured(
     for _ in range(repeats):
         trials.append(machine.rates(device))
         for method, kernel in kernels.items():
-            times[method].append(machine.seconds(lambda k=kernel: over_modules(k.run, work)))  # type: ignore[misc]
+            times[method].append(machine.seconds(lambda k=kernel: over_modules(partial(_run, k), work)))  # type: ignore[misc]
     measured = machine.median(trials)
     counts = {shape: sum(case.pair.shape == shape for case in work) for shape in sample}
-    dense = _dense_seconds(kernels, sample, counts) if reference else {}
+    dense = _dense_seconds(kernels, sample, counts, repeats) if reference else {}
     rows = [_row(m, k, work, sample, statistics.median(times[m]), dense.get(m), measured) for m, k in kernels.items()]
     if reference and "florist" in kernels:
-        rows.append(_published(rows, _of_each(two_svds, sample, counts)))
+        rows.append(_published(rows, _of_each(two_svds, sample, counts, repeats)))
     return {
         "rows": [vars_of(row) for row in rows],
         "accuracy": accuracy.hard_cases(*_hard_size(sample)) if reference else [],
         "streaming": streaming() if reference else [],
         "machine": machine.description(measured, device),
     }
+
+
+def _run(kernel: Kernel, case: Module) -> None:
+    """Without keeping the result: a server thins it out module by module, and the references' are not kept either."""
+    kernel.run(case)
 
 
 def _hard_size(sample: Mapping[tuple[int, int], Module]) -> tuple[int, int]:
@@ -139,26 +148,37 @@ def _kernels(methods: Sequence[str], sizes: Sequence[int]) -> dict[str, Kernel]:
 
 
 def _dense_seconds(
-    kernels: Mapping[str, Kernel], sample: Mapping[tuple[int, int], Module], counts: Mapping[tuple[int, int], int]
+    kernels: Mapping[str, Kernel],
+    sample: Mapping[tuple[int, int], Module],
+    counts: Mapping[tuple[int, int], int],
+    repeats: int,
 ) -> dict[str, float]:
     """Of every dense computation once, also where two methods have the same."""
     known: dict[Callable[[Module], object], float] = {}
     for kernel in kernels.values():
         if kernel.dense is not None and kernel.dense not in known:
-            known[kernel.dense] = _of_each(kernel.dense, sample, counts)
+            known[kernel.dense] = _of_each(kernel.dense, sample, counts, repeats)
     return {method: known[kernel.dense] for method, kernel in kernels.items() if kernel.dense is not None}
 
 
 def _of_each(
-    call: Callable[[Module], object], sample: Mapping[tuple[int, int], Module], counts: Mapping[tuple[int, int], int]
+    call: Callable[[Module], object],
+    sample: Mapping[tuple[int, int], Module],
+    counts: Mapping[tuple[int, int], int],
+    repeats: int,
 ) -> float:
+    """Seconds of a reference for all modules: the median of as many repeats as begin within REFERENCE_SECONDS."""
+    found: list[float] = []
+    started = time.monotonic()
     try:
-        return sum(counts[shape] * machine.seconds(lambda c=case: call(c)) for shape, case in sample.items())  # type: ignore[misc]
+        while len(found) < repeats and (not found or time.monotonic() - started < REFERENCE_SECONDS):
+            found.append(sum(counts[shape] * machine.seconds(partial(call, case)) for shape, case in sample.items()))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericError(
             f"the dense reference does not converge here ({str(error).splitlines()[0]}): leave --reference "
             "out, or try other --modules, another --seed or another number of threads"
         ) from None
+    return statistics.median(found)
 
 
 def _row(
@@ -195,8 +215,13 @@ def _published(rows: Sequence[Row], taken: float) -> Row:
     return Row("florist as published", ours.modules, taken, ours.reference_seconds, ratio, None, None, None, share)
 
 
-def streaming(rank: int = 8, shape: tuple[int, int] = (3072, 8192)) -> list[dict[str, object]]:
-    """Peak memory of a capped sum of 10 and of 1,000 clients, whose adapters are made as they are added."""
+def streaming(
+    rank: int = 8, shape: tuple[int, int] = (3072, 8192), counts: Sequence[int] = (10, 1000)
+) -> list[dict[str, object]]:
+    """Peak memory of a capped sum of few and of many clients, whose adapters are made as they are added.
+
+    extra_bytes: the resident set, what malloc keeps and scatters included; tensor_bytes: that of live tensors.
+    """
 
     def add_all(count: int) -> float:
         total = ProductSum(shape, cap=4 * rank)
@@ -207,7 +232,11 @@ def streaming(rank: int = 8, shape: tuple[int, int] = (3072, 8192)) -> list[dict
         return total.truncate(rank=rank).lost_energy
 
     add_all(10)
-    return [{"clients": count, "extra_bytes": machine.extra_bytes(lambda c=count: add_all(c))} for count in (10, 1000)]  # type: ignore[misc]
+    return [
+        {"clients": count, "extra_bytes": machine.extra_bytes(call), "tensor_bytes": machine.tensor_bytes(call)}
+        for count in counts
+        for call in [partial(add_all, count)]
+    ]
 
 
 def tables(result: Mapping[str, object]) -> list[Table]:
@@ -228,6 +257,7 @@ FORMATS: Mapping[str, str] = {
     "error": ".1e",
     "share": ".0%",
     "extra_bytes": ",d",
+    "tensor_bytes": ",d",
 }
 
 

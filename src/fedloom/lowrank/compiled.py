@@ -15,14 +15,26 @@ from numba import njit
 
 Array = np.ndarray[Any, Any]
 
-_ROWS = 512
-"""Tall rows whose sums are added up in the smaller type."""
 _BLOCK = 2**15
 """Elements of `total` that are worked on at a time: half of a small second cache."""
 
 
+SOUND, UNORDERED, NOT_FINITE = 0, 1, 2
+
+
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def increasing(positions: Array, numel: int) -> bool:
+def verdict(positions: Array, values: Array, numel: int) -> int:
+    """SOUND, or UNORDERED unless 0 ≤ positions[0] < … < numel, or NOT_FINITE where a value is NaN or infinite."""
+    if not _increasing(positions, numel):
+        return UNORDERED
+    finite = True
+    for k in range(values.size):
+        finite &= np.isfinite(values[k])
+    return SOUND if finite else NOT_FINITE
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def _increasing(positions: Array, numel: int) -> bool:
     """Whether 0 ≤ positions[0] < positions[1] < … < numel."""
     if not positions.size:
         return True
@@ -33,13 +45,15 @@ def increasing(positions: Array, numel: int) -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
-def project(positions: Array, values: Array, width: int, turned: bool, factor: Array, part: Array, out: Array) -> None:
+def project(
+    positions: Array, values: Array, width: int, turned: bool, factor: Array, rows: int, part: Array, out: Array
+) -> None:
     """out[c, :] += Σ factor[d, :] · value over the elements (d, c) of the tall matrix.
 
-    part: zeros like `out`, of the type to sum some hundred elements in, before they are added to `out`.
+    part: zeros like `out`, of the type to sum the elements of `rows` tall rows in, before they are added to `out`.
     """
     begin = 0
-    lines, step = (out.shape[0], 1) if turned else (factor.shape[0], _ROWS)
+    lines, step = (out.shape[0], 1) if turned else (factor.shape[0], rows)
     for first in range(0, lines, step):
         end = int(np.searchsorted(positions, (first + step) * width))
         if turned:
@@ -123,6 +137,33 @@ def _spread_turned(positions: Array, values: Array, width: int, mixing: Array, t
                     total[row, j] += value * mixing[column, j]
                 k += 1
             begin[column] = k
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
+def absorb(
+    kept_positions: Array, kept_values: Array, kept_width: int, kept_turned: bool, rows: int,
+    positions: Array, values: Array, width: int, turned: bool,
+    basis: Array, left: Array, shrink: Array, weight: float, mixing: Array, total: Array,
+) -> None:  # fmt: skip
+    """Add S = weight · (shrink + (basisᵀ @ kept change)ᵀ @ left) to mixing, and moving change @ S to total.
+
+    left: of the type to sum in; shrink, mixing: float64. One call a client: between calls, threads wait for each other.
+    """
+    part = np.zeros_like(left)
+    found = np.zeros(left.shape)
+    project(kept_positions, kept_values, kept_width, kept_turned, basis, rows, part, found)
+    coefficients = np.empty(left.shape, np.float32)
+    for i in range(left.shape[0]):
+        line = part[i]  # zeros again
+        for c in range(left.shape[0]):
+            value = left.dtype.type(found[i, c])
+            for j in range(left.shape[1]):
+                line[j] += value * left[c, j]
+        for j in range(left.shape[1]):
+            share = weight * (shrink[i, j] + line[j])
+            mixing[i, j] += share
+            coefficients[i, j] = share
+    spread(positions, values, width, turned, coefficients, total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]

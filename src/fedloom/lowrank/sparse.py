@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.errors import ShapeError
+from fedloom.errors import NumericError, ShapeError
 from fedloom.masks import seeded_mask
-from fedloom.tensors import Dense, Entry, Sparse, count, floats, to_dense
+from fedloom.tensors import Dense, Entry, Sparse, all_finite, count, floats, to_dense
 
 _CHUNK = 4096
-_BLOCK = 512
-"""Rows whose elements are summed in float32, as in `compiled.project`."""
+_TERMS = 512
+"""Elements of a column that are summed in float32, on the mean."""
 _hidden = False
 
 
@@ -46,6 +46,11 @@ class Tall:
         """Row length of the travelling shape."""
         return self.size if self.turned else self.rank
 
+    @property
+    def block(self) -> int:
+        """Rows of the tall matrix in which a column has _TERMS elements, on the mean."""
+        return max(_TERMS * self.size * self.rank // max(self.positions.numel(), 1), 1)
+
     def arrays(self) -> tuple[object, object, int, bool]:
         """What the compiled kernels take first."""
         return self.positions.numpy(), self.values.numpy(), self.width, self.turned
@@ -63,8 +68,8 @@ class Tall:
         """
         lanes, inner = self.positions // self.width, self.positions % self.width
         rows, columns = (inner, lanes) if self.turned else (lanes, inner)
-        blocks = -(-self.size // _BLOCK)
-        keys, count = (rows, self.size) if by_row else (rows // _BLOCK * self.rank + columns, blocks * self.rank)
+        blocks = -(-self.size // self.block)
+        keys, count = (rows, self.size) if by_row else (rows // self.block * self.rank + columns, blocks * self.rank)
         places, values = columns if by_row else rows, self.values
         if self.turned or not by_row:  # they travelled in another order
             order = _order(keys, count)
@@ -79,28 +84,44 @@ Change = Tall | Tensor
 
 
 def tall(entry: Entry, turned: bool) -> Change:
-    """The entry of B (turned = False) or of A (turned = True) as a change of the tall factor."""
+    """The entry of B (turned = False) or of A (turned = True) as a change of the tall factor.
+
+    Raises ShapeError for positions that do not increase or lie outside, NumericError for NaN and infinity.
+    """
     if isinstance(entry, Dense):
         whole = to_dense(entry)
+        if not all_finite(whole):
+            raise _not_finite(turned)
         return whole.T if turned else whole
     size, rank = entry.shape[::-1] if turned else entry.shape
+    values, numel = floats(entry.values), count(entry.shape)
     if isinstance(entry, Sparse):
         positions = entry.positions
     else:
-        mask = seeded_mask(count(entry.shape), entry.density, entry.seed)
-        positions = mask.nonzero().squeeze(1).to(floats(entry.values).device)
-    if not _increasing(positions, count(entry.shape)):
-        raise ShapeError(f"the positions of a sparse entry must increase and lie in 0 … {count(entry.shape) - 1}")
-    return Tall(positions, floats(entry.values), size, rank, turned)
+        mask = seeded_mask(numel, entry.density, entry.seed)
+        positions = mask.nonzero().squeeze(1).to(values.device)
+    _check(positions, values, numel, turned)
+    return Tall(positions, values, size, rank, turned)
 
 
-def _increasing(positions: Tensor, numel: int) -> bool:
-    """Whether memory may be indexed by them, from 0 to below numel."""
+def _check(positions: Tensor, values: Tensor, numel: int, turned: bool) -> None:
+    """Raise unless memory may be indexed by the positions, from 0 to below numel, and the values are finite."""
     kernels = compiled_for(positions)
     if kernels is not None:
-        return bool(kernels.increasing(positions.numpy(), numel))
-    inside = not positions.numel() or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
-    return inside and bool((positions[1:] > positions[:-1]).all())
+        verdict = kernels.verdict(positions.numpy(), values.numpy(), numel)
+        ordered, finite = verdict != kernels.UNORDERED, verdict != kernels.NOT_FINITE
+    else:
+        inside = not positions.numel() or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
+        ordered = inside and bool((positions[1:] > positions[:-1]).all())
+        finite = all_finite(values)
+    if not ordered:
+        raise ShapeError(f"the positions of a sparse entry must increase and lie in 0 … {numel - 1}")
+    if not finite:
+        raise _not_finite(turned)
+
+
+def _not_finite(turned: bool) -> NumericError:
+    return NumericError(f"a change of {'A' if turned else 'B'} holds NaN or infinity: leave that client out")
 
 
 def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
@@ -116,7 +137,7 @@ def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
         return parts.view(-1, change.rank, factor.shape[1]).sum(0, dtype=torch.float64).T
     out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
     part = torch.zeros_like(out, dtype=torch.float32 if quick else torch.float64)
-    kernels.project(*change.arrays(), factor.numpy(), part.numpy(), out.numpy())
+    kernels.project(*change.arrays(), factor.numpy(), change.block, part.numpy(), out.numpy())
     return out.T
 
 
@@ -138,6 +159,23 @@ def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
         total.add_(_gathered(change.lines(by_row=True), mixing))
         return
     kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
+
+
+def absorb(
+    basis: Tensor, left: Tensor, shrink: Tensor, weight: float,
+    kept: Change, moving: Change, mixing: Tensor, total: Tensor,
+) -> bool:  # fmt: skip
+    """Add S = weight · (shrink + (basisᵀ @ kept)ᵀ @ left) to mixing and moving @ S to total if numba can; else False.
+
+    Products with `kept` are summed in the type of `left`. All tensors are contiguous, shrink and mixing float64.
+    """
+    kernels = compiled_for(total)
+    if kernels is None or not isinstance(kept, Tall) or not isinstance(moving, Tall):
+        return False
+    matrices = (tensor.numpy() for tensor in (basis, left, shrink))
+    sums = mixing.numpy(), total.numpy()
+    kernels.absorb(*kept.arrays(), kept.block, *moving.arrays(), *matrices, weight, *sums)
+    return True
 
 
 def _gathered(lines: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:

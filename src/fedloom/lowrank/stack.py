@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedloom.lora import LoraPair
 
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 1536
 """Rows that are copied side by side at a time: few enough to be used from the cache, and not from fresh memory."""
 _CHUNK_BYTES = 2**22
 
