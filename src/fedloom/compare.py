@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -134,7 +135,7 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
 def _pool(jobs: int) -> ProcessPoolExecutor:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,))
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads,))
 
 
 def _pace(run: Run) -> Pace:
@@ -143,10 +144,20 @@ def _pace(run: Run) -> Pace:
     return pace(run.config)
 
 
-def _limit_threads(threads: int) -> None:
+def _prepare(threads: int) -> None:
+    """In a worker: so many threads for torch, and an end with the parent, whichever way that ends."""
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is cut off here is resumed next time."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _play(run: Run) -> float:

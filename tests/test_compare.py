@@ -1,0 +1,46 @@
+"""The processes that `compare` plays its runs in."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+PARENT = textwrap.dedent(
+    """
+    import os, sys, time
+    from fedloom import compare
+
+    if __name__ == "__main__":
+        pool = compare._pool(1)
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        time.sleep(600)
+    """
+)
+
+
+def test_no_worker_outlives_a_comparison_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        worker = int(parent.stdout.readline())
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait(30)
+        deadline = time.monotonic() + 30
+        while _runs(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _runs(worker)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and is no zombie that waits to be collected."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
