@@ -1,4 +1,4 @@
-"""loom: both factors, sparse and one bit a value, both ways, within a budget of bytes (fedloom's own; docs/loom.md).
+"""loom: both factors, sparse and few bits a value, both ways, within a budget of bytes (fedloom's own; docs/loom.md).
 
 Clients send the signs of the most important elements of ΔA and ΔB. The server averages them and broadcasts the signs of
 the most important elements of the mean; what it leaves out waits for the next rounds. How many elements travel follows
@@ -30,6 +30,7 @@ _TRIES = 5
 _AIM = 0.99  # of the budget: what is aimed at
 _USED = 0.95  # of the budget: enough
 _ROOM = 1.2  # densities that are listed, over the one that is asked for
+_FORMS = {0.04: "sign", 0.12: "int4", math.inf: "int8"}  # of values, up to this share of dense fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +64,18 @@ def loom(
     upload_share: float = 0.42,
     step: float = 3.0,
     server_residual: float = 0.9,
-    max_density: float = 0.12,
+    max_density: float = 1.0,
     taper: float = 0.0,
 ) -> Method:
-    """Signs of the most important elements of both factors, up and down.
+    """The most important elements of both factors, up and down, as signs where the budget is small.
 
     budget: bytes of a client's turn, up and down together and on the mean of all rounds, or a share of dense fp32
     ("1%"); a payload has one element of every tensor even where there is no room for it. upload_share: of the budget,
     the part that goes up. taper: a round's bytes fall in a line from 1 + taper times the mean to 1 − taper times.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: the share of what a broadcast leaves out that is added to the next one.
-    max_density: the share of a tensor's elements that is sent at most, whatever the budget.
+    max_density: the share of a tensor's elements that is sent at most, whatever the budget. Values travel as signs up to
+    4 % of dense fp32, in 4 bits up to 12 %, else in 8, unless wire.values says otherwise.
     """
     dial = Dial(*_amount(budget), upload_share, max_density, taper)
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
@@ -90,15 +92,15 @@ def loom(
             paper="fedloom (docs/loom.md)",
             exact=False,
             unequal_ranks=True,
-            sends="signs of the important elements of ΔA and ΔB",
-            receives="signs of the important elements of ΔA and ΔB",
+            sends="important elements of ΔA and ΔB",
+            receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send",
         ),
         compress=partial(send_signs, dial, step),
         aggregate=partial(broadcast_signs, dial, server_residual),
         receive=add_to_all,
         adopt=adopt_all,
-        values="sign",
+        values=next(form for most, form in _FORMS.items() if dial.share <= most),
     )
 
 
