@@ -257,3 +257,10 @@ def test_no_room_still_sends_one_element_of_every_tensor():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build("loom", settings)
+
+
+@pytest.mark.parametrize(
+    ("budget", "form"), [("0.3%", "sign"), ("4%", "sign"), ("7%", "int4"), ("20%", "int8"), (5000, "sign")]
+)
+def test_the_bits_of_a_value_follow_from_the_budget(budget, form):
+    assert build("loom", {"budget": budget}).values == form
