@@ -7,6 +7,12 @@ import sys
 import textwrap
 import time
 
+import pytest
+
+from fedloom import compare
+from fedloom.config import Config
+from fedloom.errors import RoundError
+
 PARENT = textwrap.dedent(
     """
     import os, sys, time
@@ -35,6 +41,18 @@ def test_no_worker_outlives_a_comparison_that_was_killed(tmp_path):
     finally:
         parent.kill()
         parent.stdout.close()
+
+
+def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):
+    run = compare.Run("fedit", 0, Config(), tmp_path / "run")
+    monkeypatch.setattr(compare, "_play", die)
+    with pytest.raises(RoundError, match="ended from outside.*the same command again"):
+        compare.play([run], 1, lambda run, seconds: None)
+
+
+def die(run: compare.Run) -> float:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
 
 def _runs(pid: int) -> bool:

@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.config import Config
 from fedloom.configfile import merge, override, parse
+from fedloom.errors import RoundError
 from fedloom.ledger import read
 from fedloom.methods import METHODS
 from fedloom.report.numbers import Report, summarise
@@ -125,11 +127,18 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
     An interrupted run is resumed. `finished(run, seconds)` is called as each one ends.
+    Raises RoundError where a process is killed.
     """
-    with _pool(jobs) as pool:
-        futures = {pool.submit(_play, run): run for run in left(todo)}
-        for future in as_completed(futures):
-            finished(futures[future], future.result())
+    try:
+        with _pool(jobs) as pool:
+            futures = {pool.submit(_play, run): run for run in left(todo)}
+            for future in as_completed(futures):
+                finished(futures[future], future.result())
+    except BrokenProcessPool:
+        raise RoundError(
+            "the process of a run was ended from outside, perhaps for lack of memory: complete runs are kept, so give "
+            "the same command again, with fewer --jobs if memory is short"
+        ) from None
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
