@@ -11,6 +11,7 @@ import pytest
 
 from fedloom import compare
 from fedloom.config import Config
+from fedloom.configfile import parse
 from fedloom.errors import RoundError
 
 PARENT = textwrap.dedent(
@@ -41,6 +42,14 @@ def test_no_worker_outlives_a_comparison_that_was_killed(tmp_path):
     finally:
         parent.kill()
         parent.stdout.close()
+
+
+def test_a_variant_sets_the_method_s_keys_other_tables_keys_and_whole_tables(tmp_path):
+    config = parse({"clients": {"ada": {"r": 2}}}, "here")
+    (run,) = compare.runs(config, ["florist:tau=0.9,lora.r=4,clients=null"], [7], tmp_path)
+    made = run.config
+    assert (made.method.settings, made.lora.r, made.federation.seed) == ({"tau": 0.9}, 4, 7)
+    assert config.clients and not made.clients
 
 
 def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):

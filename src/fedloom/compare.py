@@ -1,8 +1,8 @@
 """Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
 
 A variant is a method ("fedsrd"), a method with a preset ("fedsrd:paper") or with settings
-("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the method's). "alone" trains every
-client by itself, "pooled" trains on all data in one place.
+("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the method's, and a table's name means
+all of it: clients=null). "alone" trains every client by itself, "pooled" trains on all data in one place.
 """
 
 from __future__ import annotations
@@ -74,8 +74,13 @@ def expanded(config: Config, variant: str) -> dict[str, list[str]]:
     if name in special:
         return special[name](config)
     pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
-    named = [pair if "." in pair.partition("=")[0] else f"method.{pair}" for pair in pairs]
-    return {variant: [f"method.name={name}", *named]}
+    return {variant: [f"method.name={name}", *(_placed(pair) for pair in pairs)]}
+
+
+def _placed(pair: str) -> str:
+    """The method's own keys may go without "method."; a section's name stands for itself, as in clients=null."""
+    key = pair.partition("=")[0]
+    return pair if "." in key or key in Config.model_fields else f"method.{pair}"
 
 
 def _alone(config: Config) -> dict[str, list[str]]:
