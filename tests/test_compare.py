@@ -12,7 +12,7 @@ import pytest
 from fedloom import compare
 from fedloom.config import Config
 from fedloom.configfile import parse
-from fedloom.errors import RoundError
+from fedloom.errors import ConfigError, RoundError
 
 PARENT = textwrap.dedent(
     """
@@ -57,6 +57,22 @@ def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "_play", die)
     with pytest.raises(RoundError, match="ended from outside.*the same command again"):
         compare.play([run], 1, lambda run, seconds: None)
+
+
+def test_after_a_run_that_fails_no_other_is_begun(monkeypatch, tmp_path):
+    made = [compare.Run("fedit", seed, Config(), tmp_path / str(seed)) for seed in range(20)]
+    monkeypatch.setattr(compare, "_play", fail_at_first)
+    with pytest.raises(ConfigError, match="seed 0"):
+        compare.play(made, 1, lambda run, seconds: None)
+    assert not (tmp_path / "19").exists()
+
+
+def fail_at_first(run: compare.Run) -> float:
+    run.folder.mkdir()
+    if run.seed == 0:
+        raise ConfigError("seed 0")
+    time.sleep(0.5)
+    return 0.5
 
 
 def die(run: compare.Run) -> float:

@@ -131,14 +131,17 @@ def expected(todo: Sequence[Run], jobs: int) -> float:
 def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
-    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends.
-    Raises RoundError where a process is killed.
+    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails none is
+    begun. Raises RoundError where a process is killed.
     """
     try:
         with _pool(jobs) as pool:
             futures = {pool.submit(_play, run): run for run in left(todo)}
-            for future in as_completed(futures):
-                finished(futures[future], future.result())
+            try:
+                for future in as_completed(futures):
+                    finished(futures[future], future.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
         raise RoundError(
             "the process of a run was ended from outside, perhaps for lack of memory: complete runs are kept, so give "
