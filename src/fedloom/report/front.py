@@ -90,9 +90,9 @@ def line_seconds(up: float, down: float, link: tuple[float, float]) -> float:
 
 
 def above(points: Sequence[Point], own: str = "loom") -> list[Point]:
-    """Points within their budget whose interval lies above that of `own` at the same budget and testbed."""
+    """Points within their budget, of several seeds, whose interval lies above that of `own` there."""
     ours = {(point.testbed, point.budget): point.score + point.half for point in points if point.method == own}
-    rivals = [point for point in points if point.method != own and point.within]
+    rivals = [point for point in points if point.method != own and point.within and point.seeds > 1]
     return [p for p in rivals if p.score - p.half > ours.get((p.testbed, p.budget), math.inf)]
 
 
@@ -111,7 +111,7 @@ def _row(point: Point) -> dict[str, str]:
         "up B / turn": f"{point.up:.0f}",
         "down B / turn": f"{point.down:.0f}",
         "halfway %": f"{point.halfway:.1f}",
-        "end %": f"{point.score:.1f} ± {point.half:.1f}",
+        "end %": f"{point.score:.1f}{f' ± {point.half:.1f}' if point.seeds > 1 else ''}",
         f"rounds to {100 * TARGET:.0f} %": _number(point.rounds),
     }
     names = [f"s at {up:g}/{down:g} Mbit/s" for up, down in LINKS]
