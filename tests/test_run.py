@@ -115,7 +115,12 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("moment", "call"),
-    [("transfer", 1), ("save", 4), pytest.param("transfer", 4, marks=SLOW), pytest.param("save", 1, marks=SLOW)],
+    [
+        ("transfer", 1),
+        pytest.param("save", 4, marks=SLOW),
+        pytest.param("transfer", 4, marks=SLOW),
+        pytest.param("save", 1, marks=SLOW),
+    ],
 )
 def test_a_run_resumed_after_a_crash_ends_the_same(tmp_path: Path, moment: str, call: int, monkeypatch):
     config = settings(*TWO)
