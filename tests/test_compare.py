@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):
         compare.play([run], 1, lambda run, seconds: None)
 
 
-def test_after_a_run_that_fails_no_other_is_begun(monkeypatch, tmp_path):
+def test_after_a_run_that_fails_those_that_wait_are_not_begun(monkeypatch, tmp_path):
     made = [compare.Run("fedit", seed, Config(), tmp_path / str(seed)) for seed in range(20)]
     monkeypatch.setattr(compare, "_play", fail_at_first)
     with pytest.raises(ConfigError, match="seed 0"):

@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -112,6 +113,22 @@ def test_processor_time_does_not_count_waiting():
         assert machine.seconds(lambda: time.sleep(0.2)) < 0.1
     assert machine.seconds(lambda: time.sleep(0.2)) >= 0.2
     assert aggregate.run(preset="tiny", methods=["fedit"], repeats=1, cpu_time=True)["rows"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_results_of_all_modules_are_held_only_where_asked_for(monkeypatch, keep):
+    made: list[weakref.ref] = []
+    alive = []
+
+    def call(case):
+        alive.append(sum(one() is not None for one in made))
+        result = torch.ones(3)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setitem(kernels.KERNELS, "fedit", Kernel(call, kernels.work_fedit))
+    aggregate.run(preset="tiny", methods=["fedit"], all_modules=True, repeats=1, keep_results=keep)
+    assert max(alive) >= 3 if keep else max(alive) <= 1  # of four modules, by two threads at most
 
 
 def test_live_tensors_are_counted_until_they_are_freed():

@@ -131,8 +131,8 @@ def expected(todo: Sequence[Run], jobs: int) -> float:
 def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
-    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails none is
-    begun. Raises RoundError where a process is killed.
+    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails
+    those still waiting for a process are not begun. Raises RoundError where a process is killed.
     """
     try:
         with _pool(jobs) as pool:

@@ -61,13 +61,15 @@ def run(
     device: str = "cpu",
     torch_only: bool = False,
     cpu_time: bool = False,
+    keep_results: bool = False,
 ) -> dict[str, object]:
     """Time the kernels of `methods` on one layer of a preset, or on all with `all_modules`; see the command's help.
 
     clients adapters of rank `rank` (the preset's by default), or one for each of `ranks`. Repeats are interleaved
     between methods and the median is kept. Returns {"rows", "accuracy", "streaming", "machine"}, plain JSON values.
     device: where the adapters lie and the kernels run, "cpu" or "cuda". torch_only: as if numba were not installed.
-    cpu_time: seconds of processor time in place of wall-clock time, rates included.
+    cpu_time: seconds of processor time in place of wall-clock time, rates included. keep_results: hold those of all
+    modules until the last is done; without it each is freed at once, as a dense reference's is.
     Raises ConfigError for an unknown preset, method or module, for methods that need equal ranks, and for a device
     that this machine has not got.
     """
@@ -85,7 +87,7 @@ def run(
     sample = {case.pair.shape: case for case in work}
     clock = machine.processor_time() if cpu_time else nullcontext()
     with clock, sparse.torch_only() if torch_only else nullcontext():
-        return {**_measured(kernels, work, sample, reference, repeats, device), "streaming": streamed}
+        return {**_measured(kernels, work, sample, reference, repeats, device, keep_results), "streaming": streamed}
 
 
 def _measured(
@@ -95,7 +97,9 @@ def _measured(
     reference: bool,
     repeats: int,
     device: str,
+    keep_results: bool,
 ) -> dict[str, object]:
+    calls = {method: kernel.run if keep_results else partial(_run, kernel) for method, kernel in kernels.items()}
     for kernel in kernels.values():
         for case in sample.values():
             kernel.run(case)
@@ -103,8 +107,8 @@ def _measured(
     trials = []
     for _ in range(repeats):
         trials.append(machine.rates(device))
-        for method, kernel in kernels.items():
-            times[method].append(machine.seconds(lambda k=kernel: over_modules(partial(_run, k), work)))  # type: ignore[misc]
+        for method, call in calls.items():
+            times[method].append(machine.seconds(partial(over_modules, call, work)))
     measured = machine.median(trials)
     counts = {shape: sum(case.pair.shape == shape for case in work) for shape in sample}
     dense = _dense_seconds(kernels, sample, counts, repeats) if reference else {}
@@ -119,7 +123,7 @@ def _measured(
 
 
 def _run(kernel: Kernel, case: Module) -> None:
-    """Without keeping the result: a server thins it out module by module, and the references' are not kept either."""
+    """Without the result, whose memory the next module can then use."""
     kernel.run(case)
 
 

@@ -37,6 +37,9 @@ def aggregate_command(
     device: Annotated[str, typer.Option(help="Where the kernels run: cpu or cuda.")] = "cpu",
     torch_only: Annotated[bool, typer.Option("--torch-only", help="As if numba were not installed.")] = False,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Seconds of processor time, not of the clock.")] = False,
+    keep_results: Annotated[
+        bool, typer.Option("--keep-results", help="Hold the results of all modules until the last is done.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Server kernels on adapters of true shapes: seconds, memory and error."""
@@ -56,6 +59,7 @@ def aggregate_command(
         device=device,
         torch_only=torch_only,
         cpu_time=cpu_time,
+        keep_results=keep_results,
     )
     show(result, aggregate.tables, as_json)
 

@@ -75,7 +75,8 @@ def loom(
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: the share of what a broadcast leaves out that is added to the next one.
     max_density: the share of a tensor's elements that is sent at most, whatever the budget.
-    Values travel as signs up to 4 % of dense fp32, in 4 bits up to 12 %, else in 8, unless wire.values says otherwise.
+    Values travel as signs up to 4 % of dense fp32 and with a budget in bytes, in 4 bits up to 12 %, else in 8, unless
+    wire.values says otherwise.
     """
     dial = Dial(*_amount(budget), upload_share, max_density, taper)
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
