@@ -178,13 +178,15 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
     )
     given_ = context(values)
     method = build("loom", {"budget": budget or 1, "upload_share": 1.0, "max_density": 0.4})
-    memory, entries = method.compress(state, after, given_)
-    expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_)
-    assert memory[COST].item() == pytest.approx(expected_cost, rel=1e-6)
-    assert entries.keys() == expected.keys()
-    for name, entry in entries.items():
-        assert torch.equal(entry.positions, expected[name].positions)
-        assert torch.equal(floats(entry.values), floats(expected[name].values))
+    for _ in range(2):  # the second time with all that is remembered
+        memory, entries = method.compress(state, after, given_)
+        expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_)
+        assert memory[COST].item() == pytest.approx(expected_cost, rel=1e-6)
+        assert entries.keys() == expected.keys()
+        for name, entry in entries.items():
+            assert torch.equal(entry.positions, expected[name].positions)
+            assert torch.equal(floats(entry.values), floats(expected[name].values))
+        state = replace(state, memory=memory)
 
 
 def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
@@ -194,7 +196,7 @@ def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
     turn = client_turn(run, "ada", start(run, adapter, RANKS), (), step, 1)
     encoded.clear()
     later = client_turn(run, "ada", turn.state, (), step, 2)
-    assert len(encoded) == 2, "one element of every tensor, and the payload"
+    assert len(encoded) == 1, "what a payload takes is known from the first turn"
     assert later.payload == encode(encoded[-1])
 
 

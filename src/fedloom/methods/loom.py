@@ -26,6 +26,9 @@ from fedloom.tensors import Quantized, Sparse, count, to_dense
 COST = "cost"
 """The name in a participant's memory of what its last payload took, over the entropy of positions and values."""
 
+LEAST = "least"
+"""The name in a participant's memory of what a tensor takes of which one element is sent, in bytes."""
+
 _TRIES = 5
 _AIM = 0.99  # of the budget: what is aimed at
 _USED = 0.95  # of the budget: enough
@@ -249,8 +252,10 @@ def filled(
     cost = state.memory[COST].item() if COST in state.memory else 1.0
     lists = Lists(moved, state.adapter, context)
     lists.hold(affordable(8 * budget / total / cost, each, most))
-    best, taken = lists.entries(0.0), 0
-    least = context.size(best)
+    tensors = max(len(lists.listed), 1)
+    one = state.memory[LEAST].item() if LEAST in state.memory else context.size(lists.entries(0.0)) / tensors
+    least = round(one * tensors)
+    best, taken = {}, 0
     for _ in range(_TRIES):
         density = affordable(8 * max(_AIM * budget - least, 0) / total / cost, each, most)
         entries = lists.entries(density)
@@ -260,7 +265,7 @@ def filled(
         if taken > _USED * budget or (taken == size and density == most):
             break
         cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
-    return {COST: torch.tensor(cost)}, best
+    return {COST: torch.tensor(cost), LEAST: torch.tensor(one)}, best or lists.entries(0.0)
 
 
 def value_bits(context: Context) -> float:
