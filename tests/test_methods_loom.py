@@ -85,10 +85,10 @@ def test_what_is_sent_is_what_a_slow_twin_picks():
         assert floats(entry.values).double() == pytest.approx(kept * (mean / kept.abs().mean()), rel=1e-5)
 
 
-def slow_entry(before, after, other, part, density, step, given):
+def slow_entry(before, after, other, part, density, step, given, weighed):
     """What loom sends of one factor, by sorting everything."""
     change = after - before
-    scores = importance(change, other, part).flatten().tolist()
+    scores = (importance(change, other, part) if weighed else change.abs()).flatten().tolist()
     ranked = [i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0]
     where = torch.tensor(sorted(ranked[: kept_count(len(scores), density)]), dtype=torch.int64)
     kept = change.flatten()[where]
@@ -132,15 +132,15 @@ def test_the_affordable_density_is_the_largest_that_the_bits_pay_for(bits):
     assert found == pytest.approx(max(grid), abs=1.01e-4)
 
 
-def slow_compress(budget, most, step, state, after, given):
+def slow_compress(budget, most, step, state, after, given, weighed):
     """(cost, entries) of loom's page, every trial from the very beginning."""
 
     def at(density):
         entries = {}
         for module, now in after.items():
             before = state.adapter[module]
-            entries[f"{module}/A"] = slow_entry(before.A, now.A, now.B, "A", density, step, given)
-            entries[f"{module}/B"] = slow_entry(before.B, now.B, before.A, "B", density, step, given)
+            entries[f"{module}/A"] = slow_entry(before.A, now.A, now.B, "A", density, step, given, weighed)
+            entries[f"{module}/B"] = slow_entry(before.B, now.B, before.A, "B", density, step, given, weighed)
         return entries
 
     total, each = state.adapter.numel(), value_bits(given)
@@ -167,8 +167,9 @@ def slow_compress(budget, most, step, state, after, given):
     st.sampled_from([0, 200, 400, 900, 10_000]),
     st.sampled_from([None, 0.3, 1.0, 4.0]),
     st.sampled_from(["sign", "fp32"]),
+    st.booleans(),
 )
-def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, budget, cost, values):
+def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, budget, cost, values, weighed):
     """Changes are rounded to few values, so that there are ties and zeros; a wrong remembered cost asks for trials."""
     start_ = moved(initial_state(shapes, dict.fromkeys(shapes, rank), seed), seed)
     state = State(start_, memory={} if cost is None else {COST: torch.tensor(cost)})
@@ -177,10 +178,11 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
         lambda pair: LoraPair(*(t + torch.randint(-2, 3, t.shape, generator=generator) / 64 for t in (pair.A, pair.B)))
     )
     given_ = context(values)
-    method = build("loom", {"budget": budget or 1, "upload_share": 1.0, "max_density": 0.4})
+    chosen = {"budget": budget or 1, "upload_share": 1.0, "max_density": 0.4, "importance": weighed}
+    method = build("loom", chosen)
     for _ in range(2):  # the second time with all that is remembered
         memory, entries = method.compress(state, after, given_)
-        expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_)
+        expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_, weighed)
         assert memory[COST].item() == pytest.approx(expected_cost, rel=1e-6)
         assert entries.keys() == expected.keys()
         for name, entry in entries.items():
@@ -224,6 +226,17 @@ def test_what_a_broadcast_leaves_out_joins_the_next_one():
     for name, entry in second.entries.items():
         expected = 0.5 * first.memory[name].flatten()[entry.positions]
         torch.testing.assert_close(floats(entry.values), expected)
+
+
+def test_the_broadcast_too_judges_by_magnitude_where_it_is_asked_to():
+    method = build("loom", {"budget": "40%", "importance": False})
+    server = State(moved(initial_state(SHAPES, RANKS, 2), 1))
+    sent = build("loom", {"budget": "900%"}).compress(server, moved(server.adapter, 2), context())[1]
+    for name, entry in method.aggregate(server, [Update("ada", 1.0, sent)], context()).entries.items():
+        left = to_dense(sent[name]).abs().flatten()
+        least = left[entry.positions].min()
+        left[entry.positions] = 0.0
+        assert 0.0 < left.max() <= least
 
 
 def test_a_budget_is_a_ceiling():

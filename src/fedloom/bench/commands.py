@@ -164,6 +164,22 @@ def turn_command(
     show(result, turn.tables, as_json)
 
 
+@app.command("updates")
+def updates_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the elements to look at.")] = 0.01,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=fedit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Kurtosis, overlap, spectrum and condition of what clients train, round by round; nothing is kept of the run."""
+    from fedloom.bench import updates
+    from fedloom.configfile import load
+
+    with testbed() as folder:
+        result = updates.run(load(config or folder / "demo.toml", settings or ()), density=density)
+    show(result, updates.tables, as_json)
+
+
 @app.command("merge")
 def merge_command(
     preset: Preset = "tinyllama",

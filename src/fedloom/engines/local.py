@@ -20,7 +20,7 @@ from fedloom.ledger import Aggregation, Evaluation, Training
 from fedloom.lora import derived_seed
 from fedloom.method import State
 from fedloom.partition import save_manifest
-from fedloom.rounds import ServerTurn, client_turn, full_state, server_turn, start
+from fedloom.rounds import ClientTurn, ServerTurn, client_turn, full_state, server_turn, start
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup, prepare
 from fedloom.wire import describe
@@ -150,7 +150,7 @@ class Simulation:
             self.folder.ledger.note(round, f"client {client} dropped out after the download")
             return None
         try:
-            turn = client_turn(self.setup.job, client, self.clients[client], [], self.setup.train(client), round)
+            turn = self.turn(client, round)
         except NumericError as error:
             self.folder.ledger.note(round, str(error))
             return None
@@ -164,6 +164,10 @@ class Simulation:
             self.folder.ledger.note(round, f"client {client}: {choice(turn.payload, self.setup.job.budget)}")
         self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), received)
         return turn.payload
+
+    def turn(self, client: str, round: int) -> ClientTurn:
+        """Training and what is sent of it. Raises NumericError where it diverged."""
+        return client_turn(self.setup.job, client, self.clients[client], [], self.setup.train(client), round)
 
     def download(self, client: str, round: int) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""

@@ -69,6 +69,7 @@ def loom(
     server_residual: float = 0.9,
     max_density: float = 1.0,
     taper: float = 0.0,
+    importance: bool = True,
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -78,6 +79,7 @@ def loom(
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: the share of what a broadcast leaves out that is added to the next one.
     max_density: the share of a tensor's elements that is sent at most, whatever the budget.
+    importance: whether an element counts for what it changes in ΔW (FedSRD, eq. 4–5), not for its magnitude alone.
     Values travel as signs up to 4 % of dense fp32 and with a budget in bytes, in 4 bits up to 12 %, else in 8, unless
     wire.values says otherwise.
     """
@@ -100,8 +102,8 @@ def loom(
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send",
         ),
-        compress=partial(send_signs, dial, step),
-        aggregate=partial(broadcast_signs, dial, server_residual),
+        compress=partial(send_signs, dial, step, importance),
+        aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_all,
         adopt=adopt_all,
         values=next(form for most, form in _FORMS.items() if dial.share <= most),
@@ -121,22 +123,22 @@ def _amount(budget: str | int) -> tuple[float, int]:
 
 
 def send_signs(
-    dial: Dial, step: float, state: State, after: LoraState, context: Context
+    dial: Dial, step: float, importance: bool, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The most important elements of ΔA and ΔB, as many as the budget has room for."""
 
     def moved(module: str) -> dict[str, Delta]:
         before, now = state.adapter[module], after[module]
         return {
-            f"{module}/A": Delta(now.A, before.A, now.B, "A", step),
-            f"{module}/B": Delta(now.B, before.B, before.A, "B", step),
+            f"{module}/A": Delta(now.A, before.A, now.B if importance else None, "A", step),
+            f"{module}/B": Delta(now.B, before.B, before.A if importance else None, "B", step),
         }
 
     return filled(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
 
 
 def broadcast_signs(
-    dial: Dial, residual: float, state: State, updates: Iterable[Update], context: Context
+    dial: Dial, residual: float, importance: bool, state: State, updates: Iterable[Update], context: Context
 ) -> Aggregate:
     """The most important elements of the clients' mean and of what earlier broadcasts left out."""
     sums = {
@@ -150,7 +152,8 @@ def broadcast_signs(
 
     def moved(module: str) -> dict[str, Delta]:
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
-        return {f"{module}/A": Delta(a, None, pair.B + b, "A"), f"{module}/B": Delta(b, None, pair.A, "B")}
+        others = (pair.B + b, pair.A) if importance else (None, None)
+        return {f"{module}/A": Delta(a, None, others[0], "A"), f"{module}/B": Delta(b, None, others[1], "B")}
 
     memory, entries = filled(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
     rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
@@ -160,14 +163,15 @@ def broadcast_signs(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Delta:
-    """A change of factor `part` ("A" or "B"), which is multiplied with `other`: after − before, or `after` itself.
+    """A change of factor `part` ("A" or "B"): after − before, or `after` itself.
 
+    other: what it is multiplied with; without it an element is judged by its magnitude.
     step: what is sent of it has its L1 norm, but at most `step` times its L2 norm; with 0 it stays as it is.
     """
 
     after: Tensor
     before: Tensor | None
-    other: Tensor
+    other: Tensor | None
     part: str
     step: float = 0.0
 
@@ -198,7 +202,8 @@ class Shortlist:
         change = delta.change()
         scores = torch.abs(change, out=scratch.floats("scores", change.shape))
         l1, l2 = (scores.sum().item(), delta.step * change.norm().item()) if delta.step else (0.0, 0.0)
-        scores.mul_(reach(delta.other, delta.part))
+        if delta.other is not None:
+            scores.mul_(reach(delta.other, delta.part))
         positions, left = shortlist(scores, kept_count(change.numel(), most))
         values = change.flatten().index_select(0, positions)
         return cls(tuple(change.shape), positions, values, left, l1, l2)
