@@ -360,7 +360,7 @@ def test_mistakes_in_a_bench(call, options, message):
 
 def played(observer, rounds=4):
     """A run that stands in its second round."""
-    observer.run_started(RunFacts("fedsrd", "model", CLIENTS, rounds, 1000, "runs/x"))
+    observer.run_started(RunFacts("fedsrd", "model", CLIENTS, rounds, 1000, "runs/x", warnings=("ada has little",)))
     observer.round_finished(0, rounds, {"bank": 0.1, "lab": 0.3}, 0, 0, 0.5)
     for round in (1, 2):
         observer.client_started(round, "ada")
@@ -381,6 +381,7 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
     console.print(view)
     text = console.file.getvalue()
     assert "round 2/4" in text
+    assert "note: ada has little" in text
     assert "▸ bob" in text
     assert "0:30 left" in text
     assert "exact match 60.0 % (at first 20.0 %)" in text
@@ -392,8 +393,13 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():
     with watch(Console(file=io.StringIO(), force_terminal=True)) as observer:
         assert isinstance(observer, View)
-    with watch(Console(file=io.StringIO())) as observer:
+    console = Console(file=io.StringIO())
+    with watch(console) as observer:
         assert isinstance(observer, Lines)
+        played(observer)
+    first, second, *rounds = console.file.getvalue().splitlines()
+    assert first.startswith("fedsrd: ") and second == "note: ada has little"
+    assert [line.split()[1] for line in rounds] == ["0/4", "1/4"]
 
 
 def test_every_error_of_the_library_is_caught():

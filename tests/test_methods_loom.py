@@ -249,6 +249,15 @@ def test_a_budget_is_a_ceiling():
             assert 0.99 * density < entry.positions.numel() / torch.Size(entry.shape).numel() < 1.01 * density
 
 
+@pytest.mark.parametrize(("budget", "advised"), [("1%", False), ("0.3%", True), (150, True), (40_000, False)])
+def test_few_bits_for_many_elements_are_pointed_out(budget, advised):
+    """1 % both ways is 0.64 bits an element, of which 0.27 go up and 0.37 down, or 0.09 where it is four broadcasts."""
+    method, adapter = build("loom", {"budget": budget, "taper": 1.0}), initial_state(SHAPES, RANKS, 0)
+    text = method.advise(adapter, context())
+    assert bool(text) == advised and ("lora.r" in text) == advised
+    assert ("bits" in method.advise(adapter, replace(context(), downloads=4.0))) == (budget != 40_000)
+
+
 def test_no_room_still_sends_one_element_of_every_tensor():
     state = State(initial_state(SHAPES, RANKS, 1))
     entries = build("loom", {"budget": 1}).compress(state, moved(state.adapter, 3), context())[1]

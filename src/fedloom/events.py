@@ -13,7 +13,10 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What is known before the first round. `first_round` is greater than 1 where a run is resumed."""
+    """What is known before the first round. `first_round` is greater than 1 where a run is resumed.
+
+    warnings: what the user should know of data and settings.
+    """
 
     method: str
     model: str
@@ -22,6 +25,7 @@ class RunFacts:
     adapter_values: int
     out: Path
     first_round: int = 1
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,6 +162,11 @@ def both_factors(round: int) -> tuple[str, ...]:
     return PARTS
 
 
+def no_advice(adapter: LoraState, context: Context) -> str:
+    """Nothing to say beforehand."""
+    return ""
+
+
 def no_core(state: State) -> LoraState:
     """The factors themselves are trained, not a matrix between two that rest."""
     return LoraState()
@@ -175,7 +180,7 @@ class Method:
     penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
     keeps to context.budget; values is the form of values meant by wire.values = "auto". merges says that of
     State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
-    of the modules only.
+    of the modules only. advise(first adapter, context): what a user should know of the settings beforehand, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
     the adapter is A = R V and B = U, the rows of V orthonormal (or zero).
@@ -195,6 +200,7 @@ class Method:
     merges: bool = False
     module_subsets: bool = True
     core: Callable[[State], LoraState] = no_core
+    advise: Callable[[LoraState, Context], str] = no_advice
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

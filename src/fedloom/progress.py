@@ -98,7 +98,8 @@ class Lines(Watched):
     def run_started(self, facts: RunFacts) -> None:
         """Say what the run is."""
         super().run_started(facts)
-        self._say(f"{_headline(facts)}, in {facts.out}")
+        for text in (f"{_headline(facts)}, in {facts.out}", *(f"note: {text}" for text in facts.warnings)):
+            self._say(text)
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
@@ -124,7 +125,9 @@ class View(Watched):
         """The view as it stands."""
         if self.facts is None:
             return Text("loading model and data …", style="dim")
-        return Group(Text(_headline(self.facts), style="bold"), self._bar(self.facts), self._clients(), self._score())
+        notes = (Text(f"note: {text}", style="yellow") for text in self.facts.warnings)
+        headline = Text(_headline(self.facts), style="bold")
+        return Group(headline, *notes, self._bar(self.facts), self._clients(), self._score())
 
     def _bar(self, facts: RunFacts) -> Table:
         done = len(self.seconds) + facts.first_round - 1

@@ -55,11 +55,12 @@ class Setup:
     fingerprint: str
 
     def warnings(self) -> list[str]:
-        """What the user should know about the data before the first round."""
+        """What the user should know about data and settings before the first round."""
         held = {f"client {name}": site.data for name, site in self.sites.items()}
         held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
         limit = self.config.data.max_length
-        return [
+        advice = self.job.method.advise(self.initial, self.job.context(1))
+        return [advice] * bool(advice) + [
             f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
             for name, data in held.items()
             if data.cut or data.dropped

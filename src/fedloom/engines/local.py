@@ -89,6 +89,7 @@ class Simulation:
                 adapter_values=self.setup.initial.numel(),
                 out=self.folder.path,
                 first_round=self.round + 1,
+                warnings=tuple(self.setup.warnings()),
             )
         )
         if snapshot is None:

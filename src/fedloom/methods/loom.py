@@ -33,6 +33,7 @@ _TRIES = 5
 _AIM = 0.99  # of the budget: what is aimed at
 _USED = 0.95  # of the budget: enough
 _ROOM = 1.2  # densities that are listed, over the one that is asked for
+_SPREAD = 1 / 8  # bits for an element of a payload, under which a smaller rank does better (docs/loom.md)
 _FORMS = {0.04: "sign", 0.12: "int4", math.inf: "int8"}  # of values, up to this share of dense fp32
 
 
@@ -106,6 +107,7 @@ def loom(
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_all,
         adopt=adopt_all,
+        advise=partial(thin, dial),
         values=next(form for most, form in _FORMS.items() if dial.share <= most),
     )
 
@@ -120,6 +122,18 @@ def _amount(budget: str | int) -> tuple[float, int]:
     if not (math.isfinite(share) and (share > 0 or size > 0)):
         raise ConfigError(f'method.budget is {budget!r}: expected a share of dense fp32 such as "1%", or bytes')
     return share, size
+
+
+def thin(dial: Dial, adapter: LoraState, context: Context) -> str:
+    """Where a payload has few bits for so many elements: that, and what helps."""
+    mean = replace(context, num_rounds=0)
+    bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
+    if bits >= _SPREAD:
+        return ""
+    return (
+        f"method.budget leaves a payload {bits:.2g} bits for every element of the adapter: a smaller lora.r with a "
+        "higher training.learning_rate, or a larger budget, may well end higher (docs/loom.md)"
+    )
 
 
 def send_signs(
