@@ -86,26 +86,33 @@ def cosine(first: LoraPair, second: LoraPair) -> float:
 
 @dataclass(eq=False, slots=True)
 class Looks:
-    """All looks of a run, by round, client and module."""
+    """The looks of the round under way and of each client's last turn before it, and a row for every round before."""
 
     density: float
     ranks: Mapping[str, int]
-    rounds: dict[int, dict[str, dict[str, Look]]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    round: int = 0
+    now: dict[str, dict[str, Look]] = field(default_factory=dict)
+    last: dict[str, dict[str, Look]] = field(default_factory=dict)
 
     def add(self, round: int, client: str, before: LoraState, after: LoraState) -> None:
         """A client's change, in the components that all clients have."""
+        if round != self.round:
+            self.close()
+            self.round = round
         old, new = (narrow(state, {m: self.ranks[m] for m in state}) for state in (before, after))
-        looks = {module: Look.at(old[module], new[module], self.density) for module in new}
-        self.rounds.setdefault(round, {})[client] = looks
+        self.now[client] = {module: Look.at(old[module], new[module], self.density) for module in new}
 
-    def rows(self) -> Iterator[Row]:
-        """A row for each round."""
-        last: dict[str, dict[str, Look]] = {}
-        for round, looks in self.rounds.items():
-            between = [pair for a, b in combinations(looks.values(), 2) for pair in _shared(a, b)]
-            since = [pair for client in looks if client in last for pair in _shared(last[client], looks[client])]
-            yield _row(round, [look for one in looks.values() for look in one.values()], between, since)
-            last |= looks
+    def close(self) -> None:
+        """The round is over."""
+        if self.now:
+            between = [pair for a, b in combinations(self.now.values(), 2) for pair in _shared(a, b)]
+            both = sorted(self.now.keys() & self.last.keys())
+            since = [pair for client in both for pair in _shared(self.last[client], self.now[client])]
+            looks = [look for one in self.now.values() for look in one.values()]
+            self.rows.append(_row(self.round, looks, between, since))
+        self.last |= self.now
+        self.now = {}
 
 
 def _shared(first: Mapping[str, Look], second: Mapping[str, Look]) -> list[tuple[Look, Look]]:
@@ -114,7 +121,7 @@ def _shared(first: Mapping[str, Look], second: Mapping[str, Look]) -> list[tuple
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One round: means over clients and modules, and over pairs of clients; NaN where there is no pair.
+    """One round: means over clients and modules, and over pairs of clients; None where there is no pair.
 
     By factor: kurtosis, the median, of importance; held, what the most important elements have of the squared norm;
     clients, the overlap of two clients' supports; rounds, that of a client's support with that of its last turn.
@@ -125,9 +132,9 @@ class Row:
     round: int
     kurtosis: Mapping[str, float]
     held: Mapping[str, float]
-    clients: Mapping[str, float]
-    rounds: Mapping[str, float]
-    cosine: float
+    clients: Mapping[str, float | None]
+    rounds: Mapping[str, float | None]
+    cosine: float | None
     rank: float
     condition: float
 
@@ -148,8 +155,8 @@ def _row(round: int, looks: Sequence[Look], between: Pairs, since: Pairs) -> Row
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else float("nan")
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 class Watched(Simulation):
@@ -176,7 +183,8 @@ def run(config: Config, *, density: float = 0.01) -> dict[str, Any]:
         ranks = {m: min(site.ranks[m] for site in sites if m in site.ranks) for m in simulation.setup.initial}
         simulation.looks = Looks(density, ranks)
         simulation.play(False)
-    return {"density": density, "rows": [asdict(row) for row in simulation.looks.rows()]}
+        simulation.looks.close()
+    return {"density": density, "rows": [asdict(row) for row in simulation.looks.rows]}
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
@@ -190,6 +198,10 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
         kinds = [" / ".join(f"{row['kurtosis'][part]:.1f}" for part in PARTS)]
-        kinds += [" / ".join(f"{row[key][part]:.2f}" for part in PARTS) for key in ("held", "clients", "rounds")]
-        table.add_row(str(row["round"]), *kinds, *(f"{row[key]:.2f}" for key in ("cosine", "rank", "condition")))
+        kinds += [" / ".join(_number(row[key][part]) for part in PARTS) for key in ("held", "clients", "rounds")]
+        table.add_row(str(row["round"]), *kinds, *(_number(row[key]) for key in ("cosine", "rank", "condition")))
     yield table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
