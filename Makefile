@@ -4,11 +4,13 @@
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH=torch==2.13.0     another build of torch, installed before everything else
 #   PIP_ARGS="…"            further arguments of pip, such as an index with CPU-only builds of torch
+#   JOBS=1                  how many processes run the tests
 #   ARGS="…"                further arguments of `fedloom demo`, such as ARGS="--method fedit --rounds 5"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -27,7 +29,7 @@ demo: $(RUN_READY) ## Train a small federation with real bytes, as it goes on sc
 	$(BIN)/fedloom demo $(ARGS)
 
 test: $(DEV_READY) lint ## Everything that must hold before a change is taken
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(DEV_READY) ## Style and types
 	$(BIN)/ruff check .
