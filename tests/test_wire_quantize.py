@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError, NumericError
@@ -17,6 +17,7 @@ FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 
 @settings(deadline=None)
 @given(st.lists(FINITE, max_size=300))
+@example([2.0**-149])
 def test_nearest_blocks_are_those_of_a_slow_twin(values):
     tensor = torch.tensor(values, dtype=torch.float32)
     for kind, block, top in (("int8", 1024, 127), ("int4", 128, 7)):

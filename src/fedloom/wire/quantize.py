@@ -56,7 +56,8 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
     peaks = padded.abs().amax(dim=1) if count else values.new_zeros(0)
     if not bool(peaks.isfinite().all()):
         raise NumericError(f"int{bits} values cannot hold infinities or NaN: the update has diverged")
-    scales = _up_to_bfloat16(peaks / top)
+    # What is not zero has a scale, even where the quotient is below the least float32.
+    scales = _up_to_bfloat16(torch.maximum(peaks / top, (peaks > 0) * 2.0**-149))
     quotients = padded / scales.where(scales > 0, 1.0).unsqueeze(1)
     rounded = (
         (quotients + seeded_uniform(quotients.numel(), seed).view_as(quotients)).floor_()
