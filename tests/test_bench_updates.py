@@ -84,12 +84,12 @@ def test_rounds_and_clients_are_compared_in_the_components_that_all_have():
     assert first.rank == second.rank <= 4
 
 
-def test_a_run_has_a_row_a_round_and_leaves_the_result_as_it_is():
+def test_a_run_has_a_row_a_round():
     sets = ["training.max_steps=2", "federation.participants=['lab', 'bank']", "data.heldout=null"]
     result = updates.run(load(DEMO, [*sets, "federation.num_rounds=2", "method.name=fedit"]), density=0.02)
     first, second = result["rows"]
     assert first["round"] == 1 and first["rounds"]["A"] is None and 0 < second["rounds"]["A"] < 1
     assert all(0 < row["held"][part] < 0.5 and row["kurtosis"][part] > 1 for row in result["rows"] for part in "AB")
     assert 1 <= first["rank"] <= 16 and first["condition"] > 1 and -1 < first["cosine"] < 1
-    cells = [str(cell) for column in updates.tables(result).__next__().columns for cell in column.cells]
+    cells = [str(cell) for column in next(updates.tables(result)).columns for cell in column.cells]
     assert f"{second['rounds']['A']:.2f} / {second['rounds']['B']:.2f}" in cells

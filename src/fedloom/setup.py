@@ -59,12 +59,13 @@ class Setup:
         held = {f"client {name}": site.data for name, site in self.sites.items()}
         held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
         limit = self.config.data.max_length
-        advice = self.job.method.advise(self.initial, self.job.context(1))
-        return [advice] * bool(advice) + [
+        cut = [
             f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
             for name, data in held.items()
             if data.cut or data.dropped
         ]
+        advice = self.job.method.advise(self.initial, self.job.context(1))
+        return [advice, *cut] if advice else cut
 
     def described(self) -> Run:
         """The run, as the first row of a ledger says it."""

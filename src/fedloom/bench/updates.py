@@ -23,14 +23,13 @@ from torch import Tensor
 from fedloom.config import Config
 from fedloom.engines.local import Simulation
 from fedloom.events import Silent
-from fedloom.lora import LoraPair, LoraState, narrow, stack_pairs
+from fedloom.lora import PARTS, LoraPair, LoraState, narrow, stack_pairs
 from fedloom.lowrank import frobenius_norm, inner, truncate
 from fedloom.rounds import ClientTurn
 from fedloom.runs import RunFolder
 from fedloom.setup import prepare
 from fedloom.sparsify import importance, kept_count, kurtosis, top_positions
 
-PARTS = ("A", "B")
 ENERGY = 0.9
 """The share of a change's energy that its rank is counted to."""
 

@@ -265,7 +265,8 @@ def filled(
     """(memory, entries) that fill a budget of bytes.
 
     Every tensor sends the same share of its elements, one at least and the share `most` at most. How large a share the
-    budget affords follows from the entropy of positions, times what the last payload took over that.
+    budget affords follows from the entropy of positions, times what the last payload took over that, and from what is
+    due before any second element; both are remembered, so that a later payload is mostly encoded once.
     """
     total, each = max(state.adapter.numel(), 1), value_bits(context)
     cost = state.memory[COST].item() if COST in state.memory else 1.0
