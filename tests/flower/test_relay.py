@@ -22,6 +22,7 @@ from fedloom.engines.flower.payload import FACTS, SIZES, pack, unpack
 from fedloom.errors import SiteError
 from fedloom.site import worker
 from fedloom.site.desk import Desk
+from fedloom.site.door import Door
 from fedloom.site.protocol import MAGIC, Parcel, cut, receive, request, send, sizes
 
 pytestmark = pytest.mark.flower
@@ -124,24 +125,22 @@ def serving(tmp_path: Path):
     place = site("bank", tmp_path)
     token = worker.own_token(Path(place.token_file))
     listener = worker._listening(Path(place.socket))
+    door = Door(listener, token)
     ended = threading.Event()
 
     def loop() -> None:
-        listener.settimeout(0.02)
         while not ended.is_set():
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with connection:
-                connection.settimeout(5)
-                worker._serve_one(connection, Echo(place), token)
+            connection = door.next_caller(0.02)
+            if connection is not None:
+                with connection:
+                    worker._serve_one(connection, Echo(place))
 
     thread = threading.Thread(target=loop)
     thread.start()
     yield Path(place.socket), Path(place.token_file)
     ended.set()
     thread.join()
+    door.close()
     listener.close()
 
 
@@ -206,5 +205,5 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
 
 
 def _until_closed(listener: socket.socket, desk: Desk) -> None:
-    with contextlib.suppress(OSError):
-        worker._loop(listener, desk, "token", 0.02)
+    with contextlib.suppress(OSError, ValueError):
+        worker._loop(Door(listener, "token"), desk, 0.02)

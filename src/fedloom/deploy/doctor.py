@@ -121,15 +121,14 @@ def audit(state: Path) -> Check:
 
 def worker(path: Path, token_file: str) -> Check:
     """Whether a worker answers on its socket, and takes the token."""
-    from fedloom.site.protocol import Parcel, receive, send
+    from fedloom.site.protocol import WRONG_TOKEN, Parcel, exchange
 
     token = Path(token_file).read_text(encoding="utf-8").strip()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(10.0)
         connection.connect(str(path))
-        send(connection, Parcel({"token": token}))
-        said = str(receive(connection).facts.get("error", ""))
-    if "token" in said:
+        said = exchange(connection, token, Parcel({})).facts.get("error")
+    if said == WRONG_TOKEN:
         return fail("worker", f"answers on {path}, but refuses the token in {token_file}", "restart the worker")
     return ok("worker", f"answers on {path}, and takes the token")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedloom.config import Section
+from fedloom.config import Bytes, Section
 from fedloom.configfile import explain
 from fedloom.errors import ConfigError
 from fedloom.site.policy import Policy
@@ -34,6 +34,10 @@ class SiteConfig(Section):
         None,
         description="Group that may use the socket and read the token, where the SuperNode runs as another user.",
         examples=["fedloom-node"],
+    )
+    max_bytes_request: Bytes = Field(
+        "1GiB",
+        description="Payload bytes that a request may bring; the worker takes up to twice as much memory for it.",
     )
     idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
     policy: Policy = Policy()

@@ -4,16 +4,23 @@ A parcel is a few named facts and any number of payloads. On the socket it is
 
     magic "FLWK" | length of the head, 4 bytes, big-endian | head: JSON {"facts": …, "sizes": […]} | the payloads
 
+A request has a greeting of fixed size before it, so that the worker knows whom it hears before it reads more:
+
+    magic "FLWT" | SHA-256 of the token, 32 bytes
+
 Every length is checked before anything of that length is read. This module loads no torch: the shim is started anew
 for every message.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -23,9 +30,18 @@ from fedloom.errors import SiteError
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
+GREETING = b"FLWT"
+GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
 MOST_PAYLOADS = 2**12
 MOST_BYTES = 2**33
+WRONG_TOKEN = "the token is wrong"
+"""The error that answers a greeting with another token."""
+HEAD_SECONDS = 5.0
+"""Time for a request's head. The relay writes it in one go, so only a caller that dawdles on purpose needs longer."""
+SLOWEST = 2**20
+"""Bytes a second: a request's payloads may take as long as they would at this rate, and `HEAD_SECONDS` more. Both ends
+are on one machine, where a socket moves a thousand times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +85,14 @@ def request(facts: Mapping[str, Fact]) -> Request:
         raise SiteError(f"no request that a worker knows: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def sizes(found: object) -> list[int]:
-    """Lengths of payloads, as another party wrote them. Raises SiteError if they are none, or too many bytes."""
+def sizes(found: object, most: int = MOST_BYTES) -> list[int]:
+    """Lengths of payloads, as another party wrote them. Raises SiteError if they are none, or over `most` bytes."""
     try:
         lengths = _SIZES.validate_python(found)
     except ValidationError as error:
         raise SiteError(f"the lengths of payloads are wrong: {error.errors()[0]['msg']}") from None
-    if sum(lengths) > MOST_BYTES:
-        raise SiteError(f"payloads of {sum(lengths):,} bytes; at most {MOST_BYTES:,} are taken")
+    if sum(lengths) > most:
+        raise SiteError(f"payloads of {sum(lengths):,} bytes; at most {most:,} are taken")
     return lengths
 
 
@@ -91,6 +107,20 @@ def cut(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...
     return tuple(pieces)
 
 
+def greeting(token: str) -> bytes:
+    """What a caller shows first. A digest has one length, and holds no text that could fail to decode."""
+    return GREETING + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+
+
+def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
+    """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is no reply."""
+    # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
+    with suppress(ConnectionError):
+        connection.sendall(greeting(token))
+        send(connection, parcel)
+    return receive(connection)
+
+
 def send(connection: socket.socket, parcel: Parcel) -> None:
     """Write one parcel."""
     head = json.dumps({"facts": dict(parcel.facts), "sizes": [len(p) for p in parcel.payloads]}).encode()
@@ -101,28 +131,39 @@ def send(connection: socket.socket, parcel: Parcel) -> None:
         connection.sendall(payload)
 
 
-def receive(connection: socket.socket) -> Parcel:
-    """Read one parcel. Raises SiteError for anything that is none, ConnectionError where the other side hangs up."""
-    start = _take(connection, len(MAGIC) + 4)
+def receive(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
+    """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
+
+    hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
+    Raises SiteError for anything that is no parcel, OSError where the other side hangs up or takes too long.
+    """
+    until = time.monotonic() + HEAD_SECONDS if hurried else None
+    start = _take(connection, len(MAGIC) + 4, until)
     (length,) = struct.unpack(">I", start[len(MAGIC) :])
     if start[: len(MAGIC)] != MAGIC or length > MOST_HEAD:
         raise SiteError("this is no parcel of fedloom's")
     try:
-        head = json.loads(_take(connection, length))
-        facts, lengths = head["facts"], sizes(head["sizes"])
+        head = json.loads(_take(connection, length, until))
+        facts, lengths = head["facts"], sizes(head["sizes"], most)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SiteError("the head of a parcel cannot be read") from None
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
         raise SiteError("the facts of a parcel are no plain facts")
-    return Parcel(facts, tuple(bytes(_take(connection, size)) for size in lengths))
+    until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
+    return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
 
 
-def _take(connection: socket.socket, length: int) -> bytearray:
-    """Exactly so many bytes. Memory is taken as they arrive, not as they are announced."""
+def _take(connection: socket.socket, length: int, until: float | None) -> bytearray:
+    """Exactly so many bytes, by then. Memory is taken as they arrive, not as they are announced."""
     taken = bytearray()
     while len(taken) < length:
+        if until is not None:
+            # Time left for all that is missing: a byte now and then does not buy more. 0 would mean not to block.
+            connection.settimeout(max(until - time.monotonic(), 1e-3))
         piece = connection.recv(min(length - len(taken), 2**20))
         if not piece:
             raise ConnectionError("the other side hung up")
         taken += piece
+        if until is not None and time.monotonic() > until:
+            raise TimeoutError(f"only {len(taken):,} of {length:,} bytes came in time")
     return taken

@@ -1,13 +1,13 @@
 """`fedloom worker SITE.toml`: a long-lived process that holds a site's model and data and takes one request at a time.
 
 It listens on a unix socket that only its own user may open, and answers only those who show the token. SuperNodes and
-ClientApps may come and go; whoever asks while a request is being worked on waits for its turn.
+ClientApps may come and go; whoever asks while a request is being worked on waits for its turn. The worker outlives
+every request, whatever is in it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hmac
 import logging
 import os
 import secrets
@@ -19,15 +19,16 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from fedloom.errors import FedloomError, SiteError
+from fedloom.config import parse_bytes
+from fedloom.errors import SiteError
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
-from fedloom.site.protocol import Parcel, receive, send
+from fedloom.site.door import Door
+from fedloom.site.log_lines import OneLine
+from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive, send
 
 log = logging.getLogger("fedloom.worker")
 
-READ_SECONDS = 30.0
-"""How long a caller may take to send the next piece of a request."""
 TICK_SECONDS = 1.0
 
 
@@ -37,7 +38,9 @@ class _Stop(BaseException):
 
 def serve(site: SiteConfig) -> None:
     """Answer requests until the process is told to end. Raises SiteError where another worker serves this site."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     state = Path(site.state)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (state / ".lock").open("w") as lock:
@@ -50,7 +53,7 @@ def serve(site: SiteConfig) -> None:
         path = Path(site.socket)
         with _listening(path, site.socket_group) as listener:
             try:
-                _loop(listener, Desk(site), token, 60 * site.idle_minutes)
+                _loop(Door(listener, token), Desk(site), 60 * site.idle_minutes)
             except _Stop:
                 log.info("the worker ends")
             finally:
@@ -96,38 +99,50 @@ def _listening(path: Path, group: str | None = None) -> socket.socket:
         os.umask(before)
     _share(path, group, 0o660)
     listener.listen()
-    listener.settimeout(TICK_SECONDS)
     return listener
 
 
-def _loop(listener: socket.socket, desk: Desk, token: str, idle_seconds: float) -> None:
+def _loop(door: Door, desk: Desk, idle_seconds: float) -> None:
     log.info("site %s is ready on %s", desk.site.name, desk.site.socket)
     busy = time.monotonic()
     while True:
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
+        connection = door.next_caller(TICK_SECONDS)
+        if connection is None:
             if desk.place is not None and time.monotonic() - busy > idle_seconds:
                 desk.release()
             continue
         with connection:
-            connection.settimeout(READ_SECONDS)
-            _serve_one(connection, desk, token)
+            _serve_one(connection, desk)
         busy = time.monotonic()
 
 
-def _serve_one(connection: socket.socket, desk: Desk, token: str) -> None:
+def _serve_one(connection: socket.socket, desk: Desk) -> None:
+    """Answer a caller that has shown the token. Raises nothing but what ends the process."""
     try:
-        parcel = receive(connection)
-        facts = dict(parcel.facts)
-        shown = facts.pop("token", "")
-        if not hmac.compare_digest(str(shown).encode(), token.encode()):
-            log.warning("a request without the token was refused")
-            send(connection, Parcel({"error": "the token is wrong"}))
-            return
-        send(connection, desk.answer(Parcel(facts, parcel.payloads)))
-    except (OSError, FedloomError) as error:
-        log.warning("a caller was lost: %s", error)  # what was done is kept, and sent when it is asked for again
+        _reply(connection, _answer(connection, desk))
+    except Exception as error:
+        # What was done is kept, and sent when it is asked for again.
+        log.warning("a caller was lost: %s", error, exc_info=not isinstance(error, OSError))
+
+
+def _answer(connection: socket.socket, desk: Desk) -> Parcel:
+    try:
+        return desk.answer(receive(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
+    except (OSError, _Stop, KeyboardInterrupt, SystemExit):
+        raise
+    except SiteError as error:
+        # It says what the caller sent, and what the site takes: nothing about data, and asking again would not help.
+        log.warning("a request was refused: %s", error)
+        return Parcel({"error": f"the site's worker refuses the request: {error}"})
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        log.error("a request failed: %s", error, exc_info=True)
+        return Parcel({"error": f"the site could not take its turn: {type(error).__name__}"})
+
+
+def _reply(connection: socket.socket, parcel: Parcel) -> None:
+    """Send it, to a caller that reads at `SLOWEST` at least: one that does not would keep all others waiting."""
+    connection.settimeout(HEAD_SECONDS + sum(map(len, parcel.payloads)) / SLOWEST)
+    send(connection, parcel)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError, SiteError
-from fedloom.site.protocol import Parcel, receive, send
+from fedloom.site.protocol import Parcel, exchange
 
 WORKER_SECONDS = 120.0
 """How long a worker that was stopped may take to come back."""
@@ -59,11 +59,10 @@ def call(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECON
     until = time.monotonic() + patience
     while True:
         try:
+            shown = token.read_text(encoding="utf-8").strip()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.connect(str(path))
-                shown = token.read_text(encoding="utf-8").strip()
-                send(connection, Parcel({**parcel.facts, "token": shown}, parcel.payloads))
-                return receive(connection)
+                return exchange(connection, shown, parcel)
         except OSError as error:
             if time.monotonic() > until:
                 raise SiteError(f"the worker is away ({error}): start it with `fedloom worker SITE.toml`") from None
