@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedloom.errors import AuditError
 from fedloom.inspection import described
+from fedloom.site import audit, clock
 from fedloom.site.audit import FIRST, AuditTrail
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -72,8 +73,7 @@ def test_any_changed_byte_is_found_out(tmp_path_factory, data):
     for number in range(3):
         trail.record(b"x" * number, "job", number, 0.5, NOON)
     content = bytearray(trail.path.read_bytes())
-    # The newline at the end is left out: a line without it counts as cut short by a crash, as a missing one would.
-    place = data.draw(st.integers(0, len(content) - 2))
+    place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(1, 255))
     trail.path.write_bytes(content)
     with suppress(AuditError):
@@ -102,6 +102,109 @@ def test_a_line_cut_short_by_a_crash_is_dropped(trail):
     assert len(trail.lines()) == 3
     trail.record(b"again", "job-b", 1, None, NOON)
     assert [line.job for line in trail.verify()[0]] == ["job-a"] * 3 + ["job-b"]
+
+
+def test_a_last_line_without_its_newline_counts(trail):
+    """Taking one byte off would take a charge back otherwise."""
+    trail.record(b"noisy", "job-b", 1, 0.5, NOON)
+    trail.path.write_bytes(trail.path.read_bytes()[:-1])
+    assert trail.spent("job-b", 1).mu_squared == 0.25 and len(AuditTrail(trail.folder).verify()[0]) == 5
+    trail.record(b"more", "job-b", 2, 0.5, NOON)
+    assert [line.round for line in AuditTrail(trail.folder).lines()] == [1, 1, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda text: text[:-1] + b"x", lambda text: text[:-1] + b"{", lambda text: text + b"}"]
+)
+def test_a_last_line_that_no_crash_could_leave_is_found_out(trail, harm):
+    trail.path.write_bytes(harm(trail.path.read_bytes()))
+    with pytest.raises(AuditError, match=r"line [45]"):
+        AuditTrail(trail.folder).lines()
+    with pytest.raises(AuditError, match=r"line [45]"):
+        trail.record(b"more", "job-b", 2, 0.5, NOON)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text.replace(b": ", b":").replace(b", ", b","),
+        lambda text: text.replace(b": ", b":   "),
+        lambda text: text.replace(b"\n", b"\r\n")[:-1],
+        lambda text: text.replace(b"\n", b"\r\n") + b'{"time": "2026-',
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_record_that_an_editor_saved_otherwise_is_written_on_in_the_right_place(trail, saved, fresh):
+    digests = [line.digest for line in trail.lines()]
+    trail.path.write_bytes(saved(trail.path.read_bytes()))
+    written = AuditTrail(trail.folder) if fresh else trail
+    for number in range(3):
+        written.record(bytes([9, number]), "job-b", number + 1, None, NOON)
+    lines = AuditTrail(trail.folder).lines()
+    assert [line.digest for line in lines[:4]] == digests and [line.round for line in lines[4:]] == [1, 2, 3]
+    assert written.lines() == lines
+
+
+def test_a_line_is_checked_once_while_nobody_else_writes(trail, monkeypatch):
+    checked = []
+    digest = audit._digest
+    monkeypatch.setattr(audit, "_digest", lambda line: checked.append(line.round) or digest(line))
+    fresh = AuditTrail(trail.folder)
+    for number in range(20):
+        fresh.spent("job-b", number)
+        fresh.record(bytes([7, number]), "job-b", 100 + number, None)
+    # 4 lines were there; of each of the 20 the digest is made when it is written, and checked when it is read back.
+    assert len(checked) <= 4 + 2 * 20
+    other = AuditTrail(trail.folder)
+    other.record(b"of another process", "job-c", 7, None)
+    assert fresh.lines() == other.lines()
+
+
+def test_lines_that_were_checked_are_checked_again_after_a_change(trail):
+    """Of the same length, so that neither the size nor the last line tells."""
+    before = trail.lines()
+    content = trail.path.read_bytes()
+    trail.path.write_bytes(content.replace(b'"round": 1', b'"round": 7', 1))
+    with pytest.raises(AuditError, match="line 1"):
+        trail.lines()
+    trail.path.write_bytes(content)
+    assert trail.lines() == before
+    trail.path.write_bytes(content[: content.index(b"\n") + 1])
+    assert trail.lines() == before[:1]
+
+
+def test_times_do_not_run_backwards(tmp_path):
+    """A clock that was set back and right again would take bytes out of the day."""
+    trail = AuditTrail(tmp_path)
+    trail.record(b"x" * 10, "job", 1, None, NOON)
+    trail.record(b"y" * 10, "job", 2, None, NOON - timedelta(hours=25))
+    assert [line.time for line in trail.lines()] == [NOON.isoformat(timespec="seconds")] * 2
+    assert trail.spent("job", 3, NOON + timedelta(hours=1)).bytes_day == 20
+
+
+def test_a_clock_that_is_set_does_not_empty_the_day(tmp_path, monkeypatch, caplog):
+    system, up = [NOON], [1000.0]
+
+    class Set(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return system[0]
+
+    monkeypatch.setattr(clock, "datetime", Set)
+    monkeypatch.setattr(clock, "uptime", lambda: up[0])
+    trail = AuditTrail(tmp_path)
+    trail.record(b"x" * 10, "job", 1, None)
+    system[0] += timedelta(hours=25)
+    up[0] += 60
+    assert trail.spent("job", 2).bytes_day == 10 and "was set" in caplog.text
+    trail.record(b"y" * 10, "job", 2, None)
+    assert trail.lines()[-1].time == (NOON + timedelta(minutes=1)).isoformat(timespec="seconds")
+    system[0] -= timedelta(hours=50)
+    assert trail.spent("job", 3).bytes_day == 20
+    system[0], up[0] = NOON + timedelta(hours=25), 1000.0 + 25 * 3600
+    assert trail.spent("job", 3).bytes_day == 0
+    assert caplog.text.count("was set") == 1
 
 
 def test_bytes_of_a_round_and_of_the_last_day_are_counted(trail):

@@ -1,7 +1,7 @@
 """A site's own record of everything that has left it: the bytes themselves, and one chained line for each.
 
 folder/
-  audit.jsonl          one JSON object a payload, never changed after it is written
+  audit.jsonl          one JSON object a payload, never changed after it is written; its times never run backwards
   payloads/<sha256>    the payload, as it left
 
 A line names the digest of the line before it, so a line that was changed, taken out or put in shows. Someone who may
@@ -15,18 +15,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedloom.errors import AuditError
+from fedloom.site.clock import Clock
 from fedloom.site.policy import Spent
 from fedloom.site.privacy import epsilon
+
+log = logging.getLogger("fedloom.worker")
 
 FIRST = "0" * 64
 """What the first line names as the one before it."""
@@ -52,12 +57,27 @@ class Line:
 _LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
-class AuditTrail:
-    """The record in `folder`, which is made where it is missing."""
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Lines that were checked, the place in the file where they end, and the SHA-256 of all bytes before it."""
 
-    def __init__(self, folder: Path) -> None:
+    lines: tuple[Line, ...] = ()
+    end: int = 0
+    seal: bytes = hashlib.sha256().digest()
+
+
+class AuditTrail:
+    """The record in `folder`, which is made where it is missing.
+
+    A line is parsed and checked once. After that a digest tells whether the bytes of all checked lines are still the
+    same, in a small part of the time; if they are not, all of them are checked again.
+    """
+
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
         self.folder = folder
         self.path = folder / "audit.jsonl"
+        self.clock = clock or Clock()
+        self._checked = Extent()
 
     def record(self, payload: bytes, job: str, round: int, mu: float | None, now: datetime | None = None) -> Line:
         """Have the payload and its line on disk. Raises AuditError, and nothing may leave, where that is impossible."""
@@ -69,9 +89,8 @@ class AuditTrail:
                 _write(kept, payload)
             with open(self.path, "ab+", opener=_private) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                lines = self.lines()
-                file.truncate(sum(len(_dumped(line)) for line in lines))  # a line that a crash cut short
-                line = _chained(now or datetime.now(UTC), job, round, len(payload), name, mu, lines)
+                lines = self._continue(file)
+                line = _chained(now or self.clock.now(), job, round, len(payload), name, mu, lines)
                 file.write(_dumped(line))
                 file.flush()
                 os.fsync(file.fileno())
@@ -81,18 +100,46 @@ class AuditTrail:
 
     def lines(self) -> list[Line]:
         """All lines, oldest first, without one that a crash cut short. Raises AuditError where the chain is broken."""
-        if not self.path.exists():
-            return []
-        lines: list[Line] = []
-        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                line = _LINE.validate_json(text)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                raise AuditError(f"{self.path}, line {number} is no line of a record: {reason}") from None
-            if line.previous != (lines[-1].digest if lines else FIRST) or line.digest != _digest(line):
-                raise AuditError(f"{self.path}: line {number} was altered, or a line before it was taken out or put in")
-            lines.append(line)
+        return list(self._read()[0])
+
+    def _read(self) -> tuple[tuple[Line, ...], bytes, bytes]:
+        """(all lines, the bytes that hold them, those of a line that a crash cut short)."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        known = self._checked
+        hashed = hashlib.sha256(memoryview(content)[: known.end])
+        if len(content) < known.end or hashed.digest() != known.seal:
+            known, hashed = Extent(), hashlib.sha256()  # somebody else wrote there: all of it is checked again
+        lines, end = list(known.lines), content.rfind(b"\n") + 1
+        for text in content[known.end : end].split(b"\n")[:-1]:
+            lines.append(self._line(text, lines))
+        hashed.update(memoryview(content)[known.end : end])
+        self._checked = Extent(tuple(lines), end, hashed.digest())
+        # A crash leaves the beginning of a line, and what it was for has not left. With its end but no newline it is a
+        # line like all others, or one that was altered: it would be easy to take a charge back otherwise.
+        if b"}" in content[end:]:
+            return (*lines, self._line(content[end:], lines)), content, b""
+        return tuple(lines), content[:end], content[end:]
+
+    def _line(self, text: bytes, before: Sequence[Line]) -> Line:
+        """The line that follows those `before` it. Raises AuditError where it is none, or does not follow."""
+        number = len(before) + 1
+        try:
+            line = _LINE.validate_json(text)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise AuditError(f"{self.path}, line {number} is no line of a record: {reason}") from None
+        if line.previous != (before[-1].digest if before else FIRST) or line.digest != _digest(line):
+            raise AuditError(f"{self.path}: line {number} was altered, or a line before it was taken out or put in")
+        return line
+
+    def _continue(self, file: BinaryIO) -> tuple[Line, ...]:
+        """All lines, and the file ready for one more after the last of them, wherever that ends in the file."""
+        lines, held, short = self._read()
+        if short:
+            log.warning("%s: a line that was cut short is taken off: %r", self.path, short[:200])
+        file.truncate(len(held))
+        if held and not held.endswith(b"\n"):
+            file.write(b"\n")
         return lines
 
     def verify(self) -> tuple[list[Line], list[Line]]:
@@ -109,7 +156,7 @@ class AuditTrail:
     def spent(self, job: str, round: int, now: datetime | None = None) -> Spent:
         """What the policy counts. The same payload sent twice costs its bytes twice and its privacy once."""
         lines = self.lines()
-        since = ((now or datetime.now(UTC)) - timedelta(hours=24)).isoformat(timespec="seconds")
+        since = ((now or self.clock.now()) - timedelta(hours=24)).isoformat(timespec="seconds")
         return Spent(
             bytes_round=sum(line.bytes for line in lines if (line.job, line.round) == (job, round)),
             bytes_day=sum(line.bytes for line in lines if line.time > since),
@@ -140,7 +187,11 @@ def _chained(
     now: datetime, job: str, round: int, size: int, payload: str, mu: float | None, before: Sequence[Line]
 ) -> Line:
     previous = before[-1].digest if before else FIRST
-    line = Line(now.isoformat(timespec="seconds"), job, round, size, payload, mu, previous, "")
+    time = now.astimezone(UTC).isoformat(timespec="seconds")
+    if before and time < before[-1].time:  # the clock was set back: a time that did would take bytes out of the day
+        log.warning("the clock says %s, the record's last line %s: the line gets the later time", time, before[-1].time)
+        time = before[-1].time
+    line = Line(time, job, round, size, payload, mu, previous, "")
     return Line(**{**asdict(line), "digest": _digest(line)})
 
 
