@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -36,7 +37,7 @@ from fedloom.deploy.certificates import (
     signed_by,
 )
 from fedloom.deploy.doctor import examined
-from fedloom.deploy.federation import Federation, add, init, recorded, renew
+from fedloom.deploy.federation import Federation, add, endpoint, init, recorded, renew
 from fedloom.errors import ConfigError
 from fedloom.site.config import SiteConfig, load
 from fedloom.site.policy import Policy
@@ -172,11 +173,130 @@ def test_a_renewed_certificate_is_for_the_same_names_with_another_key(made):
     assert by_name(examined(made / "server", online=False))["chain"].outcome == "ok"
 
 
-@pytest.mark.parametrize("address", ["fed.example.org", ":8443", "a b:1", "host:0", "host:70000", "http://host:1", ""])
+WRONG_ADDRESSES = ["fed.example.org", ":8443", "a b:1", "host:0", "host:70000", "http://host:1", ""]
+WRONG_ADDRESSES += [
+    "host:\u0668\u0664\u0664\u0663",
+    "a..b:1",
+    "a-.b:1",
+    "1.2.3:1",
+    "300.1.1.1:1",
+    "[::1::]:1",
+    "[1.2]:1",
+]
+WRONG_ADDRESSES += ["host:1\n", f"{'a' * 64}:1", f"{'a.' * 127}a:1", "host;:1"]
+
+
+@pytest.mark.parametrize("address", WRONG_ADDRESSES)
 def test_a_wrong_address_is_refused_before_anything_is_written(tmp_path, address):
     with pytest.raises(ConfigError, match="host:port"):
         init(tmp_path / "fed", ASKED.model_copy(update={"address": address}), ["bank"])
     assert not (tmp_path / "fed").exists()
+
+
+def test_a_wrong_address_of_the_superlink_is_refused_too(tmp_path):
+    with pytest.raises(ConfigError, match="--listen"):
+        init(tmp_path / "fed", ASKED.model_copy(update={"listen": "a..b:1"}), ["bank"])
+    assert not (tmp_path / "fed").exists()
+
+
+@pytest.mark.parametrize("address", ["fed.example.org:9443", "10.0.0.1:1", "[2001:db8::1]:65535", "a-b.c:80"])
+def test_a_right_address_is_taken(address):
+    assert endpoint(address, "--address")[1] > 0
+
+
+QUOTED = [
+    'x"\nstate = "/elsewhere',
+    "C:\\new\\table",
+    "a'b",
+    '"""',
+    "tab\t and \x7f",
+    "Größe %{name} $HOME",
+    "\U0001f600",
+]
+
+
+@pytest.mark.parametrize("value", QUOTED)
+def test_a_value_stands_in_toml_as_it_was_given(tmp_path, value):
+    init(tmp_path / "fed", ASKED.model_copy(update={"model": value, "data": f"{value}/{{site}}"}), ["lab"])
+    tree = tomllib.loads((tmp_path / "fed" / "sites" / "lab" / "SITE.toml").read_text())
+    assert (tree["name"], tree["model"], tree["data"]) == ("lab", value, f"{value}/lab")
+    assert (tree["state"], tree["policy"]) == ("./state", {"scrub_errors": True})
+    run = tomllib.loads((tmp_path / "fed" / "server" / "run.toml").read_text())
+    assert run["model"] == {"path": value} and set(run) == {"model", "federation", "training", "method", "flower"}
+
+
+HARMFUL = [
+    "/etc/x\nExecStartPre=/bin/sh",
+    "/etc/a b",
+    '/etc/"x"',
+    "/etc/a;b",
+    "/etc/100%",
+    "/etc/$x",
+    "/etc/{x}",
+    "/e\\n",
+]
+
+
+@pytest.mark.parametrize("kept", [*HARMFUL, "etc/fedloom", "~/fed", "./fed", "C:\\fed"])
+def test_a_folder_that_a_unit_could_misread_is_refused_before_anything_is_written(tmp_path, made, kept):
+    with pytest.raises(ConfigError, match="--site-folder"):
+        init(tmp_path / "other", ASKED.model_copy(update={"site_folder": kept}), ["lab"])
+    assert not (tmp_path / "other").exists()
+    (made / "federation.toml").write_text(tomli_w.dumps({**recorded(made).model_dump(), "site_folder": kept}))
+    with pytest.raises(ConfigError, match="--site-folder"):
+        add(made, "depot")
+    assert not (made / "sites" / "depot").exists() and not (made / "server" / "nodes" / "depot.pub").exists()
+
+
+@pytest.mark.parametrize("name", ["my fed", 'a"b', "a;b", "100%", "x\nUser=root"])
+def test_a_folder_to_make_that_a_proxy_rule_could_misread_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="DIR"):
+        init(tmp_path / name, ASKED, ["lab"])
+    assert not (tmp_path / name).exists()
+
+
+def test_a_site_folder_goes_into_the_units_as_it_is(tmp_path):
+    init(tmp_path / "fed", ASKED.model_copy(update={"site_folder": "/srv/fed@{site}/é-1"}), ["lab"])
+    unit = (tmp_path / "fed" / "sites" / "lab" / "fedloom-worker.service").read_text()
+    assert "/fedloom worker /srv/fed@lab/é-1/SITE.toml\n" in unit
+
+
+def test_text_that_no_file_can_hold_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--model"):
+        init(tmp_path / "fed", ASKED.model_copy(update={"model": "/\udcff"}), ["lab"])
+    assert not (tmp_path / "fed").exists()
+
+
+def test_what_the_scripts_start_writes_for_its_owner_alone(made, tmp_path):
+    """The SuperLink's database holds every update; what an earlier version left readable is closed as well."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("flower-superlink", "flower-supernode"):
+        (programs / name).write_text("#!/bin/sh\n: > $WRITES\n")
+        (programs / name).chmod(0o755)
+    state, node = made / "server" / "state", made / "sites" / "lab" / "flwr"
+    state.mkdir()
+    (state / "superlink.db").write_bytes(b"FLOM")
+    (state / "superlink.db").chmod(0o644)
+    for script, writes in (
+        (made / "server" / "superlink.sh", state / "new"),
+        (node.parent / "supernode.sh", node / "new"),
+    ):
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "WRITES": str(writes)}
+        subprocess.run([script], env=environment, check=True, umask=0o022)
+    for path in (state, state / "superlink.db", state / "new", node, node / "new"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    for unit in made.rglob("*.service"):
+        assert "\nUMask=0077\n" in unit.read_text()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_no_key_is_committed_by_accident(made):
+    for folder in (made.parent, made / "server", made / "sites" / "lab"):
+        subprocess.run(["git", "init", "--quiet", folder], check=True)
+        command = ["git", "-C", folder, "status", "--porcelain", "--untracked-files=all", "--", "."]
+        assert subprocess.run(command, check=True, capture_output=True).stdout == b""
+        shutil.rmtree(folder / ".git")
 
 
 @pytest.mark.parametrize("sites", [[], ["bank", "bank"], ["../bank"], ['a"b'], [""]])

@@ -5,13 +5,16 @@ DIR/
   ca/               the federation's own CA; keep it away from the server, on a machine that is off the network
   server/           for the server: certificate, SuperLink, proxy rules, systemd unit, the sites' public keys, run.toml
   sites/NAME/       for one site: CA certificate, node key, SuperNode, worker, SITE.toml, systemd units
+  .gitignore        so that no key is committed by accident; server/ and sites/NAME/ have one as well
 
 Private keys have mode 0600. Nothing that exists is written over; `renew` keeps the certificate before as *.old.
+Values are quoted where a file is TOML. Where it is not, in systemd units, scripts and proxy rules, only paths and
+addresses that need no quotes are taken.
 """
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import os
 import re
 import sys
@@ -20,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import TypeAlias
 
 import tomli_w
 from pydantic import ValidationError
@@ -55,6 +59,13 @@ _SITE_FILES = {
     "fedloom-supernode.service": 0o644,
 }
 RECORD = "federation.toml"
+_PATH = r"/[\w./~+@-]*"
+"""Absolute paths that mean the same in a systemd unit, in nginx.conf, in a Caddyfile and in a shell script: no spaces,
+quotes, braces, semicolons, $, %, # or backslashes."""
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+"""One part of a host name (RFC 1123)."""
+_ENDPOINT = rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*)):([0-9]{{1,5}})"
+Value: TypeAlias = str | int | list[str]
 
 
 class Federation(Section):
@@ -85,11 +96,16 @@ class _Text(Template):
 def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Path]:
     """Write all of it; returns the folders to hand out: ca, server and those of the sites.
 
-    Raises ConfigError for a wrong address or name, or where the folder holds anything already.
+    Raises ConfigError for a wrong address, path or name, or where the folder holds anything already.
     """
     host, _ = endpoint(federation.address, "--address")
     listen_host, _ = endpoint(federation.listen, "--listen")
     _check_names(sites)
+    _check_texts(federation)
+    server = folder / "server"
+    values = _server_values(federation, server, sites)
+    for name in sites:
+        _site_folder(folder, federation, name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already; nothing is written over. For a further site: federation add")
     ca_key, server_key = new_key(), new_key()
@@ -98,11 +114,11 @@ def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Pat
     _write(folder / RECORD, tomli_w.dumps(federation.model_dump()))
     _write(folder / "ca" / "ca.pem", pem(ca))
     _write(folder / "ca" / "ca.key", pem_key(ca_key), 0o600)
-    server = folder / "server"
+    _write(folder / ".gitignore", "*\n")
+    _write(server / ".gitignore", "*\n")
     _write(server / "ca.pem", pem(ca))
     _write(server / "server.pem", pem(new_server(server_key, hosts, ca, ca_key, federation.days)))
     _write(server / "server.key", pem_key(server_key), 0o600)
-    values = _server_values(federation, server, sites)
     for name, mode in _SERVER_FILES.items():
         _write(server / name, _text(name, values), mode)
     _write(server / "flwr" / "config.toml", _text("config.toml", values))
@@ -119,6 +135,9 @@ def add(folder: Path, site: str, public_key: Path | None = None) -> Path:
     """
     federation = recorded(folder)
     _check_names([site])
+    _check_texts(federation)
+    endpoint(federation.address, f"address in {folder / RECORD}:")
+    _site_folder(folder, federation, site)
     existing = sorted((folder / "server" / "nodes").glob("*.pub"))
     if public_key is not None:
         read_public_key(public_key)
@@ -154,10 +173,22 @@ def renew(folder: Path, days: int) -> Path:
 
 def endpoint(text: str, option: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[IPv6]:port". Raises ConfigError, which names the option, for anything else."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)):(\d{1,5})", text)
-    if not match or not 0 < int(match[3]) < 65536:
-        raise ConfigError(f"{option} {text}: expected host:port, such as fed.example.org:9443")
+    match = re.fullmatch(_ENDPOINT, text)
+    if not match or not 0 < int(match[3]) < 65536 or not _is_host(match[1], match[2]):
+        raise ConfigError(f"{option} {text!r}: expected host:port, such as fed.example.org:9443")
     return match[1] or match[2], int(match[3])
+
+
+def _is_host(address: str | None, name: str | None) -> bool:
+    """Whether this is an IPv6 address, or else a name or an IPv4 address."""
+    try:
+        if address is not None:
+            return bool(ipaddress.IPv6Address(address))
+        if name is not None and re.fullmatch(r"[0-9.]+", name):
+            return bool(ipaddress.IPv4Address(name))
+    except ValueError:
+        return False
+    return name is not None and len(name) <= 253
 
 
 def _check_names(sites: Sequence[str]) -> None:
@@ -166,6 +197,39 @@ def _check_names(sites: Sequence[str]) -> None:
             raise ConfigError(f"site {name!r}: expected up to 64 letters, digits, dots, dashes or underscores")
     if len(set(sites)) != len(sites) or not sites:
         raise ConfigError(f"sites {', '.join(sites) or 'none'}: expected one or more different names (--site NAME)")
+
+
+def _check_texts(federation: Federation) -> None:
+    """Raises ConfigError for a value that no file can hold, whatever quotes are around it."""
+    for field, option in (("model", "--model"), ("data", "--data"), ("site_folder", "--site-folder")):
+        text = getattr(federation, field)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{option} {text!r}: expected text that UTF-8 can hold") from None
+
+
+def _unquoted(path: Path | str, option: str, advice: str) -> str:
+    """The path. Raises ConfigError, which names the option, where it would need quotes in a unit or a proxy rule."""
+    text = str(path)
+    if not re.fullmatch(_PATH, text):
+        allowed = "an absolute path of letters, digits and . _ / ~ + @ -"
+        raise ConfigError(f"{option} {text!r}: systemd units and proxy rules need {allowed}; {advice}")
+    return text
+
+
+def _site_folder(folder: Path, federation: Federation, name: str) -> str:
+    """Where the site will keep its files. Raises ConfigError where no systemd unit can name that."""
+    if federation.site_folder:
+        kept = federation.site_folder.replace("{site}", name)
+        return _unquoted(kept, "--site-folder", "choose another folder at the site")
+    made = (folder / "sites" / name).absolute()
+    return _unquoted(made, "DIR", "choose another DIR, or say with --site-folder where the site will keep its files")
+
+
+def _programs() -> str:
+    """The folder of the programs of this Python's environment."""
+    return _unquoted(Path(sys.executable).parent, "the folder of this Python,", "install fedloom in another one")
 
 
 def _write_site(folder: Path, federation: Federation, name: str, number: int, public_key: Path | None = None) -> Path:
@@ -179,42 +243,51 @@ def _write_site(folder: Path, federation: Federation, name: str, number: int, pu
     _write(folder / "server" / "nodes" / f"{name}.pub", public)
     _write(site / "ca.pem", (folder / "ca" / "ca.pem").read_bytes())
     _write(site / RECORD, tomli_w.dumps(federation.model_copy(update={"data": "", "site_folder": ""}).model_dump()))
-    kept = federation.site_folder.replace("{site}", name) or str(site.absolute())
-    values = {
+    _write(site / ".gitignore", "*\n")
+    values: dict[str, Value] = {
         "name": name,
         "address": federation.address,
         "model": federation.model,
         "data": federation.data.replace("{site}", name),
-        "folder": kept,
-        "node_port": str(FIRST_NODE_PORT + number),
-        "bin": str(Path(sys.executable).parent),
+        "folder": _site_folder(folder, federation, name),
+        "node_port": FIRST_NODE_PORT + number,
+        "bin": _programs(),
     }
     for file, mode in _SITE_FILES.items():
         _write(site / file, _text(file, values), mode)
     return site
 
 
-def _server_values(federation: Federation, server: Path, sites: Sequence[str]) -> dict[str, str]:
+def _server_values(federation: Federation, server: Path, sites: Sequence[str]) -> dict[str, Value]:
     host, port = endpoint(federation.address, "--address")
     listen_host, listen_port = endpoint(federation.listen, "--listen")
     return {
         "address": federation.address,
         "host": host,
-        "port": str(port),
+        "port": port,
         "listen": federation.listen,
         "listen_host": listen_host,
-        "listen_port": str(listen_port),
-        "folder": str(server.absolute()),
-        "bin": str(Path(sys.executable).parent),
+        "listen_port": listen_port,
+        "folder": _unquoted(server.absolute(), "DIR", "choose another DIR; the folder may be moved afterwards"),
+        "authority": str(server.absolute() / "ca.pem"),
+        "bin": _programs(),
         "model": federation.model,
-        "participants": ", ".join(json.dumps(name) for name in sites),
-        "quorum": str(max(1, len(sites) - 1)),
+        "participants": list(sites),
+        "quorum": max(1, len(sites) - 1),
     }
 
 
-def _text(name: str, values: Mapping[str, str]) -> str:
+def _text(name: str, values: Mapping[str, Value]) -> str:
+    """A file as its template has it; in TOML every value stands with its quotes."""
     template = resources.files("fedloom.deploy") / "templates" / name
-    return _Text(template.read_text(encoding="utf-8")).substitute(values)
+    written = _toml if name.endswith(".toml") else str
+    return _Text(template.read_text(encoding="utf-8")).substitute({key: written(v) for key, v in values.items()})
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"_": value}).removeprefix("_ = ").removesuffix("\n")
 
 
 def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:

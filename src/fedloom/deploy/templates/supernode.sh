@@ -4,6 +4,7 @@ set -eu
 cd "$(dirname "$0")"
 export FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+umask 077
 mkdir -p flwr
 exec flower-supernode \
     --superlink %{address} \
