@@ -4,6 +4,7 @@ How the parts meet:
 
     SITE.toml ─site.config.load→ SiteConfig          name, model, data, socket, state folder, [policy]
     worker.serve(site)                               one long-lived process; requests come in over a unix socket
+      door.Door     → callers that have shown the token, one after another
       job arrives   → trail = audit.AuditTrail(site.state / "audit")      one record a site, for all its jobs
                       policy.check_job(site.policy, method, modules, examples, trail.spent(job, round))
       training      → rounds.client_turn(…, policy.guarded(site.policy, train, method.trainable), round)

@@ -52,11 +52,13 @@ def serve(site: SiteConfig) -> None:
         signal.signal(signal.SIGTERM, _stop)
         path = Path(site.socket)
         with _listening(path, site.socket_group) as listener:
+            door = Door(listener, token)
             try:
-                _loop(Door(listener, token), Desk(site), 60 * site.idle_minutes)
+                _loop(door, Desk(site), 60 * site.idle_minutes)
             except _Stop:
                 log.info("the worker ends")
             finally:
+                door.close()
                 path.unlink(missing_ok=True)
 
 
