@@ -286,6 +286,7 @@ def test_what_the_scripts_start_writes_for_its_owner_alone(made, tmp_path):
         subprocess.run([script], env=environment, check=True, umask=0o022)
     for path in (state, state / "superlink.db", state / "new", node, node / "new"):
         assert path.stat().st_mode & 0o077 == 0, path
+    assert by_name(examined(made / "server", online=False))["state"].outcome == "ok"
     for unit in made.rglob("*.service"):
         assert "\nUMask=0077\n" in unit.read_text()
 
@@ -410,9 +411,15 @@ def moved(folder):
     path.write_text(path.read_text().replace(str(folder), "/elsewhere"))
 
 
+def readable_updates(folder):
+    (folder / "server" / "state").mkdir()
+    (folder / "server" / "state").chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("harm", "what"),
     [
+        (readable_updates, "state"),
         (expired, "server.pem"),
         (for_another_host, "SANs"),
         (with_another_key, "server.key"),

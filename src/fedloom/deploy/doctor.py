@@ -75,6 +75,8 @@ def server(folder: Path, online: bool) -> list[Check]:
     else:
         found.append(fail("sites", "no public key in nodes/", "fedloom federation add DIR NAME"))
     found.append(tried("flwr", "put its absolute path into flwr/config.toml", lambda: connection(folder)))
+    if (folder / "state").exists():
+        found.append(tried("state", "run the doctor as the SuperLink's user", lambda: database(folder / "state")))
     if (folder.parent / "ca" / "ca.key").exists():
         found.append(warn("ca.key", "lies beside the server's folder", "keep it on a machine that is off the network"))
     if (folder / "run.toml").is_file():
@@ -142,6 +144,14 @@ def connection(folder: Path) -> Check:
     if not named.is_file():
         return fail("flwr", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
     return ok("flwr", f"flwr/config.toml names {named}")
+
+
+def database(state: Path) -> Check:
+    """Whether the SuperLink's user alone may enter the folder of its database, which every update passes through."""
+    mode = state.stat().st_mode & 0o777
+    if mode & 0o077:
+        return fail("state", f"mode {mode:04o}: others may read every update", f"chmod -R go-rwx {state}")
+    return ok("state", f"mode {mode:04o}")
 
 
 def table(checks: list[Check]) -> Table:
