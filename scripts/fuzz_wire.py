@@ -5,7 +5,7 @@
 Payloads are mutated in fifteen ways (`wire_mutations.py`), always under a right checksum, and read under the default
 limits or under small ones. Every input must be refused with a WireError, or be a message that can be described and
 encoded again to the same message and the same bytes, within a second of CPU time. The whole process runs under a limit
-of memory. One input in 16 runs under a line tracer; an input that reaches a line of fedloom.wire for the first time, or
+of memory. One input in 64 runs under a line tracer; an input that reaches a line of fedloom.wire for the first time, or
 is judged along a new path, joins the corpus. Prints one line of JSON; ends with an error at the first input that fails.
 """
 
@@ -28,6 +28,7 @@ import fedloom.wire
 from fedloom.errors import WireError
 from fedloom.tensors import Dense, count, to_dense
 from fedloom.wire import DEFAULT, Header, Limits, Message, decode, describe, encode, quantize, read_header
+from fedloom.wire.streams import CHUNK
 from wire_mutations import KINDS, OF_BYTES, Parent, opened
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "wire-v2"
@@ -35,18 +36,17 @@ SMALL = Limits(max_payload=2**18, max_values=2**16, max_tensors=64, max_bytes=2*
 MOST_SECONDS = 1.0
 """CPU time of one input: reading, and for what is read describing, encoding and reading again."""
 WIRE = str(Path(fedloom.wire.__file__).parent)
-TRACE_EVERY = 16
+TRACE_EVERY = 64
 Pools = tuple[list[Parent], list[Parent], list[Parent]]
 """The corpus: what was accepted, what could be opened, and what could not."""
 DENSE_UP_TO = 2**20  # elements of a tensor that is made dense, which is the receiver's decision and cost
 
 
 def corpus() -> list[Parent]:
-    """The golden payloads, and streams that end a byte beyond a chunk."""
+    """The golden payloads, and one whose stream ends a byte beyond a chunk."""
     payloads = [bytes.fromhex(path.read_text()) for path in sorted(GOLDEN.glob("*.hex"))]
-    for kind in ("bf16", "int8", "int4"):
-        entry = Dense((2**17 + 1,), quantize(torch.zeros(2**17 + 1), kind, 0))
-        payloads.append(encode(Message(Header("state", "fedit", 1, 0, ""), {"m/A": entry})))
+    beyond = Dense((CHUNK + 1,), quantize(torch.zeros(CHUNK + 1), "int8", 0))
+    payloads.append(encode(Message(Header("state", "fedit", 1, 0, ""), {"m/A": beyond})))
     return [opened(payload) for payload in payloads]
 
 
@@ -66,7 +66,7 @@ def judge(payload: bytes, limits: Limits) -> tuple[str, ...]:
     except WireError as error:
         places, trace = [], error.__traceback__
         while trace:
-            places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+            places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
             trace = trace.tb_next
         return ("refused", *places[1:])
     assert read_header(payload, limits) == message.header
