@@ -119,7 +119,7 @@ def fuzz(number_of: int, seed: int) -> dict[str, object]:
     accepted: Counter[str] = Counter()
     paths: set[tuple[str, ...]] = set()
     lines: set[tuple[str, int]] = set()
-    slowest, begun = 0.0, time.perf_counter()
+    slowest, begun, worked = 0.0, time.perf_counter(), time.process_time()
     for number in range(number_of):
         kind, payload = mutate(pools, rng)
         limits = rng.choice((DEFAULT, SMALL))
@@ -151,6 +151,7 @@ def fuzz(number_of: int, seed: int) -> dict[str, object]:
         "corpus": sum(map(len, pools)),
         "slowest_s": round(slowest, 3),
         "seconds": round(time.perf_counter() - begun, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
     }
 
 
@@ -169,7 +170,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (arguments.memory * 2**20, arguments.memory * 2**20))
     before = peak_mib()
     result = fuzz(arguments.count, arguments.seed)
-    print(json.dumps({**result, "memory_mib": arguments.memory, "peak_growth_mib": round(peak_mib() - before, 1)}))
+    peak = peak_mib()
+    memory = {"allowed_mib": arguments.memory, "peak_mib": round(peak), "growth_mib": round(peak - before, 1)}
+    print(json.dumps({**result, **memory}))
 
 
 if __name__ == "__main__":
