@@ -39,6 +39,8 @@ def seeded_mask(numel: int, density: float, seed: int) -> Tensor:
 def seeded_count(numel: int, density: float, seed: int) -> int:
     """How many elements `seeded_mask` keeps, without holding the mask."""
     limit = threshold(density)
+    if limit in (0, STEPS):
+        return numel if limit else 0
     return sum(int(np.count_nonzero(numbers < limit)) for _, numbers in _numbers(numel, seed))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire_forge import (
@@ -21,8 +22,11 @@ from wire_forge import (
     cells,
     forged,
     item,
+    scale,
     sealed,
+    skippable,
     start,
+    with_dictionary,
     with_index,
     words,
 )
@@ -38,6 +42,7 @@ HERE = Path(__file__).parent
 GOLDEN = {path.stem: bytes.fromhex(path.read_text()) for path in (HERE.parent / "golden" / "wire-v2").glob("*.hex")}
 PLAIN = GOLDEN["fp32-dense"]
 GAPS = FIRST_GAPS
+SKIPPABLE = skippable(4)
 SMALL = Limits(max_payload=2**20, max_values=2**16, max_tensors=64, max_bytes=2**19, max_index=2**16)
 
 
@@ -97,10 +102,10 @@ ATTACKS = {
     "2^31 elements": (forged([item(shape=(2**16, 2**15), count=0)]), "fewer than"),
     "absurd sizes around a 0": (forged([item(shape=(2**31 - 1,) * 7 + (0,), count=0)]), "fewer than"),
     "more elements than allowed": (forged([item(shape=(2**17,))]), "at most 65,536"),
-    "more bytes than allowed": (forged([sparse_item((2**16, 1), shape=(2**16,))]), "decode to 786,432"),
+    "more bytes than allowed": (forged([sparse_item((2**16, 1), shape=(2**16,))]), "786,432 bytes when decoded"),
     "more lines in classes than allowed": (
         forged([sparse_item((1, 1), (0, 0), shape=(2**16, 1), rows=2)], [(CLASSES, 2**16, bomb(2**16))]),
-        "decode to 524,300 bytes",
+        "524,300 bytes when decoded",
     ),
     "blocks of 0 values": (forged([item(coding=INT8, block=0)]), "blocks of 0"),
     "blocks too large": (forged([item(coding=INT8, block=65537)]), "more than the 65,536"),
@@ -164,6 +169,10 @@ ATTACKS = {
         forged([item(coding=INT4, block=4)], [(17, 2, b"\x11\x01"), *[(22 + p, 1, b"\x00") for p in range(4)]]),
         "outside -7 to 7",
     ),
+    "an odd 4-bit code with something beside it": (
+        forged([item(coding=INT4, shape=(3,), count=3, block=4)], [(17, 2, b"\x11\x11"), *scale(22)]),
+        "outside -7 to 7",
+    ),
     "bits behind the last sign": (
         forged([item(coding=SIGN, block=4)], [(26, 1, b"\x1f"), *[(27 + p, 1, b"\x00") for p in range(4)]]),
         "follow the last sign",
@@ -173,6 +182,10 @@ ATTACKS = {
             [item(coding=INT8, block=4)],
             [(16, 4, bytes(4)), (18, 1, b"\xff"), *[(19 + p, 1, b"\x00") for p in range(3)]],
         ),
+        "a scale is",
+    ),
+    "a scale of minus zero": (
+        forged([item(coding=INT8, block=4)], [(16, 4, bytes(4)), *scale(18, 0x80000000)]),
         "a scale is",
     ),
     "values that are not there": (forged([item()]), "4 are needed"),
@@ -204,6 +217,30 @@ ATTACKS = {
     "a frame with a tail": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000) + b"tail"), *words(6000)[1:]]),
         "no valid Zstandard",
+    ),
+    "a frame longer than its content": (
+        forged([item(shape=(8,), count=8)], [(8, 8, bomb(8)), *words(8)[1:]]),
+        "cannot stand for 8",
+    ),
+    "two frames": (
+        forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(3000) * 2), *words(6000)[1:]]),
+        "does not announce",
+    ),
+    "a skippable frame before the frame": (
+        forged([item(shape=(6000,), count=6000)], [(8, 6000, SKIPPABLE + bomb(6000)), *words(6000)[1:]]),
+        "does not announce",
+    ),
+    "a skippable frame of the right size": (
+        forged([item(shape=(6000,), count=6000)], [(8, 6000, skippable(6000)[:5999]), *words(6000)[1:]]),
+        "no valid Zstandard|6,000",
+    ),
+    "a frame that needs a dictionary": (
+        forged([item(shape=(6000,), count=6000)], [(8, 6000, with_dictionary(6000)), *words(6000)[1:]]),
+        "no valid Zstandard",
+    ),
+    "a frame that does not say its size": (
+        forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000, sized=False)), *words(6000)[1:]]),
+        "does not announce",
     ),
     "a frame cut short": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000)[:-1]), *words(6000)[1:]]),
@@ -295,3 +332,42 @@ def test_changed_bytes_under_a_right_checksum(name, data):
 @given(st.binary(max_size=200))
 def test_any_index(index):
     judged(with_index(index))
+
+
+def spent(*arguments):
+    raise AssertionError("the reader began before it had looked at what is allowed")
+
+
+def test_a_mask_is_drawn_only_for_a_payload_that_is_worth_it(monkeypatch):
+    """2^30 − 1 elements under a mask took 1.4 s for 107 bytes."""
+    monkeypatch.setattr("fedloom.wire.checks.seeded_count", spent)
+    payload = forged([item(SEEDED, (2**30 - 1,), count=4, seed=5, threshold=65535)], words(4))
+    with pytest.raises(WireError, match="1,073,741,823 elements under seeded masks: at most"):
+        decode(payload)
+
+
+def test_no_number_is_drawn_for_a_mask_of_nothing(monkeypatch):
+    monkeypatch.setattr("fedloom.masks._numbers", spent)
+    for threshold, kept in ((0, 0), (65536, 3)):
+        shape = (3,) if kept else (2**30,)
+        payload = forged([item(SEEDED, shape, count=kept, threshold=threshold)], words(kept) if kept else [])
+        assert decode(payload).entries["m/A"].values.numel() == kept
+
+
+def test_a_small_payload_may_not_hold_many_tensors():
+    index = write_index([item(shape=(0,), name=f"{number:05d}/A", count=0) for number in range(9000)], [])
+    packed = bomb_of(index)
+    assert len(packed) < 1000
+    with pytest.raises(WireError, match="the number of tensors is 9,000, more than the 8,192"):
+        decode(with_index(index, packed=packed))
+    assert len(decode(with_index(index)).entries) == 9000
+
+
+def test_a_small_payload_may_not_hold_a_large_index(monkeypatch):
+    monkeypatch.setattr("fedloom.wire.codec.unpack", spent)
+    with pytest.raises(WireError, match="the size of the index is 1,048,576, more than the 524,288"):
+        decode(with_index(b"", claimed=2**20, packed=bomb(2**20)))
+
+
+def bomb_of(content):
+    return zstandard.ZstdCompressor(level=19).compress(content)

@@ -63,6 +63,28 @@ def words(count: int) -> list[tuple[int, int, bytes]]:
     return [(8 + plane, count, bytes(count)) for plane in range(4)]
 
 
-def bomb(size: int) -> bytes:
-    """A small frame that says, and unpacks to, `size` zeros."""
-    return zstandard.ZstdCompressor(level=19).compress(bytes(size))
+def scale(role: int, word: int = 0) -> list[tuple[int, int, bytes]]:
+    """The four planes of one float32 scale of these bits."""
+    rotated = (word << 1 | word >> 31) & 0xFFFFFFFF
+    return [(role + plane, 1, bytes([rotated >> 24 - 8 * plane & 0xFF])) for plane in range(4)]
+
+
+def bomb(size: int, *, sized: bool = True) -> bytes:
+    """A small frame that says (if `sized`), and unpacks to, `size` zeros."""
+    return zstandard.ZstdCompressor(level=19, write_content_size=sized).compress(bytes(size))
+
+
+def skippable(size: int) -> bytes:
+    """A frame that readers of Zstandard skip."""
+    return (0x184D2A50).to_bytes(4, "little") + size.to_bytes(4, "little") + bytes(size)
+
+
+def with_dictionary(size: int) -> bytes:
+    """A frame of `size` zeros that names a dictionary, number 7."""
+    frame = bytearray(bomb(size))
+    assert not frame[4] & 0b11
+    frame[4] |= 0b01
+    single_segment = frame[4] & 0b00100000
+    at = 5 if single_segment else 6
+    frame[at:at] = b"\x07"
+    return bytes(frame)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedloom.errors import ConfigError
 from fedloom.lora import derived_seed
 from fedloom.tensors import Entry, Sparse, Values, to_dense
-from fedloom.wire.codec import encode
+from fedloom.wire.codec import encode, packed_size
 from fedloom.wire.message import Header, Message
 from fedloom.wire.quantize import quantize
 
@@ -106,7 +106,7 @@ def fit(
     plain = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in sorted(tensors.items())}
     given = plain if scores is None else {name: scores[name].detach().to("cpu", torch.float32) for name in plain}
     changes = Changes(plain, {name: score.abs() for name, score in given.items()})
-    least = len(encode(Message(header, changes.select(math.inf, kinds[0], seed))))
+    least = packed_size(Message(header, changes.select(math.inf, kinds[0], seed)))
     if least > budget:
         raise ConfigError(f"wire.budget is {budget} bytes, but an update without a single value takes {least}")
     histogram = _Histogram(changes.scores)
@@ -154,20 +154,33 @@ def _settled(
     changes: Changes, histogram: _Histogram, kind: str, header: Header, budget: int, least: int, seed: int
 ) -> tuple[float, Mapping[str, Sparse], int]:
     """(threshold, entries, bytes): the largest update of this kind that some guesses of what a value costs led to."""
-    best: tuple[float, Mapping[str, Sparse], int] = (math.inf, changes.select(math.inf, kind, seed), least)
+    best: tuple[float, Mapping[str, Sparse], int] | None = None
     bits = VALUE_BITS[kind]
     for _ in range(_TRIES):
         threshold = histogram.threshold(budget - least, bits)
         entries = changes.select(threshold, kind, seed)
         size = len(encode(Message(header, entries)))
-        if size <= budget and threshold < best[0]:
+        if size <= budget and (best is None or threshold < best[0]):
             best = (threshold, entries, size)
         # The next guess is what a value really cost, and a little more where that was too much.
         cost = (8 * (size - least) - histogram.position_bits(threshold)) / max(_sent(entries), 1)
         if size <= budget and (size > 0.995 * budget or abs(cost - bits) < 0.01):
             break
         bits = max(cost, 0.1) * (1.0 if size <= budget else 1.004)
-    return best
+    return best or _nothing(changes, kind, header, budget, seed)
+
+
+def _nothing(
+    changes: Changes, kind: str, header: Header, budget: int, seed: int
+) -> tuple[float, Mapping[str, Sparse], int]:
+    """(threshold, entries, bytes) of an update without values. Raises ConfigError where it does not fit."""
+    entries = changes.select(math.inf, kind, seed)
+    size = len(encode(Message(header, entries)))
+    if size > budget:  # so many tensors need a payload of some size before a reader takes them
+        raise ConfigError(
+            f"wire.budget is {budget} bytes, but {len(entries):,} tensors of which little or nothing is sent take {size}"
+        )
+    return math.inf, entries, size
 
 
 def _sent(entries: Mapping[str, Sparse]) -> int:

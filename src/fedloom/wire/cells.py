@@ -22,6 +22,7 @@ MOST_CLASSES = 8
 _CELL_BITS = 24  # about what one more cell costs in the index
 _CLASS_BITS = 64  # about what the table of one more list of classes costs
 _FEW = 32  # so few positions cannot pay for classes
+_LINES, _LINES_EACH = 2**16, 64  # more lines, all but a few of them empty, would cost more time than what is sent
 _STEP = 65536  # positions handled at a time
 _EVEN = 1.5  # variance of the counts of lines, over that of evenly scattered positions, that may still be chance
 
@@ -138,7 +139,7 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints
     """
     whole_rows, whole_columns = Lines(shape[0], None), Lines(shape[1], None)
     flat = Grid(whole_rows, whole_columns)
-    if positions.size < _FEW or min(shape) < 2:
+    if positions.size < _FEW or min(shape) < 2 or max(shape) > _LINES + _LINES_EACH * positions.size:
         return flat, positions, positions
     rows, columns = divide(positions, shape[1])
     by_row = density_classes(np.bincount(rows, minlength=shape[0]), shape[1])

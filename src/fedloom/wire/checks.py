@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError, WireError
-from fedloom.masks import threshold
+from fedloom.masks import seeded_count, threshold
 from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.wire.index import MOST_DIMENSIONS, MOST_NAME, too_large
 from fedloom.wire.values import MOST_BLOCK, check_scales, coding_of
@@ -63,6 +64,8 @@ def _check_values(values: Values) -> None:
         raise WireError(f"it has {scales.numel()} scales: expected {blocks}, one for every {values.block} values")
     if coding.bits == 4 and codes.numel() and int(codes.abs().max()) > 7:
         raise WireError("a 4-bit code is outside -7 to 7")
+    if coding.bits == 1 and bool(((codes.numpy().view(np.uint8) + np.uint8(1)) & np.uint8(0xFD)).any()):
+        raise WireError("a 1-bit code is neither -1 nor 1")
     check_scales(scales.numpy())
 
 
@@ -88,6 +91,13 @@ def _check_seeded(entry: Entry) -> None:
     threshold(entry.density)
     if not 0 <= entry.seed < 2**64 or entry.values.numel() > count(entry.shape):
         raise WireError(f"it has {entry.values.numel()} values under seed {entry.seed}: expected a seed below 2^64")
+
+
+def check_mask(name: str, numel: int, density: float, seed: int, kept: int) -> None:
+    """Raises WireError unless the mask of `seed` keeps so many of the tensor's elements; draws a number for each."""
+    expected = seeded_count(numel, density, seed)
+    if kept != expected:
+        raise WireError(f"tensor {name!r} has {kept:,} values, and its mask keeps {expected:,}")
 
 
 _FORMS = {Dense: _check_dense, Sparse: _check_sparse, Seeded: _check_seeded}

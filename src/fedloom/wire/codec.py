@@ -13,15 +13,16 @@ from functools import partial
 import xxhash
 
 from fedloom.errors import WireError
-from fedloom.masks import STEPS, seeded_count
-from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values
-from fedloom.wire.checks import check_entry, plain
+from fedloom.masks import STEPS
+from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values, count
+from fedloom.wire.checks import check_entry, check_mask, plain
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints
 from fedloom.wire.index import (
     DENSE,
     SEEDED,
     SPARSE,
+    Asked,
     Item,
     read_header_fields,
     read_index,
@@ -37,6 +38,7 @@ from fedloom.wire.values import CODINGS, coding_of, tensor_of
 MAGIC = b"FLOM"
 VERSION = 2
 CHECKSUM_BYTES = 8
+Sinks = dict[int, Sink]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,29 +53,71 @@ class Opened:
     index_bytes: int
 
 
-def encode(message: Message) -> bytes:
+@dataclass(frozen=True, eq=False, slots=True)
+class Unpacked:
+    """A message as items and streams, before anything is packed; work: about the bytes that packing will read."""
+
+    header: Header
+    items: list[Item]
+    sinks: Sinks
+    work: int
+
+    def payload(self, *, pack_streams: bool = True, pack_index: bool = True) -> tuple[bytes, int]:
+        """The payload, and the size of its unpacked index."""
+        streams, chunks = _pack_streams(self.sinks, self.work, pack_streams)
+        index = write_index(self.items, streams)
+        out = FieldWriter()
+        out.data += MAGIC
+        out.byte(VERSION)
+        write_header(out, self.header)
+        out.varint(len(index))
+        out.counted(bytes(pack(index, text=True) if pack_index else index))
+        return b"".join([out.data, *chunks, _checksum([out.data, *chunks])]), len(index)
+
+
+def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
     """The payload of a message: the same bytes for equal messages, whatever the order of entries or number of threads.
 
-    Raises WireError where header or entries cannot travel; the error names the entry.
+    A reader with these limits reads it. Raises WireError where header or entries cannot travel, or ask for more than
+    `limits`; the error names the entry that is wrong in itself.
     """
-    entries = {name: plain(message.entries[name]) for name in sorted(message.entries, key=str.encode)}
+    unpacked = _unpacked(message)
+    asked = Asked()
+    for item in unpacked.items:
+        asked.add(item)
+    refusal = asked.refusal(limits)
+    # A reader takes many tensors, and large masks, only from payloads of some size. What packs so well that it stays below
+    # that (tens of thousands of tensors that are empty, or all zero) travels with less of it packed.
+    for pack_streams, pack_index in () if refusal else ((True, True), (True, False), (False, False)):
+        payload, index_size = unpacked.payload(pack_streams=pack_streams, pack_index=pack_index)
+        refusal = asked.refusal(limits.of_payload(len(payload)), index_size)
+        if not refusal and len(payload) > limits.max_payload:
+            refusal = f"{len(payload):,} bytes of payload: at most {limits.max_payload:,} are allowed"
+        if not refusal:
+            return payload
+    raise WireError(
+        f"the message cannot be sent, a reader would refuse it: it has {refusal}. Send fewer modules or lower ranks, "
+        "sparse tensors instead of seeded masks, or give sender and reader larger Limits"
+    )
+
+
+def packed_size(message: Message) -> int:
+    """Bytes of the payload when all is packed, even where `encode` packs less for readers to accept it."""
+    return len(_unpacked(message).payload()[0])
+
+
+def _unpacked(message: Message) -> Unpacked:
+    """The message checked and as streams. Raises WireError that names the entry that cannot travel."""
+    names = sorted(message.entries, key=lambda name: name.encode(errors="surrogatepass"))
+    entries = {name: plain(message.entries[name]) for name in names}
     for name, entry in entries.items():
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
     (cells, position_sinks), value_sinks = side_by_side(
         partial(_put_positions, entries, work), partial(_put_values, entries), work
     )
-    streams, chunks = _pack_streams(position_sinks | value_sinks, work)
     items = [_item(name, entry, cells.get(name)) for name, entry in entries.items()]
-    index = write_index(items, streams)
-    packed = pack(index, text=True)
-    out = FieldWriter()
-    out.data += MAGIC
-    out.byte(VERSION)
-    write_header(out, message.header)
-    out.varint(len(index))
-    out.counted(bytes(packed))
-    return b"".join([out.data, *chunks, _checksum([out.data, *chunks])])
+    return Unpacked(message.header, items, position_sinks | value_sinks, work)
 
 
 def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
@@ -100,6 +144,7 @@ def read_header(payload: bytes, limits: Limits = DEFAULT) -> Header:
 def open_payload(payload: bytes, limits: Limits = DEFAULT) -> Opened:
     """The payload as far as it can be read without unpacking a stream. Raises WireError like `decode`."""
     header, fields = _start(payload, limits)
+    limits = limits.of_payload(len(payload))
     header_bytes = fields.at
     size = fields.varint("the size of the index", limits.max_index)
     packed = fields.take(fields.varint("the length of the index"), "the index")
@@ -140,10 +185,10 @@ def _checksum(pieces: Sequence[bytes | bytearray | memoryview]) -> bytes:
     return hasher.intdigest().to_bytes(CHECKSUM_BYTES, "little")
 
 
-Sinks = dict[int, Sink]
-
-
 def _put_positions(entries: dict[str, Entry], work: int) -> tuple[dict[str, Cells], Sinks]:
+    for name, entry in entries.items():
+        if isinstance(entry, Seeded):  # here and not among the checks: the values are put meanwhile, on another thread
+            check_mask(name, count(entry.shape), entry.density, entry.seed, entry.values.numel())
     sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
     halves = list(sparse.values())[: len(sparse) // 2], list(sparse.values())[len(sparse) // 2 :]
     sink, other = side_by_side(partial(_taken, halves[0]), partial(_taken, halves[1]), work)
@@ -168,12 +213,15 @@ def _put_values(entries: dict[str, Entry]) -> Sinks:
     return dict(sinks)
 
 
-def _pack_streams(sinks: Sinks, work: int) -> tuple[list[Stream], list[bytes | memoryview]]:
-    """The streams that hold anything, by increasing role, and all their chunks."""
+def _pack_streams(sinks: Sinks, work: int, smaller: bool) -> tuple[list[Stream], list[bytes | memoryview]]:
+    """The streams that hold anything, by increasing role, and all their chunks: packed, or as they are."""
     chunks = {role: sink.chunks() for role, sink in sorted(sinks.items()) if sink.size}
     raw = [chunk for of_stream in chunks.values() for chunk in of_stream]
     packed: list[bytes | memoryview] = [b""] * len(raw)
-    packed[0::2], packed[1::2] = side_by_side(partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work)
+    if smaller:
+        packed[0::2], packed[1::2] = side_by_side(partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work)
+    else:
+        packed[:] = raw
     streams, at = [], 0
     for role, of_stream in chunks.items():
         lengths = tuple(len(chunk) for chunk in packed[at : at + len(of_stream)])
@@ -200,8 +248,8 @@ def _take_positions(items: Sequence[Item], sources: Sources) -> dict[str, Ints]:
     positions = {item.name: source.take(item.shape, item.cells) for item in items if item.cells is not None}
     source.end()
     for item in items:
-        if item.form == SEEDED and seeded_count(item.numel, item.threshold / STEPS, item.seed) != item.count:
-            raise WireError(f"tensor {item.name!r} does not have the number of values that its mask keeps")
+        if item.form == SEEDED:
+            check_mask(item.name, item.numel, item.threshold / STEPS, item.seed, item.count)
     return positions
 
 

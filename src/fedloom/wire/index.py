@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom.errors import WireError
+from fedloom.masks import STEPS
 from fedloom.tensors import count
 from fedloom.wire.cells import MOST_CLASSES, matrix_shape
 from fedloom.wire.fields import FieldReader, FieldWriter, text
@@ -68,12 +69,50 @@ class Item:
         lines = rows * (self.cells.row_classes > 1) + columns * (self.cells.column_classes > 1)
         return values + 8 * self.count + 8 * lines
 
+    @property
+    def drawn(self) -> int:
+        """Numbers that are drawn to learn what the mask keeps; of all or nothing none are."""
+        return self.numel if self.form == SEEDED and 0 < self.threshold < STEPS else 0
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the tensors of a message ask of a reader, one after the other."""
+
+    tensors: int = 0
+    values: int = 0
+    size: int = 0
+    drawn: int = 0
+
+    def add(self, item: Item) -> None:
+        """Count one more."""
+        self.tensors += 1
+        self.values += item.numel
+        self.size += item.output_bytes
+        self.drawn += item.drawn
+
+    def refusal(self, limits: Limits, index: int = 0) -> str:
+        """What of all this, and of so many bytes of index, is more than `limits` allow; "" where nothing is."""
+        for asked, what, most in (
+            (self.tensors, "tensors", limits.max_tensors),
+            (self.values, "elements", limits.max_values),
+            (self.size, "bytes when decoded", limits.max_bytes),
+            (self.drawn, "elements under seeded masks", limits.max_drawn),
+            (index, "bytes of index", limits.max_index),
+        ):
+            if asked > most:
+                return f"{asked:,} {what}: at most {most:,} are allowed"
+        return ""
+
 
 def write_header(out: FieldWriter, header: Header) -> None:
     """Append the header."""
     if header.kind not in KINDS:
         raise WireError(f"a message of kind {header.kind!r} cannot be sent: expected one of {', '.join(KINDS)}")
-    method = header.method.encode()
+    try:
+        method = header.method.encode()
+    except UnicodeEncodeError as error:
+        raise WireError(f"the method's name {header.method!r} cannot be sent: {error}") from error
     if len(method) > MOST_METHOD:
         raise WireError(f"a method's name of {len(method)} bytes cannot be sent: expected at most {MOST_METHOD}")
     out.byte(KINDS.index(header.kind))
@@ -159,19 +198,15 @@ def read_index(raw: memoryview, limits: Limits) -> tuple[list[Item], list[Stream
     number = fields.varint("the number of tensors", limits.max_tensors)
     names = _read_names(fields, number)
     items: list[Item] = []
-    values = size = 0
+    asked = Asked()
     for name in names:
         try:
             item = _read_item(fields, name)
         except WireError as error:
             raise WireError(f"tensor {name!r}: {error}") from error
-        values += item.numel
-        size += item.output_bytes
-        if values > limits.max_values or size > limits.max_bytes:
-            raise WireError(
-                f"the tensors up to {name!r} have {values:,} elements and decode to {size:,} bytes: "
-                f"at most {limits.max_values:,} and {limits.max_bytes:,} are allowed"
-            )
+        asked.add(item)
+        if refusal := asked.refusal(limits):
+            raise WireError(f"the payload has, up to tensor {name!r}, {refusal}")
         items.append(item)
     streams = _read_streams(fields)
     fields.end()
@@ -208,7 +243,7 @@ def _read_item(fields: FieldReader, name: str) -> Item:
         raise WireError("blocks of 0 values")
     if form == SEEDED:
         seed = int.from_bytes(fields.take(8, "its seed"), "little")
-        threshold = fields.varint("its density", 65536)
+        threshold = fields.varint("its density", STEPS)
         kept = fields.varint("its number of values", numel)
         return Item(name, shape, form, coding, kept, block, None, seed, threshold)
     if form == SPARSE:
@@ -244,7 +279,8 @@ def _read_streams(fields: FieldReader) -> list[Stream]:
         if not size or chunks > fields.left:
             raise WireError(f"stream {role} of {size:,} bytes would have more chunks than the index has room for")
         lengths = tuple(fields.varint("a chunk's length", CHUNK) for _ in range(chunks))
-        if min(lengths) * MOST_EXPANSION < min(size, CHUNK):
-            raise WireError(f"a chunk of stream {role} is too short for what it should hold")
+        for number, length in enumerate(lengths):
+            if length * MOST_EXPANSION < min(CHUNK, size - number * CHUNK):  # the last chunk may hold a single byte
+                raise WireError(f"a chunk of stream {role} is too short for what it should hold")
         streams.append(Stream(role, size, lengths))
     return streams

@@ -1,8 +1,17 @@
-"""What a reader is willing to allocate for one payload."""
+"""What a reader is willing to spend on one payload."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+FREE_TENSORS, FREE_INDEX, FREE_DRAWN = 2**13, 2**19, 2**24
+"""Tensors, bytes of index and numbers drawn for masks that the smallest payload may ask for."""
+
+# Beyond these every tensor, byte of index and number needs bytes of payload, so that a few bytes never cost seconds:
+# each of the three rates comes to about 10 µs a byte.
+TENSOR_BYTES = 4
+INDEX_PER_BYTE = 8
+DRAWN_PER_BYTE = 2**13
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,14 +20,25 @@ class Limits:
 
     max_payload: bytes of the payload itself. max_values: elements of all tensors together, zeros included.
     max_tensors: entries. max_bytes: bytes of what decoding returns (positions take 8 each). max_index: bytes
-    of the unpacked index.
+    of the unpacked index. max_drawn: elements of seeded tensors together, a number is drawn for each. Whatever the last
+    two and max_tensors allow, a small payload may ask for less: see `of_payload`.
     """
 
     max_payload: int = 2**32
     max_values: int = 2**30
-    max_tensors: int = 2**13
+    max_tensors: int = 2**18
     max_bytes: int = 2**34
-    max_index: int = 2**19
+    max_index: int = 2**26
+    max_drawn: int = 2**30
+
+    def of_payload(self, size: int) -> Limits:
+        """The limits of a payload of `size` bytes: time and memory follow from what was really sent."""
+        return replace(
+            self,
+            max_tensors=min(self.max_tensors, max(FREE_TENSORS, size // TENSOR_BYTES)),
+            max_index=min(self.max_index, max(FREE_INDEX, size * INDEX_PER_BYTE)),
+            max_drawn=min(self.max_drawn, FREE_DRAWN + size * DRAWN_PER_BYTE),
+        )
 
 
 DEFAULT = Limits()
