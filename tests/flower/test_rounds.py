@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from desks import LATE, LOST, SITES, DeskGrid, assemble, settings
 
 from fedloom.engines.local import Attendance, Simulation
@@ -136,7 +137,11 @@ def test_a_late_update_is_refused_by_its_round(toy_federation, tmp_path: Path):
             "of kind 'change'",
         ),
         (spoilt(lambda header, entries: (header, _filled(entries, float("nan")))), "NaN or infinity"),
-        (spoilt(lambda header, entries: (header, _filled(entries, 1e6))), "the round's median is"),
+        (spoilt(lambda header, entries: (header, _filled(entries, 1e4))), "the round's median is"),
+        (spoilt(lambda header, entries: (header, _filled(entries, 1e6))), "federation.max_norm is 1e+06"),
+        (spoilt(lambda header, entries: (replace(header, num_examples=2**62), entries)), "1,000,000,000 at most"),
+        (spoilt(lambda header, entries: (replace(header, result_digest="ab" * 16), entries)), "'lab' as its sender"),
+        (spoilt(lambda header, entries: (header, _scalar(entries))), "has shape ()"),
         (spoilt(lambda header, entries: (header, _grown(entries))), "1,040 and"),
     ],
 )
@@ -149,6 +154,10 @@ def test_a_bad_update_is_refused_and_reported_and_the_round_goes_on(toy_federati
 
 def _filled(entries: dict, value: float) -> dict:
     return {name: Dense(entry.shape, entry.values * 0 + value) for name, entry in entries.items()}
+
+
+def _scalar(entries: dict) -> dict:
+    return entries | {min(entries): Dense((), torch.ones(1))}
 
 
 def _grown(entries: dict) -> dict:
