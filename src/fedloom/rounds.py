@@ -140,8 +140,7 @@ def server_turn(
         try:
             turn = _averaged(job, state, cohort, round)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
-            # After the last update was read, it is most likely the largest one that a factorisation stumbled over.
-            culprit = cohort.reading or max(passed, key=lambda client: passed[client].norm)
+            culprit = _culprit(job, state, cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
             del passed[culprit]
             fault = error
@@ -167,6 +166,20 @@ def _checked(
             refused[client] = str(error)
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
+
+
+def _culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
+    """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
+
+    It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
+    """
+    if cohort.reading:
+        alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
+        try:
+            _averaged(job, state, alone, round)
+        except Exception:
+            return cohort.reading
+    return max(passed, key=lambda client: passed[client].norm)
 
 
 def _averaged(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
