@@ -310,3 +310,37 @@ def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: s
 
     with pytest.raises(ConfigError, match=words):
         check(settings(override))
+
+
+def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_federation, tmp_path: Path, monkeypatch):
+    """Its update passes every check, and the method stumbles over it: the others' round goes on, it keeps its change."""
+    from fedloom.cohort import Group
+
+    plain = Group.__iter__
+
+    def stumble(self):
+        for update in plain(self):
+            if update.client == "lab" and stumbling:
+                raise IndexError("list index out of range")
+            yield update
+
+    stumbling = [True]
+    monkeypatch.setattr(Group, "__iter__", stumble)
+    federation, _ = toy_federation("method.name=fedit", "federation.num_rounds=1")
+    assert "client lab refused: the round fails with its update: IndexError" in notes(tmp_path)
+    assert [federation.counted(site) for site in SITES] == [1, 1, 0]
+    stumbling.clear()
+    overrides = ("method.name=fedit", "federation.num_rounds=1")
+    assert state(federation.server) == state(local(tmp_path, *overrides, absent={1: ("lab",)}).server)
+
+
+def test_a_round_with_too_few_updates_that_can_be_averaged_stops_the_run(toy_federation, monkeypatch):
+    from fedloom.cohort import Group
+
+    def stumble(self):
+        raise IndexError("list index out of range")
+        yield
+
+    monkeypatch.setattr(Group, "__iter__", stumble)
+    with pytest.raises(RoundError, match="1 usable update from 3 clients .* 2 needed"):
+        toy_federation("method.name=fedit", "federation.num_rounds=1")
