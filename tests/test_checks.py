@@ -87,11 +87,16 @@ def test_an_update_counts_for_the_client_that_it_names_alone():
     turn = server_turn(federation.job, federation.server, {**payloads, "cyd": payloads["bob"]}, 1)
     assert set(turn.refused) == {"cyd"} and "does not name 'cyd' as its sender" in turn.refused["cyd"]
     nobody = changed(payloads["cyd"], result_digest="")
-    assert "as its sender" in server_turn(federation.job, federation.server, {"cyd": nobody, "bob": payloads["bob"]}, 1).refused["cyd"]
+    assert (
+        "as its sender"
+        in server_turn(federation.job, federation.server, {"cyd": nobody, "bob": payloads["bob"]}, 1).refused["cyd"]
+    )
 
 
 def test_a_sender_is_named_for_one_round_of_one_state():
-    made = {sender_digest(*of) for of in (("a", "d", 1), ("b", "d", 1), ("a", "e", 1), ("a", "d", 2), ("a\ud800", "", 1))}
+    made = {
+        sender_digest(*of) for of in (("a", "d", 1), ("b", "d", 1), ("a", "e", 1), ("a", "d", 2), ("a\ud800", "", 1))
+    }
     assert len(made) == 5 and all(len(one) == 32 for one in made)
 
 
@@ -109,7 +114,17 @@ def test_the_check_hands_on_what_it_saw():
     message = decode(payload)
     norm = sum(float(to_dense(entry).double().square().sum()) for entry in message.entries.values()) ** 0.5
     assert (seen.examples, seen.modules) == (message.header.num_examples, frozenset(SHAPES))
-    assert seen.norm == pytest.approx(norm, rel=1e-9)
+    assert seen.norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-30, 1e-10, 1.0, 1e10, 1e30, 3e38])
+def test_a_norm_neither_overflows_nor_vanishes(size: float):
+    federation = Federation(job(build("fedit")))
+    payload = uploads(federation)["bob"]
+    entries = {n: Dense(e.shape, torch.full((count(e.shape),), size)) for n, e in decode(payload).entries.items()}
+    values = sum(count(entry.shape) for entry in entries.values())
+    seen = check_update(federation.job, federation.server, "bob", changed(payload, entries), 1)
+    assert seen.norm == pytest.approx(float(torch.tensor(size)) * values**0.5, rel=1e-4)
 
 
 def test_what_was_seen_before_is_not_read_again(monkeypatch):
@@ -213,7 +228,9 @@ def test_a_round_needs_as_many_updates_as_it_is_told():
 def test_huge_finite_values_end_no_round_and_leave_a_finite_state(name: str, number: float, caps: bool):
     federation = Federation(job(build(name)))
     payloads = uploads(federation)
-    entries = {n: Dense(e.shape, torch.full((count(e.shape),), number)) for n, e in decode(payloads["bob"]).entries.items()}
+    entries = {
+        n: Dense(e.shape, torch.full((count(e.shape),), number)) for n, e in decode(payloads["bob"]).entries.items()
+    }
     payloads["bob"] = changed(payloads["bob"], entries)
     run = replace(federation.job, caps=USUAL) if caps else federation.job
     turn = server_turn(run, federation.server, payloads, 1)

@@ -65,7 +65,11 @@ def honest(round, header, entries):
 def test_an_update_that_cannot_be_averaged_is_refused_by_name_and_the_run_goes_on(tmp_path, monkeypatch):
     done, notes = play(tmp_path / "run", monkeypatch, scalar)
     assert done.server.version == 3
-    assert [round for round, text in notes if text.startswith(f"client {LIAR} refused: ") and "shape ()" in text] == [1, 2, 3]
+    assert [round for round, text in notes if text.startswith(f"client {LIAR} refused: ") and "shape ()" in text] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_share_that_was_held_is_noted(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
 from fedloom.job import Job, sender_digest
@@ -106,14 +107,21 @@ def _check_shapes(
 def _check_norm(entries: Entries, most: float) -> float:
     total = 0.0
     for name, entry in entries.items():
-        # In float64 no sum of squares of float32 values overflows: what is not finite here was not finite there.
-        size = float(torch.linalg.vector_norm(floats(entry.values), dtype=torch.float64))
+        size = _norm(floats(entry.values))
         if not math.isfinite(size):
             raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
         total += size * size
     if math.sqrt(total) > most:
         raise NumericError(f"its update has norm {math.sqrt(total):.3g}; federation.max_norm is {most:g}")
     return math.sqrt(total)
+
+
+def _norm(values: Tensor) -> float:
+    """√Σ v², NaN or infinite only where a value is."""
+    size = float(torch.linalg.vector_norm(values))
+    # Squares of ordinary values fit float32, whose sum is forty times as fast and exact enough to compare sizes by. All
+    # other ones fit float64.
+    return size if 1e-15 < size < 1e15 else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def check_method(job: Job, header: Header) -> None:
@@ -154,7 +162,11 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
         expect(header, "change", state)
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
-        if module not in state.adapter or part not in (*PARTS, *(FROZEN + p for p in PARTS), *(() if whole else (CORE,))):
+        if module not in state.adapter or part not in (
+            *PARTS,
+            *(FROZEN + p for p in PARTS),
+            *(() if whole else (CORE,)),
+        ):
             raise ShapeError(f"the payload holds {name!r}, which is no part of this adapter")
         _check_outline(job, state, name, entry.shape, whole=whole)
         if not _finite(entry.values):
