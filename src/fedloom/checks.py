@@ -39,14 +39,14 @@ class Seen:
 def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
     """What is worth knowing of an update that may be averaged. Raises the FedloomError that says why it may not."""
     try:
-        return _seen(job, state, client, payload, round)
+        return _look_at(job, state, client, payload, round)
     except FedloomError:
         raise
     except Exception as error:  # whatever a payload does to the reader is the payload's fault
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _seen(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
     message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
     header = message.header
     check_method(job, header)
@@ -192,7 +192,7 @@ def _top_rank(job: Job, state: State, module: str) -> int:
     """The most that the server's adapter may have in a module, as far as a receiver knows."""
     pair = state.adapter[module]
     if job.ranks:
-        return max(pair.rank, *(own.get(module, 0) for own in job.ranks.values()))
+        return max(pair.rank, job.tops.get(module, 0))
     beyond = state.tail[module].rank if module in state.tail else 0
     return max(pair.rank + beyond, *pair.shape) if job.method.facts.unequal_ranks else pair.rank
 
@@ -212,7 +212,7 @@ def _finite(values: Values) -> bool:
     return all_finite(values.scales * 2 ** (values.bits - 1) if isinstance(values, Quantized) else values)
 
 
-def check_taken_up(before: State, after: State) -> None:
+def check_form(before: State, after: State) -> None:
     """Raises ShapeError where a broadcast has led to an adapter of another form than the participant's own."""
     if (before.adapter.shapes(), before.adapter.ranks()) != (after.adapter.shapes(), after.adapter.ranks()):
         raise ShapeError("the payload leads to an adapter of other modules, shapes or ranks than the receiver's")

@@ -22,7 +22,7 @@ class Job:
     num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
     turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
     caps bounds what one client may count for. ranks: client → module that it trains → rank; empty where that is not
-    known, and then an update is held to the server's adapter alone.
+    known, and then an update is held to the server's adapter alone. tops: module → the largest of these ranks.
     """
 
     method: Method
@@ -36,6 +36,14 @@ class Job:
     downloads: float = 1.0
     caps: Caps = field(default_factory=Caps)
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    tops: Mapping[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tops: dict[str, int] = {}
+        for own in self.ranks.values():
+            for module, rank in own.items():
+                tops[module] = max(rank, tops.get(module, 0))
+        object.__setattr__(self, "tops", tops)
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""

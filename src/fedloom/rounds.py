@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedloom.caps import find_outliers, share_out
-from fedloom.checks import Seen, check_broadcast, check_finite, check_taken_up, check_update, limits_of
+from fedloom.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.cohort import Cohort, combine, restricted
 from fedloom.consolidation import consolidated
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
@@ -132,15 +132,15 @@ def server_turn(
     refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
     seen: what `check_update` saw of these same payloads before, so that they are not read once more.
     """
-    passed, refused = _checked(job, state, payloads, round, seen or {})
+    passed, refused = _check_all(job, state, payloads, round, seen or {})
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
         cohort = Cohort(payloads, weights, {client: one.modules for client, one in passed.items()})
         try:
-            turn = _averaged(job, state, cohort, round)
+            turn = _average(job, state, cohort, round)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
-            culprit = _culprit(job, state, cohort, passed, round)
+            culprit = _find_culprit(job, state, cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
             del passed[culprit]
             fault = error
@@ -153,7 +153,7 @@ def server_turn(
     ) from fault
 
 
-def _checked(
+def _check_all(
     job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, Seen]
 ) -> tuple[dict[str, Seen], dict[str, str]]:
     """What was seen of the updates that may be averaged, in order of name; and why the others may not."""
@@ -168,7 +168,7 @@ def _checked(
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
-def _culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
+def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
     """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
 
     It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
@@ -176,13 +176,13 @@ def _culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen],
     if cohort.reading:
         alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
         try:
-            _averaged(job, state, alone, round)
+            _average(job, state, alone, round)
         except Exception:
             return cohort.reading
     return max(passed, key=lambda client: passed[client].norm)
 
 
-def _averaged(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
+def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     """The round with these updates. Raises whatever the method does, NumericError for an outcome that is not finite."""
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
@@ -191,7 +191,7 @@ def _averaged(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     payload = draft.payload(result.entries)
-    after = _taken_up(job, replace(state, memory=result.memory), decode(payload))
+    after = _take_up(job, replace(state, memory=result.memory), decode(payload))
     check_finite(after)
     if not job.consolidation.due(round):
         return ServerTurn(after, payload, stats=result.stats)
@@ -206,15 +206,15 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     Raises StaleError if it is for another base than `state`, WireError, ShapeError or NumericError if it is not what a
     participant of this adapter can take up. Nothing of the payload is kept then.
     """
-    return _taken_up(job, state, decode(payload, limits_of(job, state)))
+    return _take_up(job, state, decode(payload, limits_of(job, state)))
 
 
 def follow(job: Job, state: State, payload: bytes) -> State:
     """`accept` for a broadcast of this same process, such as the stack of a thousand clients: of any size."""
-    return _taken_up(job, state, decode(payload))
+    return _take_up(job, state, decode(payload))
 
 
-def _taken_up(job: Job, state: State, message: Message) -> State:
+def _take_up(job: Job, state: State, message: Message) -> State:
     header = message.header
     check_broadcast(job, state, header, message.entries)
     try:
@@ -229,7 +229,7 @@ def _taken_up(job: Job, state: State, message: Message) -> State:
         raise
     except Exception as error:
         raise ShapeError(f"the {header.kind} does not fit this adapter: {type(error).__name__}: {error}") from error
-    check_taken_up(state, after)
+    check_form(state, after)
     return after
 
 

@@ -313,7 +313,7 @@ def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: s
 
 
 def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_federation, tmp_path: Path, monkeypatch):
-    """Its update passes every check, and the method stumbles over it: the others' round goes on, it keeps its change."""
+    """Its update passes every check, and the method stumbles over it: the others' round goes on without it."""
     from fedloom.cohort import Group
 
     plain = Group.__iter__

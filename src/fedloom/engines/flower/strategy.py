@@ -109,7 +109,7 @@ class FedLoomStrategy(Strategy):
             node = reply.metadata.src_node_id
             try:
                 payloads[str(node)] = self._update(node, reply)
-            except FedloomError as error:
+            except Exception as error:  # whatever a reply is, the others' round goes on
                 self.refused[str(node)] = str(error)
         if len(payloads) < self.min_replies:
             return None, None
