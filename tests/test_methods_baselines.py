@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.errors import ConfigError, RoundError
+from fedloom.job import sender_digest
 from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
 from fedloom.methods import METHODS, build
@@ -371,7 +372,9 @@ def test_fed_sb_refuses_a_matrix_of_another_size():
     federation = Federation(job(build("fed-sb")))
     federation.play()
     header = read_header(federation.uploads["ada"])
-    header = replace(header, round=2, base_version=1, base_digest=federation.server.digest)
+    base = federation.server.digest
+    sender = sender_digest("ada", base, 2)
+    header = replace(header, round=2, base_version=1, base_digest=base, result_digest=sender)
     small = encode(Message(header, {f"{module}/R": dense(torch.eye(3)) for module in SHAPES}))
     with pytest.raises(RoundError, match=r"shape \(3, 3\), expected \(4, 4\)"):
         server_turn(federation.job, federation.server, {"ada": small}, 2)

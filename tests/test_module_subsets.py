@@ -138,9 +138,9 @@ def test_an_update_about_no_module_is_refused():
         client: client_turn(federation.job, client, state, [], federation.training(client), 1).payload
         for client, state in federation.clients.items()
     }
-    message = decode(payloads["cyd"])
-    payloads["cyd"] = encode(replace(message, entries={}))
-    payloads["bob"] = encode(replace(message, entries={f"other.{name}": e for name, e in message.entries.items()}))
+    bob, cyd = decode(payloads["bob"]), decode(payloads["cyd"])
+    payloads["cyd"] = encode(replace(cyd, entries={}))
+    payloads["bob"] = encode(replace(bob, entries={f"other.{name}": e for name, e in bob.entries.items()}))
     refused = server_turn(federation.job, federation.server, payloads, 1).refused
     assert set(refused) == {"bob", "cyd"} and all("no module" in reason for reason in refused.values())
 

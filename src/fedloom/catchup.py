@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedloom.job import Job
 from fedloom.method import State
-from fedloom.rounds import Job, addressed, full_state
+from fedloom.rounds import addressed, full_state
 
 
 class Archive:

@@ -22,20 +22,17 @@ from fedloom.tensors import Entry, Values
 from fedloom.wire import decode
 
 
-def shares(examples: Mapping[str, int], weighting: str) -> dict[str, float]:
-    """Each client's share p_k of the round: by its number of examples, or "uniform". Shares sum to 1."""
-    sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in examples.items()}
-    total = sum(sizes.values())
-    return {client: size / total for client, size in sizes.items() if size > 0}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Cohort:
-    """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each."""
+    """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
+
+    reading: whose update a method is at; "" before the first and after the last. Where a method fails, it says on whom.
+    """
 
     payloads: Mapping[str, bytes]
     weights: Mapping[str, float]
     modules: Mapping[str, Collection[str]]
+    reading: str = ""
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
@@ -71,9 +68,11 @@ class Group:
 
     def __iter__(self) -> Iterator[Update]:
         for client, weight in self.weights.items():
+            self.cohort.reading = client
             entries = decode(self.cohort.payloads[client]).entries
             own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
             yield Update(client, weight, own)
+        self.cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
 

@@ -16,6 +16,7 @@ Scalar: TypeAlias = bool | int | float | str
 Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 TargetModules: TypeAlias = Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Ranks: TypeAlias = dict[str, Annotated[int, Field(ge=1)]]
+Examples: TypeAlias = dict[str, Annotated[int, Field(ge=1)]]
 Alphas: TypeAlias = dict[str, Annotated[float, Field(gt=0)]]
 
 _NEEDED = {
@@ -150,6 +151,23 @@ class FederationSettings(Section):
         le=1,
         description="Share of the squared singular values that a recompression keeps, module by module.",
     )
+    max_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the average that one client may have, however many examples it says it has; the others "
+        "get what is over. Of K clients each may have 1/K at least.",
+    )
+    client_examples: Examples = Field(
+        {}, description="Client → its number of examples, where you know better than to take what it says."
+    )
+    max_norm: float = Field(1e6, gt=0, description="An update is refused whose norm is over this.")
+    max_norm_ratio: float = Field(
+        100.0,
+        gt=1,
+        description="An update is refused whose norm is over so many times the round's median, in a round of three "
+        "updates or more.",
+    )
     seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
 
@@ -231,9 +249,6 @@ class FlowerSettings(Section):
         examples=[60.0],
     )
     retries: int = Field(2, ge=0, description="How often the missing are asked again before a run stops.")
-    max_norm_ratio: float = Field(
-        100.0, gt=1, description="An update is refused whose norm is over so many times the round's median."
-    )
     sim_cpus: int | None = Field(
         None,
         ge=1,

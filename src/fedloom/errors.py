@@ -19,6 +19,8 @@ A message names the file, key, module or client, says what was expected, and wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class FedloomError(Exception):
     """Root of the hierarchy."""
@@ -72,7 +74,11 @@ class AuditError(FedloomError):
 
 
 class RoundError(FedloomError):
-    """A round that cannot be completed."""
+    """A round that cannot be completed. `refused`: whose updates were refused, and why."""
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refused = dict(refused or {})
 
 
 class SiteError(FedloomError):

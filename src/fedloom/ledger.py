@@ -183,7 +183,7 @@ def read(path: Path) -> list[Row]:
 class Ledger:
     """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
 
-    told(row) is called for every row that is appended.
+    told(row) is called for every row that is appended. examples: client → examples that its last training row says.
     """
 
     def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
@@ -196,6 +196,7 @@ class Ledger:
         self._file = path.open("ab")
         self._file.truncate(self._offsets[-1])
         self.bytes_up = self.bytes_down = 0
+        self.examples: dict[str, int] = {}
         self._count(rows)
 
     @property
@@ -232,6 +233,7 @@ class Ledger:
         del self._offsets[rows + 1 :]
         self._file.truncate(self._offsets[-1])
         self.bytes_up = self.bytes_down = 0
+        self.examples = {}
         self._count(read(self.path))
         self.sync()
 
@@ -253,6 +255,8 @@ class Ledger:
             if isinstance(row, Transfer):
                 self.bytes_up += row.bytes * (row.direction == "up")
                 self.bytes_down += row.bytes * (row.direction == "down")
+            elif isinstance(row, Training):
+                self.examples[row.client] = row.examples
 
 
 def _scan(path: Path) -> tuple[list[Row], list[int]]:

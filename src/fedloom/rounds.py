@@ -8,18 +8,20 @@ The training step is an argument. The server applies the decoded broadcast, as e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fedloom.cohort import Cohort, combine, restricted, shares
-from fedloom.consolidation import Consolidation, consolidated
-from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
-from fedloom.lora import LoraState, derived_seed, digest, from_tensors, module_of, narrow
-from fedloom.method import FROZEN, Context, Entries, Method, State
-from fedloom.sparsify import Quantize
-from fedloom.tensors import all_finite, dense, floats, to_dense
-from fedloom.wire import Header, Limits, Message, decode, encode
+from fedloom.caps import find_outliers, share_out
+from fedloom.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.cohort import Cohort, combine, restricted
+from fedloom.consolidation import consolidated
+from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
+from fedloom.job import Job, sender_digest
+from fedloom.lora import LoraState, derived_seed, digest, from_tensors, narrow
+from fedloom.method import FROZEN, Entries, State
+from fedloom.tensors import all_finite, dense, to_dense
+from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.budget import ByteBudget
 
 
@@ -40,32 +42,6 @@ class Train(Protocol):
     def __call__(self, state: State, round: int, seed: int) -> Trained: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What server and clients agree on before the first round.
-
-    quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
-    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state;
-    num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
-    turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
-    """
-
-    method: Method
-    seed: int
-    quantize: Quantize
-    weighting: str = "examples"
-    budget: int | None = None
-    module_weighting: str = "holders"
-    consolidation: Consolidation = Consolidation()
-    num_rounds: int = 0
-    downloads: float = 1.0
-
-    def context(self, round: int, party: str = "") -> Context:
-        """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
-        seed = derived_seed(self.seed, "client", party) if party else self.seed
-        return Context(round, seed, self.quantize, num_rounds=self.num_rounds, downloads=self.downloads)
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class ClientTurn:
     """A client's state after its turn, the payload it sends, and what its training said."""
@@ -79,13 +55,15 @@ class ClientTurn:
 class ServerTurn:
     """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
 
-    Where the server consolidated, its state is a version further than the payload leads.
+    Where the server consolidated, its state is a version further than the payload leads. notes: what else whoever runs
+    the federation should know of the round.
     """
 
     state: State
     payload: bytes
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -129,7 +107,8 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
             raise NumericError(
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
-    header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
+    sender = sender_digest(client, state.digest, round)
+    header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header)
     context = replace(job.context(round, client), size=draft.size)
     if job.budget is not None:
@@ -138,23 +117,73 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 
 
-def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
+def server_turn(
+    job: Job,
+    state: State,
+    payloads: Mapping[str, bytes],
+    round: int,
+    *,
+    seen: Mapping[str, Seen] | None = None,
+    least: int = 1,
+) -> ServerTurn:
     """Combine what the clients sent, by name, into one broadcast, and apply that.
 
-    A client whose payload is invalid, stale or not finite is refused and reported; the round goes on with the
-    others. Raises RoundError if nobody is left.
+    A client whose update is invalid, stale, not finite, out of all proportion, or such that it cannot be averaged, is
+    refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
+    seen: what `check_update` saw of these same payloads before, so that they are not read once more.
     """
-    examples: dict[str, int] = {}
-    modules: dict[str, Collection[str]] = {}
+    passed, refused = _check_all(job, state, payloads, round, seen or {})
+    fault: Exception | None = None
+    while len(passed) >= max(least, 1):
+        weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
+        cohort = Cohort(payloads, weights, {client: one.modules for client, one in passed.items()})
+        try:
+            turn = _average(job, state, cohort, round)
+        except Exception as error:  # whatever one update does to the method, the others' round goes on
+            culprit = _find_culprit(job, state, cohort, passed, round)
+            refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
+            del passed[culprit]
+            fault = error
+        else:
+            return replace(turn, refused=refused, notes=notes)
+    raise RoundError(
+        f"round {round}: {len(passed) or 'no'} usable update{'s' * (len(passed) > 1)} from {len(payloads)} clients "
+        f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
+        refused,
+    ) from fault
+
+
+def _check_all(
+    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, Seen]
+) -> tuple[dict[str, Seen], dict[str, str]]:
+    """What was seen of the updates that may be averaged, in order of name; and why the others may not."""
+    passed: dict[str, Seen] = {}
     refused: dict[str, str] = {}
     for client in sorted(payloads):
         try:
-            examples[client], modules[client] = inspected(job, state, payloads[client], round)
+            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round)
         except FedloomError as error:
             refused[client] = str(error)
-    cohort = Cohort(payloads, shares(examples, job.weighting), modules)
-    if not cohort.weights:
-        raise RoundError(f"round {round}: no usable update from {len(payloads)} clients ({refused or 'none answered'})")
+    outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
+    return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
+
+
+def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
+    """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
+
+    It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
+    """
+    if cohort.reading:
+        alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
+        try:
+            _average(job, state, alone, round)
+        except Exception:
+            return cohort.reading
+    return max(passed, key=lambda client: passed[client].norm)
+
+
+def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
+    """The round with these updates. Raises whatever the method does, NumericError for an outcome that is not finite."""
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
@@ -162,25 +191,46 @@ def server_turn(job: Job, state: State, payloads: Mapping[str, bytes], round: in
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     payload = draft.payload(result.entries)
-    after = accept(job, replace(state, memory=result.memory), payload)
+    after = _take_up(job, replace(state, memory=result.memory), decode(payload))
+    check_finite(after)
     if not job.consolidation.due(round):
-        return ServerTurn(after, payload, refused, result.stats)
+        return ServerTurn(after, payload, stats=result.stats)
     after, cost = consolidated(after, job.consolidation.energy)
-    return ServerTurn(after, payload, refused, {**result.stats, **cost})
+    check_finite(after)
+    return ServerTurn(after, payload, stats={**result.stats, **cost})
 
 
 def accept(job: Job, state: State, payload: bytes) -> State:
-    """Apply one broadcast, or adopt one full state. Raises StaleError if it is for another base than `state`."""
-    message = decode(payload)
+    """Apply one broadcast, or adopt one full state.
+
+    Raises StaleError if it is for another base than `state`, WireError, ShapeError or NumericError if it is not what a
+    participant of this adapter can take up. Nothing of the payload is kept then.
+    """
+    return _take_up(job, state, decode(payload, limits_of(job, state)))
+
+
+def follow(job: Job, state: State, payload: bytes) -> State:
+    """`accept` for a broadcast of this same process, such as the stack of a thousand clients: of any size."""
+    return _take_up(job, state, decode(payload))
+
+
+def _take_up(job: Job, state: State, message: Message) -> State:
     header = message.header
-    _same_method(job, header)
-    if header.kind == "state":
-        tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
-        adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
-        return replace(adopted, version=header.base_version, digest=header.base_digest)
-    expect(header, "change", state)
-    changed = job.method.receive(state, message.entries, job.context(header.round))
-    return replace(changed, version=header.base_version + 1, digest=header.result_digest)
+    check_broadcast(job, state, header, message.entries)
+    try:
+        if header.kind == "state":
+            tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
+            adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
+            after = replace(adopted, version=header.base_version, digest=header.base_digest)
+        else:
+            changed = job.method.receive(state, message.entries, job.context(header.round))
+            after = replace(changed, version=header.base_version + 1, digest=header.result_digest)
+    except FedloomError:
+        raise
+    except Exception as error:
+        raise ShapeError(f"the {header.kind} does not fit this adapter: {type(error).__name__}: {error}") from error
+    check_form(state, after)
+    return after
 
 
 def full_state(job: Job, state: State, round: int) -> bytes:
@@ -195,53 +245,3 @@ def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     message = decode(payload)
     entries = job.method.narrow(message.entries, ranks)
     return payload if entries is message.entries else encode(Message(message.header, entries))
-
-
-def inspected(job: Job, state: State, payload: bytes, round: int) -> tuple[int, frozenset[str]]:
-    """Examples and modules of an update that may be averaged. Raises the error that says why it may not."""
-    limits = Limits(max_values=4 * state.adapter.numel())
-    message = decode(payload, limits)
-    header = message.header
-    _same_method(job, header)
-    expect(header, "update", state)
-    if header.round != round:
-        raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
-    if header.num_examples <= 0 and job.weighting == "examples":
-        raise WireError("the update says that it rests on no examples: a client needs at least one")
-    modules = frozenset(module_of(name) for name in message.entries)
-    _check_entries(message.entries, modules, state.adapter, job.method.parts(state, round))
-    return header.num_examples, modules
-
-
-def _check_entries(entries: Entries, modules: Collection[str], adapter: LoraState, parts: tuple[str, ...]) -> None:
-    expected = {f"{module}/{part}" for module in adapter if module in modules for part in parts}
-    if not expected:
-        raise ShapeError("the update is about no module of this adapter: the client trains other modules")
-    if set(entries) != expected:
-        name = min(set(entries) ^ expected)
-        raise ShapeError(f"the update {'lacks' if name in expected else 'has an unexpected'} tensor {name}")
-    for name, entry in entries.items():
-        module, _, part = name.rpartition("/")
-        m, n = adapter[module].shape
-        rank = entry.shape[0] if part == "A" else entry.shape[-1]
-        wanted = {"A": (rank, n), "B": (m, rank)}.get(part, (adapter[module].rank, adapter[module].rank))
-        if entry.shape != wanted or rank > adapter[module].rank:
-            raise ShapeError(f"{name} has shape {entry.shape}, expected {wanted} with rank ≤ {adapter[module].rank}")
-        if not all_finite(floats(entry.values)):
-            raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
-
-
-def _same_method(job: Job, header: Header) -> None:
-    if header.method != job.method.name:
-        raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
-
-
-def expect(header: Header, kind: str, state: State) -> None:
-    """Raises WireError for a payload of another kind, StaleError for one that rests on another state."""
-    if header.kind != kind:
-        raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
-    if (header.base_version, header.base_digest) != (state.version, state.digest):
-        raise StaleError(
-            f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds "
-            f"version {state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
-        )

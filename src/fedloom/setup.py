@@ -17,19 +17,21 @@ from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
 from fedloom.adapters import AdapterSettings
 from fedloom.base_model import load_base, weights_digest
+from fedloom.caps import Caps
 from fedloom.clients import Site, apart, shared_settings, site, top_ranks
-from fedloom.config import Config, DataSettings, FlowerSettings, OutputSettings
+from fedloom.config import Config, DataSettings, FederationSettings, FlowerSettings, OutputSettings
 from fedloom.configfile import dump
 from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import ConfigError, ModelError
 from fedloom.evaluate import Scores, exact_match_and_loss
+from fedloom.job import Job
 from fedloom.ledger import Run
 from fedloom.lora import LoraState, derived_seed, initial_state, subset
 from fedloom.method import State
 from fedloom.methods import build
 from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
-from fedloom.rounds import Job, Train, Trained
+from fedloom.rounds import Train, Trained
 from fedloom.tensors import Values
 from fedloom.tokens import Prepared
 from fedloom.tokens import prepare as tokenize
@@ -164,6 +166,8 @@ def assemble(
             Consolidation(federation.consolidate_every, federation.consolidate_energy),
             federation.num_rounds,
             downloads(initial, sites, federation.asked(len(sites))),
+            caps_of(federation, sites),
+            {client: site.ranks for client, site in sites.items()},
         ),
         initial=initial,
         model=peft_bridge.attach(base, shared),
@@ -173,6 +177,17 @@ def assemble(
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
     )
+
+
+def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
+    """What one client may count for. Raises ConfigError where federation.client_examples is about nobody."""
+    for name in federation.client_examples:
+        if name not in clients:
+            raise ConfigError(
+                f"federation.client_examples has a number for {name!r}, which takes no part; there are "
+                f"{', '.join(sorted(clients)[:9])}"
+            )
+    return Caps(federation.max_share, federation.client_examples, federation.max_norm, federation.max_norm_ratio)
 
 
 def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:

@@ -6,7 +6,7 @@ Model and training are made up (tests/toy.py), so that a round takes millisecond
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -22,7 +22,7 @@ from fedloom.engines.flower.payload import pack, unpack
 from fedloom.engines.flower.settings import shared
 from fedloom.methods import build
 from fedloom.rounds import Train
-from fedloom.setup import Setup, Site
+from fedloom.setup import Setup, Site, caps_of
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.policy import Policy
@@ -81,6 +81,8 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
     adapter = AdapterSettings(r=toy.RANK)
     sites = {name: Site(adapter, toy.ranks(toy.RANK), Prepared(tuple(held), 0)) for name, held in texts.items()}
+    ranks = {name: held.ranks for name, held in sites.items()}
+    job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
     return ToySetup(config, job, None, adapter, toy.initial(), sites, {}, None, "toy")
 
 

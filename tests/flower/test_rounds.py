@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from desks import LATE, LOST, SITES, DeskGrid, assemble, settings
 
 from fedloom.engines.local import Attendance, Simulation
@@ -136,7 +137,11 @@ def test_a_late_update_is_refused_by_its_round(toy_federation, tmp_path: Path):
             "of kind 'change'",
         ),
         (spoilt(lambda header, entries: (header, _filled(entries, float("nan")))), "NaN or infinity"),
-        (spoilt(lambda header, entries: (header, _filled(entries, 1e6))), "the round's median is"),
+        (spoilt(lambda header, entries: (header, _filled(entries, 1e4))), "the round's median is"),
+        (spoilt(lambda header, entries: (header, _filled(entries, 1e6))), "federation.max_norm is 1e+06"),
+        (spoilt(lambda header, entries: (replace(header, num_examples=2**62), entries)), "1,000,000,000 at most"),
+        (spoilt(lambda header, entries: (replace(header, result_digest="ab" * 16), entries)), "'lab' as its sender"),
+        (spoilt(lambda header, entries: (header, _scalar(entries))), "has shape ()"),
         (spoilt(lambda header, entries: (header, _grown(entries))), "1,040 and"),
     ],
 )
@@ -149,6 +154,10 @@ def test_a_bad_update_is_refused_and_reported_and_the_round_goes_on(toy_federati
 
 def _filled(entries: dict, value: float) -> dict:
     return {name: Dense(entry.shape, entry.values * 0 + value) for name, entry in entries.items()}
+
+
+def _scalar(entries: dict) -> dict:
+    return entries | {min(entries): Dense((), torch.ones(1))}
 
 
 def _grown(entries: dict) -> dict:
@@ -301,3 +310,37 @@ def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: s
 
     with pytest.raises(ConfigError, match=words):
         check(settings(override))
+
+
+def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_federation, tmp_path: Path, monkeypatch):
+    """Its update passes every check, and the method stumbles over it: the others' round goes on without it."""
+    from fedloom.cohort import Group
+
+    plain = Group.__iter__
+
+    def stumble(self):
+        for update in plain(self):
+            if update.client == "lab" and stumbling:
+                raise IndexError("list index out of range")
+            yield update
+
+    stumbling = [True]
+    monkeypatch.setattr(Group, "__iter__", stumble)
+    federation, _ = toy_federation("method.name=fedit", "federation.num_rounds=1")
+    assert "client lab refused: the round fails with its update: IndexError" in notes(tmp_path)
+    assert [federation.counted(site) for site in SITES] == [1, 1, 0]
+    stumbling.clear()
+    overrides = ("method.name=fedit", "federation.num_rounds=1")
+    assert state(federation.server) == state(local(tmp_path, *overrides, absent={1: ("lab",)}).server)
+
+
+def test_a_round_with_too_few_updates_that_can_be_averaged_stops_the_run(toy_federation, monkeypatch):
+    from fedloom.cohort import Group
+
+    def stumble(self):
+        raise IndexError("list index out of range")
+        yield
+
+    monkeypatch.setattr(Group, "__iter__", stumble)
+    with pytest.raises(RoundError, match="1 usable update from 3 clients .* 2 needed"):
+        toy_federation("method.name=fedit", "federation.num_rounds=1")

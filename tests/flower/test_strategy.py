@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from desks import LOST
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import toy
-from fedloom.engines.flower.payload import pack
+from fedloom.engines.flower.payload import pack, unpack
 from fedloom.engines.flower.strategy import FedLoomStrategy, agree, take_turn
 from fedloom.lora import digest
 from fedloom.site.protocol import Parcel
+from fedloom.tensors import Dense
+from fedloom.wire import Message as Update
+from fedloom.wire import decode, encode
 
 pytestmark = pytest.mark.flower
 
@@ -63,6 +67,34 @@ def test_a_node_that_was_lost_is_brought_in_step_and_a_forged_update_is_refused(
     result = strategy.start(grid, strategy.arrays(), num_rounds=4)
     assert [result.train_metrics_clientapp[round]["refused"] for round in (1, 2, 3, 4)] == [0, 1, 1, 0]
     assert strategy.server.version == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda entry: Dense((), torch.ones(1)), "has shape ()"),
+        (lambda entry: Dense(entry.shape, entry.values * 1e3), "federation.max_norm_ratio is 100"),
+        (lambda entry: Dense(entry.shape, entry.values * 1e8), "federation.max_norm is 1e+06"),
+        (lambda entry: Dense(entry.shape, entry.values * float("nan")), "NaN or infinity"),
+    ],
+)
+def test_one_nodes_update_neither_ends_nor_bends_a_round(spoil, reason: str):
+    job = agree("fedit", seed=3, values="fp32")
+
+    class Lying(Grid):
+        def reply(self, message):
+            node, reply = message.metadata.dst_node_id, super().reply(message)
+            if node == 2:
+                update = decode(unpack(reply.content).payloads[0])
+                entries = {name: spoil(entry) for name, entry in update.entries.items()}
+                reply = Message(pack(Parcel({}, (encode(Update(update.header, entries)),))), reply_to=message)
+            return reply
+
+    strategy = FedLoomStrategy(toy.initial(), job)
+    result = strategy.start(Lying(job), strategy.arrays(), num_rounds=2)
+    assert [result.train_metrics_clientapp[round]["refused"] for round in (1, 2)] == [1, 1]
+    assert set(strategy.refused) == {"2"} and reason in strategy.refused["2"]
+    assert strategy.server.version == 2
 
 
 def test_a_round_with_too_few_updates_changes_nothing():

@@ -21,10 +21,11 @@ from fedloom.bench import machine
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.wan import Workload, workload
 from fedloom.errors import ConfigError
+from fedloom.job import Job
 from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
 from fedloom.methods import build, options
-from fedloom.rounds import ClientTurn, Job, Trained, client_turn, start
+from fedloom.rounds import ClientTurn, Trained, client_turn, start
 from fedloom.setup import coded
 from fedloom.wire import decode, encode
 

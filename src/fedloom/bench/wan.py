@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,13 @@ from fedloom.bench.link import Lane, Link
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.wire import heavy_tailed
 from fedloom.errors import ConfigError, WireError
+from fedloom.job import Job, sender_digest
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state
 from fedloom.method import State
 from fedloom.methods import build
-from fedloom.rounds import Job, Trained, client_turn, server_turn, start
+from fedloom.rounds import Trained, client_turn, server_turn, start
 from fedloom.setup import coded
+from fedloom.wire import decode, encode
 
 CHUNK = 5 * 2**20
 """Bytes of a request, as in flwr 1.41."""
@@ -178,9 +180,18 @@ def played(method: str, values: str, work: Workload, clients: int, seed: int) ->
     began = time.process_time()
     done = client_turn(job, "site", site, (down,), train, 2)
     client_s = time.process_time() - began - seconds[-1]
+    uploads = {f"site-{number}": sent_by(f"site-{number}", done.payload) for number in range(clients)}
     began = time.process_time()
-    server_turn(job, server, {f"site-{number}": done.payload for number in range(clients)}, 2)
+    server_turn(job, server, uploads, 2)
     return Played(down, done.payload, client_s, time.process_time() - began)
+
+
+def sent_by(client: str, payload: bytes) -> bytes:
+    """The update of another client, with all else the same."""
+    message = decode(payload)
+    header = message.header
+    sender = sender_digest(client, header.base_digest, header.round)
+    return encode(replace(message, header=replace(header, result_digest=sender)))
 
 
 @contextmanager

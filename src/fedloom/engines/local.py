@@ -157,14 +157,21 @@ class Simulation:
             return None
         self.clients.hold(client, turn.state)
         trained = turn.trained
-        self.folder.ledger.append(
-            Training(round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds)
-        )
+        self.record(Training(round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds))
         self.folder.transfer(round, client, "up", turn.payload)
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {client}: {choice(turn.payload, self.setup.job.budget)}")
         self.observer.client_finished(round, client, turn.trained.loss, len(turn.payload), received)
         return turn.payload
+
+    def record(self, row: Training) -> None:
+        """What a client says of its training; noted where its examples, which it counts for, have changed."""
+        before = self.folder.ledger.examples.get(row.client, row.examples)
+        if before != row.examples:
+            self.folder.ledger.note(
+                row.round, f"client {row.client} says {row.examples:,} examples, and said {before:,} the last time"
+            )
+        self.folder.ledger.append(row)
 
     def turn(self, client: str, round: int) -> ClientTurn:
         """Training and what is sent of it. Raises NumericError where it diverged."""
@@ -184,17 +191,24 @@ class Simulation:
             self.folder.transfer(round, client, "down", payload)
         return payloads
 
-    def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
+    def combine(self, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
+        """The server's turn."""
+        return server_turn(self.setup.job, self.server, payloads, round)
+
+    def aggregate(self, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
         """The server's turn, recorded."""
         began = time.perf_counter()
-        turn: ServerTurn = server_turn(self.setup.job, self.server, payloads, round)
+        turn = self.combine(payloads, round)
         for client, reason in turn.refused.items():
             self.folder.ledger.note(round, f"client {client} refused: {reason}")
+        for text in turn.notes:
+            self.folder.ledger.note(round, text)
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
         self.clients.follow(turn.payload if led else full_state(self.setup.job, self.server, round))
+        return turn
 
     def deliver_last(self) -> None:
         """After the last round everybody receives the result, whoever took part in it."""

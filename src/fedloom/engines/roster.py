@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import torch
 
+from fedloom.checks import expect
 from fedloom.errors import RoundError
+from fedloom.job import Job
 from fedloom.lora import LoraState
 from fedloom.method import State
-from fedloom.rounds import Job, accept, addressed, expect, start
+from fedloom.rounds import accept, addressed, follow, start
 from fedloom.wire import read_header
 
 Ranks = tuple[tuple[str, int], ...]
@@ -69,7 +71,7 @@ class Roster(Held):
     def follow(self, payload: bytes) -> None:
         """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
         self._latest = {
-            kind: accept(self._job, latest, addressed(self._job, payload, dict(kind)))
+            kind: follow(self._job, latest, addressed(self._job, payload, dict(kind)))
             for kind, latest in self._latest.items()
         }
         for client, state in self._states.items():

@@ -17,9 +17,10 @@ from torch import Tensor
 from fedloom.bench.machine import extra_bytes
 from fedloom.bench.paper import paper_encode
 from fedloom.errors import ConfigError
+from fedloom.job import Job
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Method, State
-from fedloom.rounds import Job, Train, Trained, accept, addressed, client_turn, server_turn, start
+from fedloom.rounds import Train, Trained, accept, addressed, client_turn, server_turn, start
 from fedloom.tensors import Dense, Entry, floats
 from fedloom.wire import Message, decode, describe, encode, quantize
 

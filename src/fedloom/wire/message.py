@@ -18,7 +18,7 @@ class Header:
     kind: "update" (client → server), "change" (server → clients: apply it to the base) or "state"
     (server → client: replace what you hold). `base_version` and `base_digest` (32 hex digits) name the
     global state that the payload was computed from or, for "state", is. `result_digest` names the state after a
-    change is applied. `num_examples` weighs an update.
+    change is applied, and the sender of an update. `num_examples` weighs an update.
     """
 
     kind: Kind

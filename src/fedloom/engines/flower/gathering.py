@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from fedloom.caps import Caps, find_outliers
+from fedloom.checks import Seen
 from fedloom.config import FlowerSettings
 from fedloom.engines.flower.fleet import Fleet, Reply
 from fedloom.errors import FedloomError, RoundError
 from fedloom.ledger import Roll
-from fedloom.tensors import floats
-from fedloom.wire import decode
 
 POLL_SECONDS = 0.25
 LOOK_SECONDS = 1.0
@@ -23,10 +21,10 @@ MOST_REPEATS = 5
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A checked update."""
+    """A checked update, and what the check saw of it."""
 
     payload: bytes
-    norm: float
+    seen: Seen
 
 
 @dataclass(eq=False, slots=True)
@@ -39,10 +37,11 @@ class Gathering:
 
     fleet: Fleet
     rules: FlowerSettings
+    caps: Caps
     round: int
     asked: Sequence[str]
     send: Callable[[str], None]
-    check: Callable[[str, Reply], bytes]
+    check: Callable[[str, Reply], Answer]
     stray: Callable[[Reply], str | None]
     answers: dict[str, Answer] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class Gathering:
     tries: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def play(self) -> dict[str, bytes]:
+    def play(self) -> dict[str, Answer]:
         """The updates by site, at least `min_replies`. Raises RoundError where they cannot be had."""
         while self.tries <= self.rules.retries:
             self.tries += 1
@@ -61,9 +60,9 @@ class Gathering:
                 self.failed.pop(site, None)
                 self.ask(site)
             self.wait()
-            self.drop_exploded()
+            self.drop_outliers()
             if len(self.answers) >= self.rules.min_replies:
-                return {site: self.answers[site].payload for site in sorted(self.answers)}
+                return {site: self.answers[site] for site in sorted(self.answers)}
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(self.roll().failed.items()))
         raise RoundError(
             f"round {self.round}: {len(self.answers)} of {len(self.asked)} sites answered in {self.tries} tries, "
@@ -120,25 +119,18 @@ class Gathering:
         if site in self.answers or reply.gone:
             return
         try:
-            payload = self.check(site, reply)
+            self.answers[site] = self.check(site, reply)
         except FedloomError as error:
             self.failed[site] = str(error)
         else:
-            self.answers[site] = Answer(payload, norm(payload))
             self.failed.pop(site, None)
 
-    def drop_exploded(self) -> None:
-        """Refuse updates that are out of all proportion to the others."""
-        if len(self.answers) < 2:
-            return
-        middle = statistics.median_low(answer.norm for answer in self.answers.values())
-        for site, answer in list(self.answers.items()):
-            if middle and answer.norm > self.rules.max_norm_ratio * middle:
-                del self.answers[site]
-                self.failed[site] = (
-                    f"refused: its update has norm {answer.norm:.3g}, the round's median is {middle:.3g} "
-                    f"(flower.max_norm_ratio is {self.rules.max_norm_ratio:g})"
-                )
+    def drop_outliers(self) -> None:
+        """Refuse updates that are out of all proportion to the others now, so that others may be asked once more."""
+        norms = {site: answer.seen.norm for site, answer in self.answers.items()}
+        for site, reason in find_outliers(norms, self.caps).items():
+            del self.answers[site]
+            self.failed[site] = f"refused: {reason}"
 
     def roll(self) -> Roll:
         """The report of the round."""
@@ -150,9 +142,3 @@ class Gathering:
     def silence(self, site: str) -> str:
         """Why nothing was heard of a site, as far as the server knows."""
         return "did not answer in time" if self.fleet.here(site) else "is not connected"
-
-
-def norm(payload: bytes) -> float:
-    """√Σ v² over all values of a payload."""
-    values = (floats(entry.values).double() for entry in decode(payload).entries.values())
-    return math.sqrt(sum(float((v * v).sum()) for v in values))

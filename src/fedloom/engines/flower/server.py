@@ -19,9 +19,10 @@ from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
 
 from fedloom.base_model import weights_digest
+from fedloom.checks import Seen, check_update
 from fedloom.config import Config
 from fedloom.engines.flower.fleet import Fleet, Grid, Reply
-from fedloom.engines.flower.gathering import POLL_SECONDS, Gathering
+from fedloom.engines.flower.gathering import POLL_SECONDS, Answer, Gathering
 from fedloom.engines.flower.settings import check, joined
 from fedloom.engines.local import Attendance, Simulation, choice
 from fedloom.engines.roster import Held
@@ -30,7 +31,7 @@ from fedloom.events import Observer, Silent
 from fedloom.ledger import Training
 from fedloom.lora import LoraState
 from fedloom.method import State
-from fedloom.rounds import inspected
+from fedloom.rounds import ServerTurn, server_turn
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup, assemble, heldout_examples
 from fedloom.site.protocol import Fact, Parcel
@@ -65,13 +66,15 @@ def job_id(path: Path, resume: bool) -> str:
 class Federation(Simulation):
     """The server's side of a run. `clients` holds what is known of each site: version, digest, last counted round.
 
-    sent: bytes that a site was sent since it answered last, for who watches the run.
+    sent: bytes that a site was sent since it answered last, for who watches the run. seen: what the checks saw of the
+    updates of the round in progress.
     """
 
     def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, fleet: Fleet) -> None:
         super().__init__(setup, folder, observer)
         self.fleet = fleet
         self.sent: dict[str, int] = {}
+        self.seen: dict[str, Seen] = {}
         self.clients = Held(dict.fromkeys(setup.sites, State(LoraState(), version=UNKNOWN)))
 
     def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
@@ -81,6 +84,7 @@ class Federation(Simulation):
         gathering = Gathering(
             self.fleet,
             self.setup.config.flower,
+            self.setup.job.caps,
             round,
             present.asked,
             lambda site: self.send(site, "turn", round),
@@ -88,13 +92,15 @@ class Federation(Simulation):
             self.stray,
         )
         try:
-            return gathering.play()
+            answers = gathering.play()
         finally:
             roll = gathering.roll()
             for site, reason in [*roll.failed.items(), *roll.late.items()]:
                 self.folder.ledger.note(round, f"client {site}: {reason}")
             self.folder.ledger.append(roll)
             self.folder.ledger.sync()
+        self.seen = {site: answer.seen for site, answer in answers.items()}
+        return {site: answer.payload for site, answer in answers.items()}
 
     def muster(self) -> None:
         """Wait until every site has said hello; go on without some at the deadline, or after a grace without news.
@@ -131,7 +137,7 @@ class Federation(Simulation):
         """The last round in which an update of the site was averaged; 0 if none was."""
         return int(self.clients[site].memory.get("counted", torch.tensor(0)))
 
-    def checked(self, site: str, reply: Reply) -> bytes:
+    def checked(self, site: str, reply: Reply) -> Answer:
         """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
         self.locate(site, reply)
         parcel = reply.parcel
@@ -141,18 +147,18 @@ class Federation(Simulation):
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         round, payload = reply.asked.round, parcel.payloads[0]
         try:
-            examples, _ = inspected(self.setup.job, self.server, payload, round)
+            seen = check_update(self.setup.job, self.server, site, payload, round)
         except FedloomError as error:
             raise type(error)(f"refused: {error}") from None
         self.folder.transfer(round, site, "up", payload)
         self.know(site, self.server.version, self.server.digest)
         loss, steps, seconds = (number(parcel.facts.get(name)) for name in ("loss", "steps", "seconds"))
         steps = steps if steps == steps else 0
-        self.folder.ledger.append(Training(round, site, loss, int(steps), examples, seconds))
+        self.record(Training(round, site, loss, int(steps), seen.examples, seconds))
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {site}: {choice(payload, self.setup.job.budget)}")
         self.observer.client_finished(round, site, loss, len(payload), self.sent.pop(site, 0))
-        return payload
+        return Answer(payload, seen)
 
     def stray(self, reply: Reply) -> str | None:
         """Take a reply that is no answer to the round in progress; what is worth reporting about it."""
@@ -170,7 +176,7 @@ class Federation(Simulation):
         for payload in reply.parcel.payloads:
             try:
                 self.folder.transfer(self.round, site, "up", payload)
-                inspected(self.setup.job, self.server, payload, self.round)
+                check_update(self.setup.job, self.server, site, payload, self.round)
             except FedloomError as error:
                 return f"its update of round {asked.round} came after {reply.seconds:.0f} s and was refused: {error}"
         return None
@@ -193,11 +199,18 @@ class Federation(Simulation):
         """Remember which state a site holds."""
         self.clients.hold(site, replace(self.clients[site], version=version, digest=digest))
 
-    def aggregate(self, payloads: Mapping[str, bytes], round: int) -> None:
+    def combine(self, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
+        """The server's turn, with at least `min_replies` updates that can be averaged."""
+        least = self.setup.config.flower.min_replies
+        return server_turn(self.setup.job, self.server, payloads, round, seen=self.seen, least=least)
+
+    def aggregate(self, payloads: Mapping[str, bytes], round: int) -> ServerTurn:
         """As everywhere; and remember whose updates were counted."""
-        super().aggregate(payloads, round)
+        turn = super().aggregate(payloads, round)
         for site in payloads:
-            self.clients.hold(site, replace(self.clients[site], memory={"counted": torch.tensor(round)}))
+            if site not in turn.refused:
+                self.clients.hold(site, replace(self.clients[site], memory={"counted": torch.tensor(round)}))
+        return turn
 
     def deliver_last(self) -> None:
         """Send the result to every site that is connected; who did not confirm is noted."""

@@ -25,13 +25,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.adapters import PREFIX
+from fedloom.caps import USUAL, Caps
 from fedloom.catchup import Archive
 from fedloom.engines.flower.payload import pack, unpack
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, RoundError
+from fedloom.job import Job
 from fedloom.lora import LoraState, from_tensors
 from fedloom.method import State
 from fedloom.methods import build
-from fedloom.rounds import Job, Train, accept, client_turn, server_turn, start
+from fedloom.rounds import Train, accept, client_turn, server_turn, start
 from fedloom.setup import coded
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
@@ -48,10 +50,14 @@ def agree(
     seed: int = 0,
     values: str = "auto",
     weighting: str = "examples",
+    caps: Caps = USUAL,
 ) -> Job:
-    """What server and clients must agree on; the arguments are [method], federation.seed, wire.values and weighting."""
+    """What server and clients must agree on; the arguments are [method], federation.seed, wire.values and weighting.
+
+    caps is the server's alone: what one client may count for, as [federation] has it.
+    """
     built = build(method, settings or {})
-    return Job(built, seed, partial(coded, built.values if values == "auto" else values), weighting)
+    return Job(built, seed, partial(coded, built.values if values == "auto" else values), weighting, caps=caps)
 
 
 @final
@@ -103,14 +109,16 @@ class FedLoomStrategy(Strategy):
             node = reply.metadata.src_node_id
             try:
                 payloads[str(node)] = self._update(node, reply)
-            except FedloomError as error:
+            except Exception as error:  # whatever a reply is, the others' round goes on
                 self.refused[str(node)] = str(error)
         if len(payloads) < self.min_replies:
             return None, None
-        turn = server_turn(self.job, self.server, payloads, server_round)
-        self.refused |= turn.refused
-        if len(payloads) - len(turn.refused) < self.min_replies:
+        try:
+            turn = server_turn(self.job, self.server, payloads, server_round, least=self.min_replies)
+        except RoundError as error:
+            self.refused |= error.refused
             return None, None
+        self.refused |= turn.refused
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         self.server = turn.state
         sizes = {"bytes_up": sum(map(len, payloads.values())), "bytes_down": len(turn.payload)}

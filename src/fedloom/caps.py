@@ -1,0 +1,88 @@
+"""How much one client may count for: its share of the average, and the norm of its update.
+
+A client says itself how many examples its update rests on, and its values are its own. So what one client can do to
+the average is bounded on both sides: by a share at most, and by a norm that is not out of all proportion.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FEWEST = 3
+"""Updates that a comparison of norms needs. Of two, nobody can say which one is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """The bounds of a run; these defaults bound nothing, those of [federation] are `USUAL`.
+
+    max_share: of the average, for one client; of K clients each may have 1/K whatever it says. client_examples: the
+    operator's own numbers of examples, by client, in place of those that the clients tell. max_norm: √Σ v² over the
+    values of an update. max_norm_ratio: that norm over the median of the round.
+    """
+
+    max_share: float = 1.0
+    client_examples: Mapping[str, int] = field(default_factory=dict)
+    max_norm: float = math.inf
+    max_norm_ratio: float = math.inf
+
+
+USUAL = Caps(max_share=0.5, max_norm=1e6, max_norm_ratio=100.0)
+
+
+def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[dict[str, float], list[str]]:
+    """(p_k of every client, what was bounded in words). Shares are by examples, or "uniform"; they sum to 1."""
+    counts = {client: caps.client_examples.get(client, count) for client, count in examples.items()}
+    sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in counts.items()}
+    total = sum(sizes.values())
+    asked = {client: size / total for client, size in sizes.items() if size > 0}
+    shares = hold_to(asked, max(caps.max_share, 1 / max(len(asked), 1)))
+    notes = [
+        f"client {client} says {counts[client]:,} examples, {share:.1%} of the round; it counts for "
+        f"{shares[client]:.1%} (federation.max_share is {caps.max_share:g})"
+        for client, share in asked.items()
+        if share > shares[client] + 1e-9  # more than rounding
+    ]
+    return shares, notes
+
+
+def hold_to(shares: Mapping[str, float], most: float) -> dict[str, float]:
+    """Shares of at most `most` each; what is over goes to the other clients in proportion. `most` is ≥ 1/K."""
+    held = dict(shares)
+    full: set[str] = set()
+    while over := {client for client, share in held.items() if client not in full and share > most}:
+        full |= over
+        rest = sum(shares[client] for client in held if client not in full)
+        left = max(1.0 - most * len(full), 0.0)
+        held = {client: most if client in full else share / rest * left for client, share in shares.items()}
+    return held
+
+
+def find_outliers(norms: Mapping[str, float], caps: Caps) -> dict[str, str]:
+    """Client → why its update is out of all proportion to the others of the round.
+
+    What is left has no outlier among itself: one that is far out must not hide another. The larger of two middle norms
+    counts, so that as many tiny updates as honest ones evict nobody; and a middle of zero is no measure, so that
+    clients that send nothing but zeros are passed over then.
+    """
+    left, found = dict(norms), {}
+    while len(left) >= FEWEST:
+        middle = statistics.median_high(left.values()) or positive_median(left)
+        out = {client: norm for client, norm in left.items() if norm > caps.max_norm_ratio * middle}
+        if not out:
+            break
+        for client, norm in out.items():
+            del left[client]
+            found[client] = (
+                f"its update has norm {norm:.3g}, the round's median is {middle:.3g} (federation.max_norm_ratio is "
+                f"{caps.max_norm_ratio:g})"
+            )
+    return found
+
+
+def positive_median(norms: Mapping[str, float]) -> float:
+    """The upper median of the norms that are not zero; infinity where all are."""
+    return statistics.median_high([norm for norm in norms.values() if norm] or [math.inf])
