@@ -181,14 +181,16 @@ def dumped(row: Row) -> bytes:
         line = escape_json(_ROWS.dump_json(row).decode()).encode()
         _ROWS.validate_json(line)
     except ValidationError as error:
-        reason = error.errors()[0]
-        where = ".".join(map(str, reason["loc"][1:]))
-        raise CheckpointError(
-            f"a row of kind {row.row!r} cannot be kept: {printable(where)}: {reason['msg']}"
-        ) from None
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
     except PydanticSerializationError as error:
         raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {printable(str(error))}") from None
     return line
+
+
+def _complaint(error: ValidationError) -> str:
+    """Which field of a row is wrong first, and what was expected there."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
 
 
 def read(path: Path) -> list[Row]:
@@ -224,7 +226,10 @@ class Ledger:
 
         Raises CheckpointError, with the file as it was, for a row that could not be read back.
         """
-        line = dumped(row) + b"\n"
+        try:
+            line = dumped(row) + b"\n"
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
         self._count([row])
@@ -286,7 +291,6 @@ def _scan(path: Path) -> tuple[list[Row], list[int]]:
         try:
             rows.append(_ROWS.validate_json(line))
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {printable(reason)}") from None
+            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {_complaint(error)}") from None
         offsets.append(offsets[-1] + len(line) + 1)
     return rows, offsets

@@ -199,7 +199,5 @@ def _panels() -> tuple[Figure, list[Axes]]:
 def _save(figure: Figure, target: Path | IO[bytes], form: str) -> None:
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing from font"
-        )  # a name in a script without letters here: boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes will do for other scripts
         figure.savefig(target, format=form, dpi=160, metadata=metadata)
