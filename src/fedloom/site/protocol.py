@@ -103,13 +103,14 @@ def statement(facts: Mapping[str, Fact]) -> Statement:
     try:
         return _STATEMENT.validate_json(json.dumps(dict(facts)))
     except ValidationError as error:
-        raise SiteError(f"its reply says nothing that can be: {_complaint(error)}") from None
+        raise SiteError(f"the facts in its reply are wrong: {_complaint(error)}") from None
 
 
 def _complaint(error: ValidationError) -> str:
     """The first fact that is wrong, and what was expected. The name of an unknown one is the other side's text."""
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{printable('.'.join(map(str, first['loc'])), 60)}: {printable(first['msg'])}"
+    where = f"{printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
+    return f"{where}{printable(first['msg'])}"
 
 
 def sizes(found: object) -> list[int]:
