@@ -178,7 +178,7 @@ def dumped(row: Row) -> bytes:
     Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
     """
     try:
-        line = escape_json(_ROWS.dump_json(row).decode()).encode()
+        line = escape_json(_ROWS.dump_json(row, warnings=False).decode()).encode()
         _ROWS.validate_json(line)
     except ValidationError as error:
         raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
