@@ -13,7 +13,7 @@ import fedloom
 ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 
 LAYERS = """
-    errors events testbed
+    errors text events testbed
     masks tensors lora sparsify lowrank
     wire method methods caps cohort consolidation job checks rounds catchup checkpoint
     config configfile ledger serverlog report
@@ -49,7 +49,7 @@ IMPURE = {
     "numpy.random",
 }
 LIGHT = (
-    *("errors", "events", "testbed", "config", "configfile", "ledger", "serverlog"),
+    *("errors", "text", "events", "testbed", "config", "configfile", "ledger", "serverlog"),
     *("report", "progress", "status", "inspection", "cli"),
 )
 """Modules that must not load torch when imported, so that `fedloom --help` answers at once."""
@@ -135,7 +135,7 @@ def test_reports_rest_on_ledgers_alone():
     for path in FILES:
         if own_unit(path) == "report":
             used = {unit(dotted) for dotted in imports(path) if dotted.startswith("fedloom")}
-            assert used <= {"errors", "ledger", "report"}, name_of(path)
+            assert used <= {"errors", "text", "ledger", "report"}, name_of(path)
 
 
 def test_methods_see_no_bytes_and_the_wire_no_methods():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedloom.errors import CheckpointError
 from fedloom.ledger import Aggregation, Evaluation, Ledger, Note, Run, Totals, Training, Transfer, read, totals
+from fedloom.report import summarise
 
 ROWS = [
     Run("fedsrd", "model", ("ada", "bob"), 2, 1000, 3),
@@ -125,3 +126,37 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_a_missing_ledger(tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.jsonl cannot be read"):
         read(tmp_path / "none.jsonl")
+
+
+BAD_ROWS = [
+    Training(1, "ada", 0.5, math.inf, 1),
+    Training(1, "ada", 0.5, 1.5, 1),
+    Training(1, 7, 0.5, 1, 1),
+    Transfer(1, "ada", "sideways", "update", 1),
+    Evaluation(0, "\ud800", 0.5, 1.0),
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=ascii)
+def test_a_row_that_could_not_be_read_back_is_not_written(tmp_path, row):
+    told = []
+    with Ledger(tmp_path / "ledger.jsonl", told.append) as ledger:
+        ledger.append(ROWS[0])
+        with pytest.raises(CheckpointError, match=rf"ledger\.jsonl: a row of kind '{row.row}' cannot be kept"):
+            ledger.append(row)
+        ledger.append(ROWS[1])
+        assert ledger.rows == 2
+    assert read(tmp_path / "ledger.jsonl") == ROWS[:2] == told
+
+
+def test_seconds_that_an_older_version_wrote_as_null_are_read(tmp_path):
+    path = filled(tmp_path / "l")
+    line = b'{"row":"training","round":1,"client":"eve","loss":1.0,"steps":3,"examples":10,"seconds":null}\n'
+    path.write_bytes(path.read_bytes() + line)
+    assert math.isnan(read(path)[-1].seconds)
+    assert summarise(read(path)).train_seconds == pytest.approx(0.3)
+
+
+def test_seconds_that_are_not_finite_can_be_read_back(tmp_path):
+    rows = [Training(1, "ada", 0.5, 1, 1, math.inf), Evaluation(0, "bank", 0.5, 1.0, math.nan)]
+    assert all(math.isnan(row.seconds) for row in read(filled(tmp_path / "l", rows)))

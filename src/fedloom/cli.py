@@ -29,6 +29,7 @@ from fedloom.errors import ConfigError, FedloomError
 from fedloom.merge.command import aggregate
 from fedloom.studies.commands import Set, compare, estimate, front, tune
 from fedloom.testbed import testbed
+from fedloom.text import LONG, printable
 
 if TYPE_CHECKING:
     from fedloom.config import Config
@@ -58,11 +59,16 @@ class Funnel(TyperGroup):
         except (FedloomError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            complaints.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            complaints.print(_in_lines(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             complaints.print("interrupted", style="red")
             ctx.exit(130)
+
+
+def _in_lines(text: str) -> str:
+    """A message that may quote names, keys and errors of others, its own line breaks kept."""
+    return "\n".join(printable(line, LONG) for line in text.split("\n")[:50])
 
 
 app = typer.Typer(

@@ -7,6 +7,7 @@ all of it: clients=null). "alone" trains every client by itself, "pooled" trains
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import threading
@@ -24,6 +25,7 @@ from fedloom.errors import RoundError
 from fedloom.ledger import read
 from fedloom.methods import METHODS
 from fedloom.report.numbers import Report, summarise
+from fedloom.text import file_name
 
 if TYPE_CHECKING:
     from fedloom.pace import Pace
@@ -63,7 +65,7 @@ def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Pat
         for label, overrides in expanded(config, variant).items():
             for seed in seeds:
                 settings = changed(config, [*overrides, f"federation.seed={seed}"])
-                made.append(Run(label, seed, settings, out / label.replace("/", "_") / f"seed-{seed}"))
+                made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
     return made
 
 
@@ -86,8 +88,14 @@ def _placed(pair: str) -> str:
 def _alone(config: Config) -> dict[str, list[str]]:
     """FedIT with a single participant is that client training alone."""
     return {
-        f"alone:{client}": ["method.name=fedit", f'federation.participants=["{client}"]'] for client in clients(config)
+        f"alone:{client}": ["method.name=fedit", f"federation.participants={_toml([client])}"]
+        for client in clients(config)
     }
+
+
+def _toml(value: Sequence[str]) -> str:
+    """A list as TOML writes it: as JSON does, but for one character more that is escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _pooled(config: Config) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.errors import ConfigError
+from fedloom.text import cell
 
 if TYPE_CHECKING:
     from fedloom.lora import LoraPair
@@ -80,7 +81,8 @@ def adapter(folder: Path) -> RenderableType:
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
     for module, shape in state.shapes().items():
         kinds[module.rpartition(".")[2], shape].append(module)
-    table = Table(box=box.SIMPLE_HEAD, title=f"adapter of {opened.base_model or 'an unnamed base'}", title_style="bold")
+    title = cell(f"adapter of {opened.base_model or 'an unnamed base'}", "bold")
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("modules")
     for name in ("number", "shape", "ranks", "values", "mean ‖ΔW‖"):
         table.add_column(name, justify="right")
@@ -89,7 +91,8 @@ def adapter(folder: Path) -> RenderableType:
         ranks = sorted({pair.rank for pair in pairs})
         values = sum(pair.A.numel() + pair.B.numel() for pair in pairs)
         norm = sum(_norm(pair) for pair in pairs) / len(pairs)
-        table.add_row(kind, str(len(modules)), f"{m} × {n}", ", ".join(map(str, ranks)), f"{values:,}", f"{norm:.4g}")
+        row = (str(len(modules)), f"{m} × {n}", ", ".join(map(str, ranks)), f"{values:,}", f"{norm:.4g}")
+        table.add_row(cell(kind), *row)
     table.add_row("all", str(len(state)), "", "", f"{state.numel():,}", "", style="bold")
     return table
 
@@ -102,7 +105,7 @@ def payload(path: Path) -> RenderableType:
     told = describe(path.read_bytes())
     facts = Table(box=None, show_header=False, title=f"payload of {told.size:,} bytes", title_style="bold")
     for key, value in {**asdict(told.header), "checksum": told.checksum}.items():
-        facts.add_row(key, str(value))
+        facts.add_row(key, cell(str(value)))
     kinds: dict[tuple[str, str], list[TensorBytes]] = defaultdict(list)
     for tensor in told.tensors:
         module, _, part = tensor.name.rpartition("/")
@@ -117,7 +120,7 @@ def payload(path: Path) -> RenderableType:
         sent, elements = sum(t.values for t in tensors), sum(count(t.shape) for t in tensors)
         density = f"{100 * sent / elements:.2f} %" if elements else "–"
         spent = sum(t.value_bytes + t.position_bytes for t in tensors)
-        table.add_row(*kind, str(len(tensors)), f"{sent:,}", density, f"{spent:,.0f}")
+        table.add_row(*map(cell, kind), str(len(tensors)), f"{sent:,}", density, f"{spent:,.0f}")
     parts = Table(box=box.SIMPLE_HEAD)
     parts.add_column("part")
     parts.add_column("bytes", justify="right")
@@ -139,8 +142,8 @@ def audit(folder: Path) -> RenderableType:
         told = [line for line in lines if line.job == job]
         bare = sum(line.mu is None for line in told)
         rounds, size = len({line.round for line in told}), sum(line.bytes for line in told)
-        table.add_row(job, str(rounds), str(len(told)), f"{size:,}", str(bare), told[-1].time[:10])
-    return Group(table, *summary(lines, moved))
+        table.add_row(cell(job), str(rounds), str(len(told)), f"{size:,}", str(bare), cell(told[-1].time[:10]))
+    return Group(table, *map(cell, summary(lines, moved)))
 
 
 def _norm(pair: LoraPair) -> float:

@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
+from fedloom.text import LONG, escape_json, printable
 
 Direction: TypeAlias = Literal["up", "down"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -56,7 +58,7 @@ class Transfer:
     kind: str
     bytes: int
     parts: Mapping[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Training:
     loss: Number
     steps: int
     examples: int
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Evaluation:
     domain: str
     exact_match: Number
     loss: Number
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Aggregation:
     row: Literal["aggregation"] = field(default="aggregation", kw_only=True)
     round: int
     stats: Mapping[str, Number] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Roll:
     failed: Mapping[str, str] = field(default_factory=dict)
     late: Mapping[str, str] = field(default_factory=dict)
     tries: int = 1
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,24 @@ def totals(rows: Iterable[Row]) -> Totals:
 
 
 def dumped(row: Row) -> bytes:
-    """The row as one JSON object, as it stands in a ledger."""
-    return _ROWS.dump_json(row)
+    """The row as one JSON object, as it stands in a ledger: one line, whatever it holds safe to show.
+
+    Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
+    """
+    try:
+        line = escape_json(_ROWS.dump_json(row, warnings=False).decode()).encode()
+        _ROWS.validate_json(line)
+    except ValidationError as error:
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
+    except PydanticSerializationError as error:
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {printable(str(error))}") from None
+    return line
+
+
+def _complaint(error: ValidationError) -> str:
+    """Which field of a row is wrong first, and what was expected there."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
 
 
 def read(path: Path) -> list[Row]:
@@ -205,8 +223,14 @@ class Ledger:
         return len(self._offsets) - 1
 
     def append(self, row: Row) -> None:
-        """Add one row; it is on disk after the next `sync`."""
-        line = dumped(row) + b"\n"
+        """Add one row; it is on disk after the next `sync`.
+
+        Raises CheckpointError, with the file as it was, for a row that could not be read back.
+        """
+        try:
+            line = dumped(row) + b"\n"
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
         self._count([row])
@@ -214,8 +238,8 @@ class Ledger:
             self._told(row)
 
     def note(self, round: int, text: str) -> None:
-        """Add a row of words."""
-        self.append(Note(round, text))
+        """Add a row of words, which may quote others'."""
+        self.append(Note(round, printable(text, LONG)))
 
     def sync(self) -> int:
         """Have every row on disk; returns how many there are. Call it once a round."""
@@ -271,7 +295,6 @@ def _scan(path: Path) -> tuple[list[Row], list[int]]:
         try:
             rows.append(_ROWS.validate_json(line))
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {reason}") from None
+            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {_complaint(error)}") from None
         offsets.append(offsets[-1] + len(line) + 1)
     return rows, offsets

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fedloom.events import Observer, RunFacts, RunSummary, Scores
 from fedloom.report.numbers import human_bytes
+from fedloom.text import LONG, cell, printable
 
 
 @contextmanager
@@ -115,7 +116,7 @@ class Lines(Watched):
         self._say("  ".join([*parts, f"{seconds:.1f} s"]))
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text, LONG), markup=False, highlight=False, soft_wrap=True)
 
 
 class View(Watched):
@@ -125,8 +126,8 @@ class View(Watched):
         """The view as it stands."""
         if self.facts is None:
             return Text("loading model and data …", style="dim")
-        notes = (Text(f"note: {text}", style="yellow") for text in self.facts.warnings)
-        headline = Text(_headline(self.facts), style="bold")
+        notes = (cell(f"note: {text}", "yellow", LONG) for text in self.facts.warnings)
+        headline = cell(_headline(self.facts), "bold")
         return Group(headline, *notes, self._bar(self.facts), self._clients(), self._score())
 
     def _bar(self, facts: RunFacts) -> Table:
@@ -156,7 +157,7 @@ class View(Watched):
             loss = "–" if tally.loss is None else f"{tally.loss:.3f}"
             now = name == self.training
             mark = f"▸ {name}" if now else f"  {name}"
-            table.add_row(mark, loss, human_bytes(tally.up), human_bytes(tally.down), style="cyan" if now else "")
+            table.add_row(cell(mark), loss, human_bytes(tally.up), human_bytes(tally.down), style="cyan" if now else "")
         up, down = (sum(getattr(t, way) for t in self.tallies.values()) for way in ("up", "down"))
         table.add_row("  all", "", human_bytes(up), human_bytes(down), style="bold")
         return table
@@ -166,7 +167,7 @@ class View(Watched):
             return Text("")
         by_domain = "   ".join(f"{domain} {100 * score:.0f}" for domain, score in sorted(self.scores.items()))
         mean = f"exact match {mean_percent(self.scores):.1f} % (at first {mean_percent(self.first):.1f} %)"
-        return Text(f"{mean}   {by_domain}")
+        return cell(f"{mean}   {by_domain}", limit=LONG)
 
 
 def mean_percent(scores: Scores) -> float:

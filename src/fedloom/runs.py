@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import tomllib
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +29,7 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.ledger import Direction, Ledger, Transfer, read
 from fedloom.report import metrics
 from fedloom.serverlog import ServerLog
+from fedloom.text import file_name
 from fedloom.wire import describe, read_header
 
 
@@ -69,7 +69,7 @@ class RunFolder:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
             version = read_header(payload).base_version
-            name = f"{round:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', client)}-{direction}-v{version}.fedloom"
+            name = f"{round:05d}-{file_name(client)}-{direction}-v{version}.fedloom"
             (folder / name).write_bytes(payload)
 
     def save(self, snapshot: Snapshot) -> None:

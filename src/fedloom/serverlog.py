@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedloom.ledger import Note, Roll, Row, dumped
+from fedloom.text import escape_json
 
 FILE = "log.jsonl"
 """Its name in a run's folder."""
@@ -26,7 +27,7 @@ class ServerLog:
         facts = {key: value for key, value in json.loads(dumped(row)).items() if key != "row" and value != {}}
         told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level(row), "event": row.row}
         try:
-            self._file.write(json.dumps({**told, **facts}, ensure_ascii=False) + "\n")
+            self._file.write(escape_json(json.dumps({**told, **facts}, ensure_ascii=False)) + "\n")
         except OSError:
             return
 

@@ -17,6 +17,7 @@ from fedloom.errors import CheckpointError
 from fedloom.ledger import Aggregation, Roll, Row, read
 from fedloom.report.answers import Answers, answers
 from fedloom.report.numbers import MEAN, Report, human_bytes, summarise
+from fedloom.text import LONG, cell
 
 LOOK_SECONDS = 1.0
 NOTES = 6
@@ -60,7 +61,7 @@ def view(rows: Sequence[Row], quiet: float) -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     state = "finished" if last >= run.num_rounds else f"last row {quiet:.0f} s ago"
     bar.add_row(f"round {last}/{run.num_rounds}", ProgressBar(run.num_rounds, last, 32), state)
-    head = Text(f"{run.method}: {len(run.clients)} clients, {run.adapter_values:,} values", style="bold")
+    head = cell(f"{run.method}: {len(run.clients)} clients, {run.adapter_values:,} values", "bold")
     return Group(head, bar, _clients(report, tallies), *_closing(report), *_roll(rows))
 
 
@@ -75,7 +76,7 @@ def _clients(report: Report, tallies: dict[str, Answers]) -> Table:
         loss = f"{losses[-1]:.3f}" if losses and losses[-1] == losses[-1] else "–"
         counts = [str(tally.answered), str(tally.missed), str(tally.last or "–")]
         style = "yellow" if tally.missed else ""
-        table.add_row(client, *counts, loss, human_bytes(up), human_bytes(down), style=style)
+        table.add_row(cell(client), *counts, loss, human_bytes(up), human_bytes(down), style=style)
     sums = report.totals
     table.add_row("all", "", "", "", "", human_bytes(sums.bytes_up), human_bytes(sums.bytes_down), style="bold")
     return table
@@ -86,7 +87,7 @@ def _closing(report: Report) -> list[Text]:
     if report.points:
         first, last = report.points[0].scores[MEAN], report.points[-1].scores[MEAN]
         said.append(Text(f"exact match {100 * last:.1f} % (at first {100 * first:.1f} %)"))
-    return said + [Text(f"round {note.round}: {note.text}", style="yellow") for note in report.notes[-NOTES:]]
+    return said + [cell(f"round {note.round}: {note.text}", "yellow", LONG) for note in report.notes[-NOTES:]]
 
 
 def _roll(rows: Sequence[Row]) -> list[Text]:
@@ -95,4 +96,4 @@ def _roll(rows: Sequence[Row]) -> list[Text]:
     if roll is None or not (roll.failed or roll.late):
         return []
     missing = ", ".join(sorted({*roll.failed, *roll.late}))
-    return [Text(f"round {roll.round}, after {roll.tries} tries: without {missing}", style="yellow")]
+    return [cell(f"round {roll.round}, after {roll.tries} tries: without {missing}", "yellow", LONG)]

@@ -23,6 +23,7 @@ from fedloom.config import Config
 from fedloom.configfile import dump
 from fedloom.errors import ConfigError
 from fedloom.report.numbers import MEAN, Report
+from fedloom.text import file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def search(
         label = f"{key}={value}"
         for seed in seeds:
             settings = changed(base, [label, f"federation.seed={seed}"])
-            made.append(Run(label, seed, settings, out / label / f"seed-{seed}"))
+            made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
     return [*made, *runs(base, against, seeds, out)]
 
 

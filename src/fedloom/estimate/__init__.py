@@ -17,6 +17,7 @@ from fedloom.errors import ConfigError
 from fedloom.estimate.published import MIB, Figure, figures
 from fedloom.estimate.rounds import CODINGS, PAPER, Prediction, Ranks, equal_ranks, predict
 from fedloom.methods import build
+from fedloom.text import cell, printable
 
 DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fedsrd-e")
 
@@ -159,11 +160,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def _round_table(result: Mapping[str, Any]) -> Table:
     case = result["case"]
     ranks = ", ".join(map(str, case["ranks"]))
+    title = (
+        f"{printable(case['name'], 100)}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
+        f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates"
+    )
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{case['name']}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
-        f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates",
-        title_style="bold",
+        title=cell(title, "bold"),
         caption="all: a round of all clients in the coding before it, wire.values. Seconds and memory of the "
         + (
             "server: measured, every layer"
@@ -178,7 +181,7 @@ def _round_table(result: Mapping[str, Any]) -> Table:
     for row in result["rows"]:
         sizes = [f"{row['up_bytes'][c] / MIB:.1f} + {row['down_bytes'][c] / MIB:.1f}" for c in (PAPER, *CODINGS)]
         table.add_row(
-            row["method"],
+            cell(row["method"]),
             *sizes,
             row["auto"],
             f"{row['total_bytes'] / MIB:.1f}",

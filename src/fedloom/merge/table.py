@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
+
+from fedloom.text import LONG, cell
 
 if TYPE_CHECKING:
     from fedloom.merge.combine import Recipe
@@ -96,18 +97,18 @@ def _notes(inputs: Inputs) -> list[str]:
 def shown(told: Record) -> RenderableType:
     """The record for a terminal: a row a module, or a kind of modules where there are many; totals; notes."""
     rows, count = told["modules"], len(told["adapters"])
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{told['method']} over {count} adapter{'s' * (count > 1)}", title_style="bold"
-    )
+    table = Table(box=box.SIMPLE_HEAD, title=cell(f"{told['method']} over {count} adapter{'s' * (count > 1)}", "bold"))
     table.add_column("module", overflow="fold", min_width=10)
     columns = [(head, show) for head, show, said in _COLUMNS if said(told)]
     for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for name, group in _named(rows):
-        table.add_row(Text(name), *(show(group) for _, show in columns))
+        table.add_row(cell(name), *(show(group) for _, show in columns))
     total: Record = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
     table.add_row(f"all {len(rows)}", *(show([total]) for _, show in columns), style="bold")
-    return Group(table, *(Text(f"note: {note}") for note in told["notes"]), Text(_closing(told)))
+    return Group(
+        table, *(cell(f"note: {note}", limit=LONG) for note in told["notes"]), cell(_closing(told), limit=LONG)
+    )
 
 
 def _closing(told: Record) -> str:

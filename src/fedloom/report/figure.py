@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from fedloom.report.front import PUBLISHED, Point
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+from fedloom.text import printable
 
 MIB = 2**20
 INK = "#222222"
@@ -25,6 +27,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 """Okabe and Ito's palette, told apart with every common kind of colour vision (its yellow darkened for white paper)."""
 LINES = ("-", "--", "-.", ":", "-")
 """Styles of line, for more runs than there are colours."""
+_LABEL = 60
+"""Characters of a name in a legend."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE: Any = {
@@ -42,6 +46,7 @@ _STYLE: Any = {
     "ytick.color": "#555555",
     "legend.frameon": False,
     "svg.hashsalt": "fedloom",
+    "text.parse_math": False,  # names are others' text: a $ in them is a $
 }
 
 
@@ -54,10 +59,10 @@ def curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -> Non
             for number, domain in enumerate(report.domains):
                 colour, marker = _look(number)
                 ys = [100 * point.scores.get(domain, float("nan")) for point in report.points]
-                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=domain, color=colour, marker=marker)
+                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=_label(domain), color=colour, marker=marker)
             ys = [100 * point.scores[MEAN] for point in report.points]
             axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
-        panels[0].set_title(f"{report.run.method}, {len(report.run.clients)} clients")
+        panels[0].set_title(f"{_label(report.run.method)}, {len(report.run.clients)} clients")
         panels[1].set_title(sent)
         panels[0].legend(loc="best", fontsize=9)
         _save(figure, target, form)
@@ -73,9 +78,8 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
                 shown = [s for s in stretches if along == "round" or s.mib > 0]
                 xs = [getattr(s, along) for s in shown]
                 means = [s.mean for s in shown]
-                axes.plot(
-                    xs, means, LINES[number // len(COLOURS)], lw=1.8, ms=4, label=label, color=colour, marker=marker
-                )
+                line = LINES[number // len(COLOURS)]
+                axes.plot(xs, means, line, lw=1.8, ms=4, label=_label(label), color=colour, marker=marker)
                 low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
                 axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
@@ -101,7 +105,7 @@ def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom
                 _front_of(
                     [p for p in points if (p.testbed, p.method) == (testbed, method)], axes, number, method == own
                 )
-            axes.set_title(testbed)
+            axes.set_title(_label(testbed))
             axes.set_xscale("log")
             axes.set_xlabel("bytes of dense fp32, both ways (%)")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -124,7 +128,7 @@ def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> N
                 [100 * p.share for p in shown],
                 [p.score for p in shown],
                 [p.half for p in shown],
-                label=f"{shown[0].method}{', as published' if published else ''}",
+                label=_label(f"{shown[0].method}{', as published' if published else ''}"),
                 color=colour,
                 marker=marker,
                 markerfacecolor="white" if published else colour,
@@ -175,6 +179,12 @@ def _look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
+def _label(name: str) -> str:
+    """A name in a legend. matplotlib leaves out those that begin with an underscore; a space before it brings it in."""
+    shown = printable(name, _LABEL)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _panels() -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(10.5, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -188,4 +198,6 @@ def _panels() -> tuple[Figure, list[Axes]]:
 
 def _save(figure: Figure, target: Path | IO[bytes], form: str) -> None:
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
-    figure.savefig(target, format=form, dpi=160, metadata=metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes will do for other scripts
+        figure.savefig(target, format=form, dpi=160, metadata=metadata)

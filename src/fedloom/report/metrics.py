@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fedloom.ledger import Aggregation, Note, Roll, Row
 from fedloom.report.answers import answers
 from fedloom.report.numbers import MEAN, summarise
+from fedloom.text import distinct
 
 FILE = "metrics.prom"
 """Its name in a run's folder."""
@@ -80,7 +81,8 @@ def _of(base: Labels, tallies: Mapping[str, object], key: str) -> list[tuple[Lab
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """A label's value. Two clients stay two, or Prometheus would refuse the whole file."""
+    return distinct(text).replace("\\", r"\\").replace('"', r"\"")
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -92,9 +92,14 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         totals=sums,
         losses=dict(sorted(losses.items())),
         notes=tuple(row for row in rows if isinstance(row, Note)),
-        train_seconds=sum(row.seconds for row in rows if isinstance(row, Training)),
-        server_seconds=sum(row.seconds for row in rows if isinstance(row, Aggregation)),
+        train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
+        server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
     )
+
+
+def _sum(seconds: Iterable[float]) -> float:
+    """What is known of them: a ledger has NaN where a clock said nothing."""
+    return sum(second for second in seconds if math.isfinite(second))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

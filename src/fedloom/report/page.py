@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-from html import escape
 
 from fedloom.report.figure import svg
 from fedloom.report.numbers import MEAN, Report, human_bytes
 from fedloom.report.table import sentence
+from fedloom.text import LONG, printable
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -21,6 +22,11 @@ th:first-child, td:first-child { text-align: left; } tr:last-child.total td { fo
 """
 
 
+def _shown(text: str) -> str:
+    """A text of others as HTML that shows it."""
+    return html.escape(printable(text, LONG))
+
+
 def page(report: Report) -> str:
     """The page as text."""
     run = report.run
@@ -29,9 +35,9 @@ def page(report: Report) -> str:
         f"base model {run.model}"
     )
     sections = [
-        f"<h1>fedloom run: {escape(run.method)}</h1>",
-        f'<p class="facts">{escape(facts)}</p>',
-        f'<p class="sum">{escape(sentence(report))}</p>',
+        f"<h1>fedloom run: {_shown(run.method)}</h1>",
+        f'<p class="facts">{_shown(facts)}</p>',
+        f'<p class="sum">{_shown(sentence(report))}</p>',
         svg(report) if report.points else "",
         "<h2>Held-out exact match (%)</h2>",
         _table(("domain", "before", "after", "change"), _scores(report), total=True),
@@ -49,7 +55,7 @@ def page(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>fedloom run: {escape(run.method)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>fedloom run: {_shown(run.method)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -84,8 +90,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, total: bool = 
     if not rows:
         return "<p>Nothing recorded.</p>"
     last = len(rows) - 1
-    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
+    lines = [f"<tr>{''.join(f'<th>{_shown(cell)}</th>' for cell in head)}</tr>"]
     for number, row in enumerate(rows):
         mark = ' class="total"' if total and number == last else ""
-        lines.append(f"<tr{mark}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
+        lines.append(f"<tr{mark}>{''.join(f'<td>{_shown(cell)}</td>' for cell in row)}</tr>")
     return f'<div class="scroll"><table>\n{chr(10).join(lines)}\n</table></div>'

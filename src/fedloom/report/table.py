@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from csv import DictWriter
 
@@ -11,8 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+from fedloom.text import cell, printable
 
 _SHORT = 20
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+"""What a cell begins with that a spreadsheet computes instead of showing it; wide forms count in some countries."""
 
 
 def closing(report: Report) -> RenderableType:
@@ -29,7 +34,7 @@ def scores(report: Report) -> Table:
     for domain in [*report.domains, MEAN] if report.points else []:
         before, after = 100 * report.score(domain, 0), 100 * report.score(domain)
         style = "bold" if domain == MEAN else ""
-        table.add_row(domain, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", style=style)
+        table.add_row(cell(domain), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", style=style)
     return table
 
 
@@ -42,7 +47,8 @@ def traffic(report: Report) -> Table:
     for client, (up, down) in report.totals.by_client.items():
         losses = report.losses.get(client, [])
         turns = len(losses)
-        table.add_row(client, str(turns), _mean(up, turns), _mean(down, turns), human_bytes(up + down), _last(losses))
+        sizes = (_mean(up, turns), _mean(down, turns), human_bytes(up + down))
+        table.add_row(cell(client), str(turns), *sizes, _last(losses))
     up, down = report.totals.bytes_up, report.totals.bytes_down
     row = (_mean(up, report.turns), _mean(down, report.turns), human_bytes(up + down))
     table.add_row("all", str(report.turns), *row, "", style="bold")
@@ -95,7 +101,7 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
         whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
         table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(cell, row.values()))
     return table
 
 
@@ -103,18 +109,33 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """The rows of `compared` as a Markdown table."""
     if not rows:
         return ""
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
+    head, *cells = [[_in_markdown(text) for text in line] for line in (rows[0], *(row.values() for row in rows))]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _in_markdown(text: str) -> str:
+    """A cell that shows the text, in every reader of Markdown: no markup, no HTML, no end of the cell or the row."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(printable(text), quote=False))
+
+
 def csv(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows as comma-separated values."""
+    """The rows as comma-separated values. What a spreadsheet would compute begins with an apostrophe."""
     text = io.StringIO()
     if rows:
         writer = DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({head: _in_spreadsheet(value) for head, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _in_spreadsheet(text: str) -> str:
+    shown = printable(text)
+    return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _is_number(shown) else shown
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) is not None
 
 
 def _mean(size: int, turns: int) -> str:

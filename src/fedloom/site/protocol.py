@@ -27,6 +27,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError
+from fedloom.text import printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
@@ -42,6 +43,16 @@ HEAD_SECONDS = 5.0
 SLOWEST = 2**20
 """Bytes a second: a request's payloads may take as long as they would at this rate, and `HEAD_SECONDS` more. Both ends
 are on one machine, where a socket moves a thousand times as much."""
+MOST_COUNT = 2**31 - 1
+"""Of rounds, versions and steps: more than any run has, and a whole number in every program that reads a ledger."""
+MOST_SECONDS = 1e8
+"""Three years."""
+MOST_LOSS = 1e9
+"""A cross-entropy of 20 is that of a guess among all tokens; this leaves room for training that diverges."""
+
+Count: TypeAlias = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9A-Za-z:_-]*$", max_length=128)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +76,31 @@ class Request:
     ask: Literal["hello", "turn", "deliver"]
     job: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     settings: Annotated[str, Field(max_length=2**18)]
-    base: str
-    round: Annotated[int, Field(ge=0)] = 0
-    counted: Annotated[int, Field(ge=0)] = 0
+    base: Digest
+    round: Count = 0
+    counted: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a site says beside its payload. Nothing of it is needed, and what is not listed here is not looked at.
+
+    name: in answer to "hello"; version, digest: the global state that it holds; loss: mean of its training, None where
+    that is not finite; seconds: of its training; error: why it sends no update.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
+    name: Annotated[str, Field(max_length=200)] = ""
+    version: Count | None = None
+    digest: Digest | None = None
+    loss: Annotated[float, Field(ge=0, le=MOST_LOSS, allow_inf_nan=False)] | None = None
+    steps: Count = 0
+    seconds: Seconds = 0.0
+    error: str | None = None
 
 
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
+_STATEMENT: TypeAdapter[Statement] = TypeAdapter(Statement)
 _SIZES: TypeAdapter[list[int]] = TypeAdapter(
     Annotated[list[Annotated[int, Field(strict=True, ge=0, le=MOST_BYTES)]], Field(max_length=MOST_PAYLOADS)]
 )
@@ -81,8 +111,22 @@ def request(facts: Mapping[str, Fact]) -> Request:
     try:
         return _REQUEST.validate_json(json.dumps(dict(facts)))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise SiteError(f"no request that a worker knows: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise SiteError(f"no request that a worker knows: {_complaint(error)}") from None
+
+
+def statement(facts: Mapping[str, Fact]) -> Statement:
+    """What the facts of a site's reply say. Raises SiteError where a number or a text is none that a site can have."""
+    try:
+        return _STATEMENT.validate_json(json.dumps(dict(facts)))
+    except ValidationError as error:
+        raise SiteError(f"the facts in its reply are wrong: {_complaint(error)}") from None
+
+
+def _complaint(error: ValidationError) -> str:
+    """The first fact that is wrong, and what was expected. The name of an unknown one is the other side's text."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = f"{printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
+    return f"{where}{printable(first['msg'])}"
 
 
 def sizes(found: object, most: int = MOST_BYTES) -> list[int]:

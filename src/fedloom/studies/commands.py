@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedloom.bench.commands import AsJson, numbers, show, words
 from fedloom.testbed import testbed
+from fedloom.text import cell
 
 if TYPE_CHECKING:
     from fedloom.compare import Run
@@ -117,9 +118,7 @@ def tune(
     (out / "tune.md").write_text(table.markdown(rows), encoding="utf-8")
     screen.print(table.comparison(rows))
     for name, found in (("O", choice.best), ("E", choice.efficient)):
-        screen.print(
-            f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}", markup=False
-        )
+        screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
 
 
 def front(
@@ -148,7 +147,7 @@ def front(
     figure.front(found, out / "front.png")
     screen.print(table.comparison(lines))
     for point in above(found):
-        screen.print(f"above loom at {point.budget} on {point.testbed}: {point.variant}", markup=False)
+        screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
 
 
 def play_all(made: Sequence[Run], jobs: int) -> None:
@@ -164,7 +163,7 @@ def play_all(made: Sequence[Run], jobs: int) -> None:
     def finished(run: Run, taken: float) -> None:
         seconds.append(taken)
         left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
-        screen.print(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left", highlight=False)
+        screen.print(cell(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left"))
 
     compare.play(made, jobs, finished)
     taken = time.monotonic() - began

@@ -5,6 +5,7 @@ The SuperNode names the worker: --node-config 'worker-socket="…/worker.sock" w
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError, SiteError
 from fedloom.site.protocol import Parcel, exchange
 
+log = logging.getLogger("fedloom.relay")
+
 WORKER_SECONDS = 120.0
 """How long a worker that was stopped may take to come back."""
 PAUSE_SECONDS = 0.25
@@ -26,14 +29,20 @@ Ask = Callable[[Parcel, Context], Parcel]
 
 
 def relay(message: Message, context: Context, ask: Ask | None = None) -> Message:
-    """Hand the request to the worker and its reply back. An error becomes a reply that says so."""
+    """Hand the request to the worker and its reply back. An error becomes a reply that says so.
+
+    The server is told in words of our own; what Python says of an error may hold paths, and stays in the site's log.
+    """
     began = time.perf_counter()
     try:
         parcel = unpack(message.content)
         facts = {**parcel.facts, "settings": str(context.run_config["settings"])}
         reply = (ask or ask_worker)(Parcel(facts, parcel.payloads), context)
-    except (FedloomError, OSError, KeyError) as error:
+    except FedloomError as error:
         reply = Parcel({"error": f"the site's relay: {error}"})
+    except Exception:  # Flower would send the server whatever the exception says
+        log.exception("a request could not be handed to the worker")
+        reply = Parcel({"error": "the site's relay failed; the SuperNode's log says why"})
     facts = {**reply.facts, "relay": time.perf_counter() - began}
     return Message(pack(Parcel(facts, reply.payloads)), reply_to=message)
 
@@ -54,7 +63,8 @@ def worker(context: Context) -> tuple[Path, Path]:
 def call(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECONDS) -> Parcel:
     """The worker's reply. A worker that is away or dies meanwhile is asked again until `patience` seconds are over.
 
-    Raises SiteError if it does not come back. Asking again is harmless: the worker repeats what it has answered.
+    Raises SiteError, without a path in it, if the worker does not come back or the token cannot be read. Asking again
+    is harmless: the worker repeats what it has answered.
     """
     until = time.monotonic() + patience
     while True:
@@ -65,7 +75,11 @@ def call(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECON
                 return exchange(connection, shown, parcel)
         except OSError as error:
             if time.monotonic() > until:
-                raise SiteError(f"the worker is away ({error}): start it with `fedloom worker SITE.toml`") from None
+                log.warning("the worker at %r, with the token in %r, is away: %s", str(path), str(token), error)
+                raise SiteError(
+                    "the worker is away, or its token cannot be read: start it with `fedloom worker SITE.toml`; the "
+                    "SuperNode's log says more"
+                ) from None
             time.sleep(PAUSE_SECONDS)
 
 

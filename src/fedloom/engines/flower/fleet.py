@@ -16,7 +16,8 @@ from flwr.app import Message
 
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError
-from fedloom.site.protocol import Fact, Parcel
+from fedloom.site.protocol import Fact, Parcel, Statement, statement
+from fedloom.text import printable
 
 GONE = frozenset({5, 8, 9, 10})
 """Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
@@ -79,12 +80,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for `asked`: a parcel, or an error; `gone` says that the node or its app was lost."""
+    """What came back for `asked`: a parcel, or an error; `gone` says that the node or its app was lost.
+
+    said: the parcel's facts, checked. error: in one line that may be shown anywhere, whoever wrote it.
+    """
 
     asked: Asked
     parcel: Parcel | None
     error: str = ""
     gone: bool = False
+    said: Statement = Statement()
 
     @property
     def seconds(self) -> float:
@@ -94,7 +99,10 @@ class Reply:
 
 @dataclass(eq=False, slots=True)
 class Fleet:
-    """All nodes. `facts` go with every request; `expected` are the names of the sites that take part."""
+    """All nodes. `facts` go with every request; `expected` are the names of the sites that take part.
+
+    registered: node → name, for every node that Flower ever told of, whether it is there or not.
+    """
 
     grid: Grid
     facts: Mapping[str, Fact]
@@ -103,13 +111,16 @@ class Fleet:
     strangers: dict[int, Stranger] = field(default_factory=dict)
     outstanding: dict[str, Asked] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
+    registered: dict[int, str] = field(default_factory=dict)
 
     def look(self) -> None:
         """Ask the SuperLink which nodes are there, and greet those that have not said their name.
 
         Those that could not take part are greeted again after a while: their site may have mended what was wrong.
         """
-        self.nodes = {node.node_id: node for node in self.grid.get_nodes() if node.status == "online"}
+        told = list(self.grid.get_nodes())
+        self.registered |= {node.node_id: node.name for node in told if node.name}
+        self.nodes = {node.node_id: node for node in told if node.status == "online"}
         past = time.monotonic() - GREET_SECONDS
         recent = {node for node, stranger in self.strangers.items() if stranger.at > past}
         known = {*self.names.values(), *recent, *(asked.node for asked in self.outstanding.values())}
@@ -158,10 +169,9 @@ class Fleet:
         A name that the operator gave when the node was registered is binding; otherwise a name belongs to the node
         that said it first, for as long as it is connected.
         """
-        node, parcel = reply.asked.node, reply.parcel
+        node, claimed = reply.asked.node, reply.said.name
         if reply.gone:
             return None
-        claimed = str(parcel.facts.get("name", "")) if parcel and not reply.error else ""
         reason = reply.error or self.objection(node, claimed)
         if not reason:
             self.names[claimed] = node
@@ -173,23 +183,26 @@ class Fleet:
 
     def objection(self, node: int, claimed: str) -> str:
         """Why a node may not have the name that it says; "" if it may."""
-        given = self.nodes[node].name if node in self.nodes else ""
+        given = self.registered.get(node, "")
         if claimed not in self.expected:
             return f"it says that it is {claimed!r}, which is not among federation.participants"
         if given and given != claimed:
             return f"it says that it is {claimed!r}, but is registered as {given!r}"
+        if not given and claimed in self.registered.values():
+            return f"it says that it is {claimed!r}, which another node is registered as"
         if self.names.get(claimed, node) != node and self.here(claimed):
             return f"it says that it is {claimed!r}, as another node that is connected does"
         return ""
 
 
 def _read(asked: Asked, message: Message) -> Reply:
+    """The border: behind it, what a site says is of the right type and size, and may be shown."""
     if message.has_error():
         error = message.error
-        return Reply(asked, None, f"Flower's error {error.code}: {error.reason}", error.code in GONE)
+        return Reply(asked, None, f"Flower's error {error.code}: {printable(str(error.reason))}", error.code in GONE)
     try:
         parcel = unpack(message.content)
+        said = statement(parcel.facts)
     except FedloomError as error:
-        return Reply(asked, None, str(error))
-    said = parcel.facts.get("error")
-    return Reply(asked, parcel, str(said) if said is not None else "")
+        return Reply(asked, None, f"refused: {printable(str(error))}")
+    return Reply(asked, parcel, printable(said.error or ""), said=said)

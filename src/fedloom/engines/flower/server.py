@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from fedloom.engines.flower.gathering import POLL_SECONDS, Answer, Gathering
 from fedloom.engines.flower.settings import check, joined
 from fedloom.engines.local import Attendance, Simulation, choice
 from fedloom.engines.roster import Held
-from fedloom.errors import CheckpointError, FedloomError, RoundError, WireError
+from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
 from fedloom.events import Observer, Silent
 from fedloom.ledger import Training
 from fedloom.lora import LoraState
@@ -34,7 +34,8 @@ from fedloom.method import State
 from fedloom.rounds import ServerTurn, server_turn
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup, assemble, heldout_examples
-from fedloom.site.protocol import Fact, Parcel
+from fedloom.site.protocol import Parcel
+from fedloom.text import printable
 from fedloom.wire import read_header
 
 UNKNOWN = -1
@@ -149,12 +150,11 @@ class Federation(Simulation):
         try:
             seen = check_update(self.setup.job, self.server, site, payload, round)
         except FedloomError as error:
-            raise type(error)(f"refused: {error}") from None
+            raise type(error)(f"refused: {printable(str(error))}") from None
         self.folder.transfer(round, site, "up", payload)
         self.know(site, self.server.version, self.server.digest)
-        loss, steps, seconds = (number(parcel.facts.get(name)) for name in ("loss", "steps", "seconds"))
-        steps = steps if steps == steps else 0
-        self.record(Training(round, site, loss, int(steps), seen.examples, seconds))
+        said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
+        self.record(Training(round, site, loss, said.steps, seen.examples, said.seconds))
         if round == 1 and self.setup.job.budget:
             self.folder.ledger.note(round, f"client {site}: {choice(payload, self.setup.job.budget)}")
         self.observer.client_finished(round, site, loss, len(payload), self.sent.pop(site, 0))
@@ -168,24 +168,33 @@ class Federation(Simulation):
             if reason:
                 self.folder.ledger.note(self.round, reason)
             elif reply.parcel is not None and not reply.error:
-                self.locate(str(reply.parcel.facts["name"]), reply)
+                self.locate(reply.said.name, reply)
             return None
         self.locate(site, reply)
         if asked.ask == "deliver" or reply.error or reply.parcel is None:
             return None
-        for payload in reply.parcel.payloads:
-            try:
-                self.folder.transfer(self.round, site, "up", payload)
-                check_update(self.setup.job, self.server, site, payload, self.round)
-            except FedloomError as error:
-                return f"its update of round {asked.round} came after {reply.seconds:.0f} s and was refused: {error}"
-        return None
+        reason = self.late(site, reply.parcel.payloads)
+        return f"its update of round {asked.round} came after {reply.seconds:.0f} s and was refused: {reason}"
+
+    def late(self, site: str, payloads: Sequence[bytes]) -> str:
+        """Why what came too late is not averaged. One update of an update's size is counted and kept, nothing else."""
+        if len(payloads) != 1:
+            return f"{len(payloads)} payloads where one update was expected"
+        try:
+            check_update(self.setup.job, self.server, site, payloads[0], self.round)
+        except StaleError as error:
+            reason = str(error)
+        except FedloomError as error:
+            return printable(str(error))
+        else:
+            reason = "its round was over"
+        self.folder.transfer(self.round, site, "up", payloads[0])
+        return printable(reason)
 
     def locate(self, site: str, reply: Reply) -> None:
         """Keep what a reply says of the state that its site holds; a state of no known history counts as none."""
-        facts = reply.parcel.facts if reply.parcel else {}
-        version, digest = facts.get("version"), facts.get("digest")
-        if isinstance(version, int) and isinstance(digest, str):
+        version, digest = reply.said.version, reply.said.digest
+        if version is not None and digest is not None:
             self.know(site, version if digest == self.digest_of(version) else UNKNOWN, digest)
 
     def digest_of(self, version: int) -> str:
@@ -228,11 +237,6 @@ class Federation(Simulation):
                 self.stray(reply)
         for site in sorted(waiting | {site for site in self.clients if not self.fleet.here(site)}):
             self.folder.ledger.note(self.round, f"client {site} has not confirmed that it received the result")
-
-
-def number(fact: Fact) -> float:
-    """A fact as a number; NaN where it is none."""
-    return float(fact) if isinstance(fact, int | float) else math.nan
 
 
 app = ServerApp()

@@ -36,6 +36,7 @@ from fedloom.methods import build
 from fedloom.rounds import Train, accept, client_turn, server_turn, start
 from fedloom.setup import coded
 from fedloom.site.protocol import Parcel
+from fedloom.text import printable
 from fedloom.wire import read_header
 
 Scalar = bool | int | float | str
@@ -138,10 +139,10 @@ class FedLoomStrategy(Strategy):
         """The node's update; where it gives none, its state counts as unknown from now on."""
         self.versions[node] = UNKNOWN
         if reply.has_error():
-            raise FedloomError(f"Flower's error {reply.error.code}: {reply.error.reason}")
+            raise FedloomError(f"Flower's error {reply.error.code}: {printable(str(reply.error.reason))}")
         parcel = unpack(reply.content)
         if "error" in parcel.facts or len(parcel.payloads) != 1:
-            raise FedloomError(str(parcel.facts.get("error", "the reply holds no update")))
+            raise FedloomError(printable(str(parcel.facts.get("error", "the reply holds no update"))))
         self.versions[node] = read_header(parcel.payloads[0]).base_version
         return parcel.payloads[0]
 

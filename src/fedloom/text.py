@@ -1,0 +1,80 @@
+"""Text that others wrote: names from data, errors of sites, keys of foreign files.
+
+Such a text may hold escape sequences for a terminal, marks that turn the direction of writing, or a megabyte of
+anything. `printable` is applied where it enters; `cell` where it is shown; `file_name` where it names a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+from rich.text import Text
+
+LIMIT = 300
+"""Characters of a foreign text at most; what a person reads of an error fits."""
+LONG = 2000
+"""The same for our own sentences, which may quote several foreign texts."""
+_NAME = 150
+"""Characters of a file name that are taken from a foreign name; file systems allow 255 bytes in all."""
+_MARKED = re.compile(r"~[0-9a-f]{16}\Z")
+
+
+def printable(text: str, limit: int = LIMIT) -> str:
+    r"""The text in one line of at most `limit` characters, control and format characters as \x1b, \n or \u202e.
+
+    Applied twice it changes nothing more. Two texts may become the same: see `distinct`.
+    """
+    shown = text[: limit + 1]
+    if not shown.isprintable():
+        shown = "".join(map(_written, shown))
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def distinct(text: str, limit: int = LIMIT) -> str:
+    """The same for a name: where it had to be changed, its digest follows, so that two names stay two."""
+    return _marked(text, printable(text, limit))
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder: the text itself where it is harmless, otherwise what is left of it and its digest.
+
+    Different texts have different names (where the file system tells upper and lower case apart); no name is hidden,
+    empty, an option or a path.
+    """
+    kept = re.sub(r"""[^A-Za-z0-9 ._:=,+@()\[\]{}"'-]""", "_", text[:_NAME])
+    return _marked(text, re.sub(r"\A[ .-]|\A\Z|[ .]\Z", "_", kept))
+
+
+def cell(text: str, style: str = "", limit: int = LIMIT) -> Text:
+    """A foreign text for rich, which would take a plain string for markup."""
+    return Text(printable(text, limit), style=style)
+
+
+def escape_json(text: str) -> str:
+    r"""JSON that says the same in characters that a terminal and a pager show as they are; others become \u202e."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if _is_shown(char) or char == "\n" else _as_json(char) for char in text)
+
+
+def _marked(text: str, shown: str) -> str:
+    if shown == text and not _MARKED.search(text):
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{shown}~{digest}"
+
+
+def _written(char: str) -> str:
+    return char if _is_shown(char) else char.encode("unicode_escape").decode("ascii")
+
+
+def _is_shown(char: str) -> bool:
+    """Whether a character takes its own place on a line: no control, format, private or lone half of a pair."""
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def _as_json(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(rf"\u{units[start : start + 4]}" for start in range(0, len(units), 4))
