@@ -33,7 +33,8 @@ def rewritten(trail, change):
 
 
 def test_lines_name_the_payload_and_the_line_before(trail):
-    lines, moved = trail.verify()
+    lines, moved, unlisted = trail.verify()
+    assert not unlisted
     assert [line.bytes for line in lines] == [10, 11, 12, 13] and not moved
     assert [line.previous for line in lines] == [FIRST, *(line.digest for line in lines[:-1])]
     assert (trail.folder / "payloads" / lines[2].payload).read_bytes() == b"\x02" * 12
@@ -87,7 +88,7 @@ def _same_meaning(content):
 
 
 def test_an_altered_payload_is_found_out_and_one_moved_away_is_told(trail):
-    lines, _ = trail.verify()
+    lines, _, _ = trail.verify()
     kept = trail.folder / "payloads" / lines[1].payload
     kept.rename(trail.folder.parent / "elsewhere")
     assert trail.verify()[1] == [lines[1]]

@@ -12,8 +12,9 @@ import toy
 from fedloom.errors import NumericError, PolicyRefusal
 from fedloom.methods import build
 from fedloom.rounds import Trained, client_turn, start
-from fedloom.site.policy import Policy, Spent, check_job, check_update, guarded, told_to_server
+from fedloom.site.policy import check_job, check_left, check_update, guarded, told_to_server
 from fedloom.site.privacy import Privacy, epsilon, norm, normal, released
+from fedloom.site.rules import Policy, Spent
 from fedloom.tensors import dense, floats
 from fedloom.wire import Header, Message, decode, encode
 
@@ -30,14 +31,15 @@ def refused(public: str, call) -> str:
 def turn(policy, name="fedsrd", *, train=None, **settings):
     method = build(name, settings)
     job = toy.job(method)
-    step = guarded(policy, train or toy.trainer(method), method.trainable)
+    step = guarded(policy, train or toy.trainer(method), method.trainable, lambda: None)
     state = start(job, toy.initial(), toy.ranks(toy.RANK))
     return state, client_turn(job, "ada", state, [], step, 1)
 
 
 def test_without_rules_nothing_is_refused_or_changed():
     policy = Policy()
-    check_job(policy, "fedit", MODULES, 1, Spent(10**12, 10**12, 1e9))
+    check_job(policy, "fedit", MODULES, 1, 1)
+    check_left(policy, Spent(10**12, 10**12, 1e9))
     state, guarded_turn = turn(policy)
     method = build("fedsrd")
     plain = client_turn(toy.job(method), "ada", state, [], toy.trainer(method), 1)
@@ -47,15 +49,15 @@ def test_without_rules_nothing_is_refused_or_changed():
 
 def test_methods_and_modules_outside_the_lists_are_refused_by_name():
     policy = Policy(methods=("fedsrd",), modules=("q_proj", "*.mlp.*"))
-    check_job(policy, "fedsrd", MODULES, 5, Spent())
-    refused("method 'fedit' is not allowed", lambda: check_job(policy, "fedit", MODULES, 5, Spent()))
+    check_job(policy, "fedsrd", MODULES, 5, 5)
+    refused("method 'fedit' is not allowed", lambda: check_job(policy, "fedit", MODULES, 5, 5))
     odd = [*MODULES, "lm_head"]
-    refused("module lm_head is not allowed", lambda: check_job(policy, "fedsrd", odd, 5, Spent()))
+    refused("module lm_head is not allowed", lambda: check_job(policy, "fedsrd", odd, 5, 5))
 
 
 def test_reasons_that_rest_on_data_stay_at_the_site():
     policy = Policy(min_examples=50, max_update_norm=1e-3)
-    reason = refused("refused by the site's policy", lambda: check_job(policy, "fedit", MODULES, 17, Spent()))
+    reason = refused("refused by the site's policy", lambda: check_job(policy, "fedit", MODULES, 17, 17))
     assert "17" in reason
     with pytest.raises(PolicyRefusal) as caught:
         turn(policy)
@@ -71,7 +73,7 @@ def test_bytes_are_counted_with_those_that_left_before(key):
     check_update(policy, done.payload, state.adapter, Spent(**{used: 2 * size}))
     over = Spent(**{used: 2 * size + 1})
     refused(f"{key} is used up", lambda: check_update(policy, done.payload, state.adapter, over))
-    refused(f"{key} is used up", lambda: check_job(policy, "fedit", [], 1, Spent(**{used: 3 * size})))
+    refused(f"{key} is used up", lambda: check_left(policy, Spent(**{used: 3 * size})))
 
 
 def message(kind="update", **entries):
@@ -214,7 +216,7 @@ def test_nothing_more_leaves_once_epsilon_is_used_up():
     possible = 0
     while possible < 100:
         try:
-            check_job(policy, "fedit", MODULES, 5, Spent(mu_squared=possible * privacy.mu**2))
+            check_left(policy, Spent(mu_squared=possible * privacy.mu**2))
         except PolicyRefusal as refusal:
             assert "privacy budget" in refusal.public
             break
