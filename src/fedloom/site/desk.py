@@ -103,7 +103,9 @@ class Desk:
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
         check_left(self.site.policy, self.trail.spent(asked.job, asked.round))
-        _, held = self.open(asked)
+        place, held = self.open(asked)
+        if not place.store.known():
+            self.keep(place, held, ())
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
@@ -177,6 +179,8 @@ class Desk:
 
     def keep(self, place: Place, held: Held, rows: Sequence[Row], more: int = 0) -> None:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
+        if not place.store.known():
+            rows = (place.setup.described(), *rows)
         # A payload is written once more, to the audit record.
         check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
         self.held = None  # where writing fails, what is on disk counts, and is read again
@@ -186,8 +190,8 @@ class Desk:
     def open(self, asked: Request) -> tuple[Place, Held]:
         """The job's model, data and state, loaded unless they are at hand.
 
-        Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here; nothing is written
-        then, and for settings that are not allowed nothing is loaded either.
+        Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here: nothing is loaded
+        then. Nothing is written yet either, so that a request that fails later leaves nothing of a new job.
         """
         config = self.own(asked.settings)
         check_settings(self.site.policy, config, self.site.name, asked.round)
@@ -202,8 +206,7 @@ class Desk:
             self.release()
             place, held = self.loaded(asked, config), None
             self.place = place
-        held = held or place.store.load() or self.first(asked, place)
-        self.held = held
+        self.held = held = held or place.store.load() or first(self.site.name, place)
         return place, held
 
     def loaded(self, asked: Request, config: Config) -> Place:
@@ -243,15 +246,6 @@ class Desk:
         own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
         return config.model_copy(update={"model": config.model.model_copy(update=own)})
 
-    def first(self, asked: Request, place: Place) -> Held:
-        """The state before the first round. Its seal is on disk before anything rests on it."""
-        check_left(self.site.policy, self.trail.spent(asked.job, asked.round))
-        setup = place.setup
-        state = start(setup.job, setup.initial, setup.sites[self.site.name].ranks)
-        held = Held(0, state, state)
-        self.keep(place, held, [setup.described()])
-        return held
-
     def close(self) -> None:
         """Let go of the job's folder; the next request reads what is there then."""
         if self.place is not None:
@@ -269,6 +263,12 @@ class Desk:
 
 
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
+
+
+def first(site: str, place: Place) -> Held:
+    """The state before the first round."""
+    state = start(place.setup.job, place.setup.initial, place.setup.sites[site].ranks)
+    return Held(0, state, state)
 
 
 def _applied(payload: bytes, version: int) -> bool:

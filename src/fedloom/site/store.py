@@ -66,6 +66,10 @@ class Store:
         self.seal = seal
         self._ledger: Ledger | None = None
 
+    def known(self) -> bool:
+        """Whether anything was saved of the job."""
+        return bool(checkpoint.checkpoints(self.folder))
+
     def load(self) -> Held | None:
         """What was saved last, the ledger cut back to it; None if nothing was. Raises SiteError for another seal."""
         saved = checkpoint.checkpoints(self.folder)
