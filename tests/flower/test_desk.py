@@ -1,4 +1,4 @@
-"""A desk against a server that means harm: what is refused costs nothing and leaves nothing, and noise is always counted."""
+"""A desk against a server that means harm: what is refused leaves nothing, and noise is always counted."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ from fedloom.site.store import Store
 pytestmark = pytest.mark.flower
 JOB = "0123456789abcdef"
 NOISE = Policy(privacy=Privacy(clip_norm=1.0, noise_multiplier=2.0))
+DESKS: list[Desk] = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Every desk lets go of its files at the end."""
+    yield
+    for desk in DESKS:
+        desk.close()
+    DESKS.clear()
 
 
 @pytest.fixture
@@ -38,7 +48,8 @@ def loads(monkeypatch):
 
 
 def made(tmp_path: Path, policy: Policy | None = None) -> Desk:
-    return Desk(desks.site("lab", tmp_path, policy))
+    DESKS.append(Desk(desks.site("lab", tmp_path, policy)))
+    return DESKS[-1]
 
 
 def ask(desk: Desk, what: str, *overrides: str, job: str = JOB, round: int = 1, **facts) -> Parcel:
@@ -141,7 +152,8 @@ def test_the_servers_threads_mean_nothing_at_a_site(tmp_path, loads):
     desk = made(tmp_path)
     ask(desk, "hello", "model.threads=1000")
     assert loads[0].model.threads is None
-    own = Desk(desk.site.model_copy(update={"threads": 3}))
+    own = made(tmp_path)
+    own.site = desk.site.model_copy(update={"threads": 3})
     ask(own, "hello", "model.threads=1000")
     assert loads[1].model.threads == 3
 
