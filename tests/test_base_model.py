@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedloom.base_model import load_base
+from fedloom.base_model import base_digest, load_base
 from fedloom.errors import ConfigError, ModelError
 from tiny_models import MODELS, llama, tokenizer
 
@@ -117,3 +117,48 @@ def test_a_gpu_that_is_not_there(whole: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match="finds no GPU"):
         load_base(whole, device="cuda")
     assert load_base(whole)[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"),
+        *("modeling_own.py", "additional_chat_templates/tools.jinja"),
+    ],
+)
+def test_the_digest_covers_all_that_makes_the_model(folder: Path, name: str) -> None:
+    before = base_digest(folder)
+    assert base_digest(folder) == before
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    content = bytearray(file.read_bytes() if file.exists() else b"{}")
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert base_digest(folder) != before
+
+
+def test_two_swapped_tokens_are_another_base_model(folder: Path) -> None:
+    before, file = base_digest(folder), folder / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(vocabulary))
+    assert base_digest(folder) != before
+
+
+def test_the_digest_does_not_cover_what_changes_nothing(folder: Path) -> None:
+    before = base_digest(folder)
+    (folder / "README.md").write_text("a model")
+    assert base_digest(folder) == before
+
+
+def test_a_name_without_files_has_no_digest(tmp_path: Path) -> None:
+    for path in ("owner/no-such-model", tmp_path / "nothing"):
+        with pytest.raises(ModelError, match="no base model at"):
+            base_digest(path)
+
+
+def test_a_hub_name_stands_for_the_files_that_were_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.base_model.cached_file", lambda name, *arguments, **more: str(folder / "config.json"))
+    assert base_digest("owner/name") == base_digest(folder)

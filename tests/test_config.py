@@ -183,3 +183,33 @@ def test_bytes(text, size):
 def test_no_bytes(text):
     with pytest.raises(ValueError, match="expected one such as"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"lora": {"r": 4097}}, "lora.r is 4097; expected at most 4096"),
+        ({"lora": {"rank_pattern": {"q": 10**9}}}, "lora.rank_pattern.q is 1000000000; expected at most 4096"),
+        ({"lora": {"rank_pattern": {"q" * 201: 4}}}, "at most 200 characters"),
+        ({"lora": {"alpha_pattern": {f"q{number}": 4.0 for number in range(1025)}}}, "expected at most 1024"),
+        ({"lora": {"target_modules": ["q"] * 1025}}, "at most 1024"),
+        ({"lora": {"target_modules": ["q" * 201]}}, "at most 200 characters"),
+        ({"clients": {"lab": {"r": 10**6}}}, "clients.lab.r is 1000000; expected at most 4096"),
+        ({"clients": {f"c{number}": {} for number in range(10_001)}}, "expected at most 10000"),
+        ({"training": {"max_steps": 10**12}}, "training.max_steps is 1000000000000; expected at most 1000000"),
+        ({"training": {"per_device_train_batch_size": 10**6}}, "expected at most 65536"),
+        ({"training": {"gradient_accumulation_steps": 10**6}}, "expected at most 65536"),
+        ({"training": {"optim": "a" * 257}}, "at most 256 characters"),
+        ({"data": {"max_length": 10**9}}, "data.max_length is 1000000000; expected at most 1048576"),
+        ({"model": {"threads": 10**9}}, "model.threads is 1000000000; expected at most 1024"),
+        ({"federation": {"seed": 2**63}}, "expected less than 9223372036854775808"),
+        ({"federation": {"num_rounds": 10**9}}, "expected at most 1000000"),
+        ({"federation": {"participants": ["a"] * 10_001}}, "at most 10000"),
+        ({"federation": {"participants": ["a" * 257]}}, "at most 256 characters"),
+        ({"method": {"name": "loom", "density": "x" * 5000}}, "at most 4096 characters"),
+    ],
+)
+def test_settings_that_would_take_the_machine_are_refused_in_a_short_line(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(tree, "test")
+    assert message in str(caught.value) and len(str(caught.value)) < 700

@@ -40,8 +40,8 @@ from fedloom.deploy.doctor import examined
 from fedloom.deploy.federation import Federation, add, endpoint, init, recorded, renew
 from fedloom.errors import ConfigError
 from fedloom.site.config import SiteConfig, load
-from fedloom.site.policy import Policy
 from fedloom.site.privacy import Privacy
+from fedloom.site.rules import Policy
 
 TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
 ASKED = Federation(

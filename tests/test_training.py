@@ -19,7 +19,7 @@ from torch.func import functional_call
 from fedloom import peft_bridge, training
 from fedloom.adapters import AdapterSettings
 from fedloom.data import Example
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, NumericError
 from fedloom.lora import LoraPair, LoraState, between, digest, initial_state
 from fedloom.tokens import Prepared, prepare
 from fedloom.training import TrainSettings, local_update, rate
@@ -291,3 +291,32 @@ def test_llama_is_tied() -> None:
     """The model that these tests lean on shares input and output embeddings, as small models do."""
     model = llama()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_an_interrupt_is_asked_before_every_pass_and_leaves_the_model_as_it_was() -> None:
+    model, state = resident()
+    whole = update(model, state)[0]
+    passes: list[int] = []
+
+    def interrupt() -> None:
+        passes.append(len(passes))
+        if len(passes) == 6:
+            raise NumericError("too long")
+
+    settings = replace(SETTINGS, gradient_accumulation_steps=2)
+    with pytest.raises(NumericError, match="too long"):
+        local_update(model, state, LoraState(), client(), settings, round=1, num_rounds=10, seed=1, interrupt=interrupt)
+    assert passes == list(range(6))
+    assert digest(update(model, state)[0]) == digest(whole)
+
+
+def test_steps_cost_nothing_before_they_are_taken() -> None:
+    """A list of the rates of 10¹² steps would take the machine's memory."""
+    model, state = resident()
+
+    def interrupt() -> None:
+        raise NumericError("the first pass")
+
+    settings = replace(SETTINGS, max_steps=10**12)
+    with pytest.raises(NumericError, match="the first pass"):
+        local_update(model, state, LoraState(), client(), settings, round=1, num_rounds=10, seed=1, interrupt=interrupt)

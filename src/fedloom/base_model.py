@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from fedloom.errors import ConfigError, ModelError
 
@@ -35,6 +36,13 @@ QUANTIZATIONS: Mapping[str, Mapping[str, object]] = {
 }
 """model.quantization → arguments of transformers.BitsAndBytesConfig."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SHARED = (
+    *WEIGHTS,
+    *("config.json", "generation_config.json", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
+"""The files of a model's folder that change what it computes, or how a text becomes tokens."""
 
 
 def load_base(
@@ -80,13 +88,35 @@ def empty_base(path: str | Path) -> PreTrainedModel:
         raise ModelError(f"{path} holds no config.json of a causal language model: {reason}") from None
 
 
-def weights_digest(path: str | Path) -> str:
-    """32 hex digits for the files that hold the weights; those of no file where `path` is a Hub name."""
+def base_digest(path: str | Path) -> str:
+    """32 hex digits for names and content of all that makes the model: weights, settings, tokenizer, templates, code.
+
+    A Hub name stands for the files that were downloaded for it. Raises ModelError where there are none, or where one
+    cannot be read.
+    """
+    folder = _folder(path)
+    names = {file.relative_to(folder).as_posix() for file in chain(*map(folder.glob, SHARED)) if file.is_file()}
     hasher = hashlib.blake2b(digest_size=16)
-    for file in sorted(found for pattern in WEIGHTS for found in Path(path).glob(pattern)):
-        with file.open("rb") as content:
-            hasher.update(hashlib.file_digest(content, "blake2b").digest())
+    try:
+        for name in sorted(names):
+            with (folder / name).open("rb") as content:
+                hasher.update(f"{name}\0".encode() + hashlib.file_digest(content, "blake2b").digest())
+    except OSError as error:
+        raise ModelError(f"{folder / name} cannot be read: {error.strerror}") from None
     return hasher.hexdigest()
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder itself, or that of the Hub's cache for a Hub name; nothing is downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        found = cached_file(str(path), "config.json", local_files_only=True)
+    except (OSError, ValueError):  # no such name, or nothing of it in the cache
+        found = None
+    if found is None:
+        raise ModelError(f"no base model at {path}: expected a Hugging Face folder, or a Hub name that was downloaded")
+    return Path(found).parent
 
 
 def _device(device: str) -> torch.device:

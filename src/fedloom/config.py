@@ -12,12 +12,31 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Scalar: TypeAlias = bool | int | float | str
+MOST_RANK = 4096
+"""Far above any LoRA that is trained; a rank takes memory before anything else can be asked about it."""
+MOST_PATTERNS = 1024
+"""Patterns in one table, or modules in one list: more than a model has kinds of layers."""
+MOST_CLIENTS = 10_000
+MOST_STEPS = 10**6
+"""Steps, rounds and micro-batches: hours of work each at the least."""
+MOST_COUNT = 2**31 - 1
+"""Of what only is compared or divided by."""
+
+# A server writes the settings that its sites read, so that everything in them is bounded: a site that parses them has
+# promised no memory and no time yet. What a site allows below these bounds is its policy's to say (site.policy).
+Text: TypeAlias = Annotated[str, Field(max_length=4096)]
+Name: TypeAlias = Annotated[str, Field(max_length=256)]
+Pattern: TypeAlias = Annotated[str, Field(max_length=200)]
+Scalar: TypeAlias = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
 Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-TargetModules: TypeAlias = Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-Ranks: TypeAlias = dict[str, Annotated[int, Field(ge=1)]]
-Examples: TypeAlias = dict[str, Annotated[int, Field(ge=1)]]
-Alphas: TypeAlias = dict[str, Annotated[float, Field(gt=0)]]
+Rank: TypeAlias = Annotated[int, Field(ge=1, le=MOST_RANK)]
+Alpha: TypeAlias = Annotated[float, Field(gt=0)]
+TargetModules: TypeAlias = (
+    Literal["all-linear"] | Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1, max_length=MOST_PATTERNS)]
+)
+Ranks: TypeAlias = Annotated[dict[Pattern, Rank], Field(max_length=MOST_PATTERNS)]
+Alphas: TypeAlias = Annotated[dict[Pattern, Alpha], Field(max_length=MOST_PATTERNS)]
+Examples: TypeAlias = Annotated[dict[Name, Annotated[int, Field(ge=1, le=MOST_COUNT)]], Field(max_length=MOST_CLIENTS)]
 
 _NEEDED = {
     "iid": (("federation", "num_clients"),),
@@ -43,7 +62,7 @@ def _checked_bytes(text: str) -> str:
     return text
 
 
-Bytes: TypeAlias = Annotated[str, AfterValidator(_checked_bytes)]
+Bytes: TypeAlias = Annotated[str, Field(max_length=32), AfterValidator(_checked_bytes)]
 
 
 class Section(BaseModel):
@@ -55,23 +74,27 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The frozen base model."""
 
-    path: str = Field("./model", description="Base model: a Hugging Face folder with a causal LM, or a Hub name.")
-    adapter: str | None = Field(
+    path: Text = Field("./model", description="Base model: a Hugging Face folder with a causal LM, or a Hub name.")
+    adapter: Text | None = Field(
         None, description="PEFT adapter folder to go on from, instead of a fresh adapter.", examples=["./adapter"]
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of torch; a small model is fastest with 1.", examples=[1]
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of torch; a small model is fastest with 1. Sites of a federation have their own.",
+        examples=[1],
     )
-    device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+    device: Name = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
 
 
 class LoraSettings(Section):
     """The adapter, with the names of peft.LoraConfig."""
 
-    r: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapter: ΔW = (lora_alpha / r) B A.")
+    r: Rank = Field(16, description="Rank of the adapter.")
+    lora_alpha: Alpha = Field(32.0, description="Scale of the adapter: ΔW = (lora_alpha / r) B A.")
     target_modules: TargetModules = Field(
         "all-linear", description='Modules to adapt: "all-linear", or a list such as ["q_proj", "v_proj"].'
     )
@@ -84,8 +107,8 @@ class LoraSettings(Section):
 class ClientSettings(Section):
     """What one client has otherwise than [lora] says."""
 
-    r: int | None = Field(None, ge=1)
-    lora_alpha: float | None = Field(None, gt=0)
+    r: Rank | None = None
+    lora_alpha: Alpha | None = None
     target_modules: TargetModules | None = None
     lora_dropout: Probability | None = None
     use_rslora: bool | None = None
@@ -96,27 +119,29 @@ class ClientSettings(Section):
 class DataSettings(Section):
     """Where the examples are and who holds which."""
 
-    source: str = Field(
+    source: Text = Field(
         "./data/{client}",
         description="Folder, JSONL or Parquet file, or Hub name. {client} stands for each client's name. A path that "
         "begins with ./ or ../ counts from the folder of this file.",
     )
-    template: str = Field("alpaca", description="How an example becomes a prompt and a completion.")
-    max_length: int = Field(512, ge=8, description="Tokens of an example, at most; longer ones are cut.")
+    template: Name = Field("alpaca", description="How an example becomes a prompt and a completion.")
+    max_length: int = Field(512, ge=8, le=2**20, description="Tokens of an example, at most; longer ones are cut.")
     partitioner: Literal["files", "iid", "dirichlet", "shards", "natural"] = Field(
         "files",
         description="Who holds which examples: one file or folder a client, or one source that is shuffled and split: "
         "evenly (iid), skewed by label (dirichlet), few labels each (shards), or by id (natural).",
     )
     dirichlet_alpha: float = Field(0.5, gt=0, description="Skew of the dirichlet partitioner; smaller is more skewed.")
-    label_column: str | None = Field(None, description="Column that dirichlet and shards split by.", examples=["topic"])
-    id_column: str | None = Field(None, description="Column whose values are the natural clients.", examples=["site"])
-    heldout: str | None = Field(
+    label_column: Text | None = Field(
+        None, description="Column that dirichlet and shards split by.", examples=["topic"]
+    )
+    id_column: Text | None = Field(None, description="Column whose values are the natural clients.", examples=["site"])
+    heldout: Text | None = Field(
         None,
         description="Split that scores are taken on, such as heldout for heldout.jsonl in each client's folder.",
         examples=["heldout"],
     )
-    validation: str | None = Field(
+    validation: Text | None = Field(
         None, description="Split for choosing settings, never for scores.", examples=["validation"]
     )
 
@@ -124,12 +149,20 @@ class DataSettings(Section):
 class FederationSettings(Section):
     """Rounds and attendance, with the names of Flower."""
 
-    num_rounds: int = Field(20, ge=1, description="Rounds of the run.")
+    num_rounds: int = Field(20, ge=1, le=MOST_STEPS, description="Rounds of the run.")
     num_clients: int | None = Field(
-        None, ge=1, description="Clients; needed to split one source, otherwise as many as are found.", examples=[4]
+        None,
+        ge=1,
+        le=MOST_CLIENTS,
+        description="Clients; needed to split one source, otherwise as many as are found.",
+        examples=[4],
     )
-    participants: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
-        None, description="Clients that take part, by name; otherwise all that are found.", examples=[["bank", "lab"]]
+    participants: Annotated[tuple[Name, ...], Field(strict=False, min_length=1, max_length=MOST_CLIENTS)] | None = (
+        Field(
+            None,
+            description="Clients that take part, by name; otherwise all that are found.",
+            examples=[["bank", "lab"]],
+        )
     )
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
     drop_out: Probability = Field(0.0, description="Probability that a sampled client does not answer.")
@@ -142,6 +175,7 @@ class FederationSettings(Section):
     consolidate_every: int = Field(
         0,
         ge=0,
+        le=MOST_COUNT,
         description="Rounds between recompressions of the merged increments; everyone then receives the full state. "
         "Saves bytes where clients miss many rounds; 0 for never.",
     )
@@ -168,8 +202,12 @@ class FederationSettings(Section):
         description="An update is refused whose norm is over so many times the round's median, in a round of three "
         "updates or more.",
     )
-    seed: int = Field(0, ge=0, description="Fixes everything random: split, sampling, masks, order of examples.")
-    eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0 evaluates at the start and end only.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Fixes everything random: split, sampling, masks, order of examples."
+    )
+    eval_every: int = Field(
+        1, ge=0, le=MOST_COUNT, description="Rounds between evaluations; 0 evaluates at the start and end only."
+    )
 
     def asked(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
@@ -180,19 +218,19 @@ class TrainingSettings(Section):
     """One client's local training in one round, with the names of transformers.TrainingArguments."""
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    max_steps: int = Field(10, ge=1, description="Optimiser steps of a client in a round.")
-    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in a forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes in an optimiser step.")
+    max_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Optimiser steps of a client in a round.")
+    per_device_train_batch_size: int = Field(8, ge=1, le=2**16, description="Examples in a forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16, description="Forward passes in an optimiser step.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Course of the learning rate over all rounds of the run."
     )
     warmup_ratio: Probability = Field(0.0, description="Share of all steps in which the learning rate rises.")
-    warmup_steps: int = Field(0, ge=0, description="The same as a number of steps; give one of the two.")
+    warmup_steps: int = Field(0, ge=0, le=MOST_COUNT, description="The same as a number of steps; give one of the two.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 leaves them.")
     bf16: bool = Field(False, description="Compute in bfloat16.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
-    optim: str = Field("adamw_torch", description="Optimiser; a fresh one in every round.")
+    optim: Name = Field("adamw_torch", description="Optimiser; a fresh one in every round.")
 
 
 class MethodSettings(BaseModel):
@@ -201,8 +239,8 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     __pydantic_extra__: dict[str, Scalar] = Field(init=False)
 
-    name: str = Field("fedsrd", description="Method; `fedloom methods` lists them with their settings.")
-    preset: str | None = Field(None, description="Named group of its settings.", examples=["paper"])
+    name: Name = Field("fedsrd", description="Method; `fedloom methods` lists them with their settings.")
+    preset: Name | None = Field(None, description="Named group of its settings.", examples=["paper"])
 
     @property
     def settings(self) -> dict[str, Scalar]:
@@ -290,7 +328,7 @@ class Config(Section):
     wire: WireSettings = WireSettings()
     flower: FlowerSettings = FlowerSettings()
     output: OutputSettings = OutputSettings()
-    clients: dict[str, ClientSettings] = {}
+    clients: Annotated[dict[Name, ClientSettings], Field(max_length=MOST_CLIENTS)] = {}
 
     def lora_of(self, client: str) -> LoraSettings:
         """The adapter settings of one client: [lora] with what [clients.<name>] sets over it."""

@@ -39,10 +39,14 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+    "string_too_long": "at most {max_length} characters",
 }
 """pydantic's kind of error → what was expected, in words."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list"}
+MOST_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 _LOCATED = (
     ("model", "path"),
     ("model", "adapter"),
@@ -211,7 +215,13 @@ def explain(error: ValidationError) -> str:
     value = first["input"]
     kind = _KINDS.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
     named = f", {kind}" if any(e["type"].endswith("_type") for e in same) else ""
-    return f"{key} is {json.dumps(value, default=str, ensure_ascii=False)}{named}; expected {expected}"
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{_short(key)} is {_short(shown)}{named}; expected {expected}"
+
+
+def _short(text: str) -> str:
+    """The text, or its beginning where a list or a name is long."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 
 def _key(loc: tuple[int | str, ...]) -> str:

@@ -133,17 +133,17 @@ def audit(folder: Path) -> RenderableType:
     """What has left a site, job by job, after the record was checked: every line, and every payload still kept."""
     from fedloom.site.audit import AuditTrail, summary
 
-    lines, moved = AuditTrail(folder).verify()
+    lines, moved, unlisted = AuditTrail(folder).verify()
     table = Table(box=box.SIMPLE_HEAD, title="what has left this site", title_style="bold")
     table.add_column("job", no_wrap=True)
     for name in ("rounds", "payloads", "bytes", "without noise", "last day"):
         table.add_column(name, justify="right", no_wrap=True)
-    for job in dict.fromkeys(line.job for line in lines):
-        told = [line for line in lines if line.job == job]
+    for job in dict.fromkeys(line.job for line in lines if line.payload):
+        told = [line for line in lines if line.job == job and line.payload]
         bare = sum(line.mu is None for line in told)
         rounds, size = len({line.round for line in told}), sum(line.bytes for line in told)
         table.add_row(cell(job), str(rounds), str(len(told)), f"{size:,}", str(bare), cell(told[-1].time[:10]))
-    return Group(table, *map(cell, summary(lines, moved)))
+    return Group(table, *map(cell, summary(lines, moved, unlisted)))
 
 
 def _norm(pair: LoraPair) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
 from fedloom.adapters import AdapterSettings
-from fedloom.base_model import load_base, weights_digest
+from fedloom.base_model import base_digest, load_base
 from fedloom.caps import Caps
 from fedloom.clients import Site, apart, shared_settings, site, top_ranks
 from fedloom.config import Config, DataSettings, FederationSettings, FlowerSettings, OutputSettings
@@ -83,8 +83,8 @@ class Setup:
             client_values={name: values for name, values in held.items() if values != whole},
         )
 
-    def train(self, client: str) -> Train:
-        """The client's training step."""
+    def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
+        """The client's training step; `interrupt` is called before every forward pass, and may end it by raising."""
         site, settings = self.sites[client], train_settings(self.config)
 
         def step(state: State, round: int, seed: int) -> Trained:
@@ -102,6 +102,7 @@ class Setup:
                 trainable=self.job.method.trainable(round),
                 core=self.job.method.core(state),
                 penalty=self.job.method.penalty,
+                interrupt=interrupt,
             )
             return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
 
@@ -288,7 +289,7 @@ def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
     """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(dump(config.model_copy(update={"output": OutputSettings(), "flower": FlowerSettings()})).encode())
-    hasher.update(weights_digest(config.model.path).encode())
+    hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())
     return hasher.hexdigest()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -102,20 +103,23 @@ def local_update(
     trainable: Sequence[str] = PARTS,
     core: LoraState | None = None,
     penalty: Penalty | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> tuple[LoraState, TrainStats]:
     """Train `state`, on top of W0 and `frozen`, for one round; the factors not named in `trainable` keep their bits.
 
     With a `core` the matrix R of A = R V is trained, V being the core's A, and neither factor by itself.
-    penalty(before, now) is added to the loss of every step. Same arguments, same bits (on one thread).
+    penalty(before, now) is added to the loss of every step. `interrupt` is called before every forward pass; what it
+    raises ends the training. Same arguments, same bits (on one thread).
     """
     begun = time.perf_counter()
     peft_bridge.write(model, state)
     peft_bridge.set_frozen(model, frozen)
     peft_bridge.set_trainable(model, () if core else trainable)
-    rates = [rate(settings, round, num_rounds, step) for step in range(settings.max_steps)]
+    rates = partial(rate, settings, round, num_rounds)
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live(model))
     with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet():
-        loss, steps, tokens = _fit(model, data, _arguments(model, settings, seed), rates, extra, settings.bf16)
+        arguments = _arguments(model, settings, seed)
+        loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
         trained = peft_bridge.read(model)
     peft_bridge.set_trainable(model, PARTS)
     changed = ("A",) if core else trainable
@@ -127,14 +131,15 @@ def _fit(
     model: peft.PeftModel,
     data: Prepared,
     arguments: TrainingArguments,
-    rates: Sequence[float],
+    rates: Callable[[int], float],
     penalty: Callable[[], Tensor] | None,
     bf16: bool,
+    interrupt: Callable[[], None] | None,
 ) -> tuple[float, int, int]:
     """Train in place. Returns mean loss, steps and tokens; the trainer and its optimiser are garbage afterwards."""
     trainer = _LocalTrainer(model=model, args=arguments, data_collator=data.collate, train_dataset=data)
     trainer.remove_callback(PrinterCallback)
-    trainer.rates, trainer.penalty, trainer.bf16 = rates, penalty, bf16
+    trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
     trainer.train()
     steps = trainer.state.global_step
     return float(trainer.loss_sum) / max(steps, 1), steps, int(trainer.token_sum)
@@ -178,9 +183,10 @@ class _LocalTrainer(Trainer):
     It casts to bfloat16 by itself: the cast that accelerate wraps around a model would stay there for evaluation.
     """
 
-    rates: Sequence[float]
+    rates: Callable[[int], float]
     penalty: Callable[[], Tensor] | None = None
     bf16: bool = False
+    interrupt: Callable[[], None] | None = None
     loss_sum: Tensor | float = 0.0
     token_sum: Tensor | int = 0
 
@@ -189,8 +195,8 @@ class _LocalTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         chosen = self.optimizer if optimizer is None else optimizer
         assert chosen is not None
-        base = self.args.learning_rate
-        self.lr_scheduler = LambdaLR(chosen, lambda step: self.rates[min(step, len(self.rates) - 1)] / base)
+        base, last = self.args.learning_rate, self.args.max_steps - 1
+        self.lr_scheduler = LambdaLR(chosen, lambda step: self.rates(min(step, last)) / base)
         return self.lr_scheduler
 
     def compute_loss(
@@ -201,6 +207,8 @@ class _LocalTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The loss of one micro-batch, scaled by the tokens of the whole step where the model allows that."""
+        if self.interrupt is not None:
+            self.interrupt()
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
             loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)

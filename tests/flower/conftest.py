@@ -34,7 +34,7 @@ def toy_federation(tmp_path, monkeypatch):
         grids.append(grid)
         with RunFolder.open(tmp_path / out, config, resume=resume) as folder:
             setup = desks.assemble(config, {name: [] for name in desks.SITES}, {})
-            base = server.weights_digest(config.model.path)
+            base = server.base_digest(config.model.path)
             facts = {"job": server.job_id(folder.path / "job", resume), "base": base}
             federation = server.Federation(setup, folder, Silent(), Fleet(grid, facts, desks.SITES))
             federation.play(resume)

@@ -20,13 +20,14 @@ from fedloom.data import Example
 from fedloom.engines.flower import client
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.engines.flower.settings import shared
+from fedloom.method import State
 from fedloom.methods import build
-from fedloom.rounds import Train
+from fedloom.rounds import Train, Trained
 from fedloom.setup import Setup, Site, caps_of
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
-from fedloom.site.policy import Policy
 from fedloom.site.protocol import Parcel
+from fedloom.site.rules import Policy
 from fedloom.tokens import Prepared
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbed"
@@ -47,6 +48,7 @@ def settings(*overrides: str) -> Config:
 
 
 def site(name: str, folder: Path, policy: Policy | None = None) -> SiteConfig:
+    """order = "run", so that bytes can be compared with the local engine's."""
     return SiteConfig(
         name=name,
         model=str(TESTBED / "model"),
@@ -55,7 +57,7 @@ def site(name: str, folder: Path, policy: Policy | None = None) -> SiteConfig:
         state=str(folder / name),
         socket=str(folder / f"{name}.sock"),
         token_file=str(folder / f"{name}.token"),
-        policy=policy or Policy(),
+        policy=policy or Policy(order="run"),
     )
 
 
@@ -69,8 +71,15 @@ def examples(folder: Path) -> Path:
 class ToySetup(Setup):
     """A setup whose training step is a seeded random change."""
 
-    def train(self, client: str) -> Train:
-        return toy.trainer(self.job.method)
+    def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
+        step = toy.trainer(self.job.method)
+
+        def train(state: State, round: int, seed: int) -> Trained:
+            if interrupt:
+                interrupt()
+            return step(state, round, seed)
+
+        return train
 
     def evaluate(self, state: object) -> dict:
         return {}

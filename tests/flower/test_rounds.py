@@ -15,8 +15,8 @@ from fedloom.events import Silent
 from fedloom.ledger import Note, Roll, Run, Transfer, read, totals
 from fedloom.lora import digest
 from fedloom.runs import RunFolder
-from fedloom.site.policy import Policy
 from fedloom.site.protocol import Parcel
+from fedloom.site.rules import Policy
 from fedloom.tensors import Dense
 from fedloom.wire import Message, decode, encode
 

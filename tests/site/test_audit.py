@@ -1,5 +1,6 @@
 """Everything that left is on record, and a record that was touched is found out."""
 
+import hashlib
 import io
 import json
 import math
@@ -34,7 +35,8 @@ def rewritten(trail, change):
 
 
 def test_lines_name_the_payload_and_the_line_before(trail):
-    lines, moved = trail.verify()
+    lines, moved, unlisted = trail.verify()
+    assert not unlisted
     assert [line.bytes for line in lines] == [10, 11, 12, 13] and not moved
     assert [line.previous for line in lines] == [FIRST, *(line.digest for line in lines[:-1])]
     assert (trail.folder / "payloads" / lines[2].payload).read_bytes() == b"\x02" * 12
@@ -87,7 +89,7 @@ def _same_meaning(content):
 
 
 def test_an_altered_payload_is_found_out_and_one_moved_away_is_told(trail):
-    lines, _ = trail.verify()
+    lines, _, _ = trail.verify()
     kept = trail.folder / "payloads" / lines[1].payload
     kept.rename(trail.folder.parent / "elsewhere")
     assert trail.verify()[1] == [lines[1]]
@@ -221,10 +223,72 @@ def test_a_payload_sent_twice_costs_its_privacy_once(tmp_path):
     assert spent.bytes_round == 9 and math.isclose(spent.mu_squared, 0.5)
 
 
+def test_a_draw_of_noise_is_counted_whether_or_not_its_payload_leaves(tmp_path):
+    trail = AuditTrail(tmp_path)
+    trail.charge("job", 1, 0.5, NOON)
+    assert trail.spent("job", 1).mu_squared == 0.25 and trail.spent("job", 1).bytes_round == 0
+    drawn = trail.charge("job", 1, 0.5, NOON)
+    for _ in range(2):
+        trail.record(b"noisy", "job", 1, 0.5, NOON, drawn.digest)
+    assert trail.spent("job", 1).mu_squared == 0.5 and trail.spent("job", 1).bytes_round == 10
+    lines, moved, unlisted = trail.verify()
+    assert len(lines) == 4 and not moved and not unlisted
+
+
+def test_equal_payloads_of_different_draws_cost_each_their_own(tmp_path):
+    trail = AuditTrail(tmp_path)
+    for number in range(3):
+        job = f"job-{number}"
+        trail.record(b"equal", job, 1, 0.5, NOON, trail.charge(job, 1, 0.5, NOON).digest)
+    assert trail.spent("job", 1).mu_squared == 0.75
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"charge": FIRST},
+        {"round": 2},
+        {"job": "other"},
+        {"mu": 0.4},
+        {"payload": b"another payload with the same draw"},
+    ],
+)
+def test_a_payload_whose_noise_was_not_charged_for_is_found_out(tmp_path, fields):
+    trail = AuditTrail(tmp_path)
+    drawn = trail.charge("job", 1, 0.5, NOON)
+    said = {"payload": b"noisy", "job": "job", "round": 1, "mu": 0.5, "charge": drawn.digest}
+    trail.record(**said, now=NOON)
+    assert len(trail.verify()[0]) == 2
+    trail.record(**{**said, **fields}, now=NOON)
+    with pytest.raises(AuditError, match="line 3 names a charge"):
+        trail.verify()
+
+
+def test_a_payload_without_a_line_is_told(trail):
+    whole = trail.path.read_bytes()
+    trail.path.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])
+    lines, _, unlisted = trail.verify()
+    assert len(lines) == 3 and len(unlisted) == 1
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(described(trail.folder))
+    assert unlisted[0] in console.export_text()
+
+
+def test_lines_of_records_from_before_there_were_charges_keep_their_digests(trail):
+    trail.record(b"noisy", "job-b", 1, 0.5, NOON)
+    assert "charge" not in trail.path.read_text()
+    line = json.loads(trail.path.read_text().splitlines()[-1])
+    said = {key: value for key, value in line.items() if key != "digest"}
+    assert line["digest"] == hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert trail.spent("job-b", 1).mu_squared == 0.25
+
+
 def test_nothing_leaves_where_it_cannot_be_recorded(tmp_path):
     (tmp_path / "audit").write_text("a file where the folder should be")
     with pytest.raises(AuditError, match="nothing leaves"):
         AuditTrail(tmp_path / "audit").record(b"x", "job", 1, None)
+    with pytest.raises(AuditError, match="nothing leaves"):
+        AuditTrail(tmp_path / "audit").charge("job", 1, 0.5)
 
 
 def test_inspect_shows_the_record_and_what_the_noise_is_worth(trail):

@@ -9,11 +9,23 @@ import torch
 from pydantic import ValidationError
 
 import toy
-from fedloom.errors import NumericError, PolicyRefusal
+from fedloom.configfile import parse
+from fedloom.errors import DataError, NumericError, PolicyRefusal, SiteError
 from fedloom.methods import build
 from fedloom.rounds import Trained, client_turn, start
-from fedloom.site.policy import Policy, Spent, check_job, check_update, guarded, told_to_server
+from fedloom.site.order import own_seed
+from fedloom.site.policy import (
+    check_job,
+    check_left,
+    check_room,
+    check_settings,
+    check_update,
+    guarded,
+    limit_time,
+    told_to_server,
+)
 from fedloom.site.privacy import Privacy, epsilon, norm, normal, released
+from fedloom.site.rules import Policy, Spent
 from fedloom.tensors import dense, floats
 from fedloom.wire import Header, Message, decode, encode
 
@@ -30,14 +42,15 @@ def refused(public: str, call) -> str:
 def turn(policy, name="fedsrd", *, train=None, **settings):
     method = build(name, settings)
     job = toy.job(method)
-    step = guarded(policy, train or toy.trainer(method), method.trainable)
+    step = guarded(policy, train or toy.trainer(method), method.trainable, lambda: None)
     state = start(job, toy.initial(), toy.ranks(toy.RANK))
     return state, client_turn(job, "ada", state, [], step, 1)
 
 
 def test_without_rules_nothing_is_refused_or_changed():
     policy = Policy()
-    check_job(policy, "fedit", MODULES, 1, Spent(10**12, 10**12, 1e9))
+    check_job(policy, "fedit", MODULES, 1, 1)
+    check_left(policy, Spent(10**12, 10**12, 1e9))
     state, guarded_turn = turn(policy)
     method = build("fedsrd")
     plain = client_turn(toy.job(method), "ada", state, [], toy.trainer(method), 1)
@@ -47,15 +60,15 @@ def test_without_rules_nothing_is_refused_or_changed():
 
 def test_methods_and_modules_outside_the_lists_are_refused_by_name():
     policy = Policy(methods=("fedsrd",), modules=("q_proj", "*.mlp.*"))
-    check_job(policy, "fedsrd", MODULES, 5, Spent())
-    refused("method 'fedit' is not allowed", lambda: check_job(policy, "fedit", MODULES, 5, Spent()))
+    check_job(policy, "fedsrd", MODULES, 5, 5)
+    refused("method 'fedit' is not allowed", lambda: check_job(policy, "fedit", MODULES, 5, 5))
     odd = [*MODULES, "lm_head"]
-    refused("module lm_head is not allowed", lambda: check_job(policy, "fedsrd", odd, 5, Spent()))
+    refused("module lm_head is not allowed", lambda: check_job(policy, "fedsrd", odd, 5, 5))
 
 
 def test_reasons_that_rest_on_data_stay_at_the_site():
     policy = Policy(min_examples=50, max_update_norm=1e-3)
-    reason = refused("refused by the site's policy", lambda: check_job(policy, "fedit", MODULES, 17, Spent()))
+    reason = refused("refused by the site's policy", lambda: check_job(policy, "fedit", MODULES, 17, 17))
     assert "17" in reason
     with pytest.raises(PolicyRefusal) as caught:
         turn(policy)
@@ -71,7 +84,7 @@ def test_bytes_are_counted_with_those_that_left_before(key):
     check_update(policy, done.payload, state.adapter, Spent(**{used: 2 * size}))
     over = Spent(**{used: 2 * size + 1})
     refused(f"{key} is used up", lambda: check_update(policy, done.payload, state.adapter, over))
-    refused(f"{key} is used up", lambda: check_job(policy, "fedit", [], 1, Spent(**{used: 3 * size})))
+    refused(f"{key} is used up", lambda: check_left(policy, Spent(**{used: 3 * size})))
 
 
 def message(kind="update", **entries):
@@ -214,7 +227,7 @@ def test_nothing_more_leaves_once_epsilon_is_used_up():
     possible = 0
     while possible < 100:
         try:
-            check_job(policy, "fedit", MODULES, 5, Spent(mu_squared=possible * privacy.mu**2))
+            check_left(policy, Spent(mu_squared=possible * privacy.mu**2))
         except PolicyRefusal as refusal:
             assert "privacy budget" in refusal.public
             break
@@ -231,6 +244,13 @@ def test_nothing_more_leaves_once_epsilon_is_used_up():
         {"min_examples": 0},
         {"unknown": 1},
         {"methods": []},
+        {"min_examples_update": 0},
+        {"max_rank": 0},
+        {"max_disk": "much"},
+        {"order": "server"},
+        {"optimizers": []},
+        {"min_length": 20, "max_length": 10},
+        {"min_learning_rate": 1.0, "max_learning_rate": 0.1},
         {"privacy": {"clip_norm": 0.0, "noise_multiplier": 1.0}},
         {"privacy": {"clip_norm": 1.0, "noise_multiplier": math.inf}},
         {"privacy": {"clip_norm": 1.0}},
@@ -240,3 +260,153 @@ def test_nothing_more_leaves_once_epsilon_is_used_up():
 def test_rules_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         Policy.model_validate(wrong)
+
+
+def job(**tables):
+    """Settings that the rules of TIGHT allow, with these tables' keys over them."""
+    tree = {
+        "federation": {"participants": ["ada", "bob"], "num_rounds": 10},
+        "lora": {"r": 8, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}},
+        "training": {"max_steps": 5, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"},
+        "data": {"max_length": 256},
+        "method": {"name": "fedit"},
+        "clients": {"bob": {"r": 6}},
+    }
+    for name, keys in tables.items():
+        tree[name] = tree.get(name, {}) | keys
+    return parse(tree, "test")
+
+
+TIGHT = Policy(
+    methods=("fedit",),
+    modules=("q_proj",),
+    min_examples_update=10,
+    max_rank=8,
+    max_steps=5,
+    max_batch=4,
+    min_length=200,
+    max_length=256,
+    optimizers=("adamw_torch",),
+    min_learning_rate=1e-5,
+    max_learning_rate=1e-3,
+)
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ({"method": {"name": "flora"}}, "method 'flora'"),
+        ({"lora": {"r": 9}}, "max_rank"),
+        ({"lora": {"rank_pattern": {"v_proj": 9}}}, "max_rank"),
+        ({"clients": {"ada": {"r": 9}}}, "max_rank"),
+        ({"clients": {"bob": {"rank_pattern": {"x": 9}}}}, "max_rank"),
+        ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "lm_head"),
+        ({"clients": {"ada": {"target_modules": ["lm_head"]}}}, "lm_head"),
+        ({"training": {"max_steps": 6}}, "max_steps"),
+        ({"training": {"per_device_train_batch_size": 5}}, "max_batch"),
+        ({"training": {"max_steps": 1, "gradient_accumulation_steps": 2}}, "min_examples_update"),
+        ({"data": {"max_length": 199}}, "min_length"),
+        ({"data": {"max_length": 257}}, "max_length"),
+        ({"training": {"optim": "sgd"}}, "training.optim 'sgd'"),
+        ({"training": {"learning_rate": 1e-6}}, "min_learning_rate"),
+        ({"training": {"learning_rate": 1.0}}, "max_learning_rate"),
+        ({"training": {"warmup_steps": 10**8}}, "min_learning_rate"),
+    ],
+)
+def test_every_setting_is_held_to_its_rule_before_a_model_is_loaded(tables, key):
+    check_settings(TIGHT, job(), "ada", 1)
+    check_settings(Policy(), job(**tables), "ada", 1)
+    assert key in refused("refused by the site's policy: ", lambda: check_settings(TIGHT, job(**tables), "ada", 1))
+
+
+def test_the_learning_rate_of_the_round_counts_not_the_peak():
+    falling = job(training={"lr_scheduler_type": "linear"}, federation={"num_rounds": 1000})
+    check_settings(TIGHT, falling, "ada", 1)
+    refused("min_learning_rate", lambda: check_settings(TIGHT, falling, "ada", 999))
+
+
+def test_patterns_for_whole_names_wait_for_the_model():
+    check_settings(Policy(modules=("*.mlp.*",)), job(), "ada", 1)
+
+
+def test_an_update_rests_on_examples_that_are_there():
+    policy = Policy(min_examples_update=10)
+    check_job(policy, "fedit", MODULES, 10, 10**9)
+    for held, draws in ((9, 10**9), (1000, 9)):
+        with pytest.raises(PolicyRefusal, match="would rest on 9 examples") as caught:
+            check_job(policy, "fedit", MODULES, held, draws)
+        assert caught.value.public == "refused by the site's policy"
+
+
+def test_errors_of_data_and_rules_about_data_say_the_same():
+    """How long prompts are could be read from which of the two comes at which max_length."""
+    told = {
+        told_to_server(Policy(), error, "ab12") for error in (DataError("prompt of 17 tokens"), PolicyRefusal("17"))
+    }
+    assert told == {"refused by the site's policy (reference ab12)"}
+    assert "17" in told_to_server(Policy(scrub_errors=False), DataError("17"), "ab12")
+
+
+def test_a_core_may_leave_where_it_is_what_is_trained_and_nothing_larger():
+    name, state = "layers.0.q_proj/R", toy.initial()
+    good, large = (message(**{name: dense(torch.zeros(size, size))}) for size in (toy.RANK, toy.RANK + 1))
+    check_update(Policy(), good, state, Spent(), ("R",))
+    assert name in refused("policy", lambda: check_update(Policy(), good, state, Spent()))
+    assert "(5, 5)" in refused("policy", lambda: check_update(Policy(), large, state, Spent(), ("R",)))
+    factors = message(**{"layers.0.q_proj/A": dense(torch.zeros(4, 10))})
+    refused("policy", lambda: check_update(Policy(), factors, state, Spent(), ("R",)))
+
+
+def test_noise_is_charged_for_before_it_is_drawn(monkeypatch):
+    came = []
+    monkeypatch.setattr(
+        "fedloom.site.privacy.normal", lambda count: came.append("noise") or torch.zeros(count).double()
+    )
+    method = build("fedit")
+    state = start(toy.job(method), toy.initial(), toy.ranks(toy.RANK))
+    step = guarded(NOISY, toy.trainer(method), method.trainable, lambda: came.append("charge"))
+    step(state, 1, 7)
+    assert came[0] == "charge" and came.count("charge") == 1 and "noise" in came
+
+    def full():
+        raise OSError("disk full")
+
+    came.clear()
+    with pytest.raises(OSError, match="disk full"):
+        guarded(NOISY, toy.trainer(method), method.trainable, full)(state, 1, 7)
+    assert came == []
+
+
+def test_what_the_state_folder_takes_is_bounded_with_what_is_about_to_be_written(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "state").write_bytes(bytes(600))
+    check_room(Policy(), tmp_path, 10**15)
+    check_room(Policy(max_disk="1000"), tmp_path, 400)
+    refused("max_disk is used up", lambda: check_room(Policy(max_disk="1000"), tmp_path, 401))
+
+
+def test_a_training_that_takes_too_long_is_ended(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fedloom.site.policy.time.monotonic", lambda: now[0])
+    check, free = limit_time(Policy(max_seconds_round=5.0)), limit_time(Policy())
+    now[0] = 105.0
+    check()
+    now[0] = 105.5
+    free()
+    refused("max_seconds_round is over", check)
+
+
+def test_the_sites_own_order_is_the_same_for_a_round_and_nobody_elses(tmp_path):
+    first = own_seed(tmp_path / "a", "0" * 16, 1)
+    assert own_seed(tmp_path / "a", "0" * 16, 1) == first and 0 <= first < 2**63
+    others = [("a", "0" * 16, 2), ("a", "1" * 16, 1), ("b", "0" * 16, 1)]
+    assert len({first, *(own_seed(tmp_path / folder, job, round) for folder, job, round in others)}) == 4
+    key = tmp_path / "a" / "order.key"
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
+    key.chmod(0o644)
+    with pytest.raises(SiteError, match="chmod 600"):
+        own_seed(tmp_path / "a", "0" * 16, 1)
+    key.chmod(0o600)
+    key.write_bytes(b"short")
+    with pytest.raises(SiteError, match="expected 32"):
+        own_seed(tmp_path / "a", "0" * 16, 1)

@@ -44,7 +44,8 @@ def free_ports(count: int) -> list[int]:
 class Loopback:
     """Starts and ends what a federation consists of; only processes that it started itself.
 
-    data: a site's examples, {site} standing for its name. `folder`/NAME.log is what each process said.
+    data: a site's examples, {site} standing for its name. `folder`/NAME.log is what each process said. The sites take
+    the order of examples from the run's seed, so that payloads can be compared with the local engine's.
     """
 
     def __init__(self, folder: Path, sites: Sequence[str], model: Path, data: str) -> None:
@@ -55,6 +56,9 @@ class Loopback:
         self.started: dict[str, subprocess.Popen[bytes]] = {}
         asked = federation.Federation(address=self.address, listen=self.address, model=str(model), data=data)
         federation.init(folder / "fed", asked, sites)
+        for site in sites:
+            file = folder / "fed/sites" / site / "SITE.toml"
+            file.write_text(file.read_text().replace("[policy]\n", '[policy]\norder = "run"\n'))
 
     def overrides(self) -> list[str]:
         """Settings with which a run reaches this SuperLink."""

@@ -28,10 +28,10 @@ def init(
     days: Annotated[int, typer.Option(min=1, max=3650, help="Days that the server's certificate is valid.")] = 825,
 ) -> None:
     """Make keys, certificates and all files for the server and for each site."""
-    from fedloom.base_model import weights_digest
+    from fedloom.base_model import base_digest
     from fedloom.deploy import federation
 
-    digest = weights_digest(model) if Path(model).is_dir() else ""
+    digest = base_digest(model) if Path(model).is_dir() else ""
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     asked = federation.Federation(
         address=address,

@@ -90,11 +90,11 @@ def server(folder: Path, online: bool) -> list[Check]:
 
 def model(path: str, told: Federation | None) -> Check:
     """The base model's digest, against the one that the server's operator noted."""
-    from fedloom.base_model import weights_digest
+    from fedloom.base_model import base_digest
 
     if not Path(path).is_dir():
         return fail("model", f"{path}: no such folder", "put the base model there")
-    digest = weights_digest(path)
+    digest = base_digest(path)
     noted = told.model_digest if told else ""
     if not noted:
         return warn("model", f"{path}, digest {digest}", "compare the digest with the server's: they must be equal")
@@ -117,8 +117,8 @@ def audit(state: Path) -> Check:
     """The record of everything that has left, checked line by line."""
     from fedloom.site.audit import AuditTrail
 
-    lines, _ = AuditTrail(state / "audit").verify()
-    return ok("audit", f"{len(lines)} payloads have left; the record is unbroken")
+    lines, _, _ = AuditTrail(state / "audit").verify()
+    return ok("audit", f"{sum(bool(line.payload) for line in lines)} payloads have left; the record is unbroken")
 
 
 def worker(path: Path, token_file: str) -> Check:

@@ -73,7 +73,7 @@ class Federation(Section):
 
     address: host:port that the sites connect to, the proxy's where there is one. listen: where the SuperLink itself
     listens. model, data: path of the base model and of a site's examples ({site} stands for its name). model_digest:
-    `base_model.weights_digest` of the server's model, "" where it is not known. site_folder: where a site will keep
+    `base_model.base_digest` of the server's model, "" where it is not known. site_folder: where a site will keep
     its files ({site} stands for its name); "" means where they are written. days: how long the server's certificate
     is valid.
     """

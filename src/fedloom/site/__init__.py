@@ -6,11 +6,15 @@ How the parts meet:
     worker.serve(site)                               one long-lived process; requests come in over a unix socket
       door.Door     → callers that have shown the token, one after another
       job arrives   → trail = audit.AuditTrail(site.state / "audit")      one record a site, for all its jobs
-                      policy.check_job(site.policy, method, modules, examples, trail.spent(job, round))
-      training      → rounds.client_turn(…, policy.guarded(site.policy, train, method.trainable), round)
+                      policy.check_settings(site.policy, config, site.name, round)      before a model is loaded
+                      policy.check_job(site.policy, method, modules, examples, draws)   before anything is written
+      before a turn → policy.check_left(site.policy, trail.spent(job, round))
+      training      → rounds.client_turn(…, policy.guarded(site.policy, train, method.trainable, charge), round)
                       clipped and noised before the method selects or keeps anything: noise cannot be added later
-      turn is done  → policy.check_update(site.policy, payload, state.adapter, trail.spent(job, round))
-      before reply  → trail.record(payload, job, round, mu)  mu = site.policy.privacy.mu, or None without noise
+                      charge = trail.charge(job, round, mu) has it on disk that noise is about to be drawn
+      turn is done  → policy.check_update(site.policy, payload, state.adapter, trail.spent(job, round), parts)
+                      policy.check_room(site.policy, site.state, bytes)
+      before reply  → trail.record(payload, job, round, mu, charge=…)  mu = site.policy.privacy.mu, or None without noise
       any error     → policy.told_to_server(site.policy, error, reference) is all that leaves; its text stays in the log
 
 A payload that is asked for twice is sent from the state folder, never trained anew: fresh noise on the same data would

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from fedloom.config import Bytes, Section
 from fedloom.configfile import explain
 from fedloom.errors import ConfigError
-from fedloom.site.policy import Policy
+from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")
 """Keys that are paths; those that are not absolute count from the folder of the file."""
@@ -25,6 +25,9 @@ class SiteConfig(Section):
     model: str = Field(description="Base model: a Hugging Face folder; every site and the server hold the same one.")
     data: str = Field(description="Training examples: a JSONL or Parquet file, or a folder with train.jsonl.")
     device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of torch; a small model is fastest with 1.", examples=[1]
+    )
     state: str = Field("./state", description="Folder for adapter, residuals, ledger and audit record of every job.")
     socket: str = Field("./worker.sock", description="Unix socket on which the worker takes requests.")
     token_file: str = Field(

@@ -14,6 +14,7 @@ import math
 import secrets
 import time
 import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,24 +22,39 @@ from pathlib import Path
 import torch
 
 from fedloom.adapters import save_adapter
-from fedloom.base_model import weights_digest
+from fedloom.base_model import base_digest
 from fedloom.config import Config
 from fedloom.configfile import parse
 from fedloom.data import load_examples
-from fedloom.errors import FedloomError, SiteError
+from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.export import exported
-from fedloom.ledger import Training
-from fedloom.rounds import ClientTurn, accept, client_turn, start
+from fedloom.ledger import Row, Training
+from fedloom.method import State
+from fedloom.rounds import ClientTurn, Train, Trained, accept, client_turn, start
 from fedloom.runs import transfer_row
 from fedloom.setup import Setup, assemble
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.policy import check_job, check_update, guarded, told_to_server
+from fedloom.site.order import own_seed
+from fedloom.site.policy import (
+    check_job,
+    check_left,
+    check_room,
+    check_settings,
+    check_update,
+    drawn,
+    guarded,
+    limit_time,
+    told_to_server,
+)
 from fedloom.site.protocol import Fact, Parcel, Request, request
 from fedloom.site.store import Held, Store
 from fedloom.wire import read_header
 
 log = logging.getLogger("fedloom.worker")
+
+MOST_LOGGED = 8000
+"""Characters of an error and of its traceback in the log: their texts may be the server's."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,15 +84,17 @@ class Desk:
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
         began = time.perf_counter()
+        asked: Request | None = None
         try:
             asked = request(parcel.facts)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
             reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
         except Exception as error:  # a worker outlives every job
             reference = secrets.token_hex(4)
-            log.error("reference %s: %s", reference, error, exc_info=not isinstance(error, FedloomError))
+            trace = "" if isinstance(error, FedloomError) else _quoted(error)
+            log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
             said: dict[str, Fact] = {"error": told_to_server(self.site.policy, error, reference)}
-            if self.held is not None:
+            if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
                 said |= {"version": self.held.after.version, "digest": self.held.after.digest}
             return Parcel(said)
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
@@ -84,93 +102,123 @@ class Desk:
 
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
+        check_left(self.site.policy, self.trail.spent(asked.job, asked.round))
         place, held = self.open(asked)
-        spent = self.trail.spent(asked.job, asked.round)
-        data = place.setup.sites[self.site.name].data
-        check_job(self.site.policy, place.setup.job.method.name, tuple(place.setup.initial), len(data), spent)
+        if not place.store.known():
+            self.keep(place, held, ())
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step, train, answer; or answer again where this was done before."""
         place, held = self.open(asked)
         job, current = place.setup.job, held.after
+        rounds = place.setup.config.federation.num_rounds
+        if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
+            raise SiteError(f"a turn of round {asked.round} of a run of {rounds} rounds")
         state = held.base(asked.counted) if held.round != asked.round else held.before
         fresh = [payload for payload in payloads if not _applied(payload, state.version)]
         for payload in fresh:
             state = accept(job, state, payload)
         spent = self.trail.spent(asked.job, asked.round)
+        parts = job.method.parts(state, asked.round)
         if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
-            check_update(self.site.policy, held.payload, state.adapter, spent)
+            check_update(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
-        data = place.setup.sites[self.site.name].data
-        check_job(self.site.policy, job.method.name, tuple(place.setup.initial), len(data), spent)
-        train = guarded(self.site.policy, place.setup.train(self.site.name), job.method.trainable)
+        check_left(self.site.policy, spent)
         log.info("round %d: training", asked.round)
-        done = client_turn(job, self.site.name, state, (), train, asked.round)
-        check_update(self.site.policy, done.payload, state.adapter, spent)
-        held = Held(asked.round, state, done.state, json.dumps(_facts(done)).encode(), done.payload)
-        ledger, trained = place.store.ledger, done.trained
-        for payload in fresh:
-            ledger.append(transfer_row(asked.round, self.site.name, "down", payload))
-        ledger.append(
+        charges: list[str] = []
+        done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
+        check_update(self.site.policy, done.payload, state.adapter, spent, parts)
+        facts = json.dumps(_facts(done)).encode()
+        held = Held(asked.round, state, done.state, facts, done.payload, "".join(charges))
+        rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
+        trained = done.trained
+        rows.append(
             Training(asked.round, self.site.name, trained.loss, trained.steps, trained.num_examples, trained.seconds)
         )
-        ledger.append(transfer_row(asked.round, self.site.name, "up", done.payload))
-        place.store.save(held)
-        self.held = held
+        self.keep(place, held, [*rows, transfer_row(asked.round, self.site.name, "up", done.payload)])
         return self.leave(asked, held)
+
+    def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
+        """The training step under the site's rules; digests of the lines that charge for its noise go to `charges`."""
+        policy = self.site.policy
+
+        def charge() -> None:
+            if policy.privacy:
+                charges.append(self.trail.charge(asked.job, asked.round, policy.privacy.mu).digest)
+
+        def ordered(state: State, round: int, seed: int) -> Trained:
+            if policy.order == "site":
+                seed = own_seed(Path(self.site.state), asked.job, round)
+            return step(state, round, seed)
+
+        step = place.setup.train(self.site.name, limit_time(policy))
+        return guarded(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: Held) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
         privacy = self.site.policy.privacy
-        self.trail.record(held.payload, asked.job, asked.round, privacy.mu if privacy else None)
+        mu = privacy.mu if privacy else None
+        self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
     def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step after the last round, and write the result as an adapter."""
         place, held = self.open(asked)
         state = held.base(asked.counted)
-        for payload in payloads:
-            if not _applied(payload, state.version):
-                state = accept(place.setup.job, state, payload)
-                place.store.ledger.append(transfer_row(asked.round, self.site.name, "down", payload))
-        self.held = replace(held, before=state, after=state)
-        place.store.save(self.held)
+        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
+        for payload in fresh:
+            state = accept(place.setup.job, state, payload)
         adapter, _ = exported(state, None)
+        rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
+        self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
         settings = place.setup.sites[self.site.name].adapter
         save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
         return Parcel({"version": state.version, "digest": state.digest})
 
+    def keep(self, place: Place, held: Held, rows: Sequence[Row], more: int = 0) -> None:
+        """Have a state on disk, and be in it. more: bytes that will be written beside it."""
+        if not place.store.known():
+            rows = (place.setup.described(), *rows)
+        # A payload is written once more, to the audit record.
+        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
+        self.held = None  # where writing fails, what is on disk counts, and is read again
+        place.store.save(held, rows)
+        self.held = held
+
     def open(self, asked: Request) -> tuple[Place, Held]:
-        """The job's model, data and state, loaded unless they are at hand. Raises SiteError for another base model."""
-        self._base = self._base or weights_digest(self.site.model)
+        """The job's model, data and state, loaded unless they are at hand.
+
+        Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here: nothing is loaded
+        then. Nothing is written yet either, so that a request that fails later leaves nothing of a new job.
+        """
+        config = self.own(asked.settings)
+        check_settings(self.site.policy, config, self.site.name, asked.round)
+        self._base = self._base or base_digest(self.site.model)
         if asked.base != self._base:
             raise SiteError(
-                f"the server's base model has digest {asked.base}, the one in {self.site.model} has {self._base}: "
+                f"the server's base model has digest {asked.base!r}, the one in {self.site.model} has {self._base}: "
                 "both sides need the same files"
             )
-        if (
-            self.place is None
-            or self.held is None
-            or (self.place.job, self.place.settings)
-            != (
-                asked.job,
-                asked.settings,
-            )
-        ):
+        place, held = self.place, self.held
+        if place is None or (place.job, place.settings) != (asked.job, asked.settings):
             self.release()
-            self.place = self.loaded(asked)
-            self.held = self.place.store.load() or self.first(self.place)
-        return self.place, self.held
+            place, held = self.loaded(asked, config), None
+            self.place = place
+        self.held = held = held or place.store.load() or first(self.site.name, place)
+        return place, held
 
-    def loaded(self, asked: Request) -> Place:
+    def loaded(self, asked: Request, config: Config) -> Place:
         """Base model, examples and folder for a job. Raises SiteError where the site is not among its participants."""
-        config = self.own(asked.settings)
         names = config.federation.participants or ()
         if self.site.name not in names:
-            raise SiteError(f"the run is for {', '.join(names)}; this site is {self.site.name!r}")
+            raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
         setup = self.assembled(config)
+        data = setup.sites[self.site.name].data
+        check_job(
+            self.site.policy, setup.job.method.name, tuple(setup.initial), len(data), drawn(setup.config.training)
+        )
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
@@ -186,19 +234,17 @@ class Desk:
         return setup
 
     def own(self, text: str) -> Config:
-        """The run's settings with this site's own model and device; the server's paths mean nothing here."""
-        config = parse(tomllib.loads(text), "the server's settings")
-        model = config.model.model_copy(update={"path": self.site.model, "device": self.site.device, "adapter": None})
-        return config.model_copy(update={"model": model})
+        """The run's settings with this site's own model, device and threads; what the server says there means nothing.
 
-    def first(self, place: Place) -> Held:
-        """The state before the first round. Its seal is on disk before anything rests on it."""
-        setup = place.setup
-        state = start(setup.job, setup.initial, setup.sites[self.site.name].ranks)
-        place.store.ledger.append(setup.described())
-        held = Held(0, state, state)
-        place.store.save(held)
-        return held
+        Raises ConfigError where they cannot be read.
+        """
+        try:
+            tree = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
+            raise ConfigError(f"the server's settings are no TOML: {error}") from None
+        config = parse(tree, "the server's settings")
+        own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
+        return config.model_copy(update={"model": config.model.model_copy(update=own)})
 
     def close(self) -> None:
         """Let go of the job's folder; the next request reads what is there then."""
@@ -219,6 +265,12 @@ class Desk:
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
 
 
+def first(site: str, place: Place) -> Held:
+    """The state before the first round."""
+    state = start(place.setup.job, place.setup.initial, place.setup.sites[site].ranks)
+    return Held(0, state, state)
+
+
 def _applied(payload: bytes, version: int) -> bool:
     """Whether this change was applied before: it was sent again because nobody knew."""
     header = read_header(payload)
@@ -229,3 +281,9 @@ def _facts(done: ClientTurn) -> dict[str, Fact]:
     trained = done.trained
     loss = trained.loss if math.isfinite(trained.loss) else None
     return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}
+
+
+def _quoted(error: Exception) -> str:
+    """The traceback, each line marked and without control characters: it may hold text of the server's."""
+    lines = "".join(traceback.format_exception(error))[-MOST_LOGGED:].splitlines()
+    return "".join(f"\n  | {line.encode('unicode_escape').decode()}" for line in lines)

@@ -1,78 +1,89 @@
 """What a site allows, whatever the server asks for. The worker holds every job and every payload to it.
 
-    check_job      before training: method, modules, examples, bytes and ε that are left
+    check_settings before a model is loaded: method, modules, ranks, steps, batch, lengths, optimiser, learning rates
+    check_job      before anything is kept: the modules that there are, examples, what an update would rest on
+    check_left     before training: bytes and ε that are left
+    limit_time     while training: the time that it takes
     guarded        around training: size of the change, noise, what the server learns beside the change
+    check_room     before writing: what the state folder takes
     check_update   before a payload leaves: what is in it, and its bytes
     told_to_server what the server may know of an error
 
-A refusal names what the server already knows (method, modules, bytes). Where the reason rests on the site's data, the
-server is told no more than that there was one.
+A refusal names what the server already knows (method, modules, settings, bytes). Where the reason rests on the site's
+data, the server is told no more than that there was one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Annotated
+from pathlib import Path
 
-from pydantic import Field
 from torch import Tensor
 
-from fedloom.config import Bytes, Section, parse_bytes
-from fedloom.errors import PolicyRefusal
+from fedloom.config import ClientSettings, Config, LoraSettings, TrainingSettings, parse_bytes
+from fedloom.errors import DataError, PolicyRefusal
 from fedloom.lora import PARTS, LoraState, from_tensors
-from fedloom.method import State
+from fedloom.method import CORE, State
 from fedloom.rounds import Train, Trained
-from fedloom.site.privacy import Privacy, epsilon, norm, released
+from fedloom.setup import train_settings
+from fedloom.site.privacy import epsilon, norm, released
+from fedloom.site.rules import Policy, Spent
+from fedloom.training import rate
 from fedloom.wire import Limits, decode
 
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+REFUSED = "refused by the site's policy"
+"""All that the server learns of a reason that rests on the site's data."""
 
 
-class Policy(Section):
-    """The table [policy] of SITE.toml. What is left out is not limited, except that error texts are withheld."""
+def check_settings(policy: Policy, config: Config, site: str, round: int) -> None:
+    """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it."""
+    training = config.training
+    _check_method(policy, config.method.name)
+    if policy.optimizers is not None:
+        _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
+    _check_targets(policy, config.lora_of(site))
+    rates = _rates(config, round)
+    for asked, value, key, least, most in (
+        ("a rank", max(_ranks(config)), "max_rank", None, policy.max_rank),
+        ("training.max_steps", training.max_steps, "max_steps", None, policy.max_steps),
+        ("per_device_train_batch_size", training.per_device_train_batch_size, "max_batch", None, policy.max_batch),
+        ("data.max_length", config.data.max_length, "min_length", policy.min_length, None),
+        ("data.max_length", config.data.max_length, "max_length", None, policy.max_length),
+        ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
+        ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
+        ("batch · accumulation · steps", drawn(training), "min_examples_update", policy.min_examples_update, None),
+    ):
+        if (least is not None and value < least) or (most is not None and value > most):
+            limit = least if most is None else most
+            raise PolicyRefusal(
+                f"{asked} is {value:g}; policy.{key} is {limit:g}",
+                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
+            )
 
-    methods: Names | None = Field(None, description="Methods that may run here.", examples=[["fedsrd", "fedit"]])
-    modules: Names | None = Field(
-        None,
-        description="Modules that may be trained: names, their last parts, or patterns such as *.self_attn.*.",
-        examples=[["q_proj", "v_proj"]],
-    )
-    min_examples: int = Field(1, ge=1, description="Training examples that the site must hold to take part.")
-    declared_examples: int | None = Field(
-        None, ge=1, description="Number of examples told to the server in place of the true one.", examples=[1000]
-    )
-    max_bytes_round: Bytes | None = Field(None, description="Bytes that may leave in one round.", examples=["8MiB"])
-    max_bytes_day: Bytes | None = Field(None, description="Bytes that may leave in 24 hours.", examples=["500MiB"])
-    max_update_norm: float | None = Field(
-        None, gt=0, description="Largest norm of a round's change of all factors together.", examples=[10.0]
-    )
-    scrub_errors: bool = Field(True, description="Keep the text of errors from the server.")
-    privacy: Privacy | None = Field(None, description="Noise on every update.")
 
+def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int, draws: int) -> None:
+    """Raises PolicyRefusal unless this job may be kept here.
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What has left the site: bytes in this round of this job, bytes in the last 24 hours, and μ² of all noise so far.
-
-    `audit.AuditTrail.spent` works it out.
+    modules: names of all modules that the job would adapt; examples: how many the site holds for it; draws: how many
+    the training of a round draws, the same one again only once it has seen all.
     """
-
-    bytes_round: int = 0
-    bytes_day: int = 0
-    mu_squared: float = 0.0
-
-
-def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int, spent: Spent) -> None:
-    """Raises PolicyRefusal unless a round of this job may be trained here.
-
-    modules: names of all modules that the job would adapt; examples: how many the site holds for it.
-    """
-    _check_names(policy, method, modules)
+    _check_method(policy, method)
+    _check_names(policy, modules)
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
+    if min(examples, draws) < policy.min_examples_update:
+        raise PolicyRefusal(
+            f"an update would rest on {min(examples, draws)} examples; policy.min_examples_update is "
+            f"{policy.min_examples_update}"
+        )
+
+
+def check_left(policy: Policy, spent: Spent) -> None:
+    """Raises PolicyRefusal unless a further update may leave."""
     _check_bytes(policy, 1, spent)
     privacy = policy.privacy
     if privacy and privacy.max_epsilon is not None:
@@ -81,14 +92,47 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
             raise PolicyRefusal(
                 f"another round would bring ε to {after:.3g} at δ = {privacy.delta:g}; policy.privacy.max_epsilon is "
                 f"{privacy.max_epsilon:g}",
-                "refused by the site's policy: its privacy budget is used up",
+                f"{REFUSED}: its privacy budget is used up",
             )
 
 
-def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent) -> None:
+def check_room(policy: Policy, folder: Path, more: int) -> None:
+    """Raises PolicyRefusal unless so many more bytes may be written to the state folder."""
+    if policy.max_disk is None:
+        return
+    taken = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    if taken + more > parse_bytes(policy.max_disk):
+        raise PolicyRefusal(
+            f"{folder} takes {taken:,} bytes and {more:,} more are needed; policy.max_disk is {policy.max_disk}: "
+            "remove jobs that are over, or move payloads of the audit record away",
+            f"{REFUSED}: max_disk is used up",
+        )
+
+
+def limit_time(policy: Policy) -> Callable[[], None]:
+    """From now on: what to call before every forward pass. It raises PolicyRefusal once the time is over."""
+    until = math.inf if policy.max_seconds_round is None else time.monotonic() + policy.max_seconds_round
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise PolicyRefusal(
+                f"the training takes longer than policy.max_seconds_round = {policy.max_seconds_round:g}",
+                f"{REFUSED}: max_seconds_round is over",
+            )
+
+    return check
+
+
+def drawn(training: TrainingSettings) -> int:
+    """How many examples the training of a round draws."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.max_steps
+
+
+def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent, parts: Sequence[str] = PARTS) -> None:
     """Raises PolicyRefusal unless this payload may leave: an update of allowed modules, within the bytes allowed.
 
-    before: the adapter that training began with; nothing may leave that is not one of its factors.
+    before: the adapter that training began with; nothing may leave that is not one of its `parts` (`Method.parts`):
+    its factors, or the r × r matrix between two that rest.
     """
     _check_bytes(policy, len(payload), spent)
     message = decode(payload, Limits(max_values=4 * before.numel()))
@@ -96,18 +140,21 @@ def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
     for name, entry in message.entries.items():
         module, _, part = name.rpartition("/")
-        if module not in before or part not in PARTS:
-            raise PolicyRefusal(f"the update holds {name}, which is no factor of the adapter")
-        if math.prod(entry.shape) > before[module].part(part).numel():
+        if module not in before or part not in parts:
+            raise PolicyRefusal(f"the update holds {name}, which is no factor of the adapter that is trained")
+        pair = before[module]
+        if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
-    _check_names(policy, message.header.method, {name.rpartition("/")[0] for name in message.entries})
+    _check_method(policy, message.header.method)
+    _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
 
 
-def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]]) -> Train:
+def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]], charge: Callable[[], object]) -> Train:
     """The training step as the policy lets its outcome be used; give this one to `rounds.client_turn`.
 
     parts: the factors that a round trains (`Method.trainable`). Without noise a change beyond max_update_norm raises
     PolicyRefusal. With noise the change is clipped instead, and the loss, which the noise does not cover, withheld.
+    charge() is called before noise is drawn: a draw that nobody has recorded could be released without being counted.
     """
 
     def step(state: State, round: int, seed: int) -> Trained:
@@ -118,6 +165,7 @@ def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]])
         if policy.privacy is None:
             _check_norm(policy, change)
         else:
+            charge()
             noisy = released(change, policy.privacy)
             adapter = from_tensors(before | {name: before[name] + noisy[name] for name in names})
             trained = replace(trained, adapter=adapter, loss=math.nan)
@@ -131,22 +179,55 @@ def told_to_server(policy: Policy, error: Exception, reference: str) -> str:
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
     if policy.scrub_errors:
+        # How long prompts are, say, must not be read from whether it was an error or a rule that the data met.
+        if isinstance(error, DataError):
+            return f"{REFUSED} (reference {reference})"
         return f"the site could not take its turn: {type(error).__name__} (reference {reference})"
     return f"{type(error).__name__}: {error} (reference {reference})"
 
 
-def _check_names(policy: Policy, method: str, modules: Iterable[str]) -> None:
-    if policy.methods is not None and method not in policy.methods:
-        allowed = ", ".join(policy.methods)
+def _check_method(policy: Policy, method: str) -> None:
+    if policy.methods is not None:
+        _check_choice("method", method, "methods", policy.methods)
+
+
+def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
         raise PolicyRefusal(
-            f"method {method!r}; policy.methods allows {allowed}",
-            f"refused by the site's policy: method {method!r} is not allowed",
+            f"{what} {value!r}; policy.{key} allows {', '.join(allowed)}", f"{REFUSED}: {what} {value!r} is not allowed"
         )
+
+
+def _check_targets(policy: Policy, lora: LoraSettings) -> None:
+    """What names alone can tell before there is a model: a target that no pattern for last parts of names fits."""
+    if policy.modules is None or isinstance(lora.target_modules, str):
+        return
+    if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
+        _check_names(policy, lora.target_modules)
+
+
+def _ranks(config: Config) -> Iterator[int]:
+    """All ranks in the settings: a site holds the server's adapter, whose ranks are the largest of all sites."""
+    tables: list[LoraSettings | ClientSettings] = [config.lora, *config.clients.values()]
+    for table in tables:
+        yield table.r or 1
+        yield from (table.rank_pattern or {}).values()
+
+
+def _rates(config: Config, round: int) -> tuple[float, float]:
+    """The learning rates of a round's first step and of its last; those between lie between."""
+    rounds, steps = config.federation.num_rounds, config.training.max_steps
+    place = min(max(round, 1), rounds)
+    first, last = (rate(train_settings(config), place, rounds, step) for step in (0, steps - 1))
+    return first, last
+
+
+def _check_names(policy: Policy, modules: Iterable[str]) -> None:
     for module in sorted(modules):
         if policy.modules is not None and not any(_matches(module, pattern) for pattern in policy.modules):
             raise PolicyRefusal(
                 f"module {module}; policy.modules allows {', '.join(policy.modules)}",
-                f"refused by the site's policy: module {module} is not allowed",
+                f"{REFUSED}: module {module} is not allowed",
             )
 
 
@@ -163,7 +244,7 @@ def _check_bytes(policy: Policy, size: int, spent: Spent) -> None:
         if limit is not None and used + size > parse_bytes(limit):
             raise PolicyRefusal(
                 f"{used} bytes have left and {size} more would; policy.{key} is {limit}",
-                f"refused by the site's policy: {key} is used up",
+                f"{REFUSED}: {key} is used up",
             )
 
 

@@ -7,29 +7,51 @@
 
 The state before a turn is kept because the server may not count the turn (it came too late, say): the residual that
 the turn left behind is then taken back, and the next turn starts from the one before it.
+
+The folder is made by the first `save`: nothing is left of a job that was refused before it.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from fedloom import checkpoint
 from fedloom.checkpoint import Snapshot
 from fedloom.errors import SiteError
-from fedloom.ledger import Ledger
+from fedloom.ledger import Ledger, Row
 from fedloom.method import State
+
+LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Held:
-    """The state before and after the turn of `round` (0: none yet), and what was answered to it, facts and payload."""
+    """The state before and after the turn of `round` (0: none yet), and what was answered to it, facts and payload.
+
+    charge: digest of the line in the audit record that charged for the payload's noise, "" without noise.
+    """
 
     round: int
     before: State
     after: State
     facts: bytes = b""
     payload: bytes = b""
+    charge: str = ""
+
+    def size(self) -> int:
+        """Bytes that this takes on disk, at most, but for names and the like."""
+        held: dict[int, Tensor] = {}
+        for state in (self.before, self.after):
+            for part in (state.adapter, state.frozen, state.tail):
+                held |= {id(tensor): tensor for tensor in part.tensors().values()}
+            held |= {id(tensor): tensor for tensor in state.memory.values()}
+        return sum(tensor.nbytes for tensor in held.values()) + len(self.facts) + len(self.payload)
 
     def base(self, counted: int) -> State:
         """What the next turn starts from: the state after the last one if the server counted it."""
@@ -40,29 +62,61 @@ class Store:
     """The folder of one job at one site. `seal` names what the job rests on: base weights and settings."""
 
     def __init__(self, folder: Path, seal: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder = folder
         self.seal = seal
-        self.ledger = Ledger(folder / "ledger.jsonl")
+        self._ledger: Ledger | None = None
+
+    def known(self) -> bool:
+        """Whether anything was saved of the job."""
+        return bool(checkpoint.checkpoints(self.folder))
 
     def load(self) -> Held | None:
         """What was saved last, the ledger cut back to it; None if nothing was. Raises SiteError for another seal."""
         saved = checkpoint.checkpoints(self.folder)
         snapshot = checkpoint.load(saved[-1]) if saved else None
-        self.ledger.truncate_to(snapshot.ledger_rows if snapshot else 0)
         if snapshot is None:
+            if (self.folder / LEDGER).exists():
+                self._opened().truncate_to(0)
             return None
         if snapshot.fingerprint != self.seal:
             raise SiteError(f"{self.folder} belongs to the same job with another base model or other settings")
-        facts, payload = snapshot.archive.get(0, b""), snapshot.archive.get(1, b"")
-        return Held(snapshot.round, snapshot.server, snapshot.clients["after"], facts, payload)
+        self._opened().truncate_to(snapshot.ledger_rows)
+        facts, payload, charge = (snapshot.archive.get(place, b"") for place in range(3))
+        return Held(snapshot.round, snapshot.server, snapshot.clients["after"], facts, payload, charge.decode())
 
-    def save(self, held: Held) -> None:
-        """Have it on disk, whole, with the ledger's rows so far."""
-        rows = self.ledger.sync()
-        archive = {0: held.facts, 1: held.payload} if held.payload else {}
-        checkpoint.save(self.folder, Snapshot(held.round, held.before, {"after": held.after}, archive, rows, self.seal))
+    def save(self, held: Held, rows: Iterable[Row] = ()) -> None:
+        """Have it on disk, whole, with these rows at the end of the ledger. A first save that fails leaves nothing."""
+        first = not self.folder.exists()
+        try:
+            self._write(held, rows)
+        except BaseException:
+            if first:
+                with suppress(OSError):
+                    self.close()
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _write(self, held: Held, rows: Iterable[Row]) -> None:
+        ledger = self._opened()
+        for row in rows:
+            ledger.append(row)
+        for later in checkpoint.checkpoints(self.folder):
+            # A server that went back rounds ago asks anew for one that is over; the newest file counts.
+            if int(later.stem.rpartition("-")[2]) > held.round:
+                later.unlink()
+        contents = (held.facts, held.payload, held.charge.encode())
+        archive = {place: content for place, content in enumerate(contents) if content}
+        states = {"after": held.after}
+        checkpoint.save(self.folder, Snapshot(held.round, held.before, states, archive, ledger.sync(), self.seal))
 
     def close(self) -> None:
         """Close the ledger."""
-        self.ledger.close()
+        if self._ledger is not None:
+            self._ledger.close()
+        self._ledger = None
+
+    def _opened(self) -> Ledger:
+        if self._ledger is None:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._ledger = Ledger(self.folder / LEDGER)
+        return self._ledger

@@ -19,8 +19,8 @@ from fedloom.engines.flower.runtime import Cast
 from fedloom.setup import Setup, assemble, client_examples, participating
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
-from fedloom.site.policy import Policy
 from fedloom.site.protocol import Parcel
+from fedloom.site.rules import Policy
 
 log = logging.getLogger("fedloom.worker")
 
@@ -43,8 +43,9 @@ def site(cast: Cast, name: str) -> SiteConfig:
         model=cast.model,
         data="",
         device=cast.device,
+        threads=parse(tomllib.loads(cast.settings), "the run's settings").model.threads,
         state=str(Path(cast.folder) / name),
-        policy=Policy(scrub_errors=False),
+        policy=Policy(scrub_errors=False, order="run"),
     )
 
 

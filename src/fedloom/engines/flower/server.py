@@ -18,7 +18,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
 
-from fedloom.base_model import weights_digest
+from fedloom.base_model import base_digest
 from fedloom.checks import Seen, check_update
 from fedloom.config import Config
 from fedloom.engines.flower.fleet import Fleet, Grid, Reply
@@ -49,7 +49,7 @@ def serve(grid: Grid, config: Config, out: Path, *, resume: bool = False, observ
         setup = assemble(
             config, {name: [] for name in sorted(config.federation.participants or ())}, heldout_examples(config.data)
         )
-        facts = {"job": job_id(folder.path / "job", resume), "base": weights_digest(config.model.path)}
+        facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         Federation(setup, folder, observer or Silent(), fleet).play(resume)
 
