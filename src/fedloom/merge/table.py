@@ -6,12 +6,15 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from fedloom.adapter_folder import other_base_note
 
 if TYPE_CHECKING:
     from fedloom.merge.combine import Recipe
@@ -24,10 +27,11 @@ LONGEST = 16
 MIB = 2**20
 
 
-def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row], base: Path | None = None) -> dict[str, Any]:
     """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F.
 
-    "whole": name → number of values of each whole tensor.
+    base: the base model's folder where the adapters are merged into one. "whole": name → number of values of each whole
+    tensor.
     """
     modules = [
         {
@@ -49,7 +53,7 @@ def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any
         "modules": modules,
         "whole": whole,
         "total": {**total, "values": values, "bytes": values * recipe.dtype.itemsize},
-        "notes": _notes(inputs),
+        "notes": _notes(inputs, base),
     }
 
 
@@ -76,7 +80,7 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else (float("inf") if part else 0.0)
 
 
-def _notes(inputs: Inputs) -> list[str]:
+def _notes(inputs: Inputs, base: Path | None) -> list[str]:
     """What a user should know before trusting the result."""
     count = len(inputs.adapters)
     partial = [module for module in inputs.layouts if len(inputs.holders(module)) < count]
@@ -90,7 +94,8 @@ def _notes(inputs: Inputs) -> list[str]:
         notes.append(f"{len(inputs.whole)} whole tensors were averaged as they are: {', '.join(inputs.whole[:3])}")
     if len(inputs.base_models) > 1:
         notes.append(f"the adapters name different base models: {', '.join(inputs.base_models)}")
-    return notes
+    other = other_base_note(inputs.adapters, base) if base else None
+    return [*notes, other] if other else notes
 
 
 def shown(told: Record) -> RenderableType:
@@ -117,6 +122,7 @@ def _closing(told: Record) -> str:
         what = f"{told['base']} with {len(told['modules'])} modules changed"
     if told["model"]:
         what += f", {told['model']['bytes'] / MIB:,.1f} MiB; rounding is {told['model']['rounding']:.1e} of the change"
+        what += f"; not copied: {', '.join(told['model']['left_out'])}" if told["model"]["left_out"] else ""
     return f"{'wrote' if told['written'] else 'nothing written; it would be'} {told['out']}: {what}"
 
 
