@@ -13,11 +13,11 @@ import fedloom
 ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 
 LAYERS = """
-    errors events testbed
+    errors events testbed foreign
     masks tensors lora sparsify lowrank
     wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger serverlog report
-    json_file tensor_file patterns adapters adapter_config adapter_folder data templates partition tokens base_model peft_bridge training evaluate
+    json_file model_size tensor_file patterns adapters adapter_config adapter_folder data templates partition tokens base_model peft_bridge training evaluate
     runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status
     inspection cli __main__
 """
