@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from fedloom.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
 from fedloom.errors import ModelError
 from fedloom.lora import PARTS, LoraPair, LoraState
 
+SPARE_RANK = 1024
+"""A rank that any module may have. Beyond, four times its width is the most: more changes nothing, and what is computed
+from the squares of ranks would take memory out of proportion to the file."""
 LONGEST_NAME = 512
 """Characters of a tensor's name; the longest in use have about a hundred."""
 _FACTOR = re.compile(
@@ -101,6 +105,9 @@ class AdapterFolder:
             raise ModelError(
                 f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
             )
+        most = max(SPARE_RANK, 4 * min(b[0], prod(a[1:])))
+        if told > most:
+            raise ModelError(f"{where}: rank {told:,} adds nothing to a module of shape {b[0]} × {prod(a[1:])}")
         return Layout(b[0], a[1:], embedding[0])
 
 
@@ -122,8 +129,8 @@ def other_base_note(adapters: Sequence[AdapterFolder], base: str | Path) -> str 
     if not others:
         return None
     return (
-        f"the adapter was trained on {' or '.join(others)}, by its {CONFIG_FILE}, and is used with {base}: if these are "
-        "different models, the result is worthless"
+        f"the adapter was trained on {' or '.join(others)}, by its {CONFIG_FILE}, and is used with {base}: if these "
+        "are different models, the result is worthless"
     )
 
 

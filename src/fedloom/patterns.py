@@ -1,9 +1,9 @@
-"""Module patterns with PEFT's meaning, matched in linear time, since they come from strangers' files and from servers.
+r"""Module patterns with PEFT's meaning, matched in linear time: they come from strangers' files and from servers.
 
 PEFT reads a key of rank_pattern or alpha_pattern as a regular expression for the end of a module's name, from a dot on,
 and a target_modules string as one for the whole name. Python's engine takes exponential time for some expressions. Here
 a plain name (words between dots) is compared as it stands, and everything else goes through RE2, which has no such
-expressions. RE2 has no lookaround and no backreferences, and knows letters and digits of ASCII alone in \\w and \\d.
+expressions. RE2 has no lookaround and no backreferences, and knows letters and digits of ASCII alone in \w and \d.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re2
 from fedloom.errors import ConfigError
 
 LONGEST = 200
-"""Characters of a pattern that is more than a name. Patterns in use are shorter, and a match takes time in proportion."""
+"""Characters of a pattern that is more than a name. Those in use are shorter, and a match takes time in proportion."""
 MOST = 64
 """Patterns in one mapping that are more than names, for the same reason. Names may be as many as there are modules."""
 _MEMORY = 2**17
@@ -43,7 +43,9 @@ class Patterns:
         self._names = {key: place for key, place in places.items() if is_name(key)}
         self._others = [(place, key) for key, place in places.items() if key not in self._names]
         if len(self._others) > MOST:
-            raise ConfigError(f"{owner} holds {len(self._others)} patterns: expected at most {MOST}, beside plain names")
+            raise ConfigError(
+                f"{owner} holds {len(self._others)} patterns: expected at most {MOST}, beside plain names"
+            )
         for _, key in self._others:
             _check(key, owner)
 
@@ -56,7 +58,7 @@ class Patterns:
 
 
 def matching_name(pattern: str, names: Iterable[str], owner: str) -> set[str]:
-    """The names that a pattern matches as a whole. Raises ConfigError, which begins with `owner`, as `Patterns` does."""
+    """The names that a pattern matches as a whole. Raises ConfigError, as `Patterns` does."""
     if is_name(pattern):
         return {name for name in names if name == pattern}
     _check(pattern, owner)

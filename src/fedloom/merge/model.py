@@ -28,8 +28,8 @@ _ROWS = 1024
 class Merged:
     """What was written: tensors in all and those changed, bytes of weights, and ‖rounding‖_F / ‖ΔW‖_F.
 
-    The base's own type is kept, and may be too coarse for a small change. left_out: names of the base's other files that
-    were not copied.
+    The base's own type is kept, and may be too coarse for a small change. left_out: names of the base's other files
+    that were not copied.
     """
 
     tensors: int
