@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
+import fedloom
+from fedloom.adapters import save_adapter
 from fedloom.base_model import empty_base, load_base
+from fedloom.configfile import load as load_config
 from fedloom.data import Example
 from fedloom.errors import DataError, FedloomError, ModelError, NumericError
 from fedloom.foreign import LONGEST, MOST_STEPS, limited_steps, one_line
+from fedloom.setup import prepare as set_up
 from fedloom.templates import LONGEST_TEMPLATE, TEMPLATES
 from fedloom.tokens import prepare
 from tiny_models import CHAT, llama, tokenizer
+
+TESTBED = Path(fedloom.__file__).parent / "testbed"
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +162,12 @@ def test_steps_of_other_files_are_free_and_the_trace_is_put_back() -> None:
     with pytest.raises(NumericError, match="steps"), limited_steps("<here>", 0):
         exec(code)
     assert sys.gettrace() is before
+
+
+def test_a_start_on_another_base_is_noted(tmp_path: Path) -> None:
+    first = set_up(load_config(TESTBED / "demo.toml", []))
+    assert not [note for note in first.warnings() if "trained on" in note]
+    save_adapter(first.initial, "some/other-base", first.adapter, tmp_path)
+    again = set_up(load_config(TESTBED / "demo.toml", [f"model.adapter={tmp_path}"]))
+    notes = [note for note in again.warnings() if "trained on some/other-base" in note]
+    assert len(notes) == 1 and again.config.model.path in notes[0]
