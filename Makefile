@@ -40,7 +40,7 @@ format: $(DEV_READY) ## Lay the code out anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, kill -9 of every process
+check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process
 	$(BIN)/python -m pytest -m slow
 
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv

@@ -126,7 +126,7 @@ def test_modules_are_read_one_at_a_time(tmp_path: Path) -> None:
         ("layer_replication", [[0, 1]], "layers of the base"),
         ("target_parameters", ["experts.up"], "bare parameters"),
         ("r", "many", "not valid"),
-        ("r", 0, "at least 1"),
+        ("r", 0, "r is 0: input should be greater than or equal to 1"),
         ("rank_pattern", [3], "not valid"),
         ("r", 3, "rank 2.*says 3.*belong together"),
     ],

@@ -90,7 +90,11 @@ def test_command_merges_the_shipped_model(tmp_path: Path) -> None:
     wanted = dense_logits(base, *(weighted(state, w) for state, w in zip(states, (0.5, 0.25, 0.25), strict=True)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     torch.testing.assert_close(logits(model), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
-    assert told["model"]["changed"] == 28 and told["total"]["error"] < 1e-6 and len(told["notes"]) == 1
+    assert told["model"]["changed"] == 28 and told["total"]["error"] < 1e-6
+    assert (
+        len(told["notes"]) == 2
+        and f"trained on base, by its {CONFIG_FILE}, and is used with {base_folder}" in told["notes"][1]
+    )
     assert {file.name for file in base_folder.iterdir()} == {file.name for file in (tmp_path / "model").iterdir()}
     rehearsed = call(*paths, "--max-rank", "4", "--dtype", "bf16", "--dry-run", "--out", tmp_path / "dry" / "run")
     assert not (tmp_path / "dry").exists()

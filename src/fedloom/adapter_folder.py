@@ -5,22 +5,25 @@ No base model is ever loaded.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedloom.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterSettings, Layout
-from fedloom.errors import ConfigError, ModelError
+from fedloom.adapter_config import REFUSED, WHOLE, read_config, read_settings, refuse_other_kinds
+from fedloom.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
+from fedloom.errors import ModelError
 from fedloom.lora import PARTS, LoraPair, LoraState
 
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base model's weights as they are."""
+SPARE_RANK = 1024
+"""A rank that any module may have. Beyond, four times its width is the most: more changes nothing, and what is computed
+from the squares of ranks would take memory out of proportion to the file."""
+LONGEST_NAME = 512
+"""Characters of a tensor's name; the longest in use have about a hundred."""
 _FACTOR = re.compile(
     rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding_([AB])(?:\.default)?)"
 )
@@ -36,9 +39,9 @@ class AdapterFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
-        _refuse(self.folder, self.config, _REFUSED)
-        self.settings = _settings(self.folder, self.config)
+        self.config = read_config(self.folder)
+        refuse_other_kinds(self.folder, self.config, REFUSED)
+        self.settings = read_settings(self.folder, self.config)
         self.base_model = str(self.config.get("base_model_name_or_path") or "")
         shapes = _shapes(self.folder)
         self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
@@ -63,7 +66,7 @@ class AdapterFolder:
 
     def require_plain(self) -> None:
         """Raise ModelError where the adapter is more than factors of linear modules."""
-        _refuse(self.folder, self.config, _WHOLE)
+        refuse_other_kinds(self.folder, self.config, WHOLE)
         odd = [
             *self.whole,
             *(self._keys[m, "A"] for m, kind in self.layouts.items() if kind.embedding or kind.inputs[1:]),
@@ -76,8 +79,13 @@ class AdapterFolder:
 
     def _read(self, names: Sequence[str]) -> list[Tensor]:
         # Opened anew each time: what has been read stays in memory for as long as the file is open.
-        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = [file.get_tensor(name).float() for name in names]
+        try:
+            with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+                tensors = [file.get_tensor(name).float() for name in names]
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+            # A type that safetensors knows and this torch lacks, or cannot turn into float32; a file that has changed.
+            told = ascii(str(error))[1:-1][:200]
+            raise ModelError(f"{self.folder / WEIGHTS_FILE}: {names[0]} cannot be read: {told}") from None
         for name, tensor in zip(names, tensors, strict=True):
             if not bool(torch.isfinite(tensor).all()):
                 raise ModelError(f"{self.folder / WEIGHTS_FILE}: {name} holds NaN or infinity; leave this adapter out")
@@ -90,11 +98,16 @@ class AdapterFolder:
         where = f"{self.folder / WEIGHTS_FILE}, module {module}"
         if embedding[0] != embedding[1] or len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
             raise ModelError(f"{where}: A of shape {a} and B of shape {b} are no LoRA pair: expected (r, n) and (m, r)")
+        if 0 in (*a, *b):
+            raise ModelError(f"{where}: A of shape {a} or B of shape {b} is empty: expected at least one value")
         told = self.settings.rank(module)
         if a[0] != told:
             raise ModelError(
                 f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
             )
+        most = max(SPARE_RANK, 4 * min(b[0], prod(a[1:])))
+        if told > most:
+            raise ModelError(f"{where}: rank {told:,} adds nothing to a module of shape {b[0]} × {prod(a[1:])}")
         return Layout(b[0], a[1:], embedding[0])
 
 
@@ -105,70 +118,27 @@ def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
     return LoraState({module: opened.pair(module) for module in opened.modules}), opened
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder: expected a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ModelError(f"{folder} holds no {CONFIG_FILE}: it is no PEFT adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, expected an object with PEFT's settings")
-    return config
+def other_base_note(adapters: Sequence[AdapterFolder], base: str | Path) -> str | None:
+    """What to say where adapters name another base model than `base`, a folder or Hub name; None where they do not.
+
+    A model is known by its name alone: owner/name, a folder name, and the Hub cache's models--owner--name are one. The
+    same shapes are no proof, since models of one family share them.
+    """
+    named = dict.fromkeys(adapter.base_model for adapter in adapters if adapter.base_model)
+    others = [name for name in named if _base_name(name) != _base_name(str(base))]
+    if not others:
+        return None
+    return (
+        f"the adapter was trained on {' or '.join(others)}, by its {CONFIG_FILE}, and is used with {base}: if these "
+        "are different models, the result is worthless"
+    )
 
 
-Plain = Mapping[str, tuple[tuple[object, ...], str]]
-_REFUSED: Plain = {
-    "peft_type": (("LORA",), "only LoRA adapters can be combined"),
-    "use_dora": ((False, None), "DoRA rescales the base weights, so its change is not B A"),
-    "lora_bias": ((False, None), "B has a bias of its own, so its change is not B A"),
-    "layer_replication": ((None, []), "it changes the layers of the base model"),
-    "target_parameters": ((None, []), "adapters of bare parameters are not supported"),
-    "alora_invocation_tokens": ((None, []), "the adapter is active on some tokens only"),
-    "use_qalora": ((False, None), "QALoRA pools its inputs, so its change is not B A"),
-    "use_bdlora": ((None, False), "its factors are block-diagonal and stored in parts"),
-    "kasa_config": ((None,), "KaSA puts a diagonal between B and A and cuts the base weights"),
-    "monteclora_config": ((None,), "MonteCLoRA samples its change, so it is not B A"),
-    "arrow_config": ((None,), "Arrow routes every token to adapters of its own"),
-    "init_lora_weights": (
-        (*PLAIN_STARTS, None),
-        "this start changes the weights of the base; convert it with PEFT first",
-    ),
-}
-"""Key of adapter_config.json → values that mean a plain LoRA adapter, and what any other value means."""
-_WHOLE: Plain = {
-    "modules_to_save": ((None, [], ()), "whole modules were trained beside the adapter"),
-    "bias": (("none", None), "biases were trained beside the adapter"),
-    "trainable_token_indices": ((None, [], {}), "embeddings were trained beside the adapter"),
-}
-"""The same, of what is stored beside the factors as whole tensors."""
-
-
-def _refuse(folder: Path, config: Mapping[str, Any], table: Plain) -> None:
-    for key, (plain, reason) in table.items():
-        if key in config and config[key] not in plain or key == "peft_type" and key not in config:
-            raise ModelError(f"{folder} cannot be used: {key} = {config.get(key)!r}; {reason}")
-
-
-def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
-    try:
-        return AdapterSettings(
-            r=int(config["r"]),
-            lora_alpha=float(config["lora_alpha"]),
-            target_modules=config.get("target_modules") or "all-linear",
-            lora_dropout=float(config.get("lora_dropout") or 0.0),
-            use_rslora=bool(config.get("use_rslora")),
-            rank_pattern={str(key): int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        )
-    except KeyError as error:
-        raise ModelError(f"{folder / CONFIG_FILE} lacks {error}, which every LoRA adapter has") from None
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} is not valid: {error}") from None
+def _base_name(path: str) -> str:
+    """The last part of a model's name or place, in small letters."""
+    parts = Path(path).absolute().parts if Path(path).exists() else Path(path).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -179,9 +149,15 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}{other if (folder / 'adapter_model.bin').is_file() else ''}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {ascii(str(error))[1:-1][:300]}") from None
+    for name in shapes:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ModelError(
+                f"{path} holds a tensor called {ascii(name)[:80]}: expected at most {LONGEST_NAME} printable characters"
+            )
+    return shapes
 
 
 def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:

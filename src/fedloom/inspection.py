@@ -147,8 +147,10 @@ def audit(folder: Path) -> RenderableType:
 
 
 def _norm(pair: LoraPair) -> float:
-    """‖B A‖_F from the r × r Gram matrices."""
+    """‖B A‖_F from the r × r Gram matrices, or from the m × n product where that is smaller."""
     a, b = pair.A.double(), pair.B.double()
+    if pair.rank**2 > pair.shape[0] * pair.shape[1]:
+        return float((b @ a).norm())
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 
 

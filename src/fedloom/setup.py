@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom import peft_bridge
-from fedloom.adapter_folder import load_adapter
+from fedloom.adapter_folder import AdapterFolder, load_adapter, other_base_note
 from fedloom.adapters import AdapterSettings
 from fedloom.base_model import base_digest, load_base
 from fedloom.caps import Caps
@@ -67,7 +67,9 @@ class Setup:
             if data.cut or data.dropped
         ]
         advice = self.job.method.advise(self.initial, self.job.context(1))
-        return [advice, *cut] if advice else cut
+        start = self.config.model.adapter
+        other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
+        return [*(note for note in (other, advice) if note), *cut]
 
     def described(self) -> Run:
         """The run, as the first row of a ledger says it."""

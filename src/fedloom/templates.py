@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedloom.data import Example
-from fedloom.errors import DataError
+from fedloom.errors import DataError, NumericError
+from fedloom.foreign import limited_steps, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+JINJA_FILE = "<template>"
+"""What Jinja calls the code that it makes of a template."""
+LONGEST_TEMPLATE = 2**18
+"""Characters; the longest chat templates in use have about 30,000."""
+LARGEST_NUMBER = 1_000_000
+"""In a chat template, where numbers count turns and levels of indentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +58,54 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, st
         raise DataError('the tokenizer has no chat template: set data.template to "alpaca" or "plain"')
     turns = [*example.history, ("user", _question(example, alone=False))]
     messages = [{"role": role, "content": content} for role, content in turns]
-    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    prompt = _rendered(tokenizer, messages, answering=True)
     messages.append({"role": "assistant", "content": example.output})
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    whole = _rendered(tokenizer, messages, answering=False)
     completion = whole.removeprefix(prompt) if whole.startswith(prompt) else example.output
     end = completion.rstrip()
     return prompt, end.removesuffix(tokenizer.eos_token) if end.endswith(tokenizer.eos_token) else completion
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, answering: bool) -> str:
+    """The conversation in the tokenizer's template, which comes with the model, from a stranger perhaps.
+
+    transformers renders it in Jinja's sandbox; here its work is limited too. Raises DataError.
+    """
+    check_template(str(tokenizer.chat_template))
+    given = sum(len(message["content"]) for message in messages)
+    failed = "the tokenizer's chat template cannot be used"
+    try:
+        with one_line(DataError, failed), limited_steps(JINJA_FILE, given):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+    except NumericError as error:
+        raise DataError(f'{failed}: {error}; set data.template to "alpaca" or "plain"') from None
+    return str(text)
+
+
+@lru_cache(maxsize=16)
+def check_template(source: str) -> None:
+    """Raise DataError for a chat template with operations of which a single one may run for hours.
+
+    Those are powers, and repetitions by large numbers. Jinja computes constants while it compiles a template, before
+    its steps can be counted.
+    """
+    failed = "the tokenizer's chat template cannot be used"
+    if len(source) > LONGEST_TEMPLATE:
+        raise DataError(f"{failed}: it has {len(source):,} characters, expected at most {LONGEST_TEMPLATE:,}")
+    with one_line(DataError, failed):
+        from jinja2 import Environment
+
+        tokens = [(kind, value) for _, kind, value in Environment().lex(source)]
+    for kind, value in tokens:
+        if kind == "operator" and value == "**":
+            raise DataError(f"{failed}: it computes powers")
+        if kind in ("integer", "float") and (len(value) > 20 or _number(value) > LARGEST_NUMBER):
+            raise DataError(f"{failed}: it holds the number {value[:20]}, expected at most {LARGEST_NUMBER:,}")
+
+
+def _number(text: str) -> float:
+    """The value of a number in Jinja."""
+    return float(text.replace("_", "")) if text[:2].lower() not in ("0x", "0o", "0b") else float(int(text, 0))
 
 
 def _alone(example: Example) -> str:

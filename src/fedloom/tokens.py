@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.data import Example
 from fedloom.errors import ConfigError, DataError
+from fedloom.foreign import one_line
 from fedloom.templates import TEMPLATES
 
 IGNORED = -100
@@ -83,8 +84,9 @@ def prepare(
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     special = TEMPLATES[template].adds_special
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=special, verbose=False)["input_ids"]
-    answers = tokenizer([answer for _, answer in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    with one_line(DataError, f"{name}: the tokenizer fails"):
+        prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=special, verbose=False)["input_ids"]
+        answers = tokenizer([answer for _, answer in texts], add_special_tokens=False, verbose=False)["input_ids"]
     made = []
     for prompt, answer in zip(prompts, answers, strict=True):
         start = prompt or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end]

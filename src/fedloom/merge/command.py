@@ -66,7 +66,7 @@ def aggregate(
             places(base, adapter)
     rows, merged = perform(inputs, recipe, base, None if dry_run else out)
     place = {"out": str(out), "base": base_model and str(base_model), "written": not dry_run, "model": merged}
-    told = {**table.record(inputs, recipe, rows), **place}
+    told = {**table.record(inputs, recipe, rows, base_model), **place}
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,13 @@ from torch import Tensor
 from fedloom.adapter_folder import AdapterFolder
 from fedloom.adapters import PREFIX
 from fedloom.errors import ModelError
+from fedloom.json_file import read_json
 from fedloom.lora import LoraPair
+from fedloom.merge.companions import copy_companions
 from fedloom.tensor_file import DTYPES, TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-"""Ends of files that hold weights, or their index."""
 _ROWS = 1024
 
 
@@ -30,13 +28,15 @@ _ROWS = 1024
 class Merged:
     """What was written: tensors in all and those changed, bytes of weights, and ‖rounding‖_F / ‖ΔW‖_F.
 
-    The base's own type is kept, and may be too coarse for a small change.
+    The base's own type is kept, and may be too coarse for a small change. left_out: names of the base's other files
+    that were not copied.
     """
 
     tensors: int
     changed: int
     bytes: int
     rounding: float
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ class Base:
     @property
     def vocab_size(self) -> int | None:
         """Number of tokens, if the config names it."""
-        return self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+        text = self.config.get("text_config")
+        sizes = [part.get("vocab_size") for part in (self.config, text) if isinstance(part, dict)]
+        return next((size for size in sizes if isinstance(size, int)), None)
 
     def tensor(self, shard: str, name: str) -> Tensor:
         """One tensor. The file is opened anew each time, since what was read stays in memory while it is open."""
@@ -76,28 +78,30 @@ def open_base(folder: Path) -> Base:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"--base-model {folder} holds no config.json: expected a folder with a model of transformers")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = [SINGLE]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"--base-model {folder}: config.json or {INDEX} is not valid ({error})") from None
+    config = read_json(path)
+    files = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
     if config.get("quantization_config"):
         raise ModelError(f"--base-model {folder} is quantised, and cannot take up a change: give the full model")
     return Base(folder, {name: _contents(folder, name) for name in files}, config)
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index of weights lists."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ModelError(f"{index} is not valid: expected weight_map, the names of tensors and their files")
+    return sorted(set(placed.values()))
+
+
 def _contents(folder: Path, shard: str) -> tuple[str, ...]:
     """Names of a file's tensors, wider types first, so that every tensor is aligned."""
     if Path(shard).name != shard or not (folder / shard).is_file():
-        raise ModelError(f"--base-model {folder} lacks {shard}: expected its weights as safetensors")
+        raise ModelError(f"--base-model {folder} lacks {ascii(shard)[1:-1]}: expected its weights as safetensors")
     try:
         with safe_open(folder / shard, framework="pt") as file:
             types = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / shard} cannot be read: {error}") from None
+        raise ModelError(f"{folder / shard} cannot be read: {ascii(str(error))[1:-1][:300]}") from None
     widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
     for name, told in types.items():
         if told not in widths:
@@ -106,14 +110,13 @@ def _contents(folder: Path, shard: str) -> tuple[str, ...]:
 
 
 def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
-    """Write the base with the adapter merged into it, under the same file names; everything else is copied.
+    """Write the base with the adapter merged into it, under the same file names, and its configuration and tokenizer.
 
-    Raises ModelError where a module or whole tensor of the adapter has no weight of its own in the base.
+    Raises ModelError where a module or whole tensor of the adapter has no weight of its own in the base, or a file of
+    the base leads out of its folder.
     """
     modules, whole = places(base, adapter)
-    for file in base.folder.iterdir():
-        if file.is_file() and not file.name.endswith(NOT_COPIED):
-            shutil.copyfile(file, out / file.name)
+    left_out = copy_companions(base.folder, out, {*base.shards})
     size, lost, change = 0, 0.0, 0.0
     for shard, names in base.shards.items():
         with TensorFile(out / shard, names) as target:
@@ -127,7 +130,7 @@ def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
                 target.add(name, tensor)
         size += target.size
     rounding = (lost / change) ** 0.5 if change else 0.0
-    return Merged(len(base.names()), len({*modules, *whole}), size, rounding)
+    return Merged(len(base.names()), len({*modules, *whole}), size, rounding, left_out)
 
 
 def places(base: Base, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:

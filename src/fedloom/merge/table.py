@@ -6,6 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,6 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.text import LONG, cell
+
+from fedloom.adapter_folder import other_base_note
 
 if TYPE_CHECKING:
     from fedloom.merge.combine import Recipe
@@ -25,10 +28,11 @@ LONGEST = 16
 MIB = 2**20
 
 
-def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row], base: Path | None = None) -> dict[str, Any]:
     """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F.
 
-    "whole": name → number of values of each whole tensor.
+    base: the base model's folder where the adapters are merged into one. "whole": name → number of values of each whole
+    tensor.
     """
     modules = [
         {
@@ -50,7 +54,7 @@ def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any
         "modules": modules,
         "whole": whole,
         "total": {**total, "values": values, "bytes": values * recipe.dtype.itemsize},
-        "notes": _notes(inputs),
+        "notes": _notes(inputs, base),
     }
 
 
@@ -77,7 +81,7 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else (float("inf") if part else 0.0)
 
 
-def _notes(inputs: Inputs) -> list[str]:
+def _notes(inputs: Inputs, base: Path | None) -> list[str]:
     """What a user should know before trusting the result."""
     count = len(inputs.adapters)
     partial = [module for module in inputs.layouts if len(inputs.holders(module)) < count]
@@ -91,7 +95,8 @@ def _notes(inputs: Inputs) -> list[str]:
         notes.append(f"{len(inputs.whole)} whole tensors were averaged as they are: {', '.join(inputs.whole[:3])}")
     if len(inputs.base_models) > 1:
         notes.append(f"the adapters name different base models: {', '.join(inputs.base_models)}")
-    return notes
+    other = other_base_note(inputs.adapters, base) if base else None
+    return [*notes, other] if other else notes
 
 
 def shown(told: Record) -> RenderableType:
@@ -118,6 +123,7 @@ def _closing(told: Record) -> str:
         what = f"{told['base']} with {len(told['modules'])} modules changed"
     if told["model"]:
         what += f", {told['model']['bytes'] / MIB:,.1f} MiB; rounding is {told['model']['rounding']:.1e} of the change"
+        what += f"; not copied: {', '.join(told['model']['left_out'])}" if told["model"]["left_out"] else ""
     return f"{'wrote' if told['written'] else 'nothing written; it would be'} {told['out']}: {what}"
 
 
