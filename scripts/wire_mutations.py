@@ -169,7 +169,18 @@ def shape(item: Item, rng: random.Random) -> Item:
 
 def name(item: Item, rng: random.Random) -> Item:
     """Empty, long, strange, or out of order."""
-    names = ("", "m", "m/A", "~" * 1024, "~" * 1025, "é", "\x00", item.name + "/", item.name[:-1], "m" * rng.randrange(99))
+    names = (
+        "",
+        "m",
+        "m/A",
+        "~" * 1024,
+        "~" * 1025,
+        "é",
+        "\x00",
+        item.name + "/",
+        item.name[:-1],
+        "m" * rng.randrange(99),
+    )
     return replace(item, name=rng.choice(names))
 
 
