@@ -1,7 +1,7 @@
 """Ways to spoil a payload under a right checksum: of its bytes, and of its parts.
 
-Every kind is a function of a parent, a second parent, and a generator; it gives the payload. Those in `OF_BYTES` need no
-parent that can be opened.
+Every kind is a function of a parent, a second parent, and a generator; it gives the payload. Those in `OF_BYTES`
+need no parent that can be opened.
 """
 
 from __future__ import annotations
