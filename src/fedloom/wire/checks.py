@@ -70,12 +70,12 @@ def _check_values(values: Values) -> None:
 def _check_codes(codes: NDArray[np.int8], bits: int) -> None:
     if bits == 8 or not codes.size:
         return
-    # The magnitude of -128 is -128 in 8 bits, and so below every least one.
-    magnitudes = np.abs(codes)
-    least, most = int(magnitudes.min()), int(magnitudes.max())
-    if bits == 4 and (least < 0 or most > 7):
+    # Not by magnitudes: that of -128 is -128 in 8 bits.
+    least, most = int(codes.min()), int(codes.max())
+    if bits == 4 and (least < -7 or most > 7):
         raise WireError("a 4-bit code is outside -7 to 7")
-    if bits == 1 and not least == most == 1:
+    # Of -1, 0 and 1 only 0 lacks the lowest bit.
+    if bits == 1 and (least < -1 or most > 1 or not int(np.bitwise_and.reduce(codes)) & 1):
         raise WireError("a 1-bit code is neither -1 nor 1")
 
 
