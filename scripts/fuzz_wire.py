@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from wire_mutations import KINDS, OF_BYTES, Parent, opened
 
 import fedloom.wire
 from fedloom.errors import WireError
 from fedloom.tensors import Dense, count, to_dense
 from fedloom.wire import DEFAULT, Header, Limits, Message, decode, describe, encode, quantize, read_header
 from fedloom.wire.streams import CHUNK
-from wire_mutations import KINDS, OF_BYTES, Parent, opened
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "wire-v2"
 SMALL = Limits(max_payload=2**18, max_values=2**16, max_tensors=64, max_bytes=2**20, max_index=2**16, max_drawn=2**16)

@@ -1,7 +1,7 @@
 """Ways to spoil a payload under a right checksum: of its bytes, and of its parts.
 
-Every kind is a function of a parent, a second parent, and a generator; it gives the payload. Those in `OF_BYTES` need no
-parent that can be opened.
+Every kind is a function of a parent, a second parent, and a generator; it gives the payload. Those in `OF_BYTES`
+need no parent that can be opened.
 """
 
 from __future__ import annotations
@@ -169,7 +169,18 @@ def shape(item: Item, rng: random.Random) -> Item:
 
 def name(item: Item, rng: random.Random) -> Item:
     """Empty, long, strange, or out of order."""
-    names = ("", "m", "m/A", "~" * 1024, "~" * 1025, "é", "\x00", item.name + "/", item.name[:-1], "m" * rng.randrange(99))
+    names = (
+        "",
+        "m",
+        "m/A",
+        "~" * 1024,
+        "~" * 1025,
+        "é",
+        "\x00",
+        item.name + "/",
+        item.name[:-1],
+        "m" * rng.randrange(99),
+    )
     return replace(item, name=rng.choice(names))
 
 

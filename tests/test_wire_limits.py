@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedloom.errors import ConfigError, ShapeError, WireError
 from fedloom.masks import seeded_count
 from fedloom.tensors import Dense, Quantized, Seeded, Sparse
-from fedloom.wire import Header, Limits, Message, decode, encode, quantize
+from fedloom.wire import DEFAULT, Header, Limits, Message, decode, encode, quantize
 from fedloom.wire.budget import fit
 from fedloom.wire.codec import packed_size
 from fedloom.wire.limits import FREE_DRAWN, FREE_INDEX, FREE_TENSORS
@@ -20,7 +20,7 @@ NONE = torch.empty(0)
 NOWHERE = torch.empty(0, dtype=torch.int64)
 
 
-def check_agreement(entries, limits=Limits()):
+def check_agreement(entries, limits=DEFAULT):
     message = Message(HEADER, entries)
     payload = encode(message, limits)
     read = decode(payload, limits)
@@ -99,6 +99,7 @@ def test_limits_of_a_payload_grow_with_it_and_end():
         (Seeded((4,), 3, 0.5, torch.ones(4)), "has 4 values, and its mask keeps 2"),
         (Dense((2,), Quantized(torch.tensor([0, 1], dtype=torch.int8), torch.ones(1), 2, 1)), "neither -1 nor 1"),
         (Dense((2,), Quantized(torch.tensor([-128, 1], dtype=torch.int8), torch.ones(1), 2, 1)), "neither -1 nor 1"),
+        (Dense((2,), Quantized(torch.tensor([-128, 1], dtype=torch.int8), torch.ones(1), 2, 4)), "outside -7 to 7"),
     ],
 )
 def test_what_would_arrive_as_something_else_is_refused(entry, reason):

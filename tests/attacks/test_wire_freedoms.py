@@ -48,7 +48,7 @@ FREEDOMS = {
     "a prefix that is not the longest": with_index(names((0, b"aab"), (1, b"ac")), bytes(8)),
     "an empty name": with_index(names((0, b""), (0, b"a")), bytes(8)),
     "a last chunk of one byte": with_index(
-        write_index([item(shape=(CHUNK + 1,), count=CHUNK + 1)], [Stream(8 + p, CHUNK + 1, (CHUNK, 1)) for p in range(4)]),
+        write_index([item(shape=(CHUNK + 1,))], [Stream(8 + plane, CHUNK + 1, (CHUNK, 1)) for plane in range(4)]),
         bytes(4 * CHUNK + 4),
     ),
     "an odd number of 4-bit codes": forged(
@@ -95,7 +95,8 @@ def number(cell):
 
 def test_the_limits_on_the_page_are_those_of_the_code():
     rows = re.findall(r"^\| [^|]+ \| `(max_\w+)` \| ([^|]+) \|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert {name: number(most) for name, most, _ in rows} == {name: getattr(Limits(), name) for name in Limits.__slots__}
+    written = {name: number(most) for name, most, _ in rows}
+    assert written == {name: getattr(Limits(), name) for name in Limits.__slots__}
     size = 10**6
     given = Limits().of_payload(size)
     assert "max(2¹³, ⌊n / 4⌋)" in PAGE and given.max_tensors == max(2**13, size // 4)

@@ -178,7 +178,8 @@ def _nothing(
     size = len(encode(Message(header, entries)))
     if size > budget:  # so many tensors need a payload of some size before a reader takes them
         raise ConfigError(
-            f"wire.budget is {budget} bytes, but {len(entries):,} tensors of which little or nothing is sent take {size}"
+            f"wire.budget is {budget} bytes, but {len(entries):,} tensors of which little or nothing is sent "
+            f"take {size}"
         )
     return math.inf, entries, size
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.errors import ConfigError, WireError
@@ -62,11 +63,20 @@ def _check_values(values: Values) -> None:
     blocks = -(-codes.numel() // values.block)
     if scales.numel() != blocks:
         raise WireError(f"it has {scales.numel()} scales: expected {blocks}, one for every {values.block} values")
-    if coding.bits == 4 and codes.numel() and int(codes.abs().max()) > 7:
-        raise WireError("a 4-bit code is outside -7 to 7")
-    if coding.bits == 1 and bool(((codes.numpy().view(np.uint8) + np.uint8(1)) & np.uint8(0xFD)).any()):
-        raise WireError("a 1-bit code is neither -1 nor 1")
+    _check_codes(codes.numpy(), coding.bits)
     check_scales(scales.numpy())
+
+
+def _check_codes(codes: NDArray[np.int8], bits: int) -> None:
+    if bits == 8 or not codes.size:
+        return
+    # Not by magnitudes: that of -128 is -128 in 8 bits.
+    least, most = int(codes.min()), int(codes.max())
+    if bits == 4 and (least < -7 or most > 7):
+        raise WireError("a 4-bit code is outside -7 to 7")
+    # Of -1, 0 and 1 only 0 lacks the lowest bit.
+    if bits == 1 and (least < -1 or most > 1 or not int(np.bitwise_and.reduce(codes)) & 1):
+        raise WireError("a 1-bit code is neither -1 nor 1")
 
 
 def _check_dense(entry: Entry) -> None:

@@ -86,8 +86,8 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
     for item in unpacked.items:
         asked.add(item)
     refusal = asked.refusal(limits)
-    # A reader takes many tensors, and large masks, only from payloads of some size. What packs so well that it stays below
-    # that (tens of thousands of tensors that are empty, or all zero) travels with less of it packed.
+    # A reader takes many tensors, and large masks, only from payloads of some size. What packs so well that it stays
+    # below that (tens of thousands of tensors that are empty, or all zero) travels with less of it packed.
     for pack_streams, pack_index in () if refusal else ((True, True), (True, False), (False, False)):
         payload, index_size = unpacked.payload(pack_streams=pack_streams, pack_index=pack_index)
         refusal = asked.refusal(limits.of_payload(len(payload)), index_size)
