@@ -173,6 +173,11 @@ def test_a_markdown_table_keeps_its_rows_and_columns_and_holds_no_html(name: str
     assert "<" not in text and not re.search(r"(?<!\\)(?:\\\\)*[\[`*$]", lines[2])
 
 
+def test_a_markdown_cell_is_written_so_that_it_shows():
+    text = markdown([{"run": r"_a_ b_c | * [x](y) <i> \ `q`", "seeds": "1 ± 2"}])
+    assert text.splitlines()[2] == r"| \_a\_ b_c \| \* \[x\](y) &lt;i&gt; \\ \`q\` | 1 ± 2 |"
+
+
 @given(WHOLE, WHOLE)
 def test_metrics_are_well_formed_and_tame(name: str, text: str):
     written = prometheus(rows(name, text))

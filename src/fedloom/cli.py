@@ -29,7 +29,7 @@ from fedloom.errors import ConfigError, FedloomError
 from fedloom.merge.command import aggregate
 from fedloom.studies.commands import Set, compare, estimate, front, tune
 from fedloom.testbed import testbed
-from fedloom.text import LONG, printable
+from fedloom.text import printable
 
 if TYPE_CHECKING:
     from fedloom.config import Config
@@ -68,7 +68,7 @@ class Funnel(TyperGroup):
 
 def _in_lines(text: str) -> str:
     """A message that may quote names, keys and errors of others, its own line breaks kept."""
-    return "\n".join(printable(line, LONG) for line in text.split("\n")[:50])
+    return "\n".join(printable(line, 20_000) for line in text.split("\n")[:50])
 
 
 app = typer.Typer(

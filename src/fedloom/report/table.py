@@ -19,6 +19,9 @@ _SHORT = 20
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 """What a cell begins with that a spreadsheet computes instead of showing it; wide forms count in some countries."""
 
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown would not show as it stands; an underscore within a word it does."""
+
 
 def closing(report: Report) -> RenderableType:
     """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
@@ -116,7 +119,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _in_markdown(text: str) -> str:
     """A cell that shows the text, in every reader of Markdown: no markup, no HTML, no end of the cell or the row."""
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(printable(text), quote=False))
+    return re.sub(_MARKUP, r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def csv(rows: Sequence[Mapping[str, str]]) -> str:
