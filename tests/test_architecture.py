@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 LAYERS = """
     errors events testbed
     masks tensors lora sparsify lowrank
-    wire method methods cohort consolidation rounds catchup checkpoint
+    wire method methods cohort consolidation rounds federation catchup checkpoint
     config configfile ledger serverlog report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
     runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status

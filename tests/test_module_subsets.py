@@ -42,7 +42,7 @@ weightings = pytest.mark.parametrize("module_weighting", ["holders", "all"])
 
 def shares(federation: Federation) -> dict[str, float]:
     """p_k of the coming round: the toy step's examples are a function of the seed."""
-    seeds = {client: client_seed(federation.job, client, federation.round + 1) for client in federation.clients}
+    seeds = {client: client_seed(federation.job, client, federation.number + 1) for client in federation.clients}
     examples = {client: 1 + seed % 7 for client, seed in seeds.items()}
     return {client: count / sum(examples.values()) for client, count in examples.items()}
 
@@ -125,7 +125,7 @@ def test_a_run_with_subsets_goes_on_from_a_checkpoint(name: str, tmp_path: Path)
     federation.play()
     federation.play(["bob", "cyd"])
     loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients)))
-    resumed.server, resumed.clients, resumed.round = loaded.server, dict(loaded.clients), loaded.round
+    resumed.server, resumed.clients, resumed.number = loaded.server, dict(loaded.clients), loaded.round
     resumed.broadcasts = list(federation.broadcasts)
     for run in (federation, resumed):
         run.play()
