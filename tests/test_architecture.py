@@ -17,7 +17,7 @@ LAYERS = """
     masks tensors lora sparsify lowrank
     wire method methods cohort consolidation rounds federation catchup checkpoint
     config configfile ledger serverlog report
-    tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
+    json_file tensor_file patterns adapters adapter_config adapter_folder data templates partition tokens base_model peft_bridge training evaluate
     runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status
     inspection cli __main__
 """
@@ -28,6 +28,7 @@ DOORS = {
     "peft": {"peft_bridge.py"},
     "flwr": {"engines/flower"},
     "ray": {"engines/flower"},
+    "re2": {"patterns.py"},
     "matplotlib": {"report/figure.py"},
     "typer": {"cli.py", "bench/commands.py", "deploy/commands.py", "merge/command.py", "studies/commands.py"},
     "datasets": {"data.py"},

@@ -6,9 +6,9 @@ A folder holds adapter_config.json and adapter_model.safetensors; `adapter_folde
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState
+from fedloom.patterns import Patterns, spelled_out
 from fedloom.tensor_file import TensorFile
 
 PREFIX = "base_model.model."
@@ -28,7 +29,8 @@ class AdapterSettings:
     """What a LoRA adapter is, in PEFT's words. The scale of a module of rank r is alpha / r, or alpha / sqrt(r).
 
     target_modules: last parts of module names, or "all-linear", or one regular expression for whole names.
-    rank_pattern, alpha_pattern: module name, or regular expression for its end → value that replaces r or lora_alpha.
+    rank_pattern, alpha_pattern: module name, or regular expression for its end → value that replaces r or lora_alpha;
+    `patterns` says which expressions are taken.
     fan_in_fan_out is true where weights are stored transposed (GPT-2); `resolve` finds out.
     """
 
@@ -40,6 +42,8 @@ class AdapterSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    _rank_keys: Patterns = field(init=False, repr=False, compare=False)
+    _alpha_keys: Patterns = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}}.items():
@@ -50,16 +54,21 @@ class AdapterSettings:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"adapter.lora_dropout is {self.lora_dropout}: expected 0 ≤ lora_dropout < 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not alpha > 0:
-                raise ConfigError(f"the LoRA alpha of adapter.{name} is {alpha}: it must be above 0")
+            if not (alpha > 0 and isfinite(alpha)):
+                raise ConfigError(f"the LoRA alpha of adapter.{name} is {alpha}: it must be above 0, and finite")
+        # The class is frozen, so that these two can be made here alone.
+        object.__setattr__(self, "_rank_keys", Patterns(self.rank_pattern, "rank_pattern"))
+        object.__setattr__(self, "_alpha_keys", Patterns(self.alpha_pattern, "alpha_pattern"))
 
     def rank(self, module: str) -> int:
         """The rank that the settings give a module."""
-        return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r)
+        key = self._rank_keys.key(module)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha(self, module: str) -> float:
         """The alpha that the settings give a module."""
-        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        key = self._alpha_keys.key(module)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scale(self, module: str, rank: int | None = None) -> float:
         """What multiplies B A in a module of this rank (its own by default)."""
@@ -69,11 +78,6 @@ class AdapterSettings:
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
     """What multiplies B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732); 1 for an empty pair."""
     return alpha / (rank**0.5 if use_rslora else rank) if rank else 1.0
-
-
-def pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The first pattern that matches the end of a module's name, at a dot, as PEFT reads them; "" if none does."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +136,13 @@ def write_config(
     ranks: Mapping[str, int],
     more: Mapping[str, object] | None = None,
 ) -> None:
-    """Write adapter_config.json for modules of these ranks; `more` holds further keys of PEFT's."""
+    """Write adapter_config.json for modules of these ranks; `more` holds further keys of PEFT's.
+
+    Patterns that are more than names are replaced by the names that they match.
+    """
     most = max(ranks.values(), default=settings.r)
-    names = settings.target_modules
-    if names == "all-linear":
-        names = sorted({module.rpartition(".")[2] for module in ranks})
     config = {
-        "alpha_pattern": dict(settings.alpha_pattern),
+        "alpha_pattern": spelled_out(settings.alpha_pattern, ranks),
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": settings.fan_in_fan_out,
@@ -148,12 +152,19 @@ def write_config(
         "peft_type": "LORA",
         "r": most,
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
-        "target_modules": names if isinstance(names, str) else sorted(names),
+        "target_modules": _target_names(settings.target_modules, ranks),
         "task_type": "CAUSAL_LM",
         "use_rslora": settings.use_rslora,
         **(more or {}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _target_names(wanted: Sequence[str] | str, modules: Collection[str]) -> list[str]:
+    """target_modules as a list of names: whoever opens the folder shall run no expression of somebody else's."""
+    if wanted == "all-linear":
+        return sorted({module.rpartition(".")[2] for module in modules})
+    return sorted(modules) if isinstance(wanted, str) else sorted(wanted)
 
 
 def at_least_one(pair: LoraPair) -> LoraPair:

@@ -9,11 +9,12 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from fedloom import peft_bridge
-from fedloom.adapters import AdapterSettings, pattern_key
+from fedloom.adapters import AdapterSettings
 from fedloom.config import ClientSettings, Config, LoraSettings
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, narrow, stack
 from fedloom.method import Method, State
+from fedloom.patterns import Patterns
 from fedloom.tokens import Prepared
 
 Value = TypeVar("Value")
@@ -44,10 +45,15 @@ def shared_settings(base: PreTrainedModel, lora: LoraSettings, modules: Collecti
 def fitting(settings: AdapterSettings, modules: Collection[str]) -> AdapterSettings:
     """The settings without those patterns that none of the modules matches."""
 
-    def kept(patterns: Mapping[str, Value]) -> dict[str, Value]:
-        return {key: value for key, value in patterns.items() if any(pattern_key([key], name) for name in modules)}
+    def kept(patterns: Mapping[str, Value], owner: str) -> dict[str, Value]:
+        alone = {key: Patterns([key], owner) for key in patterns}
+        return {k: v for k, v in patterns.items() if any(alone[k].key(name) is not None for name in modules)}
 
-    return replace(settings, rank_pattern=kept(settings.rank_pattern), alpha_pattern=kept(settings.alpha_pattern))
+    return replace(
+        settings,
+        rank_pattern=kept(settings.rank_pattern, "rank_pattern"),
+        alpha_pattern=kept(settings.alpha_pattern, "alpha_pattern"),
+    )
 
 
 def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> Site:

@@ -6,14 +6,13 @@ and, on demand, a frozen one for merged increments; the model in use is W0 + fro
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import peft
 import torch
@@ -24,12 +23,14 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters import AdapterSettings, lora_scale, pattern_key
+from fedloom.adapters import AdapterSettings, lora_scale
 from fedloom.errors import ModelError, ShapeError
 from fedloom.lora import PARTS, LoraPair, LoraState, between
+from fedloom.patterns import Patterns, literal, matching_name
 
 TRAINED = "default"
 FROZEN = "frozen"
+Value = TypeVar("Value")
 
 
 def resolve(model: PreTrainedModel, settings: AdapterSettings) -> AdapterSettings:
@@ -43,14 +44,17 @@ def resolve(model: PreTrainedModel, settings: AdapterSettings) -> AdapterSetting
 
 
 def targets(model: PreTrainedModel, settings: AdapterSettings) -> dict[str, nn.Module]:
-    """The linear modules that the settings name, by full name. Raises ModelError if a target matches none."""
+    """The linear modules that the settings name, by full name.
+
+    Raises ModelError if a target matches none, ConfigError for a pattern that `patterns` does not take.
+    """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     wanted = settings.target_modules
     if wanted == "all-linear":
         output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         found = {name for name, module in linear.items() if module is not output}
     elif isinstance(wanted, str):
-        found = {name for name in linear if re.fullmatch(wanted, name)}
+        found = matching_name(wanted, linear, "target_modules")
         _require(found, wanted, linear)
     else:
         found = set()
@@ -59,7 +63,8 @@ def targets(model: PreTrainedModel, settings: AdapterSettings) -> dict[str, nn.M
             _require(matched, target, linear)
             found |= matched
     for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
-        _require({name for name in found if pattern_key([pattern], name)}, pattern, found)
+        alone = Patterns([pattern], "a rank or alpha pattern")
+        _require({name for name in found if alone.key(name) is not None}, pattern, found)
     return {name: module for name, module in linear.items() if name in found}
 
 
@@ -121,10 +126,17 @@ def _lora_config(settings: AdapterSettings, names: Sequence[str]) -> peft.LoraCo
         target_modules=list(names),
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern=dict(settings.alpha_pattern),
+        rank_pattern=_literal_keys(settings.rank_pattern, settings.rank, names),
+        alpha_pattern=_literal_keys(settings.alpha_pattern, settings.alpha, names),
         fan_in_fan_out=settings.fan_in_fan_out,
     )
+
+
+def _literal_keys(
+    patterns: Mapping[str, Value], chosen: Callable[[str], Value], modules: Sequence[str]
+) -> dict[str, Value]:
+    """One pattern for each module, which matches no other: PEFT runs no expression that came with the settings."""
+    return {literal(module): chosen(module) for module in modules} if patterns else {}
 
 
 def configure(model: peft.PeftModel, settings: AdapterSettings) -> None:
