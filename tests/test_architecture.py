@@ -17,7 +17,8 @@ LAYERS = """
     masks tensors lora sparsify lowrank
     wire method methods cohort consolidation rounds federation catchup checkpoint
     config configfile ledger serverlog report
-    json_file tensor_file patterns adapters adapter_config adapter_folder data templates partition tokens base_model peft_bridge training evaluate
+    json_file tensor_file patterns adapters adapter_config adapter_folder data templates partition tokens base_model
+    placement peft_bridge training evaluate
     runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status
     inspection cli __main__
 """

@@ -23,15 +23,15 @@ from fedloom.merge import folders, table
 from fedloom.merge.combine import Recipe
 from fedloom.merge.model import INDEX, merge_into, open_base
 from test_peft_bridge import dense_logits, logits, random_state
-from tiny_models import MODELS, llama, qwen2
+from tiny_models import MODELS, llama, placed, qwen2
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's own
 
 
 def adapters(base: PreTrainedModel, folder: Path, ranks: tuple[int, ...]) -> tuple[list[Path], list[LoraState]]:
     """Adapters of these ranks on the base; the last sits on one kind of module alone."""
-    settings = peft_bridge.resolve(base, AdapterSettings(r=4, lora_alpha=16))
-    shapes = peft_bridge.shapes(base, settings)
+    adapter = placed(base, r=4, lora_alpha=16)
+    settings, shapes = adapter.settings, adapter.shapes
     paths, states = [], []
     for k, rank in enumerate(ranks):
         own = {name: size for name, size in shapes.items() if k < len(ranks) - 1 or name.endswith(("k_proj", "c_attn"))}

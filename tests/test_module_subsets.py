@@ -10,7 +10,7 @@ import torch
 
 from fedloom import peft_bridge
 from fedloom.checkpoint import Snapshot, load, save
-from fedloom.clients import apart, top_ranks
+from fedloom.clients import split_trained, top_ranks
 from fedloom.configfile import load as load_config
 from fedloom.engines.local import Simulation
 from fedloom.errors import ConfigError
@@ -179,15 +179,16 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
 
 def test_a_model_with_a_part_trained_and_a_part_fixed_computes_what_the_whole_does():
     from fedloom.lora import LoraState, initial_state
-    from tiny_models import llama
+    from tiny_models import llama, placed
 
-    model = peft_bridge.attach(llama(), peft_bridge.AdapterSettings(r=3))
-    shapes = peft_bridge.shapes(model, peft_bridge.AdapterSettings(r=3))
+    base = llama()
+    adapter = placed(base, r=3)
+    model, shapes = peft_bridge.attach(base, adapter), adapter.shapes
     whole = initial_state(shapes, dict.fromkeys(shapes, 3), 0).map(lambda p: replace(p, B=torch.randn_like(p.B)))
     state = State(whole, frozen=whole.map(lambda p: replace(p, B=0.1 * p.B)))
     tokens = torch.arange(12)[None]
     outputs = []
-    for trained, fixed in ((state.adapter, state.fixed), apart(state, [m for m in shapes if "q_proj" in m])):
+    for trained, fixed in ((state.adapter, state.fixed), split_trained(state, [m for m in shapes if "q_proj" in m])):
         peft_bridge.write(model, trained)
         peft_bridge.set_frozen(model, fixed)
         outputs.append(model(tokens).logits)
@@ -217,4 +218,4 @@ def test_what_a_method_cannot_do_is_refused_before_the_run():
         prepare(load_config(TESTBED / "demo.toml", settings))
     sites = prepare(load_config(TESTBED / "demo.toml", SETTINGS)).sites
     with pytest.raises(ConfigError, match=r"client 'lab' does not train .*down_proj; set the same target_modules"):
-        top_ranks(replace(build("fedsrd"), module_subsets=False), sites)
+        top_ranks(replace(build("fedsrd"), module_subsets=False), {name: site.ranks for name, site in sites.items()})

@@ -138,7 +138,7 @@ class Desk:
         self.held = replace(held, before=state, after=state)
         place.store.save(self.held)
         adapter, _ = exported(state, None)
-        settings = place.setup.sites[self.site.name].adapter
+        settings = place.setup.sites[self.site.name].adapter.settings
         save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
         return Parcel({"version": state.version, "digest": state.digest})
 
