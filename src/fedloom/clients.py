@@ -40,7 +40,7 @@ def place_client(linear: Mapping[str, Linear], config: Config, client: str) -> A
 
 
 def place_shared(linear: Mapping[str, Linear], common: Adapter, modules: Collection[str]) -> Adapter:
-    """The adapter as the server has it: [lora] on every module that a client trains. `common` is [lora] as it stands."""
+    """The server's adapter: [lora] on every module that some client trains. `common` is [lora] as it stands."""
     if common.modules.keys() == set(modules):
         return common
     lora = common.lora.model_copy(update={"target_modules": tuple(sorted(modules))})
