@@ -97,10 +97,8 @@ def way(root: Path, call: Callable[[], object]) -> list[tuple[str, int]]:
             seen.add(step)
 
     sys.setprofile(watch)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
+    call()
+    sys.setprofile(None)
     return stays
 
 
@@ -131,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     root = options.root.resolve()
     sys.path.insert(0, str(root.parent))
-    entries = [path for path in root.iterdir() if not path.name.startswith(("__pycache__", "."))]
+    entries = [path for path in root.iterdir() if not path.name.startswith(("_", ".")) or path.suffix == ".py"]
     graph = arrows(modules(root))
     pairs = {(unit(a), unit(b)) for a, others in graph.items() for b in others if unit(a) != unit(b)}
     found, folders = circles(graph), sum(path.is_dir() for path in entries)

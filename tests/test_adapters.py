@@ -89,7 +89,9 @@ def test_equal_states_give_equal_bytes_and_exact_values(tmp_path: Path) -> None:
 
 def test_half_precision_and_empty_pairs(tmp_path: Path) -> None:
     state = random_state(SHAPES, dict(zip(SHAPES, (0, 3), strict=True)))
-    save_adapter(state, "base", AdapterSettings(r=3, target_modules=list(SHAPES)), tmp_path, torch.bfloat16)
+    save_adapter(
+        state, "base", AdapterSettings(r=3, lora_alpha=32, target_modules=list(SHAPES)), tmp_path, torch.bfloat16
+    )
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.bfloat16}
     again, _ = load_adapter(tmp_path)
     empty, full = again.values()

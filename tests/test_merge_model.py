@@ -245,9 +245,9 @@ def test_unusable_bases_are_refused(tmp_path: Path) -> None:
     llama().save_pretrained(base)
     paths, _ = adapters(qwen2(), tmp_path, (2, 2))
     state = LoraState({"model.layers.0.self_attn.k_proj": LoraPair(torch.ones(1, 7), torch.ones(16, 1))})
-    save_adapter(state, "base", AdapterSettings(r=1), tmp_path / "narrow")
+    save_adapter(state, "base", AdapterSettings(r=1, lora_alpha=32), tmp_path / "narrow")
     elsewhere = LoraState({"model.layers.9.self_attn.k_proj": LoraPair(torch.ones(1, 32), torch.ones(16, 1))})
-    save_adapter(elsewhere, "base", AdapterSettings(r=1), tmp_path / "elsewhere")
+    save_adapter(elsewhere, "base", AdapterSettings(r=1, lora_alpha=32), tmp_path / "elsewhere")
     for folder, reason in (("narrow", r"k_proj.weight has shape \(16, 32\).*and \(16, 7\)"), ("elsewhere", "layers.9")):
         with pytest.raises(ModelError, match=reason):
             merge_into(open_base(base), AdapterFolder(tmp_path / folder), out)
@@ -313,7 +313,7 @@ def test_the_table_folds_many_modules_and_names_few(tmp_path: Path) -> None:
     save_adapter(
         random_state({f"l.{k}.up": (8, 8) for k in range(20)}, {f"l.{k}.up": 2 for k in range(20)}),
         "b",
-        AdapterSettings(r=2),
+        AdapterSettings(r=2, lora_alpha=32),
         big,
     )
     text = runner.invoke(cli.app, ["aggregate", str(big), "--out", str(tmp_path / "o"), "--dry-run"]).stdout

@@ -110,7 +110,7 @@ def test_a_long_name_is_a_name_still() -> None:
 
 
 def test_an_empty_pattern_is_for_no_module() -> None:
-    assert AdapterSettings(r=3, rank_pattern={"": 7}).rank("q_proj") == 3
+    assert AdapterSettings(r=3, lora_alpha=6, rank_pattern={"": 7}).rank("q_proj") == 3
 
 
 def test_spelled_out_patterns_give_peft_the_same_values() -> None:
@@ -143,4 +143,4 @@ def test_a_literal_matches_one_module_alone() -> None:
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_settings_refuse_hostile_patterns_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: pattern .* cannot be used"):
-        AdapterSettings(**{key: {"(?=x)y": 4}})
+        AdapterSettings(r=4, lora_alpha=8, **{key: {"(?=x)y": 4}})

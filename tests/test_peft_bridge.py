@@ -188,7 +188,7 @@ def test_attaching_leaves_the_random_state_alone() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        AdapterSettings(**settings)
+        AdapterSettings(**{"r": 4, "lora_alpha": 8, **settings})
 
 
 def test_an_adapter_of_another_model_is_refused() -> None:

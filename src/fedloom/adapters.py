@@ -34,8 +34,8 @@ class AdapterSettings:
     fan_in_fan_out is true where weights are stored transposed (GPT-2); `placement` finds out.
     """
 
-    r: int = 16
-    lora_alpha: float = 32
+    r: int
+    lora_alpha: float
     target_modules: Sequence[str] | str = "all-linear"
     lora_dropout: float = 0.0
     use_rslora: bool = False
