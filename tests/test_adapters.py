@@ -18,7 +18,7 @@ from fedloom.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_ad
 from fedloom.errors import ModelError
 from fedloom.lora import LoraPair, LoraState, digest
 from test_peft_bridge import IDS, NARROW, dense_logits, random_state
-from tiny_models import MODELS, llama
+from tiny_models import MODELS, llama, placed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT calls it
 
@@ -36,9 +36,8 @@ def small(folder: Path, ranks: tuple[int, int] = (2, 2), **settings: object) -> 
 def test_a_saved_adapter_opens_in_plain_peft(tmp_path: Path, name: str, use_rslora: bool) -> None:
     base = MODELS[name]()
     narrow = NARROW[name]
-    settings = AdapterSettings(r=4, lora_alpha=6, use_rslora=use_rslora, alpha_pattern={narrow: 5.0})
-    settings = peft_bridge.resolve(base, settings)
-    shapes = peft_bridge.shapes(base, settings)
+    adapter = placed(base, r=4, lora_alpha=6, use_rslora=use_rslora, alpha_pattern={narrow: 5.0})
+    settings, shapes = adapter.settings, adapter.shapes
     ranks = {module: 1 + i % 5 for i, module in enumerate(shapes)}
     state = random_state(shapes, ranks)
     save_adapter(state, "some/base", settings, tmp_path)
@@ -90,7 +89,9 @@ def test_equal_states_give_equal_bytes_and_exact_values(tmp_path: Path) -> None:
 
 def test_half_precision_and_empty_pairs(tmp_path: Path) -> None:
     state = random_state(SHAPES, dict(zip(SHAPES, (0, 3), strict=True)))
-    save_adapter(state, "base", AdapterSettings(r=3, target_modules=list(SHAPES)), tmp_path, torch.bfloat16)
+    save_adapter(
+        state, "base", AdapterSettings(r=3, lora_alpha=32, target_modules=list(SHAPES)), tmp_path, torch.bfloat16
+    )
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.bfloat16}
     again, _ = load_adapter(tmp_path)
     empty, full = again.values()

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 LAYERS = """
     errors text events testbed foreign
     masks tensors lora sparsify lowrank
-    wire method methods caps cohort consolidation job checks rounds catchup checkpoint
+    wire method methods caps cohort consolidation job checks rounds federation catchup checkpoint
     config configfile ledger serverlog report
     json_file model_size tensor_file patterns adapters adapter_config adapter_folder
-    data templates partition tokens base_model peft_bridge training evaluate
+    data templates partition tokens base_model placement peft_bridge training evaluate
     runs clients setup export merge site engines pace compare tune front deploy bench estimate studies progress status
     inspection cli __main__
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fedloom.errors import RoundError, StaleError
 from fedloom.lora import LoraState, stack
 from fedloom.method import State
 from fedloom.methods import METHODS, build
-from fedloom.rounds import Job, accept, client_turn, full_state, server_turn, start
+from fedloom.rounds import Job, ServerTurn, Train, accept, full_state, start
 from fedloom.wire import read_header
 from test_methods_contract import assert_same_model
 from toy import RANK, SHAPES, Federation, delta, initial, job, random_state, ranks, step
@@ -25,7 +26,7 @@ MERGING = ["flora", "florist:paper", "fedex"]
 def consolidating(name: str, every: int = 3, energy: float = 1.0, **settings: object) -> Job:
     name, _, preset = name.partition(":")
     plain = job(build(name, {**settings, **({"preset": preset} if preset else {})}))
-    return Job(plain.method, plain.seed, plain.quantize, consolidation=Consolidation(every, energy))
+    return replace(plain, consolidation=Consolidation(every, energy))
 
 
 class Attended(Federation):
@@ -41,32 +42,38 @@ class Attended(Federation):
     def bring(self, client: str) -> None:
         """Catch the client up, and hold it to one that comes from nothing by the full state."""
         state = self.clients[client]
-        needed = self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.round)
+        needed = self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.number + 1)
         for payload in needed:
             self.sent.append((read_header(payload).kind, len(payload)))
             state = accept(self.job, state, payload)
         self.roster.receive(client, needed)
         assert same(self.roster[client], state), "what is computed once is what the client itself would have"
         newcomer = start(self.job, self.top, self.ranks[client])
-        assert_same_model(state, accept(self.job, newcomer, full_state(self.job, self.server, self.round)))
+        assert_same_model(state, accept(self.job, newcomer, full_state(self.job, self.server, self.number)))
         self.clients[client] = state
 
     def attend(self, asked: list[str], vanished: set[str]) -> None:
-        self.round += 1
-        payloads = {}
         for client in asked:
             self.bring(client)
-            if client not in vanished:
-                turn = client_turn(self.job, client, self.clients[client], [], self.training(client), self.round)
-                self.clients[client], payloads[client] = turn.state, turn.payload
-                self.roster.hold(client, turn.state)
-        if payloads:
-            turn = server_turn(self.job, self.server, payloads, self.round)
-            assert not turn.refused
-            self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
-            led = turn.state.version == self.server.version + 1
-            self.server, self.stats = turn.state, turn.stats
-            self.roster.follow(turn.payload if led else full_state(self.job, self.server, self.round))
+        there = {client: self.training(client) for client in asked if client not in vanished}
+        if not there:
+            self.number += 1
+            return
+        result = self.round(there)
+        assert not result.refused
+        self.stats = result.stats
+
+    def deliver(self, turn: ServerTurn) -> None:
+        """Only the archive and the roster learn of the broadcast; clients are brought in step when they are asked."""
+        before = read_header(turn.payload).base_version
+        self.archive.add(before, turn.payload, limit=4 * self.server.total.numel())
+        led = self.server.version == before + 1
+        self.roster.follow(turn.payload if led else full_state(self.job, self.server, self.number))
+
+    def client_turn(self, client: str, train: Train) -> bytes:
+        payload = super().client_turn(client, train)
+        self.roster.hold(client, self.clients[client])
+        return payload
 
 
 SCHEDULES = [(name, 0) for name in sorted(METHODS)] + [(name, 3) for name in sorted(METHODS) if build(name).merges]

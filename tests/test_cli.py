@@ -216,7 +216,7 @@ def test_inspect_shows_an_adapter(call, tmp_path):
 
     modules = ("layers.0.q_proj", "layers.1.q_proj")
     state = LoraState({module: LoraPair(torch.ones(2, 3), torch.ones(5, 2)) for module in modules})
-    save_adapter(state, "base", AdapterSettings(r=2), tmp_path)
+    save_adapter(state, "base", AdapterSettings(r=2, lora_alpha=32), tmp_path)
     code, out, _ = call("inspect", tmp_path)
     assert code == 0
     row = next(line.split() for line in out.splitlines() if "q_proj" in line)

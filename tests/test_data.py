@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.config import DataSettings, FederationSettings
 from fedloom.data import Example, client_sources, load_examples
 from fedloom.errors import DataError
 from fedloom.partition import (
     PARTITIONERS,
     Manifest,
-    PartitionSettings,
     data_digest,
     load_manifest,
     partition,
@@ -162,6 +162,14 @@ def examples(count: int, labels: int = 5) -> list[Example]:
     return [Example(f"question {i}", f"answer {i}", columns={"topic": f"t{i % labels}"}) for i in range(count)]
 
 
+def parting(
+    kind: str, num_clients: int, seed: int = 0, *, column: str | None = "topic", alpha: float = 0.5
+) -> tuple[DataSettings, FederationSettings]:
+    """[data] and [federation] of a split."""
+    data = DataSettings(partitioner=kind, dirichlet_alpha=alpha, label_column=column, id_column=column)
+    return data, FederationSettings(num_clients=num_clients, seed=seed)
+
+
 @given(
     count=st.integers(1, 200),
     labels=st.integers(1, 8),
@@ -175,38 +183,35 @@ def test_every_example_has_exactly_one_client(
     count: int, labels: int, num_clients: int, seed: int, kind: str, alpha: float
 ) -> None:
     data = examples(count, labels)
-    chosen = PartitionSettings(kind, num_clients, seed, column="topic", alpha=alpha)
+    chosen = parting(kind, num_clients, seed, alpha=alpha)
     try:
-        split = partition(data, chosen)
+        split = partition(data, *chosen)
     except DataError as error:
         assert "gets no examples" in str(error) or count < num_clients
         assert kind != "iid" or count < num_clients
         return
     assert sorted(index for held in split.clients.values() for index in held) == list(range(count))
     assert all(split.clients.values())
-    assert partition(data, chosen) == split
+    assert partition(data, *chosen) == split
 
 
 def test_each_partitioner_does_what_it_says() -> None:
     data = examples(1000)
 
     def topics(kind: str, **changes: object) -> list[set[str]]:
-        split = partition(data, PartitionSettings(kind, 5, 7, "topic", **changes))
+        split = partition(data, *parting(kind, 5, 7, **changes))
         return [{str(data[index].columns["topic"]) for index in held} for held in split.clients.values()]
 
-    sizes = [len(held) for held in partition(data, PartitionSettings("iid", 3)).clients.values()]
+    sizes = [len(held) for held in partition(data, *parting("iid", 3)).clients.values()]
     assert sorted(sizes) == [333, 333, 334]
-    first = partition(data, PartitionSettings("iid", 3)).clients["client-00"]
+    first = partition(data, *parting("iid", 3)).clients["client-00"]
     assert first != sorted(first), "shuffled first"
-    assert partition(data, PartitionSettings("iid", 3, seed=1)).clients["client-00"] != first
+    assert partition(data, *parting("iid", 3, 1)).clients["client-00"] != first
     assert all(len(held) <= 2 for held in topics("shards"))
     assert topics("natural") == [{f"t{i}"} for i in range(5)]
     assert all(len(held) == 5 for held in topics("dirichlet", alpha=100.0))
     shares = [
-        sorted(
-            len(held)
-            for held in partition(data, PartitionSettings("dirichlet", 5, seed, "topic", alpha)).clients.values()
-        )
+        sorted(len(held) for held in partition(data, *parting("dirichlet", 5, seed, alpha=alpha)).clients.values())
         for seed, alpha in ((1, 0.5), (1, 100.0))
     ]
     assert shares[0][-1] - shares[0][0] > 5 * (shares[1][-1] - shares[1][0])
@@ -215,23 +220,22 @@ def test_each_partitioner_does_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"partitioner": "idd"}, "'idd' is unknown: expected iid"),
         ({"num_clients": 11}, "10 examples cannot be split among 11"),
-        ({"partitioner": "dirichlet", "column": None}, "needs the name of a column"),
-        ({"partitioner": "natural", "column": "site"}, "no label or id in column 'site'.*has columns topic"),
-        ({"partitioner": "shards", "num_clients": 9}, "client 'client-.*' gets no examples"),
+        ({"kind": "dirichlet", "column": None}, "needs the name of a column"),
+        ({"kind": "natural", "column": "site"}, "no label or id in column 'site'.*has columns topic"),
+        ({"kind": "shards", "num_clients": 9}, "client 'client-.*' gets no examples"),
     ],
 )
 def test_partitions_that_cannot_be_made(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        partition(examples(10), replace(PartitionSettings("iid", 2, 0, "topic"), **changes))
+        partition(examples(10), *parting(**{"kind": "iid", "num_clients": 2, **changes}))
 
 
 def test_the_demo_data_can_be_split_among_a_thousand_clients() -> None:
     found = [load_examples(path / "train.jsonl") for path in sorted((TESTBED / "data").iterdir())]
     data = [example for some in found for example in some]
     for kind, fewest, most, domains in (("iid", 7, 8, 3.0), ("shards", 6, 8, 1.5), ("dirichlet", 1, 80, 2.0)):
-        held = partition(data, PartitionSettings(kind, 1000, 0, "domain")).clients.values()
+        held = partition(data, *parting(kind, 1000, 0, column="domain")).clients.values()
         sizes = [len(own) for own in held]
         assert len(held) == 1000 and sum(sizes) == len(data) == 7200
         assert fewest <= min(sizes) and max(sizes) <= most, kind
@@ -241,7 +245,7 @@ def test_the_demo_data_can_be_split_among_a_thousand_clients() -> None:
 
 def test_a_manifest_holds_only_for_its_data(tmp_path: Path) -> None:
     data, path = examples(40), tmp_path / "split.json"
-    split = partition(data, PartitionSettings("dirichlet", 4, 1, "topic", 5.0))
+    split = partition(data, *parting("dirichlet", 4, 1, alpha=5.0))
     save_manifest(path, split)
     assert load_manifest(path, data) == split
     for changed in (data[:-1], data[::-1], [replace(data[0], output="other"), *data[1:]]):

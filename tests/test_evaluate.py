@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from fedloom import peft_bridge
+from fedloom.config import TrainingSettings
 from fedloom.data import Example
 from fedloom.errors import ConfigError
 from fedloom.evaluate import exact_match_and_loss, lm_eval_tasks
 from fedloom.lora import LoraState, initial_state
-from fedloom.tokens import Prepared, prepare
-from fedloom.training import TrainSettings, local_update
-from test_training import ADAPTER, dense_loss, double, resident
-from tiny_models import MODELS, tokenizer
+from fedloom.tokens import Prepared, tokenize
+from fedloom.training import local_update
+from test_training import dense_loss, double, resident
+from tiny_models import MODELS, llama, placed, tokenizer
 
 EXAMPLES = [Example(f"{'ab'[i % 2] * (1 + i % 3)}{i}?", "xy"[i % 2] * (1 + i % 3)) for i in range(24)]
 
@@ -39,10 +40,10 @@ def generated(model: torch.nn.Module, data: Prepared) -> list[bool]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_greedy_generation(name: str) -> None:
-    model, _ = resident(name)
-    state = initial_state(peft_bridge.shapes(model, ADAPTER), peft_bridge.ranks(model, ADAPTER), 0)
-    data = prepare(EXAMPLES, tokenizer(), "plain", 32)
-    settings = TrainSettings(learning_rate=1e-2, max_steps=20, per_device_train_batch_size=24)
+    model, drawn = resident(name)
+    state = initial_state(drawn.shapes(), drawn.ranks(), 0)
+    data = tokenize(EXAMPLES, tokenizer(), "plain", 32)
+    settings = TrainingSettings(learning_rate=1e-2, max_steps=20, per_device_train_batch_size=24)
     state, _ = local_update(model, state, LoraState(), data, settings, round=1, num_rounds=1, seed=0)
     peft_bridge.write(model, state)
     matches = generated(model, data)
@@ -57,10 +58,10 @@ def test_scores_are_those_of_greedy_generation(name: str) -> None:
 def test_a_completion_that_was_cut_is_no_match() -> None:
     model, state = resident()
     peft_bridge.write(model, state)
-    whole = prepare([Example("ab", "c" * 9)], tokenizer(), "plain", 32)
-    cut = prepare([Example("ab", "c" * 9)], tokenizer(), "plain", 5)
+    whole = tokenize([Example("ab", "c" * 9)], tokenizer(), "plain", 32)
+    cut = tokenize([Example("ab", "c" * 9)], tokenizer(), "plain", 5)
     likeliest = model(input_ids=whole.collate([whole[0]])["input_ids"]).logits.argmax(-1)[0]
-    right = prepare([Example("ab", tokenizer().decode(likeliest[2:3]))], tokenizer(), "plain", 4)
+    right = tokenize([Example("ab", tokenizer().decode(likeliest[2:3]))], tokenizer(), "plain", 4)
     assert cut.cut == 1 and exact_match_and_loss(model, cut).exact_match == 0
     assert right.cut == 1 and exact_match_and_loss(model, right).exact_match == 0
     uncut = Prepared(tuple(type(t)(t.ids, t.prompt, True) for t in right.examples), right.pad)
@@ -69,7 +70,7 @@ def test_a_completion_that_was_cut_is_no_match() -> None:
 
 def test_mode_and_gradients_are_left_alone() -> None:
     model, _ = resident()
-    data = prepare(EXAMPLES, tokenizer(), "plain", 32)
+    data = tokenize(EXAMPLES, tokenizer(), "plain", 32)
     for training in (True, False):
         model.train(training)
         exact_match_and_loss(model, data)
@@ -79,9 +80,9 @@ def test_mode_and_gradients_are_left_alone() -> None:
 
 def test_dropout_is_off_while_scoring() -> None:
     model, state = resident()
-    peft_bridge.configure(model, type(ADAPTER)(r=4, lora_alpha=12, lora_dropout=0.5))
+    peft_bridge.configure(model, placed(llama(), r=4, lora_alpha=12, lora_dropout=0.5))
     peft_bridge.write(model, state)
-    data = prepare(EXAMPLES, tokenizer(), "plain", 32)
+    data = tokenize(EXAMPLES, tokenizer(), "plain", 32)
     model.train()
     assert exact_match_and_loss(model, data) == exact_match_and_loss(model, data)
 

@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
     def folder(name: str, count: int) -> Path:
         zeros = LoraPair(torch.randn(16, 4096), torch.randn(4096, 16))
         state = LoraState({f"layers.{k}.q_proj": zeros for k in range(count)})
-        save_adapter(state, "base", AdapterSettings(r=16), tmp_path / name)
+        save_adapter(state, "base", AdapterSettings(r=16, lora_alpha=32), tmp_path / name)
         return tmp_path / name
 
     def extra(path: Path) -> int | None:

@@ -23,15 +23,15 @@ from fedloom.merge import folders, table
 from fedloom.merge.combine import Recipe
 from fedloom.merge.model import INDEX, merge_into, open_base
 from test_peft_bridge import dense_logits, logits, random_state
-from tiny_models import MODELS, llama, qwen2
+from tiny_models import MODELS, llama, placed, qwen2
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's own
 
 
 def adapters(base: PreTrainedModel, folder: Path, ranks: tuple[int, ...]) -> tuple[list[Path], list[LoraState]]:
     """Adapters of these ranks on the base; the last sits on one kind of module alone."""
-    settings = peft_bridge.resolve(base, AdapterSettings(r=4, lora_alpha=16))
-    shapes = peft_bridge.shapes(base, settings)
+    adapter = placed(base, r=4, lora_alpha=16)
+    settings, shapes = adapter.settings, adapter.shapes
     paths, states = [], []
     for k, rank in enumerate(ranks):
         own = {name: size for name, size in shapes.items() if k < len(ranks) - 1 or name.endswith(("k_proj", "c_attn"))}
@@ -249,9 +249,9 @@ def test_unusable_bases_are_refused(tmp_path: Path) -> None:
     llama().save_pretrained(base)
     paths, _ = adapters(qwen2(), tmp_path, (2, 2))
     state = LoraState({"model.layers.0.self_attn.k_proj": LoraPair(torch.ones(1, 7), torch.ones(16, 1))})
-    save_adapter(state, "base", AdapterSettings(r=1), tmp_path / "narrow")
+    save_adapter(state, "base", AdapterSettings(r=1, lora_alpha=32), tmp_path / "narrow")
     elsewhere = LoraState({"model.layers.9.self_attn.k_proj": LoraPair(torch.ones(1, 32), torch.ones(16, 1))})
-    save_adapter(elsewhere, "base", AdapterSettings(r=1), tmp_path / "elsewhere")
+    save_adapter(elsewhere, "base", AdapterSettings(r=1, lora_alpha=32), tmp_path / "elsewhere")
     for folder, reason in (("narrow", r"k_proj.weight has shape \(16, 32\).*and \(16, 7\)"), ("elsewhere", "layers.9")):
         with pytest.raises(ModelError, match=reason):
             merge_into(open_base(base), AdapterFolder(tmp_path / folder), out)
@@ -317,7 +317,7 @@ def test_the_table_folds_many_modules_and_names_few(tmp_path: Path) -> None:
     save_adapter(
         random_state({f"l.{k}.up": (8, 8) for k in range(20)}, {f"l.{k}.up": 2 for k in range(20)}),
         "b",
-        AdapterSettings(r=2),
+        AdapterSettings(r=2, lora_alpha=32),
         big,
     )
     text = runner.invoke(cli.app, ["aggregate", str(big), "--out", str(tmp_path / "o"), "--dry-run"]).stdout

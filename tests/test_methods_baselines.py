@@ -23,7 +23,7 @@ from toy import RANK, SHAPES, Federation, client_seed, delta, initial, job, rand
 def ideal(federation: Federation) -> dict[str, torch.Tensor]:
     """Σ p_k B_k A_k of the coming round, dense in float64 (without merged increments)."""
     federation.settle()
-    round = federation.round + 1
+    round = federation.number + 1
     trained = [federation.train(s, round, client_seed(federation.job, c, round)) for c, s in federation.clients.items()]
     total = sum(t.num_examples for t in trained)
     return {m: sum(t.num_examples / total * delta(t.adapter)[m] for t in trained) for m in SHAPES}
@@ -198,7 +198,7 @@ def test_server_optimisers_follow_their_recurrences():
     for _ in range(3):
         plain = Federation(job(build("fedit")))
         federation.settle()
-        plain.clients, plain.server, plain.round = dict(federation.clients), federation.server, federation.round
+        plain.clients, plain.server, plain.number = dict(federation.clients), federation.server, federation.number
         plain.broadcasts = list(federation.broadcasts)
         before = federation.server.adapter["layers.1.down"].A
         plain.play()
@@ -361,7 +361,7 @@ def test_fed_sb_rests_on_the_leading_components_of_the_first_round():
 
 def test_fed_sb_goes_on_with_lora_where_nobody_answered_in_round_one():
     federation = Federation(job(build("fed-sb")))
-    federation.round = 1  # skipped
+    federation.number = 1  # skipped
     federation.play()
     assert set(federation.server.frozen) == set(SHAPES)
     federation.play()

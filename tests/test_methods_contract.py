@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bytes(name: str, tmp_path):
     archive = dict(enumerate(federation.broadcasts))
     loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
     resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
-    resumed.broadcasts, resumed.round = list(loaded.archive.values()), loaded.round
+    resumed.broadcasts, resumed.number = list(loaded.archive.values()), loaded.round
     for run in (federation, resumed):
         run.play()
     assert resumed.broadcasts == federation.broadcasts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from fedloom.method import Context, State, Update
 from fedloom.methods import build
 from fedloom.methods.loom import COST, Dial, affordable, element_bits, value_bits
 from fedloom.rounds import Draft, Job, client_turn, server_turn, start
-from fedloom.setup import downloads
+from fedloom.setup import download_share
 from fedloom.sparsify import importance, kept_count
 from fedloom.tensors import Sparse, floats, to_dense
 from fedloom.wire import Header, Message, encode, quantize
@@ -119,10 +118,10 @@ def test_a_broadcast_is_the_smaller_the_more_of_them_a_client_misses():
 def test_downloads_count_missed_broadcasts_and_what_a_client_has_no_rank_for():
     """Four clients of rank 8, four of rank 2, two of eight a round: 4 broadcasts a turn, of 8 / 5 of what they hold."""
     adapter = initial_state(SHAPES, RANKS, 0)
-    sites = {f"c{i}": SimpleNamespace(ranks=dict.fromkeys(SHAPES, 8 if i < 4 else 2)) for i in range(8)}
-    assert downloads(adapter, sites, 8) == pytest.approx(8 / 5)
-    assert downloads(adapter, sites, 2) == pytest.approx(4 * 8 / 5)
-    assert downloads(adapter, {"c0": sites["c0"]}, 1) == 1
+    clients = {f"c{i}": dict.fromkeys(SHAPES, 8 if i < 4 else 2) for i in range(8)}
+    assert download_share(adapter, clients, 8) == pytest.approx(8 / 5)
+    assert download_share(adapter, clients, 2) == pytest.approx(4 * 8 / 5)
+    assert download_share(adapter, {"c0": clients["c0"]}, 1) == 1
 
 
 @pytest.mark.parametrize("bits", [0.0, 1e-4, 0.05, 0.4, 1.2, 50.0])

@@ -22,7 +22,7 @@ def arrays(state: LoraState, module: str) -> reference.Pair:
 def shares_and_trained(federation: Federation) -> tuple[list[float], list[LoraState], LoraState]:
     """What the next round's clients will have trained, and their shares: the toy step is a function of the seed."""
     federation.settle()
-    job, round = federation.job, federation.round + 1
+    job, round = federation.job, federation.number + 1
     trained = [federation.train(federation.clients[c], round, client_seed(job, c, round)) for c in federation.clients]
     total = sum(t.num_examples for t in trained)
     return [t.num_examples / total for t in trained], [t.adapter for t in trained], federation.server.adapter

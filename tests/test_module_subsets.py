@@ -10,7 +10,7 @@ import torch
 
 from fedloom import peft_bridge
 from fedloom.checkpoint import Snapshot, load, save
-from fedloom.clients import apart, top_ranks
+from fedloom.clients import split_trained, top_ranks
 from fedloom.configfile import load as load_config
 from fedloom.engines.local import Simulation
 from fedloom.errors import ConfigError
@@ -42,7 +42,7 @@ weightings = pytest.mark.parametrize("module_weighting", ["holders", "all"])
 
 def shares(federation: Federation) -> dict[str, float]:
     """p_k of the coming round: the toy step's examples are a function of the seed."""
-    seeds = {client: client_seed(federation.job, client, federation.round + 1) for client in federation.clients}
+    seeds = {client: client_seed(federation.job, client, federation.number + 1) for client in federation.clients}
     examples = {client: 1 + seed % 7 for client, seed in seeds.items()}
     return {client: count / sum(examples.values()) for client, count in examples.items()}
 
@@ -125,7 +125,7 @@ def test_a_run_with_subsets_goes_on_from_a_checkpoint(name: str, tmp_path: Path)
     federation.play()
     federation.play(["bob", "cyd"])
     loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients)))
-    resumed.server, resumed.clients, resumed.round = loaded.server, dict(loaded.clients), loaded.round
+    resumed.server, resumed.clients, resumed.number = loaded.server, dict(loaded.clients), loaded.round
     resumed.broadcasts = list(federation.broadcasts)
     for run in (federation, resumed):
         run.play()
@@ -179,15 +179,16 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
 
 def test_a_model_with_a_part_trained_and_a_part_fixed_computes_what_the_whole_does():
     from fedloom.lora import LoraState, initial_state
-    from tiny_models import llama
+    from tiny_models import llama, placed
 
-    model = peft_bridge.attach(llama(), peft_bridge.AdapterSettings(r=3))
-    shapes = peft_bridge.shapes(model, peft_bridge.AdapterSettings(r=3))
+    base = llama()
+    adapter = placed(base, r=3)
+    model, shapes = peft_bridge.attach(base, adapter), adapter.shapes
     whole = initial_state(shapes, dict.fromkeys(shapes, 3), 0).map(lambda p: replace(p, B=torch.randn_like(p.B)))
     state = State(whole, frozen=whole.map(lambda p: replace(p, B=0.1 * p.B)))
     tokens = torch.arange(12)[None]
     outputs = []
-    for trained, fixed in ((state.adapter, state.fixed), apart(state, [m for m in shapes if "q_proj" in m])):
+    for trained, fixed in ((state.adapter, state.fixed), split_trained(state, [m for m in shapes if "q_proj" in m])):
         peft_bridge.write(model, trained)
         peft_bridge.set_frozen(model, fixed)
         outputs.append(model(tokens).logits)
@@ -217,4 +218,4 @@ def test_what_a_method_cannot_do_is_refused_before_the_run():
         prepare(load_config(TESTBED / "demo.toml", settings))
     sites = prepare(load_config(TESTBED / "demo.toml", SETTINGS)).sites
     with pytest.raises(ConfigError, match=r"client 'lab' does not train .*down_proj; set the same target_modules"):
-        top_ranks(replace(build("fedsrd"), module_subsets=False), sites)
+        top_ranks(replace(build("fedsrd"), module_subsets=False), {name: site.ranks for name, site in sites.items()})

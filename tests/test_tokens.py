@@ -8,7 +8,7 @@ import torch
 from fedloom.data import Example
 from fedloom.errors import ConfigError, DataError
 from fedloom.templates import TEMPLATES
-from fedloom.tokens import IGNORED, prepare
+from fedloom.tokens import IGNORED, tokenize
 from tiny_models import tokenizer
 
 TOKENIZER = tokenizer()
@@ -45,16 +45,16 @@ def test_the_texts() -> None:
 def test_templates_without_a_place() -> None:
     for template in ("alpaca", "plain", "raw"):
         with pytest.raises(DataError, match='client 1: .*template = "chat"'):
-            prepare([TURNS], TOKENIZER, template, 99, "client 1")
+            tokenize([TURNS], TOKENIZER, template, 99, "client 1")
     with pytest.raises(DataError, match="no chat template"):
-        prepare([PLAIN], tokenizer(chat=False), "chat", 99)
+        tokenize([PLAIN], tokenizer(chat=False), "chat", 99)
     with pytest.raises(ConfigError, match="'vicuna' is unknown: expected alpaca, chat, plain, raw"):
-        prepare([PLAIN], TOKENIZER, "vicuna", 99)
+        tokenize([PLAIN], TOKENIZER, "vicuna", 99)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompt_completion_and_one_end(template: str) -> None:
-    (tokens,) = prepare([PAIRED], TOKENIZER, template, 999).examples
+    (tokens,) = tokenize([PAIRED], TOKENIZER, template, 999).examples
     prompt, completion = text(PAIRED, template)
     assert TOKENIZER.decode(tokens.ids[: tokens.prompt]) == prompt
     assert TOKENIZER.decode(tokens.ids[tokens.prompt :]) == completion + "</s>"
@@ -68,12 +68,12 @@ def test_the_boundary_is_where_generation_starts() -> None:
 
     merging = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]))
     made = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>")
-    (tokens,) = prepare([Example("a", "b")], made, "raw", 9).examples
+    (tokens,) = tokenize([Example("a", "b")], made, "raw", 9).examples
     assert (tokens.ids.tolist(), tokens.prompt) == ([0, 1, 3], 1)
 
 
 def test_labels_and_padding() -> None:
-    data = prepare([Example("ab", "c"), Example("a", "bcd")], TOKENIZER, "plain", 99)
+    data = tokenize([Example("ab", "c"), Example("a", "bcd")], TOKENIZER, "plain", 99)
     batch = data.collate([data[0], data[1]])
     a, b, c, d, line = (TOKENIZER.convert_tokens_to_ids(token) for token in "abcd\n")
     assert batch["input_ids"].tolist() == [[a, b, line, c, 2, 0], [a, line, b, c, d, 2]]
@@ -84,21 +84,21 @@ def test_labels_and_padding() -> None:
 
 def test_what_is_too_long_is_counted() -> None:
     examples = [Example("x" * 4, "12"), Example("x" * 4, "123"), Example("x" * 7, "1"), Example("x" * 8, "1")]
-    data = prepare(examples, TOKENIZER, "plain", 8)
+    data = tokenize(examples, TOKENIZER, "plain", 8)
     assert (len(data), data.cut, data.dropped) == (3 - 1, 1, 2)
     assert [tokens.whole for tokens in data.examples] == [True, False]
     assert all(len(tokens.ids) == 8 for tokens in data.examples)
     with pytest.raises(DataError, match="bob: no example has room.*9 tokens long; raise data.max_length .now 8"):
-        prepare(examples[3:], TOKENIZER, "plain", 8, "bob")
+        tokenize(examples[3:], TOKENIZER, "plain", 8, "bob")
     with pytest.raises(DataError, match="bob has no examples"):
-        prepare([], TOKENIZER, "plain", 8, "bob")
+        tokenize([], TOKENIZER, "plain", 8, "bob")
 
 
 def test_an_empty_prompt_still_has_a_start() -> None:
-    (tokens,) = prepare([Example("", "a")], TOKENIZER, "raw", 8).examples
+    (tokens,) = tokenize([Example("", "a")], TOKENIZER, "raw", 8).examples
     assert (tokens.ids[0].item(), tokens.prompt) == (1, 1)
 
 
 def test_an_empty_completion_teaches_to_stop() -> None:
-    (tokens,) = prepare([Example("a", "")], TOKENIZER, "raw", 8).examples
+    (tokens,) = tokenize([Example("a", "")], TOKENIZER, "raw", 8).examples
     assert tokens.ids[tokens.prompt :].tolist() == [2]

@@ -18,6 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fedloom.config import LoraSettings
+from fedloom.placement import Adapter, linear_modules, place
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;+-*/=?!#'\"<>|()_"
 CHAT = (
@@ -91,3 +94,8 @@ def gpt2(seed: int = 0) -> PreTrainedModel:
 
 
 MODELS = {"llama": llama, "qwen2": qwen2, "mistral": mistral, "gpt2": gpt2}
+
+
+def placed(base: PreTrainedModel, **lora: object) -> Adapter:
+    """The adapter that these settings put on a model."""
+    return place(linear_modules(base), LoraSettings(**lora))

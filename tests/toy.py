@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from fedloom import federation
 from fedloom.adapters import AdapterSettings
+from fedloom.federation import RoundResult
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
 from fedloom.method import Method, State
-from fedloom.rounds import Job, Train, Trained, accept, addressed, client_turn, server_turn, start
+from fedloom.rounds import Job, ServerTurn, Train, Trained, accept
 from fedloom.wire import quantize
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
@@ -79,8 +82,8 @@ def trainer(method: Method, *, size: float = 0.1):
     )
 
 
-class Federation:
-    """Server and clients in one process, every payload through the wire."""
+class Federation(federation.Federation):
+    """A federation of toy clients, who may sit rounds out: each is brought in step before its next turn."""
 
     def __init__(
         self,
@@ -91,33 +94,27 @@ class Federation:
         shapes: dict[str, tuple[int, int]] = SHAPES,
         settings: dict[str, AdapterSettings] | None = None,
     ) -> None:
-        self.job = job
+        own = {name: ranks(rank) for name, rank in (clients or dict.fromkeys(["ada", "bob", "cyd"], RANK)).items()}
+        top = {module: max(held.get(module, 0) for held in own.values()) for module in shapes}
+        super().__init__(job, initial_state(shapes, top, 3), own)
         self.settings = settings or {}
         self.train = train or trainer(job.method)
-        self.ranks = {
-            name: ranks(rank) for name, rank in (clients or dict.fromkeys(["ada", "bob", "cyd"], RANK)).items()
-        }
-        top = initial_state(
-            shapes, {module: max(own.get(module, 0) for own in self.ranks.values()) for module in shapes}, 3
-        )
-        self.server = start(job, top)
-        self.clients = {name: start(job, top, own) for name, own in self.ranks.items()}
         self.broadcasts: list[bytes] = []
-        self.round = 0
+        self.uploads: Mapping[str, bytes] = {}
 
-    def play(self, attending: list[str] | None = None) -> None:
+    def play(self, attending: list[str] | None = None) -> RoundResult:
         """One round with the named clients (all of them by default), each first brought in step."""
-        self.round += 1
-        payloads = {}
-        for name in attending or list(self.clients):
-            state = self.clients[name]
-            turn = client_turn(self.job, name, state, self.missed(name), self.training(name), self.round)
-            self.clients[name], payloads[name] = turn.state, turn.payload
-        turn = server_turn(self.job, self.server, payloads, self.round)
-        assert not turn.refused
-        self.server = turn.state
+        attending = attending or list(self.clients)
+        for name in attending:
+            self.bring(name)
+        result = self.round({name: self.training(name) for name in attending})
+        assert not result.refused
+        self.uploads = result.uploads
+        return result
+
+    def deliver(self, turn: ServerTurn) -> None:
+        """Nobody receives the broadcast before its next turn."""
         self.broadcasts.append(turn.payload)
-        self.uploads = payloads
 
     def training(self, name: str) -> Train:
         """The client's step, on the modules that it has, in PEFT's terms: its B is the inner one without its scale."""
@@ -138,14 +135,17 @@ class Federation:
         return train
 
     def missed(self, name: str) -> list[bytes]:
-        return [addressed(self.job, p, self.ranks[name]) for p in self.broadcasts[self.clients[name].version :]]
+        return [self.addressed(name, payload) for payload in self.broadcasts[self.clients[name].version :]]
+
+    def bring(self, name: str) -> None:
+        """Give a client what it has missed."""
+        for payload in self.missed(name):
+            self.clients[name] = accept(self.job, self.clients[name], payload)
 
     def settle(self) -> None:
         """Give every client what it has missed."""
-        for name, state in self.clients.items():
-            for payload in self.missed(name):
-                state = accept(self.job, state, payload)
-            self.clients[name] = state
+        for name in self.clients:
+            self.bring(name)
 
 
 def delta(state: LoraState) -> dict[str, torch.Tensor]:

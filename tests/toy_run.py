@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedloom.adapters import AdapterSettings
-from fedloom.config import Config
+from fedloom.config import Config, LoraSettings
 from fedloom.engines import local
 from fedloom.engines.local import Simulation
 from fedloom.engines.roster import Roster
@@ -20,6 +19,7 @@ from fedloom.events import Observer, Silent
 from fedloom.lora import LoraState
 from fedloom.method import State
 from fedloom.methods import build
+from fedloom.placement import Adapter
 from fedloom.rounds import Job, Train
 from fedloom.runs import RunFolder
 from fedloom.setup import Setup
@@ -36,7 +36,7 @@ class ToySetup:
     sites: dict[str, SimpleNamespace]
     manifest: None = None
     fingerprint: str = "toy"
-    adapter: AdapterSettings = AdapterSettings(r=4, target_modules=sorted(SHAPES))
+    adapter: Adapter = Adapter(LoraSettings(r=4, target_modules=sorted(SHAPES)), {})
     described = Setup.described
 
     def warnings(self) -> list[str]:

@@ -31,11 +31,11 @@ class AdapterSettings:
     target_modules: last parts of module names, or "all-linear", or one regular expression for whole names.
     rank_pattern, alpha_pattern: module name, or regular expression for its end → value that replaces r or lora_alpha;
     `patterns` says which expressions are taken.
-    fan_in_fan_out is true where weights are stored transposed (GPT-2); `resolve` finds out.
+    fan_in_fan_out is true where weights are stored transposed (GPT-2); `placement` finds out.
     """
 
-    r: int = 16
-    lora_alpha: float = 32
+    r: int
+    lora_alpha: float
     target_modules: Sequence[str] | str = "all-linear"
     lora_dropout: float = 0.0
     use_rslora: bool = False

@@ -3,104 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from fedloom import peft_bridge
-from fedloom.adapters import AdapterSettings
-from fedloom.config import ClientSettings, Config, LoraSettings
+from fedloom.config import ClientSettings, Config
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, narrow, stack
 from fedloom.method import Method, State
-from fedloom.patterns import Patterns
+from fedloom.placement import Adapter, Linear, keep_fitting_patterns, place, target_names
 from fedloom.tokens import Prepared
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Site:
-    """One client: its adapter settings, its rank in every module that it trains, its examples in tokens."""
+    """One client: its adapter, and its examples in tokens."""
 
-    adapter: AdapterSettings
-    ranks: Mapping[str, int]
+    adapter: Adapter
     data: Prepared
 
-
-def adapter_settings(lora: LoraSettings) -> AdapterSettings:
-    """[lora], or what one client has of it, as the adapter's settings."""
-    return AdapterSettings(**lora.model_dump())
-
-
-def shared_settings(base: PreTrainedModel, lora: LoraSettings, modules: Collection[str]) -> AdapterSettings:
-    """[lora] as the server's adapter has it: on every module that some client trains."""
-    settings = peft_bridge.resolve(base, adapter_settings(lora))
-    if set(peft_bridge.targets(base, settings)) == set(modules):
-        return settings
-    return fitting(replace(settings, target_modules=sorted(modules)), modules)
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Its rank in every module that it trains."""
+        return self.adapter.ranks
 
 
-def fitting(settings: AdapterSettings, modules: Collection[str]) -> AdapterSettings:
-    """The settings without those patterns that none of the modules matches."""
-
-    def kept(patterns: Mapping[str, Value], owner: str) -> dict[str, Value]:
-        alone = {key: Patterns([key], owner) for key in patterns}
-        return {k: v for k, v in patterns.items() if any(alone[k].key(name) is not None for name in modules)}
-
-    return replace(
-        settings,
-        rank_pattern=kept(settings.rank_pattern, "rank_pattern"),
-        alpha_pattern=kept(settings.alpha_pattern, "alpha_pattern"),
-    )
-
-
-def site(config: Config, base: PreTrainedModel, client: str, data: Prepared) -> Site:
-    """One client; its adapter settings may differ from the others'.
+def place_client(linear: Mapping[str, Linear], config: Config, client: str) -> Adapter:
+    """One client's adapter: [lora] with what [clients.<name>] sets over it.
 
     Patterns that it takes over from [lora] may name modules that it does not train; its own may not.
     """
-    settings = adapter_settings(config.lora_of(client))
-    own = config.clients.get(client, ClientSettings())
-    bare = replace(settings, rank_pattern={}, alpha_pattern={})
-    inherited = fitting(settings, peft_bridge.targets(base, bare)) if own.target_modules else settings
-    settings = replace(
-        settings,
-        rank_pattern=inherited.rank_pattern if own.rank_pattern is None else settings.rank_pattern,
-        alpha_pattern=inherited.alpha_pattern if own.alpha_pattern is None else settings.alpha_pattern,
-    )
-    settings = peft_bridge.resolve(base, settings)
-    return Site(settings, peft_bridge.ranks(base, settings), data)
+    lora, own = config.lora_of(client), config.clients.get(client, ClientSettings())
+    if own.target_modules:
+        fitting = keep_fitting_patterns(lora, target_names(linear, lora))
+        inherited = {key for key in ("rank_pattern", "alpha_pattern") if getattr(own, key) is None}
+        lora = lora.model_copy(update={key: getattr(fitting, key) for key in inherited})
+    return place(linear, lora)
 
 
-def apart(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
+def place_shared(linear: Mapping[str, Linear], common: Adapter, modules: Collection[str]) -> Adapter:
+    """The server's adapter: [lora] on every module that some client trains. `common` is [lora] as it stands."""
+    if common.modules.keys() == set(modules):
+        return common
+    lora = common.lora.model_copy(update={"target_modules": tuple(sorted(modules))})
+    return place(linear, keep_fitting_patterns(lora, modules))
+
+
+def split_trained(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
     """What a client trains, with an empty pair for every other module; and what its model has beside that."""
     others = LoraState({module: pair for module, pair in state.adapter.items() if module not in modules})
     empty = narrow(others, dict.fromkeys(others, 0))
     return LoraState({**state.adapter, **empty}), stack([state.fixed, others])
 
 
-def top_ranks(method: Method, sites: Mapping[str, Site]) -> dict[str, int]:
-    """The largest rank of each module among the clients that train it.
+def top_ranks(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank of each module among the clients that train it; `ranks` is client → module → rank.
 
     Raises ConfigError if ranks or modules differ and the method forbids it.
     """
     top: dict[str, int] = {}
-    for held in sites.values():
-        for module, rank in held.ranks.items():
+    for held in ranks.values():
+        for module, rank in held.items():
             top[module] = max(rank, top.get(module, 0))
-    for client, held in sites.items():
-        missing = sorted(set(top) - set(held.ranks))
+    for client, held in ranks.items():
+        missing = sorted(set(top) - set(held))
         if missing and not method.module_subsets:
             raise ConfigError(
                 f"method {method.name!r} needs every client to train the same modules, but client {client!r} does not "
                 f"train {missing[0]}; set the same target_modules for all"
             )
-        lower = sorted(module for module, rank in held.ranks.items() if rank < top[module])
+        lower = sorted(module for module, rank in held.items() if rank < top[module])
         if lower and not method.facts.unequal_ranks:
             raise ConfigError(
-                f"method {method.name!r} needs equal ranks, but client {client!r} has rank {held.ranks[lower[0]]} in "
+                f"method {method.name!r} needs equal ranks, but client {client!r} has rank {held[lower[0]]} in "
                 f"{lower[0]} where another has {top[lower[0]]}; set the same r and rank_pattern for all, or use one of "
                 "the methods that `fedloom methods` lists with unequal ranks"
             )

@@ -107,9 +107,9 @@ def _pooled(config: Config) -> dict[str, list[str]]:
 
 def clients(config: Config) -> list[str]:
     """Names of the clients that the settings describe."""
-    from fedloom.setup import client_examples, participating
+    from fedloom.setup import client_examples, select_participants
 
-    return list(participating(client_examples(config)[0], config.federation.participants))
+    return list(select_participants(client_examples(config)[0], config.federation.participants))
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:

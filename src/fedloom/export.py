@@ -15,7 +15,7 @@ from fedloom.setup import Setup
 def finish(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
     """Write adapter/, curve.png and report.html into the run folder."""
     state, lost = exported(server, setup.config.output.max_rank)
-    save_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
+    save_adapter(state, setup.config.model.path, setup.adapter.settings, folder.path / "adapter")
     folder.ledger.sync()
     report = write(folder.path)
     return RunSummary(

@@ -10,39 +10,49 @@ from pathlib import Path
 
 import numpy as np
 
+from fedloom.config import DataSettings, FederationSettings
 from fedloom.data import Example
 from fedloom.errors import DataError
 from fedloom.lora import derived_seed
 
+SHARDS_PER_CLIENT = 2
+"""As in McMahan et al.: with ten labels most clients hold two of them."""
+
 
 @dataclass(frozen=True, slots=True)
-class PartitionSettings:
-    """partitioner: a key of PARTITIONERS. column: the label or id that it reads. alpha: the Dirichlet's concentration.
+class Split:
+    """What a split depends on beside the examples: partitioner, clients, seed, the column read, the Dirichlet's alpha.
 
-    num_clients counts clients; "natural" takes as many as there are ids and ignores it.
+    "natural" takes as many clients as there are ids, whatever num_clients says.
     """
 
-    partitioner: str = "iid"
-    num_clients: int = 1
-    seed: int = 0
-    column: str | None = None
-    alpha: float = 0.5
-    shards_per_client: int = 2
+    partitioner: str
+    num_clients: int
+    seed: int
+    column: str | None
+    alpha: float
+    shards_per_client: int
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A split as it was made: its settings, the digest of the data, and every client's indices into the examples."""
 
-    settings: PartitionSettings
+    settings: Split
     digest: str
     clients: Mapping[str, list[int]]
 
 
-def partition(examples: Sequence[Example], settings: PartitionSettings) -> Manifest:
+def partition(examples: Sequence[Example], data: DataSettings, federation: FederationSettings) -> Manifest:
     """Every example to exactly one client; the examples are shuffled first. Raises DataError for an empty client."""
-    if settings.partitioner not in PARTITIONERS:
-        raise DataError(f"data.partitioner {settings.partitioner!r} is unknown: expected {', '.join(PARTITIONERS)}")
+    settings = Split(
+        partitioner=data.partitioner,
+        num_clients=federation.num_clients or 1,
+        seed=federation.seed,
+        column=data.id_column if data.partitioner == "natural" else data.label_column,
+        alpha=data.dirichlet_alpha,
+        shards_per_client=SHARDS_PER_CLIENT,
+    )
     if len(examples) < settings.num_clients:
         raise DataError(f"{len(examples)} examples cannot be split among {settings.num_clients} clients")
     rng = np.random.default_rng(derived_seed(settings.seed, "partition", settings.partitioner))
@@ -63,7 +73,7 @@ def _names(count: int) -> list[str]:
 
 
 def _iid(
-    examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Equal shares, sizes differing by one at most."""
     parts = np.array_split(order, settings.num_clients)
@@ -71,7 +81,7 @@ def _iid(
 
 
 def _dirichlet(
-    examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Each label's examples in proportions drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335).
 
@@ -90,7 +100,7 @@ def _dirichlet(
 
 
 def _shards(
-    examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Sorted by label, cut into equal shards, a few of them to each client (McMahan et al., arXiv 1602.05629)."""
     in_order = [index for indices in _by_value(examples, order, settings).values() for index in indices]
@@ -101,13 +111,13 @@ def _shards(
 
 
 def _natural(
-    examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """One client for each value of the id column, named by it."""
     return _by_value(examples, order, settings)
 
 
-def _by_value(examples: Sequence[Example], order: np.ndarray, settings: PartitionSettings) -> dict[str, list[int]]:
+def _by_value(examples: Sequence[Example], order: np.ndarray, settings: Split) -> dict[str, list[int]]:
     """Value of the column → indices in the order given; values sorted."""
     column = settings.column
     if column is None:
@@ -127,7 +137,7 @@ def _by_value(examples: Sequence[Example], order: np.ndarray, settings: Partitio
     return dict(sorted(groups.items()))
 
 
-Partitioner = Callable[[Sequence[Example], np.ndarray, PartitionSettings, np.random.Generator], dict[str, list[int]]]
+Partitioner = Callable[[Sequence[Example], np.ndarray, Split, np.random.Generator], dict[str, list[int]]]
 PARTITIONERS: Mapping[str, Partitioner] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
@@ -155,7 +165,7 @@ def load_manifest(path: str | Path, examples: Sequence[Example]) -> Manifest:
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         clients = {str(name): [int(index) for index in indices] for name, indices in stored["clients"].items()}
-        manifest = Manifest(PartitionSettings(**stored["settings"]), str(stored["digest"]), clients)
+        manifest = Manifest(Split(**stored["settings"]), str(stored["digest"]), clients)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no readable split manifest ({type(error).__name__}: {error})") from None
     if manifest.digest != data_digest(examples):

@@ -7,12 +7,10 @@ and, on demand, a frozen one for merged increments; the model in use is W0 + fro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import peft
 import torch
@@ -21,93 +19,28 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters import AdapterSettings, lora_scale
+from fedloom.adapters import lora_scale
+from fedloom.config import LoraSettings
 from fedloom.errors import ModelError, ShapeError
 from fedloom.lora import PARTS, LoraPair, LoraState, between
-from fedloom.patterns import Patterns, literal, matching_name
+from fedloom.patterns import literal
+from fedloom.placement import Adapter, Placement
 
 TRAINED = "default"
 FROZEN = "frozen"
-Value = TypeVar("Value")
 
 
-def resolve(model: PreTrainedModel, settings: AdapterSettings) -> AdapterSettings:
-    """The settings with target_modules spelled out as last parts of names, and fan_in_fan_out as the model needs it."""
-    modules = targets(model, settings)
-    names = settings.target_modules
-    if names == "all-linear":
-        names = sorted({name.rpartition(".")[2] for name in modules})
-    transposed = any(isinstance(module, Conv1D) for module in modules.values())
-    return replace(settings, target_modules=names, fan_in_fan_out=transposed)
-
-
-def targets(model: PreTrainedModel, settings: AdapterSettings) -> dict[str, nn.Module]:
-    """The linear modules that the settings name, by full name.
-
-    Raises ModelError if a target matches none, ConfigError for a pattern that `patterns` does not take.
-    """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    wanted = settings.target_modules
-    if wanted == "all-linear":
-        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        found = {name for name, module in linear.items() if module is not output}
-    elif isinstance(wanted, str):
-        found = matching_name(wanted, linear, "target_modules")
-        _require(found, wanted, linear)
-    else:
-        found = set()
-        for target in wanted:
-            matched = {name for name in linear if name == target or name.endswith(f".{target}")}
-            _require(matched, target, linear)
-            found |= matched
-    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
-        alone = Patterns([pattern], "a rank or alpha pattern")
-        _require({name for name in found if alone.key(name) is not None}, pattern, found)
-    return {name: module for name, module in linear.items() if name in found}
-
-
-def _require(found: set[str], target: str, names: Collection[str]) -> None:
-    if found:
-        return
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    near = get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"its linear modules end in {', '.join(ends)}"
-    raise ModelError(f"target module {target!r} matches no linear module of the base model: {hint}")
-
-
-def shapes(model: PreTrainedModel | peft.PeftModel, settings: AdapterSettings) -> dict[str, tuple[int, int]]:
-    """Module name → (m, n), out and in features, of every module that gets an adapter."""
-    if isinstance(model, peft.PeftModel):
-        return {name: _size(layer) for name, layer in layers(model)}
-    return {name: _shape(module) for name, module in targets(model, settings).items()}
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
-
-
-def ranks(model: PreTrainedModel | peft.PeftModel, settings: AdapterSettings) -> dict[str, int]:
-    """Module name → rank that the settings give it."""
-    return {module: settings.rank(module) for module in shapes(model, settings)}
-
-
-def attach(model: PreTrainedModel, settings: AdapterSettings) -> peft.PeftModel:
+def attach(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     """Wrap the base model, once, with a trainable adapter that changes nothing yet (B = 0)."""
     if isinstance(model, peft.PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("the base model already carries an adapter: merge it into the base, or load the plain base")
-    settings = resolve(model, settings)
-    names = sorted(targets(model, settings))
     if getattr(model, "is_quantized", False):
         model = peft.prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=False
         )
     with _undisturbed():
-        return peft.get_peft_model(model, _lora_config(settings, names), adapter_name=TRAINED)
+        return peft.get_peft_model(model, _lora_config(adapter), adapter_name=TRAINED)
 
 
 @contextmanager
@@ -118,33 +51,35 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _lora_config(settings: AdapterSettings, names: Sequence[str]) -> peft.LoraConfig:
+def _lora_config(adapter: Adapter) -> peft.LoraConfig:
+    """PEFT's settings, with a pattern for each module alone: PEFT runs no expression that came with the settings."""
+    lora, modules = adapter.lora, adapter.modules
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        target_modules=list(names),
-        lora_dropout=settings.lora_dropout,
-        use_rslora=settings.use_rslora,
-        rank_pattern=_literal_keys(settings.rank_pattern, settings.rank, names),
-        alpha_pattern=_literal_keys(settings.alpha_pattern, settings.alpha, names),
-        fan_in_fan_out=settings.fan_in_fan_out,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        target_modules=sorted(modules),
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        rank_pattern={literal(name): placed.rank for name, placed in modules.items() if placed.rank != lora.r},
+        alpha_pattern={
+            literal(name): placed.alpha for name, placed in modules.items() if placed.alpha != lora.lora_alpha
+        },
+        fan_in_fan_out=adapter.transposed,
     )
 
 
-def _literal_keys(
-    patterns: Mapping[str, Value], chosen: Callable[[str], Value], modules: Sequence[str]
-) -> dict[str, Value]:
-    """One pattern for each module, which matches no other: PEFT runs no expression that came with the settings."""
-    return {literal(module): chosen(module) for module in modules} if patterns else {}
+def configure(model: peft.PeftModel, adapter: Adapter) -> None:
+    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next `write`.
 
-
-def configure(model: peft.PeftModel, settings: AdapterSettings) -> None:
-    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next `write`."""
+    A module that the adapter is not on keeps its alpha: whoever does not train a module writes a pair of rank 0 there.
+    """
     for name, layer in layers(model):
-        layer.lora_alpha[TRAINED] = settings.alpha(name)
-        layer.use_rslora[TRAINED] = settings.use_rslora
-        layer.lora_dropout[TRAINED] = nn.Dropout(settings.lora_dropout) if settings.lora_dropout else nn.Identity()
+        if name in adapter.modules:
+            layer.lora_alpha[TRAINED] = adapter.modules[name].alpha
+        dropout = adapter.lora.lora_dropout
+        layer.use_rslora[TRAINED] = adapter.lora.use_rslora
+        layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 def layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -275,7 +210,9 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
         raise ShapeError(f"the model has no adapter on {min(set(state) - set(found))}, which the increments change")
     if state and FROZEN not in model.peft_config:
         with _undisturbed():
-            model.add_adapter(FROZEN, _lora_config(AdapterSettings(r=1), sorted(found)))
+            # Rank and alpha are made up: `_fill` gives every module its own, with a scale of 1.
+            empty = {name: Placement(_size(layer), 1, 1.0) for name, layer in found.items()}
+            model.add_adapter(FROZEN, _lora_config(Adapter(LoraSettings(r=1, lora_alpha=1.0), empty)))
     wanted = [TRAINED, FROZEN] if state else [TRAINED]
     tuner = cast(BaseTuner, model.base_model)
     if tuner.active_adapters != wanted:

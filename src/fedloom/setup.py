@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fedloom import peft_bridge
 from fedloom.adapter_folder import AdapterFolder, load_adapter, other_base_note
-from fedloom.adapters import AdapterSettings
 from fedloom.base_model import base_digest, load_base
 from fedloom.caps import Caps
-from fedloom.clients import Site, apart, shared_settings, site, top_ranks
+from fedloom.clients import Site, place_client, place_shared, split_trained, top_ranks
 from fedloom.config import Config, DataSettings, FederationSettings, FlowerSettings, OutputSettings
 from fedloom.configfile import dump
 from fedloom.consolidation import Consolidation
@@ -28,14 +27,14 @@ from fedloom.evaluate import Scores, exact_match_and_loss
 from fedloom.job import Job
 from fedloom.ledger import Run
 from fedloom.lora import LoraState, derived_seed, initial_state, subset
-from fedloom.method import State
+from fedloom.method import Method, State
 from fedloom.methods import build
-from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
+from fedloom.partition import Manifest, data_digest, partition
+from fedloom.placement import Adapter, linear_modules, place
 from fedloom.rounds import Train, Trained
 from fedloom.tensors import Values
-from fedloom.tokens import Prepared
-from fedloom.tokens import prepare as tokenize
-from fedloom.training import TrainSettings, local_update
+from fedloom.tokens import Prepared, tokenize
+from fedloom.training import local_update
 from fedloom.wire import quantize
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Setup:
     config: Config
     job: Job
     model: PeftModel
-    adapter: AdapterSettings
+    adapter: Adapter
     initial: LoraState
     sites: Mapping[str, Site]
     heldout: Mapping[str, Prepared]
@@ -87,17 +86,17 @@ class Setup:
 
     def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
         """The client's training step; `interrupt` is called before every forward pass, and may end it by raising."""
-        site, settings = self.sites[client], train_settings(self.config)
+        site = self.sites[client]
 
         def step(state: State, round: int, seed: int) -> Trained:
-            trained, fixed = apart(state, site.ranks)
+            trained, fixed = split_trained(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
             after, stats = local_update(
                 self.model,
                 trained,
                 fixed,
                 site.data,
-                settings,
+                self.config.training,
                 round=round,
                 num_rounds=self.config.federation.num_rounds,
                 seed=seed,
@@ -121,8 +120,8 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
     texts, manifest = client_examples(config)
-    known(config.clients, texts)
-    texts = participating(texts, config.federation.participants)
+    check_clients_exist(config.clients, texts)
+    texts = select_participants(texts, config.federation.participants)
     return assemble(config, texts, heldout_examples(config.data), manifest)
 
 
@@ -136,6 +135,55 @@ def assemble(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
+    check_method_takes(method, config)
+    base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
+
+    # Where everybody's adapter sits: the model is walked once, the rest is arithmetic on dictionaries.
+    linear = linear_modules(base)
+    common = place(linear, config.lora)
+    adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in texts}
+    client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
+    ranks = top_ranks(method, client_ranks)
+    shared = place_shared(linear, common, ranks)
+
+    data, federation = config.data, config.federation
+    tokens = {
+        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}") if held else Prepared((), 0)
+        for name, held in texts.items()
+    }
+    scored = {
+        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
+        for domain, held in heldout.items()
+    }
+    initial = first_adapter(config, shared.shapes, ranks)
+    job = Job(
+        method=method,
+        seed=federation.seed,
+        quantize=partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
+        weighting=federation.weighting,
+        budget=config.wire.budget_bytes,
+        module_weighting=federation.module_weighting,
+        consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
+        num_rounds=federation.num_rounds,
+        downloads=download_share(initial, client_ranks, federation.asked(len(texts))),
+        caps=caps_of(federation, texts),
+        ranks=client_ranks,
+    )
+    return Setup(
+        config=config,
+        job=job,
+        initial=initial,
+        model=peft_bridge.attach(base, shared),
+        adapter=shared,
+        sites={name: Site(adapter, tokens[name]) for name, adapter in adapters.items()},
+        heldout=scored,
+        manifest=manifest,
+        fingerprint=fingerprint(config, texts),
+    )
+
+
+def check_method_takes(method: Method, config: Config) -> None:
+    """Raises ConfigError for a setting outside [method] that does nothing with this method."""
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(
             f"wire.budget does not work with method {method.name!r}, which keeps to no budget of that kind; unset it"
@@ -144,42 +192,6 @@ def assemble(
         raise ConfigError(
             f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
         )
-    base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
-
-    def tokens(examples: Sequence[Example], name: str) -> Prepared:
-        if not examples:
-            return Prepared((), 0)
-        return tokenize(examples, tokenizer, config.data.template, config.data.max_length, name)
-
-    sites = {client: site(config, base, client, tokens(held, f"client {client!r}")) for client, held in texts.items()}
-    ranks = top_ranks(method, sites)
-    shared = shared_settings(base, config.lora, ranks)
-    federation = config.federation
-    seed = federation.seed
-    initial = first_adapter(config, peft_bridge.shapes(base, shared), ranks)
-    return Setup(
-        config=config,
-        job=Job(
-            method,
-            seed,
-            partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
-            federation.weighting,
-            config.wire.budget_bytes,
-            federation.module_weighting,
-            Consolidation(federation.consolidate_every, federation.consolidate_energy),
-            federation.num_rounds,
-            downloads(initial, sites, federation.asked(len(sites))),
-            caps_of(federation, sites),
-            {client: site.ranks for client, site in sites.items()},
-        ),
-        initial=initial,
-        model=peft_bridge.attach(base, shared),
-        adapter=shared,
-        sites=sites,
-        heldout={domain: tokens(held, f"held-out set {domain!r}") for domain, held in heldout.items()},
-        manifest=manifest,
-        fingerprint=fingerprint(config, texts),
-    )
 
 
 def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
@@ -198,10 +210,16 @@ def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
     return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
 
 
-def downloads(adapter: LoraState, sites: Mapping[str, Site], asked: int) -> float:
-    """Values that go down in a turn, where everything is sent that was missed, over the values that a client holds."""
-    held = sum(values_of(adapter, site.ranks) for site in sites.values())
-    return adapter.numel() * len(sites) ** 2 / (held * asked) if held else 1.0
+def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int) -> float:
+    """Values that go down in a turn, where everything is sent that was missed, over the values that a client holds.
+
+    adapter: the server's. client_ranks: client → module → rank. asked: clients in a round.
+    """
+    # Of K clients, `asked` turn in each round, so one turns every K / asked rounds and receives as many broadcasts,
+    # each of all the server's values. A client holds held / K values on the mean. So the share is
+    # (values · K / asked) / (held / K) = values · K² / (held · asked).
+    held = sum(values_of(adapter, ranks) for ranks in client_ranks.values())
+    return adapter.numel() * len(client_ranks) ** 2 / (held * asked) if held else 1.0
 
 
 def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> LoraState:
@@ -225,11 +243,6 @@ def coded(kind: str, values: Tensor, seed: int) -> Values:
     return quantize(values, kind, seed)
 
 
-def train_settings(config: Config) -> TrainSettings:
-    """[training] as the trainer's settings."""
-    return TrainSettings(**config.training.model_dump())
-
-
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
     """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with a manifest."""
     settings, federation = config.data, config.federation
@@ -241,19 +254,11 @@ def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest 
             )
         return found, None
     pooled = [example for path in sources(settings.source).values() for example in load_examples(path)]
-    column = settings.id_column if settings.partitioner == "natural" else settings.label_column
-    wanted = PartitionSettings(
-        partitioner=settings.partitioner,
-        num_clients=federation.num_clients or 1,
-        seed=federation.seed,
-        column=column,
-        alpha=settings.dirichlet_alpha,
-    )
-    manifest = partition(pooled, wanted)
+    manifest = partition(pooled, settings, federation)
     return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
 
 
-def participating(texts: dict[str, list[Example]], wanted: Sequence[str] | None) -> dict[str, list[Example]]:
+def select_participants(texts: dict[str, list[Example]], wanted: Sequence[str] | None) -> dict[str, list[Example]]:
     """The clients that federation.participants names, or all. Raises ConfigError for a name without data."""
     unknown = sorted(set(wanted or ()) - set(texts))
     if unknown:
@@ -263,7 +268,7 @@ def participating(texts: dict[str, list[Example]], wanted: Sequence[str] | None)
     return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
 
 
-def known(settings: Collection[str], clients: Collection[str]) -> None:
+def check_clients_exist(settings: Collection[str], clients: Collection[str]) -> None:
     """Raises ConfigError where [clients.<name>] is about a client that there is not."""
     for name in settings:
         if name not in clients:

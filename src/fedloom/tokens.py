@@ -65,7 +65,7 @@ class Prepared(Dataset[Tokens]):
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def prepare(
+def tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, name: str = "data"
 ) -> Prepared:
     """Tokenise the examples of `name` (a client, say), which errors mention.

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from fedloom import peft_bridge
 from fedloom.base_model import quiet
+from fedloom.config import TrainingSettings
 from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState
 from fedloom.tokens import Prepared
@@ -33,28 +34,6 @@ if TYPE_CHECKING:
     import peft
 
 Penalty = Callable[[LoraState, LoraState], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How a client trains in one round, in transformers' words.
-
-    The learning rate falls from round to round along lr_scheduler_type and is the same within a round, but for the
-    first warmup_steps (or the share warmup_ratio of all steps of all rounds), in which it rises.
-    """
-
-    learning_rate: float = 2e-4
-    max_steps: int = 10
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    optim: str = "adamw_torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +59,12 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 """Share of the rounds that are over → factor of the learning rate."""
 
 
-def rate(settings: TrainSettings, round: int, num_rounds: int, step: int) -> float:
-    """Learning rate of a step (from 0) of a round (from 1)."""
-    if settings.lr_scheduler_type not in SCHEDULES:
-        kinds = ", ".join(SCHEDULES)
-        raise ConfigError(f"training.lr_scheduler_type {settings.lr_scheduler_type!r} is unknown: expected {kinds}")
+def rate(settings: TrainingSettings, round: int, num_rounds: int, step: int) -> float:
+    """Learning rate of a step (from 0) of a round (from 1).
+
+    It falls from round to round along lr_scheduler_type and is the same within a round, but for the first warmup_steps
+    (or the share warmup_ratio of all steps of all rounds), in which it rises.
+    """
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_rounds * settings.max_steps)
     rising = ((round - 1) * settings.max_steps + step + 1) / warmup if warmup else 1.0
     return settings.learning_rate * SCHEDULES[settings.lr_scheduler_type]((round - 1) / num_rounds) * min(1.0, rising)
@@ -95,7 +75,7 @@ def local_update(
     state: LoraState,
     frozen: LoraState,
     data: Prepared,
-    settings: TrainSettings,
+    settings: TrainingSettings,
     *,
     round: int,
     num_rounds: int,
@@ -149,7 +129,7 @@ def _keep(before: LoraPair, after: LoraPair, trainable: Sequence[str]) -> LoraPa
     return LoraPair(*((after if part in trainable else before).part(part) for part in PARTS))
 
 
-def _arguments(model: peft.PeftModel, settings: TrainSettings, seed: int) -> TrainingArguments:
+def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> TrainingArguments:
     try:
         arguments = TrainingArguments(
             output_dir=tempfile.gettempdir(),  # must exist; nothing is written

@@ -13,8 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import toy
-from fedloom.adapters import AdapterSettings
-from fedloom.config import Config
+from fedloom.config import Config, LoraSettings
 from fedloom.configfile import load
 from fedloom.data import Example
 from fedloom.engines.flower import client
@@ -22,6 +21,7 @@ from fedloom.engines.flower.payload import pack, unpack
 from fedloom.engines.flower.settings import shared
 from fedloom.method import State
 from fedloom.methods import build
+from fedloom.placement import Adapter, Placement
 from fedloom.rounds import Train, Trained
 from fedloom.setup import Setup, Site, caps_of
 from fedloom.site.config import SiteConfig
@@ -88,8 +88,9 @@ class ToySetup(Setup):
 def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, manifest: object = None) -> ToySetup:
     """Stands for setup.assemble."""
     job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
-    adapter = AdapterSettings(r=toy.RANK)
-    sites = {name: Site(adapter, toy.ranks(toy.RANK), Prepared(tuple(held), 0)) for name, held in texts.items()}
+    placed = {name: Placement(shape, toy.RANK, 32.0) for name, shape in toy.SHAPES.items()}
+    adapter = Adapter(LoraSettings(r=toy.RANK), placed)
+    sites = {name: Site(adapter, Prepared(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
     job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
     return ToySetup(config, job, None, adapter, toy.initial(), sites, {}, None, "toy")

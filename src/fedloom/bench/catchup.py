@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fedloom.catchup import Archive
 from fedloom.config import Config
 from fedloom.consolidation import consolidated
+from fedloom.federation import Federation
 from fedloom.method import State
-from fedloom.rounds import accept, client_turn, full_state, server_turn, start
+from fedloom.rounds import full_state
 from fedloom.setup import Setup, prepare
 
 
@@ -39,22 +39,11 @@ def run(configs: Mapping[str, Config], energies: Sequence[float]) -> dict[str, A
 
 def played(setup: Setup) -> tuple[State, list[bytes]]:
     """The server's state after all rounds without the last client, and the broadcasts."""
-    server, archive, broadcasts = start(setup.job, setup.initial), Archive(), []
     present = list(setup.sites)[:-1]
-    states = {client: start(setup.job, setup.initial, setup.sites[client].ranks) for client in present}
-    for round in range(1, setup.config.federation.num_rounds + 1):
-        payloads = {}
-        for client, state in states.items():
-            ranks = setup.sites[client].ranks
-            for payload in archive.needed(setup.job, server, state.version, ranks, round):
-                state = accept(setup.job, state, payload)
-            turn = client_turn(setup.job, client, state, [], setup.train(client), round)
-            states[client], payloads[client] = turn.state, turn.payload
-        done = server_turn(setup.job, server, payloads, round)
-        archive.add(server.version, done.payload, limit=4 * done.state.total.numel())
-        broadcasts.append(done.payload)
-        server = done.state
-    return server, broadcasts
+    federation = Federation(setup.job, setup.initial, {client: setup.sites[client].ranks for client in present})
+    steps = {client: setup.train(client) for client in present}
+    broadcasts = [federation.round(steps).broadcast for _ in range(setup.config.federation.num_rounds)]
+    return federation.server, broadcasts
 
 
 def facts(setup: Setup, state: State, round: int) -> dict[str, float]:

@@ -60,20 +60,15 @@ def preset_case(
 
 def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
-    from fedloom import peft_bridge
     from fedloom.base_model import empty_base
-    from fedloom.clients import adapter_settings
+    from fedloom.clients import place_client
     from fedloom.compare import clients
+    from fedloom.placement import linear_modules, place
 
-    base = empty_base(config.model.path)
-    shared = peft_bridge.resolve(base, adapter_settings(config.lora))
-    ranks = {
-        client: peft_bridge.ranks(base, peft_bridge.resolve(base, adapter_settings(config.lora_of(client))))
-        for client in clients(config)
-    }
-    return Case(
-        config.model.path, peft_bridge.shapes(base, shared), ranks, config.federation.num_rounds, config.wire.values
-    )
+    linear = linear_modules(empty_base(config.model.path))
+    ranks = {client: place_client(linear, config, client).ranks for client in clients(config)}
+    shapes = place(linear, config.lora).shapes
+    return Case(config.model.path, shapes, ranks, config.federation.num_rounds, config.wire.values)
 
 
 def variant_of(config: Config) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 from fedloom.bench.machine import extra_bytes
 from fedloom.bench.paper import paper_encode
 from fedloom.errors import ConfigError
+from fedloom.federation import Federation
 from fedloom.job import Job
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Method, State
-from fedloom.rounds import Train, Trained, accept, addressed, client_turn, server_turn, start
+from fedloom.rounds import ServerTurn, Train, Trained, server_turn
 from fedloom.tensors import Dense, Entry, floats
 from fedloom.wire import Message, decode, describe, encode, quantize
 
@@ -68,35 +69,22 @@ class Prediction:
     memory: float | None = None
 
 
-@dataclass(slots=True)
-class Play:
-    """A federation of a few modules in progress."""
+class Play(Federation):
+    """A federation of a few modules in progress; it remembers its last round, and how long the server took in each."""
 
-    job: Job
-    server: State
-    clients: dict[str, State]
-    ranks: Mapping[str, Ranks]
-    server_s: list[float] = field(default_factory=list)
-    uploads: dict[str, bytes] = field(default_factory=dict)
-    broadcast: bytes = b""
-    before: State | None = None
+    def __init__(self, job: Job, adapter: LoraState, clients: Mapping[str, Ranks]) -> None:
+        super().__init__(job, adapter, clients)
+        self.server_s: list[float] = []
+        self.uploads: Mapping[str, bytes] = {}
+        self.before = self.server
 
-    def round(self, number: int) -> None:
-        """Everybody trains and sends; the server combines; everybody takes up the broadcast."""
-        train = made_up(self.job.method)
-        self.uploads = {
-            name: client_turn(self.job, name, state, [], train, number).payload for name, state in self.clients.items()
-        }
+    def server_turn(self, uploads: Mapping[str, bytes]) -> ServerTurn:
+        """The server's turn, timed."""
+        self.uploads, self.before = uploads, self.server
         began = time.perf_counter()
-        turn = server_turn(self.job, self.server, self.uploads, number)
+        turn = super().server_turn(uploads)
         self.server_s.append(time.perf_counter() - began)
-        self.broadcast, self.before, self.server = turn.payload, self.server, turn.state
-        for name, state in self.clients.items():
-            self.clients[name] = accept(self.job, state, self.addressed(name))
-
-    def addressed(self, name: str) -> bytes:
-        """The broadcast as a client is sent it."""
-        return addressed(self.job, self.broadcast, self.ranks[name])
+        return turn
 
 
 def sample(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
@@ -141,12 +129,13 @@ def _predict(
         raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
     job = Job(method, seed, lambda values, seed: quantize(values, "fp32", seed))
     begin = initial_state(chosen.shapes, top, seed)
-    play = Play(job, start(job, begin), {client: start(job, begin, rank) for client, rank in held.items()}, held)
+    play, train = Play(job, begin, held), made_up(method)
     up, down = [], []
-    for number in range(1, ROUNDS + 1):
-        play.round(number)
-        up.append(sizes_of(list(play.uploads.values()), chosen, method.values))
-        down.append(sizes_of([play.addressed(client) for client in play.clients], chosen, method.values))
+    for _ in range(ROUNDS):
+        result = play.round(train)
+        up.append(sizes_of(list(result.uploads.values()), chosen, method.values))
+        received = [play.addressed(client, result.broadcast) for client in play.clients]
+        down.append(sizes_of(received, chosen, method.values))
     play.clients.clear()
     told = Prediction(
         name,
@@ -154,7 +143,7 @@ def _predict(
         mean(down[1:]),
         len(held) * (up[0][method.values] + down[0][method.values]),
         method.values,
-        efficiency(decode(play.broadcast).entries, chosen),
+        efficiency(decode(result.broadcast).entries, chosen),
         chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
     )
     return told, play
@@ -252,9 +241,7 @@ def efficiency(entries: Mapping[str, Entry], chosen: Sample) -> float | None:
 
 def memory(play: Play, chosen: Sample) -> float | None:
     """Peak of the last server turn above what was held before, scaled to the model, and the payloads that it reads."""
-    before = play.before
-    assert before is not None
-    peak = extra_bytes(lambda: server_turn(play.job, before, play.uploads, ROUNDS))
+    peak = extra_bytes(lambda: server_turn(play.job, play.before, play.uploads, ROUNDS))
     held = sum(map(len, play.uploads.values()))
     return None if peak is None else chosen.scale * (peak + held)
 

@@ -13,9 +13,8 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedloom.text import LONG, cell
-
 from fedloom.adapter_folder import other_base_note
+from fedloom.text import LONG, cell
 
 if TYPE_CHECKING:
     from fedloom.merge.combine import Recipe

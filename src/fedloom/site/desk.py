@@ -173,7 +173,7 @@ class Desk:
         adapter, _ = exported(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
-        settings = place.setup.sites[self.site.name].adapter
+        settings = place.setup.sites[self.site.name].adapter.settings
         save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
         return Parcel({"version": state.version, "digest": state.digest})
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedloom.configfile import dump, parse
 from fedloom.engines.flower.runtime import Cast
-from fedloom.setup import Setup, assemble, client_examples, participating
+from fedloom.setup import Setup, assemble, client_examples, select_participants
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
@@ -75,7 +75,7 @@ def everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
     texts, _ = client_examples(config)
-    setup = assemble(config, participating(texts, config.federation.participants), {})
+    setup = assemble(config, select_participants(texts, config.federation.participants), {})
     for text in setup.warnings():
         log.warning(text)
     return setup

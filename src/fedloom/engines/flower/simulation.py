@@ -34,7 +34,7 @@ from fedloom.engines.flower.server import serve
 from fedloom.engines.flower.settings import check, shared
 from fedloom.errors import ConfigError, RoundError
 from fedloom.events import Observer
-from fedloom.setup import client_examples, known, participating
+from fedloom.setup import check_clients_exist, client_examples, select_participants
 
 STORE_BYTES = 256 * 2**20
 """Memory through which Ray hands messages over; what does not fit goes over files."""
@@ -63,8 +63,8 @@ def run(config: Config, out: Path, *, resume: bool = False, observer: Observer |
 def with_participants(config: Config) -> Config:
     """The settings with the name of everybody who takes part, checked like those of a real federation."""
     texts, _ = client_examples(config)
-    known(config.clients, texts)
-    names = tuple(participating(texts, config.federation.participants))
+    check_clients_exist(config.clients, texts)
+    names = tuple(select_participants(texts, config.federation.participants))
     federation = config.federation.model_copy(update={"participants": config.federation.participants or names})
     config = config.model_copy(update={"federation": federation})
     check(config)
