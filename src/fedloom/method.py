@@ -110,14 +110,18 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The row of a method in the table that `fedloom methods` prints."""
+    """The row of a method in the table that `fedloom methods` prints; the defaults are FedAvg's.
+
+    paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
+    rank. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+    """
 
     paper: str
-    exact: bool
-    unequal_ranks: bool
-    sends: str
-    receives: str
-    keeps: str
+    exact: bool = False
+    unequal_ranks: bool = False
+    sends: str = "A and B, dense"
+    receives: str = "A and B, dense"
+    keeps: str = "nothing"
 
 
 class Compress(Protocol):

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed
 from fedloom.masks import seeded_mask
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import add_change, coded
-from fedloom.tensors import Entry, Seeded, Sparse, floats, to_dense
+from fedloom.methods.averaging import add_change, coded, weighted_mean
+from fedloom.tensors import Entry, Seeded, Sparse, floats
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:
@@ -28,11 +27,8 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
         name="fed-dare",
         facts=Facts(
             paper="DARE (arXiv 2311.03099)",
-            exact=False,
-            unequal_ranks=False,
             sends="random elements of ΔA and ΔB",
             receives="the mean change, sparse where that is shorter",
-            keeps="nothing",
         ),
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,
@@ -64,11 +60,7 @@ def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context)
 
 def mean_change(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k Δ_k of what arrived."""
-    means = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
-    for update in updates:
-        for name, entry in update.entries.items():
-            means[name].add_(to_dense(entry), alpha=update.weight)
-    return Aggregate({name: shorter(name, tensor, context) for name, tensor in means.items()})
+    return Aggregate({name: shorter(name, tensor, context) for name, tensor in weighted_mean(updates).items()})
 
 
 def shorter(name: str, tensor: Tensor, context: Context) -> Entry:

@@ -96,8 +96,6 @@ def fedsrd(
         name="fedsrd" if decompose else "fedsrd-e",
         facts=Facts(
             paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
-            exact=False,
-            unequal_ranks=False,
             sends="important elements of ΔA and ΔB",
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import replace_factors
+from fedloom.methods.averaging import replace_factors, weighted_mean
 from fedloom.methods.server_optimiser import ServerOptimiser
 from fedloom.sparsify import kept_count, split
-from fedloom.tensors import Entry, to_dense
+from fedloom.tensors import Entry
 
 
 def flasc(
@@ -39,8 +38,6 @@ def flasc(
         name="flasc",
         facts=Facts(
             paper="FLASC (arXiv 2406.05233)",
-            exact=False,
-            unequal_ranks=False,
             sends="largest elements of ΔA and ΔB",
             receives="largest elements of A and B",
             keeps="server: all of A and B, moments",
@@ -74,10 +71,7 @@ def adam_step(
     """θ moves by FedAdam on the mean change; its largest elements are broadcast."""
     memory = dict(state.memory)
     start = {name: memory.get(f"theta/{name}", tensor) for name, tensor in state.adapter.tensors().items()}
-    means = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-    for update in updates:
-        for name, entry in update.entries.items():
-            means[name].add_(to_dense(entry), alpha=update.weight)
+    means = weighted_mean(updates)
     entries: dict[str, Entry] = {}
     for name, theta in start.items():
         memory[f"theta/{name}"] = theta + adam.step(name, means[name], memory)

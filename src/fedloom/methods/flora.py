@@ -22,7 +22,6 @@ def flora() -> Method:
             paper="FLoRA (arXiv 2409.05976)",
             exact=True,
             unequal_ranks=True,
-            sends="A and B, dense",
             receives="the stack of all A and B",
             keeps="merged increments",
         ),

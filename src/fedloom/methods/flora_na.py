@@ -22,14 +22,7 @@ def flora_na(*, sweeps: int = 20) -> Method:
     """sweeps: alternations between u and v, beginning with u = v = p (FedIT)."""
     return Method(
         name="flora-na",
-        facts=Facts(
-            paper="FLoRA-NA (arXiv 2509.26399)",
-            exact=False,
-            unequal_ranks=False,
-            sends="A and B, dense",
-            receives="A and B, dense",
-            keeps="nothing",
-        ),
+        facts=Facts(paper="FLoRA-NA (arXiv 2509.26399)"),
         compress=partial(send, both_factors),
         aggregate=partial(nearest, sweeps),
         receive=replace_factors,

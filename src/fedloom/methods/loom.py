@@ -19,6 +19,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed, from_tensors, stack
 from fedloom.lowrank import over_modules
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
+from fedloom.methods.averaging import weighted_mean
 from fedloom.methods.components import components
 from fedloom.sparsify import kept_count, largest, reach, scratch, shortlist
 from fedloom.tensors import Quantized, Sparse, count, to_dense
@@ -97,7 +98,6 @@ def loom(
         name="loom",
         facts=Facts(
             paper="fedloom (docs/loom.md)",
-            exact=False,
             unequal_ranks=True,
             sends="important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
@@ -155,14 +155,11 @@ def broadcast_signs(
     dial: Dial, residual: float, importance: bool, state: State, updates: Iterable[Update], context: Context
 ) -> Aggregate:
     """The most important elements of the clients' mean and of what earlier broadcasts left out."""
-    sums = {
+    waiting = {
         name: residual * state.memory[name] if name in state.memory else torch.zeros_like(tensor)
         for name, tensor in state.adapter.tensors().items()
     }
-    for update in updates:
-        for name, entry in update.entries.items():
-            lead = tuple(slice(size) for size in entry.shape)
-            sums[name][lead].add_(to_dense(entry), alpha=update.weight)
+    sums = weighted_mean(updates, start=waiting)
 
     def moved(module: str) -> dict[str, Delta]:
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
