@@ -17,18 +17,14 @@ from fedloom.rounds import Trained, accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from toy import Federation, client_seed, delta, job, step, trainer
 
-LOSSLESS = {
-    "fed-dare": {"sparsity": 0.0},
-    "fedsrd": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
-    "fedsrd-e": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
-    "florist": {"tau": 1.0},
-    "fed-sb": {"keep": "all"},
-    "loom": {"budget": "300%", "max_density": 1.0},
-}
-ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
-SERVER_STEP = {"flasc"}
+
+def lossless(name: str) -> dict[str, str]:
+    """The settings under which a method leaves nothing out."""
+    return {"preset": "lossless"} if "lossless" in METHODS[name].presets else {}
+
+
 names = pytest.mark.parametrize("name", sorted(METHODS))
-exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, LOSSLESS.get(n)).facts.exact))
+exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, lossless(n)).facts.exact))
 unequal = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.unequal_ranks))
 
 
@@ -68,12 +64,12 @@ def test_every_payload_is_read_back_as_it_was_written(name: str, values: str):
 
 @names
 def test_identical_clients_give_that_client(name: str):
-    if name in SERVER_STEP:
+    method = build(name, lossless(name))
+    if method.facts.broadcasts == "step":
         pytest.skip(f"{name} takes an optimiser's step on the server: not the clients' mean")
-    method = build(name, LOSSLESS.get(name))
 
     def train(state: State, round: int, seed: int) -> Trained:
-        parts = (("B",) if round % 2 else ("A",)) if name in ONE_FACTOR else method.trainable(round)
+        parts = (("B",) if round % 2 else ("A",)) if method.facts.one_factor else method.trainable(round)
         return step(state, round, derived_seed(7, round), parts=parts, core=method.core(state))
 
     federation = Federation(job(method), train=train)
@@ -86,7 +82,7 @@ def test_identical_clients_give_that_client(name: str):
 
 @names
 def test_order_of_clients_and_scale_of_weights_do_not_matter(name: str):
-    method = build(name, LOSSLESS.get(name))
+    method = build(name, lossless(name))
     plain, other = Federation(job(method)), Federation(job(method))
     renamed = {"ada": "zoe", "bob": "bob", "cyd": "ann"}
 
@@ -210,7 +206,7 @@ def test_clients_of_unequal_rank_survive_a_checkpoint_at_any_round(name: str, tm
 
 @exact
 def test_exact_methods_return_the_weighted_sum_of_products(name: str):
-    federation = Federation(job(build(name, LOSSLESS.get(name))))
+    federation = Federation(job(build(name, lossless(name))))
     for round in range(1, 4):
         before = federation.server
         seeds = [client_seed(federation.job, client, round) for client in federation.clients]
@@ -226,7 +222,7 @@ def test_exact_methods_return_the_weighted_sum_of_products(name: str):
 
 @exact
 def test_exact_methods_do_not_see_the_gauge(name: str):
-    method = build(name, LOSSLESS.get(name))
+    method = build(name, lossless(name))
     if method.trainable(1) != ("A", "B"):
         pytest.skip(f"{name} shares one factor: the other one's gauge is fixed")
     results = []

@@ -9,7 +9,7 @@ import pytest
 from fedloom.adapters import AdapterSettings
 from fedloom.lora import digest, narrow
 from fedloom.methods import METHODS, build
-from test_methods_contract import LOSSLESS
+from test_methods_contract import lossless
 from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
 TEN = dict(zip("abcdefghij", [64, 32, 16, 16, 8, 8, 4, 4, 4, 4], strict=True))
@@ -24,7 +24,7 @@ SOME_RANK = {
     "bob": AdapterSettings(r=2, lora_alpha=2, use_rslora=True, alpha_pattern={"k_proj": 5.0}),
     "cyd": AdapterSettings(r=3, lora_alpha=1, rank_pattern={r"layers\.0\.q_proj": 1}),
 }
-BUILDS = [(name, LOSSLESS.get(name, {})) for name in METHODS]
+BUILDS = [(name, lossless(name)) for name in METHODS]
 BUILDS += [("florist", {"tau": 1.0, "client_init": init}) for init in ("merge_reinit", "continue")]
 UNEQUAL = [(name, settings) for name, settings in BUILDS if build(name, settings).facts.unequal_ranks]
 every = pytest.mark.parametrize(("name", "settings"), BUILDS)

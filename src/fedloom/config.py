@@ -183,7 +183,11 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     __pydantic_extra__: dict[str, Scalar] = Field(init=False)
 
-    name: str = Field("fedsrd", description="Method; `fedloom methods` lists them with their settings.")
+    name: str = Field(
+        "fedsrd",
+        description="Method; `fedloom methods` lists them with their settings. One of another package is called "
+        '"package.module:builder".',
+    )
     preset: str | None = Field(None, description="Named group of its settings.", examples=["paper"])
 
     @property

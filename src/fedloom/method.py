@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -114,6 +114,13 @@ class Facts:
 
     paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
     rank. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+
+    broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
+    which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
+    of products; "step" is a step of the server's own. one_factor: a broadcast changes B or A, in turn, whatever the
+    clients trained. stateless: the server's step needs the updates alone, so that it can merge adapters offline; its
+    rank is then that of the server's adapter ("rank"), that which the share `tau` of Σσ² takes ("energy"), or follows
+    from the adapters ("").
     """
 
     paper: str
@@ -122,6 +129,10 @@ class Facts:
     sends: str = "A and B, dense"
     receives: str = "A and B, dense"
     keeps: str = "nothing"
+    broadcasts: Literal["factors", "change", "elements", "components", "step"] = "factors"
+    one_factor: bool = False
+    stateless: bool = False
+    truncates: Literal["", "rank", "energy"] = ""
 
 
 class Compress(Protocol):

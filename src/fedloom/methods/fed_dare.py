@@ -29,6 +29,7 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
             paper="DARE (arXiv 2311.03099)",
             sends="random elements of ΔA and ΔB",
             receives="the mean change, sparse where that is shorter",
+            broadcasts="change",
         ),
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,

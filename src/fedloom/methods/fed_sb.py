@@ -55,6 +55,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
             sends="R, r × r; A and B in round 1",
             receives="R, r × r; components in round 1",
             keeps="the resting pair",
+            broadcasts="components",
         ),
         compress=partial(send_core, core),
         aggregate=partial(mean_core, core, keep),

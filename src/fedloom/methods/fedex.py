@@ -23,6 +23,8 @@ def fedex() -> Method:
             exact=True,
             receives="A, B and the residual's factors",
             keeps="merged increments",
+            broadcasts="components",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=mean_and_residual,

@@ -18,6 +18,7 @@ def fedit() -> Method:
         facts=Facts(
             paper="FedIT (arXiv 2305.05644)",
             unequal_ranks=True,
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=average,

@@ -99,6 +99,8 @@ def fedsrd(
             sends="important elements of ΔA and ΔB",
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",
+            broadcasts="change",
+            one_factor=True,
         ),
         compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),

@@ -41,6 +41,7 @@ def flasc(
             sends="largest elements of ΔA and ΔB",
             receives="largest elements of A and B",
             keeps="server: all of A and B, moments",
+            broadcasts="step",
         ),
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),

@@ -24,6 +24,8 @@ def flora() -> Method:
             unequal_ranks=True,
             receives="the stack of all A and B",
             keeps="merged increments",
+            broadcasts="components",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=stacked,

@@ -22,7 +22,10 @@ def flora_na(*, sweeps: int = 20) -> Method:
     """sweeps: alternations between u and v, beginning with u = v = p (FedIT)."""
     return Method(
         name="flora-na",
-        facts=Facts(paper="FLoRA-NA (arXiv 2509.26399)"),
+        facts=Facts(
+            paper="FLoRA-NA (arXiv 2509.26399)",
+            stateless=True,
+        ),
         compress=partial(send, both_factors),
         aggregate=partial(nearest, sweeps),
         receive=replace_factors,

@@ -32,6 +32,7 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
             unequal_ranks=True,
             sends="A and B of its own rank, dense",
             receives="the first rows and columns, dense",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=weighted_by_norm,

@@ -102,6 +102,7 @@ def loom(
             sends="important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send",
+            broadcasts="elements",
         ),
         compress=partial(send_signs, dial, step, importance),
         aggregate=partial(broadcast_signs, dial, server_residual, importance),

@@ -23,7 +23,10 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
         raise ConfigError(f"method.ridge is {ridge}: expected more than 0")
     return Method(
         name="lora-fair",
-        facts=Facts(paper="LoRA-FAIR (arXiv 2411.14961)"),
+        facts=Facts(
+            paper="LoRA-FAIR (arXiv 2411.14961)",
+            stateless=True,
+        ),
         compress=partial(send, both_factors),
         aggregate=partial(corrected, ridge),
         receive=replace_factors,

@@ -33,7 +33,7 @@ from fedloom.runs import transfer_row
 from fedloom.setup import Setup, assemble
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.policy import check_job, check_update, guarded, told_to_server
+from fedloom.site.policy import check_job, check_method, check_update, guarded, told_to_server
 from fedloom.site.protocol import Fact, Parcel, Request, request
 from fedloom.site.store import Held, Store
 from fedloom.wire import read_header
@@ -170,6 +170,7 @@ class Desk:
         names = config.federation.participants or ()
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(names)}; this site is {self.site.name!r}")
+        check_method(self.site.policy, config.method.name)
         setup = self.assembled(config)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))

@@ -1,5 +1,6 @@
 """What a site allows, whatever the server asks for. The worker holds every job and every payload to it.
 
+    check_method   before a job is loaded: a method may be code of another package
     check_job      before training: method, modules, examples, bytes and ε that are left
     guarded        around training: size of the change, noise, what the server learns beside the change
     check_update   before a payload leaves: what is in it, and its bytes
@@ -24,6 +25,7 @@ from fedloom.config import Bytes, Section, parse_bytes
 from fedloom.errors import PolicyRefusal
 from fedloom.lora import PARTS, LoraState, from_tensors
 from fedloom.method import State
+from fedloom.methods import is_foreign
 from fedloom.rounds import Train, Trained
 from fedloom.site.privacy import Privacy, epsilon, norm, released
 from fedloom.wire import Limits, decode
@@ -34,7 +36,12 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 class Policy(Section):
     """The table [policy] of SITE.toml. What is left out is not limited, except that error texts are withheld."""
 
-    methods: Names | None = Field(None, description="Methods that may run here.", examples=[["fedsrd", "fedit"]])
+    methods: Names | None = Field(
+        None,
+        description="Methods that may run here; without a list, fedloom's own. One of another package runs only where "
+        'its name, "package.module:builder", is in the list: the site then imports that module.',
+        examples=[["fedsrd", "fedit"]],
+    )
     modules: Names | None = Field(
         None,
         description="Modules that may be trained: names, their last parts, or patterns such as *.self_attn.*.",
@@ -83,6 +90,16 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
                 f"{privacy.max_epsilon:g}",
                 "refused by the site's policy: its privacy budget is used up",
             )
+
+
+def check_method(policy: Policy, method: str) -> None:
+    """Raises PolicyRefusal unless this method may run here. Ask before it is built: that may import its code."""
+    if method in (policy.methods or ()) or (policy.methods is None and not is_foreign(method)):
+        return
+    allowed = "policy.methods allows " + ", ".join(policy.methods) if policy.methods else "it must be in policy.methods"
+    raise PolicyRefusal(
+        f"method {method!r}; {allowed}", f"refused by the site's policy: method {method!r} is not allowed"
+    )
 
 
 def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent) -> None:
@@ -136,12 +153,7 @@ def told_to_server(policy: Policy, error: Exception, reference: str) -> str:
 
 
 def _check_names(policy: Policy, method: str, modules: Iterable[str]) -> None:
-    if policy.methods is not None and method not in policy.methods:
-        allowed = ", ".join(policy.methods)
-        raise PolicyRefusal(
-            f"method {method!r}; policy.methods allows {allowed}",
-            f"refused by the site's policy: method {method!r} is not allowed",
-        )
+    check_method(policy, method)
     for module in sorted(modules):
         if policy.modules is not None and not any(_matches(module, pattern) for pattern in policy.modules):
             raise PolicyRefusal(

@@ -29,7 +29,7 @@ from fedloom.catchup import Archive
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError
 from fedloom.lora import LoraState, from_tensors
-from fedloom.method import State
+from fedloom.method import Method, State
 from fedloom.methods import build
 from fedloom.rounds import Job, Train, accept, client_turn, server_turn, start
 from fedloom.setup import coded
@@ -42,7 +42,7 @@ UNKNOWN = -1
 
 
 def agree(
-    method: str = "fedsrd",
+    method: str | Method = "fedsrd",
     settings: Mapping[str, Scalar] | None = None,
     *,
     seed: int = 0,
