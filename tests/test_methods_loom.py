@@ -29,11 +29,11 @@ HEADER = Header("update", "loom", 1, 0, "", num_examples=1)
 
 
 def job(settings: dict[str, object], values: str = "sign") -> Job:
-    return Job(build("loom", settings), 5, lambda tensor, seed: quantize(tensor, values, seed))
+    return Job(build("loom", settings), 5, quantize(values))
 
 
 def context(values: str = "fp32") -> Context:
-    return Context(1, 5, lambda tensor, seed: quantize(tensor, values, seed), size=Draft(HEADER).size)
+    return Context(1, 5, quantize(values), size=Draft(HEADER).size)
 
 
 def moved(state: LoraState, seed: int) -> LoraState:

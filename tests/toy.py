@@ -25,7 +25,7 @@ def job(
     budget: int | None = None,
     module_weighting: str = "holders",
 ) -> Job:
-    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting, budget, module_weighting)
+    return Job(method, seed, quantize(values), weighting, budget, module_weighting)
 
 
 def ranks(rank: int | dict[str, int]) -> dict[str, int]:

@@ -6,12 +6,10 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
@@ -30,7 +28,6 @@ from fedloom.method import State
 from fedloom.methods import build
 from fedloom.partition import Manifest, PartitionSettings, data_digest, partition
 from fedloom.rounds import Job, Train, Trained
-from fedloom.tensors import Values
 from fedloom.tokens import Prepared
 from fedloom.tokens import prepare as tokenize
 from fedloom.training import TrainSettings, local_update
@@ -157,7 +154,7 @@ def assemble(
         job=Job(
             method,
             seed,
-            partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
+            quantize(method.values if config.wire.values == "auto" else config.wire.values),
             federation.weighting,
             config.wire.budget_bytes,
             federation.module_weighting,
@@ -200,11 +197,6 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
                 f"adapter and {wanted} in the run; it is for another base model, or [lora] differs"
             )
     return state
-
-
-def coded(kind: str, values: Tensor, seed: int) -> Values:
-    """The values as they will travel under wire.values = `kind`."""
-    return quantize(values, kind, seed)
 
 
 def train_settings(config: Config) -> TrainSettings:

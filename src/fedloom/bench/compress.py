@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
 from fedloom.methods import build, options
 from fedloom.rounds import ClientTurn, Job, Trained, client_turn, start
-from fedloom.setup import coded
-from fedloom.wire import decode, encode
+from fedloom.wire import decode, encode, quantize
 
 METHODS = ("loom", "fedsrd", "fedit")
 
@@ -96,7 +94,7 @@ def run(
 
 def _job(name: str, budget: str, seed: int) -> Job:
     method = build(name, {"budget": budget} if budget and "budget" in options(name) else {})
-    return Job(method, seed, partial(coded, method.values))
+    return Job(method, seed, quantize(method.values))
 
 
 def _trained(work: Workload, change: LoraState) -> Trained:

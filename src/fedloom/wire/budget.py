@@ -8,9 +8,8 @@ positions; the form that leaves the least error wins, and is then encoded and co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import derived_seed
-from fedloom.tensors import Entry, Sparse, Values, to_dense
+from fedloom.sparsify import Quantize
+from fedloom.tensors import Entry, Sparse, to_dense
 from fedloom.wire.codec import encode
 from fedloom.wire.message import Header, Message
 from fedloom.wire.quantize import quantize
@@ -71,7 +71,7 @@ class Changes:
         for name, tensor in self.tensors.items():
             scores = self.scores[name].flatten()
             positions = ((scores >= threshold) & (scores > 0)).nonzero().squeeze(1)
-            values = quantize(tensor.flatten()[positions], kind, derived_seed(seed, "budget", name))
+            values = quantize(kind)(tensor.flatten()[positions], derived_seed(seed, "budget", name))
             entries[name] = Sparse(tuple(tensor.shape), positions, values)
         return entries
 
@@ -129,7 +129,7 @@ class ByteBudget:
 
     def allotments(
         self, changes: Mapping[str, tuple[Tensor, Tensor]], seed: int
-    ) -> Iterator[tuple[Mapping[str, int], Callable[[Tensor, int], Values]]]:
+    ) -> Iterator[tuple[Mapping[str, int], Quantize]]:
         """Ever smaller (elements of each tensor, form of the values), each the best for its bytes.
 
         changes: name → (change, importance). The first one aims a little below the budget: values that are rescaled and
@@ -139,15 +139,11 @@ class ByteBudget:
         scores = {name: score for name, (_, score) in changes.items()}
         for attempt in range(1, 7):
             fitted = fit(tensors, int(self.size * 0.98**attempt), self.header, scores=scores, seed=seed)
-            yield {name: entry.positions.numel() for name, entry in fitted.entries.items()}, partial(_as, fitted.kind)
+            yield {name: entry.positions.numel() for name, entry in fitted.entries.items()}, quantize(fitted.kind)
 
     def fits(self, entries: Mapping[str, Entry]) -> bool:
         """Whether these entries stay within the budget."""
         return len(encode(Message(self.header, entries))) <= self.size
-
-
-def _as(kind: str, values: Tensor, seed: int) -> Values:
-    return quantize(values, kind, seed)
 
 
 def _settled(

@@ -14,7 +14,6 @@ one that was started anew is sent the full state, and its residual is lost. `fed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import final
 
 import numpy as np
@@ -32,9 +31,8 @@ from fedloom.lora import LoraState, from_tensors
 from fedloom.method import Method, State
 from fedloom.methods import build
 from fedloom.rounds import Job, Train, accept, client_turn, server_turn, start
-from fedloom.setup import coded
 from fedloom.site.protocol import Parcel
-from fedloom.wire import read_header
+from fedloom.wire import quantize, read_header
 
 Scalar = bool | int | float | str
 STATE = "fedloom.state"
@@ -51,7 +49,7 @@ def agree(
 ) -> Job:
     """What server and clients must agree on; the arguments are [method], federation.seed, wire.values and weighting."""
     built = build(method, settings or {})
-    return Job(built, seed, partial(coded, built.values if values == "auto" else values), weighting)
+    return Job(built, seed, quantize(built.values if values == "auto" else values), weighting)
 
 
 @final
