@@ -23,7 +23,8 @@ from fedloom.config import Config
 from fedloom.configfile import merge, override, parse
 from fedloom.errors import RoundError
 from fedloom.ledger import read
-from fedloom.methods import METHODS, is_foreign
+from fedloom.methods import METHODS
+from fedloom.methods.foreign import is_foreign
 from fedloom.report.numbers import Report, summarise
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from fedloom.errors import ConfigError, NumericError
 from fedloom.lora import LoraPair, LoraState, stack, stack_pairs
 from fedloom.lowrank import frobenius_norm, truncate
 from fedloom.method import FROZEN, Context, Method, State, Update
-from fedloom.methods import METHODS, build, entry_of, is_foreign, offline_methods
+from fedloom.methods import METHODS, build, entry_of, offline_methods
 from fedloom.methods.components import received
+from fedloom.methods.foreign import is_foreign
 from fedloom.tensors import dense
 
 

@@ -25,7 +25,7 @@ from fedloom.config import Bytes, Section, parse_bytes
 from fedloom.errors import PolicyRefusal
 from fedloom.lora import PARTS, LoraState, from_tensors
 from fedloom.method import State
-from fedloom.methods import is_foreign
+from fedloom.methods.foreign import is_foreign
 from fedloom.rounds import Train, Trained
 from fedloom.site.privacy import Privacy, epsilon, norm, released
 from fedloom.wire import Limits, decode
