@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 
 LAYERS = """
     errors events testbed
-    masks tensors lora sparsify lowrank
+    masks tensors lora sparsify budget lowrank
     wire method methods cohort consolidation rounds catchup checkpoint
     config configfile ledger serverlog report
     tensor_file adapters adapter_folder data templates partition tokens base_model peft_bridge training evaluate
@@ -34,7 +34,7 @@ DOORS = {
 }
 """Library → the only files that may import it."""
 
-PURE = ("masks", "tensors", "lora", "sparsify", "lowrank", "method", "methods")
+PURE = ("masks", "tensors", "lora", "sparsify", "budget", "lowrank", "method", "methods")
 IMPURE = {
     "io",
     "json",

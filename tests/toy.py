@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 
 from fedloom.adapters import AdapterSettings
+from fedloom.budget import Budget
+from fedloom.config import parse_budget
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
 from fedloom.method import Method, State
 from fedloom.rounds import Job, Train, Trained, accept, addressed, client_turn, server_turn, start
@@ -22,10 +24,11 @@ def job(
     seed: int = 3,
     weighting: str = "examples",
     values: str = "fp32",
-    budget: int | None = None,
+    budget: str | int | None = None,
     module_weighting: str = "holders",
 ) -> Job:
-    return Job(method, seed, quantize(values), weighting, budget, module_weighting)
+    kept = None if budget is None else Budget(*parse_budget(str(budget)))
+    return Job(method, seed, quantize(values), weighting, kept, module_weighting)
 
 
 def ranks(rank: int | dict[str, int]) -> dict[str, int]:

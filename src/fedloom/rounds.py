@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from fedloom.budget import Budget
 from fedloom.cohort import Cohort, combine, restricted, shares
 from fedloom.consolidation import Consolidation, consolidated
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, StaleError, WireError
@@ -20,7 +21,6 @@ from fedloom.method import FROZEN, Context, Entries, Method, State
 from fedloom.sparsify import Quantize
 from fedloom.tensors import all_finite, dense, floats, to_dense
 from fedloom.wire import Header, Limits, Message, decode, encode
-from fedloom.wire.budget import ByteBudget
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,7 +44,7 @@ class Train(Protocol):
 class Job:
     """What server and clients agree on before the first round.
 
-    quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
+    quantize codes the values of both directions; budget is what a client's payload may take, at most; weighting and
     module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state;
     num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
     turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
@@ -54,7 +54,7 @@ class Job:
     seed: int
     quantize: Quantize
     weighting: str = "examples"
-    budget: int | None = None
+    budget: Budget | None = None
     module_weighting: str = "holders"
     consolidation: Consolidation = Consolidation()
     num_rounds: int = 0
@@ -63,7 +63,8 @@ class Job:
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
-        return Context(round, seed, self.quantize, num_rounds=self.num_rounds, downloads=self.downloads)
+        budget = self.method.budget(self.budget)
+        return Context(round, seed, self.quantize, budget, num_rounds=self.num_rounds, downloads=self.downloads)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -132,8 +133,6 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     header = Header("update", job.method.name, round, state.version, state.digest, num_examples=trained.num_examples)
     draft = Draft(header)
     context = replace(job.context(round, client), size=draft.size)
-    if job.budget is not None:
-        context = replace(context, budget=ByteBudget(job.budget, header))
     memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 

@@ -15,8 +15,9 @@ from fedloom import peft_bridge
 from fedloom.adapter_folder import load_adapter
 from fedloom.adapters import AdapterSettings
 from fedloom.base_model import load_base, weights_digest
+from fedloom.budget import Budget
 from fedloom.clients import Site, apart, shared_settings, site, top_ranks
-from fedloom.config import Config, DataSettings, FlowerSettings, OutputSettings
+from fedloom.config import Config, DataSettings, FlowerSettings, OutputSettings, parse_budget
 from fedloom.configfile import dump
 from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
@@ -128,9 +129,10 @@ def assemble(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
-    if config.wire.budget and not method.takes_budget:
+    budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
+    if budget and not method.takes_budget:
         raise ConfigError(
-            f"wire.budget does not work with method {method.name!r}, which keeps to no budget of that kind; unset it"
+            f"wire.budget does not work with method {method.name!r}, which always sends all that it trains; unset it"
         )
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
@@ -154,9 +156,9 @@ def assemble(
         job=Job(
             method,
             seed,
-            quantize(method.values if config.wire.values == "auto" else config.wire.values),
+            quantize(method.form(budget) if config.wire.values == "auto" else config.wire.values),
             federation.weighting,
-            config.wire.budget_bytes,
+            budget,
             federation.module_weighting,
             Consolidation(federation.consolidate_every, federation.consolidate_energy),
             federation.num_rounds,

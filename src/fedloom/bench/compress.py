@@ -19,10 +19,12 @@ from rich.table import Table
 from fedloom.bench import machine
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.wan import Workload, workload
+from fedloom.budget import Budget
+from fedloom.config import parse_budget
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
-from fedloom.methods import build, options
+from fedloom.methods import build
 from fedloom.rounds import ClientTurn, Job, Trained, client_turn, start
 from fedloom.wire import decode, encode, quantize
 
@@ -93,8 +95,9 @@ def run(
 
 
 def _job(name: str, budget: str, seed: int) -> Job:
-    method = build(name, {"budget": budget} if budget and "budget" in options(name) else {})
-    return Job(method, seed, quantize(method.values))
+    method = build(name)
+    kept = Budget(*parse_budget(budget)) if budget and method.takes_budget else None
+    return Job(method, seed, quantize(method.form(kept)), budget=kept)
 
 
 def _trained(work: Workload, change: LoraState) -> Trained:

@@ -38,6 +38,11 @@ Row = TypeVar("Row")
 Built = TypeVar("Built")
 SERVER_KEYS = inspect.signature(ServerOptimiser).parameters
 """Settings that any averaging method takes beside its own."""
+MOVED = {
+    "budget": 'use wire.budget, for any method that chooses how much it sends. A share ("1%") means what it meant; '
+    "bytes are those of one payload now, the mean of both ways: half of what method.budget was"
+}
+"""Keys that were settings of a method once, and what to use in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ METHODS: Mapping[str, Entry] = {
     "fed-sb": Entry(fed_sb, {"lossless": {"keep": "all"}}),
     "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
-    "loom": Entry(loom, {"lossless": {"budget": "300%"}}),
+    "loom": Entry(loom),
 }
 
 
@@ -103,6 +108,8 @@ def build(method: str | Method, settings: Settings | None = None) -> Method:
     own = {**chosen, **given}
     server = {key: own.pop(key) for key in SERVER_KEYS if key in own and key not in options(method)}
     for key in own:
+        if key in MOVED and key not in options(method):
+            raise ConfigError(f"method.{key} is not a setting: {MOVED[key]}")
         _known(f"method.{method} key", key, {**options(method), **SERVER_KEYS})
     built: object = _checked(method, lambda: validate_call(entry.builder)(**own))
     if not isinstance(built, Method):

@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedloom.budget import Filled, Made, Room, fill_budget, value_bits
+from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, derived_seed, from_tensors
 from fedloom.lowrank import ProductSum, streaming_cap
 from fedloom.method import Aggregate, Context, Entries, State, Update
@@ -112,6 +114,30 @@ def product_sums(
             if beside is not None:
                 sums[module].add(beside(module, pair.rank), update.weight)
     return sums
+
+
+def within_budget(
+    state: State,
+    tensors: int,
+    entries_at: Callable[[float], Mapping[str, Made]],
+    context: Context,
+    *,
+    positions: bool = True,
+) -> Filled[Made]:
+    """The entries that fill `context.budget`, for a method whose density is one number (see `budget.fill_budget`).
+
+    entries_at: density → the entries of so many `tensors`. Raises ConfigError where not even those of density 0 fit.
+    """
+    elements = state.adapter.numel()
+    budget = int(context.budget.bytes(elements)) if context.budget else 0
+    room = Room(budget, elements, tensors, value_bits(context.quantize), positions=positions)
+    done = fill_budget(room, entries_at, context.size, state.memory)
+    if done.size > budget:
+        raise ConfigError(
+            f"wire.budget is {context.budget}, {budget} bytes for a payload, but one of {tensors} tensors takes at "
+            f"least {done.size}: raise it"
+        )
+    return done
 
 
 def padded(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:

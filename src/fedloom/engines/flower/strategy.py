@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.adapters import PREFIX
+from fedloom.budget import Budget
 from fedloom.catchup import Archive
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError
@@ -46,10 +47,11 @@ def agree(
     seed: int = 0,
     values: str = "auto",
     weighting: str = "examples",
+    budget: Budget | None = None,
 ) -> Job:
-    """What server and clients must agree on; the arguments are [method], federation.seed, wire.values and weighting."""
+    """What server and clients must agree on: [method], federation.seed, wire.values, weighting and wire.budget."""
     built = build(method, settings or {})
-    return Job(built, seed, quantize(built.values if values == "auto" else values), weighting)
+    return Job(built, seed, quantize(built.form(budget) if values == "auto" else values), weighting, budget)
 
 
 @final
