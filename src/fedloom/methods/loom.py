@@ -249,8 +249,9 @@ def filled(
     another look at all elements.
     """
     lists = Lists(moved, state.adapter, context)
-    tensors = 2 * len(state.adapter)
+    tensors = 2 * len(state.adapter)  # A and B of every module
     room = Room(budget, state.adapter.numel(), tensors, value_bits(context.quantize), most)
+    # Listed first for the guess: asked for density 0 first, the lists would hold nothing and be made twice.
     lists.hold(room.first_guess(state.memory))
     done = fill_budget(room, lists.entries, context.size, state.memory)
     return done.memory, done.entries
