@@ -73,8 +73,8 @@ class Room:
         """The density at which an element takes so many bits, `most` at most."""
         if bits >= self.bits(self.most):
             return self.most
-        # Entropy falls again beyond a half. There a payload may take fewer bits than it does at a half, but a budget
-        # below `bits(most)` that reaches so far is within a hair of `most`.
+        # Nothing is tried between a half and `most`: entropy falls there, so bits do not grow with the density, and
+        # whoever has that many bytes does better with wider values.
         low, high = 0.0, min(self.most, 0.5) if self.positions else self.most
         for _ in range(40):
             middle = (low + high) / 2

@@ -150,7 +150,7 @@ def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
         for bin_, of_cell in zip(coded.bins, coded.symbols, strict=True):
             if bin_ >= 0:
                 symbols.setdefault(bin_, []).append(of_cell)
-    # Bins begin apart, each with its own stream. The two neighbours whose union costs least are joined, again and again,
+    # Bins begin apart, each with its own stream. Again and again the two neighbours whose union costs least are joined,
     # while that costs less than the stream it saves. Only neighbours: bins are sorted by density, and cells of like
     # density have like gaps. What a stream takes is estimated by the entropy of its symbols.
     groups = [([bin_], np.bincount(np.concatenate(symbols[bin_]), minlength=256)) for bin_ in sorted(symbols)]
