@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / "fedloom"
 
 LAYERS = """
     errors text events testbed foreign
-    masks tensors lora sparsify lowrank
+    masks tensors lora sparsify budget lowrank
     wire method methods caps cohort consolidation job checks rounds federation catchup checkpoint
     config configfile ledger serverlog report
     json_file model_size tensor_file patterns adapters adapter_config adapter_folder
@@ -36,7 +36,7 @@ DOORS = {
 }
 """Library → the only files that may import it."""
 
-PURE = ("masks", "tensors", "lora", "sparsify", "lowrank", "method", "methods")
+PURE = ("masks", "tensors", "lora", "sparsify", "budget", "lowrank", "method", "methods")
 IMPURE = {
     "io",
     "json",

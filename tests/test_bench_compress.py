@@ -1,15 +1,16 @@
 """`fedloom bench compress` times a client's turn without its training, whatever the method."""
 
 import json
-from functools import partial
 
 import pytest
 
 from fedloom.bench import compress
-from fedloom.bench.wan import coded, workload
+from fedloom.bench.wan import workload
+from fedloom.budget import Budget
 from fedloom.errors import ConfigError
 from fedloom.methods import build
 from fedloom.rounds import Job, client_turn, start
+from fedloom.wire import quantize
 
 SHAPES = {"layers.0.q_proj": (24, 40), "layers.0.k_proj": (16, 40)}
 
@@ -28,7 +29,7 @@ def test_rows_hold_bytes_and_seconds_of_every_method():
 
 
 def test_what_is_timed_is_the_turn_of_the_engines():
-    job = Job(build("loom", {"budget": "5%"}), 0, partial(coded, "sign"))
+    job = Job(build("loom"), 0, quantize("sign"), budget=Budget(0.05))
     work = workload(SHAPES, 4, 0)
     trained = compress.Trained(work.change, 1, 0.0)
     turn, spent = compress.sending(job, "site", start(job, work.before), trained, 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.config import Config, parse_bytes
+from fedloom.config import Config, parse_budget, parse_bytes
 from fedloom.configfile import dump, keys, load, override, parse, template
 from fedloom.errors import ConfigError
 
@@ -36,7 +36,8 @@ def test_examples_of_unset_keys_are_valid():
     lines = [line.removeprefix("# ") for line in template().splitlines()]
     tree = tomllib.loads("\n".join(line for line in lines if re.match(r"\[[\w.]+\]$|\w+ = ", line)))
     config = parse(tree, "template")
-    assert (config.wire.budget_bytes, config.output.max_rank, config.clients["NAME"].r) == (8 * 2**20, 64, 8)
+    assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
+    assert (config.output.max_rank, config.clients["NAME"].r) == (64, 8)
 
 
 trees = st.fixed_dictionaries(
@@ -55,7 +56,7 @@ trees = st.fixed_dictionaries(
         ),
         "training": st.fixed_dictionaries({"learning_rate": st.floats(1e-300, 1.0), "bf16": st.booleans()}),
         "method": st.fixed_dictionaries({"name": st.text(max_size=9), "ridge": st.floats(0, 1), "on": st.booleans()}),
-        "wire": st.fixed_dictionaries({"budget": st.sampled_from(["8MiB", "1200", "1.5 GB"])}),
+        "wire": st.fixed_dictionaries({"budget": st.sampled_from(["8MiB", "1200", "1.5 GB", "1%", "0.25 %"])}),
         "clients": st.dictionaries(st.text(max_size=9), st.fixed_dictionaries({"r": st.integers(1, 9)}), max_size=3),
     },
 )
@@ -140,7 +141,7 @@ def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
         ("[federation]\nfraction_train = 0.0", "expected more than 0"),
         ("[federation]\nfraction_train = 1.5", "expected at most 1"),
         ("[wire]\nvalues = 'int3'", "wire.values is \"int3\"; expected 'auto', 'fp32', .* or 'int4-stochastic'"),
-        ("[wire]\nbudget = '8 mega'", "wire.budget is \"8 mega\"; expected one such as '8MiB'"),
+        ("[wire]\nbudget = '8 mega'", "wire.budget is \"8 mega\"; expected bytes such as '8MiB' or '1200', or a share"),
         ("[clients.a]\nr = 0", "clients.a.r is 0; expected at least 1"),
         ("clients = 3", "clients is 3, a whole number; expected a table"),
         ("lora = 3", "lora is 3, a whole number; expected a table"),

@@ -21,10 +21,10 @@ from fedloom.testbed import testbed as shipped
 LISTS = """
 [demo]
 published = ["fedit", "fedsrd:paper"]
-"10%" = ["loom:budget=10%", "fedit:lora.r=4,lora.lora_alpha=8"]
+"10%" = ["loom:wire.budget=10%", "fedit:lora.r=4,lora.lora_alpha=8"]
 "1%" = ["loom", "fedsrd"]
 """
-SCORES = {"fedit": 0.9, "fedsrd:paper": 0.6, "loom:budget=10%": 0.85, "fedit:lora.r=4,lora.lora_alpha=8": 0.95}
+SCORES = {"fedit": 0.9, "fedsrd:paper": 0.6, "loom:wire.budget=10%": 0.85, "fedit:lora.r=4,lora.lora_alpha=8": 0.95}
 SCORES |= {"loom": 0.9, "fedsrd": 0.7}
 
 
@@ -55,7 +55,7 @@ def test_entries_set_what_they_say(made):
     small = runs["fedit:lora.r=4,lora.lora_alpha=8"]
     assert (small.method.name, small.lora.r, small.lora.lora_alpha) == ("fedit", 4, 8)
     assert runs["fedit"].lora.r == 16
-    assert runs["loom:budget=10%"].method.settings == {"budget": "10%"}
+    assert runs["loom:wire.budget=10%"].wire.budget == "10%"
 
 
 def test_points_are_shares_of_the_reference_whatever_the_variants_rank(made):
@@ -65,7 +65,7 @@ def test_points_are_shares_of_the_reference_whatever_the_variants_rank(made):
     assert points["loom"].within and points["fedit:lora.r=4,lora.lora_alpha=8"].within and not points["fedsrd"].within
     assert points["fedit"].score == pytest.approx(90.5)
     assert points["fedit"].half == pytest.approx(12.706 * 0.5)
-    assert (points["fedit"].rounds, points["loom:budget=10%"].halfway) == (2, pytest.approx(65.5))
+    assert (points["fedit"].rounds, points["loom:wire.budget=10%"].halfway) == (2, pytest.approx(65.5))
     assert math.isnan(points["fedsrd:paper"].rounds)
     line = 2 * 0.08 + 8e-6 * 320 / 10
     assert points["fedit"].seconds[1] == pytest.approx(2 * (0.5 + line))

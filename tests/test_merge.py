@@ -18,10 +18,12 @@ from fedloom.bench import machine
 from fedloom.errors import ConfigError, ModelError, NumericError
 from fedloom.lora import LoraPair, LoraState
 from fedloom.merge import folders, output
-from fedloom.merge.combine import OFFLINE, Recipe, balanced
+from fedloom.merge.combine import Recipe, balanced
+from fedloom.methods import offline_methods
 from fedloom.tensor_file import DTYPES, TensorFile
 from reference import best_rank
 
+OFFLINE = offline_methods()
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SHAPES = {"layers.0.k_proj": (24, 80), "layers.0.up_proj": (96, 80), "layers.1.k_proj": (24, 80)}
 UNEQUAL = ("florist", "flora", "flexlora", "fedit", "hetlora")

@@ -11,24 +11,25 @@ from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot, load, save
 from fedloom.errors import ConfigError, StaleError
 from fedloom.lora import LoraPair, LoraState, derived_seed, digest
-from fedloom.method import State
-from fedloom.methods import METHODS, build
+from fedloom.method import Method, State
+from fedloom.methods import METHODS, build, options
 from fedloom.rounds import Trained, accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from toy import Federation, client_seed, delta, job, step, trainer
 
-LOSSLESS = {
-    "fed-dare": {"sparsity": 0.0},
-    "fedsrd": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
-    "fedsrd-e": {"base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0, "preset": "paper"},
-    "florist": {"tau": 1.0},
-    "fed-sb": {"keep": "all"},
-    "loom": {"budget": "300%", "max_density": 1.0},
-}
-ONE_FACTOR = {"fedsrd", "fedsrd-e"}  # their broadcast can express a change of one factor only, B first
-SERVER_STEP = {"flasc"}
+
+def lossless(name: str) -> dict[str, str]:
+    """The settings under which a method leaves nothing out."""
+    return {"preset": "lossless"} if "lossless" in METHODS[name].presets else {}
+
+
+def room(method: Method) -> str | None:
+    """A budget that everything fits in, for a method that would keep to one of its own."""
+    return "300%" if method.default_budget else None
+
+
 names = pytest.mark.parametrize("name", sorted(METHODS))
-exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, LOSSLESS.get(n)).facts.exact))
+exact = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, lossless(n)).facts.exact))
 unequal = pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).facts.unequal_ranks))
 
 
@@ -68,15 +69,15 @@ def test_every_payload_is_read_back_as_it_was_written(name: str, values: str):
 
 @names
 def test_identical_clients_give_that_client(name: str):
-    if name in SERVER_STEP:
+    method = build(name, lossless(name))
+    if method.facts.broadcasts == "step":
         pytest.skip(f"{name} takes an optimiser's step on the server: not the clients' mean")
-    method = build(name, LOSSLESS.get(name))
 
     def train(state: State, round: int, seed: int) -> Trained:
-        parts = (("B",) if round % 2 else ("A",)) if name in ONE_FACTOR else method.trainable(round)
+        parts = (("B",) if round % 2 else ("A",)) if method.facts.one_factor else method.trainable(round)
         return step(state, round, derived_seed(7, round), parts=parts, core=method.core(state))
 
-    federation = Federation(job(method), train=train)
+    federation = Federation(job(method, budget=room(method)), train=train)
     for round in range(1, 4):
         before = federation.server
         federation.play()
@@ -86,8 +87,8 @@ def test_identical_clients_give_that_client(name: str):
 
 @names
 def test_order_of_clients_and_scale_of_weights_do_not_matter(name: str):
-    method = build(name, LOSSLESS.get(name))
-    plain, other = Federation(job(method)), Federation(job(method))
+    method = build(name, lossless(name))
+    plain, other = (Federation(job(method, budget=room(method))) for _ in range(2))
     renamed = {"ada": "zoe", "bob": "bob", "cyd": "ann"}
 
     def play(federation: Federation, names: dict[str, str], factor: int) -> None:
@@ -210,7 +211,8 @@ def test_clients_of_unequal_rank_survive_a_checkpoint_at_any_round(name: str, tm
 
 @exact
 def test_exact_methods_return_the_weighted_sum_of_products(name: str):
-    federation = Federation(job(build(name, LOSSLESS.get(name))))
+    method = build(name, lossless(name))
+    federation = Federation(job(method, budget=room(method)))
     for round in range(1, 4):
         before = federation.server
         seeds = [client_seed(federation.job, client, round) for client in federation.clients]
@@ -226,7 +228,7 @@ def test_exact_methods_return_the_weighted_sum_of_products(name: str):
 
 @exact
 def test_exact_methods_do_not_see_the_gauge(name: str):
-    method = build(name, LOSSLESS.get(name))
+    method = build(name, lossless(name))
     if method.trainable(1) != ("A", "B"):
         pytest.skip(f"{name} shares one factor: the other one's gauge is fixed")
     results = []
@@ -266,9 +268,10 @@ def test_a_round_of_zero_changes_changes_nothing(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).takes_budget))
-@pytest.mark.parametrize("budget", [350, 420, 600, 5000])
+@pytest.mark.parametrize("budget", [420, 600, 5000])
 def test_a_budget_in_bytes_is_kept_and_used(name: str, budget: int):
-    federation = Federation(job(build(name, {"client_residual": 0.9}), budget=budget))
+    settings = {"client_residual": 0.9} if "client_residual" in options(name) else {}
+    federation = Federation(job(build(name, settings), values="fp32", budget=budget))
     for _ in range(3):
         federation.play()
         assert all(len(payload) <= budget for payload in federation.uploads.values())
@@ -276,7 +279,8 @@ def test_a_budget_in_bytes_is_kept_and_used(name: str, budget: int):
     for state in federation.clients.values():
         assert_same_model(state, federation.server)
     if budget < 5000:  # that much is more than everything takes
-        assert max(map(len, federation.uploads.values())) > 0.7 * budget
+        least = 0.58 if name == "loom" else 0.7  # loom keeps to it on the mean of both ways, of which 42 % go up
+        assert max(map(len, federation.uploads.values())) > least * budget
 
 
 def test_a_budget_too_small_for_anything_is_refused():

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.budget import COST, Budget, Room, value_bits
+from fedloom.config import parse_budget
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, initial_state
 from fedloom.method import Context, State, Update
 from fedloom.methods import build
-from fedloom.methods.loom import COST, Dial, affordable, element_bits, value_bits
+from fedloom.methods.loom import Dial
 from fedloom.rounds import Draft, Job, client_turn, server_turn, start
 from fedloom.setup import download_share
 from fedloom.sparsify import importance, kept_count
@@ -27,12 +29,16 @@ RANKS = dict.fromkeys(SHAPES, 8)
 HEADER = Header("update", "loom", 1, 0, "", num_examples=1)
 
 
-def job(settings: dict[str, object], values: str = "sign") -> Job:
-    return Job(build("loom", settings), 5, lambda tensor, seed: quantize(tensor, values, seed))
+def job(settings: dict[str, object], budget: str = "1%", values: str = "sign") -> Job:
+    return Job(build("loom", settings), 5, quantize(values), budget=kept(budget))
 
 
-def context(values: str = "fp32") -> Context:
-    return Context(1, 5, lambda tensor, seed: quantize(tensor, values, seed), size=Draft(HEADER).size)
+def kept(budget: str) -> Budget:
+    return Budget(*parse_budget(budget))
+
+
+def context(values: str = "fp32", budget: str = "1%") -> Context:
+    return Context(1, 5, quantize(values), kept(budget), size=Draft(HEADER).size)
 
 
 def moved(state: LoraState, seed: int) -> LoraState:
@@ -45,13 +51,13 @@ def moved(state: LoraState, seed: int) -> LoraState:
     return state.map(lambda pair: LoraPair(pair.A + noise(pair.A), pair.B + noise(pair.B)))
 
 
-@pytest.mark.parametrize("budget", ["2%", "3%", "4%", 900])
+@pytest.mark.parametrize("budget", ["2%", "3%", "4%", "450"])
 def test_both_ways_stay_within_the_budget_and_use_it(budget):
-    run = job({"budget": budget, "max_density": 0.5})
+    run = job({"max_density": 0.5}, budget)
     adapter = initial_state(SHAPES, RANKS, 0)
     server = start(run, adapter)
     clients = {name: start(run, adapter, RANKS) for name in ("ada", "bob", "cyd")}
-    both = budget if isinstance(budget, int) else float(budget[:-1]) / 100 * 8 * adapter.numel()
+    both = float(budget[:-1]) / 100 * 8 * adapter.numel() if budget.endswith("%") else 2 * int(budget)
     broadcasts: list[bytes] = []
     for round in (1, 2, 3):
         payloads = {}
@@ -68,7 +74,7 @@ def test_both_ways_stay_within_the_budget_and_use_it(budget):
 def test_what_is_sent_is_what_a_slow_twin_picks():
     state = State(initial_state(SHAPES, RANKS, 1).map(lambda pair: LoraPair(pair.A, torch.ones_like(pair.B))))
     after = moved(state.adapter, 3)
-    _, entries = build("loom", {"budget": "40%", "step": 2.5}).compress(state, after, context())
+    _, entries = build("loom", {"step": 2.5}).compress(state, after, context(budget="40%"))
     density = max(entry.positions.numel() / torch.Size(entry.shape).numel() for entry in entries.values())
     for name, entry in entries.items():
         module, part = name.split("/")
@@ -99,20 +105,20 @@ def slow_entry(before, after, other, part, density, step, given, weighed):
 
 @pytest.mark.parametrize("taper", [0.0, 0.4, 1.0])
 def test_the_bytes_of_the_rounds_fall_in_a_line_and_their_mean_is_the_budget(taper):
-    dial = Dial(0.0, 10_000, 0.5, 1.0, taper)
+    dial, given = Dial(0.5, 1.0, taper), context(budget="5000")
     adapter = initial_state(SHAPES, RANKS, 0)
-    sizes = [dial.bytes(adapter, "up", replace(context(), round=round, num_rounds=10)) for round in range(1, 11)]
+    sizes = [dial.bytes(adapter, "up", replace(given, round=round, num_rounds=10)) for round in range(1, 11)]
     assert sum(sizes) == pytest.approx(10 * 5000, abs=10)
     assert sizes == [pytest.approx(5000 * (1 + taper * (1 - (round - 0.5) / 5)), abs=1) for round in range(1, 11)]
-    unknown = [dial.bytes(adapter, "up", replace(context(), round=round)) for round in (1, 9)]
+    unknown = [dial.bytes(adapter, "up", replace(given, round=round)) for round in (1, 9)]
     assert unknown == [5000, 5000]
 
 
 def test_a_broadcast_is_the_smaller_the_more_of_them_a_client_misses():
-    dial, adapter = Dial(0.0, 10_000, 0.4, 1.0, 0.0), initial_state(SHAPES, RANKS, 0)
-    assert dial.bytes(adapter, "down", context()) == 6000
-    assert dial.bytes(adapter, "down", replace(context(), downloads=7.5)) == 800
-    assert dial.bytes(adapter, "up", replace(context(), downloads=7.5)) == 4000
+    dial, adapter, given = Dial(0.4, 1.0, 0.0), initial_state(SHAPES, RANKS, 0), context(budget="5000")
+    assert dial.bytes(adapter, "down", given) == 6000
+    assert dial.bytes(adapter, "down", replace(given, downloads=7.5)) == 800
+    assert dial.bytes(adapter, "up", replace(given, downloads=7.5)) == 4000
 
 
 def test_downloads_count_missed_broadcasts_and_what_a_client_has_no_rank_for():
@@ -126,8 +132,9 @@ def test_downloads_count_missed_broadcasts_and_what_a_client_has_no_rank_for():
 
 @pytest.mark.parametrize("bits", [0.0, 1e-4, 0.05, 0.4, 1.2, 50.0])
 def test_the_affordable_density_is_the_largest_that_the_bits_pay_for(bits):
-    found = affordable(bits, 1.0, 0.4)
-    grid = [density / 10_000 for density in range(4001) if element_bits(density / 10_000, 1.0) <= bits]
+    room = Room(0, 1, 1, 1.0, most=0.4)
+    found = room.density(bits)
+    grid = [density / 10_000 for density in range(4001) if room.bits(density / 10_000) <= bits]
     assert found == pytest.approx(max(grid), abs=1.01e-4)
 
 
@@ -142,19 +149,19 @@ def slow_compress(budget, most, step, state, after, given, weighed):
             entries[f"{module}/B"] = slow_entry(before.B, now.B, before.A, "B", density, step, given, weighed)
         return entries
 
-    total, each = state.adapter.numel(), value_bits(given)
+    total, room = state.adapter.numel(), Room(budget, 1, 1, value_bits(given.quantize), most)
     cost = state.memory[COST].item() if COST in state.memory else 1.0
     best, taken = at(0.0), 0
     least = given.size(best)
     for _ in range(5):
-        density = affordable(8 * max(0.99 * budget - least, 0) / total / cost, each, most)
+        density = room.density(8 * max(0.99 * budget - least, 0) / total / cost)
         entries = at(density)
         size = given.size(entries)
         if taken < size <= budget:
             best, taken = entries, size
         if taken > 0.95 * budget or (taken == size and density == most):
             break
-        cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
+        cost = max(8 * (size - least) / total / max(room.bits(density), 1e-9), 0.1)
     return cost, best
 
 
@@ -176,12 +183,12 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
     after = state.adapter.map(
         lambda pair: LoraPair(*(t + torch.randint(-2, 3, t.shape, generator=generator) / 64 for t in (pair.A, pair.B)))
     )
-    given_ = context(values)
-    chosen = {"budget": budget or 1, "upload_share": 1.0, "max_density": 0.4, "importance": weighed}
+    given_ = context(values, str(max(budget // 2, 1)))
+    chosen = {"upload_share": 1.0, "max_density": 0.4, "importance": weighed}
     method = build("loom", chosen)
     for _ in range(2):  # the second time with all that is remembered
         memory, entries = method.compress(state, after, given_)
-        expected_cost, expected = slow_compress(budget or 1, 0.4, 3.0, state, after, given_, weighed)
+        expected_cost, expected = slow_compress(budget or 2, 0.4, 3.0, state, after, given_, weighed)
         assert memory[COST].item() == pytest.approx(expected_cost, rel=1e-6)
         assert entries.keys() == expected.keys()
         for name, entry in entries.items():
@@ -193,7 +200,7 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
 def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
     encoded = []
     monkeypatch.setattr("fedloom.rounds.encode", lambda message: encoded.append(message) or encode(message))
-    run, adapter = job({"budget": "3%", "max_density": 0.5}), initial_state(SHAPES, RANKS, 0)
+    run, adapter = job({"max_density": 0.5}, "3%"), initial_state(SHAPES, RANKS, 0)
     turn = client_turn(run, "ada", start(run, adapter, RANKS), (), step, 1)
     encoded.clear()
     later = client_turn(run, "ada", turn.state, (), step, 2)
@@ -212,26 +219,26 @@ def test_a_draft_encodes_anew_what_is_not_the_same():
 
 
 def test_what_a_broadcast_leaves_out_joins_the_next_one():
-    method = build("loom", {"budget": "40%", "upload_share": 0.7, "server_residual": 0.5})
+    method, given = build("loom", {"upload_share": 0.7, "server_residual": 0.5}), context(budget="40%")
     server = State(moved(initial_state(SHAPES, RANKS, 2), 1))
-    sent, other = (method.compress(server, moved(server.adapter, seed), context())[1] for seed in (2, 3))
-    first = method.aggregate(server, [Update("ada", 0.25, sent), Update("bob", 0.75, other)], context())
+    sent, other = (method.compress(server, moved(server.adapter, seed), given)[1] for seed in (2, 3))
+    first = method.aggregate(server, [Update("ada", 0.25, sent), Update("bob", 0.75, other)], given)
     for name, entry in first.entries.items():
         left = 0.25 * to_dense(sent[name]) + 0.75 * to_dense(other[name]) - to_dense(entry)
         assert left.count_nonzero() > 0
         torch.testing.assert_close(first.memory[name], left)
     silent = {name: replace(entry, values=torch.zeros_like(floats(entry.values))) for name, entry in sent.items()}
-    second = method.aggregate(replace(server, memory=first.memory), [Update("ada", 1.0, silent)], context())
+    second = method.aggregate(replace(server, memory=first.memory), [Update("ada", 1.0, silent)], given)
     for name, entry in second.entries.items():
         expected = 0.5 * first.memory[name].flatten()[entry.positions]
         torch.testing.assert_close(floats(entry.values), expected)
 
 
 def test_the_broadcast_too_judges_by_magnitude_where_it_is_asked_to():
-    method = build("loom", {"budget": "40%", "importance": False})
+    method = build("loom", {"importance": False})
     server = State(moved(initial_state(SHAPES, RANKS, 2), 1))
-    sent = build("loom", {"budget": "900%"}).compress(server, moved(server.adapter, 2), context())[1]
-    for name, entry in method.aggregate(server, [Update("ada", 1.0, sent)], context()).entries.items():
+    sent = build("loom").compress(server, moved(server.adapter, 2), context(budget="900%"))[1]
+    for name, entry in method.aggregate(server, [Update("ada", 1.0, sent)], context(budget="40%")).entries.items():
         left = to_dense(sent[name]).abs().flatten()
         least = left[entry.positions].min()
         left[entry.positions] = 0.0
@@ -241,35 +248,32 @@ def test_the_broadcast_too_judges_by_magnitude_where_it_is_asked_to():
 def test_a_budget_is_a_ceiling():
     state = State(initial_state(SHAPES, RANKS, 1))
     for density in (0.1, 1.0):
-        method = build("loom", {"budget": "900%", "max_density": density})
-        entries = method.compress(state, moved(state.adapter, 3), context())[1]
+        method = build("loom", {"max_density": density})
+        entries = method.compress(state, moved(state.adapter, 3), context(budget="900%"))[1]
         for entry in entries.values():
             # B is zero before the first round, but what A multiplies is B after it: only what is unchanged scores zero.
             assert 0.99 * density < entry.positions.numel() / torch.Size(entry.shape).numel() < 1.01 * density
 
 
-@pytest.mark.parametrize(("budget", "advised"), [("1%", False), ("0.3%", True), (150, True), (40_000, False)])
+@pytest.mark.parametrize(("budget", "advised"), [("1%", False), ("0.3%", True), ("75", True), ("20000", False)])
 def test_few_bits_for_many_elements_are_pointed_out(budget, advised):
     """1 % both ways is 0.64 bits an element, of which 0.27 go up and 0.37 down, or 0.09 where it is four broadcasts."""
-    method, adapter = build("loom", {"budget": budget, "taper": 1.0}), initial_state(SHAPES, RANKS, 0)
-    text = method.advise(adapter, context())
+    method, adapter, given = build("loom", {"taper": 1.0}), initial_state(SHAPES, RANKS, 0), context(budget=budget)
+    text = method.advise(adapter, given)
     assert bool(text) == advised and ("lora.r" in text) == advised
-    assert ("bits" in method.advise(adapter, replace(context(), downloads=4.0))) == (budget != 40_000)
+    assert ("bits" in method.advise(adapter, replace(given, downloads=4.0))) == (budget != "20000")
 
 
 def test_no_room_still_sends_one_element_of_every_tensor():
     state = State(initial_state(SHAPES, RANKS, 1))
-    entries = build("loom", {"budget": 1}).compress(state, moved(state.adapter, 3), context())[1]
+    entries = build("loom").compress(state, moved(state.adapter, 3), context(budget="1"))[1]
     assert [entry.positions.numel() for entry in entries.values()] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": "much"}, "method.budget is 'much': expected a share"),
-        ({"budget": "-1%"}, "method.budget"),
-        ({"budget": "nan%"}, "method.budget"),
-        ({"budget": 0}, "method.budget"),
+        ({"budget": "1%"}, "method.budget is not a setting: use wire.budget"),
         ({"upload_share": 0.0}, "method.upload_share is 0.0"),
         ({"max_density": 1.5}, "method.max_density is 1.5"),
         ({"step": 0.0}, "step is 0.0"),
@@ -283,7 +287,13 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("budget", "form"), [("0.3%", "sign"), ("4%", "sign"), ("7%", "int4"), ("20%", "int8"), (5000, "sign")]
+    ("budget", "form"), [("0.3%", "sign"), ("4%", "sign"), ("7%", "int4"), ("20%", "int8"), ("5000", "sign")]
 )
 def test_the_bits_of_a_value_follow_from_the_budget(budget, form):
-    assert build("loom", {"budget": budget}).values == form
+    assert build("loom").form(kept(budget)) == form
+
+
+def test_without_a_budget_one_percent_is_kept_to():
+    run, adapter = Job(build("loom"), 5, quantize("sign")), initial_state(SHAPES, RANKS, 0)
+    payloads = [client_turn(one, "a", start(one, adapter), (), step, 1).payload for one in (run, job({}))]
+    assert payloads[0] == payloads[1] and build("loom").form() == "sign"

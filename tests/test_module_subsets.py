@@ -23,7 +23,7 @@ from fedloom.rounds import accept, client_turn, full_state, server_turn
 from fedloom.runs import RunFolder
 from fedloom.setup import prepare
 from fedloom.wire import decode, encode
-from test_methods_contract import LOSSLESS, assert_same_model
+from test_methods_contract import assert_same_model, lossless
 from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
 TESTBED = Path(__file__).parents[1] / "src" / "fedloom" / "testbed"
@@ -36,7 +36,7 @@ CLIENTS = {
 }
 ABLE = sorted(name for name in METHODS if build(name).module_subsets)
 names = pytest.mark.parametrize("name", ABLE)
-exact = pytest.mark.parametrize("name", [n for n in ABLE if build(n, LOSSLESS.get(n)).facts.exact])
+exact = pytest.mark.parametrize("name", [n for n in ABLE if build(n, lossless(n)).facts.exact])
 weightings = pytest.mark.parametrize("module_weighting", ["holders", "all"])
 
 
@@ -76,7 +76,7 @@ def test_a_module_that_nobody_trained_stays_and_costs_nothing(name: str):
 @exact
 @weightings
 def test_exact_methods_return_the_weighted_sum_over_those_who_count(name: str, module_weighting: str):
-    federation = Federation(job(build(name, LOSSLESS.get(name)), module_weighting=module_weighting), CLIENTS)
+    federation = Federation(job(build(name, lossless(name)), module_weighting=module_weighting), CLIENTS)
     for round in range(1, 4):
         before, p = federation.server, shares(federation)
         trained = {

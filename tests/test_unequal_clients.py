@@ -9,7 +9,8 @@ import pytest
 from fedloom.adapters import AdapterSettings
 from fedloom.lora import digest, narrow
 from fedloom.methods import METHODS, build
-from test_methods_contract import LOSSLESS
+from fedloom.rounds import Job
+from test_methods_contract import lossless, room
 from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
 TEN = dict(zip("abcdefghij", [64, 32, 16, 16, 8, 8, 4, 4, 4, 4], strict=True))
@@ -24,12 +25,17 @@ SOME_RANK = {
     "bob": AdapterSettings(r=2, lora_alpha=2, use_rslora=True, alpha_pattern={"k_proj": 5.0}),
     "cyd": AdapterSettings(r=3, lora_alpha=1, rank_pattern={r"layers\.0\.q_proj": 1}),
 }
-BUILDS = [(name, LOSSLESS.get(name, {})) for name in METHODS]
+BUILDS = [(name, lossless(name)) for name in METHODS]
 BUILDS += [("florist", {"tau": 1.0, "client_init": init}) for init in ("merge_reinit", "continue")]
 UNEQUAL = [(name, settings) for name, settings in BUILDS if build(name, settings).facts.unequal_ranks]
 every = pytest.mark.parametrize(("name", "settings"), BUILDS)
 unequal = pytest.mark.parametrize(("name", "settings"), UNEQUAL)
 weightings = pytest.mark.parametrize("weighting", ["examples", "uniform"])
+
+
+def lossless_job(name: str, settings: dict, weighting: str) -> Job:
+    method = build(name, settings)
+    return job(method, weighting=weighting, budget=room(method))
 
 
 def check_rounds(federation: Federation, rounds: int) -> None:
@@ -65,14 +71,14 @@ def test_ranks_from_64_to_4_with_one_alpha(name: str, settings: dict, weighting:
     """Σ p s B A within 1e-5 for exact methods, s = 16 / r from 0.25 to 4; server and clients bit for bit for all."""
     adapters = {client: AdapterSettings(r=rank, lora_alpha=16) for client, rank in TEN.items()}
     ranks = {client: dict.fromkeys(WIDE, rank) for client, rank in TEN.items()}
-    federation = Federation(job(build(name, settings), weighting=weighting), ranks, shapes=WIDE, settings=adapters)
+    federation = Federation(lossless_job(name, settings, weighting), ranks, shapes=WIDE, settings=adapters)
     check_rounds(federation, 3)
 
 
 @every
 @weightings
 def test_alphas_and_rslora_may_differ(name: str, settings: dict, weighting: str):
-    federation = Federation(job(build(name, settings), weighting=weighting), settings=SOME_ALPHA)
+    federation = Federation(lossless_job(name, settings, weighting), settings=SOME_ALPHA)
     check_rounds(federation, 3)
 
 
@@ -81,7 +87,7 @@ def test_alphas_and_rslora_may_differ(name: str, settings: dict, weighting: str)
 def test_ranks_and_alphas_may_differ_by_module(name: str, settings: dict, weighting: str):
     ranks = {client: {module: own.rank(module) for module in SHAPES} for client, own in SOME_RANK.items()}
     assert ranks["ada"]["layers.1.down"] == 6 and ranks["cyd"]["layers.0.q_proj"] == 1
-    federation = Federation(job(build(name, settings), weighting=weighting), ranks, settings=SOME_RANK)
+    federation = Federation(lossless_job(name, settings, weighting), ranks, settings=SOME_RANK)
     check_rounds(federation, 3)
 
 

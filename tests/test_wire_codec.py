@@ -61,8 +61,8 @@ def entries(draw):
         where = (
             torch.tensor(draw(positions_of(shape)), dtype=torch.int64) if size else torch.empty(0, dtype=torch.int64)
         )
-        return Sparse(shape, where, quantize(numbers(where.numel(), seed), kind, seed))
-    return Dense(shape, quantize(numbers(size, seed), kind, seed))
+        return Sparse(shape, where, quantize(kind)(numbers(where.numel(), seed), seed))
+    return Dense(shape, quantize(kind)(numbers(size, seed), seed))
 
 
 @settings(deadline=None, max_examples=150)

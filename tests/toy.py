@@ -9,6 +9,8 @@ import torch
 
 from fedloom import federation
 from fedloom.adapters import AdapterSettings
+from fedloom.budget import Budget
+from fedloom.config import parse_budget
 from fedloom.federation import RoundResult
 from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
 from fedloom.method import Method, State
@@ -25,10 +27,11 @@ def job(
     seed: int = 3,
     weighting: str = "examples",
     values: str = "fp32",
-    budget: int | None = None,
+    budget: str | int | None = None,
     module_weighting: str = "holders",
 ) -> Job:
-    return Job(method, seed, lambda tensor, seed: quantize(tensor, values, seed), weighting, budget, module_weighting)
+    kept = None if budget is None else Budget(*parse_budget(str(budget)))
+    return Job(method, seed, quantize(values), weighting, kept, module_weighting)
 
 
 def ranks(rank: int | dict[str, int]) -> dict[str, int]:

@@ -19,7 +19,7 @@ def numbers(count: int, seed: int) -> torch.Tensor:
 def sparse(shape: tuple[int, int], density: float, kind: str, seed: int) -> Sparse:
     size = shape[0] * shape[1]
     where = seeded_mask(size, density, seed).nonzero().squeeze(1)
-    return Sparse(shape, where, quantize(numbers(where.numel(), seed), kind, seed))
+    return Sparse(shape, where, quantize(kind)(numbers(where.numel(), seed), seed))
 
 
 def structured(shape: tuple[int, int], kind: str, seed: int) -> Sparse:
@@ -28,16 +28,16 @@ def structured(shape: tuple[int, int], kind: str, seed: int) -> Sparse:
     columns = torch.tensor([1.0, 0.2, 0.04]).repeat(-(-shape[1] // 3))[: shape[1]]
     chances = rows[:, None] * columns[None, :]
     where = (seeded_uniform(chances.numel(), seed) < chances.flatten()).nonzero().squeeze(1)
-    return Sparse(shape, where, quantize(numbers(where.numel(), seed), kind, seed))
+    return Sparse(shape, where, quantize(kind)(numbers(where.numel(), seed), seed))
 
 
 def seeded(shape: tuple[int, int], density: float, kind: str, seed: int) -> Seeded:
     kept = seeded_count(shape[0] * shape[1], density, seed)
-    return Seeded(shape, seed, density, quantize(numbers(kept, seed), kind, seed))
+    return Seeded(shape, seed, density, quantize(kind)(numbers(kept, seed), seed))
 
 
 def dense(shape: tuple[int, ...], kind: str, seed: int) -> Dense:
-    return Dense(shape, quantize(numbers(torch.Size(shape).numel(), seed), kind, seed))
+    return Dense(shape, quantize(kind)(numbers(torch.Size(shape).numel(), seed), seed))
 
 
 def samples() -> dict[str, Message]:

@@ -18,6 +18,7 @@ _HOMES = {
     "client_turn": "rounds",
     "decode": "wire",
     "encode": "wire",
+    "replace": "method",
     "server_turn": "rounds",
     "start": "rounds",
 }

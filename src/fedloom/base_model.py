@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils.hub import cached_file, logging
 
 from fedloom.errors import ConfigError, ModelError
 from fedloom.foreign import one_line

@@ -1,8 +1,9 @@
 """Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
 
-A variant is a method ("fedsrd"), a method with a preset ("fedsrd:paper") or with settings
-("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the method's, and a table's name means
-all of it: clients=null). "alone" trains every client by itself, "pooled" trains on all data in one place.
+A variant is a method ("fedsrd"; "package.module:builder" for one of another package), a method with a preset
+("fedsrd:paper") or with settings ("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the
+method's, and a table's name means all of it: clients=null). "alone" trains every client by itself, "pooled" trains on
+all data in one place.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedloom.configfile import merge, override, parse
 from fedloom.errors import RoundError
 from fedloom.ledger import read
 from fedloom.methods import METHODS
+from fedloom.methods.foreign import is_foreign
 from fedloom.report.numbers import Report, summarise
 from fedloom.text import file_name
 
@@ -71,12 +73,21 @@ def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Pat
 
 def expanded(config: Config, variant: str) -> dict[str, list[str]]:
     """Label → overrides of the settings that make the variant."""
-    name, _, rest = variant.partition(":")
+    name, rest = split_variant(variant)
     special = {"alone": _alone, "pooled": _pooled}
     if name in special:
         return special[name](config)
     pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
     return {variant: [f"method.name={name}", *(_placed(pair) for pair in pairs)]}
+
+
+def split_variant(variant: str) -> tuple[str, str]:
+    """(method, what follows it after a colon). "package.module:builder" is the method's name as a whole."""
+    head, _, rest = variant.partition(":")
+    builder, _, settings = rest.partition(":")
+    known = head in METHODS or head in ("alone", "pooled")
+    foreign = not known and is_foreign(variant) and builder.isidentifier()
+    return (f"{head}:{builder}", settings) if foreign else (head, rest)
 
 
 def _placed(pair: str) -> str:

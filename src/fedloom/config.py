@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_RANK = 4096
 """Far above any LoRA that is trained; a rank takes memory before anything else can be asked about it."""
@@ -62,7 +62,32 @@ def _checked_bytes(text: str) -> str:
     return text
 
 
+def parse_budget(text: str) -> tuple[float, int]:
+    """(share, 0) of "1%", (0, bytes) of "8MiB". Raises ValueError that says what is expected."""
+    if re.fullmatch(r"\d+(?:\.\d+)?\s*%", text.strip()) and float(text.strip()[:-1]):
+        return float(text.strip()[:-1]) / 100, 0
+    try:
+        return 0.0, parse_bytes(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no budget; expected bytes such as '8MiB' or '1200', or a share of dense fp32 such as '1%'"
+        ) from None
+
+
+def _checked_budget(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
+def _number_as_text(value: object) -> object:
+    """A whole number without quotes means the same: --set wire.budget=1200."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Bytes: TypeAlias = Annotated[str, Field(max_length=32), AfterValidator(_checked_bytes)]
+BudgetText: TypeAlias = Annotated[
+    str, BeforeValidator(_number_as_text), Field(max_length=32), AfterValidator(_checked_budget)
+]
 
 
 class Section(BaseModel):
@@ -239,7 +264,11 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     __pydantic_extra__: dict[str, Scalar] = Field(init=False)
 
-    name: Name = Field("fedsrd", description="Method; `fedloom methods` lists them with their settings.")
+    name: Name = Field(
+        "fedsrd",
+        description="Method; `fedloom methods` lists them with their settings. One of another package is called "
+        '"package.module:builder".',
+    )
     preset: Name | None = Field(None, description="Named group of its settings.", examples=["paper"])
 
     @property
@@ -260,14 +289,12 @@ class WireSettings(Section):
         description="Form of values in payloads: fp32 loses nothing; auto is the smallest that costs the method less "
         "than a point (docs/BENCHMARKS.md).",
     )
-    budget: Bytes | None = Field(
-        None, description="Bytes of one client's update, at most; chooses density and form.", examples=["8MiB"]
+    budget: BudgetText | None = Field(
+        None,
+        description="What one client's payload of a round may take, for methods that choose how much they send: bytes, "
+        'or a share of the dense fp32 update such as "1%". loom keeps to it on the mean of both ways.',
+        examples=["8MiB"],
     )
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """The budget as a number."""
-        return None if self.budget is None else parse_bytes(self.budget)
 
 
 class FlowerSettings(Section):

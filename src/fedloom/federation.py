@@ -10,7 +10,7 @@ Two clients whose training adds the same noise to B, and what the first round mo
     >>> def train(state, round, seed):
     ...     noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(round))
     ...     return Trained(state.adapter.map(lambda pair: LoraPair(pair.A, pair.B + noise)), num_examples=1, loss=0.0)
-    >>> job = Job(method=build("fedit"), seed=0, quantize=lambda values, seed: quantize(values, "fp32", seed))
+    >>> job = Job(method=build("fedit"), seed=0, quantize=quantize("fp32"))
     >>> adapter = LoraState({"q_proj": LoraPair(A=torch.ones(2, 5), B=torch.zeros(6, 2))})
     >>> federation = Federation(job, adapter, clients={"bank": None, "lab": None})
     >>> result = federation.round(train)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedloom.budget import Budget
 from fedloom.caps import Caps
 from fedloom.consolidation import Consolidation
 from fedloom.lora import derived_seed
@@ -17,7 +18,7 @@ from fedloom.sparsify import Quantize
 class Job:
     """The method, and how a run uses it.
 
-    quantize codes the values of both directions; budget is the bytes of a client's payload, at most; weighting and
+    quantize codes the values of both directions; budget is what a client's payload may take, at most; weighting and
     module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state;
     num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
     turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
@@ -29,7 +30,7 @@ class Job:
     seed: int
     quantize: Quantize
     weighting: str = "examples"
-    budget: int | None = None
+    budget: Budget | None = None
     module_weighting: str = "holders"
     consolidation: Consolidation = Consolidation()
     num_rounds: int = 0
@@ -48,7 +49,8 @@ class Job:
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
-        return Context(round, seed, self.quantize, num_rounds=self.num_rounds, downloads=self.downloads)
+        budget = self.method.budget(self.budget)
+        return Context(round, seed, self.quantize, budget, num_rounds=self.num_rounds, downloads=self.downloads)
 
 
 def sender_digest(client: str, base_digest: str, round: int) -> str:

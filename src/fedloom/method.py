@@ -6,12 +6,13 @@ are bound when the record is built, so the builder's keyword arguments are its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
+from fedloom.budget import Budget
 from fedloom.lora import PARTS, LoraState, narrow, stack
 from fedloom.sparsify import Quantize
 from fedloom.tensors import Entry
@@ -61,18 +62,6 @@ class Update:
     entries: Entries
 
 
-class Budget(Protocol):
-    """Bytes of a client's payload, at most, for methods that can choose what to send (`Method.takes_budget`)."""
-
-    def allotments(
-        self, changes: Mapping[str, tuple[Tensor, Tensor]], seed: int
-    ) -> Iterator[tuple[Mapping[str, int], Quantize]]:
-        """Name → (change, importance) → ever smaller (number of elements of each tensor, form of their values)."""
-
-    def fits(self, entries: Entries) -> bool:
-        """Whether the entries stay within the budget."""
-
-
 def unsent(entries: Entries) -> int:
     """The size of entries where nothing travels."""
     return 0
@@ -82,8 +71,8 @@ def unsent(entries: Entries) -> int:
 class Context:
     """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
 
-    budget: set where a client's payload is limited. size: what a payload with these entries takes, in bytes; `compress`
-    and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
+    budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
+    takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
     downloads: see `rounds.Job`.
     """
 
@@ -110,14 +99,29 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The row of a method in the table that `fedloom methods` prints."""
+    """The row of a method in the table that `fedloom methods` prints; the defaults are FedAvg's.
+
+    paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
+    rank. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+
+    broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
+    which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
+    of products; "step" is a step of the server's own. one_factor: a broadcast changes B or A, in turn, whatever the
+    clients trained. stateless: the server's step needs the updates alone, so that it can merge adapters offline; its
+    rank is then that of the server's adapter ("rank"), that which the share `tau` of Σσ² takes ("energy"), or follows
+    from the adapters ("").
+    """
 
     paper: str
-    exact: bool
-    unequal_ranks: bool
-    sends: str
-    receives: str
-    keeps: str
+    exact: bool = False
+    unequal_ranks: bool = False
+    sends: str = "A and B, dense"
+    receives: str = "A and B, dense"
+    keeps: str = "nothing"
+    broadcasts: Literal["factors", "change", "elements", "components", "step"] = "factors"
+    one_factor: bool = False
+    stateless: bool = False
+    truncates: Literal["", "rank", "energy"] = ""
 
 
 class Compress(Protocol):
@@ -178,7 +182,9 @@ class Method:
 
     adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
     penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
-    keeps to context.budget; values is the form of values meant by wire.values = "auto". merges says that of
+    keeps to context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit).
+    values is the form of values meant by wire.values = "auto", wider (share → form) what takes its place under a budget
+    above that share. merges says that of
     State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
     of the modules only. advise(first adapter, context): what a user should know of the settings beforehand, or "".
 
@@ -196,11 +202,23 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    default_budget: float = 0.0
     values: str = "fp32"
+    wider: Mapping[float, str] = field(default_factory=dict)
     merges: bool = False
     module_subsets: bool = True
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
+
+    def budget(self, given: Budget | None) -> Budget | None:
+        """The budget that is kept to: the one that is given, else the method's own, if it has one."""
+        return given or (Budget(self.default_budget) if self.default_budget else None)
+
+    def form(self, given: Budget | None = None) -> str:
+        """The form of values meant by wire.values = "auto"; a budget in bytes leaves it as it is without one."""
+        kept = self.budget(given)
+        reached = [share for share in self.wider if kept and kept.share > share]
+        return self.wider[max(reached)] if reached else self.values
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

@@ -22,7 +22,6 @@ from fedloom.lora import LoraState, derived_seed, digest, from_tensors, narrow
 from fedloom.method import FROZEN, Entries, State
 from fedloom.tensors import all_finite, dense, to_dense
 from fedloom.wire import Header, Message, decode, encode
-from fedloom.wire.budget import ByteBudget
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -111,8 +110,6 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header)
     context = replace(job.context(round, client), size=draft.size)
-    if job.budget is not None:
-        context = replace(context, budget=ByteBudget(job.budget, header))
     memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 

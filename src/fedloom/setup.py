@@ -6,19 +6,18 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fedloom import peft_bridge
 from fedloom.adapter_folder import AdapterFolder, load_adapter, other_base_note
 from fedloom.base_model import base_digest, load_base
+from fedloom.budget import Budget
 from fedloom.caps import Caps
 from fedloom.clients import Site, place_client, place_shared, split_trained, top_ranks
-from fedloom.config import Config, DataSettings, FederationSettings, FlowerSettings, OutputSettings
+from fedloom.config import Config, DataSettings, FederationSettings, FlowerSettings, OutputSettings, parse_budget
 from fedloom.configfile import dump
 from fedloom.consolidation import Consolidation
 from fedloom.data import Example, client_sources, load_examples
@@ -32,7 +31,6 @@ from fedloom.methods import build
 from fedloom.partition import Manifest, data_digest, partition
 from fedloom.placement import Adapter, linear_modules, place
 from fedloom.rounds import Train, Trained
-from fedloom.tensors import Values
 from fedloom.tokens import Prepared, tokenize
 from fedloom.training import local_update
 from fedloom.wire import quantize
@@ -135,6 +133,7 @@ def assemble(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = build(config.method.name, config.method.settings)
+    budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     check_method_takes(method, config)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
 
@@ -159,9 +158,9 @@ def assemble(
     job = Job(
         method=method,
         seed=federation.seed,
-        quantize=partial(coded, method.values if config.wire.values == "auto" else config.wire.values),
+        quantize=quantize(method.form(budget) if config.wire.values == "auto" else config.wire.values),
         weighting=federation.weighting,
-        budget=config.wire.budget_bytes,
+        budget=budget,
         module_weighting=federation.module_weighting,
         consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
         num_rounds=federation.num_rounds,
@@ -186,7 +185,7 @@ def check_method_takes(method: Method, config: Config) -> None:
     """Raises ConfigError for a setting outside [method] that does nothing with this method."""
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(
-            f"wire.budget does not work with method {method.name!r}, which keeps to no budget of that kind; unset it"
+            f"wire.budget does not work with method {method.name!r}, which always sends all that it trains; unset it"
         )
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
@@ -236,11 +235,6 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
                 f"adapter and {wanted} in the run; it is for another base model, or [lora] differs"
             )
     return state
-
-
-def coded(kind: str, values: Tensor, seed: int) -> Values:
-    """The values as they will travel under wire.values = `kind`."""
-    return quantize(values, kind, seed)
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -145,6 +145,25 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     if surplus:
         chosen[np.flatnonzero(values == least)[-surplus:]] = False
     return torch.from_numpy(np.flatnonzero(chosen))
+
+
+def most_important(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
+    """Density of all tensors together → how many elements of each: those above one threshold on importance for all.
+
+    An element costs about the same wherever it is, so this spends every byte where it saves most error. Elements that
+    score zero are not counted.
+    """
+    flat = {name: tensor.detach().cpu().flatten().numpy() for name, tensor in scores.items()}
+    whole = np.concatenate(list(flat.values())) if flat else np.empty(0, dtype=np.float32)
+
+    def counts(density: float) -> dict[str, int]:
+        keep = min(round(density * whole.size), whole.size)
+        if not keep:
+            return dict.fromkeys(flat, 0)
+        least = np.partition(whole, -keep)[-keep]
+        return {name: int(np.count_nonzero((one >= least) & (one > 0))) for name, one in flat.items()}
+
+    return counts
 
 
 def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:

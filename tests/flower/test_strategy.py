@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from desks import LOST
@@ -103,3 +107,19 @@ def test_a_round_with_too_few_updates_changes_nothing():
     before = digest(strategy.server.adapter)
     result = strategy.start(Grid(job, lost=(1,)), strategy.arrays(), num_rounds=1, train_config=ConfigRecord())
     assert digest(strategy.server.adapter) == before and not result.train_metrics_clientapp
+
+
+def test_a_server_that_wants_the_strategy_alone_needs_no_model_libraries():
+    code = """
+import sys
+for name in ("transformers", "peft", "trl", "datasets", "pyarrow", "fedloom.setup", "fedloom.peft_bridge"):
+    sys.modules[name] = None  # importing it raises ImportError
+import toy
+from fedloom.engines.flower.strategy import FedLoomStrategy, agree
+print(len(FedLoomStrategy(toy.initial(), agree("loom", values="sign")).arrays()))
+"""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["6"]), done.stderr

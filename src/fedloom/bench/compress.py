@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +19,15 @@ from rich.table import Table
 from fedloom.bench import machine
 from fedloom.bench.presets import preset_named, shapes
 from fedloom.bench.wan import Workload, workload
+from fedloom.budget import Budget
+from fedloom.config import parse_budget
 from fedloom.errors import ConfigError
 from fedloom.job import Job
 from fedloom.lora import LoraPair, LoraState
 from fedloom.method import State
-from fedloom.methods import build, options
+from fedloom.methods import build
 from fedloom.rounds import ClientTurn, Trained, client_turn, start
-from fedloom.setup import coded
-from fedloom.wire import decode, encode
+from fedloom.wire import decode, encode, quantize
 
 METHODS = ("loom", "fedsrd", "fedit")
 
@@ -96,8 +96,9 @@ def run(
 
 
 def _job(name: str, budget: str, seed: int) -> Job:
-    method = build(name, {"budget": budget} if budget and "budget" in options(name) else {})
-    return Job(method, seed, partial(coded, method.values))
+    method = build(name)
+    kept = Budget(*parse_budget(budget)) if budget and method.takes_budget else None
+    return Job(method, seed, quantize(method.form(kept)), budget=kept)
 
 
 def _trained(work: Workload, change: LoraState) -> Trained:

@@ -32,8 +32,7 @@ from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state
 from fedloom.method import State
 from fedloom.methods import build
 from fedloom.rounds import Trained, client_turn, server_turn, start
-from fedloom.setup import coded
-from fedloom.wire import decode, encode
+from fedloom.wire import decode, encode, quantize
 
 CHUNK = 5 * 2**20
 """Bytes of a request, as in flwr 1.41."""
@@ -161,7 +160,7 @@ def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, struc
 
 def played(method: str, values: str, work: Workload, clients: int, seed: int) -> Played:
     """The second round of a run, whose download is the first one's outcome; one client's work, all clients' updates."""
-    job = Job(build(method), seed, partial(coded, values))
+    job = Job(build(method), seed, quantize(values))
     server = site = start(job, work.before)
     seconds: list[float] = []
 

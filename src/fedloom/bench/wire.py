@@ -174,7 +174,7 @@ def _row(kind: str, up: Entries, downs: Sequence[Entries], repeats: int, seed: i
 
 def _message(entries: Entries, kind: str, seed: int) -> Message:
     coded = {
-        name: replace(entry, values=quantize(floats(entry.values), kind, derived_seed(seed, kind, name)))
+        name: replace(entry, values=quantize(kind)(floats(entry.values), derived_seed(seed, kind, name)))
         for name, entry in entries.items()
     }
     return Message(Header("update", "bench", 1, 0, "0" * 32, num_examples=1), coded)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedloom.budget import Budget
 from fedloom.catchup import Archive
 from fedloom.checkpoint import Snapshot
 from fedloom.config import Config
@@ -53,12 +54,12 @@ def attendance(config: Config, clients: Mapping[str, object], round: int) -> Att
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
 
 
-def choice(payload: bytes, budget: int) -> str:
-    """What a byte budget was spent on, in words."""
+def choice(payload: bytes, budget: Budget) -> str:
+    """What a budget was spent on, in words."""
     tensors = describe(payload).tensors
     share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
     kinds = ", ".join(sorted({t.coding for t in tensors}))
-    return f"wire.budget of {budget} bytes: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"
+    return f"wire.budget of {budget}: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"
 
 
 class Simulation:

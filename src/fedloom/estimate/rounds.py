@@ -127,7 +127,7 @@ def _predict(
     top = {module: max(rank[module] for rank in held.values()) for module in chosen.shapes}
     if not method.facts.unequal_ranks and any(rank != top for rank in held.values()):
         raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
-    job = Job(method, seed, lambda values, seed: quantize(values, "fp32", seed))
+    job = Job(method, seed, quantize("fp32"))
     begin = initial_state(chosen.shapes, top, seed)
     play, train = Play(job, begin, held), made_up(method)
     up, down = [], []
@@ -198,7 +198,7 @@ def mean(sizes: Sequence[Sizes]) -> dict[str, float]:
 def recoded(message: Message, coding: str) -> bytes:
     """The same message with its values in another form."""
     entries = {
-        name: replace(entry, values=quantize(floats(entry.values), coding, seed))
+        name: replace(entry, values=quantize(coding)(floats(entry.values), seed))
         for seed, (name, entry) in enumerate(message.entries.items())
     }
     return encode(Message(message.header, entries))

@@ -62,16 +62,19 @@ def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
     float32 products are tried first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram
     matrices and one chunk at a time.
     """
+    # The singular values of B A are those of an R × R core made from BᵀB and A Aᵀ, so m and n appear in products only.
+    # Squaring loses half the digits: float32 products are kept only where `find` can show that this does no harm.
     rank = wanted.expected if wanted.rank is None and wanted.energy is not None else wanted.rank
     found, dtype = None, None
     for dtype, error, find in _stages(stack.rank, rank, wanted):
         gram_b, gram_a, weights = _grams(stack, dtype)
         found = find(gram_b, gram_a, error=error)
+        # An energy cut guesses its rank beforehand: the components found may hold less than is wanted.
         if found is not None and _enough(found, wanted):
             break
         found = None
     if found is None:
-        if dtype is not torch.float64:
+        if dtype is not torch.float64:  # the last stage's float64 matrices are as good for all components
             gram_b, gram_a, weights = _grams(stack, torch.float64)
         found = core(gram_b, gram_a)
     if found is None:

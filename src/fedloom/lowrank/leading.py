@@ -58,21 +58,27 @@ def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> C
     generator = torch.Generator().manual_seed(size)
     y = torch.randn(size, rank + OVERSAMPLING, generator=generator).to(gram_left.device)
     quick_left, quick_right = (_unit(gram).float() for gram in (gram_left, gram_right))
+    # The first steps only turn the basis towards the leading directions: their rounding is forgotten by the next step,
+    # and float32 does them four times as fast. QR keeps the columns apart, which powers would make parallel.
     for _ in range(QUICK_STEPS):
         y = torch.linalg.qr(quick_left @ (quick_right @ y)).Q
     y = y.double()
+    # A column y stands for the direction R y of W's rows. `seen` = RᵀR y gives lengths and angles of such directions
+    # without R: (R y)ᵀ(R y') = yᵀ RᵀR y'. So nothing here has m or n rows, only R.
     seen = gram_right @ y
     excess = float("inf")
     for step in range(1, MAX_STEPS + 1):
-        image = gram_left @ seen
+        image = gram_left @ seen  # WᵀW (R y) = R (LᵀL RᵀR y): the coordinates of the image
         found = _ritz(y.T @ seen, seen.T @ image)
         if found is None:
             return None
         energies, mixing = found
         y, seen, image = y @ mixing, seen @ mixing, image @ mixing
+        # Beside the Ritz vectors themselves, combined from products that are there: only this one is a new product.
         seen_image = gram_right @ image
         residuals = ((image - y * energies) * (seen_image - seen * energies)).sum(0)
         tail = total - float(energies[:rank].sum())
+        # The tail is total − Σ energies. Where it is next to nothing, that difference is rounding and says nothing.
         if step > 1 and not tail > max(SMALLEST_TAIL, 100 * error) * total:
             return None
         previous, excess = excess, possible_gain(energies, residuals, rank) / max(tail, SMALLEST_TAIL * total)
@@ -81,8 +87,11 @@ def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> C
                 return None
             first = energies[:rank]
             return Core(first, tail, noise, y[:, :rank], torch.diag(first.sqrt()))
+        # Convergence is linear: at this rate of fall, would the steps that are left do? If not, all components are
+        # cheaper than steps that end in the same answer.
         if step > 2 and not excess * (excess / previous) ** (MAX_STEPS - step) <= MAX_EXCESS:
             return None
+        # The image is the next basis; divided by the energies its columns keep their lengths.
         y, seen = image / energies, seen_image / energies
     return None
 

@@ -13,20 +13,19 @@ from fedloom.errors import ConfigError, NumericError
 from fedloom.lora import LoraPair, LoraState, stack, stack_pairs
 from fedloom.lowrank import frobenius_norm, truncate
 from fedloom.method import FROZEN, Context, Method, State, Update
-from fedloom.methods import build
+from fedloom.methods import METHODS, build, entry_of, offline_methods
 from fedloom.methods.components import received
+from fedloom.methods.foreign import is_foreign
 from fedloom.tensors import dense
-
-OFFLINE = ("fedex", "fedit", "flexlora", "flora", "flora-na", "florist", "hetlora", "lora-fair")
-"""Methods whose server step needs the adapters alone, with no state of earlier rounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How modules are combined.
 
-    method: one of OFFLINE. rank: flexlora's (the largest that went in, by default). energy: florist's share of Σσ² to
-    keep (0.99 by default). max_rank: cap on the rank of whatever comes out. dtype: of the factors as stored.
+    method: one of `offline_methods`, or of another package with that fact. rank: flexlora's (the largest that went in,
+    by default). energy: florist's share of Σσ² to keep (0.99 by default). max_rank: cap on the rank of whatever comes
+    out. dtype: of the factors as stored.
     """
 
     method: str = "florist"
@@ -36,13 +35,15 @@ class Recipe:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.method not in OFFLINE:
+        known = self.method in METHODS or is_foreign(self.method)
+        if not known or not build(self.method).facts.stateless:
             raise ConfigError(
                 f"--method {self.method} is unknown, or its server step needs the state of earlier rounds; "
-                f"adapters can be merged with {', '.join(OFFLINE)}"
+                f"adapters can be merged with {', '.join(offline_methods())}"
             )
-        for option, value, owner in (("rank", self.rank, "flexlora"), ("energy", self.energy, "florist")):
-            if value is not None and self.method != owner:
+        for option, value in (("rank", self.rank), ("energy", self.energy)):
+            if value is not None and build(self.method).facts.truncates != option:
+                owner = next(name for name in offline_methods() if build(name).facts.truncates == option)
                 raise ConfigError(
                     f"--{option} belongs to {owner}: the rank of {self.method} follows from the adapters; "
                     f"use --method {owner}, or --max-rank for a cap"
@@ -54,9 +55,10 @@ class Recipe:
             raise ConfigError(f"--energy is {self.energy}: expected 0 < energy ≤ 1")
 
     def build(self) -> Method:
-        """The method; florist's broadcast is merged as a whole, for there is nobody to train on from a part of it."""
+        """The method, with its preset for this use where it has one."""
+        preset = {"preset": "offline"} if "offline" in entry_of(self.method).presets else {}
         energy = {} if self.energy is None else {"tau": self.energy}
-        return build(self.method, {"client_init": "merge_reinit", **energy} if self.method == "florist" else {})
+        return build(self.method, {**preset, **energy})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""What the averaging methods share: dense factors up, their weighted mean down."""
+"""What methods share that average: dense factors up, and the two sums over clients.
+
+`weighted_mean` is Σ p_k T_k of every tensor that was sent: factors, their changes, or what a method reads of them.
+`product_sums` is Σ p_k B_k A_k of every module, held as the factors that came.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedloom.lora import LoraState, derived_seed, from_tensors
+from fedloom.budget import Filled, Made, Room, fill_budget, value_bits
+from fedloom.errors import ConfigError
+from fedloom.lora import LoraPair, LoraState, derived_seed, from_tensors
+from fedloom.lowrank import ProductSum, streaming_cap
 from fedloom.method import Aggregate, Context, Entries, State, Update
+from fedloom.methods.components import received
 from fedloom.tensors import Dense, Entry, dense, to_dense
 
 Parts = Callable[[int], tuple[str, ...]]
@@ -49,13 +57,87 @@ def send(parts: Parts, state: State, after: LoraState, context: Context) -> tupl
 
 def average(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k of every factor that was sent, at the rank of the server's adapter."""
-    means: dict[str, Tensor] = {}
-    for update in updates:
-        for name, tensor in padded(update.entries, state.adapter).items():
-            if name not in means:
-                means[name] = torch.zeros_like(tensor)
-            means[name].add_(tensor, alpha=update.weight)
+    means = weighted_mean(updates, read=lambda entries: padded(entries, state.adapter))
     return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
+
+
+def read_dense(entries: Entries) -> dict[str, Tensor]:
+    """Every entry as a dense tensor."""
+    return {name: to_dense(entry) for name, entry in entries.items()}
+
+
+def share(update: Update, name: str) -> float:
+    """The client's share p_k of the round, the same for all of its tensors."""
+    return update.weight
+
+
+def weighted_mean(
+    updates: Iterable[Update],
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    read: Callable[[Entries], Mapping[str, Tensor]] = read_dense,
+    weight: Callable[[Update, str], float] = share,
+) -> dict[str, Tensor]:
+    """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
+
+    read: entries → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
+    in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
+    added to the leading rows and columns.
+    """
+    sums = dict(start or {})
+    for update in updates:
+        for name, tensor in read(update.entries).items():
+            if name not in sums:
+                sums[name] = torch.zeros_like(tensor)
+            leading = tuple(slice(size) for size in tensor.shape)
+            sums[name][leading].add_(tensor, alpha=weight(update, name))
+    return sums
+
+
+def product_sums(
+    updates: Iterable[Update],
+    adapter: LoraState,
+    *,
+    capped: bool = False,
+    beside: Callable[[str, int], LoraPair] | None = None,
+) -> dict[str, ProductSum]:
+    """Module → Σ_k p_k B_k A_k in factored form, for every module of the server's `adapter`.
+
+    capped: bound each sum's rank, so that a large cohort stays in memory; what that loses is reported by `truncate`.
+    beside: (module, rank) → the pair that a client of this rank uses beside the one it sent; it has the same share.
+    """
+    caps = {module: streaming_cap(pair.rank) if capped else None for module, pair in adapter.items()}
+    sums = {module: ProductSum(pair.shape, cap=caps[module]) for module, pair in adapter.items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            sums[module].add(pair, update.weight)
+            if beside is not None:
+                sums[module].add(beside(module, pair.rank), update.weight)
+    return sums
+
+
+def within_budget(
+    state: State,
+    tensors: int,
+    entries_at: Callable[[float], Mapping[str, Made]],
+    context: Context,
+    *,
+    positions: bool = True,
+) -> Filled[Made]:
+    """The entries that fill `context.budget`, for a method whose density is one number (see `budget.fill_budget`).
+
+    entries_at: density → the entries of so many `tensors`. Raises ConfigError where not even those of density 0 fit.
+    """
+    elements = state.adapter.numel()
+    budget = int(context.budget.bytes(elements)) if context.budget else 0
+    room = Room(budget, elements, tensors, value_bits(context.quantize), positions=positions)
+    done = fill_budget(room, entries_at, context.size, state.memory)
+    if done.size > budget:
+        raise ConfigError(
+            f"wire.budget is {context.budget}, {budget} bytes for a payload, but one of {tensors} tensors takes at "
+            f"least {done.size}: raise it"
+        )
+    return done
 
 
 def padded(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:

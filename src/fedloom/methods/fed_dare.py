@@ -9,34 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed
 from fedloom.masks import seeded_mask
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import add_change, coded
-from fedloom.tensors import Entry, Seeded, Sparse, floats, to_dense
+from fedloom.methods.averaging import add_change, coded, weighted_mean, within_budget
+from fedloom.tensors import Entry, Seeded, Sparse, floats
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:
-    """sparsity: the share q of every client's change that is dropped, 0 ≤ q < 1."""
+    """sparsity: the share q of every client's change that is dropped, 0 ≤ q < 1; wire.budget takes its place."""
     if not 0.0 <= sparsity < 1.0:
         raise ConfigError(f"method.sparsity is {sparsity}: expected 0 ≤ sparsity < 1")
     return Method(
         name="fed-dare",
         facts=Facts(
             paper="DARE (arXiv 2311.03099)",
-            exact=False,
-            unequal_ranks=False,
             sends="random elements of ΔA and ΔB",
             receives="the mean change, sparse where that is shorter",
-            keeps="nothing",
+            broadcasts="change",
         ),
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,
         receive=add_change,
+        takes_budget=True,
     )
 
 
@@ -44,11 +42,17 @@ def send_random(
     density: float, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """A seeded share of ΔA and ΔB, divided by the share."""
-    before, entries = state.adapter.tensors(), {}
-    for name, tensor in after.tensors().items():
-        seed = derived_seed(context.seed, "upload", context.round, name)
-        entries[name] = drop_and_rescale(tensor - before[name], density, seed, context)[0]
-    return state.memory, entries
+    before = state.adapter.tensors()
+    changes = {name: tensor - before[name] for name, tensor in after.tensors().items()}
+
+    def entries_at(density: float) -> dict[str, Seeded]:
+        seeds = {name: derived_seed(context.seed, "upload", context.round, name) for name in changes}
+        return {name: drop_and_rescale(change, density, seeds[name], context)[0] for name, change in changes.items()}
+
+    if context.budget is None:
+        return state.memory, entries_at(density)
+    done = within_budget(state, len(changes), entries_at, context, positions=False)
+    return {**state.memory, **done.memory}, done.entries
 
 
 def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context) -> tuple[Seeded, Tensor]:
@@ -64,11 +68,7 @@ def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context)
 
 def mean_change(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k Δ_k of what arrived."""
-    means = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
-    for update in updates:
-        for name, entry in update.entries.items():
-            means[name].add_(to_dense(entry), alpha=update.weight)
-    return Aggregate({name: shorter(name, tensor, context) for name, tensor in means.items()})
+    return Aggregate({name: shorter(name, tensor, context) for name, tensor in weighted_mean(updates).items()})
 
 
 def shorter(name: str, tensor: Tensor, context: Context) -> Entry:

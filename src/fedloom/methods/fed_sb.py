@@ -33,9 +33,8 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraPair, LoraState, between
-from fedloom.lowrank import ProductSum
 from fedloom.method import CORE, FROZEN, Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import coded, dense_entries, send
+from fedloom.methods.averaging import coded, dense_entries, product_sums, send, weighted_mean
 from fedloom.methods.components import merge, received
 from fedloom.tensors import to_dense
 
@@ -53,10 +52,10 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
         facts=Facts(
             paper="Fed-SB (arXiv 2502.15371)",
             exact=keep == "all",
-            unequal_ranks=False,
             sends="R, r × r; A and B in round 1",
             receives="R, r × r; components in round 1",
             keeps="the resting pair",
+            broadcasts="components",
         ),
         compress=partial(send_core, core),
         aggregate=partial(mean_core, core, keep),
@@ -93,22 +92,14 @@ def send_core(core: Core, state: State, after: LoraState, context: Context) -> t
 
 def mean_core(core: Core, keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k R_k; at first the singular components of Σ p_k B_k A_k, to be merged."""
-    pairs = core(state)
-    if not pairs:
+    if not core(state):
         return first_components(keep, state, updates, context)
-    means = {f"{module}/{CORE}": torch.zeros(pair.rank, pair.rank) for module, pair in pairs.items()}
-    for update in updates:
-        for name, entry in update.entries.items():
-            means[name].add_(to_dense(entry), alpha=update.weight)
-    return Aggregate({name: coded(name, mean, context) for name, mean in means.items()})
+    return Aggregate({name: coded(name, mean, context) for name, mean in weighted_mean(updates).items()})
 
 
 def first_components(keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """B = U Σ and A = V of the sum of products, r components or all."""
-    sums = {module: ProductSum(shape) for module, shape in state.adapter.shapes().items()}
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            sums[module].add(pair, update.weight)
+    sums = product_sums(updates, state.adapter)
     ranks = state.adapter.ranks() if keep == "leading" else dict.fromkeys(sums)
     cuts = {module: total.truncate(rank=ranks[module]) for module, total in sums.items()}
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)

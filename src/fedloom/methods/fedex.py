@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from fedloom.lora import LoraState
-from fedloom.lowrank import ProductSum
 from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import average, dense_entries, send
+from fedloom.methods.averaging import average, dense_entries, product_sums, send
 from fedloom.methods.components import go_on, received
 
 
@@ -22,10 +21,10 @@ def fedex() -> Method:
         facts=Facts(
             paper="FedEx-LoRA (arXiv 2410.09432)",
             exact=True,
-            unequal_ranks=False,
-            sends="A and B, dense",
             receives="A, B and the residual's factors",
             keeps="merged increments",
+            broadcasts="components",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=mean_and_residual,
@@ -38,10 +37,7 @@ def mean_and_residual(state: State, updates: Iterable[Update], context: Context)
     """Ā, B̄, and the factors of Σ p_k B_k A_k − B̄ Ā, with B̄ and Ā as they will be received."""
     mean = average(state, updates, context).entries
     means = received(mean)
-    sums = {module: ProductSum(shape) for module, shape in means.shapes().items()}
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            sums[module].add(pair, update.weight)
+    sums = product_sums(updates, means)
     for module, pair in means.items():
         sums[module].add(pair, -1.0)
     residual = LoraState({module: total.truncate().pair for module, total in sums.items()})

@@ -17,11 +17,8 @@ def fedit() -> Method:
         name="fedit",
         facts=Facts(
             paper="FedIT (arXiv 2305.05644)",
-            exact=False,
             unequal_ranks=True,
-            sends="A and B, dense",
-            receives="A and B, dense",
-            keeps="nothing",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=average,

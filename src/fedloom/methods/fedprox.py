@@ -22,7 +22,8 @@ def fedprox(*, mu: float = 0.01) -> Method:
     return replace(
         plain,
         name="fedprox",
-        facts=replace(plain.facts, paper="FedProx (arXiv 1812.06127)"),
+        # Offline there is nobody to hold near: that is FedIT.
+        facts=replace(plain.facts, paper="FedProx (arXiv 1812.06127)", stateless=False),
         penalty=partial(distance, mu),
     )
 

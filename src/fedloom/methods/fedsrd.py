@@ -19,9 +19,9 @@ from fedloom.errors import ConfigError
 from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
 from fedloom.lowrank import ProductChange, over_modules
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import add_change, alternating
+from fedloom.methods.averaging import add_change, alternating, within_budget
 from fedloom.methods.fed_dare import drop_and_rescale
-from fedloom.sparsify import Adaptive, Quantize, Rescale, importance, kept_count, split
+from fedloom.sparsify import Adaptive, Rescale, Split, importance, kept_count, most_important, split
 from fedloom.tensors import Entry
 
 
@@ -96,17 +96,18 @@ def fedsrd(
         name="fedsrd" if decompose else "fedsrd-e",
         facts=Facts(
             paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
-            exact=False,
-            unequal_ranks=False,
             sends="important elements of ΔA and ΔB",
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",
+            broadcasts="change",
+            one_factor=True,
         ),
         compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
         receive=add_change,
         takes_budget=True,
         values="int4",
+        wider={0.12: "int8"},  # four bits a value cannot use more than an eighth of dense fp32
     )
 
 
@@ -121,27 +122,37 @@ def send_important(
             tensor = f"{module}/{part}"
             delta = carried(after[module].part(part) - before.part(part), state.memory.get(tensor), up.decay)
             changes[tensor] = delta, importance(delta, others[part], part)
-    memory: dict[str, Tensor] = {}
 
-    def send(counts: Mapping[str, int], quantize: Quantize) -> Entries:
-        entries: dict[str, Entry] = {}
-        for tensor, (delta, scores) in changes.items():
-            seed = derived_seed(context.seed, "upload", context.round, tensor)
-            keep = counts[tensor]
-            cut = split(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=quantize, seed=seed)
-            entries[tensor] = cut.sent
-            if up.decay:
-                memory[tensor] = cut.rest
-        return entries
+    def cuts(counts: Mapping[str, int]) -> dict[str, Split]:
+        """Every change divided into what is sent, so many elements, and what is left of it."""
+        return {
+            tensor: split(
+                delta,
+                scores,
+                counts[tensor],
+                rescale=up.rescale,
+                cap=up.cap,
+                quantize=context.quantize,
+                seed=derived_seed(context.seed, "upload", context.round, tensor),
+            )
+            for tensor, (delta, scores) in changes.items()
+        }
 
+    kept: Mapping[str, Tensor] = {}
     if context.budget is None:
-        own = {tensor: up.sparsity.keep(scores) for tensor, (_, scores) in changes.items()}
-        return memory, send(own, context.quantize)
-    for counts, quantize in context.budget.allotments(changes, context.seed):
-        entries = send(counts, quantize)
-        if context.budget.fits(entries):
-            return memory, entries
-    raise ConfigError(f"wire.budget is too small for the {len(changes)} tensors of this adapter: raise it")
+        made = cuts({tensor: up.sparsity.keep(scores) for tensor, (_, scores) in changes.items()})
+    else:
+        counts = most_important({tensor: scores for tensor, (_, scores) in changes.items()})
+        tried: dict[float, dict[str, Split]] = {}
+
+        def entries_at(density: float) -> dict[str, Entry]:
+            tried[density] = cuts(counts(density))
+            return {tensor: cut.sent for tensor, cut in tried[density].items()}
+
+        done = within_budget(state, len(changes), entries_at, context)
+        made, kept = tried[done.density], done.memory
+    rest = {tensor: cut.rest for tensor, cut in made.items()} if up.decay else {}
+    return {**kept, **rest}, {tensor: cut.sent for tensor, cut in made.items()}
 
 
 def carried(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:

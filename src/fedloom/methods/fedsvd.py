@@ -22,10 +22,7 @@ def fedsvd() -> Method:
         facts=Facts(
             paper="FedSVD (arXiv 2505.12805)",
             exact=True,
-            unequal_ranks=False,
             sends="B, dense",
-            receives="A and B, dense",
-            keeps="nothing",
         ),
         compress=partial(send, only_b),
         aggregate=turned,

@@ -18,10 +18,8 @@ def ffa() -> Method:
         facts=Facts(
             paper="FFA-LoRA (arXiv 2403.12313)",
             exact=True,
-            unequal_ranks=False,
             sends="B, dense",
             receives="B, dense",
-            keeps="nothing",
         ),
         compress=partial(send, only_b),
         aggregate=average,

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import replace_factors
+from fedloom.methods.averaging import replace_factors, weighted_mean, within_budget
 from fedloom.methods.server_optimiser import ServerOptimiser
 from fedloom.sparsify import kept_count, split
-from fedloom.tensors import Entry, to_dense
+from fedloom.tensors import Entry
 
 
 def flasc(
@@ -30,7 +29,10 @@ def flasc(
     server_beta2: float = 0.999,
     server_tau: float = 1e-3,
 ) -> Method:
-    """Densities: share of the elements sent each way, in (0, 1]; server_*: FedAdam, see `ServerOptimiser`."""
+    """Densities: share of the elements sent each way, in (0, 1]; wire.budget takes the place of upload_density.
+
+    server_*: FedAdam, see `ServerOptimiser`.
+    """
     for name, density in (("upload_density", upload_density), ("download_density", download_density)):
         if not 0.0 < density <= 1.0:
             raise ConfigError(f"method.{name} is {density}: expected 0 < density ≤ 1")
@@ -39,15 +41,15 @@ def flasc(
         name="flasc",
         facts=Facts(
             paper="FLASC (arXiv 2406.05233)",
-            exact=False,
-            unequal_ranks=False,
             sends="largest elements of ΔA and ΔB",
             receives="largest elements of A and B",
             keeps="server: all of A and B, moments",
+            broadcasts="step",
         ),
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
         receive=replace_factors,
+        takes_budget=True,
     )
 
 
@@ -61,11 +63,19 @@ def send_largest(
     density: float, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The largest elements of the change from the masked download."""
-    before, entries = state.adapter.tensors(), {}
-    for name, tensor in after.tensors().items():
-        seed = derived_seed(context.seed, "upload", context.round, name)
-        entries[name] = largest(tensor - before[name], density, seed, context)
-    return state.memory, entries
+    before = state.adapter.tensors()
+    changes = {name: tensor - before[name] for name, tensor in after.tensors().items()}
+
+    def entries_at(density: float) -> dict[str, Entry]:
+        return {
+            name: largest(change, density, derived_seed(context.seed, "upload", context.round, name), context)
+            for name, change in changes.items()
+        }
+
+    if context.budget is None:
+        return state.memory, entries_at(density)
+    done = within_budget(state, len(changes), entries_at, context)
+    return {**state.memory, **done.memory}, done.entries
 
 
 def adam_step(
@@ -74,10 +84,7 @@ def adam_step(
     """θ moves by FedAdam on the mean change; its largest elements are broadcast."""
     memory = dict(state.memory)
     start = {name: memory.get(f"theta/{name}", tensor) for name, tensor in state.adapter.tensors().items()}
-    means = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-    for update in updates:
-        for name, entry in update.entries.items():
-            means[name].add_(to_dense(entry), alpha=update.weight)
+    means = weighted_mean(updates)
     entries: dict[str, Entry] = {}
     for name, theta in start.items():
         memory[f"theta/{name}"] = theta + adam.step(name, means[name], memory)

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from functools import partial
 
 from fedloom.lora import LoraPair, LoraState
-from fedloom.lowrank import ProductSum, streaming_cap
 from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import dense_entries, narrow_factors, send
-from fedloom.methods.components import go_on, received
+from fedloom.methods.averaging import dense_entries, narrow_factors, product_sums, send
+from fedloom.methods.components import go_on
 
 
 def flexlora() -> Method:
@@ -24,11 +23,11 @@ def flexlora() -> Method:
         name="flexlora",
         facts=Facts(
             paper="FlexLoRA (arXiv 2402.11505)",
-            exact=False,
             unequal_ranks=True,
-            sends="A and B, dense",
             receives="A and B of its own rank, dense",
-            keeps="nothing",
+            broadcasts="components",
+            stateless=True,
+            truncates="rank",
         ),
         compress=partial(send, both_factors),
         aggregate=best_approximation,
@@ -39,10 +38,7 @@ def flexlora() -> Method:
 
 def best_approximation(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """The leading components of Σ p_k B_k A_k, as many as the server's adapter has."""
-    sums = {module: ProductSum(pair.shape, cap=streaming_cap(pair.rank)) for module, pair in state.adapter.items()}
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            sums[module].add(pair, update.weight)
+    sums = product_sums(updates, state.adapter, capped=True)
     cuts = {module: total.truncate(rank=state.adapter[module].rank) for module, total in sums.items()}
     lead = LoraState({module: balanced(cut.pair) for module, cut in cuts.items()})
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)

@@ -24,11 +24,7 @@ def flora_na(*, sweeps: int = 20) -> Method:
         name="flora-na",
         facts=Facts(
             paper="FLoRA-NA (arXiv 2509.26399)",
-            exact=False,
-            unequal_ranks=False,
-            sends="A and B, dense",
-            receives="A and B, dense",
-            keeps="nothing",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=partial(nearest, sweeps),

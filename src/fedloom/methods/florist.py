@@ -22,11 +22,11 @@ from functools import partial
 from typing import Literal
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState
-from fedloom.lowrank import ProductSum, over_modules, streaming_cap
+from fedloom.lora import LoraPair, LoraState
+from fedloom.lowrank import over_modules
 from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, adopt_leading, both_factors
-from fedloom.methods.averaging import dense_entries, send
-from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, received, restart
+from fedloom.methods.averaging import dense_entries, product_sums, send
+from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, restart
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 
@@ -41,9 +41,11 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
             paper="FLoRIST (arXiv 2506.09199)",
             exact=tau == 1.0 and client_init != "continue",
             unequal_ranks=True,
-            sends="A and B, dense",
             receives="singular components up to the energy tau",
             keeps="merged increments",
+            broadcasts="components",
+            stateless=True,
+            truncates="energy",
         ),
         compress=partial(send, both_factors),
         aggregate=partial(leading_components, tau, client_init),
@@ -61,15 +63,8 @@ def leading_components(
 
     Below tau = 1 the sum is capped, so that a large cohort stays bounded: what that loses is in `max_lost_energy`.
     """
-    sums = {
-        module: ProductSum(pair.shape, cap=streaming_cap(pair.rank) if tau < 1.0 else None)
-        for module, pair in state.adapter.items()
-    }
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            sums[module].add(pair, update.weight)
-            if client_init == "warm":
-                sums[module].add(components(state.adapter[module], pair.rank), update.weight)
+    tail = partial(components_beyond, state.adapter) if client_init == "warm" else None
+    sums = product_sums(updates, state.adapter, capped=tau < 1.0, beside=tail)
     cut_all = over_modules(lambda total: total.truncate(energy=tau), sums.values())
     cuts = dict(zip(sums, cut_all, strict=True))
     trained = {module: 0 if client_init == "merge_reinit" else pair.rank for module, pair in state.adapter.items()}
@@ -83,3 +78,8 @@ def leading_components(
     ranks = [cut.pair.rank for cut in cuts.values()]
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
     return Aggregate(broadcast, {}, {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost})
+
+
+def components_beyond(adapter: LoraState, module: str, rank: int) -> LoraPair:
+    """The server's components that a client of this rank does not train: its `tail`, which counts as its own."""
+    return components(adapter[module], rank)

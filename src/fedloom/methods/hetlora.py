@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState
+from fedloom.lora import LoraState, module_of
 from fedloom.lowrank import frobenius_norm
 from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import coded, narrow_factors, replace_factors, send
+from fedloom.methods.averaging import coded, narrow_factors, replace_factors, send, weighted_mean
 from fedloom.methods.components import received
 
 
@@ -29,11 +29,10 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
         name="hetlora",
         facts=Facts(
             paper="HetLoRA (arXiv 2401.06432)",
-            exact=False,
             unequal_ranks=True,
             sends="A and B of its own rank, dense",
             receives="the first rows and columns, dense",
-            keeps="nothing",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=weighted_by_norm,
@@ -50,12 +49,13 @@ def weighted_by_norm(state: State, updates: Iterable[Update], context: Context) 
         for update in updates
     }
     sums = {module: sum(sizes[module] for sizes in norms.values()) for module in state.adapter}
-    means = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            weight = norms[update.client][module] / sums[module] if sums[module] else update.weight
-            means[f"{module}/A"][: pair.rank].add_(pair.A, alpha=weight)
-            means[f"{module}/B"][:, : pair.rank].add_(pair.B, alpha=weight)
+
+    def weight(update: Update, name: str) -> float:
+        module = module_of(name)
+        return norms[update.client][module] / sums[module] if sums[module] else update.weight
+
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
+    means = weighted_mean(updates, start=zeros, weight=weight)
     return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
 
 

@@ -15,44 +15,36 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedloom.budget import Budget, Room, fill_budget, value_bits
 from fedloom.errors import ConfigError
 from fedloom.lora import LoraState, derived_seed, from_tensors, stack
 from fedloom.lowrank import over_modules
 from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
+from fedloom.methods.averaging import weighted_mean
 from fedloom.methods.components import components
 from fedloom.sparsify import kept_count, largest, reach, scratch, shortlist
-from fedloom.tensors import Quantized, Sparse, count, to_dense
+from fedloom.tensors import Sparse, count, to_dense
 
-COST = "cost"
-"""The name in a participant's memory of what its last payload took, over the entropy of positions and values."""
-
-LEAST = "least"
-"""The name in a participant's memory of what a tensor takes of which one element is sent, in bytes."""
-
-_TRIES = 5
-_AIM = 0.99  # of the budget: what is aimed at
-_USED = 0.95  # of the budget: enough
 _ROOM = 1.2  # densities that are listed, over the one that is asked for
 _SPREAD = 1 / 8  # bits for an element of a payload, under which a smaller rank does better (docs/loom.md)
-_FORMS = {0.04: "sign", 0.12: "int4", math.inf: "int8"}  # of values, up to this share of dense fp32
+_WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
+_BUDGET = 0.01  # share of dense fp32 where no budget is set
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Bytes of a client's turn, both ways: `share` of dense fp32 or, where that is 0, `size`; `up` of them go up.
+    """How the bytes of both ways are divided: the share `up` of them goes up.
 
     most: the share of a tensor's elements that is sent at most. taper: how much the first rounds take from the last.
     """
 
-    share: float
-    size: int
     up: float
     most: float
     taper: float
 
     def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
         """What a payload in this direction may take, where `adapter` is what dense fp32 would send."""
-        both = self.share * 2 * 4 * adapter.numel() if self.share else self.size
+        both = 2 * (context.budget or Budget(_BUDGET)).bytes(adapter.numel())
         part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
         return int(both * part * self.weight(context.round, context.num_rounds))
 
@@ -64,7 +56,6 @@ class Dial:
 
 def loom(
     *,
-    budget: str | int = "1%",
     upload_share: float = 0.42,
     step: float = 3.0,
     server_residual: float = 0.9,
@@ -74,9 +65,10 @@ def loom(
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
-    budget: bytes of a client's turn, up and down together and on the mean of all rounds, or a share of dense fp32
-    ("1%"); a payload has one element of every tensor even where there is no room for it. upload_share: of the budget,
-    the part that goes up. taper: a round's bytes fall in a line from 1 + taper times the mean to 1 − taper times.
+    wire.budget, 1 % of dense fp32 unless it is set, is kept to by the payloads of a client's turn on the mean of both
+    ways and of all rounds; a payload has one element of every tensor even where there is no room for it.
+    upload_share: of the bytes of both ways, the part that goes up.
+    taper: a round's bytes fall in a line from 1 + taper times the mean to 1 − taper times.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: the share of what a broadcast leaves out that is added to the next one.
     max_density: the share of a tensor's elements that is sent at most, whatever the budget.
@@ -84,7 +76,7 @@ def loom(
     Values travel as signs up to 4 % of dense fp32 and with a budget in bytes, in 4 bits up to 12 %, else in 8, unless
     wire.values says otherwise.
     """
-    dial = Dial(*_amount(budget), upload_share, max_density, taper)
+    dial = Dial(upload_share, max_density, taper)
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
@@ -97,31 +89,22 @@ def loom(
         name="loom",
         facts=Facts(
             paper="fedloom (docs/loom.md)",
-            exact=False,
             unequal_ranks=True,
             sends="important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send",
+            broadcasts="elements",
         ),
         compress=partial(send_signs, dial, step, importance),
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_all,
         adopt=adopt_all,
         advise=partial(thin, dial),
-        values=next(form for most, form in _FORMS.items() if dial.share <= most),
+        takes_budget=True,
+        default_budget=_BUDGET,
+        values="sign",
+        wider=_WIDER,
     )
-
-
-def _amount(budget: str | int) -> tuple[float, int]:
-    """(share, 0) of "1%", (0, bytes) of a whole number."""
-    text = str(budget).strip()
-    try:
-        share, size = (float(text[:-1]) / 100, 0) if text.endswith("%") else (0.0, int(text))
-    except ValueError:
-        share, size = 0.0, 0
-    if not (math.isfinite(share) and (share > 0 or size > 0)):
-        raise ConfigError(f'method.budget is {budget!r}: expected a share of dense fp32 such as "1%", or bytes')
-    return share, size
 
 
 def thin(dial: Dial, adapter: LoraState, context: Context) -> str:
@@ -131,7 +114,7 @@ def thin(dial: Dial, adapter: LoraState, context: Context) -> str:
     if bits >= _SPREAD:
         return ""
     return (
-        f"method.budget leaves a payload {bits:.2g} bits for every element of the adapter: a smaller lora.r with a "
+        f"wire.budget leaves a payload {bits:.2g} bits for every element of the adapter: a smaller lora.r with a "
         "higher training.learning_rate, or a larger budget, may well end higher (docs/loom.md)"
     )
 
@@ -155,14 +138,11 @@ def broadcast_signs(
     dial: Dial, residual: float, importance: bool, state: State, updates: Iterable[Update], context: Context
 ) -> Aggregate:
     """The most important elements of the clients' mean and of what earlier broadcasts left out."""
-    sums = {
+    waiting = {
         name: residual * state.memory[name] if name in state.memory else torch.zeros_like(tensor)
         for name, tensor in state.adapter.tensors().items()
     }
-    for update in updates:
-        for name, entry in update.entries.items():
-            lead = tuple(slice(size) for size in entry.shape)
-            sums[name][lead].add_(to_dense(entry), alpha=update.weight)
+    sums = weighted_mean(updates, start=waiting)
 
     def moved(module: str) -> dict[str, Delta]:
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
@@ -261,55 +241,20 @@ class Lists:
 
 def filled(
     moved: Callable[[str], Mapping[str, Delta]], budget: int, most: float, state: State, context: Context
-) -> tuple[dict[str, Tensor], dict[str, Sparse]]:
-    """(memory, entries) that fill a budget of bytes.
+) -> tuple[Mapping[str, Tensor], Mapping[str, Sparse]]:
+    """(memory, entries) that fill a budget of bytes: of every tensor the same share, one element at least.
 
-    Every tensor sends the same share of its elements, one at least and the share `most` at most. How large a share the
-    budget affords follows from the entropy of positions, times what the last payload took over that, and from what is
-    due before any second element; both are remembered, so that a later payload is mostly encoded once.
+    Change and importance of an element are worked out once, for a shortlist that has a little more than the first guess
+    at the density. The trials then choose among these, so that a second trial costs a selection and an encoding, not
+    another look at all elements.
     """
-    total, each = max(state.adapter.numel(), 1), value_bits(context)
-    cost = state.memory[COST].item() if COST in state.memory else 1.0
     lists = Lists(moved, state.adapter, context)
-    lists.hold(affordable(8 * budget / total / cost, each, most))
-    tensors = max(len(lists.listed), 1)
-    one = state.memory[LEAST].item() if LEAST in state.memory else context.size(lists.entries(0.0)) / tensors
-    least = round(one * tensors)
-    best, taken = {}, 0
-    for _ in range(_TRIES):
-        density = affordable(8 * max(_AIM * budget - least, 0) / total / cost, each, most)
-        entries = lists.entries(density)
-        size = context.size(entries)
-        if taken < size <= budget:
-            best, taken = entries, size
-        if taken > _USED * budget or (taken == size and density == most):
-            break
-        cost = max(8 * (size - least) / total / max(element_bits(density, each), 1e-9), 0.1)
-    return {COST: torch.tensor(cost), LEAST: torch.tensor(one)}, best or lists.entries(0.0)
-
-
-def value_bits(context: Context) -> float:
-    """Bits of a value in the form in which values travel."""
-    values = context.quantize(torch.ones(1), 0)
-    return values.bits if isinstance(values, Quantized) else 8 * values.element_size()
-
-
-def element_bits(density: float, each: float) -> float:
-    """Bits an element, sent or not: the entropy of whether it is sent, and `each` where it is."""
-    if not 0.0 < density < 1.0:
-        return density * each
-    return -density * math.log2(density) - (1 - density) * math.log2(1 - density) + density * each
-
-
-def affordable(bits: float, each: float, most: float) -> float:
-    """The density at which an element takes so many bits: `most`, or at most a half."""
-    if bits >= element_bits(most, each):
-        return most
-    low, high = 0.0, min(most, 0.5)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if element_bits(middle, each) <= bits else (low, middle)
-    return low
+    tensors = 2 * len(state.adapter)  # A and B of every module
+    room = Room(budget, state.adapter.numel(), tensors, value_bits(context.quantize), most)
+    # Listed first for the guess: asked for density 0 first, the lists would hold nothing and be made twice.
+    lists.hold(room.first_guess(state.memory))
+    done = fill_budget(room, lists.entries, context.size, state.memory)
+    return done.memory, done.entries
 
 
 def add_to_all(state: State, entries: Entries, context: Context) -> State:

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import average, coded, replace_factors, send
+from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
+from fedloom.methods.averaging import average, coded, replace_factors, send, weighted_mean
 from fedloom.methods.components import received
 
 
@@ -24,11 +25,7 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
         name="lora-fair",
         facts=Facts(
             paper="LoRA-FAIR (arXiv 2411.14961)",
-            exact=False,
-            unequal_ranks=False,
-            sends="A and B, dense",
-            receives="A and B, dense",
-            keeps="nothing",
+            stateless=True,
         ),
         compress=partial(send, both_factors),
         aggregate=partial(corrected, ridge),
@@ -40,12 +37,15 @@ def corrected(ridge: float, state: State, updates: Iterable[Update], context: Co
     """Ā and B̄ + ΔB, in float64 on r × r and m × r matrices only."""
     mean = dict(average(state, updates, context).entries)
     means = received(mean)
-    # ΔW* Āᵀ = Σ p_k B_k (A_k Āᵀ)
-    onto = {module: torch.zeros(pair.B.shape, dtype=torch.float64) for module, pair in means.items()}
-    for update in updates:
-        for module, pair in received(update.entries).items():
-            overlap = pair.A.double() @ means[module].A.double().T
-            onto[module] += update.weight * (pair.B.double() @ overlap)
+
+    def projected(entries: Entries) -> dict[str, Tensor]:
+        """B_k (A_k Āᵀ), m × r: the order of the products keeps m × n matrices away."""
+        return {
+            module: pair.B.double() @ (pair.A.double() @ means[module].A.double().T)
+            for module, pair in received(entries).items()
+        }
+
+    onto = weighted_mean(updates, read=projected)  # ΔW* Āᵀ
     for module, pair in means.items():
         a, b = pair.A.double(), pair.B.double()
         gram = a @ a.T

@@ -18,10 +18,8 @@ def rolora() -> Method:
         facts=Facts(
             paper="RoLoRA (arXiv 2502.01755)",
             exact=True,
-            unequal_ranks=False,
             sends="B or A in turn, dense",
             receives="the same factor, dense",
-            keeps="nothing",
         ),
         compress=partial(send, alternating),
         aggregate=average,

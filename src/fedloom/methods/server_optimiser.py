@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.method import Aggregate, Context, Method, State, Update
-from fedloom.methods.averaging import add_change, coded, replace_factors
+from fedloom.methods.averaging import coded
 from fedloom.tensors import to_dense
 
 Memory = dict[str, Tensor]
@@ -66,13 +66,15 @@ _STEPS: Mapping[str, Callable[[ServerOptimiser, str, Tensor, Memory], Tensor]] =
 
 def optimised(method: Method, optimiser: ServerOptimiser) -> Method:
     """The method with a server optimiser over its mean. Raises ConfigError for a method that broadcasts no mean."""
-    if method.receive not in (replace_factors, add_change):
+    if method.facts.broadcasts not in ("factors", "change"):
         raise ConfigError(
             f"method {method.name!r} does not broadcast a mean, so method.server_optimizer cannot be used with it"
         )
     keeps = f"server: moments of {optimiser.server_optimizer}"
     return replace(
-        method, facts=replace(method.facts, exact=False, keeps=keeps), aggregate=partial(_optimise, method, optimiser)
+        method,
+        facts=replace(method.facts, exact=False, stateless=False, keeps=keeps),
+        aggregate=partial(_optimise, method, optimiser),
     )
 
 
@@ -82,6 +84,6 @@ def _optimise(
     plain = method.aggregate(state, updates, context)
     memory, now, entries = dict(state.memory), state.adapter.tensors(), {}
     for name, entry in plain.entries.items():
-        start = now[name] if method.receive is replace_factors else torch.zeros_like(now[name])
+        start = now[name] if method.facts.broadcasts == "factors" else torch.zeros_like(now[name])
         entries[name] = coded(name, start + optimiser.step(name, to_dense(entry) - start, memory), context)
     return Aggregate(entries, memory, plain.stats)

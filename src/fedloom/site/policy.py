@@ -1,5 +1,6 @@
 """What a site allows, whatever the server asks for. The worker holds every job and every payload to it.
 
+    check_method   first of all: a method may be code of another package
     check_settings before a model is loaded: method, modules, ranks, steps, batch, lengths, optimiser, learning rates
     check_job      before anything is kept: the modules that there are, examples, what an update would rest on
     check_left     before training: bytes and ε that are left
@@ -28,8 +29,8 @@ from fedloom.config import ClientSettings, Config, LoraSettings, TrainingSetting
 from fedloom.errors import DataError, PolicyRefusal
 from fedloom.lora import PARTS, LoraState, from_tensors
 from fedloom.method import CORE, State
+from fedloom.methods.foreign import is_foreign
 from fedloom.rounds import Train, Trained
-from fedloom.setup import train_settings
 from fedloom.site.privacy import epsilon, norm, released
 from fedloom.site.rules import Policy, Spent
 from fedloom.training import rate
@@ -42,7 +43,7 @@ REFUSED = "refused by the site's policy"
 def check_settings(policy: Policy, config: Config, site: str, round: int) -> None:
     """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it."""
     training = config.training
-    _check_method(policy, config.method.name)
+    check_method(policy, config.method.name)
     if policy.optimizers is not None:
         _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
     _check_targets(policy, config.lora_of(site))
@@ -71,7 +72,7 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
     modules: names of all modules that the job would adapt; examples: how many the site holds for it; draws: how many
     the training of a round draws, the same one again only once it has seen all.
     """
-    _check_method(policy, method)
+    check_method(policy, method)
     _check_names(policy, modules)
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
@@ -94,6 +95,16 @@ def check_left(policy: Policy, spent: Spent) -> None:
                 f"{privacy.max_epsilon:g}",
                 f"{REFUSED}: its privacy budget is used up",
             )
+
+
+def check_method(policy: Policy, method: str) -> None:
+    """Raises PolicyRefusal unless this method may run here. Ask before it is built: that may import its code."""
+    if method in (policy.methods or ()) or (policy.methods is None and not is_foreign(method)):
+        return
+    allowed = "policy.methods allows " + ", ".join(policy.methods) if policy.methods else "it must be in policy.methods"
+    raise PolicyRefusal(
+        f"method {method!r}; {allowed}", f"refused by the site's policy: method {method!r} is not allowed"
+    )
 
 
 def check_room(policy: Policy, folder: Path, more: int) -> None:
@@ -145,7 +156,7 @@ def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent
         pair = before[module]
         if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
-    _check_method(policy, message.header.method)
+    check_method(policy, message.header.method)
     _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
 
 
@@ -186,11 +197,6 @@ def told_to_server(policy: Policy, error: Exception, reference: str) -> str:
     return f"{type(error).__name__}: {error} (reference {reference})"
 
 
-def _check_method(policy: Policy, method: str) -> None:
-    if policy.methods is not None:
-        _check_choice("method", method, "methods", policy.methods)
-
-
 def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise PolicyRefusal(
@@ -218,7 +224,7 @@ def _rates(config: Config, round: int) -> tuple[float, float]:
     """The learning rates of a round's first step and of its last; those between lie between."""
     rounds, steps = config.federation.num_rounds, config.training.max_steps
     place = min(max(round, 1), rounds)
-    first, last = (rate(train_settings(config), place, rounds, step) for step in (0, steps - 1))
+    first, last = (rate(config.training, place, rounds, step) for step in (0, steps - 1))
     return first, last
 
 

@@ -16,7 +16,12 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 class Policy(Section):
     """What is left out is not limited, except that error texts are withheld and the order of examples is the site's."""
 
-    methods: Names | None = Field(None, description="Methods that may run here.", examples=[["fedsrd", "fedit"]])
+    methods: Names | None = Field(
+        None,
+        description="Methods that may run here; without a list, fedloom's own. One of another package runs only where "
+        'its name, "package.module:builder", is in the list: the site then imports that module.',
+        examples=[["fedsrd", "fedit"]],
+    )
     modules: Names | None = Field(
         None,
         description="Modules that may be trained: names, their last parts, or patterns such as *.self_attn.*.",

@@ -150,16 +150,21 @@ def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
         for bin_, of_cell in zip(coded.bins, coded.symbols, strict=True):
             if bin_ >= 0:
                 symbols.setdefault(bin_, []).append(of_cell)
+    # Bins begin apart, each with its own stream. Again and again the two neighbours whose union costs least are joined,
+    # while that costs less than the stream it saves. Only neighbours: bins are sorted by density, and cells of like
+    # density have like gaps. What a stream takes is estimated by the entropy of its symbols.
     groups = [([bin_], np.bincount(np.concatenate(symbols[bin_]), minlength=256)) for bin_ in sorted(symbols)]
     alone = [_bits(counts) for _, counts in groups]
     together = [_bits(left[1] + right[1]) for left, right in zip(groups, groups[1:], strict=False)]
     while len(groups) > 1:
         losses = [both - left - right for both, left, right in zip(together, alone, alone[1:], strict=False)]
         at = min(range(len(losses)), key=losses.__getitem__)
+        # Beyond the most streams that the format allows, they are joined at whatever loss.
         if losses[at] > _STREAM_BITS and len(groups) <= MOST_GAP_STREAMS:
             break
         groups[at : at + 2] = [(groups[at][0] + groups[at + 1][0], groups[at][1] + groups[at + 1][1])]
         alone[at : at + 2] = [together[at]]
+        # Of the entropies of pairs only those with the new group have changed: one to its left, one to its right.
         first, last = max(at - 1, 0), min(at + 2, len(groups))
         near = groups[first:last]
         together[first : at + 2] = [_bits(left[1] + right[1]) for left, right in zip(near, near[1:], strict=False)]

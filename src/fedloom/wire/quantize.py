@@ -17,20 +17,29 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.masks import seeded_uniform
+from fedloom.sparsify import Quantize
 from fedloom.tensors import Quantized, Values
 
 Rounding = Callable[[Tensor, int], Values]
+"""(1-D float32 tensor on the CPU, seed) → values."""
 
 
-def quantize(values: Tensor, kind: str, seed: int) -> Values:
-    """1-D float32 `values` in the form in which they will travel. Only stochastic kinds use `seed`.
+def quantize(kind: str) -> Quantize:
+    """The function (values, seed) → the values in the form in which they will travel. Only stochastic kinds use `seed`.
 
-    Raises ConfigError for an unknown kind, NumericError where a kind cannot hold a value (no integer kind holds
-    infinities or NaN; float16 ends at 65504).
+    >>> quantize("int4")(torch.tensor([0.5, -7.0]), 0).dequantize()
+    tensor([ 0., -7.])
+
+    Raises ConfigError for an unknown kind; the function raises NumericError where the kind cannot hold a value (no
+    integer kind holds infinities or NaN; float16 ends at 65504).
     """
     if kind not in VALUE_KINDS:
         raise ConfigError(f"no value coding is called {kind!r}: expected one of {', '.join(VALUE_KINDS)}")
-    return VALUE_KINDS[kind](values.detach().to("cpu", torch.float32).reshape(-1).contiguous(), seed)
+    return partial(_rounded, VALUE_KINDS[kind])
+
+
+def _rounded(rounding: Rounding, values: Tensor, seed: int) -> Values:
+    return rounding(values.detach().to("cpu", torch.float32).reshape(-1).contiguous(), seed)
 
 
 def _float32(values: Tensor, seed: int) -> Tensor:

@@ -14,7 +14,6 @@ one that was started anew is sent the full state, and its residual is lost. `fed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import final
 
 import numpy as np
@@ -25,19 +24,19 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.adapters import PREFIX
+from fedloom.budget import Budget
 from fedloom.caps import USUAL, Caps
 from fedloom.catchup import Archive
 from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import FedloomError, RoundError
 from fedloom.job import Job
 from fedloom.lora import LoraState, from_tensors
-from fedloom.method import State
+from fedloom.method import Method, State
 from fedloom.methods import build
 from fedloom.rounds import Train, accept, client_turn, server_turn, start
-from fedloom.setup import coded
 from fedloom.site.protocol import Parcel
 from fedloom.text import printable
-from fedloom.wire import read_header
+from fedloom.wire import quantize, read_header
 
 Scalar = bool | int | float | str
 STATE = "fedloom.state"
@@ -45,20 +44,22 @@ UNKNOWN = -1
 
 
 def agree(
-    method: str = "fedsrd",
+    method: str | Method = "fedsrd",
     settings: Mapping[str, Scalar] | None = None,
     *,
     seed: int = 0,
     values: str = "auto",
     weighting: str = "examples",
+    budget: Budget | None = None,
     caps: Caps = USUAL,
 ) -> Job:
-    """What server and clients must agree on; the arguments are [method], federation.seed, wire.values and weighting.
+    """What server and clients must agree on: [method], federation.seed, wire.values, weighting and wire.budget.
 
     caps is the server's alone: what one client may count for, as [federation] has it.
     """
     built = build(method, settings or {})
-    return Job(built, seed, partial(coded, built.values if values == "auto" else values), weighting, caps=caps)
+    form = quantize(built.form(budget) if values == "auto" else values)
+    return Job(built, seed, form, weighting, budget, caps=caps)
 
 
 @final
