@@ -13,7 +13,7 @@ How the parts meet:
                       charge = trail.charge(job, round, mu) has it on disk that noise is about to be drawn
       turn is done  → policy.check_update(site.policy, payload, state.adapter, trail.spent(job, round), parts)
                       policy.check_room(site.policy, site.state, bytes)
-      before reply  → trail.record(payload, job, round, mu, charge=…)  mu = site.policy.privacy.mu, or None without noise
+      before reply  → trail.record(payload, job, round, mu, charge=…)   mu = policy.privacy.mu, or None without noise
       any error     → policy.told_to_server(site.policy, error, reference) is all that leaves; its text stays in the log
 
 A payload that is asked for twice is sent from the state folder, never trained anew: fresh noise on the same data would
