@@ -67,7 +67,7 @@ class AuditTrail:
 
     def charge(self, job: str, round: int, mu: float, now: datetime | None = None) -> Line:
         """Have it on disk that noise is about to be drawn. Raises AuditError, and none may be, where it cannot be."""
-        return self._append(Line(_text(now), job, round, 0, "", mu, "", ""))
+        return self._append(now, Line("", job, round, 0, "", mu, "", ""))
 
     def record(
         self,
@@ -90,18 +90,17 @@ class AuditTrail:
                 _write(kept, payload)
         except OSError as error:
             raise self._unrecorded(error) from None
-        return self._append(Line(_text(now), job, round, len(payload), name, mu, "", "", charge))
+        return self._append(now, Line("", job, round, len(payload), name, mu, "", "", charge))
 
-    def _append(self, line: Line) -> Line:
-        """The line, chained to the last one and on disk."""
+    def _append(self, now: datetime | None, line: Line) -> Line:
+        """The line with its time, chained to the last one and on disk."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open(self.path, "ab+", opener=_private) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 lines = self.lines()
                 file.truncate(sum(len(_dumped(line)) for line in lines))  # a line that a crash cut short
-                line = replace(line, previous=lines[-1].digest if lines else FIRST)
-                line = replace(line, digest=_digest(line))
+                line = _chained(now or datetime.now(UTC), line, lines)
                 file.write(_dumped(line))
                 file.flush()
                 os.fsync(file.fileno())
@@ -199,8 +198,10 @@ def _check_charges(path: Path, lines: Sequence[Line]) -> None:
             raise AuditError(f"{path}: line {number} names a charge for noise that was not made for this payload")
 
 
-def _text(now: datetime | None) -> str:
-    return (now or datetime.now(UTC)).isoformat(timespec="seconds")
+def _chained(now: datetime, line: Line, before: Sequence[Line]) -> Line:
+    previous = before[-1].digest if before else FIRST
+    line = replace(line, time=now.isoformat(timespec="seconds"), previous=previous)
+    return replace(line, digest=_digest(line))
 
 
 def _fields(line: Line) -> dict[str, object]:

@@ -42,7 +42,7 @@ REFUSED = "refused by the site's policy"
 def check_settings(policy: Policy, config: Config, site: str, round: int) -> None:
     """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it."""
     training = config.training
-    _check_method(policy, config.method.name)
+    check_method(policy, config.method.name)
     if policy.optimizers is not None:
         _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
     _check_targets(policy, config.lora_of(site))
@@ -65,13 +65,19 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
             )
 
 
+def check_method(policy: Policy, method: str) -> None:
+    """Raises PolicyRefusal unless this method may run here."""
+    if policy.methods is not None:
+        _check_choice("method", method, "methods", policy.methods)
+
+
 def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int, draws: int) -> None:
     """Raises PolicyRefusal unless this job may be kept here.
 
     modules: names of all modules that the job would adapt; examples: how many the site holds for it; draws: how many
     the training of a round draws, the same one again only once it has seen all.
     """
-    _check_method(policy, method)
+    check_method(policy, method)
     _check_names(policy, modules)
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
@@ -145,7 +151,7 @@ def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent
         pair = before[module]
         if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
-    _check_method(policy, message.header.method)
+    check_method(policy, message.header.method)
     _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
 
 
@@ -184,11 +190,6 @@ def told_to_server(policy: Policy, error: Exception, reference: str) -> str:
             return f"{REFUSED} (reference {reference})"
         return f"the site could not take its turn: {type(error).__name__} (reference {reference})"
     return f"{type(error).__name__}: {error} (reference {reference})"
-
-
-def _check_method(policy: Policy, method: str) -> None:
-    if policy.methods is not None:
-        _check_choice("method", method, "methods", policy.methods)
 
 
 def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> None:
