@@ -11,6 +11,7 @@ allows is worked out a second time here, in another way, for everything that was
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import random
@@ -257,6 +258,8 @@ class Fuzz:
     def play(self, number: int) -> None:
         """One request, and what must hold after it."""
         parcel = self.request(random.Random(f"{self.seed} {number}"))
+        if number % 1000 == 0:
+            print(f"request {number}: {dict(self.counts)}", file=sys.stderr, flush=True)
         began = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its default is to kill: no code of Python's could stop a regex
         reply = self.desk.answer(parcel)
@@ -300,6 +303,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGPROF, chain=True)  # says where it was, and then dies of the signal
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder), options.seed)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -85,7 +85,7 @@ def test_once_the_privacy_budget_is_used_up_the_round_goes_on_without_the_site(t
 def test_a_byte_budget_ends_a_sites_part_whatever_the_job(toy_federation, tmp_path):
     _, grid = toy_federation()
     sizes = [line.bytes for line in trail(grid, "lab").lines()]
-    limit = Policy(max_bytes_day=str(sum(sizes) + sizes[0]))
+    limit = Policy(max_bytes_day=str(sum(sizes) + sizes[0]), order="run")
     toy_federation(policies={"lab": limit}, out="second")
     told = [row for row in read(tmp_path / "second" / "ledger.jsonl") if isinstance(row, Roll)]
     assert ["lab" in roll.answered for roll in told] == [True, False, False]

@@ -58,7 +58,7 @@ class Loopback:
         federation.init(folder / "fed", asked, sites)
         for site in sites:
             file = folder / "fed/sites" / site / "SITE.toml"
-            file.write_text(file.read_text().replace("[policy]\n", '[policy]\norder = "run"\n'))
+            file.write_text(file.read_text().replace('order = "site"', 'order = "run" '))
 
     def overrides(self) -> list[str]:
         """Settings with which a run reaches this SuperLink."""

@@ -132,7 +132,7 @@ class Desk:
         check_update(self.site.policy, done.payload, state.adapter, spent, parts)
         facts = json.dumps(_facts(done)).encode()
         held = Held(asked.round, state, done.state, facts, done.payload, "".join(charges))
-        rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
+        rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         trained = done.trained
         rows.append(
             Training(asked.round, self.site.name, trained.loss, trained.steps, trained.num_examples, trained.seconds)
