@@ -131,5 +131,5 @@ def test_a_worker_asks_its_policy_before_it_imports_anything(package):
         {"method": {"name": "own_methods.halves:halves"}, "federation": {"participants": ["lab"]}}
     )
     with pytest.raises(PolicyRefusal, match="it must be in policy.methods"):
-        desk.loaded(Request("hello", "job", dump(config), "", 1, 0))
+        desk.open(Request("hello", "job", dump(config), "", 1, 0))
     assert "own_methods.halves" not in sys.modules

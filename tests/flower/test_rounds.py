@@ -142,7 +142,7 @@ def test_a_late_update_is_refused_by_its_round(toy_federation, tmp_path: Path):
         (spoilt(lambda header, entries: (replace(header, num_examples=2**62), entries)), "1,000,000,000 at most"),
         (spoilt(lambda header, entries: (replace(header, result_digest="ab" * 16), entries)), "'lab' as its sender"),
         (spoilt(lambda header, entries: (header, _scalar(entries))), "has shape ()"),
-        (spoilt(lambda header, entries: (header, _grown(entries))), "1,040 and"),
+        (spoilt(lambda header, entries: (header, _grown(entries))), "at most 1,040"),
     ],
 )
 def test_a_bad_update_is_refused_and_reported_and_the_round_goes_on(toy_federation, tmp_path, outcome, reason):

@@ -66,12 +66,6 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
             )
 
 
-def check_method(policy: Policy, method: str) -> None:
-    """Raises PolicyRefusal unless this method may run here."""
-    if policy.methods is not None:
-        _check_choice("method", method, "methods", policy.methods)
-
-
 def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int, draws: int) -> None:
     """Raises PolicyRefusal unless this job may be kept here.
 
