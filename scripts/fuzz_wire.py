@@ -26,9 +26,10 @@ from torch import Tensor
 from wire_mutations import KINDS, OF_BYTES, Parent, opened
 
 import fedloom.wire
+from fedloom.compress.entries import Dense, count, to_dense
+from fedloom.compress.quantize import quantize
 from fedloom.errors import WireError
-from fedloom.tensors import Dense, count, to_dense
-from fedloom.wire import DEFAULT, Header, Limits, Message, decode, describe, encode, quantize, read_header
+from fedloom.wire import DEFAULT, Header, Limits, Message, decode, describe, encode, read_header
 from fedloom.wire.streams import CHUNK
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "wire-v2"

@@ -5,7 +5,7 @@ skill that the base model already has under other prompts (maximum, addition, re
 `make_base_model.py`). What is new to the base model, and differs from party to party, is the wording of the
 requests, the house format of the answers, and what has to be carried over from the request into the answer.
 
-    python scripts/make_data.py            # rewrites src/fedloom/testbed/data/<domain>/{train,validation,heldout}.jsonl
+    python scripts/make_data.py            # rewrites src/fedloom/testbeds/data/<domain>/{train,validation,heldout}.jsonl
 
 Equal seeds give identical files. `validation` is for tuning; `heldout` is for final scores only.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "fedloom" / "testbed" / "data"
+DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "fedloom" / "testbeds" / "data"
 SPLITS = {"train": 1800, "validation": 150, "heldout": 300}
 
 

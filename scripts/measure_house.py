@@ -17,8 +17,12 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ASSEMBLING = ("fedloom.setup:prepare", "fedloom.run.assemble:prepare", "fedloom.workspace.assemble:prepare")
-READING = ("fedloom.configfile", "fedloom.records.configfile")
+ASSEMBLING = (
+    "fedloom.workspace.assemble:prepare",
+    "fedloom.run.assemble:prepare",
+    "fedloom.workspace.assemble:prepare",
+)
+READING = ("fedloom.records.configfile", "fedloom.records.configfile")
 
 
 def modules(root: Path) -> dict[str, Path]:

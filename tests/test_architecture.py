@@ -189,4 +189,4 @@ def test_the_package_needs_torch_only():
 
 
 def test_help_loads_no_torch():
-    assert "torch" not in loaded_by("import fedloom.cli")
+    assert "torch" not in loaded_by("import fedloom.cli.main")

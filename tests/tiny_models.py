@@ -18,8 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fedloom.config import LoraSettings
-from fedloom.placement import Adapter, linear_modules, place
+from fedloom.model.placement import Adapter, linear_modules, place
+from fedloom.records.config import LoraSettings
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;+-*/=?!#'\"<>|()_"

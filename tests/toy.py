@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from fedloom.compress.seeds import derived_seed
 
-from fedloom import federation
-from fedloom.adapters import AdapterSettings
-from fedloom.budget import Budget
-from fedloom.config import parse_budget
-from fedloom.federation import RoundResult
-from fedloom.lora import LoraPair, LoraState, derived_seed, initial_state, subset
-from fedloom.method import Method, State
-from fedloom.rounds import Job, ServerTurn, Train, Trained, accept
-from fedloom.wire import quantize
+from fedloom.adapters.settings import AdapterSettings
+from fedloom.compress.budget import Budget
+from fedloom.compress.quantize import quantize
+from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
+from fedloom.methods.method import Method, State
+from fedloom.records.config import parse_budget
+from fedloom.rounds import federation
+from fedloom.rounds.federation import RoundResult
+from fedloom.rounds.turns import Job, ServerTurn, Train, Trained, accept
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
 RANK = 4

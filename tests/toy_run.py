@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedloom.config import Config, LoraSettings
-from fedloom.engines import local
-from fedloom.engines.local import Simulation
-from fedloom.engines.roster import Roster
-from fedloom.events import Observer, Silent
-from fedloom.lora import LoraState
-from fedloom.method import State
-from fedloom.methods import build
-from fedloom.placement import Adapter
-from fedloom.rounds import Job, Train
-from fedloom.runs import RunFolder
-from fedloom.setup import Setup
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import State
+from fedloom.methods.table import build
+from fedloom.model.placement import Adapter
+from fedloom.records.config import Config, LoraSettings
+from fedloom.records.events import Observer, Silent
+from fedloom.rounds.turns import Job, Train
+from fedloom.server import local
+from fedloom.server.local import Simulation
+from fedloom.server.roster import Roster
+from fedloom.workspace.assemble import Setup
+from fedloom.workspace.folder import RunFolder
 from toy import SHAPES, job, ranks, trainer
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.masks import seeded_count, seeded_mask, seeded_uniform
-from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values
-from fedloom.wire import Header, Message, quantize
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values
+from fedloom.compress.masks import seeded_count, seeded_mask, seeded_uniform
+from fedloom.compress.quantize import quantize
+from fedloom.wire import Header, Message
 
 HEADER = Header("update", "fedsrd", 3, 2, "00112233445566778899aabbccddeeff", num_examples=40)
 

@@ -1,5 +1,5 @@
 """`python -m fedloom`: the same as the `fedloom` command."""
 
-from fedloom.cli import main
+from fedloom.cli.main import main
 
 main()

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.budget import Budget
 from fedloom.caps import Caps
-from fedloom.consolidation import Consolidation
-from fedloom.lora import derived_seed
-from fedloom.method import Context, Method
-from fedloom.sparsify import Quantize
+from fedloom.compress.budget import Budget
+from fedloom.compress.seeds import derived_seed
+from fedloom.compress.sparsify import Quantize
+from fedloom.methods.method import Context, Method
+from fedloom.rounds.consolidation import Consolidation
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,13 +30,13 @@ import tomli_w
 import torch
 
 import tiny_models
-from fedloom.base_model import base_digest, quiet
-from fedloom.lora import LoraPair
+from fedloom.compress.entries import Dense, Sparse, dense
+from fedloom.lora.pair import LoraPair
+from fedloom.model.base import base_digest, quiet
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.tensors import Dense, Sparse, dense
 from fedloom.wire import Header, Message, decode, encode
 
 MEMORY = 6 * 2**30

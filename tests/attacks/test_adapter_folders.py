@@ -15,16 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedloom import inspection
-from fedloom.adapter_folder import AdapterFolder, load_adapter, other_base_note
-from fedloom.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
+from fedloom.adapters.folder import AdapterFolder, load_adapter, other_base_note
+from fedloom.adapters.merge.combine import Recipe
+from fedloom.adapters.merge.companions import copy_companions
+from fedloom.adapters.merge.folders import opened
+from fedloom.adapters.merge.model import open_base
+from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
+from fedloom.cli import inspect as inspection
+from fedloom.cli.merge import perform
 from fedloom.errors import FedloomError, ModelError
-from fedloom.lora import LoraPair, LoraState
-from fedloom.merge.combine import Recipe
-from fedloom.merge.command import perform
-from fedloom.merge.companions import copy_companions
-from fedloom.merge.folders import opened
-from fedloom.merge.model import open_base
+from fedloom.lora.pair import LoraPair, LoraState
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 8), "model.layers.1.mlp.up_proj": (12, 8)}
 PATTERNS = [

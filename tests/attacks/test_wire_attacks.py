@@ -31,8 +31,8 @@ from wire_forge import (
     words,
 )
 
+from fedloom.compress.entries import to_dense
 from fedloom.errors import WireError
-from fedloom.tensors import to_dense
 from fedloom.wire import Limits, Message, decode, describe, encode, read_header
 from fedloom.wire.fields import FieldWriter
 from fedloom.wire.index import write_index
@@ -347,7 +347,7 @@ def test_a_mask_is_drawn_only_for_a_payload_that_is_worth_it(monkeypatch):
 
 
 def test_no_number_is_drawn_for_a_mask_of_nothing(monkeypatch):
-    monkeypatch.setattr("fedloom.masks._numbers", spent)
+    monkeypatch.setattr("fedloom.compress.masks._numbers", spent)
     for threshold, kept in ((0, 0), (65536, 3)):
         shape = (3,) if kept else (2**30,)
         payload = forged([item(SEEDED, shape, count=kept, threshold=threshold)], words(kept) if kept else [])

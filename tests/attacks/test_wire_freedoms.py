@@ -7,8 +7,8 @@ import pytest
 import zstandard
 from wire_forge import BITMAPS, CLASSES, FIRST_GAPS, INT4, INT8, SPARSE, cells, forged, item, scale, with_index, words
 
+from fedloom.compress.entries import floats
 from fedloom.errors import WireError
-from fedloom.tensors import floats
 from fedloom.wire import Limits, decode, encode
 from fedloom.wire.fields import FieldWriter
 from fedloom.wire.index import write_index

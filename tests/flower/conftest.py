@@ -12,13 +12,14 @@ def toy_federation(tmp_path, monkeypatch):
     """play(grid's settings …) → the finished server and the grid, on made-up models."""
     import desks
 
-    from fedloom.engines.flower import gathering, server
-    from fedloom.engines.flower.fleet import Fleet
-    from fedloom.events import Silent
-    from fedloom.runs import RunFolder
+    from fedloom.flower import gathering
+    from fedloom.flower import sites as server
+    from fedloom.flower.fleet import Fleet
+    from fedloom.records.events import Silent
+    from fedloom.workspace.folder import RunFolder
 
     monkeypatch.setattr("fedloom.site.desk.assemble", desks.assemble)
-    monkeypatch.setattr("fedloom.engines.local.finish", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.server.local.finish", lambda *arguments: None)
     for module, name, value in (
         (gathering, "POLL_SECONDS", 0.002),
         (server, "POLL_SECONDS", 0.002),

@@ -13,24 +13,24 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import toy
-from fedloom.config import Config, LoraSettings
-from fedloom.configfile import load
-from fedloom.data import Example
-from fedloom.engines.flower import client
-from fedloom.engines.flower.payload import pack, unpack
-from fedloom.engines.flower.settings import shared
-from fedloom.method import State
-from fedloom.methods import build
-from fedloom.placement import Adapter, Placement
-from fedloom.rounds import Train, Trained
-from fedloom.setup import Setup, Site, caps_of
+from fedloom.flower import relay as client
+from fedloom.flower.payload import pack, unpack
+from fedloom.flower.settings import shared
+from fedloom.methods.method import State
+from fedloom.methods.table import build
+from fedloom.model.examples import Example
+from fedloom.model.placement import Adapter, Placement
+from fedloom.model.tokens import Prepared
+from fedloom.records.config import Config, LoraSettings
+from fedloom.records.configfile import load
+from fedloom.rounds.turns import Train, Trained
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.tokens import Prepared
+from fedloom.workspace.assemble import Setup, Site, caps_of
 
-TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbed"
+TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SITES = ("bank", "depot", "lab")
 SHORT = (
     "federation.num_rounds=3",

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from benchmarks.loopback import PATIENCE, Loopback
 from desks import SITES, TESTBED
 
-from fedloom.bench.loopback import PATIENCE, Loopback
-from fedloom.config import Config
-from fedloom.configfile import load
-from fedloom.engines.flower import launch
+from fedloom.flower import launch
+from fedloom.records.config import Config
+from fedloom.records.configfile import load
 
 STRANGER = "stranger"
 

@@ -10,9 +10,9 @@ import desks
 import pytest
 
 import toy
-from fedloom.base_model import base_digest
-from fedloom.engines.flower.settings import shared
-from fedloom.ledger import Roll, read
+from fedloom.flower.settings import shared
+from fedloom.model.base import base_digest
+from fedloom.records.ledger import Roll, read
 from fedloom.site.desk import Desk
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel

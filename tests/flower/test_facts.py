@@ -14,11 +14,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.engines.flower import client
-from fedloom.engines.flower.fleet import Asked, Fleet, Reply
-from fedloom.engines.flower.payload import pack, unpack
 from fedloom.errors import RoundError, SiteError
-from fedloom.ledger import Roll, Training, Transfer, read
+from fedloom.flower import relay as client
+from fedloom.flower.fleet import Asked, Fleet, Reply
+from fedloom.flower.payload import pack, unpack
+from fedloom.records.ledger import Roll, Training, Transfer, read
 from fedloom.report import summarise
 from fedloom.site.protocol import Parcel, Statement, request, statement
 from hostile import WHOLE, is_tame

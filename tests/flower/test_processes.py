@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from benchmarks.loopback import free_ports, until
 from desks import SITES
 from processes import STRANGER, Processes
 
-from fedloom.bench.loopback import free_ports, until
-from fedloom.engines.flower import launch
-from fedloom.engines.local import run
-from fedloom.ledger import Training, read
+from fedloom.flower import launch
+from fedloom.records.ledger import Training, read
+from fedloom.server.local import run
 
 pytestmark = pytest.mark.flower
 

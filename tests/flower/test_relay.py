@@ -17,9 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedloom.engines.flower import client
-from fedloom.engines.flower.payload import FACTS, SIZES, pack, unpack
 from fedloom.errors import SiteError
+from fedloom.flower import relay as client
+from fedloom.flower.payload import FACTS, SIZES, pack, unpack
 from fedloom.site import worker
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
@@ -179,7 +179,7 @@ def test_a_supernode_must_name_its_worker():
 
 
 def test_the_client_app_loads_no_torch():
-    code = "import sys, fedloom.engines.flower.client; print('torch' in sys.modules)"
+    code = "import sys, fedloom.flower.relay; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "False"
 

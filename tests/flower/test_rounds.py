@@ -9,16 +9,16 @@ import pytest
 import torch
 from desks import LATE, LOST, SITES, DeskGrid, assemble, settings
 
-from fedloom.engines.local import Attendance, Simulation
+from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError, RoundError
-from fedloom.events import Silent
-from fedloom.ledger import Note, Roll, Run, Transfer, read, totals
-from fedloom.lora import digest
-from fedloom.runs import RunFolder
+from fedloom.lora.pair import digest
+from fedloom.records.events import Silent
+from fedloom.records.ledger import Note, Roll, Run, Transfer, read, totals
+from fedloom.server.local import Attendance, Simulation
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.tensors import Dense
 from fedloom.wire import Message, decode, encode
+from fedloom.workspace.folder import RunFolder
 
 pytestmark = pytest.mark.flower
 
@@ -278,7 +278,7 @@ def test_a_name_belongs_to_one_connected_node_and_to_the_one_that_was_registered
 
 
 def test_a_site_that_was_refused_may_mend_itself_and_take_part(toy_federation, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("fedloom.engines.flower.fleet.GREET_SECONDS", 0.01)
+    monkeypatch.setattr("fedloom.flower.fleet.GREET_SECONDS", 0.01)
     times = iter(range(1000))
 
     def mended(node, ask, round, reply):
@@ -306,7 +306,7 @@ def test_the_ledger_says_what_the_run_is(toy_federation, tmp_path: Path):
     ],
 )
 def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: str, words: str):
-    from fedloom.engines.flower.settings import check
+    from fedloom.flower.settings import check
 
     with pytest.raises(ConfigError, match=words):
         check(settings(override))
@@ -314,7 +314,7 @@ def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: s
 
 def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_federation, tmp_path: Path, monkeypatch):
     """Its update passes every check, and the method stumbles over it: the others' round goes on without it."""
-    from fedloom.cohort import Group
+    from fedloom.rounds.cohort import Group
 
     plain = Group.__iter__
 
@@ -335,7 +335,7 @@ def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_f
 
 
 def test_a_round_with_too_few_updates_that_can_be_averaged_stops_the_run(toy_federation, monkeypatch):
-    from fedloom.cohort import Group
+    from fedloom.rounds.cohort import Group
 
     def stumble(self):
         raise IndexError("list index out of range")

@@ -15,14 +15,14 @@ import psutil
 import pytest
 from desks import TESTBED
 
-from fedloom.config import Config
-from fedloom.configfile import load
-from fedloom.engines import local
-from fedloom.engines.flower import actors, simulation
-from fedloom.engines.flower.settings import installed, shared
 from fedloom.errors import CheckpointError, ConfigError, FedloomError, RoundError
-from fedloom.events import Silent
-from fedloom.setup import prepare
+from fedloom.flower.settings import installed, shared
+from fedloom.flower.simulated import actors, simulation
+from fedloom.records.config import Config
+from fedloom.records.configfile import load
+from fedloom.records.events import Silent
+from fedloom.server import local
+from fedloom.workspace.assemble import prepare
 
 pytestmark = pytest.mark.flower
 needs_ray = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def test_the_simulated_federation_ends_with_the_local_engines_bytes(tmp_path: Pa
 
 def fedloom(config: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # as not in the background
-    command = [sys.executable, "-c", f"{heeds}; from fedloom.cli import main; main()", "run", str(config)]
+    command = [sys.executable, "-c", f"{heeds}; from fedloom.cli.main import main; main()", "run", str(config)]
     return subprocess.Popen(
         [*command, "--engine", "flower-sim", "--out", str(out), *more],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.engines.flower.payload import pack, unpack
-from fedloom.ledger import Roll, Training, Transfer, read
+from fedloom.flower.payload import pack, unpack
+from fedloom.records.ledger import Roll, Training, Transfer, read
 from fedloom.site.audit import AuditTrail
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel

@@ -13,11 +13,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import toy
-from fedloom.engines.flower.payload import pack, unpack
-from fedloom.engines.flower.strategy import FedLoomStrategy, agree, take_turn
-from fedloom.lora import digest
+from fedloom.compress.entries import Dense
+from fedloom.flower.payload import pack, unpack
+from fedloom.flower.strategy import FedLoomStrategy, agree, take_turn
+from fedloom.lora.pair import digest
 from fedloom.site.protocol import Parcel
-from fedloom.tensors import Dense
 from fedloom.wire import Message as Update
 from fedloom.wire import decode, encode
 
@@ -112,7 +112,7 @@ def test_a_round_with_too_few_updates_changes_nothing():
 def test_a_server_that_wants_the_strategy_alone_needs_no_model_libraries():
     code = """
 import sys
-for name in ("transformers", "peft", "trl", "datasets", "pyarrow", "fedloom.setup", "fedloom.peft_bridge"):
+for name in ("transformers", "peft", "trl", "datasets", "pyarrow", "fedloom.workspace.assemble", "fedloom.model.peft_bridge"):
     sys.modules[name] = None  # importing it raises ImportError
 import toy
 from fedloom.engines.flower.strategy import FedLoomStrategy, agree

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedloom.cli.inspect import described
 from fedloom.errors import AuditError
-from fedloom.inspection import described
 from fedloom.site import audit, clock
 from fedloom.site.audit import FIRST, AuditTrail
 

@@ -9,10 +9,11 @@ import torch
 from pydantic import ValidationError
 
 import toy
-from fedloom.configfile import parse
+from fedloom.compress.entries import dense, floats
 from fedloom.errors import DataError, NumericError, PolicyRefusal, SiteError
-from fedloom.methods import build
-from fedloom.rounds import Trained, client_turn, start
+from fedloom.methods.table import build
+from fedloom.records.configfile import parse
+from fedloom.rounds.turns import Trained, client_turn, start
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (
     check_job,
@@ -26,7 +27,6 @@ from fedloom.site.policy import (
 )
 from fedloom.site.privacy import Privacy, epsilon, norm, normal, released
 from fedloom.site.rules import Policy, Spent
-from fedloom.tensors import dense, floats
 from fedloom.wire import Header, Message, decode, encode
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]

@@ -90,7 +90,7 @@ def server(folder: Path, online: bool) -> list[Check]:
 
 def model(path: str, told: Federation | None) -> Check:
     """The base model's digest, against the one that the server's operator noted."""
-    from fedloom.base_model import base_digest
+    from fedloom.model.base import base_digest
 
     if not Path(path).is_dir():
         return fail("model", f"{path}: no such folder", "put the base model there")
@@ -105,7 +105,7 @@ def model(path: str, told: Federation | None) -> Check:
 
 def examples(path: Path, fewest: int) -> Check:
     """The site's training examples, read as the worker reads them."""
-    from fedloom.data import load_examples
+    from fedloom.model.examples import load_examples
 
     count = len(load_examples(path))
     if count < fewest:
@@ -171,7 +171,7 @@ def _told(folder: Path) -> Federation | None:
 
 
 def _run_model(folder: Path) -> str:
-    from fedloom.configfile import load
+    from fedloom.records.configfile import load
 
     return load(folder / "run.toml", []).model.path
 

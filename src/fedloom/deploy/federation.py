@@ -28,7 +28,6 @@ from typing import TypeAlias
 import tomli_w
 from pydantic import ValidationError
 
-from fedloom.config import Section
 from fedloom.deploy.certificates import (
     new_ca,
     new_key,
@@ -41,6 +40,7 @@ from fedloom.deploy.certificates import (
     read_public_key,
 )
 from fedloom.errors import ConfigError
+from fedloom.records.config import Section
 
 FIRST_NODE_PORT = 9094
 """Each SuperNode listens on a local port of its own, counted from here, so that several can run on one machine."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
+from fedloom.compress.entries import Entry, Seeded, Sparse, floats
+from fedloom.compress.masks import seeded_mask
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState, derived_seed
-from fedloom.masks import seeded_mask
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import add_change, coded, weighted_mean, within_budget
-from fedloom.tensors import Entry, Seeded, Sparse, floats
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.shared.averaging import add_change, coded, weighted_mean, within_budget
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:

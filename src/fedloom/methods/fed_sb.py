@@ -31,12 +31,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedloom.compress.entries import to_dense
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraPair, LoraState, between
-from fedloom.method import CORE, FROZEN, Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import coded, dense_entries, product_sums, send, weighted_mean
-from fedloom.methods.components import merge, received
-from fedloom.tensors import to_dense
+from fedloom.lora.pair import LoraPair, LoraState, between
+from fedloom.methods.method import (
+    CORE,
+    FROZEN,
+    Aggregate,
+    Context,
+    Entries,
+    Facts,
+    Method,
+    State,
+    Update,
+    both_factors,
+)
+from fedloom.methods.shared.averaging import coded, dense_entries, product_sums, send, weighted_mean
+from fedloom.methods.shared.components import merge, received
 
 Keep = Literal["leading", "all"]
 Core = Callable[[State], LoraState]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from fedloom.lora import LoraState
-from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import average, dense_entries, product_sums, send
-from fedloom.methods.components import go_on, received
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import average, dense_entries, product_sums, send
+from fedloom.methods.shared.components import go_on, received
 
 
 def fedex() -> Method:

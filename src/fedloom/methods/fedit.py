@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from fedloom.method import Facts, Method, both_factors
-from fedloom.methods.averaging import average, narrow_factors, replace_factors, send
+from fedloom.methods.method import Facts, Method, both_factors
+from fedloom.methods.shared.averaging import average, narrow_factors, replace_factors, send
 
 
 def fedit() -> Method:

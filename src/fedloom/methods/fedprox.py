@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState
-from fedloom.method import Method
+from fedloom.lora.pair import LoraState
 from fedloom.methods.fedit import fedit
+from fedloom.methods.method import Method
 
 
 def fedprox(*, mu: float = 0.01) -> Method:

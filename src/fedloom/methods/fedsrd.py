@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
+from fedloom.compress.entries import Entry
+from fedloom.compress.sparsify import Adaptive, Rescale, Split, importance, kept_count, most_important, split
 from fedloom.errors import ConfigError
-from fedloom.lora import PARTS, LoraPair, LoraState, derived_seed
-from fedloom.lowrank import ProductChange, over_modules
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import add_change, alternating, within_budget
+from fedloom.lora.lowrank import ProductChange, over_modules
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.fed_dare import drop_and_rescale
-from fedloom.sparsify import Adaptive, Rescale, Split, importance, kept_count, most_important, split
-from fedloom.tensors import Entry
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.shared.averaging import add_change, alternating, within_budget
 
 
 @dataclass(frozen=True, slots=True)

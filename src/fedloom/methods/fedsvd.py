@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from fedloom.lora import LoraState
-from fedloom.lowrank import truncate
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update
-from fedloom.methods.averaging import average, dense_entries, only_b, replace_factors, send
-from fedloom.methods.components import filled
+from fedloom.lora.lowrank import truncate
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
+from fedloom.methods.shared.averaging import average, dense_entries, only_b, replace_factors, send
+from fedloom.methods.shared.components import filled
 
 
 def fedsvd() -> Method:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
+from fedloom.compress.entries import Entry
+from fedloom.compress.sparsify import kept_count, split
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState, derived_seed
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.averaging import replace_factors, weighted_mean, within_budget
-from fedloom.methods.server_optimiser import ServerOptimiser
-from fedloom.sparsify import kept_count, split
-from fedloom.tensors import Entry
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.shared.averaging import replace_factors, weighted_mean, within_budget
+from fedloom.methods.shared.server_optimiser import ServerOptimiser
 
 
 def flasc(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from fedloom.lora import LoraPair, LoraState
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import dense_entries, narrow_factors, product_sums, send
-from fedloom.methods.components import go_on
+from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import dense_entries, narrow_factors, product_sums, send
+from fedloom.methods.shared.components import go_on
 
 
 def flexlora() -> Method:

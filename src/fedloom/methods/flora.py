@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from fedloom.lora import LoraPair, LoraState, stack
-from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import dense_entries, send
-from fedloom.methods.components import received, restart
+from fedloom.lora.pair import LoraPair, LoraState, stack
+from fedloom.methods.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import dense_entries, send
+from fedloom.methods.shared.components import received, restart
 
 
 def flora() -> Method:

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedloom.lora import LoraPair, LoraState
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import dense_entries, replace_factors, send
-from fedloom.methods.components import received
+from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import dense_entries, replace_factors, send
+from fedloom.methods.shared.components import received
 
 
 def flora_na(*, sweeps: int = 20) -> Method:

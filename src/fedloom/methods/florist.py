@@ -22,11 +22,21 @@ from functools import partial
 from typing import Literal
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraPair, LoraState
-from fedloom.lowrank import over_modules
-from fedloom.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, adopt_leading, both_factors
-from fedloom.methods.averaging import dense_entries, product_sums, send
-from fedloom.methods.components import adopt_warm, components, go_on, go_on_warm, restart
+from fedloom.lora.lowrank import over_modules
+from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.methods.method import (
+    FROZEN,
+    Aggregate,
+    Context,
+    Facts,
+    Method,
+    State,
+    Update,
+    adopt_leading,
+    both_factors,
+)
+from fedloom.methods.shared.averaging import dense_entries, product_sums, send
+from fedloom.methods.shared.components import adopt_warm, components, go_on, go_on_warm, restart
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 

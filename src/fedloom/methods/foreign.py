@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import get_type_hints
 
 from fedloom.errors import ConfigError
-from fedloom.method import Method
+from fedloom.methods.method import Method
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

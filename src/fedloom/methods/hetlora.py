@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState, module_of
-from fedloom.lowrank import frobenius_norm
-from fedloom.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import coded, narrow_factors, replace_factors, send, weighted_mean
-from fedloom.methods.components import received
+from fedloom.lora.lowrank import frobenius_norm
+from fedloom.lora.pair import LoraState, module_of
+from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import coded, narrow_factors, replace_factors, send, weighted_mean
+from fedloom.methods.shared.components import received
 
 
 def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:

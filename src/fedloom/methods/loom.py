@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
-from fedloom.budget import Budget, Room, fill_budget, value_bits
+from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
+from fedloom.compress.entries import Sparse, count, to_dense
+from fedloom.compress.sparsify import kept_count, largest, reach, scratch, shortlist
 from fedloom.errors import ConfigError
-from fedloom.lora import LoraState, derived_seed, from_tensors, stack
-from fedloom.lowrank import over_modules
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
-from fedloom.methods.averaging import weighted_mean
-from fedloom.methods.components import components
-from fedloom.sparsify import kept_count, largest, reach, scratch, shortlist
-from fedloom.tensors import Sparse, count, to_dense
+from fedloom.lora.lowrank import over_modules
+from fedloom.lora.pair import LoraState, from_tensors, stack
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
+from fedloom.methods.shared.averaging import weighted_mean
+from fedloom.methods.shared.components import components
 
 _ROOM = 1.2  # densities that are listed, over the one that is asked for
 _SPREAD = 1 / 8  # bits for an element of a payload, under which a smaller rank does better (docs/loom.md)

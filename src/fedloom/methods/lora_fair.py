@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
-from fedloom.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
-from fedloom.methods.averaging import average, coded, replace_factors, send, weighted_mean
-from fedloom.methods.components import received
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import average, coded, replace_factors, send, weighted_mean
+from fedloom.methods.shared.components import received
 
 
 def lora_fair(*, ridge: float = 0.01) -> Method:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from fedloom.method import Facts, Method
-from fedloom.methods.averaging import alternating, average, replace_factors, send
+from fedloom.methods.method import Facts, Method
+from fedloom.methods.shared.averaging import alternating, average, replace_factors, send
 
 
 def rolora() -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedloom.ledger import read
+from fedloom.records.ledger import read
 from fedloom.report.numbers import Report, summarise
 
 __all__ = ["Report", "summarise", "write"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedloom.ledger import Aggregation, Roll, Row, Transfer
+from fedloom.records.ledger import Aggregation, Roll, Row, Transfer
 
 
 @dataclass(slots=True)

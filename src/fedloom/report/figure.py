@@ -13,13 +13,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from experiments.points import PUBLISHED, Point
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedloom.report.front import PUBLISHED, Point
+from fedloom.records.text import printable
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
-from fedloom.text import printable
 
 MIB = 2**20
 INK = "#222222"

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedloom.ledger import Aggregation, Note, Roll, Row
+from fedloom.records.ledger import Aggregation, Note, Roll, Row
+from fedloom.records.text import distinct
 from fedloom.report.answers import answers
 from fedloom.report.numbers import MEAN, summarise
-from fedloom.text import distinct
 
 FILE = "metrics.prom"
 """Its name in a run's folder."""

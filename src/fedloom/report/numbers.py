@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
-from fedloom.ledger import Aggregation, Evaluation, Note, Row, Run, Totals, Training, totals
+from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, Run, Totals, Training, totals
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""

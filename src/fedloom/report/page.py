@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from fedloom.records.text import LONG, printable
 from fedloom.report.figure import svg
 from fedloom.report.numbers import MEAN, Report, human_bytes
-from fedloom.report.table import sentence
-from fedloom.text import LONG, printable
+from fedloom.report.tables import sentence
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;

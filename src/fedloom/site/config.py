@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedloom.config import Bytes, Section
-from fedloom.configfile import explain
 from fedloom.errors import ConfigError
+from fedloom.records.config import Bytes, Section
+from fedloom.records.configfile import explain
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")

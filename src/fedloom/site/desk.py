@@ -21,18 +21,15 @@ from pathlib import Path
 
 import torch
 
-from fedloom.adapters import save_adapter
-from fedloom.base_model import base_digest
-from fedloom.config import Config
-from fedloom.configfile import parse
-from fedloom.data import load_examples
+from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
-from fedloom.export import exported
-from fedloom.ledger import Row, Training
-from fedloom.method import State
-from fedloom.rounds import ClientTurn, Train, Trained, accept, client_turn, start
-from fedloom.runs import transfer_row
-from fedloom.setup import Setup, assemble
+from fedloom.methods.method import State
+from fedloom.model.base import base_digest
+from fedloom.model.examples import load_examples
+from fedloom.records.config import Config
+from fedloom.records.configfile import parse
+from fedloom.records.ledger import Row, Training
+from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
 from fedloom.site.order import own_seed
@@ -50,6 +47,9 @@ from fedloom.site.policy import (
 from fedloom.site.protocol import Fact, Parcel, Request, request
 from fedloom.site.store import Held, Store
 from fedloom.wire import read_header
+from fedloom.workspace.assemble import Setup, assemble
+from fedloom.workspace.export import exported
+from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
 

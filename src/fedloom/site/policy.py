@@ -25,15 +25,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom.config import ClientSettings, Config, LoraSettings, TrainingSettings, parse_bytes
 from fedloom.errors import DataError, PolicyRefusal
-from fedloom.lora import PARTS, LoraState, from_tensors
-from fedloom.method import CORE, State
+from fedloom.lora.pair import PARTS, LoraState, from_tensors
 from fedloom.methods.foreign import is_foreign
-from fedloom.rounds import Train, Trained
+from fedloom.methods.method import CORE, State
+from fedloom.model.training import rate
+from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings, parse_bytes
+from fedloom.rounds.turns import Train, Trained
 from fedloom.site.privacy import epsilon, norm, released
 from fedloom.site.rules import Policy, Spent
-from fedloom.training import rate
 from fedloom.wire import Limits, decode
 
 REFUSED = "refused by the site's policy"

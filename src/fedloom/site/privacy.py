@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.config import Section
+from fedloom.records.config import Section
 
 
 class Privacy(Section):

@@ -27,7 +27,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError
-from fedloom.text import printable
+from fedloom.records.text import printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom import checkpoint
-from fedloom.checkpoint import Snapshot
 from fedloom.errors import SiteError
-from fedloom.ledger import Ledger, Row
-from fedloom.method import State
+from fedloom.methods.method import State
+from fedloom.records.ledger import Ledger, Row
+from fedloom.workspace import checkpoint
+from fedloom.workspace.checkpoint import Snapshot
 
 LEDGER = "ledger.jsonl"
 

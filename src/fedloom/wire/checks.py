@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
+from fedloom.compress.masks import seeded_count, threshold
 from fedloom.errors import ConfigError, WireError
-from fedloom.masks import seeded_count, threshold
-from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.wire.index import MOST_DIMENSIONS, MOST_NAME, too_large
 from fedloom.wire.values import MOST_BLOCK, check_scales, coding_of
 

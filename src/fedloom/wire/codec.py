@@ -12,9 +12,9 @@ from functools import partial
 
 import xxhash
 
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
+from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
-from fedloom.masks import STEPS
-from fedloom.tensors import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.wire.checks import check_entry, check_mask, plain
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints

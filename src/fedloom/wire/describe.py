@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedloom.tensors import count
+from fedloom.compress.entries import count
 from fedloom.wire.codec import CHECKSUM_BYTES, Opened, open_payload
 from fedloom.wire.index import DENSE, SEEDED, SPARSE, Item
 from fedloom.wire.limits import DEFAULT, Limits

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedloom.compress.entries import count
+from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
-from fedloom.masks import STEPS
-from fedloom.tensors import count
 from fedloom.wire.cells import MOST_CLASSES, matrix_shape
 from fedloom.wire.fields import FieldReader, FieldWriter, text
 from fedloom.wire.limits import Limits

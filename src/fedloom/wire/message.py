@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedloom.tensors import Entry
+from fedloom.compress.entries import Entry
 
 Kind = Literal["update", "change", "state"]
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.compress.entries import Quantized, Values
 from fedloom.errors import WireError
-from fedloom.tensors import Quantized, Values
 from fedloom.wire.streams import Sink, Sources
 
 Words = NDArray[Any]

@@ -1,0 +1,272 @@
+"""`fedloom bench …`: reads arguments, calls the benches, prints tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedloom.errors import ConfigError
+from fedloom.testbeds import testbed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measurements that can be repeated.")
+
+Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("aggregate")
+def aggregate_command(
+    preset: Preset = "llama-3.2-3b",
+    clients: Annotated[int, typer.Option(min=1, help="Clients.")] = 4,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every client; the preset's if left out.")] = None,
+    ranks: Annotated[str, typer.Option(help="A rank for each client: 64,32,16.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods: fedsrd,florist.")] = "",
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj.")] = "",
+    all_modules: Annotated[bool, typer.Option("--all-modules", help="Every layer, not one.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Time the dense computation too; slow.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the kernels run: cpu or cuda.")] = "cpu",
+    torch_only: Annotated[bool, typer.Option("--torch-only", help="As if numba were not installed.")] = False,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Seconds of processor time, not of the clock.")] = False,
+    keep_results: Annotated[
+        bool, typer.Option("--keep-results", help="Hold the results of all modules until the last is done.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Server kernels on adapters of true shapes: seconds, memory and error."""
+    from benchmarks import aggregate
+
+    result = aggregate.run(
+        preset=preset,
+        clients=clients,
+        rank=rank,
+        ranks=numbers(ranks, "--ranks") or None,
+        methods=words(methods) or None,
+        modules=words(modules) or None,
+        all_modules=all_modules,
+        reference=reference,
+        repeats=repeats,
+        seed=seed,
+        device=device,
+        torch_only=torch_only,
+        cpu_time=cpu_time,
+        keep_results=keep_results,
+    )
+    show(result, aggregate.tables, as_json)
+
+
+@app.command("wire")
+def wire_command(
+    preset: Preset = "llama-3.2-3b",
+    recorded: Annotated[
+        Path | None, typer.Option(help="Folder of payloads that a run kept, instead of synthetic updates.")
+    ] = None,
+    structured: Annotated[bool, typer.Option("--structured", help="Updates with row and column structure.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the fastest is kept.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Payloads of an update and a broadcast: bytes against the entropy bound, seconds, error of each value coding."""
+    from benchmarks import wire
+
+    result = wire.run(preset, recorded, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed)
+    show(result, wire.tables, as_json)
+
+
+@app.command("wan")
+def wan_command(
+    preset: Preset = "llama-3.2-3b",
+    runs: Annotated[
+        str, typer.Option(help="METHOD:VALUES, joined by commas.")
+    ] = "fedit:fp32,fedsrd:fp32,fedsrd:bf16,fedsrd:int8,fedsrd:int4",
+    up: Annotated[float, typer.Option(min=0.01, help="Mbit/s from a site.")] = 10.0,
+    down: Annotated[float, typer.Option(min=0.01, help="Mbit/s to a site.")] = 50.0,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds there and back.")] = 80.0,
+    clients: Annotated[int, typer.Option(min=1, help="Updates that the server combines.")] = 4,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    scale: Annotated[float, typer.Option(min=1, help="Measure on a line so many times as fast.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The wall time of a round over a slow line, training left out; takes as long as the line does."""
+    from benchmarks import wan
+
+    line = wan.Line(up, down, rtt)
+    result = wan.run(preset, words(runs), line=line, clients=clients, rank=rank, layers=layers, scale=scale, seed=seed)
+    show(result, wan.tables, as_json)
+
+
+@app.command("compress")
+def compress_command(
+    preset: Preset = "llama-3.2-3b",
+    methods: Annotated[str, typer.Option(help="Methods: loom,fedsrd.")] = "loom,fedsrd,fedit",
+    budget: Annotated[str, typer.Option(help="Bytes of a turn, or a share, for methods that have a budget.")] = "",
+    structured: Annotated[bool, typer.Option("--structured", help="Updates with row and column structure.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What it costs a client to choose, round and encode its update; `bench turn` sets that beside training."""
+    from benchmarks import compress
+
+    names = words(methods)
+    show(
+        compress.run(
+            preset, names, budget=budget, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed
+        ),
+        compress.tables,
+        as_json,
+    )
+
+
+@app.command("flower")
+def flower_command(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 6,
+    mebibytes: Annotated[
+        float, typer.Option(min=0.1, help="fp32 values of the adapter whose bytes are counted.")
+    ] = 88.0,
+    traffic: Annotated[bool, typer.Option(help="Count the bytes of a run over TLS too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """A federation on this machine: what a round costs beside training, and the ledger against Flower's own count."""
+    from benchmarks import flower
+
+    show(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+
+
+@app.command("turn")
+def turn_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=loom.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A client's whole turn against a bare training loop over as many batches."""
+    from benchmarks import turn
+    from fedloom.records.configfile import load
+
+    with testbed() as folder:
+        result = turn.run(load(config or folder / "demo.toml", settings or ()), repeats=repeats)
+    show(result, turn.tables, as_json)
+
+
+@app.command("updates")
+def updates_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the elements to look at.")] = 0.01,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=fedit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Kurtosis, overlap, spectrum and condition of what clients train, round by round; nothing is kept of the run."""
+    from benchmarks import updates
+    from fedloom.records.configfile import load
+
+    with testbed() as folder:
+        result = updates.run(load(config or folder / "demo.toml", settings or ()), density=density)
+    show(result, updates.tables, as_json)
+
+
+@app.command("merge")
+def merge_command(
+    preset: Preset = "tinyllama",
+    ranks: Annotated[str, typer.Option(help="A rank for each adapter.")] = "16,16,16,16",
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj; all if left out.")] = "",
+    against: Annotated[
+        str, typer.Option(help="PEFT's combinations; svd takes minutes, and all of them a base model in memory.")
+    ] = "svd,cat,linear",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """`fedloom aggregate` against PEFT's add_weighted_adapter: seconds, memory and error over one layer."""
+    from benchmarks import merge
+
+    kinds, sizes = words(modules) or None, numbers(ranks, "--ranks")
+    result = merge.run(preset=preset, ranks=sizes, modules=kinds, against=words(against), repeats=repeats, seed=seed)
+    show(result, merge.tables, as_json)
+
+
+@app.command("crowd")
+def crowd_command(
+    clients: Annotated[int, typer.Option(min=1, help="Clients that the demo's data are split among.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 100,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Very many clients, 1 % of them a round, 30 % dropping out: peak memory, seconds, bytes."""
+    from benchmarks import crowd
+    from fedloom.records.configfile import load
+
+    wanted = [
+        "data.partitioner=iid",
+        f"federation.num_clients={clients}",
+        f"federation.num_rounds={rounds}",
+        "federation.fraction_train=0.01",
+        "federation.drop_out=0.3",
+        "federation.eval_every=0",
+        "training.max_steps=1",
+        f"method.name={method}",
+        *(settings or []),
+    ]
+    with testbed() as folder:
+        show(crowd.run(load(folder / "demo.toml", wanted)), crowd.tables, as_json)
+
+
+@app.command("catchup")
+def catchup_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that the client misses.")] = 20,
+    methods: Annotated[str, typer.Option(help="Methods, with presets: flora,florist:paper.")] = (
+        "flora,florist:paper,florist,fedex"
+    ),
+    energies: Annotated[str, typer.Option(help="Shares of Σσ² to keep in a consolidation.")] = "1,0.99,0.9",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a client of the demo that missed rounds is sent, and what a consolidation saves and costs."""
+    from benchmarks import catchup
+    from fedloom.records.configfile import load
+
+    with testbed() as folder:
+        runs = {}
+        for spec in words(methods):
+            name, _, preset = spec.partition(":")
+            own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
+            runs[spec] = load(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
+        show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
+
+
+def words(text: str) -> list[str]:
+    """The words of a list such as "a,b"."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The whole numbers of a list such as "64,32"."""
+    if not all(word.isdecimal() for word in words(text)):
+        raise ConfigError(f"{option} {text}: expected whole numbers with commas between them, such as 64,32,16")
+    return [int(word) for word in words(text)]
+
+
+def show(
+    result: Mapping[str, object], tables: Callable[[Mapping[str, object]], Iterable[Table]], as_json: bool
+) -> None:
+    """Print a measurement as JSON or as tables."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        Console().print(*tables(result), sep="\n")

@@ -1,0 +1,71 @@
+"""A run of very many clients: peak memory and seconds as the rounds go by, and the bytes."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedloom.records.config import Config
+from fedloom.records.events import RunFacts, Silent
+from fedloom.records.ledger import Training, read, totals
+from fedloom.server.local import run as play
+
+
+class Meter(Silent):
+    """Peak of the resident set, MiB, and seconds, after every tenth of the rounds and at the start."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.rows: list[dict[str, float]] = []
+
+    def run_started(self, facts: RunFacts) -> None:
+        """The model is loaded and the data are split."""
+        self.note(0)
+
+    def round_finished(self, round: int, num_rounds: int, *facts: object) -> None:
+        """One row for each tenth of the run."""
+        if round and round % max(num_rounds // 10, 1) == 0:
+            self.note(round)
+
+    def note(self, round: int) -> None:
+        """Where the process stands now. Linux counts the peak in KiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.rows.append({"round": round, "peak_mib": peak, "seconds": time.perf_counter() - self.begun})
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Play the whole run in a folder that is thrown away."""
+    meter = Meter()
+    with tempfile.TemporaryDirectory() as folder:
+        play(config, Path(folder) / "run", observer=meter)
+        rows = read(Path(folder) / "run" / "ledger.jsonl")
+    sums = totals(rows)
+    return {
+        "method": config.method.name,
+        "clients": config.federation.num_clients,
+        "turns": sum(isinstance(row, Training) for row in rows),
+        "reached": len(sums.by_client),
+        "transfers": sums.transfers,
+        "bytes_up": sums.bytes_up,
+        "bytes_down": sums.bytes_down,
+        "rows": meter.rows,
+    }
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The rows for a terminal."""
+    table = Table(
+        title=f"{result['method']}, {result['clients']} clients: {result['turns']} turns, {result['bytes_up']:,} bytes "
+        f"up, {result['bytes_down']:,} down in {result['transfers']} transfers, {result['reached']} clients reached"
+    )
+    for name in ("round", "peak MiB", "seconds"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(f"{row['round']:.0f}", f"{row['peak_mib']:.1f}", f"{row['seconds']:.1f}")
+    return [table]

@@ -1,0 +1,64 @@
+"""Score against bytes at several budgets, with settings chosen for each of them: the runs.
+
+What is compared stands in `testbed/front.toml`: for each testbed, a list of variants under each budget and under
+"published", whose first is the reference, dense FedIT.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.points import Point, measured
+
+from fedloom.errors import ConfigError
+from fedloom.records.configfile import load
+from fedloom.studies.compare import Run, reports, runs
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A variant under a budget of a testbed, and its runs, one a seed."""
+
+    testbed: str
+    budget: str
+    variant: str
+    made: tuple[Run, ...]
+
+
+def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Path, sets: Sequence[str]) -> list[Entry]:
+    """What is compared on some testbeds, whose settings and list of entries are in `folder`.
+
+    Raises ConfigError for a testbed that the list does not have.
+    """
+    lists = tomllib.loads((folder / "front.toml").read_text(encoding="utf-8"))
+    found = []
+    for name in testbeds:
+        if name not in lists:
+            raise ConfigError(f"there is no testbed {name!r}: expected one of {', '.join(lists)}")
+        config = load(folder / f"{name}.toml", sets)
+        for budget, variants in lists[name].items():
+            for variant in variants:
+                found.append(Entry(name, budget, variant, tuple(runs(config, [variant], seeds, out / name))))
+    return found
+
+
+def distinct(made: Sequence[Entry]) -> list[Run]:
+    """All runs of the entries; that of a variant under two budgets once."""
+    return list({run.folder: run for entry in made for run in entry.made}.values())
+
+
+def points(made: Sequence[Entry]) -> list[Point]:
+    """What the entries came to, those without a finished run left out."""
+    finished = [(entry, reports(entry.made).get(entry.variant, ())) for entry in made]
+    reference: dict[str, float] = {}
+    for entry, found in finished:
+        if found:
+            reference.setdefault(entry.testbed, sum(report.dense_bytes for report in found) / len(found))
+    return [
+        measured(entry.testbed, entry.budget, entry.variant, found, reference[entry.testbed])
+        for entry, found in finished
+        if found
+    ]

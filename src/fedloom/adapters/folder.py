@@ -1,0 +1,178 @@
+"""PEFT adapter folders read one module at a time, and refused with the reason where they hold no change B A.
+
+No base model is ever loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedloom.adapters.config import REFUSED, WHOLE, read_config, read_settings, refuse_other_kinds
+from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
+from fedloom.errors import ModelError
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
+
+SPARE_RANK = 1024
+"""A rank that any module may have. Beyond, four times its width is the most: more changes nothing, and what is computed
+from the squares of ranks would take memory out of proportion to the file."""
+LONGEST_NAME = 512
+"""Characters of a tensor's name; the longest in use have about a hundred."""
+_FACTOR = re.compile(
+    rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding_([AB])(?:\.default)?)"
+)
+
+
+class AdapterFolder:
+    """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
+
+    layouts: module → how its factors are stored, by sorted names. whole: name → shape of the tensors that are stored as
+    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for a folder that is none,
+    whose files do not fit together, or whose change is not B A.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        refuse_other_kinds(self.folder, self.config, REFUSED)
+        self.settings = read_settings(self.folder, self.config)
+        self.base_model = str(self.config.get("base_model_name_or_path") or "")
+        shapes = _shapes(self.folder)
+        self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
+        factors = set(self._keys.values())
+        self.whole = {name: shape for name, shape in shapes.items() if name not in factors}
+        modules = sorted({module for module, _ in self._keys})
+        self.layouts = {module: self._layout(module, shapes) for module in modules}
+
+    @property
+    def modules(self) -> list[str]:
+        """Module names, sorted."""
+        return list(self.layouts)
+
+    def pair(self, module: str) -> LoraPair:
+        """One module's pair, float32, the scale folded into B. Raises ModelError where it holds NaN or infinity."""
+        a, b = self._read([self._keys[module, part] for part in PARTS])
+        return LoraPair(a.flatten(1), b.flatten(1) * self.settings.scale(module))
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the `whole` tensors, float32. Raises ModelError where it holds NaN or infinity."""
+        return self._read([name])[0]
+
+    def require_plain(self) -> None:
+        """Raise ModelError where the adapter is more than factors of linear modules."""
+        refuse_other_kinds(self.folder, self.config, WHOLE)
+        odd = [
+            *self.whole,
+            *(self._keys[m, "A"] for m, kind in self.layouts.items() if kind.embedding or kind.inputs[1:]),
+        ]
+        if odd:
+            raise ModelError(
+                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, which is no LoRA factor of a linear module (embeddings, "
+                "convolutions, biases and whole modules can be merged, but not trained on)"
+            )
+
+    def _read(self, names: Sequence[str]) -> list[Tensor]:
+        # Opened anew each time: what has been read stays in memory for as long as the file is open.
+        try:
+            with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+                tensors = [file.get_tensor(name).float() for name in names]
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+            # A type that safetensors knows and this torch lacks, or cannot turn into float32; a file that has changed.
+            told = ascii(str(error))[1:-1][:200]
+            raise ModelError(f"{self.folder / WEIGHTS_FILE}: {names[0]} cannot be read: {told}") from None
+        for name, tensor in zip(names, tensors, strict=True):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{self.folder / WEIGHTS_FILE}: {name} holds NaN or infinity; leave this adapter out")
+        return tensors
+
+    def _layout(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        names = [self._keys[module, part] for part in PARTS]
+        a, b = (shapes[name] for name in names)
+        embedding = [".lora_embedding_" in name for name in names]
+        where = f"{self.folder / WEIGHTS_FILE}, module {module}"
+        if embedding[0] != embedding[1] or len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
+            raise ModelError(f"{where}: A of shape {a} and B of shape {b} are no LoRA pair: expected (r, n) and (m, r)")
+        if 0 in (*a, *b):
+            raise ModelError(f"{where}: A of shape {a} or B of shape {b} is empty: expected at least one value")
+        told = self.settings.rank(module)
+        if a[0] != told:
+            raise ModelError(
+                f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
+            )
+        most = max(SPARE_RANK, 4 * min(b[0], prod(a[1:])))
+        if told > most:
+            raise ModelError(f"{where}: rank {told:,} adds nothing to a module of shape {b[0]} × {prod(a[1:])}")
+        return Layout(b[0], a[1:], embedding[0])
+
+
+def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
+    """A whole adapter, and the folder it came from with its settings and the name of its base model."""
+    opened = AdapterFolder(folder)
+    opened.require_plain()
+    return LoraState({module: opened.pair(module) for module in opened.modules}), opened
+
+
+def other_base_note(adapters: Sequence[AdapterFolder], base: str | Path) -> str | None:
+    """What to say where adapters name another base model than `base`, a folder or Hub name; None where they do not.
+
+    A model is known by its name alone: owner/name, a folder name, and the Hub cache's models--owner--name are one. The
+    same shapes are no proof, since models of one family share them.
+    """
+    named = dict.fromkeys(adapter.base_model for adapter in adapters if adapter.base_model)
+    others = [name for name in named if _base_name(name) != _base_name(str(base))]
+    if not others:
+        return None
+    return (
+        f"the adapter was trained on {' or '.join(others)}, by its {CONFIG_FILE}, and is used with {base}: if these "
+        "are different models, the result is worthless"
+    )
+
+
+def _base_name(path: str) -> str:
+    """The last part of a model's name or place, in small letters."""
+    parts = Path(path).absolute().parts if Path(path).exists() else Path(path).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name of every tensor in the file → its shape."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        other = " (it holds adapter_model.bin: save it again with safe_serialization=True)"
+        raise ModelError(f"{folder} holds no {WEIGHTS_FILE}{other if (folder / 'adapter_model.bin').is_file() else ''}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {ascii(str(error))[1:-1][:300]}") from None
+    for name in shapes:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ModelError(
+                f"{path} holds a tensor called {ascii(name)[:80]}: expected at most {LONGEST_NAME} printable characters"
+            )
+    return shapes
+
+
+def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(module, part) → name of the tensor in the file, of all that are factors."""
+    keys: dict[tuple[str, str], str] = {}
+    for name in names:
+        match = _FACTOR.fullmatch(name)
+        if match:
+            own = match[1], match[2] or match[3]
+            if own in keys:
+                raise ModelError(f"{path} holds both {keys[own]} and {name}: which of them is meant?")
+            keys[own] = name
+        elif ".lora_" in name or not name.startswith(PREFIX):
+            raise ModelError(f"{path} holds {name}, which is no LoRA factor (DoRA's magnitudes are not supported)")
+    lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
+    if lone or not keys:
+        raise ModelError(f"{path} {f'lacks one factor of {lone[0]}' if lone else 'holds no LoRA factors'}")
+    return keys

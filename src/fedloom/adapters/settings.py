@@ -1,0 +1,173 @@
+"""LoRA adapters as PEFT describes and stores them: settings, and folders that it opens. No base model is ever loaded.
+
+A folder holds adapter_config.json and adapter_model.safetensors; `adapter_folder` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedloom.adapters.patterns import Patterns, spelled_out
+from fedloom.adapters.tensor_file import TensorFile
+from fedloom.errors import ConfigError
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
+
+PREFIX = "base_model.model."
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What a LoRA adapter is, in PEFT's words. The scale of a module of rank r is alpha / r, or alpha / sqrt(r).
+
+    target_modules: last parts of module names, or "all-linear", or one regular expression for whole names.
+    rank_pattern, alpha_pattern: module name, or regular expression for its end → value that replaces r or lora_alpha;
+    `patterns` says which expressions are taken.
+    fan_in_fan_out is true where weights are stored transposed (GPT-2); `placement` finds out.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: Sequence[str] | str = "all-linear"
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    _rank_keys: Patterns = field(init=False, repr=False, compare=False)
+    _alpha_keys: Patterns = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}}.items():
+            if rank < 1:
+                raise ConfigError(f"adapter.{name} is {rank}: a LoRA rank must be at least 1")
+        if not self.target_modules:
+            raise ConfigError('adapter.target_modules is empty: name modules, or use "all-linear"')
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"adapter.lora_dropout is {self.lora_dropout}: expected 0 ≤ lora_dropout < 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not (alpha > 0 and isfinite(alpha)):
+                raise ConfigError(f"the LoRA alpha of adapter.{name} is {alpha}: it must be above 0, and finite")
+        # The class is frozen, so that these two can be made here alone.
+        object.__setattr__(self, "_rank_keys", Patterns(self.rank_pattern, "rank_pattern"))
+        object.__setattr__(self, "_alpha_keys", Patterns(self.alpha_pattern, "alpha_pattern"))
+
+    def rank(self, module: str) -> int:
+        """The rank that the settings give a module."""
+        key = self._rank_keys.key(module)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha(self, module: str) -> float:
+        """The alpha that the settings give a module."""
+        key = self._alpha_keys.key(module)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scale(self, module: str, rank: int | None = None) -> float:
+        """What multiplies B A in a module of this rank (its own by default)."""
+        return lora_scale(self.alpha(module), self.rank(module) if rank is None else rank, self.use_rslora)
+
+
+def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    """What multiplies B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732); 1 for an empty pair."""
+    return alpha / (rank**0.5 if use_rslora else rank) if rank else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one module's factors are stored: those of a linear layer, a convolution or an embedding.
+
+    outputs: m. inputs: sizes of A behind its rank, (n,) or, for a convolution, (in channels, height, width), whose
+    product is n. An embedding's factors have names of their own; its ΔW is stored transposed, n entries of m values.
+    """
+
+    outputs: int
+    inputs: tuple[int, ...]
+    embedding: bool = False
+
+    def names(self, module: str) -> tuple[str, str]:
+        """Names of A and B in the file."""
+        a, b = (
+            f"{PREFIX}{module}.lora_embedding_{p}" if self.embedding else f"{PREFIX}{module}.lora_{p}.weight"
+            for p in PARTS
+        )
+        return a, b
+
+    def stored(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of the file."""
+        ones = [1] * (len(self.inputs) - 1)
+        return pair.A.reshape(-1, *self.inputs), pair.B.reshape(self.outputs, -1, *ones)
+
+
+def save_adapter(
+    state: LoraState,
+    base_model_name_or_path: str | Path,
+    settings: AdapterSettings,
+    out_dir: str | Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` opens; the same state gives the same bytes.
+
+    Ranks are those of the state. PEFT has no rank 0, so an empty pair is written as rank 1 of zeros.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = state.map(at_least_one)
+    layouts = {module: Layout(m, (n,)) for module, (m, n) in state.shapes().items()}
+    with TensorFile(folder / WEIGHTS_FILE, [name for m, layout in layouts.items() for name in layout.names(m)]) as file:
+        for module, pair in state.items():
+            unscaled = LoraPair(pair.A, pair.B / settings.scale(module, pair.rank))
+            for name, tensor in zip(layouts[module].names(module), layouts[module].stored(unscaled), strict=True):
+                file.add(name, tensor.to(dtype))
+    write_config(folder, str(base_model_name_or_path), settings, state.ranks())
+
+
+def write_config(
+    folder: Path,
+    base_model: str,
+    settings: AdapterSettings,
+    ranks: Mapping[str, int],
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """Write adapter_config.json for modules of these ranks; `more` holds further keys of PEFT's.
+
+    Patterns that are more than names are replaced by the names that they match.
+    """
+    most = max(ranks.values(), default=settings.r)
+    config = {
+        "alpha_pattern": spelled_out(settings.alpha_pattern, ranks),
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": settings.fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "peft_type": "LORA",
+        "r": most,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
+        "target_modules": _target_names(settings.target_modules, ranks),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": settings.use_rslora,
+        **(more or {}),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _target_names(wanted: Sequence[str] | str, modules: Collection[str]) -> list[str]:
+    """target_modules as a list of names: whoever opens the folder shall run no expression of somebody else's."""
+    if wanted == "all-linear":
+        return sorted({module.rpartition(".")[2] for module in modules})
+    return sorted(modules) if isinstance(wanted, str) else sorted(wanted)
+
+
+def at_least_one(pair: LoraPair) -> LoraPair:
+    """The pair, or rank 1 of zeros in place of an empty one."""
+    m, n = pair.shape
+    return pair if pair.rank else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))

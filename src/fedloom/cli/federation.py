@@ -1,0 +1,92 @@
+"""`fedloom federation`: set a federation up across machines, and find out what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Set a federation up across machines, and check it.")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the federation.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    site: Annotated[list[str], typer.Option(help="Name of a site; repeatable.")],
+    address: Annotated[str, typer.Option(help="host:port that the sites connect to.")],
+    listen: Annotated[str, typer.Option(help="host:port that the SuperLink itself listens on.")] = "127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Base model; an existing folder's digest is noted.")] = "./model",
+    data: Annotated[str, typer.Option(help="A site's examples; {site} stands for its name.")] = "./data",
+    site_folder: Annotated[
+        str, typer.Option(help="Where a site will keep its files, for systemd; {site} stands for its name.")
+    ] = "",
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Days that the server's certificate is valid.")] = 825,
+) -> None:
+    """Make keys, certificates and all files for the server and for each site."""
+    from fedloom.deploy import federation
+    from fedloom.model.base import base_digest
+
+    digest = base_digest(model) if Path(model).is_dir() else ""
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
+    asked = federation.Federation(
+        address=address,
+        listen=listen,
+        model=model,
+        data=data,
+        model_digest=digest,
+        site_folder=site_folder,
+        days=days,
+    )
+    for made in federation.init(folder, asked, site):
+        _say(f"wrote {made}")
+    _say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
+
+
+@app.command()
+def add(
+    folder: Folder,
+    site: Annotated[str, typer.Argument(help="Name of the new site.")],
+    public_key: Annotated[Path | None, typer.Option(help="The site's own public key (ECDSA, OpenSSH).")] = None,
+) -> None:
+    """Make the files of one more site."""
+    from fedloom.deploy import federation
+
+    _say(f"wrote {federation.add(folder, site, public_key)}; then run server/register.sh again")
+
+
+@app.command()
+def renew(
+    folder: Folder,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Days that the new certificate is valid.")] = 825,
+) -> None:
+    """Make a new key and certificate for the server."""
+    from fedloom.deploy import federation
+
+    _say(f"wrote {federation.renew(folder, days)}; then restart SuperLink and proxy")
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(metavar="SITE.toml|SERVER", help="A site's file, or the server's folder.")],
+    offline: Annotated[bool, typer.Option("--offline", help="Check files only, connect to nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a site or the server: one line a check, what to do where something is wrong. Exit code 1 if anything is."""
+    from fedloom.deploy.doctor import examined, table
+
+    checks = examined(path, online=not offline)
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
+    else:
+        Console().print(table(checks))
+    if any(check.outcome == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

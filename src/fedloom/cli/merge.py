@@ -1,0 +1,106 @@
+"""`fedloom aggregate`: reads arguments, merges, prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from fedloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedloom.adapters.merge.combine import Recipe
+    from fedloom.adapters.merge.folders import Inputs, Row
+    from fedloom.adapters.merge.model import Base
+
+DTYPES = {"": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+screen = Console()
+
+
+def aggregate(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER…", help="PEFT folders of LoRA adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    method: Annotated[
+        str, typer.Option(help="florist if left out, flexlora with --rank; `fedloom methods` explains them.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="A weight for each adapter, such as its number of examples: 120,80. Equal if left out.")
+    ] = "",
+    rank: Annotated[int | None, typer.Option(help="Rank of the best approximation (flexlora).")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of Σσ² to keep (florist); 1 is exact.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cap on every module's rank, whatever the method.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; of the adapter, fp32 if left out.")] = "",
+    base_model: Annotated[
+        Path | None, typer.Option(help="Write this base model with the adapters merged in, instead of an adapter.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and print all, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the adapter or model in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Merge adapters of any ranks, alphas and modules into one, without loading a model."""
+    import torch
+
+    from fedloom.adapters.merge import output, table
+    from fedloom.adapters.merge.combine import Recipe
+    from fedloom.adapters.merge.folders import opened
+    from fedloom.adapters.merge.model import open_base, places
+
+    output.check_free(out, [*adapters, *([base_model] if base_model else [])], force=force)
+    if dtype and base_model:
+        raise ConfigError(f"--dtype {dtype}: with --base-model the weights keep the type they have in the base")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown: expected fp32, fp16 or bf16")
+    chosen = method or ("florist" if rank is None else "flexlora")
+    recipe = Recipe(chosen, rank, energy, max_rank, getattr(torch, DTYPES[dtype]))
+    inputs = opened(adapters, _numbers(weights))
+    base = open_base(base_model) if base_model else None
+    for adapter in inputs.adapters:
+        if base:
+            places(base, adapter)
+    rows, merged = perform(inputs, recipe, base, None if dry_run else out)
+    place = {"out": str(out), "base": base_model and str(base_model), "written": not dry_run, "model": merged}
+    told = {**table.record(inputs, recipe, rows, base_model), **place}
+    if as_json:
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        screen.print(table.shown(told), highlight=False)
+
+
+def perform(
+    inputs: Inputs, recipe: Recipe, base: Base | None, out: Path | None
+) -> tuple[list[Row], dict[str, object] | None]:
+    """The rows, and what was written of a merged model; nothing is written where `out` is None."""
+    from fedloom.adapters.folder import AdapterFolder
+    from fedloom.adapters.merge import output
+    from fedloom.adapters.merge.folders import merge, rehearse
+    from fedloom.adapters.merge.model import merge_into
+
+    if out is None:
+        return _watched(rehearse(inputs, recipe), inputs), None
+    with output.whole(out) as folder:
+        if base is None:
+            return _watched(merge(inputs, recipe, folder), inputs), None
+        with TemporaryDirectory(dir=folder) as scratch:
+            rows = _watched(merge(inputs, recipe, Path(scratch)), inputs)
+            return rows, asdict(merge_into(base, AdapterFolder(scratch), folder))
+
+
+def _watched(rows: Iterable[Row], inputs: Inputs) -> list[Row]:
+    """All rows, with a bar on a terminal's stderr while they are made."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return list(track(rows, "merging", len(inputs.layouts), console=console, transient=True, disable=hidden))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"--weights {text}: expected numbers with commas between them, such as 120,80") from None

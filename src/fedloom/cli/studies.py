@@ -1,0 +1,173 @@
+"""`fedloom estimate`, `compare`, `tune` and `front`: read arguments, call the library, print."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from benchmarks.commands import AsJson, numbers, show, words
+from rich.console import Console
+
+from fedloom.records.text import cell
+from fedloom.testbeds import testbed
+
+if TYPE_CHECKING:
+    from fedloom.studies.compare import Run
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
+screen = Console()
+
+
+def estimate(
+    preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "llama-3.2-3b",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every client; the preset's if left out.")] = None,
+    ranks: Annotated[str, typer.Option(help="A rank for each client: 64,32,16.")] = "",
+    clients: Annotated[int, typer.Option(min=1, help="Clients in a round.")] = 4,
+    modules: Annotated[str, typer.Option(help="Kinds of modules: q_proj,v_proj.")] = "",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="all, or NAME, NAME:PRESET, NAME:KEY=VALUE,…; joined by commas, or repeated."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings whose model, clients, ranks and method are used instead of a preset.")
+    ] = None,
+    all_modules: Annotated[bool, typer.Option("--all-modules", help="Play every layer, not one; slow.")] = False,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes of a round by method, and the server's seconds and memory, before anything is trained."""
+    from fedloom.records.configfile import load
+    from fedloom.studies import estimate
+    from fedloom.studies.compare import variants
+
+    if config is None:
+        held = numbers(ranks, "--ranks") or None
+        case = estimate.preset_case(preset, rank=rank, ranks=held, clients=clients, modules=words(modules) or None)
+        chosen: list[str] = list(estimate.DEFAULT_METHODS)
+    else:
+        settings = load(config, sets or [])
+        case, chosen = estimate.config_case(settings), [estimate.variant_of(settings)]
+    result = estimate.run(case, variants(methods) if methods else chosen, whole=all_modules)
+    show(result, estimate.tables, as_json)
+
+
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="all, or NAME, NAME:PRESET, NAME:KEY=VALUE,…, alone, pooled; joined by commas, or repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every method.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Run several methods on the same data with the same seeds; one table and one picture of score against bytes."""
+    from fedloom.records.configfile import load
+    from fedloom.report import figure
+    from fedloom.report import tables as table
+    from fedloom.studies import compare
+
+    with testbed() as folder:
+        chosen = load(config or folder / "demo.toml", sets or [])
+        tried = range(first_seed, first_seed + seeds)
+        made = compare.runs(chosen, compare.variants(methods or ["all"]), tried, out)
+        play_all(made, jobs)
+    groups = compare.reports(made)
+    figure.compare(groups, out / "compare.png")
+    rows = table.compared(groups)
+    (out / "compare.md").write_text(table.markdown(rows), encoding="utf-8")
+    screen.print(table.comparison(rows))
+
+
+def tune(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; the demo's if left out.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="The setting to choose.")] = "method.tau",
+    values: Annotated[str, typer.Option(help="Its values.")] = "0.8,0.85,0.9,0.95,0.99",
+    against: Annotated[list[str] | None, typer.Option(help="Methods that E has to match, as for compare.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every value.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the chosen settings.")] = Path("runs/tune"),
+) -> None:
+    """Choose a setting, such as FLoRIST's tau, on the validation split; write settings O (best) and E (cheapest)."""
+    from fedloom.records.configfile import load
+    from fedloom.report import tables as table
+    from fedloom.studies import compare, tune
+
+    with testbed() as folder:
+        settings = load(config or folder / "demo.toml", sets or [])
+        others = compare.variants(against or ["fedit"])
+        made = tune.search(settings, key, words(values), others, range(first_seed, first_seed + seeds), out)
+        play_all(made, jobs)
+        groups = compare.reports(made)
+        choice = tune.choose(groups, key, words(values))
+        files = tune.write(settings, key, choice, out)
+    rows = table.compared(groups)
+    (out / "tune.md").write_text(table.markdown(rows), encoding="utf-8")
+    screen.print(table.comparison(rows))
+    for name, found in (("O", choice.best), ("E", choice.efficient)):
+        screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
+
+
+def front(
+    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
+    ] = Path("runs/front"),
+) -> None:
+    """Score against bytes at several budgets, the variants of testbed/front.toml; a table, a CSV and a picture."""
+    from experiments.points import above, rows
+
+    from experiments import front
+    from fedloom.report import figure
+    from fedloom.report import tables as table
+
+    with testbed() as folder:
+        tried = range(first_seed, first_seed + seeds)
+        made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
+        play_all(front.distinct(made), jobs)
+    found = front.points(made)
+    lines = rows(found)
+    (out / "front.md").write_text(table.markdown(lines), encoding="utf-8")
+    (out / "front.csv").write_text(table.csv(lines), encoding="utf-8")
+    figure.front(found, out / "front.png")
+    screen.print(table.comparison(lines))
+    for point in above(found):
+        screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+def play_all(made: Sequence[Run], jobs: int) -> None:
+    """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took."""
+    from fedloom.studies import compare
+
+    todo = len(compare.left(made))
+    screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
+    stated, began = compare.expected(made, jobs), time.monotonic()
+    screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
+    seconds: list[float] = []
+
+    def finished(run: Run, taken: float) -> None:
+        seconds.append(taken)
+        left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
+        screen.print(cell(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left"))
+
+    compare.play(made, jobs, finished)
+    taken = time.monotonic() - began
+    screen.print(f"taken: {taken / 60:.1f} min, where {stated / 60:.1f} were stated", highlight=False)

@@ -1,0 +1,124 @@
+"""The forms in which a tensor travels: dense, sparse at positions, or values under a seeded mask.
+
+An entry never holds what the wire could not carry exactly: rounding to fewer bits happens when
+the entry is built (`Quantized`), so encoding and decoding are lossless and a sender knows what
+the receiver will see.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedloom.compress.masks import seeded_mask
+from fedloom.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Quantized:
+    """Integers in blocks that share one scale: value = code × scale of its block.
+
+    `codes` is int8, 1-D, one per value (4-bit codes lie in −7 … 7, codes of one bit are −1 and 1); `scales` is float32,
+    1-D, one per block of `block` values (the last block may be short); `bits` is 8, 4 or 1.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: int
+    bits: int
+
+    def numel(self) -> int:
+        """Number of values."""
+        return self.codes.numel()
+
+    def dequantize(self) -> Tensor:
+        """The float32 values, 1-D."""
+        repeated = self.scales.repeat_interleave(self.block)[: self.codes.numel()]
+        return self.codes.to(torch.float32) * repeated
+
+
+Values: TypeAlias = Tensor | Quantized
+"""1-D values: a float32, bfloat16 or float16 tensor, or blocks of integers."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Dense:
+    """Every element of a tensor of `shape`, in row-major order."""
+
+    shape: tuple[int, ...]
+    values: Values
+
+    def __post_init__(self) -> None:
+        _check_count("dense", self.shape, self.values, count(self.shape))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sparse:
+    """Elements at flat row-major `positions` (int64, strictly increasing); all others are zero."""
+
+    shape: tuple[int, ...]
+    positions: Tensor
+    values: Values
+
+    def __post_init__(self) -> None:
+        _check_count("sparse", self.shape, self.values, self.positions.numel())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Seeded:
+    """Elements where `masks.seeded_mask(numel, density, seed)` is true; all others are zero.
+
+    `density` is the fraction that the mask keeps, a multiple of 1/65536; the mask itself never travels.
+    """
+
+    shape: tuple[int, ...]
+    seed: int
+    density: float
+    values: Values
+
+
+Entry: TypeAlias = Dense | Sparse | Seeded
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Number of elements of a tensor of `shape`."""
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def floats(values: Values) -> Tensor:
+    """The values as float32, 1-D."""
+    return values.dequantize() if isinstance(values, Quantized) else values.to(torch.float32)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor infinity, found in one pass."""
+    # The extremes of numbers among which there is a NaN are NaN.
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def dense(tensor: Tensor) -> Dense:
+    """A float32 dense entry of a whole tensor."""
+    return Dense(tuple(tensor.shape), tensor.detach().to(torch.float32).reshape(-1).contiguous())
+
+
+def to_dense(entry: Entry) -> Tensor:
+    """The whole tensor as float32, with zeros where the entry holds nothing."""
+    values = floats(entry.values)
+    if isinstance(entry, Dense):
+        return values.view(entry.shape)
+    flat = values.new_zeros(count(entry.shape))
+    where = entry.positions if isinstance(entry, Sparse) else seeded_mask(flat.numel(), entry.density, entry.seed)
+    flat[where] = values
+    return flat.view(entry.shape)
+
+
+def _check_count(form: str, shape: tuple[int, ...], values: Values, expected: int) -> None:
+    if values.numel() != expected:
+        raise ShapeError(f"a {form} entry of shape {shape} holds {values.numel()} values, expected {expected}")

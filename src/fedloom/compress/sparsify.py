@@ -1,0 +1,209 @@
+"""Which elements of a change of a LoRA factor are worth sending, and what is kept back.
+
+Importance and the adaptive density are those of FedSRD (arXiv 2510.04601, §3.2).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.compress.entries import Sparse, Values, floats
+from fedloom.errors import ConfigError
+
+Rescale = Literal["l1", "none"]
+_LARGE, _SAMPLE = 2**15, 2**12  # elements from which on a sample is taken, and how many it has at least
+Quantize: TypeAlias = Callable[[Tensor, int], Values]
+"""(1-D float32 values, seed) → the values as they will travel."""
+
+
+def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
+    """What each element of a factor's change contributes to ΔW: its magnitude times the norm of what it multiplies.
+
+    For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
+    For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
+    """
+    return delta.abs().mul_(reach(other, part))
+
+
+def reach(other: Tensor, part: str) -> Tensor:
+    """‖B[:, u]‖₂ as a column (r, 1) for part "A", ‖A[v, :]‖₂ (r,) for part "B": the factors of `importance`."""
+    if part == "B":
+        norms: Tensor = torch.linalg.vector_norm(other, dim=1)
+        return norms
+    # What torch adds up down the columns, in the same order and several times faster.
+    matrix = other.detach().cpu().numpy()
+    return torch.from_numpy(np.sqrt(np.einsum("ij,ij->j", matrix, matrix))).to(other.device).unsqueeze(1)
+
+
+class _Scratch(threading.local):
+    """One thread's memory for what is soon overwritten: memory fresh from the system costs more than arithmetic."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def floats(self, use: str, shape: torch.Size) -> Tensor:
+        """Uninitialised float32 memory, the same for every call with this use."""
+        if use not in self.held or self.held[use].numel() < shape.numel():
+            self.held[use] = torch.empty(shape.numel())
+        return self.held[use][: shape.numel()].view(shape)
+
+
+scratch = _Scratch()
+
+
+def kurtosis(values: Tensor) -> float:
+    """Pearson kurtosis E(x−μ)⁴ / (E(x−μ)²)², 3 for a normal law; 1, its least value, where all are equal."""
+    centred = values.flatten().to(torch.float64)
+    centred = centred - centred.mean()
+    squares = centred * centred
+    variance = squares.mean().item()
+    return squares.square().mean().item() / variance**2 if variance > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Sparsity ρ = base + min(upper, slope · ln κ), κ the kurtosis of the importance (FedSRD eq. 6).
+
+    Heavier tails concentrate the importance in fewer elements, so more of them can be left out.
+    """
+
+    base: float = 0.85
+    slope: float = 0.1
+    upper: float = 0.11
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.base <= 1.0 and self.slope >= 0.0 and self.upper >= 0.0 and self.base + self.upper <= 1.0):
+            raise ConfigError(
+                f"sparsity base {self.base}, slope {self.slope}, upper {self.upper}: expected base and upper ≥ 0 "
+                "with a sum of at most 1, and slope ≥ 0"
+            )
+
+    def keep(self, scores: Tensor) -> int:
+        """How many elements to send: the share 1 − ρ of all, at least one of a non-empty tensor."""
+        rho = self.base + min(self.upper, self.slope * math.log(max(kurtosis(scores), 1.0)))
+        return kept_count(scores.numel(), 1.0 - rho)
+
+
+def kept_count(numel: int, density: float) -> int:
+    """round(density · numel), at least 1 of a non-empty tensor."""
+    return min(numel, max(1, round(density * numel)))
+
+
+def top_positions(scores: Tensor, keep: int) -> Tensor:
+    """Flat positions (int64, increasing) of the `keep` largest scores; the first ones win ties.
+
+    Elements that score zero are never kept, since they carry nothing.
+    """
+    positions, left = shortlist(scores, keep)
+    return positions[largest(left, keep)]
+
+
+def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(flat positions, scores) of elements above zero, by position: any selection of up to `keep` elements is in it.
+
+    Selecting costs many times more than one comparison an element, so a sample says which ones to compare. Where it
+    misled, all are listed.
+    """
+    flat = scores.detach().cpu().flatten().numpy()
+    limit = _guessed_limit(flat, keep)
+    among = np.flatnonzero(flat >= limit) if limit > 0 else np.empty(0, dtype=np.int64)
+    if among.size < keep:
+        among = np.flatnonzero(flat > 0)
+    return torch.from_numpy(among), torch.from_numpy(flat.take(among))
+
+
+def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
+    """A score that `keep` elements or somewhat more are likely to reach; 0 where a guess would not pay."""
+    if flat.size < _LARGE or keep < 1:
+        return 0.0
+    # An odd step meets every column of a matrix whose width is a power of two.
+    sample = flat[:: flat.size // _SAMPLE | 1]
+    wanted = keep / flat.size * sample.size
+    rank = math.ceil(wanted + 4 * math.sqrt(wanted) + 4)
+    return float(np.partition(sample, -rank)[-rank]) if rank < sample.size // 2 else 0.0
+
+
+def largest(scores: Tensor, keep: int) -> Tensor:
+    """Increasing indices of the `keep` largest of some scores (1-D, on the CPU), or of all; the first ones win ties."""
+    values = scores.numpy()
+    if keep >= values.size:
+        return torch.arange(values.size)
+    if keep <= 1:
+        return torch.tensor([int(values.argmax())] if keep == 1 else [], dtype=torch.int64)
+    least = np.partition(values, -keep)[-keep]
+    chosen = values >= least
+    surplus = int(np.count_nonzero(chosen)) - keep
+    if surplus:
+        chosen[np.flatnonzero(values == least)[-surplus:]] = False
+    return torch.from_numpy(np.flatnonzero(chosen))
+
+
+def most_important(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
+    """Density of all tensors together → how many elements of each: those above one threshold on importance for all.
+
+    An element costs about the same wherever it is, so this spends every byte where it saves most error. Elements that
+    score zero are not counted.
+    """
+    flat = {name: tensor.detach().cpu().flatten().numpy() for name, tensor in scores.items()}
+    whole = np.concatenate(list(flat.values())) if flat else np.empty(0, dtype=np.float32)
+
+    def counts(density: float) -> dict[str, int]:
+        keep = min(round(density * whole.size), whole.size)
+        if not keep:
+            return dict.fromkeys(flat, 0)
+        least = np.partition(whole, -keep)[-keep]
+        return {name: int(np.count_nonzero((one >= least) & (one > 0))) for name, one in flat.items()}
+
+    return counts
+
+
+def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:
+    """The factor that gives the kept values the L1 norm of the whole tensor, at most `cap`; 1 for "none"."""
+    norm = kept.abs().sum().item()
+    if rescale == "none" or norm == 0.0:
+        return 1.0
+    return min(tensor.abs().sum().item() / norm, cap)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """A tensor divided: what is sent, and the rest that was not (input − sent / gain, of the tensor's shape)."""
+
+    sent: Sparse
+    rest: Tensor
+
+
+def split(
+    tensor: Tensor,
+    scores: Tensor,
+    keep: int,
+    *,
+    rescale: Rescale = "none",
+    cap: float = math.inf,
+    quantize: Quantize | None = None,
+    seed: int = 0,
+) -> Split:
+    """Send the `keep` elements of highest score; keep back the others and what rounding lost.
+
+    With rescale "none", sent + rest = tensor, exactly where values travel as float32. A rescaled send
+    counts the kept elements as delivered once, whatever the gain: the gain stands in for the others' step.
+    """
+    flat = tensor.flatten()
+    positions = top_positions(scores, keep)
+    kept = flat[positions]
+    gain = l1_gain(flat, kept, rescale, cap)
+    values = kept * gain if gain != 1.0 else kept
+    coded = values if quantize is None else quantize(values, seed)
+    rest = flat.clone()
+    # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
+    rest[positions] = (values - floats(coded)) / gain
+    return Split(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))

@@ -1,0 +1,144 @@
+"""One round's answers: who is asked, how long they are waited for, who failed and why, who is asked again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fedloom.caps import Caps, find_outliers
+from fedloom.errors import FedloomError, RoundError
+from fedloom.flower.fleet import Fleet, Reply
+from fedloom.records.config import FlowerSettings
+from fedloom.records.ledger import Roll
+from fedloom.rounds.checks import Seen
+
+POLL_SECONDS = 0.25
+LOOK_SECONDS = 1.0
+MOST_REPEATS = 5
+"""How often a site that was lost on the way is asked again within one try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A checked update, and what the check saw of it."""
+
+    payload: bytes
+    seen: Seen
+
+
+@dataclass(eq=False, slots=True)
+class Gathering:
+    """The answers to one round while they come in.
+
+    send(site) asks a site; check(site, reply) records a reply and returns its update, or raises a FedloomError that
+    says why it is refused; stray(reply) takes what belongs to another round.
+    """
+
+    fleet: Fleet
+    rules: FlowerSettings
+    caps: Caps
+    round: int
+    asked: Sequence[str]
+    send: Callable[[str], None]
+    check: Callable[[str, Reply], Answer]
+    stray: Callable[[Reply], str | None]
+    answers: dict[str, Answer] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    late: dict[str, str] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+    tries: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def play(self) -> dict[str, Answer]:
+        """The updates by site, at least `min_replies`. Raises RoundError where they cannot be had."""
+        while self.tries <= self.rules.retries:
+            self.tries += 1
+            self.repeats = {}
+            self.fleet.look()
+            for site in self.missing:
+                self.failed.pop(site, None)
+                self.ask(site)
+            self.wait()
+            self.drop_outliers()
+            if len(self.answers) >= self.rules.min_replies:
+                return {site: self.answers[site] for site in sorted(self.answers)}
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(self.roll().failed.items()))
+        raise RoundError(
+            f"round {self.round}: {len(self.answers)} of {len(self.asked)} sites answered in {self.tries} tries, "
+            f"flower.min_replies is {self.rules.min_replies} ({reasons}); all rounds before it are kept: go on with "
+            "--resume"
+        )
+
+    @property
+    def missing(self) -> list[str]:
+        """The sites without an answer."""
+        return [site for site in self.asked if site not in self.answers]
+
+    def wait(self) -> None:
+        """Take replies until everybody has answered or failed, the grace is over, or the deadline is."""
+        until, looked = time.monotonic() + self.rules.deadline, time.monotonic()
+        quorum: float | None = None
+        while True:
+            for reply in self.fleet.collect():
+                self.take(reply)
+            if all(site in self.failed for site in self.missing):
+                return
+            now = time.monotonic()
+            if quorum is None and len(self.answers) >= self.rules.min_replies:
+                quorum = now
+            over = quorum is not None and self.rules.grace is not None and now - quorum >= self.rules.grace
+            if over or now >= until:
+                return
+            if now - looked >= LOOK_SECONDS:
+                looked = now
+                self.fleet.look()
+                for site in self.missing:
+                    if site not in self.failed and not self.fleet.asking(site, self.round):
+                        self.ask(site)
+            time.sleep(POLL_SECONDS)
+
+    def ask(self, site: str) -> None:
+        """Ask a site that is there; again, a bounded number of times, if it was lost on the way."""
+        if not self.fleet.here(site):
+            return
+        self.repeats[site] = self.repeats.get(site, 0) + 1
+        if self.repeats[site] > MOST_REPEATS:
+            self.failed[site] = f"was lost {MOST_REPEATS} times on the way"
+            return
+        self.send(site)
+
+    def take(self, reply: Reply) -> None:
+        """Sort one reply."""
+        site = reply.asked.site
+        if reply.asked.ask != "turn" or reply.asked.round != self.round:
+            reason = self.stray(reply)
+            if reason:
+                self.late[site] = reason
+            return
+        if site in self.answers or reply.gone:
+            return
+        try:
+            self.answers[site] = self.check(site, reply)
+        except FedloomError as error:
+            self.failed[site] = str(error)
+        else:
+            self.failed.pop(site, None)
+
+    def drop_outliers(self) -> None:
+        """Refuse updates that are out of all proportion to the others now, so that others may be asked once more."""
+        norms = {site: answer.seen.norm for site, answer in self.answers.items()}
+        for site, reason in find_outliers(norms, self.caps).items():
+            del self.answers[site]
+            self.failed[site] = f"refused: {reason}"
+
+    def roll(self) -> Roll:
+        """The report of the round."""
+        failed = {site: self.failed.get(site) or self.silence(site) for site in self.missing}
+        return Roll(
+            self.round, tuple(sorted(self.answers)), failed, self.late, self.tries, time.monotonic() - self.began
+        )
+
+    def silence(self, site: str) -> str:
+        """Why nothing was heard of a site, as far as the server knows."""
+        return "did not answer in time" if self.fleet.here(site) else "is not connected"

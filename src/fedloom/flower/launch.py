@@ -1,0 +1,156 @@
+"""Submit a run to a SuperLink and wait for its end."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedloom.errors import RoundError
+from fedloom.flower.settings import own, shared
+from fedloom.records.config import Config
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Environment in which Flower calls nobody."""
+POLL_SECONDS = 1.0
+AWAY_SECONDS = 60.0
+"""How long a SuperLink may be out of reach before a submitted run is given up on here."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What the SuperLink tells of a run. bytes_sent and bytes_received: its own count of the SuperNodes' traffic."""
+
+    status: str
+    ended: str
+    details: str
+    bytes_sent: int
+    bytes_received: int
+
+
+def run(config: Config, out: Path, *, resume: bool = False, told: Callable[[int], None] | None = None) -> RunState:
+    """Submit, wait until the run is over, return how it ended.
+
+    `out` is a folder on the SuperLink's machine; told(run id) is called once the run is submitted. Raises RoundError
+    where the SuperLink cannot be reached, refuses the run, or the run fails.
+    """
+    with control(config) as client:
+        run_id = submit(client, config, out, resume)
+        if told:
+            told(run_id)
+        state = wait(client, run_id)
+    if state.ended != "completed":
+        raise RoundError(f"run {run_id} ended as {state.ended or state.status}: {state.details}")
+    return state
+
+
+def bundle(config: Config, out: Path, resume: bool) -> bytes:
+    """The Flower App Bundle: no code, only the names of fedloom's two apps and the settings for them."""
+    from flwr.cli.build import build_fab_from_files
+
+    settings = {"settings": shared(config), "own": own(config), "out": str(out.absolute()), "resume": resume}
+    apps = {"serverapp": "fedloom.flower.sites:app", "clientapp": "fedloom.flower.relay:app"}
+    project = {
+        "project": {
+            "name": "fedloom-run",
+            "version": metadata.version("fedloom"),
+            "description": "A fedloom run: settings only; the code is the fedloom that is installed at each site.",
+            "license": "Apache-2.0",
+        },
+        "tool": {"flwr": {"app": {"publisher": "fedloom", "components": apps, "config": settings}}},
+    }
+    return build_fab_from_files({"pyproject.toml": tomli_w.dumps(project).encode()})[0]
+
+
+@contextmanager
+def control(config: Config) -> Iterator[Any]:
+    """A client of the SuperLink's Control API. Raises RoundError in words where that cannot be reached."""
+    os.environ.update(QUIET)
+    import click
+    import httpx
+    from flwr.cli.typing import SuperLinkConnection
+    from flwr.cli.utils import init_http_client_from_connection
+
+    rules = config.flower
+    where = SuperLinkConnection("fedloom", rules.superlink, rules.root_certificates, rules.insecure)
+    client = None
+    try:
+        with redirect_stdout(io.StringIO()):
+            client = init_http_client_from_connection(where)
+        yield client
+    except httpx.HTTPStatusError as error:
+        raise RoundError(f"the SuperLink at {rules.superlink} refused: {error.response.text[:300]}") from None
+    except httpx.HTTPError as error:
+        raise RoundError(
+            f"the SuperLink at {rules.superlink} cannot be reached ({error}): check flower.superlink and "
+            "flower.root_certificates, and that flower-superlink runs there"
+        ) from None
+    except click.ClickException as error:
+        raise RoundError(f"the SuperLink at {rules.superlink}: {error.message}") from None
+    finally:
+        if client is not None:
+            client.close()
+
+
+def submit(client: Any, config: Config, out: Path, resume: bool) -> int:  # noqa: ANN401 (Flower's client is untyped)
+    """Hand the run in; its number."""
+    import hashlib
+
+    from flwr.common.serde import fab_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    content = bundle(config, out, resume)
+    response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))))
+    if not response.HasField("run_id"):
+        raise RoundError(f"the SuperLink at {config.flower.superlink} took no run: {response.note}")
+    return int(response.run_id)
+
+
+def register(client: Any, site: str, public_key: bytes) -> None:  # noqa: ANN401 (Flower's client is untyped)
+    """Let a site in under a name: its node's public key, as OpenSSH writes it."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    key = load_ssh_public_key(public_key)
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise RoundError(f"the public key of {site} is of another kind than ECDSA")
+    client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site))
+
+
+def wait(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
+    """Poll until the run is over. A SuperLink that is away for a while is waited for."""
+    import httpx
+
+    away: float | None = None
+    while True:
+        try:
+            state = look(client, run_id)
+            away = None
+        except httpx.TransportError:
+            away = away or time.monotonic()
+            if time.monotonic() - away > AWAY_SECONDS:
+                raise
+        else:
+            if state.status == "finished":
+                return state
+        time.sleep(POLL_SECONDS)
+
+
+def look(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
+    """How a run stands."""
+    from flwr.proto.control_pb2 import ListRunsRequest
+
+    found = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+    status = found.status
+    return RunState(status.status, status.sub_status, status.details, found.bytes_sent, found.bytes_recv)

@@ -1,0 +1,93 @@
+"""The ClientApp: a relay between Flower's messages and the site's worker. Flower starts it anew for every message.
+
+The SuperNode names the worker: --node-config 'worker-socket="…/worker.sock" worker-token="…/worker.token"'.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedloom.errors import FedloomError, SiteError
+from fedloom.flower.payload import pack, unpack
+from fedloom.site.protocol import Parcel, exchange
+
+log = logging.getLogger("fedloom.relay")
+
+WORKER_SECONDS = 120.0
+"""How long a worker that was stopped may take to come back."""
+PAUSE_SECONDS = 0.25
+
+
+Ask = Callable[[Parcel, Context], Parcel]
+
+
+def relay(message: Message, context: Context, ask: Ask | None = None) -> Message:
+    """Hand the request to the worker and its reply back. An error becomes a reply that says so.
+
+    The server is told in words of our own; what Python says of an error may hold paths, and stays in the site's log.
+    """
+    began = time.perf_counter()
+    try:
+        parcel = unpack(message.content)
+        facts = {**parcel.facts, "settings": str(context.run_config["settings"])}
+        reply = (ask or ask_worker)(Parcel(facts, parcel.payloads), context)
+    except FedloomError as error:
+        reply = Parcel({"error": f"the site's relay: {error}"})
+    except Exception:  # Flower would send the server whatever the exception says
+        log.exception("a request could not be handed to the worker")
+        reply = Parcel({"error": "the site's relay failed; the SuperNode's log says why"})
+    facts = {**reply.facts, "relay": time.perf_counter() - began}
+    return Message(pack(Parcel(facts, reply.payloads)), reply_to=message)
+
+
+def ask_worker(parcel: Parcel, context: Context) -> Parcel:
+    """The reply of the worker that the SuperNode names."""
+    return call(parcel, *worker(context))
+
+
+def worker(context: Context) -> tuple[Path, Path]:
+    """Socket and token file of the site's worker. Raises SiteError where the SuperNode does not name them."""
+    try:
+        return Path(str(context.node_config["worker-socket"])), Path(str(context.node_config["worker-token"]))
+    except KeyError as error:
+        raise SiteError(f"start the SuperNode with --node-config that sets {error}; docs/deploy.md shows how") from None
+
+
+def call(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECONDS) -> Parcel:
+    """The worker's reply. A worker that is away or dies meanwhile is asked again until `patience` seconds are over.
+
+    Raises SiteError, without a path in it, if the worker does not come back or the token cannot be read. Asking again
+    is harmless: the worker repeats what it has answered.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            shown = token.read_text(encoding="utf-8").strip()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(str(path))
+                return exchange(connection, shown, parcel)
+        except OSError as error:
+            if time.monotonic() > until:
+                log.warning("the worker at %r, with the token in %r, is away: %s", str(path), str(token), error)
+                raise SiteError(
+                    "the worker is away, or its token cannot be read: start it with `fedloom worker SITE.toml`; the "
+                    "SuperNode's log says more"
+                ) from None
+            time.sleep(PAUSE_SECONDS)
+
+
+app = ClientApp()
+
+
+@app.train()
+@app.query()
+def main(message: Message, context: Context) -> Message:
+    """What Flower calls."""
+    return relay(message, context)

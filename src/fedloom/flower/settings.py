@@ -1,0 +1,52 @@
+"""What settings must say before a run may go across machines, and who is told which of them."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.util import find_spec
+
+import tomli_w
+
+from fedloom.errors import ConfigError
+from fedloom.records.config import Config, FlowerSettings, OutputSettings
+from fedloom.records.configfile import dump, parse
+
+SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings()}
+"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts."""
+
+
+def installed(extra: str, *libraries: str) -> None:
+    """Raises ConfigError, which names the extra to install, where one of these libraries is missing."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ConfigError(f'this engine needs {library}, which is not installed: pip install "fedloom[{extra}]"')
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where the settings cannot be those of a federation across machines."""
+    names, rules = config.federation.participants, config.flower
+    if not names:
+        raise ConfigError("federation.participants is missing: name the sites that take part, as their SITE.toml does")
+    if len(set(names)) != len(names):
+        raise ConfigError("federation.participants names a site twice")
+    if rules.min_replies > len(names):
+        raise ConfigError(
+            f"flower.min_replies is {rules.min_replies}, but federation.participants names {len(names)} sites"
+        )
+    if config.federation.drop_out:
+        raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")
+
+
+def shared(config: Config) -> str:
+    """The settings that the sites are told, as TOML."""
+    return dump(config.model_copy(update=SERVERS_OWN))
+
+
+def own(config: Config) -> str:
+    """The rest of them."""
+    return tomli_w.dumps(config.model_dump(include=set(SERVERS_OWN), exclude_none=True))
+
+
+def joined(shared: str, own: str) -> Config:
+    """The settings that were split into `shared` and `own`."""
+    return parse({**tomllib.loads(shared), **tomllib.loads(own)}, "the run's settings")

@@ -1,0 +1,203 @@
+"""FedSRD's server step (arXiv 2510.04601, eq. 8–12): the aggregate as a change of one factor.
+
+Side A keeps B: ΔA = B⁺ (W − B A) with W = Σ w_k (B + ΔB_k)(A + ΔA_k), or its best rank-r approximation. Side B is the
+same for the transposes. With F the tall kept factor (B, or Aᵀ), G the tall moving one (Aᵀ, or B), P = F⁺F and
+M_k = F⁺ΔF_k, all r × r,
+
+    FedSRD-e:  ΔG = Σ w_k ΔG_k (P + M_k)ᵀ + G (Σ w_k (P + M_k) − P)ᵀ
+    FedSRD:    the same with w_k (P + M_k) replaced by Z_k, where [Z_1 | Z_2 | …] = [w_k (P + M_k)]_k Π and Π takes the
+               stack of the G + ΔG_k to what its best rank-r approximation keeps of it.
+
+So sparse changes enter by sparse products alone; what cancels, cancels in r × r matrices of float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fedloom.compress.entries import Entry
+from fedloom.errors import ShapeError
+from fedloom.lora.lowrank.gram import core, gram
+from fedloom.lora.lowrank.inverse import inverse
+from fedloom.lora.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
+from fedloom.lora.lowrank.sparse import Change as TallChange
+from fedloom.lora.lowrank.sparse import Tall, absorb, compiled_for, cross, project, spread, tall
+from fedloom.lora.pair import LoraPair
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """The change of one factor.
+
+    delta: float32, r × n for side A (the transpose of a contiguous n × r), m × r for side B; clients added later may
+    overwrite it. kept: singular values of the other factor that were inverted.
+    lost_energy: share of Σσ² of the aggregate beyond the rank asked for. condition: largest over smallest of the kept
+    ones (0 where there is none).
+    """
+
+    delta: Tensor
+    kept: int
+    lost_energy: float
+    condition: float
+
+
+class Held(NamedTuple):
+    """One client's change of the kept and the moving factor, its weight w, and w (P + F⁺ΔF)ᵀ."""
+
+    kept: TallChange
+    moving: TallChange
+    weight: float
+    seen: Tensor
+
+
+class ProductChange:
+    """The change of `side` that brings B A as near as possible to Σ w_k (B + ΔB_k)(A + ΔA_k).
+
+    rank: None for FedSRD-e, whose memory does not grow with the number of clients; r for FedSRD, the best rank-r
+    approximation, which holds the changes up to a stacked rank of HELD_RANK. ridge, rcond: a singular value σ of the
+    kept factor is inverted as σ / (σ² + ridge σ_max²), and not at all below rcond σ_max. A kept factor of zeros, as B
+    is at the start, gives a change of zero and kept = 0.
+    """
+
+    def __init__(
+        self,
+        pair: LoraPair,
+        side: Literal["A", "B"],
+        *,
+        rank: int | None = None,
+        ridge: float = 0.0,
+        rcond: float = 1e-6,
+    ) -> None:
+        factors = {"A": pair.A.float().T, "B": pair.B.float()}
+        self.side = side
+        self.rank = rank
+        self._fixed = factors["B" if side == "A" else "A"].contiguous()
+        self._moving = factors[side]
+        self._gram = None if rank is None else gram(self._fixed.T)
+        self._inverse = inverse(self._fixed, ridge, rcond, self._gram)
+        self._shrink = self._inverse.shrink.T.contiguous()
+        self._left = self._inverse.left.T.to(torch.float32 if self._quick else torch.float64).contiguous()
+        self._mixing = -self._shrink
+        self._total = torch.zeros_like(self._moving, memory_format=torch.contiguous_format)
+        self._clients = 0
+        self._held: list[Held] = []
+        self._spilled: ProductSum | None = None
+
+    def add(self, delta_b: Entry, delta_a: Entry, weight: float) -> None:
+        """Add one client's ΔB (m × r) and ΔA (r × n). Raises ShapeError, or NumericError for NaN and infinity."""
+        entries = {"B": delta_b, "A": delta_a}
+        self._check(entries)
+        self._clients += 1
+        kept_side = "B" if self.side == "A" else "A"
+        kept = tall(entries[kept_side], turned=kept_side == "A")
+        moving = tall(entries[self.side], turned=self.side == "A")
+        sums = self._mixing, self._total
+        if self.rank is None and absorb(self._inverse.basis, self._left, self._shrink, weight, kept, moving, *sums):
+            return
+        found = project(self._inverse.basis, kept, quick=self._quick)
+        seen = torch.addmm(self._shrink, found.T, self._inverse.left.T, beta=weight, alpha=weight)
+        if self.rank is None:
+            self._mixing.add_(seen)
+            spread(self._total, moving, seen)
+            return
+        self._held.append(Held(kept, moving, weight, seen))
+        if self._held_rank() > HELD_RANK:
+            self._spilled, self._held = self._as_sum(self.rank), []
+
+    def solve(self) -> Change:
+        """The change that the clients added so far amount to; zero if there were none."""
+        if not self._clients:
+            return self._changed(torch.zeros_like(self._total), 0, 0.0, 0.0)
+        lost = 0.0
+        if self.rank is not None:
+            self._total, self._mixing, lost = self._by_gram(self.rank) or self._by_sum(self.rank)
+        # G times what was mixed joins the total for good, so that no second matrix like G is needed.
+        self._total.addmm_(self._moving, self._mixing.float())
+        self._mixing.zero_()
+        return self._changed(self._total, self._inverse.kept, lost, self._inverse.condition)
+
+    @property
+    def _quick(self) -> bool:
+        return self.rank is None and self._inverse.quick
+
+    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> Change:
+        return Change(total.T if self.side == "A" else total, kept, lost, condition)
+
+    def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
+        """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) by Gram matrices of sparse changes; None where they do not serve."""
+        kept, moving = [held.kept for held in self._held], [held.moving for held in self._held]
+        if self._spilled is not None or self._gram is None or compiled_for(self._fixed) is None:
+            return None
+        if not (all_sparse(kept) and all_sparse(moving)):
+            return None
+        weights = self._total.new_tensor([held.weight for held in self._held], dtype=torch.float64)
+        scale = weights.repeat_interleave(self._fixed.shape[1])
+        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]
+        moving_factor = self._moving.contiguous()
+        right = stacked_gram(moving_factor, gram(moving_factor.T), moving)
+        found = core(left, right)
+        if found is None:
+            return None
+        keep = min(rank, int((found.energies > found.noise).sum()))
+        lead = found.right(keep)
+        seen = torch.cat([held.seen for held in self._held])
+        pieces = (lead @ ((lead / found.energies[:keep]).T @ (right @ seen))).chunk(len(self._held))
+        total = torch.zeros_like(self._total)
+        for held, piece in zip(self._held, pieces, strict=True):
+            spread(total, held.moving, piece)
+        lost = float(found.energies[keep:].sum() / found.energies.sum())
+        return total, torch.stack(pieces).sum(0) - self._inverse.shrink.T, lost
+
+    def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
+        cut = self._as_sum(rank).truncate(rank=rank)
+        seen = self._inverse.left @ project(self._inverse.basis, cut.pair.B)
+        return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink.T, cut.lost_energy
+
+    def _as_sum(self, rank: int) -> ProductSum:
+        """What was spilled and what is held as one sum of products F_k G_kᵀ; float64 where F is ill-conditioned."""
+        dtype = torch.float64 if self._inverse.basis.dtype == torch.float64 else torch.float32
+        total = ProductSum((self._fixed.shape[0], self._moving.shape[0]), cap=streaming_cap(rank))
+        if self._spilled is not None:
+            total.add(self._spilled.factors(), 1.0)
+        for held in self._held:
+            b = self._fixed.to(dtype) + whole(held.kept)
+            a = self._moving.to(dtype) + whole(held.moving)
+            total.add(LoraPair(a.T, b), held.weight)
+        return total
+
+    def _held_rank(self) -> int:
+        return len(self._held) * self._fixed.shape[1]
+
+    def _check(self, entries: dict[str, Entry]) -> None:
+        rank = self._fixed.shape[1]
+        sizes = {"A": (rank, self._moving.shape[0]), "B": (self._fixed.shape[0], rank)}
+        if self.side == "B":
+            sizes = {"A": (rank, self._fixed.shape[0]), "B": (self._moving.shape[0], rank)}
+        for part, entry in entries.items():
+            if entry.shape != sizes[part]:
+                raise ShapeError(
+                    f"a change of {part} has shape {entry.shape}, expected {sizes[part]} as the global pair"
+                )
+
+
+def all_sparse(changes: Sequence[TallChange]) -> TypeGuard[Sequence[Tall]]:
+    """Whether every change travelled sparse."""
+    return all(isinstance(change, Tall) for change in changes)
+
+
+def whole(change: TallChange) -> Tensor:
+    """The change as a dense d × r tensor."""
+    return change.to_dense() if isinstance(change, Tall) else change
+
+
+def stacked_gram(factor: Tensor, own: Tensor, changes: Sequence[Tall]) -> Tensor:
+    """SᵀS of S = [F + ΔF_1 | F + ΔF_2 | …] from FᵀF (`own`), FᵀΔF_k and ΔF_jᵀΔF_k."""
+    count = len(changes)
+    mixed = torch.cat([project(factor, change) for change in changes], dim=1)
+    return cross(changes).add_(own.repeat(count, count)).add_(mixed.repeat(count, 1)).add_(mixed.T.repeat(1, count))

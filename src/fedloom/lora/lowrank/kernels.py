@@ -1,0 +1,149 @@
+"""Singular components of W = B A from the factors: two algorithms with one face.
+
+Each takes a Stack and what is wanted of it and gives a Spectrum, or None where its own check says that another one is
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom.lora.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
+from fedloom.lora.lowrank.leading import holding, leading, pays
+from fedloom.lora.lowrank.stack import Stack
+from fedloom.lora.pair import LoraPair
+
+MAX_GROWTH = 16.0
+"""Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
+
+
+class Wanted(NamedTuple):
+    """The leading `rank` components, or as many as hold the share `energy` of Σσ², or all where both are None.
+
+    expected: the rank that an energy cut is likely to keep.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    expected: int | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Spectrum:
+    """energies: σ², descending, float64. beyond: Σσ² of what was not computed. floor: energies up to it are zero.
+
+    expand(p): the leading p components as B = U diag(σ), A = Vᵀ, signs not yet fixed.
+    """
+
+    energies: Tensor
+    beyond: float
+    floor: float
+    expand: Callable[[int], LoraPair]
+
+
+Find = Callable[..., Core | None]
+
+
+def floor(top: float, noise: float, dtype: torch.dtype) -> float:
+    """The energy that a product of factors of this type may have by rounding alone."""
+    return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
+
+
+def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
+    """Two R × R Gram matrices and the components that are wanted of their core, or all of them.
+
+    For float32 factors and R < min(m, n). Where few components are wanted, or a share of the energy, Gram matrices of
+    float32 products are tried first; else, and where they leave a doubt, float64. Beyond the stack it holds the Gram
+    matrices and one chunk at a time.
+    """
+    # The singular values of B A are those of an R × R core made from BᵀB and A Aᵀ, so m and n appear in products only.
+    # Squaring loses half the digits: float32 products are kept only where `find` can show that this does no harm.
+    rank = wanted.expected if wanted.rank is None and wanted.energy is not None else wanted.rank
+    found, dtype = None, None
+    for dtype, error, find in _stages(stack.rank, rank, wanted):
+        gram_b, gram_a, weights = _grams(stack, dtype)
+        found = find(gram_b, gram_a, error=error)
+        # An energy cut guesses its rank beforehand: the components found may hold less than is wanted.
+        if found is not None and _enough(found, wanted):
+            break
+        found = None
+    if found is None:
+        if dtype is not torch.float64:  # the last stage's float64 matrices are as good for all components
+            gram_b, gram_a, weights = _grams(stack, torch.float64)
+        found = core(gram_b, gram_a)
+    if found is None:
+        return None
+    low = floor(float(found.energies[0]), found.noise, torch.float32)
+    expand = partial(_expand_gram, stack, gram_a, weights, found)
+    return Spectrum(found.energies, found.beyond, low, expand)
+
+
+def _stages(stacked: int, rank: int | None, wanted: Wanted) -> Sequence[tuple[torch.dtype, float, Find]]:
+    """How to look for the leading components alone: the type of the products, their error, and the algorithm."""
+    if rank and pays(stacked, rank):
+        find = partial(leading, rank=rank)
+        return (torch.float32, QUICK_ERROR, find), (torch.float64, 4 * EPS, find)
+    if wanted.rank is None and wanted.energy is not None:
+        return ((torch.float32, QUICK_ERROR, partial(holding, energy=wanted.energy)),)
+    return ()
+
+
+def _grams(stack: Stack, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """BᵀB, A Aᵀ and the weights, all float64, with products of `dtype`; the weights are in the first."""
+    zeros = stack.terms[0][0].A.new_zeros(stack.rank, stack.rank, dtype=torch.float64)
+    gram_a = gram_of(stack.chunks("A", dtype), zeros.clone())
+    gram_b = gram_of(stack.chunks("B", dtype), zeros)
+    weights = stack.weights(gram_b)
+    return gram_b.mul_(weights).mul_(weights[:, None]), gram_a, weights
+
+
+def _enough(found: Core, wanted: Wanted) -> bool:
+    """Whether the leading components hold the share of the energy that is wanted."""
+    held = float(found.energies.sum())
+    return wanted.energy is None or wanted.rank is not None or held >= wanted.energy * (held + found.beyond)
+
+
+def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, keep: int) -> LoraPair:
+    """V and W V = B (A V), the latter in float32, V in float64 where its terms cancel.
+
+    A row of V is of length 1 and a sum of multiples of rows of A, each of them rounded: the sum of their squared
+    lengths is what the square of the rounding error grows by.
+    """
+    right = found.right(keep) / found.energies[:keep].sqrt()
+    image = (weights[:, None] * (gram_a @ right)).float()
+    growth = (right.square() * gram_a.diagonal()[:, None]).sum(0)
+    dtype = torch.float32 if bool((growth <= MAX_GROWTH).all()) else torch.float64
+    right = right.to(dtype)
+    m, n = stack.shape
+    vt = torch.empty(keep, n, dtype=torch.float32, device=right.device)
+    wv = torch.empty(m, keep, dtype=torch.float32, device=right.device)
+    begin = 0
+    for chunk in stack.chunks("A", dtype):
+        vt[:, begin : begin + chunk.shape[0]] = right.T @ chunk.T
+        begin += chunk.shape[0]
+    begin = 0
+    for chunk in stack.chunks("B", torch.float32):
+        torch.mm(chunk, image, out=wv[begin : begin + chunk.shape[0]])
+        begin += chunk.shape[0]
+    return LoraPair(vt, wv)
+
+
+def by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
+    """QR of both factors and an SVD of the core, all in float64: for float64 factors, and where Gram gives up."""
+    dtype, pair = stack.dtype, stack.pair()
+    a, b = pair.A, pair.B
+    qb, rb = torch.linalg.qr(b.double())
+    qa, ra = torch.linalg.qr(a.double().T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    noise = float(torch.linalg.matrix_norm(rb) * torch.linalg.matrix_norm(ra)) * 16 * EPS
+
+    def expand(keep: int) -> LoraPair:
+        return LoraPair((vt[:keep] @ qa.T).to(dtype), (qb @ (u[:, :keep] * s[:keep])).to(dtype))
+
+    return Spectrum(s * s, 0.0, floor(float(s[0]) ** 2, noise**2, dtype), expand)

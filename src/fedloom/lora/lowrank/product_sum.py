@@ -1,0 +1,76 @@
+"""A weighted sum of products, Σ w_k B_k A_k, built up one client at a time in factored form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedloom.errors import ConfigError, ShapeError
+from fedloom.lora.lowrank.kernels import Wanted
+from fedloom.lora.lowrank.stack import Stack
+from fedloom.lora.lowrank.truncation import Truncation, truncate_stack
+from fedloom.lora.pair import LoraPair
+
+HELD_RANK = 512
+"""Stacked rank that is always held as it came; beyond, what is held may be recompressed."""
+
+
+def streaming_cap(rank: int) -> int:
+    """The cap for sums of which `rank` components are wanted: exact up to a stacked rank of at least 1024."""
+    return max(HELD_RANK, 4 * rank)
+
+
+class ProductSum:
+    """Σ w_k B_k A_k of one module of `shape` (m, n), in memory that does not grow with the number of clients.
+
+    The pairs are held as they come, not copied: do not change their tensors before the sum is done with. Beyond a
+    stacked rank of 2 min(m, n) they are recompressed to min(m, n) at most, which loses nothing but rounding. With a
+    `cap` they are recompressed to the leading `cap` components beyond a stacked rank of 2 cap: what that loses adds up
+    in `lost` and is part of the energy that `truncate` reports as lost.
+    """
+
+    def __init__(self, shape: tuple[int, int], *, cap: int | None = None) -> None:
+        if cap is not None and cap < 1:
+            raise ConfigError(f"cap is {cap}: expected a rank of at least 1, or None for no loss")
+        self.shape = shape
+        self.limit = min(cap or min(shape), min(shape))
+        self.lost = 0.0
+        """Bound on the Frobenius norm of what recompression has left out, the sum of its steps."""
+        self.rank = 0
+        """Stacked rank held at present."""
+        self._widest = 0
+        self._terms: list[tuple[LoraPair, float]] = []
+
+    def add(self, pair: LoraPair, weight: float) -> None:
+        """Add weight · B A. Raises ShapeError where the pair is of another module's shape."""
+        if pair.shape != self.shape:
+            raise ShapeError(f"a pair of shape {pair.shape} cannot be added to a sum of shape {self.shape}")
+        self._widest = max(self._widest, pair.rank)
+        for first in range(0, pair.rank, self.limit):
+            piece = LoraPair(pair.A[first : first + self.limit], pair.B[:, first : first + self.limit])
+            if self.rank + piece.rank > 2 * self.limit:
+                self._recompress()
+            self._terms.append((piece, weight))
+            self.rank += piece.rank
+
+    def factors(self) -> LoraPair:
+        """One pair whose product is the sum so far."""
+        return self._stack().pair()
+
+    def truncate(self, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+        """The leading singular components of the sum; see `truncation.truncate`."""
+        cut = truncate_stack(self._stack(), Wanted(rank, energy, expected=self._widest))
+        return cut if not self.lost else replace(cut, lost_energy=self._lost_energy(cut))
+
+    def _stack(self) -> Stack:
+        return Stack(self.shape, tuple(self._terms))
+
+    def _recompress(self) -> None:
+        cut = truncate_stack(self._stack(), Wanted(rank=self.limit))
+        self.lost += (cut.lost_energy * cut.energy) ** 0.5
+        self._terms = [(cut.pair, 1.0)]
+        self.rank = cut.pair.rank
+
+    def _lost_energy(self, cut: Truncation) -> float:
+        """Upper bound: the norm left out now and the norms left out before, over the norm of what is there."""
+        left = cut.lost_energy**0.5 + self.lost / cut.energy**0.5 if cut.energy else 1.0
+        return min(left**2, 1.0)

@@ -1,0 +1,225 @@
+"""The shape of a federated method: one frozen record of plain functions over frozen state.
+
+A method decides what travels and how it is combined; it never sees bytes, engines or models. Its settings
+are bound when the record is built, so the builder's keyword arguments are its configuration schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fedloom.compress.budget import Budget
+from fedloom.compress.entries import Entry
+from fedloom.compress.sparsify import Quantize
+from fedloom.lora.pair import PARTS, LoraState, narrow, stack
+
+Entries = Mapping[str, Entry]
+CORE = "R"
+"""The part of a module that is the matrix between two resting factors: "module/R"."""
+FROZEN = "frozen_"
+"""Prefix of the entries that hold merged increments: "module/frozen_A"."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class State:
+    """What one participant, the server or a client, holds between rounds.
+
+    adapter: the pair that is trained on. frozen: merged increments of merging methods, in factored form, the same for
+    all. tail: components of the global adapter beyond this participant's own rank, replaced by every change. The model
+    in use is W0 + frozen + tail + adapter. memory: what stays private to the participant (a client's residual, a
+    server's moments), by name. version counts the changes since the start, consolidations included; digest names the
+    global state.
+    """
+
+    adapter: LoraState
+    frozen: LoraState = field(default_factory=LoraState)
+    tail: LoraState = field(default_factory=LoraState)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    version: int = 0
+    digest: str = ""
+
+    @property
+    def fixed(self) -> LoraState:
+        """All that the model in use has beside the trained pair."""
+        return stack([self.frozen, self.tail])
+
+    @property
+    def total(self) -> LoraState:
+        """The whole change of weight, W − W0, as one state."""
+        return stack([self.adapter, self.frozen, self.tail])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Update:
+    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries."""
+
+    client: str
+    weight: float
+    entries: Entries
+
+
+def unsent(entries: Entries) -> int:
+    """The size of entries where nothing travels."""
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Arguments that every step of a round has: 1-based round number, the run's seed, the value coding.
+
+    budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
+    takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
+    downloads: see `rounds.Job`.
+    """
+
+    round: int
+    seed: int
+    quantize: Quantize
+    budget: Budget | None = None
+    size: Callable[[Entries], int] = unsent
+    num_rounds: int = 0
+    downloads: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Aggregate:
+    """The outcome of a round on the server: what to broadcast, the server's new memory, numbers worth recording.
+
+    Where modules are aggregated in groups, the largest counts of stats called max_…, of others the mean over modules.
+    """
+
+    entries: Entries
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The row of a method in the table that `fedloom methods` prints; the defaults are FedAvg's.
+
+    paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
+    rank. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+
+    broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
+    which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
+    of products; "step" is a step of the server's own. one_factor: a broadcast changes B or A, in turn, whatever the
+    clients trained. stateless: the server's step needs the updates alone, so that it can merge adapters offline; its
+    rank is then that of the server's adapter ("rank"), that which the share `tau` of Σσ² takes ("energy"), or follows
+    from the adapters ("").
+    """
+
+    paper: str
+    exact: bool = False
+    unequal_ranks: bool = False
+    sends: str = "A and B, dense"
+    receives: str = "A and B, dense"
+    keeps: str = "nothing"
+    broadcasts: Literal["factors", "change", "elements", "components", "step"] = "factors"
+    one_factor: bool = False
+    stateless: bool = False
+    truncates: Literal["", "rank", "energy"] = ""
+
+
+class Compress(Protocol):
+    """(client state, adapter after training, context) → (memory to keep, entries to send)."""
+
+    def __call__(self, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]: ...
+
+
+class Reduce(Protocol):
+    """(server state, updates, context) → what to broadcast. `updates` can be iterated more than once."""
+
+    def __call__(self, state: State, updates: Iterable[Update], context: Context) -> Aggregate: ...
+
+
+class Adopt(Protocol):
+    """(state, global adapter, merged increments) → the state brought to them, cut to the participant's own ranks."""
+
+    def __call__(self, state: State, adapter: LoraState, frozen: LoraState) -> State: ...
+
+
+class Receive(Protocol):
+    """(state, decoded broadcast, context) → the state with adapter and frozen brought up to date.
+
+    The server and every client run this same function on the same decoded entries.
+    """
+
+    def __call__(self, state: State, entries: Entries, context: Context) -> State: ...
+
+
+def adopt_leading(state: State, adapter: LoraState, frozen: LoraState) -> State:
+    """The usual way to adopt a global state: the leading components up to the own rank, the others dropped."""
+    return replace(state, adapter=narrow(adapter, state.adapter.ranks()), frozen=frozen)
+
+
+def send_all(entries: Entries, ranks: Mapping[str, int]) -> Entries:
+    """Every client is sent the whole broadcast."""
+    return entries
+
+
+def both_factors(round: int) -> tuple[str, ...]:
+    """A and B are trained in every round."""
+    return PARTS
+
+
+def no_advice(adapter: LoraState, context: Context) -> str:
+    """Nothing to say beforehand."""
+    return ""
+
+
+def no_core(state: State) -> LoraState:
+    """The factors themselves are trained, not a matrix between two that rest."""
+    return LoraState()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to federate LoRA.
+
+    adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
+    penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
+    keeps to context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit).
+    values is the form of values meant by wire.values = "auto", wider (share → form) what takes its place under a budget
+    above that share. merges says that of
+    State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
+    of the modules only. advise(first adapter, context): what a user should know of the settings beforehand, or "".
+
+    core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
+    the adapter is A = R V and B = U, the rows of V orthonormal (or zero).
+    """
+
+    name: str
+    facts: Facts
+    compress: Compress
+    aggregate: Reduce
+    receive: Receive
+    adopt: Adopt = adopt_leading
+    trainable: Callable[[int], tuple[str, ...]] = both_factors
+    narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
+    penalty: Callable[[LoraState, LoraState], Tensor] | None = None
+    takes_budget: bool = False
+    default_budget: float = 0.0
+    values: str = "fp32"
+    wider: Mapping[float, str] = field(default_factory=dict)
+    merges: bool = False
+    module_subsets: bool = True
+    core: Callable[[State], LoraState] = no_core
+    advise: Callable[[LoraState, Context], str] = no_advice
+
+    def budget(self, given: Budget | None) -> Budget | None:
+        """The budget that is kept to: the one that is given, else the method's own, if it has one."""
+        return given or (Budget(self.default_budget) if self.default_budget else None)
+
+    def form(self, given: Budget | None = None) -> str:
+        """The form of values meant by wire.values = "auto"; a budget in bytes leaves it as it is without one."""
+        kept = self.budget(given)
+        reached = [share for share in self.wider if kept and kept.share > share]
+        return self.wider[max(reached)] if reached else self.values
+
+    def parts(self, state: State, round: int) -> tuple[str, ...]:
+        """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""
+        return (CORE,) if self.core(state) else self.trainable(round)

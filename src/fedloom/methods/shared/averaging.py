@@ -1,0 +1,186 @@
+"""What methods share that average: dense factors up, and the two sums over clients.
+
+`weighted_mean` is Σ p_k T_k of every tensor that was sent: factors, their changes, or what a method reads of them.
+`product_sums` is Σ p_k B_k A_k of every module, held as the factors that came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from fedloom.compress.seeds import derived_seed
+from torch import Tensor
+
+from fedloom.compress.budget import Filled, Made, Room, fill_budget, value_bits
+from fedloom.compress.entries import Dense, Entry, dense, to_dense
+from fedloom.errors import ConfigError
+from fedloom.lora.lowrank import ProductSum, streaming_cap
+from fedloom.lora.pair import LoraPair, LoraState, from_tensors
+from fedloom.methods.method import Aggregate, Context, Entries, State, Update
+from fedloom.methods.shared.components import received
+
+Parts = Callable[[int], tuple[str, ...]]
+"""Round → the factors that are trained and sent in it."""
+
+
+def only_b(round: int) -> tuple[str, ...]:
+    """B alone, in every round."""
+    return ("B",)
+
+
+def alternating(round: int) -> tuple[str, ...]:
+    """B in odd rounds, A in even ones: at the start B = 0, and a change of A would change nothing."""
+    return ("B",) if round % 2 else ("A",)
+
+
+def coded(name: str, tensor: Tensor, context: Context) -> Dense:
+    """A whole tensor, its values coded as the run says."""
+    seed = derived_seed(context.seed, "dense", context.round, name)
+    return Dense(tuple(tensor.shape), context.quantize(tensor.reshape(-1), seed))
+
+
+def dense_entries(adapter: LoraState, context: Context, prefix: str = "") -> dict[str, Entry]:
+    """Both factors of every module."""
+    return {name: coded(name, tensor, context) for name, tensor in adapter.tensors(prefix).items()}
+
+
+def send(parts: Parts, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
+    """The trained factors as they are after training, dense."""
+    sent = parts(context.round)
+    return state.memory, {
+        f"{module}/{part}": coded(f"{module}/{part}", pair.part(part), context)
+        for module, pair in after.items()
+        for part in sent
+    }
+
+
+def average(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+    """Σ p_k of every factor that was sent, at the rank of the server's adapter."""
+    means = weighted_mean(updates, read=lambda entries: padded(entries, state.adapter))
+    return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
+
+
+def read_dense(entries: Entries) -> dict[str, Tensor]:
+    """Every entry as a dense tensor."""
+    return {name: to_dense(entry) for name, entry in entries.items()}
+
+
+def share(update: Update, name: str) -> float:
+    """The client's share p_k of the round, the same for all of its tensors."""
+    return update.weight
+
+
+def weighted_mean(
+    updates: Iterable[Update],
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    read: Callable[[Entries], Mapping[str, Tensor]] = read_dense,
+    weight: Callable[[Update, str], float] = share,
+) -> dict[str, Tensor]:
+    """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
+
+    read: entries → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
+    in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
+    added to the leading rows and columns.
+    """
+    sums = dict(start or {})
+    for update in updates:
+        for name, tensor in read(update.entries).items():
+            if name not in sums:
+                sums[name] = torch.zeros_like(tensor)
+            leading = tuple(slice(size) for size in tensor.shape)
+            sums[name][leading].add_(tensor, alpha=weight(update, name))
+    return sums
+
+
+def product_sums(
+    updates: Iterable[Update],
+    adapter: LoraState,
+    *,
+    capped: bool = False,
+    beside: Callable[[str, int], LoraPair] | None = None,
+) -> dict[str, ProductSum]:
+    """Module → Σ_k p_k B_k A_k in factored form, for every module of the server's `adapter`.
+
+    capped: bound each sum's rank, so that a large cohort stays in memory; what that loses is reported by `truncate`.
+    beside: (module, rank) → the pair that a client of this rank uses beside the one it sent; it has the same share.
+    """
+    caps = {module: streaming_cap(pair.rank) if capped else None for module, pair in adapter.items()}
+    sums = {module: ProductSum(pair.shape, cap=caps[module]) for module, pair in adapter.items()}
+    for update in updates:
+        for module, pair in received(update.entries).items():
+            sums[module].add(pair, update.weight)
+            if beside is not None:
+                sums[module].add(beside(module, pair.rank), update.weight)
+    return sums
+
+
+def within_budget(
+    state: State,
+    tensors: int,
+    entries_at: Callable[[float], Mapping[str, Made]],
+    context: Context,
+    *,
+    positions: bool = True,
+) -> Filled[Made]:
+    """The entries that fill `context.budget`, for a method whose density is one number (see `budget.fill_budget`).
+
+    entries_at: density → the entries of so many `tensors`. Raises ConfigError where not even those of density 0 fit.
+    """
+    elements = state.adapter.numel()
+    budget = int(context.budget.bytes(elements)) if context.budget else 0
+    room = Room(budget, elements, tensors, value_bits(context.quantize), positions=positions)
+    done = fill_budget(room, entries_at, context.size, state.memory)
+    if done.size > budget:
+        raise ConfigError(
+            f"wire.budget is {context.budget}, {budget} bytes for a payload, but one of {tensors} tensors takes at "
+            f"least {done.size}: raise it"
+        )
+    return done
+
+
+def padded(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
+    """Factors at the server's rank, with the same product: zero columns for B, and for A the rows the server has.
+
+    Rows of zeros in A would never train, since B's gradient through them vanishes.
+    """
+    tensors = {name: to_dense(entry) for name, entry in entries.items()}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition("/")
+        pair = adapter[module]
+        if part == "A" and tensor.shape[0] < pair.rank:
+            tensors[name] = torch.cat([tensor, pair.A[tensor.shape[0] :]])
+        elif part == "B" and tensor.shape[1] < pair.rank:
+            tensors[name] = torch.nn.functional.pad(tensor, (0, pair.rank - tensor.shape[1]))
+    return tensors
+
+
+def replace_factors(state: State, entries: Entries, context: Context) -> State:
+    """The broadcast factors take the place of the old ones; a factor that was not sent stays."""
+    received = {name: to_dense(entry) for name, entry in entries.items()}
+    return replace(state, adapter=from_tensors(state.adapter.tensors() | received))
+
+
+def add_change(state: State, entries: Entries, context: Context) -> State:
+    """The old factors plus the decoded change: the same single addition on the server and on every client."""
+    tensors = state.adapter.tensors()
+    for name, entry in entries.items():
+        tensors[name] = tensors[name] + to_dense(entry)
+    return replace(state, adapter=from_tensors(tensors))
+
+
+def narrow_factors(entries: Entries, ranks: Mapping[str, int]) -> Entries:
+    """The first `ranks[module]` rows of A and columns of B; entries that need no cut stay as they are.
+
+    A module that `ranks` does not name is kept whole.
+    """
+    cut: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        module, _, part = name.rpartition("/")
+        tensor = to_dense(entry)
+        rank = ranks.get(module)
+        keep = tensor[:rank] if part.endswith("A") else tensor[:, :rank]
+        cut[name] = entry if keep.shape == tensor.shape else dense(keep)
+    return entries if all(cut[name] is entry for name, entry in entries.items()) else cut

@@ -1,0 +1,87 @@
+"""What the methods share that broadcast components of an aggregate: how a participant takes them up.
+
+Entries "module/A" and "module/B" are the adapter to go on with, leading components first; "module/frozen_A" and
+"module/frozen_B" are increments that everybody merges. A module that a broadcast does not name stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from fedloom.compress.seeds import derived_seed
+
+from fedloom.compress.entries import to_dense
+from fedloom.lora.lowrank import truncate
+from fedloom.lora.pair import LoraPair, LoraState, from_tensors, initial_state, stack
+from fedloom.methods.method import FROZEN, Context, Entries, State, adopt_leading
+
+
+def components(pair: LoraPair, first: int, last: int | None = None) -> LoraPair:
+    """Components first … last − 1 of a pair (none where it has no more)."""
+    return LoraPair(pair.A[first:last], pair.B[:, first:last])
+
+
+def restart(state: State, entries: Entries, context: Context) -> State:
+    """Merge what was broadcast, and begin a fresh adapter, the same seeded one for all."""
+    merged, start = received(entries, FROZEN), fresh(state, context)
+    adapter = LoraState({module: start[module] if module in merged else pair for module, pair in state.adapter.items()})
+    return replace(state, adapter=adapter, frozen=merge(state.frozen, merged))
+
+
+def go_on(state: State, entries: Entries, context: Context) -> State:
+    """Train on from the leading components up to the own rank, drop the others; merge the increments, if any."""
+    lead, start = received(entries), fresh(state, context)
+    taken = {module: filled(pair, start[module]) for module, pair in lead.items()}
+    return replace(
+        state, adapter=LoraState({**state.adapter, **taken}), frozen=merge(state.frozen, received(entries, FROZEN))
+    )
+
+
+def go_on_warm(state: State, entries: Entries, context: Context) -> State:
+    """As `go_on`, but the components beyond the own rank stay in use, as the tail."""
+    return with_tail(go_on(state, entries, context), received(entries))
+
+
+def adopt_warm(state: State, adapter: LoraState, frozen: LoraState) -> State:
+    """A full state for `go_on_warm`."""
+    return with_tail(adopt_leading(state, adapter, frozen), adapter)
+
+
+def with_tail(state: State, adapter: LoraState) -> State:
+    """The state with what lies in `adapter` beyond the own rank as its tail.
+
+    Components that add nothing are left out, so that a full state, whose adapter was filled up, gives the same bits.
+    """
+    ranks = state.adapter.ranks()
+    beyond = {module: effective(components(pair, ranks[module])) for module, pair in adapter.items()}
+    return replace(state, tail=LoraState({**state.tail, **beyond}))
+
+
+def effective(pair: LoraPair) -> LoraPair:
+    """The components whose column of B is not zero."""
+    used = pair.B.any(dim=0)
+    return LoraPair(pair.A[used], pair.B[:, used])
+
+
+def received(entries: Entries, prefix: str = "") -> LoraState:
+    """The pairs among the entries."""
+    return from_tensors({name: to_dense(entry) for name, entry in entries.items()}, prefix)
+
+
+def fresh(state: State, context: Context) -> LoraState:
+    """A start like the first one (B = 0), of the participant's own ranks, drawn from the seed and the round."""
+    seed = derived_seed(context.seed, "fresh", context.round)
+    return initial_state(state.adapter.shapes(), state.adapter.ranks(), seed)
+
+
+def filled(pair: LoraPair, start: LoraPair) -> LoraPair:
+    """The leading components at the rank of `start`; missing ones get its A and a zero B, so that they can train."""
+    missing = max(start.rank - pair.rank, 0)
+    a = torch.cat([pair.A[: start.rank], start.A[start.rank - missing :]])
+    return LoraPair(a, torch.nn.functional.pad(pair.B[:, : start.rank], (0, missing)))
+
+
+def merge(frozen: LoraState, increment: LoraState) -> LoraState:
+    """The merged increments with one more; kept at rank min(m, n) at most, which loses nothing but rounding."""
+    return stack([frozen, increment]).map(lambda pair: truncate(pair).pair if pair.rank > min(pair.shape) else pair)

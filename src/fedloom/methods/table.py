@@ -1,0 +1,162 @@
+"""The one table of methods: name → how to build it, with its presets."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
+
+from fedloom.errors import ConfigError
+from fedloom.methods.fed_dare import fed_dare
+from fedloom.methods.fed_sb import fed_sb
+from fedloom.methods.fedex import fedex
+from fedloom.methods.fedit import fedit
+from fedloom.methods.fedprox import fedprox
+from fedloom.methods.fedsrd import fedsrd
+from fedloom.methods.fedsvd import fedsvd
+from fedloom.methods.ffa import ffa
+from fedloom.methods.flasc import flasc
+from fedloom.methods.flexlora import flexlora
+from fedloom.methods.flora import flora
+from fedloom.methods.flora_na import flora_na
+from fedloom.methods.florist import florist
+from fedloom.methods.foreign import is_foreign, load_builder
+from fedloom.methods.hetlora import hetlora
+from fedloom.methods.loom import loom
+from fedloom.methods.lora_fair import lora_fair
+from fedloom.methods.method import Method
+from fedloom.methods.rolora import rolora
+from fedloom.methods.shared.server_optimiser import ServerOptimiser, optimised
+
+Settings = Mapping[str, object]
+Row = TypeVar("Row")
+Built = TypeVar("Built")
+SERVER_KEYS = inspect.signature(ServerOptimiser).parameters
+"""Settings that any averaging method takes beside its own."""
+MOVED = {
+    "budget": 'use wire.budget, for any method that chooses how much it sends. A share ("1%") means what it meant; '
+    "bytes are those of one payload now, the mean of both ways: half of what method.budget was"
+}
+"""Keys that were settings of a method once, and what to use in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A builder, and named groups of its keyword arguments.
+
+    Names with a meaning: "default" is used where none is named, "paper" has the published settings, "lossless" leaves
+    nothing out, "offline" is what `fedloom aggregate` uses.
+    """
+
+    builder: Callable[..., Method]
+    presets: Mapping[str, Settings] = field(default_factory=dict)
+
+
+PAPER_SRD: Settings = {"download": "random", "ridge": 0.0}
+LOSSLESS_SRD: Settings = {**PAPER_SRD, "base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0}
+
+METHODS: Mapping[str, Entry] = {
+    "fedit": Entry(fedit),
+    "fedprox": Entry(fedprox),
+    "ffa": Entry(ffa),
+    "rolora": Entry(rolora),
+    "fedsvd": Entry(fedsvd),
+    "lora-fair": Entry(lora_fair),
+    "flora-na": Entry(flora_na),
+    "fedex": Entry(fedex),
+    "flora": Entry(flora),
+    "flexlora": Entry(flexlora),
+    "hetlora": Entry(hetlora),
+    "florist": Entry(
+        florist,
+        {
+            "paper": {"tau": 0.9, "client_init": "merge_reinit"},
+            "lossless": {"tau": 1.0},
+            # Nobody trains on from a part of what is merged offline, so it is merged as a whole.
+            "offline": {"client_init": "merge_reinit"},
+        },
+    ),
+    "fed-dare": Entry(fed_dare, {"lossless": {"sparsity": 0.0}}),
+    "flasc": Entry(flasc),
+    "fed-sb": Entry(fed_sb, {"lossless": {"keep": "all"}}),
+    "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
+    "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
+    "loom": Entry(loom),
+}
+
+
+def build(method: str | Method, settings: Settings | None = None) -> Method:
+    """A method by its name in METHODS or as "package.module:builder", or a `Method` as it is.
+
+    settings: a preset ("preset") and single settings over it; a `Method` has its own already and takes none. A method
+    of another package is called by its whole name, so that nobody takes it for one of fedloom's.
+    Raises ConfigError that names the unknown method, preset or key, the nearest one there is, or the wrong value.
+    """
+    if isinstance(method, Method):
+        if settings:
+            raise ConfigError(f"method {method.name!r} is built already: give {', '.join(settings)} to its builder")
+        return method
+    entry = entry_of(method)
+    given = dict(settings or {})
+    preset = given.pop("preset", "default")
+    chosen = _known("method.preset", str(preset), {"default": {}, **entry.presets})
+    own = {**chosen, **given}
+    server = {key: own.pop(key) for key in SERVER_KEYS if key in own and key not in options(method)}
+    for key in own:
+        if key in MOVED and key not in options(method):
+            raise ConfigError(f"method.{key} is not a setting: {MOVED[key]}")
+        _known(f"method.{method} key", key, {**options(method), **SERVER_KEYS})
+    built: object = _checked(method, lambda: validate_call(entry.builder)(**own))
+    if not isinstance(built, Method):
+        raise ConfigError(f"method.name is {method!r}, but its builder returns {type(built).__name__}, not a Method")
+    built = replace(built, name=method) if is_foreign(method) else built
+    if not server:
+        return built
+    return optimised(built, _checked(method, lambda: TypeAdapter(ServerOptimiser).validate_python(server)))
+
+
+def entry_of(name: str) -> Entry:
+    """The row of METHODS, or a new one for a builder of another package. Raises ConfigError for an unknown name."""
+    return Entry(load_builder(name)) if is_foreign(name) else _known("method.name", name, METHODS)
+
+
+def offline_methods() -> list[str]:
+    """Names of the methods whose server step needs the updates alone, so that adapter folders can be merged by it."""
+    return [name for name in METHODS if build(name).facts.stateless]
+
+
+def _checked(method: str, make: Callable[[], Built]) -> Built:
+    """What `make` returns. Raises ConfigError naming the first setting that is missing or has a wrong type or value."""
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"].startswith("missing"):
+            raise ConfigError(f"method.{where} is missing: {method} has no default for it") from None
+        raise ConfigError(f"method.{where} is {first['input']!r}: {first['msg'].lower()}") from None
+    except PydanticUserError as error:
+        text = str(error).partition("\n")[0]
+        raise ConfigError(f"the settings of method {method} cannot be read from its builder: {text}") from error
+
+
+def options(name: str) -> dict[str, object]:
+    """The settings of a method and their defaults, read from its builder's signature."""
+    entry = entry_of(name)
+    bound = entry.builder.keywords if isinstance(entry.builder, partial) else {}
+    parameters = inspect.signature(entry.builder).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key not in bound}
+    return {**defaults, **entry.presets.get("default", {})}
+
+
+def _known(what: str, key: str, table: Mapping[str, Row]) -> Row:
+    if key in table:
+        return table[key]
+    near = difflib.get_close_matches(key, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ConfigError(f"{what} {key!r} is unknown{hint} Known: {', '.join(sorted(table))}")

@@ -1,0 +1,73 @@
+"""Scores of a model on held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedloom.errors import ConfigError
+from fedloom.model.tokens import IGNORED, Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How well held-out examples are answered.
+
+    exact_match: fraction of them that greedy decoding answers token for token, the end included. loss: mean over all
+    completion tokens, in nats.
+    """
+
+    exact_match: float
+    loss: float
+    examples: int
+
+
+@torch.no_grad()
+def exact_match_and_loss(model: nn.Module, data: Prepared, batch_size: int = 64) -> Scores:
+    """Score every example with one forward pass a batch.
+
+    Greedy decoding gives the completion exactly if, with the completion given, every one of its tokens is the likeliest
+    at its place: until the first error both see the same prefix. An example that was cut counts as wrong.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    order = sorted(range(len(data)), key=lambda index: len(data[index].ids))
+    matches, loss, tokens = 0, 0.0, 0
+    for start in range(0, len(order), batch_size):
+        examples = [data[index] for index in order[start : start + batch_size]]
+        batch = {name: tensor.to(device) for name, tensor in data.collate(examples).items()}
+        labels = batch.pop("labels")[:, 1:]
+        counted = labels != IGNORED
+        places = counted.any(dim=0).nonzero().squeeze(1)
+        logits = model(**batch, logits_to_keep=places, use_cache=False).logits
+        labels, counted = labels[:, places], counted[:, places]
+        chosen, wanted, rows = logits[counted].float(), labels[counted], counted.nonzero()[:, 0]
+        right = torch.tensor([example.whole for example in examples], device=device)
+        right[rows[chosen.argmax(dim=-1) != wanted]] = False
+        matches += int(right.sum())
+        loss += float(functional.cross_entropy(chosen, wanted, reduction="none").double().sum())
+        tokens += len(wanted)
+    model.train(training)
+    return Scores(matches / len(data), loss / tokens, len(data))
+
+
+def lm_eval_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], batch_size: int = 8
+) -> dict[str, Mapping[str, float]]:
+    """Task → its metrics, by the lm-evaluation-harness. Raises ConfigError where that is not installed."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise ConfigError("evaluation tasks need the lm-evaluation-harness: pip install 'fedloom[eval]'") from None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    results = simple_evaluate(model=wrapped, tasks=list(tasks))["results"]
+    return {
+        task: {name: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in results.items()
+    }

@@ -1,0 +1,225 @@
+"""One client's local training in one round, by transformers.Trainer on the one resident model.
+
+What comes out depends on the arguments alone: the optimiser is fresh, every random draw follows from the seed, and the
+process's own random state is left as it was found.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from fedloom.errors import ConfigError
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
+from fedloom.model import peft_bridge
+from fedloom.model.base import quiet
+from fedloom.model.tokens import Prepared
+from fedloom.records.config import TrainingSettings
+
+if TYPE_CHECKING:
+    import peft
+
+Penalty = Callable[[LoraState, LoraState], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStats:
+    """What one local training was.
+
+    loss: mean over the completion tokens of a step, then over steps, without any penalty. examples: those that the
+    client holds. tokens: those that were trained on, prompts included, padding not. seconds: the whole call.
+    """
+
+    loss: float
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Share of the rounds that are over → factor of the learning rate."""
+
+
+def rate(settings: TrainingSettings, round: int, num_rounds: int, step: int) -> float:
+    """Learning rate of a step (from 0) of a round (from 1).
+
+    It falls from round to round along lr_scheduler_type and is the same within a round, but for the first warmup_steps
+    (or the share warmup_ratio of all steps of all rounds), in which it rises.
+    """
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_rounds * settings.max_steps)
+    rising = ((round - 1) * settings.max_steps + step + 1) / warmup if warmup else 1.0
+    return settings.learning_rate * SCHEDULES[settings.lr_scheduler_type]((round - 1) / num_rounds) * min(1.0, rising)
+
+
+def local_update(
+    model: peft.PeftModel,
+    state: LoraState,
+    frozen: LoraState,
+    data: Prepared,
+    settings: TrainingSettings,
+    *,
+    round: int,
+    num_rounds: int,
+    seed: int,
+    trainable: Sequence[str] = PARTS,
+    core: LoraState | None = None,
+    penalty: Penalty | None = None,
+    interrupt: Callable[[], None] | None = None,
+) -> tuple[LoraState, TrainStats]:
+    """Train `state`, on top of W0 and `frozen`, for one round; the factors not named in `trainable` keep their bits.
+
+    With a `core` the matrix R of A = R V is trained, V being the core's A, and neither factor by itself.
+    penalty(before, now) is added to the loss of every step. `interrupt` is called before every forward pass; what it
+    raises ends the training. Same arguments, same bits (on one thread).
+    """
+    begun = time.perf_counter()
+    peft_bridge.write(model, state)
+    peft_bridge.set_frozen(model, frozen)
+    peft_bridge.set_trainable(model, () if core else trainable)
+    rates = partial(rate, settings, round, num_rounds)
+    extra = None if penalty is None else lambda: penalty(state, peft_bridge.live(model))
+    with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet():
+        arguments = _arguments(model, settings, seed)
+        loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
+        trained = peft_bridge.read(model)
+    peft_bridge.set_trainable(model, PARTS)
+    changed = ("A",) if core else trainable
+    after = LoraState({module: _keep(state[module], pair, changed) for module, pair in trained.items()})
+    return after, TrainStats(loss, steps, len(data), tokens, time.perf_counter() - begun)
+
+
+def _fit(
+    model: peft.PeftModel,
+    data: Prepared,
+    arguments: TrainingArguments,
+    rates: Callable[[int], float],
+    penalty: Callable[[], Tensor] | None,
+    bf16: bool,
+    interrupt: Callable[[], None] | None,
+) -> tuple[float, int, int]:
+    """Train in place. Returns mean loss, steps and tokens; the trainer and its optimiser are garbage afterwards."""
+    trainer = _LocalTrainer(model=model, args=arguments, data_collator=data.collate, train_dataset=data)
+    trainer.remove_callback(PrinterCallback)
+    trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
+    trainer.train()
+    steps = trainer.state.global_step
+    return float(trainer.loss_sum) / max(steps, 1), steps, int(trainer.token_sum)
+
+
+def _keep(before: LoraPair, after: LoraPair, trainable: Sequence[str]) -> LoraPair:
+    return LoraPair(*((after if part in trainable else before).part(part) for part in PARTS))
+
+
+def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> TrainingArguments:
+    try:
+        arguments = TrainingArguments(
+            output_dir=tempfile.gettempdir(),  # must exist; nothing is written
+            learning_rate=settings.learning_rate,
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.per_device_train_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optim=settings.optim,
+            seed=seed % 2**32,
+            use_cpu=model.device.type == "cpu",
+            remove_unused_columns=False,
+            dataloader_pin_memory=model.device.type != "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise ConfigError(f"transformers does not accept these [training] settings: {error}") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one model on one device; never nn.DataParallel
+    return arguments
+
+
+class _LocalTrainer(Trainer):
+    """Trainer with a learning rate for every step, a penalty, and its own sums of loss and tokens.
+
+    It casts to bfloat16 by itself: the cast that accelerate wraps around a model would stay there for evaluation.
+    """
+
+    rates: Callable[[int], float]
+    penalty: Callable[[], Tensor] | None = None
+    bf16: bool = False
+    interrupt: Callable[[], None] | None = None
+    loss_sum: Tensor | float = 0.0
+    token_sum: Tensor | int = 0
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        chosen = self.optimizer if optimizer is None else optimizer
+        assert chosen is not None
+        base, last = self.args.learning_rate, self.args.max_steps - 1
+        self.lr_scheduler = LambdaLR(chosen, lambda step: self.rates(min(step, last)) / base)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one micro-batch, scaled by the tokens of the whole step where the model allows that."""
+        if self.interrupt is not None:
+            self.interrupt()
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        assert isinstance(loss, Tensor)
+        parts = self.current_gradient_accumulation_steps
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        self.loss_sum += loss.detach() / (1 if scaled else parts)
+        self.token_sum += inputs["attention_mask"].sum()
+        if self.penalty is not None:
+            loss = loss + self.penalty() / (parts if scaled else 1)
+        return loss
+
+
+@contextmanager
+def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
+    """Leave random state as it was, and the model as it is used between trainings.
+
+    Accelerate collects garbage before every training, and the optimiser's state must not outlive it; with all older
+    objects set aside, collecting takes no time.
+    """
+    states = random.getstate(), np.random.get_state()
+    base = cast(PreTrainedModel, model.get_base_model())
+    cache = base.config.use_cache
+    gc.freeze()
+    with torch.random.fork_rng(range(min(torch.cuda.device_count(), 1))):
+        try:
+            yield
+        finally:
+            gc.collect()
+            gc.unfreeze()
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            base.config.use_cache = cache
+            base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+            model.eval()

@@ -1,0 +1,237 @@
+"""Settings in and out of TOML: a file with `--set a.b=v` over it → `Config`, and back.
+
+A wrong setting is a `ConfigError` that names the file, the key, what was found and what was expected; an unknown
+key also names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fedloom.errors import ConfigError
+from fedloom.records.config import ClientSettings, Config
+
+Tree = dict[str, Any]
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+    "string_too_long": "at most {max_length} characters",
+}
+"""pydantic's kind of error → what was expected, in words."""
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list"}
+MOST_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
+_LOCATED = (
+    ("model", "path"),
+    ("model", "adapter"),
+    ("data", "source"),
+    ("data", "heldout"),
+    ("data", "validation"),
+    ("output", "dir"),
+    ("flower", "root_certificates"),
+)
+"""Settings that may be paths: "./x" counts from the folder of the file that says it."""
+
+
+_CLIENTS = """
+# What one client has otherwise than [lora] says:
+# [clients.NAME]
+# r = 8
+# lora_alpha = 16.0
+"""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a TOML file with overrides such as "training.max_steps=20" over them.
+
+    Paths that begin with ./ or ../ are made absolute: from the file's folder, or for overrides from the working folder.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `fedloom init {path}` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    _refuse_unknown(tree, str(path))
+    located(tree, path.parent)
+    for text in overrides:
+        above = override(text)
+        _refuse_unknown(above, "--set")
+        merge(tree, located(above, Path.cwd()))
+    return parse(tree, f"{path} with --set" if overrides else str(path))
+
+
+def parse(tree: Mapping[str, Any], origin: str) -> Config:
+    """The settings of a tree of tables. Raises ConfigError about the first key that is wrong; `origin` is the file."""
+    _refuse_unknown(tree, origin)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{explain(error)} ({origin})") from None
+
+
+def override(text: str) -> Tree:
+    """The tree meant by "a.b=v": typed as in TOML, a string where it is no TOML value; null unsets a key."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, such as training.max_steps=20")
+    for literal in (value, json.dumps(value.strip())):
+        try:
+            return tomllib.loads(f"{key.strip()} = {literal}")
+        except tomllib.TOMLDecodeError as error:
+            failure = error
+    raise ConfigError(f"--set {text}: {key.strip()!r} is no key ({failure}); expected one such as training.max_steps")
+
+
+def merge(tree: Tree, above: Mapping[str, Any]) -> None:
+    """Put the keys of `above` into `tree`, table by table; null takes a key out."""
+    for key, value in above.items():
+        below = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(below, dict):
+            merge(below, value)
+        elif value == "null":
+            tree.pop(key, None)
+        else:
+            tree[key] = value
+
+
+def located(tree: Tree, folder: Path) -> Tree:
+    """The tree with explicitly relative paths (./ and ../) made absolute from `folder`; changed in place."""
+    for section, key in _LOCATED:
+        table = tree.get(section)
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(value, str) and value.startswith(("./", "../")):
+            table[key] = os.path.normpath(folder.absolute() / value)
+    return tree
+
+
+def dump(config: Config) -> str:
+    """TOML that `parse` turns into an equal `Config`. Settings that are not set are left out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def template() -> str:
+    """A commented file with every key and its default, for `fedloom init`."""
+    parts = ["# Settings of a fedloom run: every key with its default. Delete what you do not change."]
+    for name, section in _sections().items():
+        parts.append(f"\n[{name}]")
+        for key, field in section.model_fields.items():
+            parts += ["# " + line for line in textwrap.wrap(field.description or "", 100)]
+            parts.append(_line(key, field))
+    parts.append(
+        "\n# What one client has otherwise than [lora] says:\n# [clients.NAME]\n# r = 8\n# lora_alpha = 16.0\n"
+    )
+    return "\n".join(parts)
+
+
+def keys() -> list[str]:
+    """Every fixed key, as "section.key"."""
+    return [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    fields = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def _line(key: str, field: FieldInfo) -> str:
+    unset = field.default is None
+    value = (field.examples or [""])[0] if unset else field.default
+    text = "{}" if value == {} else json.dumps(value, ensure_ascii=False)
+    return f"{'# ' if unset else ''}{key} = {text}"
+
+
+def _refuse_unknown(tree: Mapping[str, Any], origin: str) -> None:
+    for key in _unknown(tree):
+        near = _nearest(key)
+        section = _sections().get(key.partition(".")[0])
+        others = f"; [{key.partition('.')[0]}] has {', '.join(section.model_fields)}" if section else ""
+        raise ConfigError(f"unknown key {key!r} in {origin}" + (f"; did you mean {near!r}?" if near else others))
+
+
+def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
+    sections = _sections()
+    for name, table in tree.items():
+        if name == "clients":
+            for client, own in table.items() if isinstance(table, Mapping) else ():
+                if isinstance(own, Mapping):
+                    yield from (f"clients.{client}.{key}" for key in own if key not in ClientSettings.model_fields)
+        elif name not in sections:
+            yield name
+        elif isinstance(table, Mapping) and sections[name].model_config.get("extra") == "forbid":
+            yield from (f"{name}.{key}" for key in table if key not in sections[name].model_fields)
+
+
+def _nearest(key: str) -> str | None:
+    """The valid key that was probably meant: its last word is the same or near, best of all in the same section."""
+    prefix, _, last = key.rpartition(".")
+    if prefix.startswith("clients."):
+        words = {name: f"{prefix}.{name}" for name in ClientSettings.model_fields}
+    else:
+        ordered = sorted(keys(), key=lambda valid: valid.startswith(f"{prefix}."))
+        words = {valid.rpartition(".")[2]: valid for valid in ordered}
+        words |= {} if prefix else {name: name for name in _sections()}
+    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)
+    return words[near[0]] if near else None
+
+
+def explain(error: ValidationError) -> str:
+    """One sentence about the first key that is wrong; the ways a union could have been right are joined by "or"."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "value_error" and not first["loc"]:
+        return str(first["ctx"]["error"])
+    key = _key(first["loc"])
+    same = [e for e in errors if _key(e["loc"]) == key]
+    expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
+    value = first["input"]
+    kind = _KINDS.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
+    named = f", {kind}" if any(e["type"].endswith("_type") for e in same) else ""
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{_short(key)} is {_short(shown)}{named}; expected {expected}"
+
+
+def _short(text: str) -> str:
+    """The text, or its beginning where a list or a name is long."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """The dotted key; parts that name a member of a union or a place in a list are left off."""
+    depth = 3 if loc and loc[0] in ("clients",) or loc[1:2] in (("rank_pattern",), ("alpha_pattern",)) else 2
+    return ".".join(str(part) for part in loc[:depth])
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).rpartition("expected ")[2]
+    words = _EXPECTED.get(error["type"])
+    return words.format(**error.get("ctx", {})) if words else str(error["msg"]).lower()

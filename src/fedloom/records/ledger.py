@@ -1,0 +1,300 @@
+"""What happened in a run, one JSON object a line: every payload, every client's training, every score.
+
+Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
+recorded beside the facts but are no part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from fedloom.errors import CheckpointError
+from fedloom.records.text import LONG, escape_json, printable
+
+Direction: TypeAlias = Literal["up", "down"]
+Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float; NaN and infinity, which JSON lacks, are written as null and read as NaN."""
+
+_FORBID = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
+
+    client_values: the same for clients that hold fewer, having a lower rank or fewer modules.
+    """
+
+    __pydantic_config__ = _FORBID
+    row: Literal["run"] = field(default="run", kw_only=True)
+    method: str
+    model: str
+    clients: Annotated[tuple[str, ...], Field(strict=False)]
+    num_rounds: int
+    adapter_values: int
+    seed: int
+    client_values: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One payload between the server and a client. `bytes` = len(payload), `parts` says what they are spent on."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["transfer"] = field(default="transfer", kw_only=True)
+    round: int
+    client: str
+    direction: Direction
+    kind: str
+    bytes: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One client's local training: mean loss, optimiser steps, examples it holds."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["training"] = field(default="training", kw_only=True)
+    round: int
+    client: str
+    loss: Number
+    steps: int
+    examples: int
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The global model on one domain's held-out examples: exact match (0 … 1) and mean loss. Round 0 is the start."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["evaluation"] = field(default="evaluation", kw_only=True)
+    round: int
+    domain: str
+    exact_match: Number
+    loss: Number
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """The server's part of a round, with the method's own numbers."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["aggregation"] = field(default="aggregation", kw_only=True)
+    round: int
+    stats: Mapping[str, Number] = field(default_factory=dict)
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who answered in one round of a federation across machines, who failed and why, who came too late.
+
+    tries counts how often the missing were asked: 1 where nobody was missed.
+    """
+
+    __pydantic_config__ = _FORBID
+    row: Literal["roll"] = field(default="roll", kw_only=True)
+    round: int
+    answered: Annotated[tuple[str, ...], Field(strict=False)]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    late: Mapping[str, str] = field(default_factory=dict)
+    tries: int = 1
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something worth saying in words: who dropped out, who was refused and why."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["note"] = field(default="note", kw_only=True)
+    round: int
+    text: str
+
+
+Row: TypeAlias = Run | Transfer | Training | Evaluation | Aggregation | Roll | Note
+_ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload."""
+
+    transfers: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    by_round: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    by_part: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Both ways."""
+        return self.bytes_up + self.bytes_down
+
+
+def totals(rows: Iterable[Row]) -> Totals:
+    """Bytes up and down in all, by client, by round and by part."""
+    by_client: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    by_round: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    by_part: dict[str, int] = defaultdict(int)
+    count = 0
+    for row in rows:
+        if not isinstance(row, Transfer):
+            continue
+        count += 1
+        way = ("up", "down").index(row.direction)
+        by_client[row.client][way] += row.bytes
+        by_round[row.round][way] += row.bytes
+        for part, size in row.parts.items():
+            by_part[part] += size
+    return Totals(
+        transfers=count,
+        bytes_up=sum(up for up, _ in by_client.values()),
+        bytes_down=sum(down for _, down in by_client.values()),
+        by_client={client: (up, down) for client, (up, down) in sorted(by_client.items())},
+        by_round={round: (up, down) for round, (up, down) in sorted(by_round.items())},
+        by_part=dict(sorted(by_part.items())),
+    )
+
+
+def dumped(row: Row) -> bytes:
+    """The row as one JSON object, as it stands in a ledger: one line, whatever it holds safe to show.
+
+    Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
+    """
+    try:
+        line = escape_json(_ROWS.dump_json(row, warnings=False).decode()).encode()
+        _ROWS.validate_json(line)
+    except ValidationError as error:
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
+    except PydanticSerializationError as error:
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {printable(str(error))}") from None
+    return line
+
+
+def _complaint(error: ValidationError) -> str:
+    """Which field of a row is wrong first, and what was expected there."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a ledger. A half-written last line is dropped; any other bad line is a CheckpointError."""
+    return _scan(path)[0]
+
+
+class Ledger:
+    """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
+
+    told(row) is called for every row that is appended. examples: client → examples that its last training row says.
+    """
+
+    def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
+        self.path = path
+        self._told = told
+        self._offsets = [0]
+        rows: list[Row] = []
+        if path.exists():
+            rows, self._offsets = _scan(path)
+        self._file = path.open("ab")
+        self._file.truncate(self._offsets[-1])
+        self.bytes_up = self.bytes_down = 0
+        self.examples: dict[str, int] = {}
+        self._count(rows)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows so far."""
+        return len(self._offsets) - 1
+
+    def append(self, row: Row) -> None:
+        """Add one row; it is on disk after the next `sync`.
+
+        Raises CheckpointError, with the file as it was, for a row that could not be read back.
+        """
+        try:
+            line = dumped(row) + b"\n"
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+        self._count([row])
+        if self._told:
+            self._told(row)
+
+    def note(self, round: int, text: str) -> None:
+        """Add a row of words, which may quote others'."""
+        self.append(Note(round, printable(text, LONG)))
+
+    def sync(self) -> int:
+        """Have every row on disk; returns how many there are. Call it once a round."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.rows
+
+    def truncate_to(self, rows: int) -> None:
+        """Forget all but the first `rows` rows: what a run recorded after the checkpoint that it resumes from."""
+        if rows > self.rows:
+            raise CheckpointError(
+                f"{self.path} has {self.rows} rows, but the checkpoint was taken after {rows}: the ledger was shortened"
+            )
+        self._file.flush()
+        del self._offsets[rows + 1 :]
+        self._file.truncate(self._offsets[-1])
+        self.bytes_up = self.bytes_down = 0
+        self.examples = {}
+        self._count(read(self.path))
+        self.sync()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _count(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if isinstance(row, Transfer):
+                self.bytes_up += row.bytes * (row.direction == "up")
+                self.bytes_down += row.bytes * (row.direction == "down")
+            elif isinstance(row, Training):
+                self.examples[row.client] = row.examples
+
+
+def _scan(path: Path) -> tuple[list[Row], list[int]]:
+    """The rows, and the offset at which each begins and the last one ends."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    rows: list[Row] = []
+    offsets = [0]
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            rows.append(_ROWS.validate_json(line))
+        except ValidationError as error:
+            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {_complaint(error)}") from None
+        offsets.append(offsets[-1] + len(line) + 1)
+    return rows, offsets

@@ -1,0 +1,41 @@
+"""The server's log: every row of the ledger as it happens, with the time and a level, one JSON object a line.
+
+Log shippers read it as it is. Other than the ledger it is never cut back: rounds that a crash undid stay in it.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedloom.records.ledger import Note, Roll, Row, dumped
+from fedloom.records.text import escape_json
+
+FILE = "log.jsonl"
+"""Its name in a run's folder."""
+
+
+class ServerLog:
+    """Appends to the file at `path`; a full disk or a lost file is no reason to stop a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def row(self, row: Row) -> None:
+        """One line: {"time", "level", "event", …}, the event being the kind of row."""
+        facts = {key: value for key, value in json.loads(dumped(row)).items() if key != "row" and value != {}}
+        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level(row), "event": row.row}
+        try:
+            self._file.write(escape_json(json.dumps({**told, **facts}, ensure_ascii=False)) + "\n")
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def level(row: Row) -> str:
+    """A warning where somebody failed or something had to be noted."""
+    return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

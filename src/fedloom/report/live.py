@@ -1,0 +1,179 @@
+"""What a person sees while a run goes on: a live view on a terminal, otherwise one plain line a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
+from fedloom.records.text import LONG, cell, printable
+from fedloom.report.numbers import human_bytes
+
+
+@contextmanager
+def watch(console: Console) -> Iterator[Observer]:
+    """An observer that shows the run on this console for as long as the context lasts."""
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    view = View()
+    with Live(view, console=console, refresh_per_second=5, transient=True):
+        yield view
+
+
+@dataclass(slots=True)
+class Tally:
+    """One client so far: its last loss, the bytes it has sent and received, its turns."""
+
+    loss: float | None = None
+    up: int = 0
+    down: int = 0
+    turns: int = 0
+
+
+@dataclass(slots=True)
+class Watched:
+    """What both views keep of the events."""
+
+    facts: RunFacts | None = None
+    round: int = 0
+    training: str = ""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    first: Scores = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    round_began: float = 0.0
+
+    def run_started(self, facts: RunFacts) -> None:
+        """Remember what the run is."""
+        self.facts = facts
+        self.round = facts.first_round - 1
+        self.tallies = {client: Tally() for client in facts.clients}
+
+    def client_started(self, round: int, client: str) -> None:
+        """Remember whose turn it is."""
+        if round != self.round:
+            self.round, self.losses, self.round_began = round, [], time.monotonic()
+        self.training = client
+
+    def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
+        """Add up."""
+        tally = self.tallies.setdefault(client, Tally())
+        tally.loss, tally.turns = loss, tally.turns + 1
+        tally.up, tally.down = tally.up + bytes_up, tally.down + bytes_down
+        self.losses.append(loss)
+        self.training = ""
+
+    def round_finished(
+        self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
+    ) -> None:
+        """Remember the scores; round 0 is the evaluation before the first round."""
+        self.round, self.training = round, ""
+        if scores:
+            self.first = self.first or scores
+            self.scores = scores
+        if round:
+            self.seconds.append(seconds)
+
+    def run_finished(self, summary: RunSummary) -> None:
+        """The closing tables say the rest."""
+
+
+class Lines(Watched):
+    """A line at the start and one a round, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def run_started(self, facts: RunFacts) -> None:
+        """Say what the run is."""
+        super().run_started(facts)
+        for text in (f"{_headline(facts)}, in {facts.out}", *(f"note: {text}" for text in facts.warnings)):
+            self._say(text)
+
+    def round_finished(
+        self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
+    ) -> None:
+        """Say what the round brought."""
+        super().round_finished(round, num_rounds, scores, bytes_up, bytes_down, seconds)
+        parts = [f"round {round}/{num_rounds}"]
+        if self.losses and round:
+            parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
+        parts.append(f"up {human_bytes(bytes_up)}, down {human_bytes(bytes_down)}")
+        if scores:
+            parts.append(f"exact match {mean_percent(scores):.1f} %")
+        self._say("  ".join([*parts, f"{seconds:.1f} s"]))
+
+    def _say(self, text: str) -> None:
+        self.console.print(printable(text, LONG), markup=False, highlight=False, soft_wrap=True)
+
+
+class View(Watched):
+    """The live view; rich asks for it anew several times a second."""
+
+    def __rich__(self) -> RenderableType:
+        """The view as it stands."""
+        if self.facts is None:
+            return Text("loading model and data …", style="dim")
+        notes = (cell(f"note: {text}", "yellow", LONG) for text in self.facts.warnings)
+        headline = cell(_headline(self.facts), "bold")
+        return Group(headline, *notes, self._bar(self.facts), self._clients(), self._score())
+
+    def _bar(self, facts: RunFacts) -> Table:
+        done = len(self.seconds) + facts.first_round - 1
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
+            f"round {self.round}/{facts.num_rounds}", ProgressBar(facts.num_rounds, done, 32), self._left(done)
+        )
+        return line
+
+    def _left(self, done: int) -> str:
+        if self.facts is None or not self.seconds:
+            return ""
+        mean = sum(self.seconds) / len(self.seconds)
+        under_way = min(time.monotonic() - self.round_began, mean) if self.round > done else 0.0
+        left = max(0, round(mean * (self.facts.num_rounds - done) - under_way))
+        return f"{left // 60}:{left % 60:02d} left"
+
+    def _clients(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("client")
+        for name in ("loss", "up so far", "down so far"):
+            table.add_column(name, justify="right")
+        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[:12]
+        for name in sorted(shown):
+            tally = self.tallies[name]
+            loss = "–" if tally.loss is None else f"{tally.loss:.3f}"
+            now = name == self.training
+            mark = f"▸ {name}" if now else f"  {name}"
+            table.add_row(cell(mark), loss, human_bytes(tally.up), human_bytes(tally.down), style="cyan" if now else "")
+        up, down = (sum(getattr(t, way) for t in self.tallies.values()) for way in ("up", "down"))
+        table.add_row("  all", "", human_bytes(up), human_bytes(down), style="bold")
+        return table
+
+    def _score(self) -> Text:
+        if not self.scores:
+            return Text("")
+        by_domain = "   ".join(f"{domain} {100 * score:.0f}" for domain, score in sorted(self.scores.items()))
+        mean = f"exact match {mean_percent(self.scores):.1f} % (at first {mean_percent(self.first):.1f} %)"
+        return cell(f"{mean}   {by_domain}", limit=LONG)
+
+
+def mean_percent(scores: Scores) -> float:
+    """The mean score over domains, in percent."""
+    return 100 * sum(scores.values()) / len(scores)
+
+
+def _headline(facts: RunFacts) -> str:
+    return f"{facts.method}: {len(facts.clients)} clients, {facts.num_rounds} rounds, {facts.adapter_values:,} values"

@@ -1,0 +1,149 @@
+"""The tables that close a run on the terminal."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from csv import DictWriter
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fedloom.records.text import cell, printable
+from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+
+_SHORT = 20
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+"""What a cell begins with that a spreadsheet computes instead of showing it; wide forms count in some countries."""
+
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown would not show as it stands; an underscore within a word it does."""
+
+
+def closing(report: Report) -> RenderableType:
+    """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
+    return Group(scores(report), "", traffic(report), "", sentence(report), "")
+
+
+def scores(report: Report) -> Table:
+    """Held-out exact match by domain, in percent."""
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match (%)", title_justify="left", title_style="bold")
+    table.add_column("domain")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for domain in [*report.domains, MEAN] if report.points else []:
+        before, after = 100 * report.score(domain, 0), 100 * report.score(domain)
+        style = "bold" if domain == MEAN else ""
+        table.add_row(cell(domain), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", style=style)
+    return table
+
+
+def traffic(report: Report) -> Table:
+    """Payload bytes by client: the mean of a turn each way, and the whole run."""
+    table = Table(box=box.SIMPLE_HEAD, title="Bytes sent (payloads)", title_justify="left", title_style="bold")
+    table.add_column("client")
+    for name in ("turns", "up / turn", "down / turn", "in all", "last loss"):
+        table.add_column(name, justify="right")
+    for client, (up, down) in report.totals.by_client.items():
+        losses = report.losses.get(client, [])
+        turns = len(losses)
+        sizes = (_mean(up, turns), _mean(down, turns), human_bytes(up + down))
+        table.add_row(cell(client), str(turns), *sizes, _last(losses))
+    up, down = report.totals.bytes_up, report.totals.bytes_down
+    row = (_mean(up, report.turns), _mean(down, report.turns), human_bytes(up + down))
+    table.add_row("all", str(report.turns), *row, "", style="bold")
+    return table
+
+
+def sentence(report: Report) -> str:
+    """The whole run against dense fp32 FedIT, in words."""
+    sent, dense = report.totals.bytes, report.dense_bytes
+    if not sent or not dense:
+        return "Nothing was sent."
+    return (
+        f"{human_bytes(sent)} in all: {100 * sent / dense:.1f} % of the {human_bytes(dense)} that dense fp32 FedIT "
+        f"sends in as many turns ({dense / sent:.1f} × fewer)."
+    )
+
+
+def compared(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
+    """Several runs, one row a label: score halfway and at the end (mean over seeds, 95 % interval), bytes, seconds."""
+    return [_compared(label, reports) for label, reports in groups.items()]
+
+
+def _compared(label: str, reports: Sequence[Report]) -> dict[str, str]:
+    turns, rounds = sum(r.turns for r in reports), sum(r.run.num_rounds for r in reports)
+    sent, dense = sum(r.totals.bytes for r in reports), sum(r.dense_bytes for r in reports)
+    up, down = sum(r.totals.bytes_up for r in reports), sum(r.totals.bytes_down for r in reports)
+    return {
+        "run": label,
+        "seeds": str(len(reports)),
+        "halfway %": _scored([r.score_at(r.run.num_rounds // 2) for r in reports]),
+        "end %": _scored([r.score(MEAN) for r in reports]),
+        "up / turn": _mean(up, turns),
+        "down / turn": _mean(down, turns),
+        "of dense fp32": f"{100 * sent / dense:.2f} %" if dense else "–",
+        "s / turn": f"{sum(r.train_seconds for r in reports) / turns:.2f}" if turns else "–",
+        "server s / round": f"{sum(r.server_seconds for r in reports) / rounds:.3f}",
+    }
+
+
+def _scored(values: Sequence[float]) -> str:
+    mean, half = interval([100 * value for value in values])
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
+    """The rows of `compared` for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
+    for name in rows[0] if rows else ():
+        # Numbers may go on in a second line; a short name that is broken in two is hard to find.
+        whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
+    for row in rows:
+        table.add_row(*map(cell, row.values()))
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows of `compared` as a Markdown table."""
+    if not rows:
+        return ""
+    head, *cells = [[_in_markdown(text) for text in line] for line in (rows[0], *(row.values() for row in rows))]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _in_markdown(text: str) -> str:
+    """A cell that shows the text, in every reader of Markdown: no markup, no HTML, no end of the cell or the row."""
+    return re.sub(_MARKUP, r"\\\g<0>", html.escape(printable(text), quote=False))
+
+
+def csv(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as comma-separated values. What a spreadsheet would compute begins with an apostrophe."""
+    text = io.StringIO()
+    if rows:
+        writer = DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({head: _in_spreadsheet(value) for head, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _in_spreadsheet(text: str) -> str:
+    shown = printable(text)
+    return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _is_number(shown) else shown
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) is not None
+
+
+def _mean(size: int, turns: int) -> str:
+    return human_bytes(size / turns) if turns else "–"
+
+
+def _last(losses: Sequence[float]) -> str:
+    return f"{losses[-1]:.3f}" if losses else "–"

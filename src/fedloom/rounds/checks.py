@@ -1,0 +1,227 @@
+"""What a payload must be before it is used: an update before it is averaged, a broadcast before it is kept.
+
+Whoever sent it, nothing of it is allocated, averaged or stored before its header, names, shapes and values are known to
+be those of this run and of this adapter. Everything here raises a FedloomError that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedloom.compress.entries import Quantized, Values, all_finite, floats
+from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
+from fedloom.job import Job, sender_digest
+from fedloom.lora.pair import PARTS, LoraPair, module_of
+from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
+from fedloom.wire import DEFAULT, Header, Limits, decode
+
+MOST_EXAMPLES = 10**9
+"""That one update may rest on. No site fine-tunes on more, and sums of such numbers are exact in a float."""
+
+_SLACK = 4
+"""Values that a payload may have over those of the tensors that are expected, before it is even looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the check of an update saw: the examples that it says it rests on, its modules, and √Σ v² of its values."""
+
+    examples: int
+    modules: frozenset[str]
+    norm: float
+
+
+def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+    """What is worth knowing of an update that may be averaged. Raises the FedloomError that says why it may not."""
+    try:
+        return _look_at(job, state, client, payload, round)
+    except FedloomError:
+        raise
+    except Exception as error:  # whatever a payload does to the reader is the payload's fault
+        raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+    message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
+    header = message.header
+    check_method(job, header)
+    expect(header, "update", state)
+    if header.round != round:
+        raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
+    if header.result_digest != sender_digest(client, header.base_digest, round):
+        raise WireError(f"the update does not name {client!r} as its sender: it is another client's, or an old one's")
+    if header.num_examples <= 0 and job.weighting == "examples":
+        raise WireError("the update says that it rests on no examples: a client needs at least one")
+    if header.num_examples > MOST_EXAMPLES:
+        raise WireError(
+            f"the update says that it rests on {header.num_examples:,} examples: expected {MOST_EXAMPLES:,} at most"
+        )
+    parts = job.method.parts(state, round)
+    own = job.ranks.get(client)
+    modules = _check_names(job, message.entries, state, parts, own)
+    for module in modules:
+        _check_shapes(job, message.entries, state.adapter[module], module, parts, own)
+    return Seen(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
+
+
+def _check_names(
+    job: Job, entries: Entries, state: State, parts: tuple[str, ...], own: Mapping[str, int] | None
+) -> frozenset[str]:
+    """The modules that the update is about: those that the client was announced with, where that is known."""
+    found = {module_of(name) for name in entries}
+    if not found & set(state.adapter):
+        raise ShapeError("the update is about no module of this adapter: the client trains other modules")
+    if own is not None:
+        found = set(own)
+    elif not job.method.module_subsets:
+        found = set(state.adapter)
+    modules = frozenset(found & set(state.adapter))
+    expected = {f"{module}/{part}" for module in modules for part in parts}
+    if set(entries) != expected:
+        name = min(set(entries) ^ expected)
+        raise ShapeError(f"the update {'lacks' if name in expected else 'has an unexpected'} tensor {name!r}")
+    return modules
+
+
+def _check_shapes(
+    job: Job, entries: Entries, pair: LoraPair, module: str, parts: tuple[str, ...], own: Mapping[str, int] | None
+) -> None:
+    """Every part of a module at one rank: the announced one, the adapter's, or one that is not above it."""
+    m, n = pair.shape
+    rank = pair.rank if own is None else own[module]
+    if own is None and job.method.facts.unequal_ranks:
+        first = entries[f"{module}/{parts[0]}"].shape
+        sent = first[0 if parts[0] == "A" else -1] if len(first) == 2 else rank
+        rank = min(max(sent, 1), rank)
+    for part in parts:
+        shape, wanted = entries[f"{module}/{part}"].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, rank)}[part]
+        if shape != wanted:
+            raise ShapeError(f"{module}/{part} has shape {shape}, expected {wanted}: rank {rank}, at most {pair.rank}")
+
+
+def _check_norm(entries: Entries, most: float) -> float:
+    total = 0.0
+    for name, entry in entries.items():
+        size = _norm(floats(entry.values))
+        if not math.isfinite(size):
+            raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
+        total += size * size
+    if math.sqrt(total) > most:
+        raise NumericError(f"its update has norm {math.sqrt(total):.3g}; federation.max_norm is {most:g}")
+    return math.sqrt(total)
+
+
+def _norm(values: Tensor) -> float:
+    """√Σ v², NaN or infinite only where a value is."""
+    size = float(torch.linalg.vector_norm(values))
+    # Squares of ordinary values fit float32, whose sum is forty times as fast and exact enough to compare sizes by. All
+    # other ones fit float64.
+    return size if 1e-15 < size < 1e15 else float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def check_method(job: Job, header: Header) -> None:
+    """Raises WireError for a payload of another method."""
+    if header.method != job.method.name:
+        raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
+
+
+def expect(header: Header, kind: str, state: State) -> None:
+    """Raises WireError for a payload of another kind, StaleError for one that rests on another state."""
+    if header.kind != kind:
+        raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
+    if (header.base_version, header.base_digest) != (state.version, state.digest):
+        raise StaleError(
+            f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds "
+            f"version {state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
+        )
+
+
+def limits_of(job: Job, state: State) -> Limits:
+    """What a receiver is willing to read: what a change or a state of its adapter can have, and a little more.
+
+    The merged increments may be of any rank where the number of clients is not known; the reader's usual limit holds
+    them then.
+    """
+    own = merged = 0
+    for module, pair in state.adapter.items():
+        own += _top_rank(job, state, module) * sum(pair.shape)
+        merged += _merged_rank(job, state, module) * sum(pair.shape)
+    return Limits(max_values=_SLACK * own + min(merged, DEFAULT.max_values))
+
+
+def check_broadcast(job: Job, state: State, header: Header, entries: Entries) -> None:
+    """Raises WireError, StaleError, ShapeError or NumericError unless `state` may take these entries up."""
+    check_method(job, header)
+    whole = header.kind == "state"
+    if not whole:
+        expect(header, "change", state)
+    for name, entry in entries.items():
+        module, _, part = name.rpartition("/")
+        if module not in state.adapter or part not in (
+            *PARTS,
+            *(FROZEN + p for p in PARTS),
+            *(() if whole else (CORE,)),
+        ):
+            raise ShapeError(f"the payload holds {name!r}, which is no part of this adapter")
+        _check_outline(job, state, name, entry.shape, whole=whole)
+        if not _finite(entry.values):
+            raise NumericError(f"{name} holds NaN or infinity: such a {header.kind} is never taken up")
+    missing = set(state.adapter.tensors()) - set(entries) if whole else set()
+    if missing:
+        raise ShapeError(f"the payload is a whole state, but lacks tensor {min(missing)!r}")
+
+
+def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *, whole: bool) -> None:
+    module, _, part = name.rpartition("/")
+    pair = state.adapter[module]
+    m, n = pair.shape
+    inner = -1 if len(shape) != 2 else shape[0] if part.endswith("A") else shape[1]
+    wanted = {"A": (inner, n), "B": (m, inner), CORE: (inner, inner)}[part.removeprefix(FROZEN)]
+    most = _merged_rank(job, state, module) if part.startswith(FROZEN) else _top_rank(job, state, module)
+    least = pair.rank if whole and not part.startswith(FROZEN) else 0
+    if shape != wanted or not least <= inner <= most:
+        raise ShapeError(f"{name} has shape {shape}, expected {wanted} of a rank from {least} to {most}")
+
+
+def _top_rank(job: Job, state: State, module: str) -> int:
+    """The most that the server's adapter may have in a module, as far as a receiver knows."""
+    pair = state.adapter[module]
+    if job.ranks:
+        return max(pair.rank, job.tops.get(module, 0))
+    beyond = state.tail[module].rank if module in state.tail else 0
+    return max(pair.rank + beyond, *pair.shape) if job.method.facts.unequal_ranks else pair.rank
+
+
+def _merged_rank(job: Job, state: State, module: str) -> int:
+    """The most that merged increments may have: in every round so far what all clients and the server bring along."""
+    if not job.method.merges and job.method.core is no_core:
+        return 0
+    if not job.ranks:
+        return DEFAULT.max_values
+    once = (len(job.ranks) + 2) * _top_rank(job, state, module)
+    return max(once, min(*state.adapter[module].shape, once * max(job.num_rounds, 1)))
+
+
+def _finite(values: Values) -> bool:
+    """Whether all values are finite. Codes are finite, so that of integers only the scales need be looked at."""
+    return all_finite(values.scales * 2 ** (values.bits - 1) if isinstance(values, Quantized) else values)
+
+
+def check_form(before: State, after: State) -> None:
+    """Raises ShapeError where a broadcast has led to an adapter of another form than the participant's own."""
+    if (before.adapter.shapes(), before.adapter.ranks()) != (after.adapter.shapes(), after.adapter.ranks()):
+        raise ShapeError("the payload leads to an adapter of other modules, shapes or ranks than the receiver's")
+
+
+def check_finite(state: State) -> None:
+    """Raises NumericError where a value of the state, or of what is remembered beside it, is NaN or infinite."""
+    parts = {"adapter": state.adapter, "frozen": state.frozen, "tail": state.tail}
+    tensors = {f"{part} {name}": t for part, held in parts.items() for name, t in held.tensors().items()}
+    for name, tensor in {**tensors, **state.memory}.items():
+        if not all_finite(tensor):
+            raise NumericError(f"the new state's {name} holds NaN or infinity")

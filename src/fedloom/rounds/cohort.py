@@ -1,0 +1,129 @@
+"""The updates of one round: whose they are, what each weighs, and which modules they are about.
+
+A client may train some modules only. Modules that the same clients sent are aggregated together, so that a method never
+sees an update that lacks one. What a module's average is, where some clients of the round did not train it:
+
+    holders   Σ p_k ΔW_k / Σ p_k over the clients that sent it. Who did not train a module has no say in it
+              (HeteroFL, Diao et al., ICLR 2021, arXiv 2010.01264).
+    all       Σ p_k ΔW_k over all clients of the round, those that did not train the module with the ΔW that they had.
+              The mean of the models as they are; a module that one client of ten trains moves by a tenth of its step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedloom.compress.seeds import derived_seed
+
+from fedloom.compress.entries import Entry, Values
+from fedloom.lora.pair import module_of, subset
+from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
+from fedloom.wire import decode
+
+
+@dataclass(eq=False, slots=True)
+class Cohort:
+    """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
+
+    reading: whose update a method is at; "" before the first and after the last. Where a method fails, it says on whom.
+    """
+
+    payloads: Mapping[str, bytes]
+    weights: Mapping[str, float]
+    modules: Mapping[str, Collection[str]]
+    reading: str = ""
+
+    def groups(self) -> dict[tuple[str, ...], list[str]]:
+        """Clients → the modules that exactly they have sent."""
+        holders: dict[str, list[str]] = defaultdict(list)
+        for client in self.weights:
+            for module in self.modules[client]:
+                holders[module].append(client)
+        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for module in sorted(holders):
+            groups[tuple(holders[module])].append(module)
+        return groups
+
+    def digest(self, base: str) -> str:
+        """32 hex digits for the state that follows `base` by these updates."""
+        hasher = hashlib.blake2b(base.encode(), digest_size=16)
+        for client, weight in self.weights.items():
+            hasher.update(f"{client}\x00{weight}".encode())
+            hasher.update(hashlib.blake2b(self.payloads[client]).digest())
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Group:
+    """The updates of some modules, which all of these clients sent; decoded one at a time on every pass.
+
+    unchanged: what the clients that did not train these modules would have sent, where they count.
+    """
+
+    cohort: Cohort
+    weights: Mapping[str, float]
+    modules: Collection[str]
+    unchanged: Update | None = None
+
+    def __iter__(self) -> Iterator[Update]:
+        for client, weight in self.weights.items():
+            self.cohort.reading = client
+            entries = decode(self.cohort.payloads[client]).entries
+            own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
+            yield Update(client, weight, own)
+        self.cohort.reading = ""
+        if self.unchanged:
+            yield self.unchanged
+
+
+def combine(method: Method, state: State, cohort: Cohort, context: Context, module_weighting: str) -> Aggregate:
+    """The method's aggregate of every module that was sent. A module that nobody sent is not in it."""
+    entries: dict[str, Entry] = {}
+    memory, stats = state.memory, []
+    for clients, modules in cohort.groups().items():
+        part = replace(restricted(state, modules), memory=memory)
+        held = {client: cohort.weights[client] for client in clients}
+        others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
+        if others and module_weighting == "holders":
+            held = {client: weight / sum(held.values()) for client, weight in held.items()}
+            others = 0.0
+        unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
+        result = method.aggregate(part, Group(cohort, held, set(modules), unchanged), context)
+        entries |= result.entries
+        memory = result.memory
+        stats.append((len(modules), result.stats))
+    return Aggregate(entries, memory, pooled(stats))
+
+
+def restricted(state: State, modules: Collection[str]) -> State:
+    """What the state says of some modules; the memory is left whole."""
+    parts = (state.adapter, state.frozen, state.tail)
+    adapter, frozen, tail = (subset(part, modules) for part in parts)
+    return replace(state, adapter=adapter, frozen=frozen, tail=tail)
+
+
+def sent_unchanged(method: Method, state: State, context: Context) -> Entries:
+    """The entries of a client that holds `state` and left it as it is, nothing rounded."""
+
+    def exact(values: Values, seed: int) -> Values:
+        return values
+
+    seed = derived_seed(context.seed, "unchanged")
+    return method.compress(replace(state, memory={}), state.adapter, replace(context, seed=seed, quantize=exact))[1]
+
+
+def pooled(stats: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Numbers of several groups as one: the largest of those called max_…, the mean over modules of the others."""
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for count, numbers in stats:
+        for name, number in numbers.items():
+            found[name].append((count, number))
+    return {
+        name: max(number for _, number in parts)
+        if name.startswith("max_")
+        else sum(count * number for count, number in parts) / sum(count for count, _ in parts)
+        for name, parts in found.items()
+    }

@@ -1,0 +1,246 @@
+"""One round, in two functions. Every engine calls only these, so all engines move identical bytes.
+
+    client_turn:  payloads ─decode→ state ─train→ adapter' ─compress→ entries ─encode→ payload
+    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload ─decode→ state'
+
+The training step is an argument. The server applies the decoded broadcast, as every client does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fedloom.compress.seeds import derived_seed
+
+from fedloom.caps import find_outliers, share_out
+from fedloom.compress.entries import all_finite, dense, to_dense
+from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
+from fedloom.job import Job, sender_digest
+from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
+from fedloom.methods.method import FROZEN, Entries, State
+from fedloom.rounds.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.rounds.cohort import Cohort, combine, restricted
+from fedloom.rounds.consolidation import consolidated
+from fedloom.wire import Header, Message, decode, encode
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trained:
+    """What a training step returns: the adapter after it, of the modules that the client trains, and numbers."""
+
+    adapter: LoraState
+    num_examples: int
+    loss: float
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class Train(Protocol):
+    """(state, round, seed) → the adapter trained from state.adapter on top of state.fixed."""
+
+    def __call__(self, state: State, round: int, seed: int) -> Trained: ...
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClientTurn:
+    """A client's state after its turn, the payload it sends, and what its training said."""
+
+    state: State
+    payload: bytes
+    trained: Trained
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ServerTurn:
+    """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
+
+    Where the server consolidated, its state is a version further than the payload leads. notes: what else whoever runs
+    the federation should know of the round.
+    """
+
+    state: State
+    payload: bytes
+    refused: Mapping[str, str] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """Payloads under one header. The last one is kept, since what a method measured last is mostly what is sent."""
+
+    header: Header
+    entries: Entries = field(default_factory=dict)
+    encoded: bytes = b""
+
+    def size(self, entries: Entries) -> int:
+        """Bytes of the payload that carries these entries."""
+        return len(self.payload(entries))
+
+    def payload(self, entries: Entries) -> bytes:
+        """The payload that carries these entries."""
+        known = self.encoded and entries.keys() == self.entries.keys()
+        if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
+            self.entries, self.encoded = dict(entries), encode(Message(self.header, entries))
+        return self.encoded
+
+
+def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
+    """The state at version 0 of a participant of the given ranks (by module); None for the server's own.
+
+    A module that `ranks` does not name is held whole, as the server holds it: a client that does not train it uses it.
+    """
+    server = State(adapter, digest=digest(adapter))
+    if ranks is None:
+        return server
+    return job.method.adopt(replace(server, adapter=narrow(adapter, ranks)), adapter, LoraState())
+
+
+def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
+    """Apply what was broadcast, train, and say what changed. Raises NumericError where training diverged."""
+    for payload in payloads:
+        state = accept(job, state, payload)
+    trained = train(state, round, derived_seed(job.seed, "train", client, round))
+    for name, tensor in trained.adapter.tensors().items():
+        if not all_finite(tensor):
+            raise NumericError(
+                f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
+            )
+    sender = sender_digest(client, state.digest, round)
+    header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
+    draft = Draft(header)
+    context = replace(job.context(round, client), size=draft.size)
+    memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
+    return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
+
+
+def server_turn(
+    job: Job,
+    state: State,
+    payloads: Mapping[str, bytes],
+    round: int,
+    *,
+    seen: Mapping[str, Seen] | None = None,
+    least: int = 1,
+) -> ServerTurn:
+    """Combine what the clients sent, by name, into one broadcast, and apply that.
+
+    A client whose update is invalid, stale, not finite, out of all proportion, or such that it cannot be averaged, is
+    refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
+    seen: what `check_update` saw of these same payloads before, so that they are not read once more.
+    """
+    passed, refused = _check_all(job, state, payloads, round, seen or {})
+    fault: Exception | None = None
+    while len(passed) >= max(least, 1):
+        weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
+        cohort = Cohort(payloads, weights, {client: one.modules for client, one in passed.items()})
+        try:
+            turn = _average(job, state, cohort, round)
+        except Exception as error:  # whatever one update does to the method, the others' round goes on
+            culprit = _find_culprit(job, state, cohort, passed, round)
+            refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
+            del passed[culprit]
+            fault = error
+        else:
+            return replace(turn, refused=refused, notes=notes)
+    raise RoundError(
+        f"round {round}: {len(passed) or 'no'} usable update{'s' * (len(passed) > 1)} from {len(payloads)} clients "
+        f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
+        refused,
+    ) from fault
+
+
+def _check_all(
+    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, Seen]
+) -> tuple[dict[str, Seen], dict[str, str]]:
+    """What was seen of the updates that may be averaged, in order of name; and why the others may not."""
+    passed: dict[str, Seen] = {}
+    refused: dict[str, str] = {}
+    for client in sorted(payloads):
+        try:
+            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round)
+        except FedloomError as error:
+            refused[client] = str(error)
+    outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
+    return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
+
+
+def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
+    """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
+
+    It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
+    """
+    if cohort.reading:
+        alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
+        try:
+            _average(job, state, alone, round)
+        except Exception:
+            return cohort.reading
+    return max(passed, key=lambda client: passed[client].norm)
+
+
+def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
+    """The round with these updates. Raises whatever the method does, NumericError for an outcome that is not finite."""
+    header = Header(
+        "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
+    )
+    draft = Draft(header)
+    context = replace(job.context(round), size=draft.size)
+    result = combine(job.method, state, cohort, context, job.module_weighting)
+    payload = draft.payload(result.entries)
+    after = _take_up(job, replace(state, memory=result.memory), decode(payload))
+    check_finite(after)
+    if not job.consolidation.due(round):
+        return ServerTurn(after, payload, stats=result.stats)
+    after, cost = consolidated(after, job.consolidation.energy)
+    check_finite(after)
+    return ServerTurn(after, payload, stats={**result.stats, **cost})
+
+
+def accept(job: Job, state: State, payload: bytes) -> State:
+    """Apply one broadcast, or adopt one full state.
+
+    Raises StaleError if it is for another base than `state`, WireError, ShapeError or NumericError if it is not what a
+    participant of this adapter can take up. Nothing of the payload is kept then.
+    """
+    return _take_up(job, state, decode(payload, limits_of(job, state)))
+
+
+def follow(job: Job, state: State, payload: bytes) -> State:
+    """`accept` for a broadcast of this same process, such as the stack of a thousand clients: of any size."""
+    return _take_up(job, state, decode(payload))
+
+
+def _take_up(job: Job, state: State, message: Message) -> State:
+    header = message.header
+    check_broadcast(job, state, header, message.entries)
+    try:
+        if header.kind == "state":
+            tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
+            adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
+            after = replace(adopted, version=header.base_version, digest=header.base_digest)
+        else:
+            changed = job.method.receive(state, message.entries, job.context(header.round))
+            after = replace(changed, version=header.base_version + 1, digest=header.result_digest)
+    except FedloomError:
+        raise
+    except Exception as error:
+        raise ShapeError(f"the {header.kind} does not fit this adapter: {type(error).__name__}: {error}") from error
+    check_form(state, after)
+    return after
+
+
+def full_state(job: Job, state: State, round: int) -> bytes:
+    """The payload that brings any participant to the server's state, lossless."""
+    tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
+    header = Header("state", job.method.name, round, state.version, state.digest)
+    return encode(Message(header, {name: dense(tensor) for name, tensor in tensors.items()}))
+
+
+def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
+    """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
+    message = decode(payload)
+    entries = job.method.narrow(message.entries, ranks)
+    return payload if entries is message.entries else encode(Message(message.header, entries))

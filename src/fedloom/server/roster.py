@@ -1,0 +1,109 @@
+"""What an engine knows of its clients' states; and the states of many simulated clients, in little memory.
+
+Clients of the same ranks at the same version hold the same bits. So the state at the server's version is computed once
+for all of them, by what clients do with a broadcast, and of a client that is behind nothing is kept but where it stands
+and what is its own: what it is sent next leads to that one state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedloom.errors import RoundError
+from fedloom.job import Job
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import State
+from fedloom.rounds.checks import expect
+from fedloom.rounds.turns import accept, addressed, follow, start
+from fedloom.wire import read_header
+
+Ranks = tuple[tuple[str, int], ...]
+
+
+class Held(Mapping[str, State]):
+    """Client → what is known of its state."""
+
+    def __init__(self, states: Mapping[str, State]) -> None:
+        self._states = dict(states)
+
+    def __getitem__(self, client: str) -> State:
+        return self._states[client]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def hold(self, client: str, state: State) -> None:
+        """The client now holds `state`."""
+        self._states[client] = state
+
+    def follow(self, payload: bytes) -> None:
+        """The server has moved on by this broadcast, or to this full state."""
+
+
+class Roster(Held):
+    """Every client's state. The tensors of a client that is behind are those before the first round: only their shapes
+    are of use.
+    """
+
+    def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
+        kinds: dict[Ranks, Ranks] = {}
+        keys = {client: tuple(sorted(own.items())) for client, own in ranks.items()}
+        self._job = job
+        self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
+        self._first = {kind: start(job, initial, dict(kind)) for kind in kinds}
+        self._latest = dict(self._first)
+        super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
+
+    def hold(self, client: str, state: State) -> None:
+        """Its version, digest and memory; its tensors are those of everybody else there."""
+        latest, first = self._latest[self._kinds[client]], self._first[self._kinds[client]]
+        there = (state.version, state.digest) == (latest.version, latest.digest)
+        tensors = latest if there else first
+        own = replace(tensors, version=state.version, digest=state.digest, memory=state.memory)
+        super().hold(client, own)
+
+    def follow(self, payload: bytes) -> None:
+        """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
+        self._latest = {
+            kind: follow(self._job, latest, addressed(self._job, payload, dict(kind)))
+            for kind, latest in self._latest.items()
+        }
+        for client, state in self._states.items():
+            self.hold(client, state)
+
+    def receive(self, client: str, payloads: Sequence[bytes]) -> None:
+        """Bring one client to the latest state by what it is sent.
+
+        Raises StaleError where a payload rests on another state than the one before leads to, and RoundError where all
+        of them together do not lead to the latest.
+        """
+        state, latest = self[client], self._latest[self._kinds[client]]
+        whole = True
+        for payload in payloads:
+            header = read_header(payload)
+            if header.kind == "state":
+                state = accept(self._job, state, payload)
+                whole = same(state, latest)
+            else:
+                expect(header, "change", state)
+                state = replace(state, version=header.base_version + 1, digest=header.result_digest)
+        if not whole or (state.version, state.digest) != (latest.version, latest.digest):
+            raise RoundError(f"what client {client} was sent leads to version {state.version}, not to the server's")
+        self.hold(client, state)
+
+
+def same(one: State, two: State) -> bool:
+    """Whether two states have the same bits, but for what is private."""
+    pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
+    return one.digest == two.digest and all(identical(a.tensors(), b.tensors()) for a, b in pairs)
+
+
+def identical(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    """Equal names, shapes and bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

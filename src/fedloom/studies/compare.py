@@ -1,0 +1,214 @@
+"""Several methods side by side: the same data, model, rounds and seeds, every run with a ledger of its own.
+
+A variant is a method ("fedsrd"; "package.module:builder" for one of another package), a method with a preset
+("fedsrd:paper") or with settings ("florist:tau=1.0,client_init=warm"; a key with a dot is of another table than the
+method's, and a table's name means all of it: clients=null). "alone" trains every client by itself, "pooled" trains on
+all data in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedloom.errors import RoundError
+from fedloom.methods.foreign import is_foreign
+from fedloom.methods.table import METHODS
+from fedloom.records.config import Config
+from fedloom.records.configfile import merge, override, parse
+from fedloom.records.ledger import read
+from fedloom.records.text import file_name
+from fedloom.report.numbers import Report, summarise
+
+if TYPE_CHECKING:
+    from fedloom.studies.pace import Pace
+
+FINISHED = "report.html"
+"""The last file that a run writes: where it is, the run is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run to make: its variant, its seed, its settings and where it goes."""
+
+    label: str
+    seed: int
+    config: Config
+    folder: Path
+
+
+def variants(texts: Sequence[str]) -> list[str]:
+    """Variants named by one or several texts, joined by commas; "all" stands for every method.
+
+    A part such as "tau=1.0" belongs to the variant before it.
+    """
+    found: list[str] = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        if "=" in part and ":" not in part and found:
+            found[-1] += f",{part}"
+        elif part:
+            found += list(METHODS) if part == "all" else [part]
+    return list(dict.fromkeys(found))
+
+
+def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+    """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
+    made = []
+    for variant in variants:
+        for label, overrides in expanded(config, variant).items():
+            for seed in seeds:
+                settings = changed(config, [*overrides, f"federation.seed={seed}"])
+                made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
+    return made
+
+
+def expanded(config: Config, variant: str) -> dict[str, list[str]]:
+    """Label → overrides of the settings that make the variant."""
+    name, rest = split_variant(variant)
+    special = {"alone": _alone, "pooled": _pooled}
+    if name in special:
+        return special[name](config)
+    pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
+    return {variant: [f"method.name={name}", *(_placed(pair) for pair in pairs)]}
+
+
+def split_variant(variant: str) -> tuple[str, str]:
+    """(method, what follows it after a colon). "package.module:builder" is the method's name as a whole."""
+    head, _, rest = variant.partition(":")
+    builder, _, settings = rest.partition(":")
+    known = head in METHODS or head in ("alone", "pooled")
+    foreign = not known and is_foreign(variant) and builder.isidentifier()
+    return (f"{head}:{builder}", settings) if foreign else (head, rest)
+
+
+def _placed(pair: str) -> str:
+    """The method's own keys may go without "method."; a section's name stands for itself, as in clients=null."""
+    key = pair.partition("=")[0]
+    return pair if "." in key or key in Config.model_fields else f"method.{pair}"
+
+
+def _alone(config: Config) -> dict[str, list[str]]:
+    """FedIT with a single participant is that client training alone."""
+    return {
+        f"alone:{client}": ["method.name=fedit", f"federation.participants={_toml([client])}"]
+        for client in clients(config)
+    }
+
+
+def _toml(value: Sequence[str]) -> str:
+    """A list as TOML writes it: as JSON does, but for one character more that is escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
+
+
+def _pooled(config: Config) -> dict[str, list[str]]:
+    """One client that holds everything and takes as many steps as all clients together."""
+    steps = config.training.max_steps * len(clients(config))
+    split = ["data.partitioner=iid", "federation.num_clients=1", "federation.participants=null"]
+    return {"pooled": ["method.name=fedit", *split, f"training.max_steps={steps}"]}
+
+
+def clients(config: Config) -> list[str]:
+    """Names of the clients that the settings describe."""
+    from fedloom.workspace.assemble import client_examples, select_participants
+
+    return list(select_participants(client_examples(config)[0], config.federation.participants))
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The settings with overrides; a new method name drops the old method's own settings."""
+    tree = config.model_dump(exclude_none=True)
+    if any(text.startswith("method.name=") for text in overrides):
+        tree["method"] = {}
+    for text in overrides:
+        merge(tree, override(text))
+    return parse(tree, "the settings of a variant")
+
+
+def left(todo: Sequence[Run]) -> list[Run]:
+    """The runs that are not complete yet."""
+    return [run for run in todo if not (run.folder / FINISHED).exists()]
+
+
+def expected(todo: Sequence[Run], jobs: int) -> float:
+    """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
+    trials = {run.label: run for run in left(todo)}
+    with _pool(jobs) as pool:
+        paces = dict(zip(trials, pool.map(_pace, trials.values()), strict=True))
+    seconds = [paces[run.label].seconds(run.config) for run in left(todo)]
+    return max(sum(seconds) / jobs, max(seconds, default=0.0))
+
+
+def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
+    """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
+
+    An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails
+    those still waiting for a process are not begun. Raises RoundError where a process is killed.
+    """
+    try:
+        with _pool(jobs) as pool:
+            futures = {pool.submit(_play, run): run for run in left(todo)}
+            try:
+                for future in as_completed(futures):
+                    finished(futures[future], future.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool:
+        raise RoundError(
+            "the process of a run was ended from outside, perhaps for lack of memory: complete runs are kept, so give "
+            "the same command again, with fewer --jobs if memory is short"
+        ) from None
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads,))
+
+
+def _pace(run: Run) -> Pace:
+    from fedloom.studies.pace import pace
+
+    return pace(run.config)
+
+
+def _prepare(threads: int) -> None:
+    """In a worker: so many threads for torch, and an end with the parent, whichever way that ends."""
+    import torch
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is cut off here is resumed next time."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _play(run: Run) -> float:
+    from fedloom.server import local
+
+    began = time.perf_counter()
+    begun = (run.folder / "config.toml").exists()
+    local.run(run.config, run.folder, resume=begun)
+    return time.perf_counter() - began
+
+
+def reports(made: Sequence[Run]) -> dict[str, list[Report]]:
+    """Label → the reports of its complete runs, one a seed."""
+    grouped: dict[str, list[Report]] = {}
+    for run in made:
+        if (run.folder / FINISHED).exists():
+            grouped.setdefault(run.label, []).append(summarise(read(run.folder / "ledger.jsonl"), str(run.folder)))
+    return grouped

@@ -1,0 +1,252 @@
+"""A round played on made-up updates of true shapes: what it sends and what it costs the server.
+
+No model and no data: the payloads are really encoded, the server really aggregates. Modules that are alike (the same
+name and shape in every layer) are played once and counted as often as they occur.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedloom.compress.entries import Dense, Entry, floats
+from fedloom.compress.quantize import quantize
+from fedloom.errors import ConfigError
+from fedloom.job import Job
+from fedloom.lora.pair import LoraPair, LoraState, initial_state
+from fedloom.methods.method import Method, State
+from fedloom.rounds.federation import Federation
+from fedloom.rounds.turns import ServerTurn, Train, Trained, server_turn
+from fedloom.studies.estimate.machine import extra_bytes
+from fedloom.studies.estimate.paper import paper_encode
+from fedloom.wire import Message, decode, describe, encode
+
+CODINGS = ("fp32", "bf16", "int8", "int4")
+PAPER = "paper"
+"""The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
+ROUNDS = 3
+Ranks = Mapping[str, int]
+Sizes = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One module of each kind, and how often each occurs in the model."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, int]
+
+    @property
+    def scale(self) -> float:
+        """Adapter values of the model over those of the sample, at equal ranks."""
+        whole = sum(self.counts[name] * (m + n) for name, (m, n) in self.shapes.items())
+        return whole / sum(m + n for m, n in self.shapes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A round of one method on the whole model.
+
+    up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
+    may alternate, and begin otherwise than they go on); first: bytes of the first round, all clients and both ways, in
+    `auto`. auto: the method's coding (`Method.values`). efficiency: one over the sum of the ranks that are
+    broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
+    of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
+    not tell).
+    """
+
+    method: str
+    up: Sizes
+    down: Sizes
+    first: float
+    auto: str
+    efficiency: float | None
+    server_s: float
+    memory: float | None = None
+
+
+class Play(Federation):
+    """A federation of a few modules in progress; it remembers its last round, and how long the server took in each."""
+
+    def __init__(self, job: Job, adapter: LoraState, clients: Mapping[str, Ranks]) -> None:
+        super().__init__(job, adapter, clients)
+        self.server_s: list[float] = []
+        self.uploads: Mapping[str, bytes] = {}
+        self.before = self.server
+
+    def server_turn(self, uploads: Mapping[str, bytes]) -> ServerTurn:
+        """The server's turn, timed."""
+        self.uploads, self.before = uploads, self.server
+        began = time.perf_counter()
+        turn = super().server_turn(uploads)
+        self.server_s.append(time.perf_counter() - began)
+        return turn
+
+
+def sample(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
+    """One module of each kind: of those that share the last part of the name, the shape and every client's rank.
+
+    With `whole` every module.
+    """
+    kinds: dict[object, str] = {}
+    counts: Counter[str] = Counter()
+    for module, shape in layout.items():
+        key = module if whole else module.rpartition(".")[2], shape, tuple(held[module] for held in ranks.values())
+        counts[kinds.setdefault(key, module)] += 1
+    return Sample({module: layout[module] for module in counts}, counts)
+
+
+def predict(
+    methods: Mapping[str, Method],
+    layout: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, Ranks],
+    *,
+    seed: int = 0,
+    whole: bool = False,
+    with_memory: bool = True,
+) -> list[Prediction]:
+    """A round of each method with clients of these ranks (client → module → rank) on these modules.
+
+    One module of each kind is played, with `whole` every one. Raises ConfigError where a method cannot combine unequal
+    ranks.
+    """
+    chosen = sample(layout, ranks, whole=whole)
+    held = {client: {module: rank[module] for module in chosen.shapes} for client, rank in ranks.items()}
+    played = [_predict(name, method, chosen, held, seed) for name, method in methods.items()]
+    # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
+    return [replace(told, memory=memory(play, chosen) if with_memory else None) for told, play in played]
+
+
+def _predict(
+    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], seed: int
+) -> tuple[Prediction, Play]:
+    top = {module: max(rank[module] for rank in held.values()) for module in chosen.shapes}
+    if not method.facts.unequal_ranks and any(rank != top for rank in held.values()):
+        raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
+    job = Job(method, seed, quantize("fp32"))
+    begin = initial_state(chosen.shapes, top, seed)
+    play, train = Play(job, begin, held), made_up(method)
+    up, down = [], []
+    for _ in range(ROUNDS):
+        result = play.round(train)
+        up.append(sizes_of(list(result.uploads.values()), chosen, method.values))
+        received = [play.addressed(client, result.broadcast) for client in play.clients]
+        down.append(sizes_of(received, chosen, method.values))
+    play.clients.clear()
+    told = Prediction(
+        name,
+        mean(up[1:]),
+        mean(down[1:]),
+        len(held) * (up[0][method.values] + down[0][method.values]),
+        method.values,
+        efficiency(decode(result.broadcast).entries, chosen),
+        chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
+    )
+    return told, play
+
+
+def made_up(method: Method) -> Train:
+    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
+
+    def train(state: State, round: int, seed: int) -> Trained:
+        generator = torch.Generator().manual_seed(seed)
+        parts = method.parts(state, round)
+        core = method.core(state)
+        pairs = {}
+        for module, pair in state.adapter.items():
+            a, b = pair.A, pair.B
+            if module in core:
+                a = a + noise((pair.rank, pair.rank), generator) @ core[module].A
+            else:
+                a = a + noise(tuple(a.shape), generator) if "A" in parts else a
+                b = b + noise(tuple(b.shape), generator) if "B" in parts else b
+            pairs[module] = LoraPair(a, b)
+        return Trained(LoraState(pairs), num_examples=1, loss=0.0)
+
+    return train
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal values whose standard deviation is log-normal, about 1e-3."""
+    scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
+    return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
+
+
+def sizes_of(payloads: Sequence[bytes], chosen: Sample, auto: str) -> dict[str, float]:
+    """Coding → bytes of one payload on the whole model, the mean over payloads; those that are alike are coded once."""
+    codings = dict.fromkeys((*CODINGS, auto))
+    known: dict[object, dict[str, float]] = {}
+    found = []
+    for message in map(decode, payloads):
+        alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
+        if alike not in known:
+            known[alike] = {coding: scaled(recoded(message, coding), chosen) for coding in codings}
+            known[alike][PAPER] = paper_bytes(message.entries, chosen)
+        found.append(known[alike])
+    return mean(found)
+
+
+def mean(sizes: Sequence[Sizes]) -> dict[str, float]:
+    """The mean of each coding."""
+    return {coding: sum(size[coding] for size in sizes) / len(sizes) for coding in sizes[0]}
+
+
+def recoded(message: Message, coding: str) -> bytes:
+    """The same message with its values in another form."""
+    entries = {
+        name: replace(entry, values=quantize(coding)(floats(entry.values), seed))
+        for seed, (name, entry) in enumerate(message.entries.items())
+    }
+    return encode(Message(message.header, entries))
+
+
+def scaled(payload: bytes, chosen: Sample) -> float:
+    """Bytes of a payload if every module were in it as often as in the model."""
+    told = describe(payload)
+    index = told.parts["index"] / max(len(told.tensors), 1)
+    tensors = sum(
+        times(tensor.name, chosen) * (tensor.position_bytes + tensor.value_bytes + index) for tensor in told.tensors
+    )
+    return told.parts["header"] + told.parts["checksum"] + tensors
+
+
+def paper_bytes(entries: Mapping[str, Entry], chosen: Sample) -> float:
+    """The same in the papers' coding."""
+    return sum(
+        times(name, chosen)
+        * (4 * entry.values.numel() if isinstance(entry, Dense) else len(paper_encode({name: entry})))
+        for name, entry in entries.items()
+    )
+
+
+def times(name: str, chosen: Sample) -> int:
+    """How often the module of a tensor is in the model."""
+    return chosen.counts[name.rpartition("/")[0]]
+
+
+def efficiency(entries: Mapping[str, Entry], chosen: Sample) -> float | None:
+    """One over the sum of broadcast ranks; each factor counts half."""
+    if any(not isinstance(entry, Dense) or name.endswith("/R") for name, entry in entries.items()):
+        return None
+    ranks = sum(
+        times(name, chosen) * (entry.shape[0] if name.endswith("A") else entry.shape[-1]) / 2
+        for name, entry in entries.items()
+    )
+    return 1 / ranks if ranks else None
+
+
+def memory(play: Play, chosen: Sample) -> float | None:
+    """Peak of the last server turn above what was held before, scaled to the model, and the payloads that it reads."""
+    peak = extra_bytes(lambda: server_turn(play.job, play.before, play.uploads, ROUNDS))
+    held = sum(map(len, play.uploads.values()))
+    return None if peak is None else chosen.scale * (peak + held)
+
+
+def equal_ranks(layout: Mapping[str, tuple[int, int]], ranks: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Client → module → rank for clients that have one rank in all modules."""
+    return {f"client-{number}": dict.fromkeys(layout, rank) for number, rank in enumerate(ranks, 1)}

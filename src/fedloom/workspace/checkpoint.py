@@ -1,0 +1,155 @@
+"""All that a run needs to go on, in one safetensors file that is either whole or not there.
+
+Equal tensors are stored once, and so is the list of a state's tensors that several participants share: a client in
+step with others costs a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedloom.errors import CheckpointError
+from fedloom.lora.pair import LoraState, from_tensors
+from fedloom.methods.method import State
+
+KEEP = 2
+"""Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
+
+_FORMAT = "fedloom-checkpoint-2"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Snapshot:
+    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data."""
+
+    round: int
+    server: State
+    clients: Mapping[str, State]
+    archive: Mapping[int, bytes] = field(default_factory=dict)
+    ledger_rows: int = 0
+    fingerprint: str = ""
+
+
+def save(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
+    shelves = _Shelves()
+    meta = {
+        "format": _FORMAT,
+        "round": snapshot.round,
+        "ledger_rows": snapshot.ledger_rows,
+        "fingerprint": snapshot.fingerprint,
+        "server": shelves.party(snapshot.server),
+        "clients": {name: shelves.party(state) for name, state in snapshot.clients.items()},
+        "archive": shelves.put({str(v): _bytes(payload) for v, payload in snapshot.archive.items()}),
+        "shelves": shelves.names,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"round-{snapshot.round:05d}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(folder)
+    for old in checkpoints(folder)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a run, oldest first."""
+    return sorted(folder.glob("round-*.safetensors"))
+
+
+def load(path: Path) -> Snapshot:
+    """Read a checkpoint back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("fedloom", "{}"))
+            # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and
+            # the matrix kernels round the last bits of odd shapes in another way there.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
+    if meta.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version of fedloom (expected format {_FORMAT})")
+    for key, tensor in tensors.items():
+        if _key(tensor) != key:
+            raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
+    shelves = [{name: tensors[key] for name, key in shelf.items()} for shelf in meta["shelves"]]
+    held: dict[int, LoraState] = {}
+
+    def lora(shelf: int) -> LoraState:
+        if shelf not in held:
+            held[shelf] = from_tensors(shelves[shelf])
+        return held[shelf]
+
+    def party(version: int, digest: str, adapter: int, frozen: int, tail: int, memory: int) -> State:
+        return State(lora(adapter), lora(frozen), lora(tail), shelves[memory], version, digest)
+
+    return Snapshot(
+        round=meta["round"],
+        server=party(*meta["server"]),
+        clients={name: party(*facts) for name, facts in meta["clients"].items()},
+        archive={int(name): tensor.numpy().tobytes() for name, tensor in shelves[meta["archive"]].items()},
+        ledger_rows=meta["ledger_rows"],
+        fingerprint=meta["fingerprint"],
+    )
+
+
+class _Shelves:
+    """What is to be stored: tensors by content, and lists of tensors, each list once however many share the object."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.names: list[dict[str, str]] = []
+        self._places: dict[int, tuple[int, object]] = {}
+
+    def party(self, state: State) -> list[int | str]:
+        """A participant's state: version, digest, and the shelves of its parts."""
+        parts = (state.adapter, state.frozen, state.tail)
+        return [state.version, state.digest, *(self.put(part) for part in parts), self.put(state.memory)]
+
+    def put(self, named: LoraState | Mapping[str, Tensor]) -> int:
+        """The number of the shelf that holds these tensors."""
+        if id(named) not in self._places:
+            tensors = named.tensors() if isinstance(named, LoraState) else named
+            self._places[id(named)] = len(self.names), named  # held on to, so that no other object gets its id
+            self.names.append({name: self._key(tensor) for name, tensor in tensors.items()})
+        return self._places[id(named)][0]
+
+    def _key(self, tensor: Tensor) -> str:
+        key = _key(tensor)
+        if key not in self.tensors:
+            # A client of lower rank holds views of the server's tensors; safetensors stores no shared memory.
+            self.tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return key
+
+
+def _bytes(payload: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+
+
+def _key(tensor: Tensor) -> str:
+    """A name that only this content, shape and type have."""
+    hasher = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
+    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""One client's place in a run: which modules it trains, with which rank and scale, on which examples."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from fedloom.errors import ConfigError
+from fedloom.lora.pair import LoraState, narrow, stack
+from fedloom.methods.method import Method, State
+from fedloom.model.placement import Adapter, Linear, keep_fitting_patterns, place, target_names
+from fedloom.model.tokens import Prepared
+from fedloom.records.config import ClientSettings, Config
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """One client: its adapter, and its examples in tokens."""
+
+    adapter: Adapter
+    data: Prepared
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Its rank in every module that it trains."""
+        return self.adapter.ranks
+
+
+def place_client(linear: Mapping[str, Linear], config: Config, client: str) -> Adapter:
+    """One client's adapter: [lora] with what [clients.<name>] sets over it.
+
+    Patterns that it takes over from [lora] may name modules that it does not train; its own may not.
+    """
+    lora, own = config.lora_of(client), config.clients.get(client, ClientSettings())
+    if own.target_modules:
+        fitting = keep_fitting_patterns(lora, target_names(linear, lora))
+        inherited = {key for key in ("rank_pattern", "alpha_pattern") if getattr(own, key) is None}
+        lora = lora.model_copy(update={key: getattr(fitting, key) for key in inherited})
+    return place(linear, lora)
+
+
+def place_shared(linear: Mapping[str, Linear], common: Adapter, modules: Collection[str]) -> Adapter:
+    """The server's adapter: [lora] on every module that some client trains. `common` is [lora] as it stands."""
+    if common.modules.keys() == set(modules):
+        return common
+    lora = common.lora.model_copy(update={"target_modules": tuple(sorted(modules))})
+    return place(linear, keep_fitting_patterns(lora, modules))
+
+
+def split_trained(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
+    """What a client trains, with an empty pair for every other module; and what its model has beside that."""
+    others = LoraState({module: pair for module, pair in state.adapter.items() if module not in modules})
+    empty = narrow(others, dict.fromkeys(others, 0))
+    return LoraState({**state.adapter, **empty}), stack([state.fixed, others])
+
+
+def top_ranks(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank of each module among the clients that train it; `ranks` is client → module → rank.
+
+    Raises ConfigError if ranks or modules differ and the method forbids it.
+    """
+    top: dict[str, int] = {}
+    for held in ranks.values():
+        for module, rank in held.items():
+            top[module] = max(rank, top.get(module, 0))
+    for client, held in ranks.items():
+        missing = sorted(set(top) - set(held))
+        if missing and not method.module_subsets:
+            raise ConfigError(
+                f"method {method.name!r} needs every client to train the same modules, but client {client!r} does not "
+                f"train {missing[0]}; set the same target_modules for all"
+            )
+        lower = sorted(module for module, rank in held.items() if rank < top[module])
+        if lower and not method.facts.unequal_ranks:
+            raise ConfigError(
+                f"method {method.name!r} needs equal ranks, but client {client!r} has rank {held[lower[0]]} in "
+                f"{lower[0]} where another has {top[lower[0]]}; set the same r and rank_pattern for all, or use one of "
+                "the methods that `fedloom methods` lists with unequal ranks"
+            )
+    return top

@@ -1,0 +1,54 @@
+"""What a finished run leaves behind: one adapter that PEFT opens, the picture, the page and the summary."""
+
+from __future__ import annotations
+
+from fedloom.adapters.settings import save_adapter
+from fedloom.lora.lowrank import truncate
+from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.methods.method import State
+from fedloom.records.events import RunSummary
+from fedloom.report import Report, write
+from fedloom.workspace.assemble import Setup
+from fedloom.workspace.folder import RunFolder
+
+
+def finish(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
+    """Write adapter/, curve.png and report.html into the run folder."""
+    state, lost = exported(server, setup.config.output.max_rank)
+    save_adapter(state, setup.config.model.path, setup.adapter.settings, folder.path / "adapter")
+    folder.ledger.sync()
+    report = write(folder.path)
+    return RunSummary(
+        out=folder.path,
+        method=setup.job.method.name,
+        num_rounds=setup.config.federation.num_rounds,
+        before=scores(report, 0),
+        after=scores(report, -1),
+        bytes_up=report.totals.bytes_up,
+        bytes_down=report.totals.bytes_down,
+        seconds=seconds,
+        lost_energy=lost,
+    )
+
+
+def scores(report: Report, at: int) -> dict[str, float]:
+    """Domain → exact match at the first (0) or last (-1) evaluation."""
+    return {domain: report.score(domain, at) for domain in report.domains} if report.points else {}
+
+
+def exported(server: State, max_rank: int | None) -> tuple[LoraState, float]:
+    """The server's whole change as one adapter, and the share of ‖ΔW‖² that a cap on the rank costs.
+
+    Merged increments are folded in; no module's rank exceeds min(m, n), which loses nothing.
+    """
+    pairs: dict[str, LoraPair] = {}
+    energy = lost = 0.0
+    for module, pair in server.total.items():
+        cap = min(*pair.shape, max_rank or min(pair.shape))
+        if pair.rank <= cap:
+            pairs[module] = pair
+            continue
+        cut = truncate(pair, rank=cap)
+        energy, lost = energy + cut.energy, lost + cut.energy * cut.lost_energy
+        pairs[module] = cut.pair
+    return LoraState(pairs), lost / energy if energy else 0.0

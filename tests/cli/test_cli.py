@@ -1,0 +1,409 @@
+"""The command line: what it prints, how it fails, what it passes on. A stand-in for the engine keeps its contract."""
+
+import io
+import json
+import sys
+import types
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fedloom.cli import main as cli
+from fedloom.cli import studies as commands
+from fedloom.errors import DataError, FedloomError
+from fedloom.records.config import Config
+from fedloom.records.configfile import load
+from fedloom.records.events import RunFacts, RunSummary
+from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.report.live import Lines, View, watch
+
+CLIENTS = ("ada", "bob")
+
+
+class Engine:
+    """Plays `rounds` rounds of events and writes their ledger; `failure` is raised in round 2."""
+
+    def __init__(self):
+        self.calls = []
+        self.failure = None
+        self.writes_settings = False
+
+    def run(self, config, out, *, resume, observer):
+        self.calls.append((config, out, resume))
+        out.mkdir(parents=True)
+        if self.writes_settings:
+            (out / "config.toml").touch()
+        rounds = config.federation.num_rounds
+        observer.run_started(RunFacts(config.method.name, config.model.path, CLIENTS, rounds, 1000, out))
+        with Ledger(out / "ledger.jsonl") as ledger:
+            ledger.append(Run(config.method.name, config.model.path, CLIENTS, rounds, 1000, config.federation.seed))
+            ledger.append(Evaluation(0, "bank", 0.25, 1.0))
+            observer.round_finished(0, rounds, {"bank": 0.25}, 0, 0, 0.1)
+            for round in range(1, rounds + 1):
+                if self.failure and round == 2:
+                    raise self.failure
+                self.play(round, rounds, ledger, observer)
+        summary = RunSummary(out, config.method.name, rounds)
+        observer.run_finished(summary)
+        return summary
+
+    def play(self, round, rounds, ledger, observer):
+        for client in CLIENTS:
+            observer.client_started(round, client)
+            ledger.append(Training(round, client, 1.5, 10, 100))
+            ledger.append(Transfer(round, client, "up", "update", 2048))
+            observer.client_finished(round, client, 1.5, 2048, 0)
+        ledger.append(Evaluation(round, "bank", 0.75, 1.0))
+        observer.round_finished(round, rounds, {"bank": 0.75}, 4096, 0, 1.25)
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    engine = Engine()
+    module = types.ModuleType("fedloom.server.local")
+    module.run = engine.run
+    monkeypatch.setitem(sys.modules, "fedloom.server.local", module)
+    monkeypatch.setattr("fedloom.server.local", module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return engine
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run the command line in-process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments, width=200):
+        screen, complaints = io.StringIO(), io.StringIO()
+        for module in (cli, commands):
+            monkeypatch.setattr(module, "screen", Console(file=screen, width=width))
+        monkeypatch.setattr(cli, "complaints", Console(file=complaints, width=width))
+        result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, screen.getvalue() + result.stdout, complaints.getvalue() + result.stderr
+
+    return call
+
+
+def settings_file(folder, text="[federation]\nnum_rounds = 3\n"):
+    (folder / "try.toml").write_text(text, encoding="utf-8")
+    return folder / "try.toml"
+
+
+def test_version_and_help(call):
+    code, out, _ = call("--version")
+    assert (code, out.split()[0]) == (0, "fedloom")
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(name in out for name in ("demo", "run", "methods", "inspect", "init", "bench"))
+
+
+def test_init_writes_a_file_that_loads_to_the_defaults(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("init")
+    assert (code, out) == (0, "wrote fedloom.toml; next: fedloom run fedloom.toml\n")
+    config = load(tmp_path / "fedloom.toml")
+    assert config.lora == Config().lora
+    code, _, err = call("init")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "fedloom.toml exists already" in err
+
+
+def test_a_run_prints_one_plain_line_a_round_and_closes_with_tables(call, engine, tmp_path):
+    code, out, err = call("run", settings_file(tmp_path), "--set", "lora.r=4")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    assert lines[0] == "fedsrd: 2 clients, 3 rounds, 1,000 values, in runs/try"
+    assert lines[2] == "round 1/3  loss 1.500  up 4.0 KiB, down 0 B  exact match 75.0 %  1.2 s"
+    assert len([line for line in lines if line.startswith("round ")]) == 4
+    assert "25.6 % of the 46.9 KiB that dense fp32 FedIT" in " ".join(out.split())
+    config, folder, resume = engine.calls[0]
+    assert (config.lora.r, folder.as_posix(), resume) == (4, "runs/try", False)
+
+
+def test_the_folder_comes_from_out_then_the_settings_then_the_file_name(call, engine, tmp_path):
+    file = settings_file(tmp_path, '[output]\ndir = "./chosen"\n')
+    call("run", file)
+    call("run", file, "--out", tmp_path / "other", "--resume")
+    assert [(folder, resume) for _, folder, resume in engine.calls] == [
+        (tmp_path / "chosen", False),
+        (tmp_path / "other", True),
+    ]
+
+
+def test_demo_uses_the_built_in_file_with_what_is_asked(call, engine):
+    assert call("demo", "--method", "fedit", "--rounds", 2, "--seed", 7)[0] == 0
+    assert call("demo", "--rounds", 1)[0] == 0
+    config, folder, _ = engine.calls[0]
+    assert (config.method.name, config.federation.num_rounds, config.federation.seed) == ("fedit", 2, 7)
+    assert (config.model.path.endswith("/testbed/model"), config.lora.r) == (True, 16)
+    assert [folder.as_posix() for _, folder, _ in engine.calls] == ["runs/demo", "runs/demo-2"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (
+            DataError("client 'bob': data.jsonl holds no examples"),
+            "error: client 'bob': data.jsonl holds no examples\n",
+        ),
+        (NotADirectoryError(20, "Not a directory", "x"), "error: [Errno 20] Not a directory: 'x'\n"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(call, engine, tmp_path, failure, message):
+    engine.failure = failure
+    code, _, err = call("run", settings_file(tmp_path))
+    assert (code, err) == (2, message)
+
+
+def test_debug_keeps_the_traceback(call, engine, tmp_path):
+    engine.failure = DataError("no")
+    with pytest.raises(DataError):
+        call("--debug", "run", settings_file(tmp_path))
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(call, engine, tmp_path):
+    engine.failure = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        call("run", settings_file(tmp_path))
+
+
+def test_an_interrupted_run_says_how_to_go_on(call, engine, tmp_path):
+    engine.failure = KeyboardInterrupt()
+    assert call("run", settings_file(tmp_path), "--out", "early")[2] == "interrupted before the run began\n"
+    engine.writes_settings = True
+    code, _, err = call("run", settings_file(tmp_path), "--out", "my run")
+    assert code == 130
+    assert err == "interrupted; go on with: fedloom run 'my run/config.toml' --out 'my run' --resume\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none.toml"), "none.toml: no such file"),
+        (
+            ("run", "try.toml", "--set", "lora.lora_alph=1"),
+            "unknown key 'lora.lora_alph' in --set; did you mean 'lora.lora_alpha'?",
+        ),
+        (("run", "try.toml", "--set", "lora.r=0"), "lora.r is 0; expected at least 1"),
+        (("inspect", "none"), "none: no such file or folder; expected a payload"),
+        (("inspect", "."), "no PEFT adapter folder"),
+        (("inspect", "try.toml"), "error: "),
+    ],
+)
+def test_mistakes_on_the_command_line(call, engine, tmp_path, arguments, message):
+    settings_file(tmp_path)
+    code, _, err = call(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_inspect_shows_a_run(call, engine, tmp_path):
+    call("run", settings_file(tmp_path), "--out", "r")
+    code, out, _ = call("inspect", "r")
+    assert code == 0
+    assert "Held-out exact match" in out
+    assert "12.0 KiB in all" in out
+
+
+def test_inspect_shows_an_adapter(call, tmp_path):
+    torch = pytest.importorskip("torch")
+    from fedloom.adapters.settings import AdapterSettings, save_adapter
+    from fedloom.lora.pair import LoraPair, LoraState
+
+    modules = ("layers.0.q_proj", "layers.1.q_proj")
+    state = LoraState({module: LoraPair(torch.ones(2, 3), torch.ones(5, 2)) for module in modules})
+    save_adapter(state, "base", AdapterSettings(r=2, lora_alpha=32), tmp_path)
+    code, out, _ = call("inspect", tmp_path)
+    assert code == 0
+    row = next(line.split() for line in out.splitlines() if "q_proj" in line)
+    assert row == ["q_proj", "2", "5", "×", "3", "2", "32", f"{2 * 15**0.5:.4g}"]
+
+
+def test_inspect_shows_a_payload(call, tmp_path):
+    torch = pytest.importorskip("torch")
+    from fedloom.compress.entries import Sparse, dense
+    from fedloom.wire import Header, Message, encode
+
+    sparse = Sparse((5, 4), torch.tensor([1, 7]), torch.ones(2))
+    entries = {"layers.0.q_proj/A": dense(torch.ones(4, 3)), "layers.0.q_proj/B": sparse, "layers.1.q_proj/B": sparse}
+    payload = encode(Message(Header("update", "fedsrd", 3, 2, "0" * 32, num_examples=9), entries))
+    (tmp_path / "x.fedloom").write_bytes(payload)
+    code, out, _ = call("inspect", tmp_path / "x.fedloom")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert f"payload of {len(payload):,} bytes" in out
+    assert ["method", "fedsrd"] in lines
+    rows = {line[0]: line for line in lines if line}
+    assert rows["q_proj/A"][1:4] == ["dense", "fp32,", "none"]
+    assert rows["q_proj/A"][4:8] == ["1", "12", "100.00", "%"]
+    assert rows["q_proj/B"][1:4] == ["sparse", "fp32,", "gaps"]
+    assert rows["q_proj/B"][4:8] == ["2", "4", "10.00", "%"]
+    sizes = [int(rows[part][1].replace(",", "")) for part in ("index", "positions", "values")]
+    assert sum(sizes) + int(rows["header"][1]) + int(lines[-2][1]) == len(payload)
+
+
+def test_methods_are_listed_with_their_settings(call):
+    from fedloom.methods.table import METHODS
+
+    code, out, _ = call("methods", "--json")
+    rows = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert {"paper", "exact", "unequal_ranks", "sends", "receives", "keeps", "settings", "presets"} <= set(rows[0])
+    code, out, _ = call("methods")
+    assert code == 0
+    assert all(name in out for name in METHODS)
+
+
+def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
+    from fedloom.studies import compare
+
+    def play(made, jobs, finished):
+        for run in made:
+            run.folder.mkdir(parents=True)
+            (run.folder / compare.FINISHED).touch()
+            with Ledger(run.folder / "ledger.jsonl") as ledger:
+                ledger.append(Run(run.config.method.name, "m", CLIENTS, 1, 1000, run.seed))
+                ledger.append(Evaluation(0, "bank", 0.1, 1.0))
+                ledger.append(Training(1, "ada", 1.0, 10, 100, 0.5))
+                ledger.append(Transfer(1, "ada", "up", "update", 4000))
+                ledger.append(Evaluation(1, "bank", 0.5 + 0.1 * run.seed, 1.0))
+            finished(run, 60.0)
+
+    monkeypatch.setattr(compare, "play", play)
+    monkeypatch.setattr(compare, "expected", lambda made, jobs: 30.0 * len(made) / jobs)
+    monkeypatch.chdir(tmp_path)
+    variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
+    code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[:2] == ["6 runs, 6 left; a trial of each first", "stated: 3.0 min for 6 runs, 1 at a time"]
+    assert lines[2] == "fedit, seed 0: 60 s; about 5 min left"
+    assert "taken: 0.0 min, where 3.0 were stated" in lines
+    assert len([line for line in lines if "min left" in line]) == 6
+    row = next(line.split() for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
+    turns = ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]
+    assert row[1:] == ["3", "10.0", "±", "0.0", "60.0", "±", "24.8", *turns]
+    assert (
+        "| florist:tau=1.0,client_init=warm | 3 | 10.0 ± 0.0 | 60.0 ± 24.8 |" in (tmp_path / "c/compare.md").read_text()
+    )
+    assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
+
+
+def test_an_estimate_prints_tables_or_json(call):
+    options = (
+        "estimate",
+        "--preset",
+        "tinyllama",
+        "--modules",
+        "k_proj",
+        "--ranks",
+        "4,2",
+        "--methods",
+        "florist:tau=0.9",
+    )
+    code, out, _ = call(*options, "--json")
+    assert code == 0
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert [row["method"] for row in result["rows"]] == ["florist:tau=0.9"]
+    assert result["case"]["clients"] == 2 and result["case"]["ranks"] == [2, 4]
+    code, out, _ = call(*options)
+    assert code == 0 and "flor" in out and "MiB of one client" in out
+    code, _, err = call("estimate", "--preset", "tinyllama", "--ranks", "4,2", "--methods", "fedsrd")
+    assert code == 2 and "needs equal ranks" in err
+
+
+def test_the_kernel_bench_prints_tables_or_json(call):
+    options = ("bench", "aggregate", "--preset", "tinyllama", "--modules", "k_proj", "--ranks", "4,4", "--repeats", 1)
+    code, out, _ = call(*options, "--methods", "fedit", "--json")
+    assert code == 0
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert [row["method"] for row in result["rows"]] == ["fedit"]
+    assert {"machine"} <= set(result)
+    code, out, _ = call(*options, "--methods", "fedit")
+    assert code == 0
+    assert "fedit" in out
+
+
+def test_the_wire_bench_prints_json(call):
+    options = ("bench", "wire", "--preset", "tinyllama", "--layers", 1, "--rank", 2, "--repeats", 1)
+    code, out, _ = call(*options, "--json")
+    assert code == 0
+    rows = json.loads(out, parse_constant=pytest.fail)["rows"]
+    assert {"fp32", "bf16", "int8", "int4", "paper"} == {row["values"] for row in rows}
+
+
+def test_the_wire_bench_says_what_a_folder_lacks(call, tmp_path):
+    code, _, err = call("bench", "wire", "--recorded", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no payload of an update" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preset", "gpt-9"), "preset 'gpt-9' is unknown; known: "),
+        (("--ranks", "4,x"), "--ranks 4,x: expected whole numbers"),
+        (("--methods", "magic"), "method 'magic' has no kernel"),
+        (("--modules", "q"), "llama-3.2-3b has no module 'q'"),
+    ],
+)
+def test_mistakes_in_a_bench(call, options, message):
+    code, _, err = call("bench", "aggregate", *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def played(observer, rounds=4):
+    """A run that stands in its second round."""
+    observer.run_started(RunFacts("fedsrd", "model", CLIENTS, rounds, 1000, "runs/x", warnings=("ada has little",)))
+    observer.round_finished(0, rounds, {"bank": 0.1, "lab": 0.3}, 0, 0, 0.5)
+    for round in (1, 2):
+        observer.client_started(round, "ada")
+        observer.client_finished(round, "ada", 2.0 / round, 1024, 512)
+        observer.client_started(round, "bob")
+        if round == 1:
+            observer.client_finished(round, "bob", 1.0, 1024, 512)
+            observer.round_finished(1, rounds, {"bank": 0.5, "lab": 0.7}, 2048, 1024, 10.0)
+
+
+def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
+    view = View()
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    console.print(view)
+    assert "loading" in console.file.getvalue()
+    played(view)
+    console.file.truncate(0)
+    console.print(view)
+    text = console.file.getvalue()
+    assert "round 2/4" in text
+    assert "note: ada has little" in text
+    assert "▸ bob" in text
+    assert "0:30 left" in text
+    assert "exact match 60.0 % (at first 20.0 %)" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert rows["ada"] == ["ada", "1.000", "2.0", "KiB", "1.0", "KiB"]
+    assert rows["all"] == ["all", "3.0", "KiB", "1.5", "KiB"]
+
+
+def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():
+    with watch(Console(file=io.StringIO(), force_terminal=True)) as observer:
+        assert isinstance(observer, View)
+    console = Console(file=io.StringIO())
+    with watch(console) as observer:
+        assert isinstance(observer, Lines)
+        played(observer)
+    first, second, *rounds = console.file.getvalue().splitlines()
+    assert first.startswith("fedsrd: ") and second == "note: ada has little"
+    assert [line.split()[1] for line in rounds] == ["0/4", "1/4"]
+
+
+def test_every_error_of_the_library_is_caught():
+    import fedloom.errors as errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert all(issubclass(kind, FedloomError) for kind in kinds)

@@ -1,0 +1,130 @@
+"""The front: entries become runs, runs become points, and what lies above loom is said."""
+
+import csv
+import math
+import tomllib
+from contextlib import nullcontext
+
+import pytest
+from experiments.points import Point, above, line_seconds, rows
+from PIL import Image
+from typer.testing import CliRunner
+
+from experiments import front
+from fedloom.cli import main as cli
+from fedloom.cli import studies as commands
+from fedloom.errors import ConfigError
+from fedloom.methods.table import build
+from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.report import figure
+from fedloom.studies import compare
+from fedloom.testbeds import testbed as shipped
+
+LISTS = """
+[demo]
+published = ["fedit", "fedsrd:paper"]
+"10%" = ["loom:wire.budget=10%", "fedit:lora.r=4,lora.lora_alpha=8"]
+"1%" = ["loom", "fedsrd"]
+"""
+SCORES = {"fedit": 0.9, "fedsrd:paper": 0.6, "loom:wire.budget=10%": 0.85, "fedit:lora.r=4,lora.lora_alpha=8": 0.95}
+SCORES |= {"loom": 0.9, "fedsrd": 0.7}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Finished runs of `LISTS`, two seeds each: 2 rounds of one client that sends 40 bytes a value and a turn."""
+    with shipped() as folder:
+        for name in ("demo.toml", "model", "data"):
+            (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "front.toml").write_text(LISTS)
+    found = front.entries(tmp_path, ["demo"], range(2), tmp_path / "runs", [])
+    for run in front.distinct(found):
+        run.folder.mkdir(parents=True)
+        (run.folder / compare.FINISHED).touch()
+        values = 250 if "lora.r=4" in run.label else 1000
+        with Ledger(run.folder / "ledger.jsonl") as ledger:
+            ledger.append(Run(run.config.method.name, "m", ("ada",), 2, values, run.seed))
+            for round in (1, 2):
+                ledger.append(Training(round, "ada", 1.0, 10, 100, 0.5))
+                ledger.append(Transfer(round, "ada", "up", "update", 80 if "loom" in run.label else 320))
+                ledger.append(Evaluation(round, "bank", SCORES[run.label] - 0.2 * (2 - round) + 0.01 * run.seed, 1.0))
+    return found
+
+
+def test_entries_set_what_they_say(made):
+    runs = {run.label: run.config for run in front.distinct(made)}
+    assert len(front.distinct(made)) == 2 * len(runs) == 12
+    small = runs["fedit:lora.r=4,lora.lora_alpha=8"]
+    assert (small.method.name, small.lora.r, small.lora.lora_alpha) == ("fedit", 4, 8)
+    assert runs["fedit"].lora.r == 16
+    assert runs["loom:wire.budget=10%"].wire.budget == "10%"
+
+
+def test_points_are_shares_of_the_reference_whatever_the_variants_rank(made):
+    points = {point.variant: point for point in front.points(made)}
+    assert points["loom"].share == pytest.approx(80 / 8000)
+    assert points["fedit:lora.r=4,lora.lora_alpha=8"].share == pytest.approx(320 / 8000)
+    assert points["loom"].within and points["fedit:lora.r=4,lora.lora_alpha=8"].within and not points["fedsrd"].within
+    assert points["fedit"].score == pytest.approx(90.5)
+    assert points["fedit"].half == pytest.approx(12.706 * 0.5)
+    assert (points["fedit"].rounds, points["loom:wire.budget=10%"].halfway) == (2, pytest.approx(65.5))
+    assert math.isnan(points["fedsrd:paper"].rounds)
+    line = 2 * 0.08 + 8e-6 * 320 / 10
+    assert points["fedit"].seconds[1] == pytest.approx(2 * (0.5 + line))
+
+
+def test_the_line_takes_bytes_over_rates_and_a_round_trip_each_way():
+    assert line_seconds(1e6, 5e6, (1.0, 5.0)) == pytest.approx(16 + 0.16)
+
+
+def test_only_what_is_within_the_budget_and_beyond_both_intervals_lies_above():
+    def point(variant, score, half, share=0.01, budget="1%"):
+        return Point("demo", budget, variant, 5, share, 1, 1, 0, score, half, 1, (1, 1, 1))
+
+    ours = point("loom", 90, 1)
+    assert above([ours, point("fedit:a=1", 94, 2)]) == [point("fedit:a=1", 94, 2)]
+    assert not above([ours, point("fedit", 93, 2)])
+    assert not above([ours, point("fedit", 99, 0, share=0.0101)])
+    assert not above([ours, point("fedit", 99, 0, budget="published")])
+
+
+def test_the_rows_and_the_picture_have_every_point(made, tmp_path):
+    points = front.points(made)
+    said = rows(points)
+    assert [row["run"] for row in said] == [
+        variant for some in tomllib.loads(LISTS)["demo"].values() for variant in some
+    ]
+    fedsrd = next(row for row in said if row["run"] == "fedsrd")
+    assert (fedsrd["of dense fp32"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
+    figure.front(points, tmp_path / "front.png")
+    with Image.open(tmp_path / "front.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
+    monkeypatch.setattr(commands, "testbed", lambda: nullcontext(tmp_path))
+    options = ["--testbeds", "demo", "--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "runs")]
+    result = CliRunner().invoke(cli.app, ["front", *options])
+    assert result.exit_code == 0
+    assert "12 runs, 0 left" in result.stdout
+    with (tmp_path / "runs" / "front.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert (tmp_path / "runs" / "front.md").read_text().count("loom") == 2
+    assert (tmp_path / "runs" / "front.png").stat().st_size > 10_000
+
+
+def test_an_unknown_testbed_is_named(made, tmp_path):
+    with pytest.raises(ConfigError, match="no testbed 'moon': expected one of demo"):
+        front.entries(tmp_path, ["moon"], range(1), tmp_path / "x", [])
+
+
+def test_every_shipped_entry_is_a_valid_setting(tmp_path):
+    with shipped() as folder:
+        found = front.entries(folder, ["demo", "many"], range(300, 301), tmp_path, [])
+    budgets = {(entry.testbed, entry.budget) for entry in found}
+    assert {("demo", "1%"), ("many", "1%")} <= budgets
+    for testbed_name in ("demo", "many"):
+        first = next(entry for entry in found if entry.testbed == testbed_name)
+        assert (first.budget, first.made[0].config.method.name) == ("published", "fedit")
+    for entry in found:
+        build(entry.made[0].config.method.name, entry.made[0].config.method.settings)

@@ -1,0 +1,196 @@
+"""Any attendance: k of n with drop-outs, late joiners, clients that vanish for rounds, consolidation in between."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from test_methods_contract import assert_same_model
+
+from fedloom.errors import RoundError, StaleError
+from fedloom.lora.pair import LoraState, stack
+from fedloom.methods.method import State
+from fedloom.methods.table import METHODS, build
+from fedloom.rounds.catchup import Archive
+from fedloom.rounds.consolidation import Consolidation, consolidated
+from fedloom.rounds.turns import Job, ServerTurn, Train, accept, full_state, start
+from fedloom.server.roster import Roster, same
+from fedloom.wire import read_header
+from toy import RANK, SHAPES, Federation, delta, initial, job, random_state, ranks, step
+
+MERGING = ["flora", "florist:paper", "fedex"]
+
+
+def consolidating(name: str, every: int = 3, energy: float = 1.0, **settings: object) -> Job:
+    name, _, preset = name.partition(":")
+    plain = job(build(name, {**settings, **({"preset": preset} if preset else {})}))
+    return replace(plain, consolidation=Consolidation(every, energy))
+
+
+class Attended(Federation):
+    """A federation whose clients come and go, brought in step from the archive as an engine does it."""
+
+    def __init__(self, job: Job, clients: dict | None = None) -> None:
+        super().__init__(job, clients)
+        self.archive = Archive()
+        self.top = self.server.adapter
+        self.roster = Roster(job, self.top, self.ranks)
+        self.sent: list[tuple[str, int]] = []
+
+    def bring(self, client: str) -> None:
+        """Catch the client up, and hold it to one that comes from nothing by the full state."""
+        state = self.clients[client]
+        needed = self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.number + 1)
+        for payload in needed:
+            self.sent.append((read_header(payload).kind, len(payload)))
+            state = accept(self.job, state, payload)
+        self.roster.receive(client, needed)
+        assert same(self.roster[client], state), "what is computed once is what the client itself would have"
+        newcomer = start(self.job, self.top, self.ranks[client])
+        assert_same_model(state, accept(self.job, newcomer, full_state(self.job, self.server, self.number)))
+        self.clients[client] = state
+
+    def attend(self, asked: list[str], vanished: set[str]) -> None:
+        for client in asked:
+            self.bring(client)
+        there = {client: self.training(client) for client in asked if client not in vanished}
+        if not there:
+            self.number += 1
+            return
+        result = self.round(there)
+        assert not result.refused
+        self.stats = result.stats
+
+    def deliver(self, turn: ServerTurn) -> None:
+        """Only the archive and the roster learn of the broadcast; clients are brought in step when they are asked."""
+        before = read_header(turn.payload).base_version
+        self.archive.add(before, turn.payload, limit=4 * self.server.total.numel())
+        led = self.server.version == before + 1
+        self.roster.follow(turn.payload if led else full_state(self.job, self.server, self.number))
+
+    def client_turn(self, client: str, train: Train) -> bytes:
+        payload = super().client_turn(client, train)
+        self.roster.hold(client, self.clients[client])
+        return payload
+
+
+SCHEDULES = [(name, 0) for name in sorted(METHODS)] + [(name, 3) for name in sorted(METHODS) if build(name).merges]
+
+
+@pytest.mark.parametrize(("name", "every"), SCHEDULES)
+def test_whoever_comes_when_is_in_step_to_the_bit(name: str, every: int):
+    """Nine rounds, 3 of 6 asked, a third drops out; one joins in round 6, one vanishes from round 2 to 8."""
+    method = build(name)
+    kinds = [4, 2, 1] if method.facts.unequal_ranks else [4, 4, 4]
+    clients = {f"c{i}": ranks(kinds[i % 3]) for i in range(6)}
+    if method.module_subsets:
+        del clients["c5"]["layers.1.down"]
+    plain = job(method)
+    federation = Attended(Job(method, plain.seed, plain.quantize, consolidation=Consolidation(every, 0.99)), clients)
+    draw = random.Random(f"{name} {every}")
+    for round in range(1, 10):
+        there = [c for c in clients if not (c == "c4" and round < 6) and not (c == "c0" and 2 <= round <= 8)]
+        asked = sorted(draw.sample(there, 3))
+        federation.attend(asked, {client for client in asked if draw.random() < 0.3})
+    for client in clients:
+        federation.bring(client)
+    assert_same_model(federation.clients["c0"], federation.server)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_consolidation_shortens_the_way_back(name: str):
+    """Steps that shrink from round to round, as under any schedule, leave increments that few components hold."""
+    ways = {}
+    for every in (0, 6):
+        federation = Attended(consolidating(name, every, 0.99), dict.fromkeys("abc", 2))
+        federation.train = lambda state, round, seed: step(state, round, seed, size=0.3**round)
+        for _ in range(6):
+            federation.attend(["a", "b"], set())
+        federation.bring("c")
+        ways[every] = sum(size for _, size in federation.sent[-1:])
+    assert federation.server.version == 7, "a consolidation is a version of its own"
+    assert 0 < federation.stats["consolidated_lost_energy"] <= 0.01
+    assert ways[6] < 0.9 * ways[0]
+
+
+@pytest.mark.parametrize("energy", [1.0, 0.99, 0.8])
+def test_a_consolidation_loses_the_energy_that_it_reports(energy: float):
+    """Ten increments of rank 1 in modules whose rank is 6 to 10 at most; the adapter in training is left alone."""
+    frozen = stack([random_state(seed, rank=1, size=0.5**seed) for seed in range(10)])
+    state = State(random_state(99), frozen=frozen, version=4, digest="d")
+    after, stats = consolidated(state, energy)
+    lost = total = 0.0
+    for module, before in delta(frozen).items():
+        change = before - (delta(after.frozen)[module] if module in after.frozen else 0)
+        lost, total = lost + float(change.square().sum()), total + float(before.square().sum())
+        assert float(change.square().sum()) <= (1 - energy + 1e-9) * float(before.square().sum())
+    assert stats["consolidated_lost_energy"] == pytest.approx(lost / total, abs=1e-6)
+    assert stats["consolidated_from_rank"] == 10 > stats["consolidated_rank"]
+    assert after.adapter is state.adapter and after.version == 5 and after.digest != state.digest
+
+
+def test_nothing_to_recompress_is_no_version():
+    for frozen in (LoraState(), random_state(1, rank=2)):
+        state = State(initial(), frozen=frozen, version=3, digest="d")
+        assert consolidated(state, 1.0) == (state, {})
+
+
+def test_after_a_consolidation_everybody_receives_the_same_full_state():
+    federation = Attended(consolidating("flora", every=2, energy=0.9), {"ada": 2, "bob": 2})
+    federation.attend(["ada", "bob"], set())
+    federation.attend(["ada"], set())
+    assert federation.server.version == 3
+    federation.sent.clear()
+    federation.attend(["ada", "bob"], set())
+    assert [kind for kind, _ in federation.sent] == ["state", "state"]
+    assert len({size for _, size in federation.sent}) == 1
+    federation.sent.clear()
+    federation.bring("ada")
+    assert [kind for kind, _ in federation.sent] == ["change"]
+
+
+def test_the_archive_forgets_what_no_way_leads_on_from():
+    archive = Archive()
+    for version in (0, 1, 2, 4, 5):
+        archive.add(version, b"x", limit=100)
+    assert sorted(archive.payloads) == [4, 5]
+    assert (archive.reach(6), archive.reach(5), archive.reach(9)) == (4, 4, 9)
+
+
+def test_one_large_broadcast_gives_way_to_a_smaller_full_state():
+    """FLoRA's stack of many clients exceeds the merged state, whose rank is at most min(m, n)."""
+    federation = Attended(job(build("flora")), dict.fromkeys("abcdefghij", RANK))
+    federation.attend(list("abcdefghi"), set())
+    assert len(federation.archive.payloads[0]) > len(full_state(federation.job, federation.server, 1))
+    federation.bring("j")
+    assert [kind for kind, _ in federation.sent] == ["state"]
+    assert torch.equal(federation.clients["j"].frozen[min(SHAPES)].A, federation.server.frozen[min(SHAPES)].A)
+
+
+def test_the_roster_keeps_two_states_for_each_kind_of_client_however_many_versions_are_held():
+    federation = Attended(job(build("fedsrd")), {f"c{i}": RANK for i in range(8)})
+    for client in federation.clients:
+        federation.attend([client], set())
+    assert len({state.version for state in federation.roster.values()}) == 8
+    assert len({id(state.adapter) for state in federation.roster.values()}) == 1, "all are behind by a round or more"
+    federation.bring("c0")
+    assert len({id(state.adapter) for state in federation.roster.values()}) == 2
+
+
+def test_the_roster_refuses_what_does_not_lead_to_the_servers_state():
+    federation = Attended(job(build("fedit")), dict.fromkeys("ab", RANK))
+    for _ in range(3):
+        federation.attend(["a"], set())
+    needed = federation.archive.needed(federation.job, federation.server, 0, federation.ranks["b"], 4)
+    with pytest.raises(RoundError, match="client b was sent leads to version 0"):
+        federation.roster.receive("b", [])
+    if len(needed) > 1:
+        with pytest.raises(StaleError):
+            federation.roster.receive("b", needed[1:])
+    other = Attended(job(build("fedit"), seed=9), dict.fromkeys("ab", RANK))
+    for _ in range(3):
+        other.attend(["a"], set())
+    with pytest.raises(RoundError, match="not to the server's"):
+        federation.roster.receive("b", [full_state(other.job, other.server, 4)])

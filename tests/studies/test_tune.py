@@ -1,0 +1,111 @@
+"""A setting is chosen on the validation split, and the held-out one is never opened meanwhile."""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fedloom.cli import main as cli
+from fedloom.cli import studies as commands
+from fedloom.errors import ConfigError
+from fedloom.records.configfile import load
+from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.report.numbers import summarise
+from fedloom.server import local
+from fedloom.studies import compare, tune
+
+TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
+SHORT = [
+    "method.name=florist",
+    "method.client_init=merge_reinit",
+    "federation.num_rounds=1",
+    "federation.eval_every=0",
+    "federation.participants=['lab']",
+    "training.max_steps=1",
+]
+
+
+def report(score: float, size: int):
+    rows = [Run("m", "m", ("a",), 1, 10, 0), Transfer(1, "a", "up", "update", size), Evaluation(1, "d", score, 1.0)]
+    return summarise(rows)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "efficient"),
+    [(0.5, "0.8"), (0.65, "0.9"), (0.7, "0.9"), (0.75, "0.99"), (0.9, "0.99"), (None, "0.99")],
+)
+def test_o_scores_best_and_e_is_the_cheapest_that_matches(baseline, efficient):
+    groups = {"k=0.8": [report(0.6, 10)], "k=0.9": [report(0.6, 20), report(0.8, 20)], "k=0.99": [report(0.8, 30)]}
+    if baseline is not None:
+        groups |= {"ffa": [report(0.1, 5)], "fedit": [report(baseline, 5)]}
+    choice = tune.choose(groups, "k", ["0.8", "0.9", "0.99"])
+    assert (choice.best.value, choice.efficient.value, choice.matched) == ("0.99", efficient, baseline)
+
+
+def test_of_equal_scores_the_cheaper_one_is_best():
+    choice = tune.choose({"k=1": [report(0.6, 10)], "k=2": [report(0.6, 9)]}, "k", ["1", "2"])
+    assert choice.best.value == choice.efficient.value == "2"
+
+
+def test_a_search_never_opens_the_held_out_split(tmp_path: Path):
+    """It works where there is none: the files are deleted. What it writes names the split all the same."""
+    bed = tmp_path / "bed"
+    shutil.copytree(TESTBED, bed, ignore=shutil.ignore_patterns("heldout*", "__pycache__"))
+    config = load(bed / "demo.toml", SHORT)
+    made = tune.search(config, "method.tau", ["0.8", "0.99"], [], [100], tmp_path / "out")
+    assert [run.config.data.heldout for run in made] == ["validation"] * 2
+    assert "heldout" not in {str(value) for run in made for value in run.config.data.model_dump().values()}
+    for run in made:
+        local.run(run.config, run.folder)
+    groups = compare.reports(made)
+    choice = tune.choose(groups, "method.tau", ["0.8", "0.99"])
+    files = tune.write(config, "method.tau", choice, tmp_path / "out")
+    sizes = {label: reports[0].totals.bytes for label, reports in groups.items()}
+    assert sizes["method.tau=0.8"] < sizes["method.tau=0.99"]
+    for name, found in (("O", choice.best), ("E", choice.efficient)):
+        chosen = load(files[name])
+        assert (chosen.data.heldout, chosen.data.validation) == ("heldout", "validation")
+        assert chosen.method.settings["tau"] == float(found.value)
+        assert chosen.method.settings["client_init"] == "merge_reinit"
+        assert chosen.federation.seed == config.federation.seed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("data.validation=null", "is missing"), ("data.validation=heldout", "would leak")]
+)
+def test_a_search_needs_a_split_of_its_own(override: str, message: str):
+    config = load(TESTBED / "demo.toml", [*SHORT, override])
+    with pytest.raises(ConfigError, match=message):
+        tune.search(config, "method.tau", ["0.8"], [], [100], Path("unused"))
+
+
+def test_a_value_without_a_run_is_named():
+    with pytest.raises(ConfigError, match=r"k=2 has no complete run"):
+        tune.choose({"k=1": [report(0.5, 1)]}, "k", ["1", "2"])
+
+
+def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
+    def play(made, jobs, finished):
+        for run in made:
+            run.folder.mkdir(parents=True)
+            (run.folder / compare.FINISHED).touch()
+            tau = run.config.method.settings.get("tau", 0.0)
+            with Ledger(run.folder / "ledger.jsonl") as ledger:
+                ledger.append(Run(run.config.method.name, "m", ("a",), 1, 10, run.seed))
+                ledger.append(Training(1, "a", 1.0, 1, 1, 1.0))
+                ledger.append(Transfer(1, "a", "up", "update", int(100 * tau)))
+                ledger.append(Evaluation(1, "d", tau or 0.85, 1.0))
+            finished(run, 1.0)
+
+    monkeypatch.setattr(compare, "play", play)
+    monkeypatch.setattr(compare, "expected", lambda made, jobs: 60.0)
+    monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=200))
+    command = ["tune", "--set", "method.name=florist", "--values", "0.8,0.9,0.99", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    taus = [load(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
+    assert taus == [0.99, 0.9]
+    assert "O: method.tau = 0.99, 99.0 % on validation" in commands.screen.file.getvalue()

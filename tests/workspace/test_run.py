@@ -1,0 +1,208 @@
+"""Whole runs on the shipped model: what they leave behind, kill and resume, attendance."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedloom.errors import CheckpointError
+from fedloom.lora.pair import digest
+from fedloom.records.config import Config
+from fedloom.records.configfile import load
+from fedloom.records.events import Silent
+from fedloom.records.ledger import Evaluation, Note, Training, Transfer, read, totals
+from fedloom.server.local import Simulation, run
+from fedloom.workspace.assemble import prepare
+from fedloom.workspace.folder import RunFolder
+
+TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
+SHORT = ["federation.num_rounds=3", "training.max_steps=2", "federation.eval_every=0"]
+TWO = ["federation.participants=['bank', 'lab']"]
+
+
+def settings(*overrides: str) -> Config:
+    return load(TESTBED / "demo.toml", [*SHORT, *overrides])
+
+
+def finished(folder: Path) -> tuple[bytes, object, list[float]]:
+    """What must not depend on interruptions: the adapter's bytes, the sums of bytes, the losses and scores."""
+    rows = read(folder / "ledger.jsonl")
+    losses = [row.loss for row in rows if isinstance(row, Training | Evaluation)]
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), totals(rows), losses
+
+
+OPENED_BY_PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+run, data = sys.argv[1:]
+base = json.load(open(f"{run}/adapter/adapter_config.json"))["base_model_name_or_path"]
+tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{run}/adapter").eval()
+rows = [json.loads(line) for line in open(data)]
+hits = 0
+for start in range(0, len(rows), 100):
+    some = rows[start:start + 100]
+    prompts = tokenizer([row["instruction"] + "\\n" for row in some], return_tensors="pt", padding=True)
+    prompts.pop("token_type_ids", None)
+    with torch.no_grad():
+        out = model.generate(**prompts, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    for row, ids in zip(some, out[:, prompts["input_ids"].shape[1]:].tolist()):
+        ended = tokenizer.eos_token_id in ids
+        text = tokenizer.decode(ids[:ids.index(tokenizer.eos_token_id)] if ended else ids)
+        hits += ended and text == row["output"]
+print(hits / len(rows))
+"""
+
+
+def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Path):
+    config = settings("federation.participants=['depot']", "training.max_steps=12", "method.name=fedit")
+    summary = run(config, tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left >= {"adapter", "checkpoints", "config.toml", "curve.png", "ledger.jsonl", "report.html"}
+    assert summary.after["depot"] > summary.before["depot"] + 0.1
+    told = subprocess.run(
+        [sys.executable, "-c", OPENED_BY_PEFT, str(tmp_path / "run"), str(TESTBED / "data/depot/heldout.jsonl")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert float(told.stdout) == pytest.approx(summary.after["depot"], abs=1 / 300 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["fedsrd", "florist"])
+def test_everybody_ends_with_the_servers_bits_whoever_was_sampled(tmp_path: Path, method: str):
+    config = settings("federation.fraction_train=0.5", "federation.drop_out=0.3", f"method.name={method}")
+    with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
+        simulation = Simulation(prepare(config), folder, Silent())
+        simulation.play(resume=False)
+    for client, state in simulation.clients.items():
+        assert state.version == simulation.server.version, client
+        assert digest(state.adapter) == digest(simulation.server.adapter), client
+        assert digest(state.frozen) == digest(simulation.server.frozen), client
+
+
+def test_the_ledger_counts_the_bytes_that_were_kept(tmp_path: Path):
+    run(settings(*TWO, "output.keep_payloads=true"), tmp_path / "run")
+    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "payloads").iterdir())
+    assert kept == sum(row.bytes for row in rows) == totals(rows).bytes
+    assert all(sum(row.parts.values()) == row.bytes for row in rows)
+    assert sum(row.direction == "up" for row in rows) == sum(row.direction == "down" for row in rows) == 6
+
+
+def test_a_round_without_answers_is_noted_and_the_run_goes_on(tmp_path: Path):
+    run(settings(*TWO, "federation.drop_out=0.9", "federation.seed=1"), tmp_path / "run")
+    notes = [row.text for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note)]
+    assert any("nobody answered" in text for text in notes)
+
+
+class Crash(Exception):
+    """Stands for a power cut."""
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("moment", "call"),
+    [
+        ("transfer", 1),
+        pytest.param("save", 4, marks=SLOW),
+        pytest.param("transfer", 4, marks=SLOW),
+        pytest.param("save", 1, marks=SLOW),
+    ],
+)
+def test_a_run_resumed_after_a_crash_ends_the_same(tmp_path: Path, moment: str, call: int, monkeypatch):
+    config = settings(*TWO)
+    run(config, tmp_path / "whole")
+    original, count = getattr(RunFolder, moment), iter(range(1, 1000))
+
+    def crash(self: RunFolder, *args: object) -> None:
+        if next(count) == call:
+            raise Crash
+        original(self, *args)
+
+    monkeypatch.setattr(RunFolder, moment, crash)
+    with pytest.raises(Crash):
+        run(config, tmp_path / "broken")
+    monkeypatch.undo()
+    run(config, tmp_path / "broken", resume=True)
+    assert finished(tmp_path / "broken") == finished(tmp_path / "whole")
+
+
+def test_a_run_killed_by_the_system_resumes_to_the_same_bytes(tmp_path: Path):
+    file = tmp_path / "demo.toml"
+    overrides = [part for text in [*SHORT, *TWO] for part in ("--set", text)]
+    file.write_text((TESTBED / "demo.toml").read_text().replace('"./', f'"{TESTBED}/'))
+    command = [sys.executable, "-m", "fedloom", "run", str(file), *overrides, "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run(
+        [*command, str(tmp_path / "whole")], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "exact match" in whole.stdout.lower()
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "round-00001.safetensors").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert not (tmp_path / "killed" / "adapter").exists()
+    resumed = [*command, str(tmp_path / "killed"), "--resume"]
+    subprocess.run(resumed, env=environment, capture_output=True, timeout=120, check=True)
+    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
+
+
+def test_a_folder_is_never_overwritten(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.docx").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds other files"):
+        run(settings(), tmp_path / "run")
+
+
+def test_a_resumed_run_must_be_the_same_run(tmp_path: Path):
+    run(settings(*TWO), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="--resume"):
+        run(settings(*TWO), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="differs from the settings"):
+        run(settings(*TWO, "training.learning_rate=0.001"), tmp_path / "run", resume=True)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path):
+    run(settings(*TWO), tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=newest.name):
+        run(settings(*TWO), tmp_path / "run", resume=True)
+
+
+def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path):
+    config = settings(*TWO, "method.name=florist", "method.preset=paper", "output.max_rank=6")
+    summary = run(config, tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert max(t.shape[0] for name, t in tensors.items() if "lora_A" in name) <= 6
+    assert 0 < summary.lost_energy < 1
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] <= 6
+
+
+def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path):
+    config = settings(*TWO, "method.name=florist", "clients.lab.r=4", "clients.bank.lora_alpha=8")
+    summary = run(config, tmp_path / "run")
+    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    up = {
+        client: sum(r.bytes for r in rows if r.client == client and r.direction == "up") for client in ("bank", "lab")
+    }
+    assert up["lab"] < up["bank"] / 3 and summary.lost_energy == 0.0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
