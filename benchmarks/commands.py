@@ -1,25 +1,21 @@
-"""`fedloom bench …`: reads arguments, calls the benches, prints tables or JSON."""
+"""`python -m benchmarks …`: reads arguments, calls the measurements, prints tables or JSON."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from fedloom.errors import ConfigError
-from fedloom.testbeds import testbed
+from fedloom.cli.funnel import Funnel
+from fedloom.cli.options import AsJson, numbers, show, words
+from fedloom.testbeds import testbed_folder
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-app = typer.Typer(no_args_is_help=True, help="Measurements that can be repeated.")
+app = typer.Typer(
+    cls=Funnel, no_args_is_help=True, pretty_exceptions_enable=False, help="Measurements that can be repeated."
+)
 
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("aggregate")
@@ -159,8 +155,8 @@ def turn_command(
     from benchmarks import turn
     from fedloom.records.configfile import load
 
-    with testbed() as folder:
-        result = turn.run(load(config or folder / "demo.toml", settings or ()), repeats=repeats)
+    folder = testbed_folder()
+    result = turn.run(load(config or folder / "demo.toml", settings or ()), repeats=repeats)
     show(result, turn.tables, as_json)
 
 
@@ -175,8 +171,8 @@ def updates_command(
     from benchmarks import updates
     from fedloom.records.configfile import load
 
-    with testbed() as folder:
-        result = updates.run(load(config or folder / "demo.toml", settings or ()), density=density)
+    folder = testbed_folder()
+    result = updates.run(load(config or folder / "demo.toml", settings or ()), density=density)
     show(result, updates.tables, as_json)
 
 
@@ -223,8 +219,8 @@ def crowd_command(
         f"method.name={method}",
         *(settings or []),
     ]
-    with testbed() as folder:
-        show(crowd.run(load(folder / "demo.toml", wanted)), crowd.tables, as_json)
+    folder = testbed_folder()
+    show(crowd.run(load(folder / "demo.toml", wanted)), crowd.tables, as_json)
 
 
 @app.command("catchup")
@@ -241,32 +237,10 @@ def catchup_command(
     from benchmarks import catchup
     from fedloom.records.configfile import load
 
-    with testbed() as folder:
-        runs = {}
-        for spec in words(methods):
-            name, _, preset = spec.partition(":")
-            own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
-            runs[spec] = load(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
-        show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
-
-
-def words(text: str) -> list[str]:
-    """The words of a list such as "a,b"."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """The whole numbers of a list such as "64,32"."""
-    if not all(word.isdecimal() for word in words(text)):
-        raise ConfigError(f"{option} {text}: expected whole numbers with commas between them, such as 64,32,16")
-    return [int(word) for word in words(text)]
-
-
-def show(
-    result: Mapping[str, object], tables: Callable[[Mapping[str, object]], Iterable[Table]], as_json: bool
-) -> None:
-    """Print a measurement as JSON or as tables."""
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        Console().print(*tables(result), sep="\n")
+    folder = testbed_folder()
+    runs = {}
+    for spec in words(methods):
+        name, _, preset = spec.partition(":")
+        own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
+        runs[spec] = load(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
+    show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)

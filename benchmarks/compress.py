@@ -20,11 +20,11 @@ from benchmarks.wan import Workload, workload
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
-from fedloom.job import Job
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.records.config import parse_budget
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ClientTurn, Trained, client_turn, start
 from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, shapes

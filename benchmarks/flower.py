@@ -100,10 +100,10 @@ def _ask(place: Path, parcel: Parcel, context: object) -> Parcel:
 
 COLD = """
 from pathlib import Path
-from fedloom.bench.flower import settings
-from fedloom.data import load_examples
-from fedloom.setup import assemble
-import fedloom.engines.flower.client
+from benchmarks.flower import settings
+from fedloom.model.examples import load_examples
+from fedloom.workspace.assemble import assemble
+import fedloom.flower.relay
 testbed = Path({testbed!r})
 mine = load_examples(testbed / "data" / "bank")
 assemble(settings(testbed), {{"bank": mine, "depot": []}}, {{}})

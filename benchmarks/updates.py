@@ -23,10 +23,12 @@ from torch import Tensor
 from fedloom.compress.sparsify import importance, kept_count, kurtosis, top_positions
 from fedloom.lora.lowrank import frobenius_norm, inner, truncate
 from fedloom.lora.pair import PARTS, LoraPair, LoraState, narrow, stack_pairs
+from fedloom.methods.method import State
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
 from fedloom.rounds.turns import ClientTurn
-from fedloom.server.local import Simulation
+from fedloom.server.local import LocalSites
+from fedloom.server.loop import Rounds
 from fedloom.workspace.assemble import prepare
 from fedloom.workspace.folder import RunFolder
 
@@ -158,32 +160,23 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-class Watched(Simulation):
-    """A run whose clients' changes are looked at."""
-
-    looks: Looks
-
-    def turn(self, client: str, round: int) -> ClientTurn:
-        """The turn as it is, with a look at what training changed."""
-        before = self.clients[client].adapter
-        turn = super().turn(client, round)
-        self.looks.add(round, client, before, turn.trained.adapter)
-        return turn
-
-
 def run(config: Config, *, density: float = 0.01) -> dict[str, Any]:
     """{"density": …, "rows": [Row as a dict, …]}, a row for each round. Raises what running `config` raises."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         RunFolder.open(Path(scratch) / "run", config, resume=False) as folder,
     ):
-        simulation = Watched(prepare(config), folder, Silent())
-        sites = simulation.setup.sites.values()
-        ranks = {m: min(site.ranks[m] for site in sites if m in site.ranks) for m in simulation.setup.initial}
-        simulation.looks = Looks(density, ranks)
-        simulation.play(False)
-        simulation.looks.close()
-    return {"density": density, "rows": [asdict(row) for row in simulation.looks.rows]}
+        setup = prepare(config)
+        sites = setup.sites.values()
+        ranks = {m: min(site.ranks[m] for site in sites if m in site.ranks) for m in setup.initial}
+        looks = Looks(density, ranks)
+
+        def look(round: int, client: str, before: State, turn: ClientTurn) -> None:
+            looks.add(round, client, before.adapter, turn.trained.adapter)
+
+        Rounds(setup, folder, Silent(), LocalSites(setup, look)).play(resume=False)
+        looks.close()
+    return {"density": density, "rows": [asdict(row) for row in looks.rows]}
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:

@@ -20,18 +20,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from fedloom.compress.seeds import derived_seed
 from rich import box
 from rich.table import Table
 
 from benchmarks.link import Lane, Link
 from benchmarks.wire import heavy_tailed
 from fedloom.compress.quantize import quantize
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, WireError
-from fedloom.job import Job, sender_digest
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
+from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.turns import Trained, client_turn, server_turn, start
 from fedloom.studies.estimate.presets import preset_named, shapes
 from fedloom.wire import decode, encode

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedloom.compress.seeds import derived_seed
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count, floats, to_dense
 from fedloom.compress.masks import STEPS, seeded_mask
 from fedloom.compress.quantize import quantize
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.studies.estimate.machine import best, seconds
 from fedloom.studies.estimate.paper import paper_decode, paper_encode

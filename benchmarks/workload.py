@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.entries import Sparse, floats, to_dense
+from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair
 
 DENSITY = 0.05

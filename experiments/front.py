@@ -1,7 +1,7 @@
 """Score against bytes at several budgets, with settings chosen for each of them: the runs.
 
-What is compared stands in `testbed/front.toml`: for each testbed, a list of variants under each budget and under
-"published", whose first is the reference, dense FedIT.
+`front.toml` beside this file lists what is compared: for each testbed, the variants under each budget and under
+"published". The first of those is the reference, dense FedIT.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.points import Point, measured
-
 from fedloom.errors import ConfigError
 from fedloom.records.configfile import load
 from fedloom.studies.compare import Run, reports, runs
+
+LISTS = Path(__file__).with_name("front.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,11 @@ class Entry:
 
 
 def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Path, sets: Sequence[str]) -> list[Entry]:
-    """What is compared on some testbeds, whose settings and list of entries are in `folder`.
+    """What is compared on some testbeds, whose settings are in `folder`.
 
     Raises ConfigError for a testbed that the list does not have.
     """
-    lists = tomllib.loads((folder / "front.toml").read_text(encoding="utf-8"))
+    lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     found = []
     for name in testbeds:
         if name not in lists:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from fedloom.compress.seeds import derived_seed
 
 from fedloom.adapters.settings import AdapterSettings
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
+from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
 from fedloom.records.config import parse_budget

@@ -18,8 +18,9 @@ from fedloom.model.placement import Adapter
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.events import Observer, Silent
 from fedloom.rounds.turns import Job, Train
-from fedloom.server import local
-from fedloom.server.local import Simulation
+from fedloom.server import local, loop
+from fedloom.server.local import LocalSites
+from fedloom.server.loop import Rounds
 from fedloom.server.roster import Roster
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
@@ -56,11 +57,9 @@ def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
 
 
 @contextmanager
-def simulation(
-    setup: ToySetup, out: Path, observer: Observer | None = None, resume: bool = False
-) -> Iterator[Simulation]:
+def simulation(setup: ToySetup, out: Path, observer: Observer | None = None, resume: bool = False) -> Iterator[Rounds]:
     with RunFolder.open(out, setup.config, resume=resume) as folder:
-        yield Simulation(setup, folder, observer or Silent())
+        yield Rounds(setup, folder, observer or Silent(), LocalSites(setup))
 
 
 def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
@@ -69,7 +68,7 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
     down: payloads that a client applies; up: those that a client's turn gives; heard: those that the server is given.
     """
     crossed: Counter[str] = Counter()
-    receive, client_turn, server_turn = Roster.receive, local.client_turn, local.server_turn
+    receive, client_turn, server_turn = Roster.receive, local.client_turn, loop.server_turn
 
     def counted_receive(roster, client, payloads):
         crossed["down"] += sum(map(len, payloads))
@@ -87,5 +86,5 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
 
     patch.setattr(Roster, "receive", counted_receive)
     patch.setattr(local, "client_turn", counted_client)
-    patch.setattr(local, "server_turn", counted_server)
+    patch.setattr(loop, "server_turn", counted_server)
     return crossed

@@ -27,12 +27,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fedloom.caps import USUAL, Caps
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count, to_dense
 from fedloom.errors import FedloomError
-from fedloom.job import Job, sender_digest
 from fedloom.methods.table import METHODS, build
+from fedloom.rounds.caps import USUAL, Caps
 from fedloom.rounds.checks import Seen, check_finite, check_update
+from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.turns import accept, addressed, client_turn, server_turn
 from fedloom.wire import Header, Message, decode, encode
 from toy import Federation, job

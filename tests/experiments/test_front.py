@@ -3,22 +3,19 @@
 import csv
 import math
 import tomllib
-from contextlib import nullcontext
 
 import pytest
 from experiments.points import Point, above, line_seconds, rows
 from PIL import Image
 from typer.testing import CliRunner
 
-from experiments import front
-from fedloom.cli import main as cli
-from fedloom.cli import studies as commands
+from experiments import __main__ as command
+from experiments import front, picture
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
 from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
-from fedloom.report import figure
 from fedloom.studies import compare
-from fedloom.testbeds import testbed as shipped
+from fedloom.testbeds import testbed_folder
 
 LISTS = """
 [demo]
@@ -31,12 +28,12 @@ SCORES |= {"loom": 0.9, "fedsrd": 0.7}
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path, monkeypatch):
     """Finished runs of `LISTS`, two seeds each: 2 rounds of one client that sends 40 bytes a value and a turn."""
-    with shipped() as folder:
-        for name in ("demo.toml", "model", "data"):
-            (tmp_path / name).symlink_to(folder / name)
+    for name in ("demo.toml", "model", "data"):
+        (tmp_path / name).symlink_to(testbed_folder() / name)
     (tmp_path / "front.toml").write_text(LISTS)
+    monkeypatch.setattr(front, "LISTS", tmp_path / "front.toml")
     found = front.entries(tmp_path, ["demo"], range(2), tmp_path / "runs", [])
     for run in front.distinct(found):
         run.folder.mkdir(parents=True)
@@ -96,15 +93,15 @@ def test_the_rows_and_the_picture_have_every_point(made, tmp_path):
     ]
     fedsrd = next(row for row in said if row["run"] == "fedsrd")
     assert (fedsrd["of dense fp32"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
-    figure.front(points, tmp_path / "front.png")
+    picture.front(points, tmp_path / "front.png")
     with Image.open(tmp_path / "front.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 100
 
 
 def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
-    monkeypatch.setattr(commands, "testbed", lambda: nullcontext(tmp_path))
+    monkeypatch.setattr(command, "testbed_folder", lambda: tmp_path)
     options = ["--testbeds", "demo", "--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "runs")]
-    result = CliRunner().invoke(cli.app, ["front", *options])
+    result = CliRunner().invoke(command.app, ["front", *options])
     assert result.exit_code == 0
     assert "12 runs, 0 left" in result.stdout
     with (tmp_path / "runs" / "front.csv").open() as file:
@@ -119,8 +116,7 @@ def test_an_unknown_testbed_is_named(made, tmp_path):
 
 
 def test_every_shipped_entry_is_a_valid_setting(tmp_path):
-    with shipped() as folder:
-        found = front.entries(folder, ["demo", "many"], range(300, 301), tmp_path, [])
+    found = front.entries(testbed_folder(), ["demo", "many"], range(300, 301), tmp_path, [])
     budgets = {(entry.testbed, entry.budget) for entry in found}
     assert {("demo", "1%"), ("many", "1%")} <= budgets
     for testbed_name in ("demo", "many"):

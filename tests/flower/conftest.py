@@ -16,10 +16,11 @@ def toy_federation(tmp_path, monkeypatch):
     from fedloom.flower import sites as server
     from fedloom.flower.fleet import Fleet
     from fedloom.records.events import Silent
+    from fedloom.server.loop import Rounds
     from fedloom.workspace.folder import RunFolder
 
     monkeypatch.setattr("fedloom.site.desk.assemble", desks.assemble)
-    monkeypatch.setattr("fedloom.server.local.finish", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.server.loop.finish", lambda *arguments: None)
     for module, name, value in (
         (gathering, "POLL_SECONDS", 0.002),
         (server, "POLL_SECONDS", 0.002),
@@ -37,7 +38,7 @@ def toy_federation(tmp_path, monkeypatch):
             setup = desks.assemble(config, {name: [] for name in desks.SITES}, {})
             base = server.base_digest(config.model.path)
             facts = {"job": server.job_id(folder.path / "job", resume), "base": base}
-            federation = server.Federation(setup, folder, Silent(), Fleet(grid, facts, desks.SITES))
+            federation = Rounds(setup, folder, Silent(), server.FlowerSites(setup, Fleet(grid, facts, desks.SITES)))
             federation.play(resume)
         return federation, grid
 

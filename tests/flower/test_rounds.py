@@ -14,7 +14,8 @@ from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import digest
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Roll, Run, Transfer, read, totals
-from fedloom.server.local import Attendance, Simulation
+from fedloom.server.local import LocalSites
+from fedloom.server.loop import Attendance, Rounds
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.wire import Message, decode, encode
@@ -27,13 +28,14 @@ def local(tmp_path: Path, *overrides: str, absent: dict[int, tuple[str, ...]] | 
     """The local engine's run on the same made-up models; `absent` says who is not asked, by round."""
     config = settings(*overrides)
 
-    class Course(Simulation):
-        def collect(self, round: int, present: Attendance) -> dict[str, bytes]:
-            asked = tuple(name for name in present.asked if name not in (absent or {}).get(round, ()))
-            return super().collect(round, replace(present, asked=asked))
+    class Course(LocalSites):
+        def collect(self, rounds: Rounds, present: Attendance) -> dict[str, bytes]:
+            asked = tuple(name for name in present.asked if name not in (absent or {}).get(rounds.round, ()))
+            return super().collect(rounds, replace(present, asked=asked))
 
     with RunFolder.open(tmp_path / out, config, resume=False) as folder:
-        course = Course(assemble(config, dict.fromkeys(SITES, []), {}), folder, Silent())
+        setup = assemble(config, dict.fromkeys(SITES, []), {})
+        course = Rounds(setup, folder, Silent(), Course(setup))
         course.play(resume=False)
     return course
 
@@ -84,8 +86,8 @@ def test_payloads_and_states_are_those_of_the_local_engine(toy_federation, tmp_p
     assert payloads(tmp_path / "run") == payloads(tmp_path / "local")
     for name in SITES:
         held = grid.node(name).desk.held.after
-        assert state(held) == state(simulation.clients[name])
-        assert held.memory.keys() == simulation.clients[name].memory.keys()
+        assert state(held) == state(simulation.sites.states[name])
+        assert held.memory.keys() == simulation.sites.states[name].memory.keys()
     sums = [totals(read(tmp_path / out / "ledger.jsonl")) for out in ("run", "local")]
     assert sums[0] == sums[1]
 
@@ -110,7 +112,7 @@ def test_rounds_go_on_without_a_silent_site_and_its_residual_is_taken_back(toy_f
     federation, grid = toy_federation(disturb=only("lab", 2, lambda node, reply: None))
     simulation = local(tmp_path, absent={2: ("lab",)})
     assert state(federation.server) == state(simulation.server)
-    for name, tensor in simulation.clients["lab"].memory.items():
+    for name, tensor in simulation.sites.states["lab"].memory.items():
         assert tensor.equal(grid.node("lab").desk.held.after.memory[name])
     assert rolls(tmp_path)[1].failed == {"lab": "did not answer in time"}
 
@@ -218,8 +220,8 @@ def test_a_server_that_dies_before_its_checkpoint_counts_nothing_twice(toy_feder
     federation, grid = toy_federation(resume=True)
     simulation = local(tmp_path)
     assert state(federation.server) == state(simulation.server)
-    assert grid.node("lab").desk.held.after.memory.keys() == simulation.clients["lab"].memory.keys()
-    for name, tensor in simulation.clients["lab"].memory.items():
+    assert grid.node("lab").desk.held.after.memory.keys() == simulation.sites.states["lab"].memory.keys()
+    for name, tensor in simulation.sites.states["lab"].memory.items():
         assert tensor.equal(grid.node("lab").desk.held.after.memory[name])
 
 

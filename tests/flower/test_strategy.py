@@ -112,10 +112,11 @@ def test_a_round_with_too_few_updates_changes_nothing():
 def test_a_server_that_wants_the_strategy_alone_needs_no_model_libraries():
     code = """
 import sys
-for name in ("transformers", "peft", "trl", "datasets", "pyarrow", "fedloom.workspace.assemble", "fedloom.model.peft_bridge"):
+own = ("fedloom.workspace.assemble", "fedloom.model.peft_bridge")
+for name in ("transformers", "peft", "trl", "datasets", "pyarrow", *own):
     sys.modules[name] = None  # importing it raises ImportError
 import toy
-from fedloom.engines.flower.strategy import FedLoomStrategy, agree
+from fedloom.flower.strategy import FedLoomStrategy, agree
 print(len(FedLoomStrategy(toy.initial(), agree("loom", values="sign")).arrays()))
 """
     path = os.pathsep.join(sys.path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedloom.compress.seeds import derived_seed
 
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ShapeError
 from fedloom.lora.pair import LoraPair, LoraState, digest, from_tensors, initial_state, narrow, stack
 from toy import SHAPES, delta, initial, random_state

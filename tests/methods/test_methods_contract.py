@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedloom.compress.seeds import derived_seed
 
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, StaleError
 from fedloom.lora.pair import LoraPair, LoraState, digest
 from fedloom.methods.method import Method, State

@@ -16,7 +16,7 @@ from fedloom.model.base import empty_base, load_base
 from fedloom.model.examples import Example
 from fedloom.model.foreign import LONGEST, MOST_STEPS, limited_steps, one_line
 from fedloom.model.templates import LONGEST_TEMPLATE, TEMPLATES
-from fedloom.model.tokens import prepare
+from fedloom.model.tokens import tokenize
 from fedloom.records.configfile import load as load_config
 from fedloom.workspace.assemble import prepare as set_up
 from tiny_models import CHAT, llama, tokenizer
@@ -112,7 +112,7 @@ def test_a_chat_template_that_harms_is_one_line(template: str, reason: str) -> N
     made = tokenizer()
     made.chat_template = template
     with pytest.raises(DataError, match=reason) as caught:
-        prepare([Example("add", "3")], made, "chat", 64, "client 'lab'")
+        tokenize([Example("add", "3")], made, "chat", 64, "client 'lab'")
     text = str(caught.value)
     assert text.startswith("client 'lab': the tokenizer's chat template cannot be used: ") and text.isprintable()
     assert sys.gettrace() is None or not text
@@ -150,7 +150,7 @@ def test_a_tokenizer_that_panics_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(type(made), "__call__", panics)
     with pytest.raises(FedloomError, match="client 'lab': the tokenizer fails: called"):
-        prepare([Example("add", "3")], made, "plain", 64, "client 'lab'")
+        tokenize([Example("add", "3")], made, "plain", 64, "client 'lab'")
 
 
 def test_steps_of_other_files_are_free_and_the_trace_is_put_back() -> None:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.caps import USUAL, Caps, find_outliers, hold_to, share_out
 from fedloom.methods.table import build
 from fedloom.records.config import FederationSettings
+from fedloom.rounds.caps import USUAL, Caps, find_outliers, hold_to, share_out
 from fedloom.rounds.turns import Trained, client_turn, server_turn
 from toy import Federation, delta, job, step
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.caps import USUAL
 from fedloom.compress.entries import Dense, Sparse, count, dense, to_dense
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, WireError
-from fedloom.job import sender_digest
 from fedloom.lora.pair import digest
 from fedloom.methods.method import Update
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds import turns as rounds
+from fedloom.rounds.caps import USUAL
 from fedloom.rounds.checks import check_update
+from fedloom.rounds.job import sender_digest
 from fedloom.rounds.turns import accept, client_turn, full_state, server_turn
 from fedloom.wire import Message, decode, encode
 from toy import SHAPES, Federation, job

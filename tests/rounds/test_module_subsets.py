@@ -18,7 +18,8 @@ from fedloom.records.configfile import load as load_config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Transfer, read
 from fedloom.rounds.turns import accept, client_turn, full_state, server_turn
-from fedloom.server.local import Simulation
+from fedloom.server.local import LocalSites
+from fedloom.server.loop import Rounds
 from fedloom.wire import decode, encode
 from fedloom.workspace.assemble import prepare
 from fedloom.workspace.checkpoint import Snapshot, load, save
@@ -161,9 +162,10 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
     """On the shipped model: what a site does not train is in its model all the same, and its bits do not move."""
     config = load_config(TESTBED / "demo.toml", [*SETTINGS, f"method.name={method}"])
     with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
-        simulation = Simulation(prepare(config), folder, Silent())
+        setup = prepare(config)
+        simulation = Rounds(setup, folder, Silent(), LocalSites(setup))
         simulation.play(resume=False)
-        state, setup = simulation.clients["lab"], simulation.setup
+        state = simulation.sites.states["lab"]
         trained = setup.train("lab")(state, 2, 0).adapter
     assert {module.rpartition(".")[2] for module in trained} == {"q_proj", "v_proj"}
     assert {module.rpartition(".")[2] for module in state.adapter} > {"down_proj", "k_proj"}

@@ -11,10 +11,11 @@ import torch
 from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
+from fedloom.methods.method import State
 from fedloom.records.configfile import load
 from fedloom.records.ledger import Note, read
-from fedloom.rounds.turns import ClientTurn
-from fedloom.server.local import Simulation
+from fedloom.rounds.job import Job
+from fedloom.rounds.turns import ClientTurn, Train, client_turn
 from fedloom.wire import Message, decode, encode
 from fedloom.workspace.assemble import caps_of
 from fedloom.workspace.folder import RunFolder
@@ -34,10 +35,9 @@ def play(out: Path, monkeypatch, lie, *, clients: int = 3, resume: bool = False,
     )
     setup = toy_setup(config, clients, initial())
     run = replace(setup.job, caps=caps_of(config.federation, setup.sites))
-    plain = Simulation.turn
 
-    def turn(self: Simulation, client: str, round: int) -> ClientTurn:
-        done = plain(self, client, round)
+    def turn(job: Job, client: str, state: State, payloads: list[bytes], train: Train, round: int) -> ClientTurn:
+        done = client_turn(job, client, state, payloads, train, round)
         trained = replace(done.trained, num_examples=10)
         message = decode(done.payload)
         header, entries = replace(message.header, num_examples=10), dict(message.entries)
@@ -46,8 +46,8 @@ def play(out: Path, monkeypatch, lie, *, clients: int = 3, resume: bool = False,
             trained = replace(trained, num_examples=header.num_examples)
         return replace(done, payload=encode(Message(header, entries)), trained=trained)
 
-    monkeypatch.setattr(Simulation, "turn", turn)
-    monkeypatch.setattr("fedloom.server.local.finish", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.server.local.client_turn", turn)
+    monkeypatch.setattr("fedloom.server.loop.finish", lambda *arguments: None)
     with simulation(replace(setup, job=run), out, resume=resume) as done:
         done.play(resume=resume)
     monkeypatch.undo()

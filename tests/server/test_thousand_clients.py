@@ -10,7 +10,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.records.configfile import load
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Training, read, totals
-from fedloom.server.local import Simulation
+from fedloom.server.loop import Rounds
 from toy import initial
 from toy_run import count_bytes, simulation, toy_setup
 
@@ -22,12 +22,12 @@ class Watch(Silent):
     """Notes, round by round, the bytes of all tensors that the participants hold between them, each storage once."""
 
     def __init__(self) -> None:
-        self.simulation: Simulation | None = None
+        self.simulation: Rounds | None = None
         self.held: list[int] = []
         self.objects: list[int] = []
 
     def round_finished(self, *facts: object) -> None:
-        states = [self.simulation.server, *self.simulation.clients.values()]
+        states = [self.simulation.server, *self.simulation.sites.states.values()]
         parts = {id(part): part for state in states for part in (state.adapter, state.frozen, state.tail)}
         storages = [tensor.untyped_storage() for part in parts.values() for tensor in part.tensors().values()]
         payloads = sum(map(len, self.simulation.archive.payloads.values()))
@@ -52,8 +52,8 @@ def test_a_thousand_clients(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert trained + vanished == 1000 and 0.25 < vanished / 1000 < 0.35
     assert max(watch.objects) <= 3, "the server's, the latest of the clients' and the first"
     assert max(watch.held[10:]) <= 1.5 * max(watch.held[5:11]), "memory is flat"
-    assert len({id(state.adapter) for state in run.clients.values()}) == 1
-    assert {(state.version, state.digest) for state in run.clients.values()} == {
+    assert len({id(state.adapter) for state in run.sites.states.values()}) == 1
+    assert {(state.version, state.digest) for state in run.sites.states.values()} == {
         (run.server.version, run.server.digest)
     }
 
@@ -64,10 +64,10 @@ def test_clients_far_back_hold_nothing_and_come_back_in_step(tmp_path: Path):
     config = load(TESTBED / "demo.toml", settings)
     with simulation(toy_setup(config, 200, initial()), tmp_path / "run") as run:
         run.play(resume=False)
-    with_memory = {client for client, state in run.clients.items() if state.memory}
+    with_memory = {client for client, state in run.sites.states.items() if state.memory}
     asked = {row.client for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Training)}
     assert with_memory == asked and len(asked) > 20
-    assert len({id(state.adapter) for state in run.clients.values()}) == 1
+    assert len({id(state.adapter) for state in run.sites.states.values()}) == 1
 
 
 def test_a_run_of_many_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -76,14 +76,14 @@ def test_a_run_of_many_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: py
     setup = toy_setup(config, 300, initial())
     with simulation(setup, tmp_path / "whole") as whole:
         whole.play(resume=False)
-    play_round = Simulation.play_round
+    play_round = Rounds.play_round
 
-    def crash(self: Simulation, round: int) -> None:
+    def crash(self: Rounds, round: int) -> None:
         if round == 8:
             raise KeyboardInterrupt
         play_round(self, round)
 
-    monkeypatch.setattr(Simulation, "play_round", crash)
+    monkeypatch.setattr(Rounds, "play_round", crash)
     with pytest.raises(KeyboardInterrupt), simulation(setup, tmp_path / "broken") as broken:
         broken.play(resume=False)
     monkeypatch.undo()

@@ -19,7 +19,8 @@ from fedloom.records.config import Config
 from fedloom.records.configfile import load
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Evaluation, Note, Training, Transfer, read, totals
-from fedloom.server.local import Simulation, run
+from fedloom.server.local import LocalSites, run
+from fedloom.server.loop import Rounds
 from fedloom.workspace.assemble import prepare
 from fedloom.workspace.folder import RunFolder
 
@@ -83,9 +84,10 @@ def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Pat
 def test_everybody_ends_with_the_servers_bits_whoever_was_sampled(tmp_path: Path, method: str):
     config = settings("federation.fraction_train=0.5", "federation.drop_out=0.3", f"method.name={method}")
     with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
-        simulation = Simulation(prepare(config), folder, Silent())
+        setup = prepare(config)
+        simulation = Rounds(setup, folder, Silent(), LocalSites(setup))
         simulation.play(resume=False)
-    for client, state in simulation.clients.items():
+    for client, state in simulation.sites.states.items():
         assert state.version == simulation.server.version, client
         assert digest(state.adapter) == digest(simulation.server.adapter), client
         assert digest(state.frozen) == digest(simulation.server.frozen), client

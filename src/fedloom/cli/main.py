@@ -1,13 +1,12 @@
 """The command line: reads arguments, calls the library, prints.
 
 Heavy modules are imported by the command that needs them, so that `fedloom --help` answers at once.
-Whatever a command raises as a `FedloomError` becomes one line and exit code 2, here and nowhere else.
+Errors become one line and an exit code in `funnel`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from benchmarks.commands import AsJson
-from benchmarks.commands import app as bench
-from click import Context
 from rich.console import Console
-from typer.core import TyperGroup
 
 from fedloom.cli.federation import app as federation
+from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
-from fedloom.cli.studies import Set, compare, estimate, front, tune
-from fedloom.errors import ConfigError, FedloomError
-from fedloom.records.text import printable
-from fedloom.testbeds import testbed
+from fedloom.cli.options import AsJson, Set
+from fedloom.cli.studies import compare, estimate, tune
+from fedloom.errors import ConfigError
+from fedloom.testbeds import testbed_folder
 
 if TYPE_CHECKING:
     from fedloom.records.config import Config
@@ -44,31 +40,6 @@ class Engine(StrEnum):
 
 
 screen = Console()
-complaints = Console(stderr=True)
-
-
-class Funnel(TyperGroup):
-    """The group of commands; turns errors into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: Context) -> object:
-        """Run a command. 2: the user's own mistake, 130: interrupted; with --debug errors keep their traceback."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except (FedloomError, OSError) as error:
-            if ctx.params.get("debug"):
-                raise
-            complaints.print(_in_lines(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            complaints.print("interrupted", style="red")
-            ctx.exit(130)
-
-
-def _in_lines(text: str) -> str:
-    """A message that may quote names, keys and errors of others, its own line breaks kept."""
-    return "\n".join(printable(line, 20_000) for line in text.split("\n")[:50])
 
 
 app = typer.Typer(
@@ -77,7 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(bench, name="bench")
 app.add_typer(federation, name="federation")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
@@ -85,10 +55,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_defaul
 
 def main() -> None:
     """The `fedloom` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    app()
+    run_app(app)
 
 
 def _version(wanted: bool) -> None:
@@ -118,9 +85,9 @@ def demo(
 
     chosen = {"method.name": method, "federation.num_rounds": rounds, "federation.seed": seed}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-    with testbed() as folder:
-        config = load(folder / "demo.toml", [*overrides, *(sets or [])])
-        play(config, out or free_folder(Path("runs/demo")))
+    folder = testbed_folder()
+    config = load(folder / "demo.toml", [*overrides, *(sets or [])])
+    play(config, out or free_folder(Path("runs/demo")))
 
 
 @app.command()
@@ -199,7 +166,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, estimate, compare, tune, front):
+for command in (aggregate, estimate, compare, tune):
     app.command()(command)
 
 

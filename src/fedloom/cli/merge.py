@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,9 +14,7 @@ from rich.progress import track
 from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedloom.adapters.merge.combine import Recipe
-    from fedloom.adapters.merge.folders import Inputs, Row
-    from fedloom.adapters.merge.model import Base
+    from fedloom.adapters.merge.folders import Row
 
 DTYPES = {"": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 screen = Console()
@@ -51,6 +47,7 @@ def aggregate(
     from fedloom.adapters.merge.combine import Recipe
     from fedloom.adapters.merge.folders import opened
     from fedloom.adapters.merge.model import open_base, places
+    from fedloom.adapters.merge.save import save
 
     output.check_free(out, [*adapters, *([base_model] if base_model else [])], force=force)
     if dtype and base_model:
@@ -64,7 +61,7 @@ def aggregate(
     for adapter in inputs.adapters:
         if base:
             places(base, adapter)
-    rows, merged = perform(inputs, recipe, base, None if dry_run else out)
+    rows, merged = save(inputs, recipe, base, None if dry_run else out, _progress(len(inputs.layouts)))
     place = {"out": str(out), "base": base_model and str(base_model), "written": not dry_run, "model": merged}
     told = {**table.record(inputs, recipe, rows, base_model), **place}
     if as_json:
@@ -73,30 +70,14 @@ def aggregate(
         screen.print(table.shown(told), highlight=False)
 
 
-def perform(
-    inputs: Inputs, recipe: Recipe, base: Base | None, out: Path | None
-) -> tuple[list[Row], dict[str, object] | None]:
-    """The rows, and what was written of a merged model; nothing is written where `out` is None."""
-    from fedloom.adapters.folder import AdapterFolder
-    from fedloom.adapters.merge import output
-    from fedloom.adapters.merge.folders import merge, rehearse
-    from fedloom.adapters.merge.model import merge_into
-
-    if out is None:
-        return _watched(rehearse(inputs, recipe), inputs), None
-    with output.whole(out) as folder:
-        if base is None:
-            return _watched(merge(inputs, recipe, folder), inputs), None
-        with TemporaryDirectory(dir=folder) as scratch:
-            rows = _watched(merge(inputs, recipe, Path(scratch)), inputs)
-            return rows, asdict(merge_into(base, AdapterFolder(scratch), folder))
-
-
-def _watched(rows: Iterable[Row], inputs: Inputs) -> list[Row]:
-    """All rows, with a bar on a terminal's stderr while they are made."""
+def _progress(modules: int) -> Callable[[Iterable[Row]], Iterable[Row]]:
+    """A bar on a terminal's stderr while rows are made."""
     console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return list(track(rows, "merging", len(inputs.layouts), console=console, transient=True, disable=hidden))
+
+    def watch(rows: Iterable[Row]) -> Iterable[Row]:
+        return track(rows, "merging", modules, console=console, transient=True, disable=not console.is_terminal)
+
+    return watch
 
 
 def _numbers(text: str) -> list[float]:

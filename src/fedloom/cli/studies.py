@@ -1,4 +1,4 @@
-"""`fedloom estimate`, `compare`, `tune` and `front`: read arguments, call the library, print."""
+"""`fedloom estimate`, `compare` and `tune`: read arguments, call the library, print."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from benchmarks.commands import AsJson, numbers, show, words
 from rich.console import Console
 
+from fedloom.cli.options import AsJson, Jobs, Set, numbers, show, words
 from fedloom.records.text import cell
-from fedloom.testbeds import testbed
+from fedloom.testbeds import testbed_folder
 
 if TYPE_CHECKING:
     from fedloom.studies.compare import Run
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
 screen = Console()
 
 
@@ -77,11 +75,11 @@ def compare(
     from fedloom.report import tables as table
     from fedloom.studies import compare
 
-    with testbed() as folder:
-        chosen = load(config or folder / "demo.toml", sets or [])
-        tried = range(first_seed, first_seed + seeds)
-        made = compare.runs(chosen, compare.variants(methods or ["all"]), tried, out)
-        play_all(made, jobs)
+    folder = testbed_folder()
+    chosen = load(config or folder / "demo.toml", sets or [])
+    tried = range(first_seed, first_seed + seeds)
+    made = compare.runs(chosen, compare.variants(methods or ["all"]), tried, out)
+    play_all(made, jobs)
     groups = compare.reports(made)
     figure.compare(groups, out / "compare.png")
     rows = table.compared(groups)
@@ -107,50 +105,19 @@ def tune(
     from fedloom.report import tables as table
     from fedloom.studies import compare, tune
 
-    with testbed() as folder:
-        settings = load(config or folder / "demo.toml", sets or [])
-        others = compare.variants(against or ["fedit"])
-        made = tune.search(settings, key, words(values), others, range(first_seed, first_seed + seeds), out)
-        play_all(made, jobs)
-        groups = compare.reports(made)
-        choice = tune.choose(groups, key, words(values))
-        files = tune.write(settings, key, choice, out)
+    folder = testbed_folder()
+    settings = load(config or folder / "demo.toml", sets or [])
+    others = compare.variants(against or ["fedit"])
+    made = tune.search(settings, key, words(values), others, range(first_seed, first_seed + seeds), out)
+    play_all(made, jobs)
+    groups = compare.reports(made)
+    choice = tune.choose(groups, key, words(values))
+    files = tune.write(settings, key, choice, out)
     rows = table.compared(groups)
     (out / "tune.md").write_text(table.markdown(rows), encoding="utf-8")
     screen.print(table.comparison(rows))
     for name, found in (("O", choice.best), ("E", choice.efficient)):
         screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
-
-
-def front(
-    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
-    jobs: Jobs = 1,
-    sets: Set = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
-    ] = Path("runs/front"),
-) -> None:
-    """Score against bytes at several budgets, the variants of testbed/front.toml; a table, a CSV and a picture."""
-    from experiments.points import above, rows
-
-    from experiments import front
-    from fedloom.report import figure
-    from fedloom.report import tables as table
-
-    with testbed() as folder:
-        tried = range(first_seed, first_seed + seeds)
-        made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
-        play_all(front.distinct(made), jobs)
-    found = front.points(made)
-    lines = rows(found)
-    (out / "front.md").write_text(table.markdown(lines), encoding="utf-8")
-    (out / "front.csv").write_text(table.csv(lines), encoding="utf-8")
-    figure.front(found, out / "front.png")
-    screen.print(table.comparison(lines))
-    for point in above(found):
-        screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
 
 
 def play_all(made: Sequence[Run], jobs: int) -> None:

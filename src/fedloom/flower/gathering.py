@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fedloom.caps import Caps, find_outliers
 from fedloom.errors import FedloomError, RoundError
 from fedloom.flower.fleet import Fleet, Reply
 from fedloom.records.config import FlowerSettings
 from fedloom.records.ledger import Roll
+from fedloom.rounds.caps import Caps, find_outliers
 from fedloom.rounds.checks import Seen
 
 POLL_SECONDS = 0.25

@@ -24,17 +24,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.adapters.settings import PREFIX
-from fedloom.caps import USUAL, Caps
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import FedloomError, RoundError
 from fedloom.flower.payload import pack, unpack
-from fedloom.job import Job
 from fedloom.lora.pair import LoraState, from_tensors
 from fedloom.methods.method import Method, State
 from fedloom.methods.table import build
 from fedloom.records.text import printable
+from fedloom.rounds.caps import USUAL, Caps
 from fedloom.rounds.catchup import Archive
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Train, accept, client_turn, server_turn, start
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ShapeError
 
 PARTS = ("A", "B")
@@ -116,12 +117,6 @@ def _initial_pair(m: int, n: int, rank: int, seed: int, module: str) -> LoraPair
     rows = [torch.empty(n).uniform_(-1.0, 1.0, generator=generator) for _ in range(rank)]
     a = torch.stack(rows) / n**0.5 if rows else torch.zeros(0, n)
     return LoraPair(a, torch.zeros(m, rank))
-
-
-def derived_seed(seed: int, *labels: str | int) -> int:
-    """A 63-bit seed for one purpose, independent of every other label's."""
-    text = "\x00".join(str(label) for label in (seed, *labels)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def narrow(state: LoraState, ranks: Mapping[str, int]) -> LoraState:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.entries import Entry, Seeded, Sparse, floats
 from fedloom.compress.masks import seeded_mask
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.entries import Entry
+from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import Adaptive, Rescale, Split, importance, kept_count, most_important, split
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductChange, over_modules

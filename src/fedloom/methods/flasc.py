@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.entries import Entry
+from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import kept_count, split
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count, to_dense
+from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import kept_count, largest, reach, scratch, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import over_modules

@@ -7,7 +7,8 @@ are bound when the record is built, so the builder's keyword arguments are its c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as replace
 from typing import Literal, Protocol
 
 from torch import Tensor

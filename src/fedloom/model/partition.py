@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from fedloom.compress.seeds import derived_seed
 
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import DataError
 from fedloom.model.examples import Example
 from fedloom.records.config import DataSettings, FederationSettings

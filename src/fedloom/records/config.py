@@ -273,7 +273,7 @@ class MethodSettings(BaseModel):
 
     @property
     def settings(self) -> dict[str, Scalar]:
-        """What `fedloom.methods.table.build` takes beside the name: the method's own keys, and the preset if one is named."""
+        """What `build` takes beside the name: the method's own keys, and the preset if one is named."""
         named: dict[str, Scalar] = {} if self.preset is None else {"preset": self.preset}
         return named | (self.__pydantic_extra__ or {})
 

@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-from experiments.points import PUBLISHED, Point
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -31,7 +27,7 @@ _LABEL = 60
 """Characters of a name in a legend."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,34 +48,34 @@ _STYLE: Any = {
 
 def curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -> None:
     """Draw one run: the mean in bold, every domain thin. `form` is "png" or "svg"."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels()
         sent = f"{human_bytes(report.totals.bytes)} in all; dense fp32 FedIT: {human_bytes(report.dense_bytes)}"
         for axes, xs in zip(panels, _axes_of(report), strict=True):
             for number, domain in enumerate(report.domains):
-                colour, marker = _look(number)
+                colour, marker = look(number)
                 ys = [100 * point.scores.get(domain, float("nan")) for point in report.points]
-                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=_label(domain), color=colour, marker=marker)
+                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label(domain), color=colour, marker=marker)
             ys = [100 * point.scores[MEAN] for point in report.points]
             axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
-        panels[0].set_title(f"{_label(report.run.method)}, {len(report.run.clients)} clients")
+        panels[0].set_title(f"{label(report.run.method)}, {len(report.run.clients)} clients")
         panels[1].set_title(sent)
         panels[0].legend(loc="best", fontsize=9)
-        _save(figure, target, form)
+        save(figure, target, form)
 
 
 def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *, form: str = "png") -> None:
     """Overlay several runs: label → its runs, one a seed. Lines are means over seeds, bands their 95 % intervals."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels()
-        for number, (label, reports) in enumerate(groups.items()):
-            stretches, (colour, marker) = _over_seeds(reports), _look(number)
+        for number, (name, reports) in enumerate(groups.items()):
+            stretches, (colour, marker) = _over_seeds(reports), look(number)
             for axes, along in zip(panels, ("round", "mib"), strict=True):
                 shown = [s for s in stretches if along == "round" or s.mib > 0]
                 xs = [getattr(s, along) for s in shown]
                 means = [s.mean for s in shown]
                 line = LINES[number // len(COLOURS)]
-                axes.plot(xs, means, line, lw=1.8, ms=4, label=_label(label), color=colour, marker=marker)
+                axes.plot(xs, means, line, lw=1.8, ms=4, label=label(name), color=colour, marker=marker)
                 low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
                 axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
@@ -89,55 +85,7 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
         panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[1].xaxis.set_minor_formatter(NullFormatter())
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-        _save(figure, target, form)
-
-
-def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom") -> None:
-    """Score against share of dense bytes, a panel a testbed: a line a method through what was chosen for each budget,
-    hollow marks for what papers set; bars are 95 % intervals over seeds.
-    """
-    testbeds, methods = list(dict.fromkeys(p.testbed for p in points)), list(dict.fromkeys(p.method for p in points))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.4 * max(len(testbeds), 1) + 1.6, 4.6), layout="constrained")
-        panels = figure.subplots(1, max(len(testbeds), 1), sharey=True, squeeze=False)[0]
-        for axes, testbed in zip(panels, testbeds, strict=False):
-            for number, method in enumerate(methods):
-                _front_of(
-                    [p for p in points if (p.testbed, p.method) == (testbed, method)], axes, number, method == own
-                )
-            axes.set_title(_label(testbed))
-            axes.set_xscale("log")
-            axes.set_xlabel("bytes of dense fp32, both ways (%)")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_ylim(0, 101)
-        panels[0].set_ylabel("held-out exact match (%)")
-        handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
-        _save(figure, target, "png")
-
-
-def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> None:
-    """One method's points: the chosen ones joined in order of bytes, the published ones alone."""
-    colour, marker = _look(number)
-    for published in (False, True):
-        shown = sorted((p for p in points if (p.budget == PUBLISHED) == published), key=lambda p: p.share)
-        if shown:
-            axes.errorbar(
-                [100 * p.share for p in shown],
-                [p.score for p in shown],
-                [p.half for p in shown],
-                label=_label(f"{shown[0].method}{', as published' if published else ''}"),
-                color=colour,
-                marker=marker,
-                markerfacecolor="white" if published else colour,
-                linestyle="none" if published else LINES[number // len(COLOURS)],
-                linewidth=2.8 if bold else 1.4,
-                markersize=6 if bold else 5,
-                capsize=2,
-                elinewidth=0.9,
-            )
+        save(figure, target, form)
 
 
 def svg(report: Report) -> str:
@@ -174,12 +122,12 @@ def _over_seeds(reports: Sequence[Report]) -> list[_Stretch]:
     return stretches
 
 
-def _look(number: int) -> tuple[str, str]:
+def look(number: int) -> tuple[str, str]:
     """Colour and marker of the n-th line."""
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A name in a legend. matplotlib leaves out those that begin with an underscore; a space before it brings it in."""
     shown = printable(name, _LABEL)
     return f" {shown}" if shown.startswith("_") else shown
@@ -196,7 +144,8 @@ def _panels() -> tuple[Figure, list[Axes]]:
     return figure, [left, right]
 
 
-def _save(figure: Figure, target: Path | IO[bytes], form: str) -> None:
+def save(figure: Figure, target: Path | IO[bytes], form: str) -> None:
+    """Write a figure without the date or the version, so that the same figure is the same bytes."""
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes will do for other scripts

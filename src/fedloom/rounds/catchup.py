@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedloom.job import Job
 from fedloom.methods.method import State
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import addressed, full_state
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedloom.compress.entries import Quantized, Values, all_finite, floats
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
-from fedloom.job import Job, sender_digest
 from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
+from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import DEFAULT, Header, Limits, decode
 
 MOST_EXAMPLES = 10**9

@@ -16,9 +16,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedloom.compress.seeds import derived_seed
-
 from fedloom.compress.entries import Entry, Values
+from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import module_of, subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
 from fedloom.wire import decode

@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedloom.job import Job
 from fedloom.lora.pair import LoraState
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ServerTurn, Train, accept, addressed, client_turn, full_state, server_turn, start
 
 

@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fedloom.compress.seeds import derived_seed
-
-from fedloom.caps import find_outliers, share_out
 from fedloom.compress.entries import all_finite, dense, to_dense
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
-from fedloom.job import Job, sender_digest
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Entries, State
+from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restricted
 from fedloom.rounds.consolidation import consolidated
+from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import Header, Message, decode, encode
 
 

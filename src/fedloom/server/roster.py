@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 
 from fedloom.errors import RoundError
-from fedloom.job import Job
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.rounds.checks import expect
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import accept, addressed, follow, start
 from fedloom.wire import read_header
 

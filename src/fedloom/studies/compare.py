@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.errors import RoundError
 from fedloom.methods.foreign import is_foreign
+from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS
 from fedloom.records.config import Config
 from fedloom.records.configfile import merge, override, parse
@@ -38,12 +39,13 @@ FINISHED = "report.html"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run to make: its variant, its seed, its settings and where it goes."""
+    """One run to make: its variant, seed, settings and folder. method: takes the place of the one in the settings."""
 
     label: str
     seed: int
     config: Config
     folder: Path
+    method: Method | None = None
 
 
 def variants(texts: Sequence[str]) -> list[str]:
@@ -60,14 +62,18 @@ def variants(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def runs(config: Config, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Run]:
     """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
     made = []
     for variant in variants:
-        for label, overrides in expanded(config, variant).items():
+        value = variant if isinstance(variant, Method) else None
+        labels = (
+            expanded(config, variant) if isinstance(variant, str) else {variant.name: [f"method.name={variant.name}"]}
+        )
+        for label, overrides in labels.items():
             for seed in seeds:
                 settings = changed(config, [*overrides, f"federation.seed={seed}"])
-                made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
+                made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}", value))
     return made
 
 
@@ -168,6 +174,12 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
         ) from None
 
 
+def play_here(todo: Sequence[Run], finished: Callable[[Run, float], None]) -> None:
+    """Make the runs that are not complete yet, one after the other in this process."""
+    for run in left(todo):
+        finished(run, _play(run))
+
+
 def _pool(jobs: int) -> ProcessPoolExecutor:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
@@ -201,7 +213,7 @@ def _play(run: Run) -> float:
 
     began = time.perf_counter()
     begun = (run.folder / "config.toml").exists()
-    local.run(run.config, run.folder, resume=begun)
+    local.run(run.config, run.folder, resume=begun, method=run.method)
     return time.perf_counter() - began
 
 

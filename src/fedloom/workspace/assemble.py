@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from fedloom.compress.seeds import derived_seed
 
 from fedloom.adapters.folder import AdapterFolder, load_adapter, other_base_note
-from fedloom.caps import Caps
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, ModelError
-from fedloom.job import Job
 from fedloom.lora.pair import LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
 from fedloom.methods.table import build
@@ -39,7 +37,9 @@ from fedloom.records.config import (
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import Run
+from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Train, Trained
 from fedloom.workspace.clients import Site, place_client, place_shared, split_trained, top_ranks
 
@@ -123,12 +123,12 @@ class Setup:
         return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
     texts, manifest = client_examples(config)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return assemble(config, texts, heldout_examples(config.data), manifest)
+    return assemble(config, texts, heldout_examples(config.data), manifest, method)
 
 
 def assemble(
@@ -136,11 +136,12 @@ def assemble(
     texts: Mapping[str, Sequence[Example]],
     heldout: Mapping[str, Sequence[Example]],
     manifest: Manifest | None = None,
+    method: Method | None = None,
 ) -> Setup:
     """The same from examples by client. A client without any trains elsewhere: only its ranks are of interest here."""
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    method = build(config.method.name, config.method.settings)
+    method = method or build(config.method.name, config.method.settings)
     budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     check_method_takes(method, config)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)

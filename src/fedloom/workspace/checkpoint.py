@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,19 +25,34 @@ from fedloom.methods.method import State
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
 
-_FORMAT = "fedloom-checkpoint-2"
+_FORMAT = "fedloom-checkpoint-3"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a server knows of a site elsewhere: the version and digest of the global state that it holds, and the last
+    round in which an update of it was averaged (0: none).
+    """
+
+    version: int
+    digest: str = ""
+    counted: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Snapshot:
-    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data."""
+    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
+
+    clients: the states of clients in this process; known: what is known of sites elsewhere.
+    """
 
     round: int
     server: State
-    clients: Mapping[str, State]
+    clients: Mapping[str, State] = field(default_factory=dict)
     archive: Mapping[int, bytes] = field(default_factory=dict)
     ledger_rows: int = 0
     fingerprint: str = ""
+    known: Mapping[str, Known] = field(default_factory=dict)
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -50,6 +65,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "fingerprint": snapshot.fingerprint,
         "server": shelves.party(snapshot.server),
         "clients": {name: shelves.party(state) for name, state in snapshot.clients.items()},
+        "known": {name: asdict(known) for name, known in snapshot.known.items()},
         "archive": shelves.put({str(v): _bytes(payload) for v, payload in snapshot.archive.items()}),
         "shelves": shelves.names,
     }
@@ -103,6 +119,7 @@ def load(path: Path) -> Snapshot:
         archive={int(name): tensor.numpy().tobytes() for name, tensor in shelves[meta["archive"]].items()},
         ledger_rows=meta["ledger_rows"],
         fingerprint=meta["fingerprint"],
+        known={name: Known(**facts) for name, facts in meta["known"].items()},
     )
 
 

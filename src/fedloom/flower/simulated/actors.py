@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from fedloom.flower.simulated.runtime import Cast
+from fedloom.flower.simulated.cast import Cast
 from fedloom.records.configfile import dump, parse
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk

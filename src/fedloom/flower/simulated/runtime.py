@@ -1,6 +1,6 @@
 """Flower's Simulation Runtime in a process of its own, which loads no torch and can be killed with all that it started.
 
-    simulation.Runtime ─pipe→ Flower's grid ─→ Ray ─→ Ray's processes: Cast.answer ─→ actors.ask
+    simulation.Runtime ─pipe→ Flower's grid ─→ Ray ─→ Ray's processes: build_app's answer ─→ actors.ask
 
 The rounds are played at the other end of the pipe; the ServerApp here only hands its grid's functions over.
 """
@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import signal
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,41 +20,27 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedloom.flower.relay import relay
+from fedloom.flower.simulated.cast import Cast
 from fedloom.site.protocol import Parcel
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """Whom Ray's processes play: `names` in the order of Flower's partitions.
+def build_app(cast: Cast) -> ClientApp:
+    """The ClientApp of all sites: any of Ray's processes may answer for any of them."""
 
-    settings: what a run tells its sites; model, device: what every site has; folder: where their states are.
-    """
+    def ask(parcel: Parcel, context: Context) -> Parcel:
+        from fedloom.flower.simulated import actors  # loads torch, which this process does not need
 
-    names: tuple[str, ...]
-    settings: str
-    model: str
-    device: str
-    folder: str
+        return actors.ask(cast, cast.names[int(context.node_config["partition-id"])], parcel)
 
-    def app(self) -> ClientApp:
-        """The ClientApp of all sites."""
-        app = ClientApp()
-        app.train()(self.answer)
-        app.query()(self.answer)
-        return app
+    def answer(message: Message, context: Context) -> Message:
+        run_config: Any = {"settings": cast.settings}
+        site = Context(context.run_id, context.node_id, context.node_config, context.state, run_config)
+        return relay(message, site, ask)
 
-    def answer(self, message: Message, context: Context) -> Message:
-        """The answer of the site whose node was asked."""
-        run_config: Any = {"settings": self.settings}
-        return relay(
-            message, Context(context.run_id, context.node_id, context.node_config, context.state, run_config), self.ask
-        )
-
-    def ask(self, parcel: Parcel, context: Context) -> Parcel:
-        """The same, from the site's desk."""
-        from fedloom.flower.simulated import actors
-
-        return actors.ask(self, self.names[int(context.node_config["partition-id"])], parcel)
+    app = ClientApp()
+    app.train()(answer)
+    app.query()(answer)
+    return app
 
 
 def main(descriptor: int) -> None:
@@ -75,7 +60,7 @@ def main(descriptor: int) -> None:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
-        run_simulation(server, cast.app(), len(cast.names), backend_config=backend)
+        run_simulation(server, build_app(cast), len(cast.names), backend_config=backend)
     except BaseException as error:  # Flower ends the process where it gives up
         pipe.send(RuntimeError(_root(error)))
 

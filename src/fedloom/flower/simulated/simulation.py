@@ -29,7 +29,7 @@ from fedloom.flower.fleet import Node
 from fedloom.flower.launch import QUIET
 from fedloom.flower.settings import check, shared
 from fedloom.flower.simulated import actors
-from fedloom.flower.simulated.runtime import Cast
+from fedloom.flower.simulated.cast import Cast
 from fedloom.flower.sites import serve
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain

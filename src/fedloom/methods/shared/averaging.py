@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from fedloom.compress.seeds import derived_seed
 from torch import Tensor
 
 from fedloom.compress.budget import Filled, Made, Room, fill_budget, value_bits
 from fedloom.compress.entries import Dense, Entry, dense, to_dense
+from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
 from fedloom.lora.pair import LoraPair, LoraState, from_tensors

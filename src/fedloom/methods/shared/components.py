@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from fedloom.compress.seeds import derived_seed
 
 from fedloom.compress.entries import to_dense
+from fedloom.compress.seeds import derived_seed
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState, from_tensors, initial_state, stack
 from fedloom.methods.method import FROZEN, Context, Entries, State, adopt_leading

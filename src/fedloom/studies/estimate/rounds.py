@@ -17,10 +17,10 @@ from torch import Tensor
 from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
-from fedloom.job import Job
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import Method, State
 from fedloom.rounds.federation import Federation
+from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ServerTurn, Train, Trained, server_turn
 from fedloom.studies.estimate.machine import extra_bytes
 from fedloom.studies.estimate.paper import paper_encode

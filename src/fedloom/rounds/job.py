@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.caps import Caps
 from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import Quantize
 from fedloom.methods.method import Context, Method
+from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 
 

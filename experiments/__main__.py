@@ -1,0 +1,57 @@
+"""`python -m experiments front`: the runs behind a figure of the docs, made or resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedloom.cli.funnel import Funnel, run_app
+from fedloom.cli.options import Jobs, Set, words
+from fedloom.cli.studies import play_all
+from fedloom.records.text import cell
+from fedloom.testbeds import testbed_folder
+
+app = typer.Typer(cls=Funnel, pretty_exceptions_enable=False, help="Experiments that make a figure of the docs.")
+screen = Console()
+
+
+@app.callback()
+def group() -> None:
+    """Experiments that make a figure of the docs."""
+
+
+@app.command()
+def front(
+    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
+    ] = Path("runs/front"),
+) -> None:
+    """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture."""
+    from experiments import front, picture
+    from experiments.points import above, rows
+    from fedloom.report import tables as table
+
+    folder = testbed_folder()
+    tried = range(first_seed, first_seed + seeds)
+    made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
+    play_all(front.distinct(made), jobs)
+    found = front.points(made)
+    lines = rows(found)
+    (out / "front.md").write_text(table.markdown(lines), encoding="utf-8")
+    (out / "front.csv").write_text(table.csv(lines), encoding="utf-8")
+    picture.front(found, out / "front.png")
+    screen.print(table.comparison(lines))
+    for point in above(found):
+        screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+if __name__ == "__main__":
+    run_app(app, "python -m experiments")

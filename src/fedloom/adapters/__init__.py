@@ -1,0 +1,1 @@
+"""PEFT adapter folders, read, written and merged; no base model is loaded."""

@@ -1,0 +1,1 @@
+"""What a terminal sees: arguments in, calls into the library, tables out."""

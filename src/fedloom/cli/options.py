@@ -1,0 +1,41 @@
+"""Options and small parsers that several commands share, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+
+
+def words(text: str) -> list[str]:
+    """The words of a list such as "a,b"."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The whole numbers of a list such as "64,32"."""
+    if not all(word.isdecimal() for word in words(text)):
+        raise ConfigError(f"{option} {text}: expected whole numbers with commas between them, such as 64,32,16")
+    return [int(word) for word in words(text)]
+
+
+def show(
+    result: Mapping[str, object], tables: Callable[[Mapping[str, object]], Iterable[Table]], as_json: bool
+) -> None:
+    """Print a measurement as JSON or as tables."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        Console().print(*tables(result), sep="\n")

@@ -1,0 +1,1 @@
+"""What travels: entries, masks, seeds, quantised values, and the choice of elements under a budget."""

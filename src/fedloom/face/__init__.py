@@ -1,0 +1,1 @@
+"""What Python sees: runs, comparisons and merges as values that can be held, drawn and opened."""

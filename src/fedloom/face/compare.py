@@ -1,0 +1,99 @@
+"""Several methods side by side from Python."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from fedloom.errors import ConfigError
+from fedloom.face.picture import Picture
+from fedloom.face.settings import Settings, changed
+from fedloom.methods.method import Method
+from fedloom.records.config import Config
+from fedloom.report.numbers import Report
+from fedloom.report.tables import compared, markdown
+from fedloom.studies import compare as studies
+
+
+def compare(
+    config: Config | str | Path,
+    methods: Sequence[str | Method],
+    *,
+    seeds: int = 3,
+    first_seed: int = 0,
+    jobs: int = 1,
+    settings: Settings | None = None,
+    out: str | Path | None = None,
+    finished: Callable[[str, int, float], None] | None = None,
+) -> Comparison:
+    """Play every method with every seed on the same data; one run a folder in `out`, a temporary one if left out.
+
+    methods: names as on the command line ("fedsrd:paper", "florist:tau=0.9", "alone", "pooled",
+    "package.module:builder") and `Method` values. jobs: with 1 all runs are played in this process; with more, each in
+    a process of its own, where a `Method` value cannot go: name it as "package.module:builder".
+    finished(label, seed, seconds) is called after each run. Complete runs in `out` are kept.
+    """
+    values = [method for method in methods if isinstance(method, Method)]
+    if jobs > 1 and values:
+        raise ConfigError(
+            f"the method {values[0].name!r} is a value, which cannot be handed to another process: name it as "
+            '"package.module:builder", or set jobs=1'
+        )
+    scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
+    folder = Path(scratch.name) if scratch else Path(str(out))
+    tried = range(first_seed, first_seed + seeds)
+    made = studies.runs(changed(config, settings, None), methods, tried, folder)
+
+    def tell(run: studies.Run, seconds: float) -> None:
+        if finished is not None:
+            finished(run.label, run.seed, seconds)
+
+    if jobs > 1:
+        studies.play(made, jobs, tell)
+    else:
+        studies.play_here(made, tell)
+    return Comparison(studies.reports(made), folder, scratch)
+
+
+class Comparison:
+    """Runs side by side: label → the reports of its runs, one a seed."""
+
+    def __init__(
+        self,
+        reports: Mapping[str, Sequence[Report]],
+        folder: Path,
+        scratch: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self.reports = reports
+        self.folder = folder
+        self._scratch = scratch  # removed with this object
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """One row a method: score halfway and at the end with 95 % intervals over seeds, bytes, seconds."""
+        return compared(self.reports)
+
+    @property
+    def scores(self) -> Mapping[str, Sequence[float]]:
+        """Label → mean exact match after the last round, a fraction, one a seed."""
+        return {label: [report.score("mean") for report in made] for label, made in self.reports.items()}
+
+    def plot(self) -> Picture:
+        """Score against rounds and against bytes, with intervals over seeds."""
+        from fedloom.report import figure
+
+        image = io.BytesIO()
+        figure.compare(self.reports, image)
+        return Picture(image.getvalue())
+
+    def __repr__(self) -> str:
+        return markdown(self.rows)
+
+    def _repr_html_(self) -> str:
+        rows = self.rows
+        head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"

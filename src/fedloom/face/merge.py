@@ -1,0 +1,54 @@
+"""Adapters merged offline from Python: open, look, save. No base model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fedloom.adapters.merge import output
+from fedloom.adapters.merge.combine import Recipe
+from fedloom.adapters.merge.folders import Inputs, Row, opened, rehearse
+from fedloom.adapters.merge.model import open_base
+from fedloom.adapters.merge.save import save
+
+
+def merge(
+    adapters: Iterable[str | Path],
+    weights: Sequence[float] = (),
+    *,
+    method: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+) -> Merge:
+    """Open PEFT adapter folders of any ranks, alphas and modules, to be merged into one.
+
+    weights: a number for each adapter, such as its examples; equal if left out. method: florist, or flexlora where a
+    rank is given. rank: of the best approximation (flexlora). energy: share of Σσ² to keep (florist); 1 is exact.
+    max_rank: cap on every module's rank. Raises ConfigError or ModelError for folders that cannot be merged.
+    """
+    chosen = method or ("florist" if rank is None else "flexlora")
+    return Merge(opened([Path(folder) for folder in adapters], weights), Recipe(chosen, rank, energy, max_rank))
+
+
+class Merge:
+    """Adapters that belong together, and how they will be combined; nothing is written before `save`."""
+
+    def __init__(self, inputs: Inputs, recipe: Recipe) -> None:
+        self.inputs = inputs
+        self.recipe = recipe
+
+    def preview(self) -> list[Row]:
+        """What the merge would give, module by module; nothing is written."""
+        return list(rehearse(self.inputs, self.recipe))
+
+    def save(self, out: str | Path, *, base_model: str | Path | None = None, force: bool = False) -> Path:
+        """Write the merged adapter, or with `base_model` that model with the adapters merged in. Returns the folder.
+
+        Raises ConfigError where `out` is taken, unless `force` says to replace the adapter or model in it.
+        """
+        folder, base = Path(out), open_base(Path(base_model)) if base_model else None
+        read = [adapter.folder for adapter in self.inputs.adapters] + ([Path(base_model)] if base_model else [])
+        output.check_free(folder, read, force=force)
+        save(self.inputs, self.recipe, base, folder)
+        return folder

@@ -1,0 +1,1 @@
+"""One client's work: base model, examples, tokens, training, scores."""

@@ -1,0 +1,1 @@
+"""Settings in, rows out: what a run is told and what it records. Loads no torch."""
