@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments.points import Point, measured
 from fedloom.errors import ConfigError
 from fedloom.records.configfile import load
-from fedloom.studies.compare import Run, reports, runs
+from fedloom.studies.compare import Trial, reports, runs
 
 LISTS = Path(__file__).with_name("front.toml")
 
@@ -26,7 +26,7 @@ class Entry:
     testbed: str
     budget: str
     variant: str
-    made: tuple[Run, ...]
+    made: tuple[Trial, ...]
 
 
 def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Path, sets: Sequence[str]) -> list[Entry]:
@@ -46,7 +46,7 @@ def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Pa
     return found
 
 
-def distinct(made: Sequence[Entry]) -> list[Run]:
+def distinct(made: Sequence[Entry]) -> list[Trial]:
     """All runs of the entries; that of a variant under two budgets once."""
     return list({run.folder: run for entry in made for run in entry.made}.values())
 

@@ -15,7 +15,7 @@ from fedloom.errors import DataError, FedloomError
 from fedloom.records.config import Config
 from fedloom.records.configfile import load
 from fedloom.records.events import RunFacts, RunSummary
-from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
 from fedloom.report.live import Lines, View, watch
 
 CLIENTS = ("ada", "bob")
@@ -37,7 +37,7 @@ class Engine:
         rounds = config.federation.num_rounds
         observer.run_started(RunFacts(config.method.name, config.model.path, CLIENTS, rounds, 1000, out))
         with Ledger(out / "ledger.jsonl") as ledger:
-            ledger.append(Run(config.method.name, config.model.path, CLIENTS, rounds, 1000, config.federation.seed))
+            ledger.append(RunRow(config.method.name, config.model.path, CLIENTS, rounds, 1000, config.federation.seed))
             ledger.append(Evaluation(0, "bank", 0.25, 1.0))
             observer.round_finished(0, rounds, {"bank": 0.25}, 0, 0, 0.1)
             for round in range(1, rounds + 1):
@@ -267,7 +267,7 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
             run.folder.mkdir(parents=True)
             (run.folder / compare.FINISHED).touch()
             with Ledger(run.folder / "ledger.jsonl") as ledger:
-                ledger.append(Run(run.config.method.name, "m", CLIENTS, 1, 1000, run.seed))
+                ledger.append(RunRow(run.config.method.name, "m", CLIENTS, 1, 1000, run.seed))
                 ledger.append(Evaluation(0, "bank", 0.1, 1.0))
                 ledger.append(Training(1, "ada", 1.0, 10, 100, 0.5))
                 ledger.append(Transfer(1, "ada", "up", "update", 4000))

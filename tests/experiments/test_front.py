@@ -13,7 +13,7 @@ from experiments import __main__ as command
 from experiments import front, picture
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
-from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
 from fedloom.studies import compare
 from fedloom.testbeds import testbed_folder
 
@@ -40,7 +40,7 @@ def made(tmp_path, monkeypatch):
         (run.folder / compare.FINISHED).touch()
         values = 250 if "lora.r=4" in run.label else 1000
         with Ledger(run.folder / "ledger.jsonl") as ledger:
-            ledger.append(Run(run.config.method.name, "m", ("ada",), 2, values, run.seed))
+            ledger.append(RunRow(run.config.method.name, "m", ("ada",), 2, values, run.seed))
             for round in (1, 2):
                 ledger.append(Training(round, "ada", 1.0, 10, 100, 0.5))
                 ledger.append(Transfer(round, "ada", "up", "update", 80 if "loom" in run.label else 320))

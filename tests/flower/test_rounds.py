@@ -13,7 +13,7 @@ from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import digest
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Note, Roll, Run, Transfer, read, totals
+from fedloom.records.ledger import Note, Roll, RunRow, Transfer, read, totals
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Attendance, Rounds
 from fedloom.site.protocol import Parcel
@@ -294,7 +294,7 @@ def test_a_site_that_was_refused_may_mend_itself_and_take_part(toy_federation, t
 
 def test_the_ledger_says_what_the_run_is(toy_federation, tmp_path: Path):
     toy_federation()
-    assert isinstance(read(tmp_path / "run" / "ledger.jsonl")[0], Run)
+    assert isinstance(read(tmp_path / "run" / "ledger.jsonl")[0], RunRow)
     assert [roll.round for roll in rolls(tmp_path)] == [1, 2, 3]
 
 

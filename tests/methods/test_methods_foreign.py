@@ -21,8 +21,7 @@ from fedloom.wire import read_header
 from toy import Federation, job
 
 HALVES = """
-from fedloom.methods import build
-from fedloom.method import Method, replace
+from fedloom import Method, build, replace
 
 def halves(*, keep: float = 0.5, needed: int = 3) -> Method:
     return replace(build("fed-dare", {"sparsity": 1 - keep}), name="fedit")

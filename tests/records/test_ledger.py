@@ -13,7 +13,7 @@ from fedloom.records.ledger import (
     Evaluation,
     Ledger,
     Note,
-    Run,
+    RunRow,
     Totals,
     Training,
     Transfer,
@@ -23,7 +23,7 @@ from fedloom.records.ledger import (
 from fedloom.report import summarise
 
 ROWS = [
-    Run("fedsrd", "model", ("ada", "bob"), 2, 1000, 3),
+    RunRow("fedsrd", "model", ("ada", "bob"), 2, 1000, 3),
     Evaluation(0, "bank", 0.25, 2.0),
     Training(1, "ada", 1.5, 10, 100, 0.3),
     Transfer(1, "ada", "up", "update", 120, {"header": 20, "values": 100}, 0.01),

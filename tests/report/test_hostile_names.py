@@ -22,7 +22,7 @@ from fedloom.cli.inspect import described
 from fedloom.errors import CheckpointError
 from fedloom.records.configfile import parse
 from fedloom.records.events import RunFacts
-from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Row, Run, Training, Transfer, read
+from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Row, RunRow, Training, Transfer, read
 from fedloom.records.serverlog import ServerLog
 from fedloom.report import figure, summarise, write
 from fedloom.report.live import Lines, View
@@ -42,7 +42,7 @@ SLOW = settings(deadline=None, max_examples=15, suppress_health_check=[HealthChe
 
 def rows(name: str, text: str) -> list[Row]:
     """A run of two rounds in which everything that may be another's text is."""
-    ledger: list[Row] = [Run(name, name, (name, "bob"), 2, 1000, 0)]
+    ledger: list[Row] = [RunRow(name, name, (name, "bob"), 2, 1000, 0)]
     ledger.append(Evaluation(0, name, 0.1, 2.0))
     for round in (1, 2):
         ledger.append(Transfer(round, name, "up", "update", 300, {name: 300}))
@@ -257,7 +257,7 @@ def test_folders_of_a_comparison_stay_in_it_and_apart(tmp_path: Path):
     assert [run.config.federation.participants for run in made] == [(name,) for name in names]
 
 
-def _alone(config: object, name: str, out: Path) -> Sequence[compare.Run]:
+def _alone(config: object, name: str, out: Path) -> Sequence[compare.Trial]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "clients", lambda config: [name])
         return compare.runs(config, ["alone"], [0], out)

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Evaluation, Ledger, Note, Run, Training, Transfer
+from fedloom.records.ledger import Evaluation, Ledger, Note, RunRow, Training, Transfer
 from fedloom.report import summarise, write
 from fedloom.report.figure import compare, curve, svg
 from fedloom.report.numbers import MEAN, human_bytes, interval
@@ -23,7 +23,7 @@ CLIENTS = ("ada", "bob")
 
 def rows(seed=0, method="fedsrd", up=300, down=700, rounds=3):
     """Two clients; each round every client sends `up` bytes and, from the second round on, receives `down`."""
-    yield Run(method, "model", CLIENTS, rounds, VALUES, seed)
+    yield RunRow(method, "model", CLIENTS, rounds, VALUES, seed)
     for round in range(rounds + 1):
         for client in CLIENTS if round else ():
             if round > 1:
@@ -73,7 +73,7 @@ def test_the_closing_table_says_what_the_ledger_says():
 
 
 def test_a_run_without_scores_or_bytes_still_has_a_report():
-    report = summarise([Run("fedit", "m", (), 1, 10, 0)])
+    report = summarise([RunRow("fedit", "m", (), 1, 10, 0)])
     assert "Nothing was sent." in printed(closing(report))
     assert "Nothing recorded." in page(report)
     curve(report, io.BytesIO())

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from fedloom.cli import main as cli
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Run, Training, Transfer, read
+from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, RunRow, Training, Transfer, read
 from fedloom.records.serverlog import ServerLog
 from fedloom.report.answers import answers
 from fedloom.report.metrics import prometheus
 from fedloom.report.status import finished, shown, view
 
-RUN = Run(method="fedsrd", model="m", clients=("ada", "bob"), num_rounds=2, adapter_values=1000, seed=0)
+RUN = RunRow(method="fedsrd", model="m", clients=("ada", "bob"), num_rounds=2, adapter_values=1000, seed=0)
 LOCAL = [
     RUN,
     Transfer(1, "ada", "up", "update", 300),

@@ -17,7 +17,7 @@ from fedloom.studies import compare
 PARENT = textwrap.dedent(
     """
     import os, sys, time
-    from fedloom import compare
+    from fedloom.studies import compare
 
     if __name__ == "__main__":
         pool = compare._pool(1)
@@ -53,21 +53,21 @@ def test_a_variant_sets_the_method_s_keys_other_tables_keys_and_whole_tables(tmp
 
 
 def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):
-    run = compare.Run("fedit", 0, Config(), tmp_path / "run")
+    run = compare.Trial("fedit", 0, Config(), tmp_path / "run")
     monkeypatch.setattr(compare, "_play", die)
     with pytest.raises(RoundError, match="ended from outside.*the same command again"):
         compare.play([run], 1, lambda run, seconds: None)
 
 
 def test_after_a_run_that_fails_those_that_wait_are_not_begun(monkeypatch, tmp_path):
-    made = [compare.Run("fedit", seed, Config(), tmp_path / str(seed)) for seed in range(20)]
+    made = [compare.Trial("fedit", seed, Config(), tmp_path / str(seed)) for seed in range(20)]
     monkeypatch.setattr(compare, "_play", fail_at_first)
     with pytest.raises(ConfigError, match="seed 0"):
         compare.play(made, 1, lambda run, seconds: None)
     assert not (tmp_path / "19").exists()
 
 
-def fail_at_first(run: compare.Run) -> float:
+def fail_at_first(run: compare.Trial) -> float:
     run.folder.mkdir()
     if run.seed == 0:
         raise ConfigError("seed 0")
@@ -75,7 +75,7 @@ def fail_at_first(run: compare.Run) -> float:
     return 0.5
 
 
-def die(run: compare.Run) -> float:
+def die(run: compare.Trial) -> float:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0.0
 

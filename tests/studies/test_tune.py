@@ -12,7 +12,7 @@ from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import ConfigError
 from fedloom.records.configfile import load
-from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
+from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
 from fedloom.report.numbers import summarise
 from fedloom.server import local
 from fedloom.studies import compare, tune
@@ -29,7 +29,7 @@ SHORT = [
 
 
 def report(score: float, size: int):
-    rows = [Run("m", "m", ("a",), 1, 10, 0), Transfer(1, "a", "up", "update", size), Evaluation(1, "d", score, 1.0)]
+    rows = [RunRow("m", "m", ("a",), 1, 10, 0), Transfer(1, "a", "up", "update", size), Evaluation(1, "d", score, 1.0)]
     return summarise(rows)
 
 
@@ -94,7 +94,7 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
             (run.folder / compare.FINISHED).touch()
             tau = run.config.method.settings.get("tau", 0.0)
             with Ledger(run.folder / "ledger.jsonl") as ledger:
-                ledger.append(Run(run.config.method.name, "m", ("a",), 1, 10, run.seed))
+                ledger.append(RunRow(run.config.method.name, "m", ("a",), 1, 10, run.seed))
                 ledger.append(Training(1, "a", 1.0, 1, 1, 1.0))
                 ledger.append(Transfer(1, "a", "up", "update", int(100 * tau)))
                 ledger.append(Evaluation(1, "d", tau or 0.85, 1.0))

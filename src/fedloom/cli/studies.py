@@ -15,7 +15,7 @@ from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
 
 if TYPE_CHECKING:
-    from fedloom.studies.compare import Run
+    from fedloom.studies.compare import Trial
 
 screen = Console()
 
@@ -120,7 +120,7 @@ def tune(
         screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
 
 
-def play_all(made: Sequence[Run], jobs: int) -> None:
+def play_all(made: Sequence[Trial], jobs: int) -> None:
     """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took."""
     from fedloom.studies import compare
 
@@ -130,7 +130,7 @@ def play_all(made: Sequence[Run], jobs: int) -> None:
     screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
     seconds: list[float] = []
 
-    def finished(run: Run, taken: float) -> None:
+    def finished(run: Trial, taken: float) -> None:
         seconds.append(taken)
         left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
         screen.print(cell(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left"))

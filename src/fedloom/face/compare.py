@@ -47,7 +47,7 @@ def compare(
     tried = range(first_seed, first_seed + seeds)
     made = studies.runs(changed(config, settings, None), methods, tried, folder)
 
-    def tell(run: studies.Run, seconds: float) -> None:
+    def tell(run: studies.Trial, seconds: float) -> None:
         if finished is not None:
             finished(run.label, run.seed, seconds)
 

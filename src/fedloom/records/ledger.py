@@ -29,7 +29,7 @@ _FORBID = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRow:
     """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
 
     client_values: the same for clients that hold fewer, having a lower rank or fewer modules.
@@ -126,7 +126,7 @@ class Note:
     text: str
 
 
-Row: TypeAlias = Run | Transfer | Training | Evaluation | Aggregation | Roll | Note
+Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Aggregation | Roll | Note
 _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 
 

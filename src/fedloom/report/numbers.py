@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, Run, Totals, Training, totals
+from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, RunRow, Totals, Training, totals
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -33,7 +33,7 @@ class Report:
     `train_seconds` and `server_seconds` are sums over all turns and over all rounds.
     """
 
-    run: Run
+    run: RunRow
     points: tuple[Point, ...]
     totals: Totals
     losses: Mapping[str, Sequence[float]]
@@ -69,7 +69,7 @@ class Report:
 
 def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     """The report of one ledger's rows. Raises CheckpointError where the row that says what the run is, is missing."""
-    run = next((row for row in rows if isinstance(row, Run)), None)
+    run = next((row for row in rows if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
     sums = totals(rows)

@@ -38,8 +38,8 @@ FINISHED = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One run to make: its variant, seed, settings and folder. method: takes the place of the one in the settings."""
+class Trial:
+    """One run that a study makes: its variant, seed, settings and folder. method: takes the place of the one in the settings."""
 
     label: str
     seed: int
@@ -62,7 +62,7 @@ def variants(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Run]:
+def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Trial]:
     """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
     made = []
     for variant in variants:
@@ -73,7 +73,7 @@ def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int],
         for label, overrides in labels.items():
             for seed in seeds:
                 settings = changed(config, [*overrides, f"federation.seed={seed}"])
-                made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}", value))
+                made.append(Trial(label, seed, settings, out / file_name(label) / f"seed-{seed}", value))
     return made
 
 
@@ -139,12 +139,12 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
     return parse(tree, "the settings of a variant")
 
 
-def left(todo: Sequence[Run]) -> list[Run]:
+def left(todo: Sequence[Trial]) -> list[Trial]:
     """The runs that are not complete yet."""
     return [run for run in todo if not (run.folder / FINISHED).exists()]
 
 
-def expected(todo: Sequence[Run], jobs: int) -> float:
+def expected(todo: Sequence[Trial], jobs: int) -> float:
     """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
     trials = {run.label: run for run in left(todo)}
     with _pool(jobs) as pool:
@@ -153,7 +153,7 @@ def expected(todo: Sequence[Run], jobs: int) -> float:
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
-def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
+def play(todo: Sequence[Trial], jobs: int, finished: Callable[[Trial, float], None]) -> None:
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
     An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails
@@ -174,7 +174,7 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
         ) from None
 
 
-def play_here(todo: Sequence[Run], finished: Callable[[Run, float], None]) -> None:
+def play_here(todo: Sequence[Trial], finished: Callable[[Trial, float], None]) -> None:
     """Make the runs that are not complete yet, one after the other in this process."""
     for run in left(todo):
         finished(run, _play(run))
@@ -186,7 +186,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads,))
 
 
-def _pace(run: Run) -> Pace:
+def _pace(run: Trial) -> Pace:
     from fedloom.studies.pace import pace
 
     return pace(run.config)
@@ -208,7 +208,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _play(run: Run) -> float:
+def _play(run: Trial) -> float:
     from fedloom.server import local
 
     began = time.perf_counter()
@@ -217,7 +217,7 @@ def _play(run: Run) -> float:
     return time.perf_counter() - began
 
 
-def reports(made: Sequence[Run]) -> dict[str, list[Report]]:
+def reports(made: Sequence[Trial]) -> dict[str, list[Report]]:
     """Label → the reports of its complete runs, one a seed."""
     grouped: dict[str, list[Report]] = {}
     for run in made:

@@ -23,7 +23,7 @@ from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.text import file_name
 from fedloom.report.numbers import MEAN, Report
-from fedloom.studies.compare import Run, changed, runs
+from fedloom.studies.compare import Trial, changed, runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def blind(config: Config) -> Config:
 
 def search(
     config: Config, key: str, values: Sequence[str], against: Sequence[str], seeds: Sequence[int], out: Path
-) -> list[Run]:
+) -> list[Trial]:
     """The runs of a search: every value of `key`, then the methods to match, with every seed.
 
     Raises ConfigError for a key or a value that the settings do not have.
@@ -70,7 +70,7 @@ def search(
         label = f"{key}={value}"
         for seed in seeds:
             settings = changed(base, [label, f"federation.seed={seed}"])
-            made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
+            made.append(Trial(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
     return [*made, *runs(base, against, seeds, out)]
 
 

@@ -36,7 +36,7 @@ from fedloom.records.config import (
     parse_budget,
 )
 from fedloom.records.configfile import dump
-from fedloom.records.ledger import Run
+from fedloom.records.ledger import RunRow
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
@@ -76,11 +76,11 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         return [*(note for note in (other, advice) if note), *cut]
 
-    def described(self) -> Run:
+    def described(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
         held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
-        return Run(
+        return RunRow(
             method=self.job.method.name,
             model=self.config.model.path,
             clients=tuple(self.sites),
