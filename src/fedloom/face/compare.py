@@ -13,6 +13,7 @@ from fedloom.face.picture import Picture
 from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
+from fedloom.records.text import printable
 from fedloom.report.numbers import Report
 from fedloom.report.tables import compared, markdown
 from fedloom.studies import compare as studies
@@ -22,6 +23,7 @@ def compare(
     config: Config | str | Path,
     methods: Sequence[str | Method],
     *,
+    num_rounds: int | None = None,
     seeds: int = 3,
     first_seed: int = 0,
     jobs: int = 1,
@@ -31,11 +33,17 @@ def compare(
 ) -> Comparison:
     """Play every method with every seed on the same data; one run a folder in `out`, a temporary one if left out.
 
+    config: settings, or the path of a settings file; num_rounds and settings (dotted keys) change them for all runs.
     methods: names as on the command line ("fedsrd:paper", "florist:tau=0.9", "alone", "pooled",
     "package.module:builder") and `Method` values. jobs: with 1 all runs are played in this process; with more, each in
     a process of its own, where a `Method` value cannot go: name it as "package.module:builder".
     finished(label, seed, seconds) is called after each run. Complete runs in `out` are kept.
+    Raises ConfigError where two methods have one name, or where a run in `out` has other settings or another method.
     """
+    if seeds < 1 or jobs < 1:
+        raise ConfigError(f"seeds is {seeds} and jobs is {jobs}: expected at least 1 of each")
+    if isinstance(methods, str | Method) or not methods:
+        raise ConfigError("methods is expected to be a list of one method or more, such as ['fedit', 'fedsrd']")
     values = [method for method in methods if isinstance(method, Method)]
     if jobs > 1 and values:
         raise ConfigError(
@@ -45,7 +53,8 @@ def compare(
     scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
     folder = Path(scratch.name) if scratch else Path(str(out))
     tried = range(first_seed, first_seed + seeds)
-    made = studies.runs(changed(config, settings, None), methods, tried, folder)
+    own = {**({} if num_rounds is None else {"federation.num_rounds": num_rounds}), **(settings or {})}
+    made = studies.runs(changed(config, own, None), methods, tried, folder)
 
     def tell(run: studies.Trial, seconds: float) -> None:
         if finished is not None:
@@ -94,6 +103,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         rows = self.rows
-        head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
+        head = "".join(f"<th>{escape(printable(name))}</th>" for name in (rows[0] if rows else ()))
+        body = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row.values()) + "</tr>" for row in rows)
         return f"<table><tr>{head}</tr>{body}</table>"

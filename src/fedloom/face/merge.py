@@ -38,6 +38,11 @@ class Merge:
         self.inputs = inputs
         self.recipe = recipe
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{share:.3g}" for share in self.inputs.shares)
+        modules = len(self.inputs.layouts)
+        return f"Merge({len(self.inputs.adapters)} adapters, shares {shares}, {modules} modules, {self.recipe.method})"
+
     def preview(self) -> list[Row]:
         """What the merge would give, module by module; nothing is written."""
         return list(rehearse(self.inputs, self.recipe))

@@ -17,7 +17,8 @@ from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import read
+from fedloom.records.ledger import Transfer, payload_name, read
+from fedloom.records.text import printable
 from fedloom.report.numbers import Report, human_bytes, summarise
 
 if TYPE_CHECKING:
@@ -37,16 +38,20 @@ def run(
 ) -> Run:
     """Simulate a federation on this machine and return what came of it.
 
-    config: settings, or the path of a settings file. method: a name ("fedsrd", "florist:paper",
+    config: settings, or the path of a settings file. method: a name ("fedsrd", "florist:paper", "florist:tau=0.9",
     "package.module:builder") or a `Method` value; num_rounds, seed and settings (dotted keys) change single settings.
-    out: the run's folder; if left out, a temporary one that lives as long as the result. progress: show the live view.
-    Raises ConfigError, DataError or ModelError for what the user can mend.
+    out: the run's folder; if left out, a temporary one that lives as long as the result. resume: go on with the run
+    that was interrupted in `out`. progress: show the live view.
+    Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds other
+    files or, with `resume`, a run of other settings or of another method.
     """
     from rich.console import Console
 
     from fedloom.report.live import watch
     from fedloom.server import local
 
+    if resume and out is None:
+        raise ConfigError("resume needs out=, the folder of the run that was interrupted")
     chosen = {"federation.num_rounds": num_rounds, "federation.seed": seed, "output.keep_payloads": True}
     own = {**{key: value for key, value in chosen.items() if value is not None}, **(settings or {})}
     scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
@@ -93,6 +98,16 @@ class Run:
         return self.report.losses
 
     @property
+    def heldout_losses(self) -> Mapping[str, float]:
+        """Held-out loss after the last round by domain, and their "mean"."""
+        return dict(self.report.points[-1].losses) if self.report.points else {}
+
+    @property
+    def heldout_losses_by_round(self) -> Mapping[int, Mapping[str, float]]:
+        """The same after every round that was evaluated; 0 is the model before the first."""
+        return {point.round: dict(point.losses) for point in self.report.points}
+
+    @property
     def bytes(self) -> int:
         """Bytes of all payloads, both ways."""
         return self.report.totals.bytes
@@ -110,7 +125,7 @@ class Run:
     @property
     def payloads(self) -> Payloads:
         """Every payload, in the order in which they travelled; kept where output.keep_payloads is set."""
-        return Payloads(sorted((self.folder / "payloads").glob("*"), key=_travelled))
+        return Payloads(list(_in_order(self.folder)))
 
     @property
     def adapter_folder(self) -> Path:
@@ -135,20 +150,22 @@ class Run:
     def __repr__(self) -> str:
         facts = self.report.run
         mean = f", mean score {self.scores['mean']:.3f}" if self.scores else ""
-        return f"Run({facts.method}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
+        return (
+            f"Run({printable(facts.method)}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
+        )
 
     def _repr_html_(self) -> str:
         before = self.report.points[0].scores if self.report.points else {}
         rows = "".join(
-            f"<tr><td>{escape(domain)}</td><td>{100 * before[domain]:.1f}</td><td>{100 * after:.1f}</td></tr>"
+            f"<tr><td>{escape(printable(domain))}</td><td>{100 * before[domain]:.1f}</td>"
+            f"<td>{100 * after:.1f}</td></tr>"
             for domain, after in self.scores.items()
         )
         facts = self.report.run
-        head = f"{facts.method}, {facts.num_rounds} rounds, {len(facts.clients)} clients: {human_bytes(self.bytes)}"
-        return (
-            f"<table><caption>{escape(head)}</caption><tr><th>domain</th><th>before (%)</th><th>after (%)</th></tr>"
-            f"{rows}</table>"
-        )
+        head = f"{printable(facts.method)}, {facts.num_rounds} rounds, {len(facts.clients)} clients"
+        sent = f"{human_bytes(self.bytes_up)} up, {human_bytes(self.bytes_down)} down"
+        table = f"<table><tr><th>exact match</th><th>before (%)</th><th>after (%)</th></tr>{rows}</table>"
+        return f"<p>{escape(head)}: {sent}</p>{table if rows else ''}"
 
 
 class Payloads(Sequence[bytes]):
@@ -173,5 +190,17 @@ class Payloads(Sequence[bytes]):
         return (path.read_bytes() for path in self.paths)
 
 
-def _travelled(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+def _in_order(folder: Path) -> Iterator[Path]:
+    """The payload files in the order of the ledger's rows: times of files do not survive a copy of the folder."""
+    waiting: dict[str, list[Path]] = {}
+    for path in sorted((folder / "payloads").glob("*-v*.fedloom"), key=_version):
+        waiting.setdefault(path.name.rpartition("-v")[0], []).append(path)
+    for row in read(folder / "ledger.jsonl"):
+        # What a client missed is sent to it in one round, the oldest version first.
+        if isinstance(row, Transfer) and (left := waiting.get(payload_name(row.round, row.client, row.direction))):
+            yield left.pop(0)
+
+
+def _version(path: Path) -> int:
+    digits = path.stem.rpartition("-v")[2]
+    return int(digits) if digits.isdecimal() else 0

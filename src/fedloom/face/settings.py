@@ -9,7 +9,9 @@ from pathlib import Path
 from fedloom.errors import ConfigError
 from fedloom.methods.method import Method
 from fedloom.records import configfile
-from fedloom.records.config import Config, MethodSettings
+from fedloom.records.config import Config
+from fedloom.studies.compare import changed as overridden
+from fedloom.studies.compare import variant_overrides, with_method
 from fedloom.testbeds import testbed_folder
 
 Settings = Mapping[str, object]
@@ -37,19 +39,13 @@ def testbed(name: str = "demo", settings: Settings | None = None) -> Config:
 def changed(config: Config | str | Path, settings: Settings | None, method: str | Method | None) -> Config:
     """The settings with changes over them; another method drops the settings of the one before."""
     known = load(config) if isinstance(config, str | Path) else config
-    tree = known.model_dump(exclude_none=True)
+    given = as_overrides(settings)
     if isinstance(method, Method):
-        tree["method"] = {}
-    elif method is not None:
-        name, _, preset = method.partition(":") if "." not in method else (method, "", "")
-        tree["method"] = {"name": name, **({"preset": preset} if preset else {})}
-    for text in as_overrides(settings):
-        configfile.merge(tree, configfile.override(text))
-    after = configfile.parse(tree, "the settings given")
-    # A value has no name that a file could say; its own name stands in the run's config.toml for who reads that.
-    return (
-        after.model_copy(update={"method": MethodSettings(name=method.name)}) if isinstance(method, Method) else after
-    )
+        own = [key for key in settings or {} if key.partition(".")[0] == "method"]
+        if own:
+            raise ConfigError(f"method {method.name!r} is built already: give {', '.join(own)} to its builder")
+        return with_method(overridden(known, given), method)
+    return overridden(known, [*variant_overrides(method), *given] if method else given)
 
 
 def as_overrides(settings: Settings | None) -> list[str]:

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
-from fedloom.records.text import LONG, escape_json, printable
+from fedloom.records.text import LONG, escape_json, file_name, printable
 
 Direction: TypeAlias = Literal["up", "down"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -145,6 +145,11 @@ class Totals:
     def bytes(self) -> int:
         """Both ways."""
         return self.bytes_up + self.bytes_down
+
+
+def payload_name(round: int, client: str, direction: Direction) -> str:
+    """How the files of payloads begin that travelled in a round between the server and a client."""
+    return f"{round:05d}-{file_name(client)}-{direction}"
 
 
 def totals(rows: Iterable[Row]) -> Totals:

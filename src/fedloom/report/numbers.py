@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
@@ -19,11 +19,12 @@ _Z_95 = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The global model after a round: exact match by domain (and their mean), bytes sent so far, both ways."""
+    """The global model after a round: exact match and loss by domain (and their mean), bytes sent so far, both ways."""
 
     round: int
     scores: Mapping[str, float]
     bytes: int
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,16 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation))]) + 1)
     sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))
     scores: dict[int, dict[str, float]] = {}
+    heldout: dict[int, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
     for row in rows:
         if isinstance(row, Evaluation):
             scores.setdefault(row.round, {})[row.domain] = row.exact_match
+            heldout.setdefault(row.round, {})[row.domain] = row.loss
         elif isinstance(row, Training):
             losses.setdefault(row.client, []).append(row.loss)
     points = [
-        Point(round, {**found, MEAN: sum(found.values()) / len(found)}, sent[round])
+        Point(round, _with_mean(found), sent[round], _with_mean(heldout[round]))
         for round, found in sorted(scores.items())
     ]
     return Report(
@@ -95,6 +98,10 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
     )
+
+
+def _with_mean(by_domain: Mapping[str, float]) -> dict[str, float]:
+    return {**by_domain, MEAN: sum(by_domain.values()) / len(by_domain)}
 
 
 def _sum(seconds: Iterable[float]) -> float:

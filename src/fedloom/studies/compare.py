@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom.errors import RoundError
+from fedloom.errors import ConfigError, RoundError
+from fedloom.methods.fingerprint import fingerprint
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS
@@ -29,6 +30,7 @@ from fedloom.records.configfile import merge, override, parse
 from fedloom.records.ledger import read
 from fedloom.records.text import file_name
 from fedloom.report.numbers import Report, summarise
+from fedloom.workspace.folder import holds_settings
 
 if TYPE_CHECKING:
     from fedloom.studies.pace import Pace
@@ -63,28 +65,45 @@ def variants(texts: Sequence[str]) -> list[str]:
 
 
 def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Trial]:
-    """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
-    made = []
+    """Every variant with every seed; a variant that is several runs ("alone") has several labels.
+
+    Raises ConfigError where two variants have one label.
+    """
+    made: list[Trial] = []
     for variant in variants:
         value = variant if isinstance(variant, Method) else None
-        labels = (
-            expanded(config, variant) if isinstance(variant, str) else {variant.name: [f"method.name={variant.name}"]}
-        )
+        base = config if value is None else with_method(config, value)
+        labels = expanded(config, variant) if isinstance(variant, str) else {variant.name: []}
         for label, overrides in labels.items():
+            if any(trial.label == label for trial in made):
+                raise ConfigError(
+                    f"two of the methods are called {label!r}, and their runs would share a folder: name one of them "
+                    "otherwise, such as with fedloom.replace(method, name=…)"
+                )
             for seed in seeds:
-                settings = changed(config, [*overrides, f"federation.seed={seed}"])
+                settings = changed(base, [*overrides, f"federation.seed={seed}"])
                 made.append(Trial(label, seed, settings, out / file_name(label) / f"seed-{seed}", value))
     return made
 
 
+def with_method(config: Config, method: Method) -> Config:
+    """The settings of a run that is played with a `Method` value; they name it and tell it from others of its name."""
+    settings = {"name": method.name, "fingerprint": fingerprint(method)}
+    return parse({**config.model_dump(exclude_none=True), "method": settings}, "the settings of a Method")
+
+
 def expanded(config: Config, variant: str) -> dict[str, list[str]]:
     """Label → overrides of the settings that make the variant."""
-    name, rest = split_variant(variant)
     special = {"alone": _alone, "pooled": _pooled}
-    if name in special:
-        return special[name](config)
+    name = split_variant(variant)[0]
+    return special[name](config) if name in special else {variant: variant_overrides(variant)}
+
+
+def variant_overrides(variant: str) -> list[str]:
+    """The overrides that a variant of a single method stands for."""
+    name, rest = split_variant(variant)
     pairs = [part if "=" in part else f"preset={part}" for part in rest.split(",") if part]
-    return {variant: [f"method.name={name}", *(_placed(pair) for pair in pairs)]}
+    return [f"method.name={name}", *(_placed(pair) for pair in pairs)]
 
 
 def split_variant(variant: str) -> tuple[str, str]:
@@ -140,15 +159,27 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def left(todo: Sequence[Trial]) -> list[Trial]:
-    """The runs that are not complete yet."""
-    return [run for run in todo if not (run.folder / FINISHED).exists()]
+    """The runs that are not complete yet. Raises ConfigError where a complete one has other settings."""
+    return [run for run in todo if not _complete(run)]
+
+
+def _complete(run: Trial) -> bool:
+    """Whether the run is there, whole. A run of other settings is not taken for it."""
+    settings = run.folder / "config.toml"
+    found = (run.folder / FINISHED).exists()
+    if found and settings.exists() and not holds_settings(settings, run.config):
+        raise ConfigError(
+            f"{run.folder} holds a complete run with other settings or another method: choose another folder, or "
+            "remove it"
+        )
+    return found
 
 
 def expected(todo: Sequence[Trial], jobs: int) -> float:
     """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
-    trials = {run.label: run for run in left(todo)}
+    samples = {run.label: run for run in left(todo)}
     with _pool(jobs) as pool:
-        paces = dict(zip(trials, pool.map(_pace, trials.values()), strict=True))
+        paces = dict(zip(samples, pool.map(_pace, samples.values()), strict=True))
     seconds = [paces[run.label].seconds(run.config) for run in left(todo)]
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
@@ -189,7 +220,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 def _pace(run: Trial) -> Pace:
     from fedloom.studies.pace import pace
 
-    return pace(run.config)
+    return pace(run.config, run.method)
 
 
 def _prepare(threads: int) -> None:

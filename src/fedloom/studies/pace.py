@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.events import Scores, Silent
 from fedloom.server import local
@@ -55,12 +56,15 @@ def evaluations(config: Config) -> int:
     return 1 + (-(-rounds // every) if every else 1)
 
 
-def pace(config: Config) -> Pace:
-    """Play a run up to its second round, without evaluations on the way. Raises what the run itself would raise."""
+def pace(config: Config, method: Method | None = None) -> Pace:
+    """Play a run up to its second round, without evaluations on the way. Raises what the run itself would raise.
+
+    method: takes the place of the one that the settings name.
+    """
     rounds = max(TRIED + 1, config.federation.num_rounds)  # the last round would be evaluated
     some = config.federation.model_copy(update={"num_rounds": rounds, "eval_every": 0})
     watch, began = Watch(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fedloom-") as folder, contextlib.suppress(_Enough):
-        local.run(config.model_copy(update={"federation": some}), Path(folder) / "run", observer=watch)
+        local.run(config.model_copy(update={"federation": some}), Path(folder) / "run", observer=watch, method=method)
     around = time.perf_counter() - began - sum(watch.seconds.values())
     return Pace(around, watch.seconds[0], watch.seconds[TRIED])

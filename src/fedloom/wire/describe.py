@@ -35,15 +35,36 @@ class TensorBytes:
     value_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Description:
-    """A payload in numbers. The parts (header, index, positions, values, checksum) add up to `size` bytes."""
+    """A payload in numbers. The parts (header, index, positions, values, checksum) add up to `size` bytes.
+
+    Printed, it says what the bytes are spent on.
+    """
 
     header: Header
     size: int
     parts: Mapping[str, int]
     tensors: tuple[TensorBytes, ...]
     checksum: str
+
+    @property
+    def density(self) -> float:
+        """The share of all elements whose values are sent."""
+        numel = sum(count(tensor.shape) for tensor in self.tensors)
+        return sum(tensor.values for tensor in self.tensors) / numel if numel else 0.0
+
+    def __repr__(self) -> str:
+        head = self.header
+        forms = ", ".join(dict.fromkeys(f"{tensor.form} {tensor.coding}" for tensor in self.tensors)) or "nothing"
+        sent = sum(tensor.values for tensor in self.tensors)
+        return "\n".join(
+            [
+                f"{head.kind} of method {head.method!r} in round {head.round}: {self.size:,} bytes",
+                *(f"  {name:<10}{size:>12,}  {size / self.size:6.1%}" for name, size in self.parts.items()),
+                f"{len(self.tensors)} tensors ({forms}), {sent:,} values: {self.density:.2%} of all elements",
+            ]
+        )
 
 
 def describe(payload: bytes, limits: Limits = DEFAULT) -> Description:

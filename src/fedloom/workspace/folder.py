@@ -25,9 +25,8 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump, parse
-from fedloom.records.ledger import Direction, Ledger, Transfer, read
+from fedloom.records.ledger import Direction, Ledger, Transfer, payload_name, read
 from fedloom.records.serverlog import ServerLog
-from fedloom.records.text import file_name
 from fedloom.report import metrics
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
@@ -56,7 +55,7 @@ class RunFolder:
             raise CheckpointError(f"{path} holds {what} choose another --out")
         if resume and not settings.exists():
             raise CheckpointError(f"{path} holds no run to resume; run without --resume")
-        if resume and not _same(settings, config):
+        if resume and not holds_settings(settings, config):
             raise CheckpointError(f"{settings} differs from the settings given: resume with the settings of that run")
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
@@ -70,8 +69,7 @@ class RunFolder:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
             version = read_header(payload).base_version
-            name = f"{round:05d}-{file_name(client)}-{direction}-v{version}.fedloom"
-            (folder / name).write_bytes(payload)
+            (folder / f"{payload_name(round, client, direction)}-v{version}.fedloom").write_bytes(payload)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
@@ -105,13 +103,13 @@ class RunFolder:
         self._lock.close()
 
 
-def _same(settings: Path, config: Config) -> bool:
-    """Whether a run's settings are these. [flower] may differ: another deadline makes no other run."""
+def holds_settings(settings: Path, config: Config) -> bool:
+    """Whether a run's settings are these. [flower] and [output] may differ: the run itself is the same."""
     try:
         held = parse(tomllib.loads(settings.read_text(encoding="utf-8")), str(settings))
     except (ConfigError, tomllib.TOMLDecodeError):
         return False
-    return held.model_copy(update={"flower": config.flower}) == config
+    return held.model_copy(update={"flower": config.flower, "output": config.output}) == config
 
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
