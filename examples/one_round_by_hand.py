@@ -4,53 +4,44 @@ import torch
 
 import fedloom
 
-SHAPES = {"q_proj": (12, 8), "v_proj": (6, 8)}
-RANK = 4
-
-
-def first_adapter(seed: int) -> fedloom.LoraState:
-    """A drawn from a seed, B zero: the change of weight B A begins at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    return fedloom.LoraState(
-        {
-            module: fedloom.LoraPair(torch.randn(RANK, n, generator=generator), torch.zeros(m, RANK))
-            for module, (m, n) in SHAPES.items()
-        }
-    )
+SHAPES = {"q_proj": (12, 8), "v_proj": (6, 8)}  # module → (out features, in features)
+RANKS = {"q_proj": 4, "v_proj": 4}
 
 
 def train(state: fedloom.State, round: int, seed: int) -> fedloom.Trained:
-    """A stand-in for training: both factors move by a little noise."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-
-    pairs = {module: fedloom.LoraPair(moved(pair.A), moved(pair.B)) for module, pair in state.adapter.items()}
-    return fedloom.Trained(fedloom.LoraState(pairs), num_examples=100, loss=1.0)
+    """A stand-in for training: B moves by a little noise, another one for every client and round."""
+    noise = torch.Generator().manual_seed(seed)
+    after = state.adapter.map(
+        lambda pair: fedloom.LoraPair(pair.A, pair.B + 0.1 * torch.randn(pair.B.shape, generator=noise))
+    )
+    return fedloom.Trained(after, num_examples=100, loss=1.0)
 
 
 def main() -> None:
     """What travels, and that everybody ends with the same bits."""
-    job = fedloom.Job(fedloom.build("fedsrd"), seed=0, quantize=lambda values, seed: values)
-    server = fedloom.start(job, first_adapter(seed=0))
-    clients = {"ada": server, "bob": server}
+    job = fedloom.Job(fedloom.build("fedsrd"), seed=0, quantize=fedloom.quantize("int4"))
+    adapter = fedloom.initial_state(SHAPES, RANKS, seed=0)  # A drawn from the seed, B zero
+    server = fedloom.start(job, adapter)
+    clients = {"ada": fedloom.start(job, adapter), "bob": fedloom.start(job, adapter)}
 
+    # Every client trains and says what changed.
     turns = {name: fedloom.client_turn(job, name, state, [], train, round=1) for name, state in clients.items()}
-    payloads = {name: turn.payload for name, turn in turns.items()}
-    for name, payload in payloads.items():
-        sent = {tensor.name: f"{tensor.values} of {tensor.shape}" for tensor in fedloom.describe(payload).tensors}
-        print(f"{name} sends {len(payload)} bytes: {sent}")
+    uploads = {name: turn.payload for name, turn in turns.items()}
+    print({name: len(payload) for name, payload in uploads.items()}, "bytes up")
+    print(fedloom.describe(uploads["ada"]))
 
-    result = fedloom.server_turn(job, server, payloads, round=1)
-    print(f"the server broadcasts {len(result.payload)} bytes")
+    # The server combines the payloads into one broadcast, and applies that itself.
+    turn = fedloom.server_turn(job, server, uploads, round=1)
+    print(len(turn.payload), "bytes down")
 
-    # A client's next turn begins with the broadcast: then it holds what the server holds.
-    again = {
-        name: fedloom.client_turn(job, name, turn.state, [result.payload], train, round=2)
-        for name, turn in turns.items()
-    }
-    print("same bits:", all(turn.state.digest == result.state.digest for turn in again.values()))
+    # Every client applies the broadcast.
+    clients = {name: fedloom.accept(job, turns[name].state, turn.payload) for name in clients}
+    print("same bits:", all(state.digest == turn.state.digest for state in clients.values()))
+
+    # The same in one call.
+    federation = fedloom.Federation(job, adapter, clients={"ada": None, "bob": None})
+    result = federation.round(train)
+    print("same payloads:", result.uploads == uploads and result.broadcast == turn.payload)
 
 
 if __name__ == "__main__":

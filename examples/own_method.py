@@ -1,6 +1,6 @@
-"""A method of your own: clients send one row in so many of their change, each round another one.
+"""A method of your own: FedIT whose clients send the largest half of their factors, and zeros for the rest.
 
-A method is a record of plain functions. Replace what is to differ; the wire, checkpoints and catching up go on working.
+A method is a record of plain functions. Replace what is to differ; wire, checkpoints and catching up go on working.
 """
 
 from collections.abc import Mapping
@@ -8,38 +8,35 @@ from collections.abc import Mapping
 import torch
 
 import fedloom
-from fedloom.compress.entries import Entry, Sparse
-
-Sent = tuple[Mapping[str, torch.Tensor], Mapping[str, Entry]]
 
 
-def rows(*, every: int = 2) -> fedloom.Method:
-    """Fed-DARE's averaging, over whole rows. A builder's keywords are the method's settings.
+def halves(*, keep: float = 0.5) -> fedloom.Method:
+    """A builder is a method; its keywords are its settings. keep: the share of every factor's elements that is sent."""
+    return fedloom.replace(fedloom.build("fedit"), name="halves", compress=send_half(keep))
 
-    every: of the rows of every factor's change, one in so many is sent, in the next round the one after it.
-    """
-    plain = fedloom.build("fed-dare")
 
-    def compress(state: fedloom.State, after: fedloom.LoraState, context: fedloom.Context) -> Sent:
-        before, entries = state.adapter.tensors(), {}
-        for name, tensor in after.tensors().items():
-            change = tensor - before[name]
-            height, width = change.shape
-            chosen = torch.arange(context.round % every % height, height, every)
-            positions = (chosen[:, None] * width + torch.arange(width)).flatten()
-            # Multiplied, so that a row that is sent now and then counts as much as if it were sent in every round.
-            values = every * change.flatten()[positions]
-            entries[name] = Sparse((height, width), positions, context.quantize(values, context.seed))
-        return state.memory, entries
+def send_half(keep: float) -> fedloom.Compress:
+    """(client state, adapter after training, context) → (what to remember, the entries to send)."""
 
-    return fedloom.replace(plain, name="rows", compress=compress)
+    def compress(
+        state: fedloom.State, after: fedloom.LoraState, context: fedloom.Context
+    ) -> tuple[Mapping[str, torch.Tensor], fedloom.Entries]:
+        return state.memory, {name: largest(tensor, keep, context) for name, tensor in after.tensors().items()}
+
+    return compress
+
+
+def largest(tensor: torch.Tensor, keep: float, context: fedloom.Context) -> fedloom.Sparse:
+    """The share `keep` of a tensor's elements, those of largest magnitude, rounded to what the wire will carry."""
+    flat = tensor.flatten()
+    positions = flat.abs().topk(max(1, round(keep * flat.numel()))).indices.sort().values
+    return fedloom.Sparse(tuple(tensor.shape), positions, context.quantize(flat[positions], context.seed))
 
 
 def main() -> None:
-    """The method in a run, and beside another one."""
-    bed = fedloom.testbed(settings={"federation.num_rounds": 2})
-    print(fedloom.run(bed, method=rows(every=4)))
-    print(fedloom.compare(bed, ["fedit", rows(every=4)], seeds=1))
+    """Beside the method that it began with."""
+    bed = fedloom.testbed(settings={"federation.num_rounds": 4})
+    print(fedloom.compare(bed, ["fedit", halves(keep=0.25)], seeds=1))
 
 
 if __name__ == "__main__":

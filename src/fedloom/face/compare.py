@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from fedloom.errors import ConfigError
 from fedloom.face.picture import Picture
+from fedloom.face.scratch import Scratch
 from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
@@ -51,8 +50,8 @@ def compare(
             f"the method {values[0].name!r} is a value, which cannot be handed to another process: name it as "
             '"package.module:builder", or set jobs=1'
         )
-    scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
-    folder = Path(scratch.name) if scratch else Path(str(out))
+    scratch = Scratch() if out is None else None
+    folder = scratch.path if scratch else Path(str(out))
     tried = range(first_seed, first_seed + seeds)
     own = {**({} if num_rounds is None else {"federation.num_rounds": num_rounds}), **(settings or {})}
     made = studies.runs(changed(config, own, None), methods, tried, folder)
@@ -75,12 +74,11 @@ class Comparison:
         self,
         reports: Mapping[str, Sequence[Report]],
         folder: Path,
-        scratch: tempfile.TemporaryDirectory[str] | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.reports = reports
         self.folder = folder
-        if scratch is not None:
-            weakref.finalize(self, scratch.cleanup)  # a temporary folder goes with the object that shows it
+        self._scratch = scratch  # a temporary folder goes with the object that shows it
 
     @property
     def rows(self) -> list[dict[str, str]]:

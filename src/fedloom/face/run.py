@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Self, overload
 
 from fedloom.errors import ConfigError
 from fedloom.face.picture import Picture
+from fedloom.face.scratch import Scratch
 from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
@@ -55,8 +54,8 @@ def run(
         raise ConfigError("resume needs out=, the folder of the run that was interrupted")
     chosen = {"federation.num_rounds": num_rounds, "federation.seed": seed, "output.keep_payloads": True}
     own = {**{key: value for key, value in chosen.items() if value is not None}, **(settings or {})}
-    scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
-    folder = Path(scratch.name) / "run" if scratch else Path(str(out))
+    scratch = Scratch() if out is None else None
+    folder = scratch.path / "run" if scratch else Path(str(out))
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
@@ -67,10 +66,9 @@ def run(
 class Run:
     """A finished run, read from its folder."""
 
-    def __init__(self, folder: str | Path, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, folder: str | Path, scratch: Scratch | None = None) -> None:
         self.folder = Path(folder)
-        if scratch is not None:
-            weakref.finalize(self, scratch.cleanup)  # a temporary folder goes with the object that shows it
+        self._scratch = scratch  # a temporary folder goes with the object that shows it
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Set
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 
 from torch import Tensor
 
@@ -66,6 +66,7 @@ def _parts(value: object) -> list[object] | None:
         return sorted(value, key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    if isinstance(value, type):
+    if isinstance(value, type | BuiltinFunctionType):
         return [value.__module__, value.__qualname__]
-    return [vars(value)] if hasattr(value, "__dict__") else None
+    # Of other objects those that can be called are looked into: a model that a closure holds would take minutes.
+    return [vars(value)] if callable(value) and hasattr(value, "__dict__") else None
