@@ -6,8 +6,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-
 from scripts.run_notebook import play
+
 from small_testbed import small_testbed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -68,5 +68,10 @@ def test_the_notebook_is_committed_with_its_results(notebook):
 
 
 def test_the_notebook_shows_the_method_of_the_example(notebook):
-    builder = (EXAMPLES / "own_method.py").read_text(encoding="utf-8").partition("def halves")[2].partition("\n\n\ndef main")[0]
+    builder = (
+        (EXAMPLES / "own_method.py")
+        .read_text(encoding="utf-8")
+        .partition("def halves")[2]
+        .partition("\n\n\ndef main")[0]
+    )
     assert any(builder in "".join(cell["source"]) for cell in notebook["cells"])

@@ -53,7 +53,9 @@ def test_payloads_keep_their_order_in_a_copy(played, tmp_path):
     for number, path in enumerate(sorted((copy / "payloads").iterdir(), reverse=True)):
         os.utime(path, (number, number))
     assert list(fedloom.Run.open(copy).payloads) == list(played.payloads)
-    kinds = [(fedloom.describe(payload).header.kind, fedloom.describe(payload).header.round) for payload in played.payloads]
+    kinds = [
+        (fedloom.describe(payload).header.kind, fedloom.describe(payload).header.round) for payload in played.payloads
+    ]
     assert kinds[:4] == [("update", 1)] * 4
     assert kinds[4:12] == [("change", 1), ("update", 2)] * 4
     assert kinds[12:] == [("change", 2)] * 4
@@ -109,7 +111,7 @@ def test_a_settings_file_is_taken_by_its_path(small):
     settings = {"data.heldout": None, "lora.r": 2}
     run = fedloom.run(str(small / "demo.toml"), method="florist:tau=0.9", num_rounds=1, settings=settings)
     assert run.report.run.method == "florist"
-    assert 'tau = 0.9' in (run.folder / "config.toml").read_text()
+    assert "tau = 0.9" in (run.folder / "config.toml").read_text()
 
 
 def interrupted(bed, out, monkeypatch, method):

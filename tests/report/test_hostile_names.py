@@ -123,8 +123,8 @@ def test_all_pictures_take_such_names(name: str):
 
 
 def test_a_name_with_an_underscore_has_its_place_in_the_legend():
-    assert len({figure._label("_x"), figure._label("x"), figure._label("y")}) == 3
-    assert not figure._label("_x").startswith("_")
+    assert len({figure.label("_x"), figure.label("x"), figure.label("y")}) == 3
+    assert not figure.label("_x").startswith("_")
 
 
 class Tags(HTMLParser):

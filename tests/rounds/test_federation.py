@@ -17,7 +17,7 @@ from toy import initial, job, trainer
 
 def test_the_example_prints_what_it_says():
     result = doctest.testmod(federation)
-    assert result.attempted >= 10 and not result.failed
+    assert result.attempted >= 9 and not result.failed
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -104,5 +104,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = self.rows
         head = "".join(f"<th>{escape(printable(name))}</th>" for name in (rows[0] if rows else ()))
-        body = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row.values()) + "</tr>" for row in rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row.values()) + "</tr>" for row in rows
+        )
         return f"<table><tr>{head}</tr>{body}</table>"

@@ -80,10 +80,11 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
                 axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
         panels[1].set_title("the same against bytes, both ways")
-        panels[1].set_xscale("log")
-        panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[1].xaxis.set_minor_formatter(NullFormatter())
+        if any(len(line.get_xdata()) for line in panels[1].get_lines()):  # a logarithm needs one number at least
+            panels[1].set_xscale("log")
+            panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panels[1].xaxis.set_minor_formatter(NullFormatter())
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
         save(figure, target, form)
 
