@@ -68,10 +68,6 @@ def test_the_notebook_is_committed_with_its_results(notebook):
 
 
 def test_the_notebook_shows_the_method_of_the_example(notebook):
-    builder = (
-        (EXAMPLES / "own_method.py")
-        .read_text(encoding="utf-8")
-        .partition("def halves")[2]
-        .partition("\n\n\ndef main")[0]
-    )
+    example = (EXAMPLES / "own_method.py").read_text(encoding="utf-8")
+    builder = example.partition("def halves")[2].partition("\n\n\ndef main")[0]
     assert any(builder in "".join(cell["source"]) for cell in notebook["cells"])

@@ -53,9 +53,8 @@ def test_payloads_keep_their_order_in_a_copy(played, tmp_path):
     for number, path in enumerate(sorted((copy / "payloads").iterdir(), reverse=True)):
         os.utime(path, (number, number))
     assert list(fedloom.Run.open(copy).payloads) == list(played.payloads)
-    kinds = [
-        (fedloom.describe(payload).header.kind, fedloom.describe(payload).header.round) for payload in played.payloads
-    ]
+    headers = [fedloom.describe(payload).header for payload in played.payloads]
+    kinds = [(header.kind, header.round) for header in headers]
     assert kinds[:4] == [("update", 1)] * 4
     assert kinds[4:12] == [("change", 1), ("update", 2)] * 4
     assert kinds[12:] == [("change", 2)] * 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -103,8 +103,9 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         rows = self.rows
-        head = "".join(f"<th>{escape(printable(name))}</th>" for name in (rows[0] if rows else ()))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row.values()) + "</tr>" for row in rows
-        )
-        return f"<table><tr>{head}</tr>{body}</table>"
+        head = _row("th", rows[0] if rows else ())
+        return f"<table>{head}{''.join(_row('td', row.values()) for row in rows)}</table>"
+
+
+def _row(tag: str, cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(printable(cell))}</{tag}>" for cell in cells) + "</tr>"

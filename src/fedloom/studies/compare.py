@@ -41,7 +41,10 @@ FINISHED = "report.html"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run that a study makes: its variant, seed, settings and folder. method: takes the place of the one in the settings."""
+    """One run that a study makes: its variant, seed, settings and folder.
+
+    method: takes the place of the one in the settings.
+    """
 
     label: str
     seed: int
