@@ -16,8 +16,8 @@ RANKS = {"bank": 8, "lab": 4}
 def tiny_model() -> LlamaForCausalLM:
     """A model that nobody would talk to."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    size = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(size)
 
 
 def save_adapter(folder: Path, rank: int) -> None:
@@ -25,7 +25,7 @@ def save_adapter(folder: Path, rank: int) -> None:
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = tiny_model()
     torch.manual_seed(rank)
-    get_peft_model(model, settings).save_pretrained(folder)
+    get_peft_model(model, settings).save_pretrained(str(folder))
 
 
 def change(folder: Path) -> torch.Tensor:

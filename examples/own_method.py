@@ -1,4 +1,4 @@
-"""A method of your own: FedIT whose clients send the largest half of their factors, and zeros for the rest.
+"""A method of your own: clients send the largest half of what changed in their factors, and nothing of the rest.
 
 A method is a record of plain functions. Replace what is to differ; wire, checkpoints and catching up go on working.
 """
@@ -11,8 +11,8 @@ import fedloom
 
 
 def halves(*, keep: float = 0.5) -> fedloom.Method:
-    """A builder is a method; its keywords are its settings. keep: the share of every factor's elements that is sent."""
-    return fedloom.replace(fedloom.build("fedit"), name="halves", compress=send_half(keep))
+    """A builder is a method; its keywords are its settings. keep: the share of every factor's change that is sent."""
+    return fedloom.replace(fedloom.build("fed-dare"), name="halves", compress=send_half(keep), values="int8")
 
 
 def send_half(keep: float) -> fedloom.Compress:
@@ -21,20 +21,22 @@ def send_half(keep: float) -> fedloom.Compress:
     def compress(
         state: fedloom.State, after: fedloom.LoraState, context: fedloom.Context
     ) -> tuple[Mapping[str, torch.Tensor], fedloom.Entries]:
-        return state.memory, {name: largest(tensor, keep, context) for name, tensor in after.tensors().items()}
+        before = state.adapter.tensors()
+        changes = {name: tensor - before[name] for name, tensor in after.tensors().items()}
+        return state.memory, {name: largest(change, keep, context) for name, change in changes.items()}
 
     return compress
 
 
-def largest(tensor: torch.Tensor, keep: float, context: fedloom.Context) -> fedloom.Sparse:
-    """The share `keep` of a tensor's elements, those of largest magnitude, rounded to what the wire will carry."""
-    flat = tensor.flatten()
+def largest(change: torch.Tensor, keep: float, context: fedloom.Context) -> fedloom.Sparse:
+    """The share `keep` of a change's elements, those of largest magnitude, rounded to what the wire will carry."""
+    flat = change.flatten()
     positions = flat.abs().topk(max(1, round(keep * flat.numel()))).indices.sort().values
-    return fedloom.Sparse(tuple(tensor.shape), positions, context.quantize(flat[positions], context.seed))
+    return fedloom.Sparse(tuple(change.shape), positions, context.quantize(flat[positions], context.seed))
 
 
 def main() -> None:
-    """Beside the method that it began with."""
+    """Beside the mean of whole factors."""
     bed = fedloom.testbed(settings={"federation.num_rounds": 4})
     print(fedloom.compare(bed, ["fedit", halves(keep=0.25)], seeds=1))
 

@@ -6,6 +6,7 @@ import torch
 import fedloom
 from fedloom.errors import PolicyRefusal
 from fedloom.methods.table import options
+from fedloom.model.base import base_digest
 from fedloom.records.configfile import dump
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
@@ -93,7 +94,7 @@ def test_a_site_builds_such_a_method_where_its_policy_lists_it(bed, halves, tmp_
         raise Built(fedloom.build(config.method.name, config.method.settings).name)
 
     settings = {"method.name": NAME, "method.keep": 0.25, "federation.participants": ["lab"]}
-    request = Request("hello", "job", dump(fedloom.testbed(settings=settings)), "", 1, 0)
+    request = Request("hello", "job", dump(fedloom.testbed(settings=settings)), base_digest(bed.model.path), 1, 0)
     for policy, outcome in ((Policy(methods=(NAME,)), Built), (Policy(), PolicyRefusal)):
         data = bed.data.source.replace("{client}", "lab")
         site = SiteConfig(name="lab", model=bed.model.path, data=data, state=str(tmp_path / "state"), policy=policy)

@@ -80,7 +80,7 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
                 axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
         panels[1].set_title("the same against bytes, both ways")
-        if any(len(line.get_xdata()) for line in panels[1].get_lines()):  # a logarithm needs one number at least
+        if any(report.points for reports in groups.values() for report in reports):  # a logarithm needs a number
             panels[1].set_xscale("log")
             panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
