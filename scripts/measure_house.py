@@ -18,9 +18,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 ASSEMBLING = (
-    "fedloom.workspace.assemble:prepare",
+    "fedloom.workspace.assemble:load_setup",
     "fedloom.run.assemble:prepare",
-    "fedloom.workspace.assemble:prepare",
+    "fedloom.workspace.assemble:load_setup",
 )
 READING = ("fedloom.records.configfile", "fedloom.records.configfile")
 

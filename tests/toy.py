@@ -139,7 +139,7 @@ class Federation(federation.Federation):
         return train
 
     def missed(self, name: str) -> list[bytes]:
-        return [self.addressed(name, payload) for payload in self.broadcasts[self.clients[name].version :]]
+        return [self.broadcast_for(name, payload) for payload in self.broadcasts[self.clients[name].version :]]
 
     def bring(self, name: str) -> None:
         """Give a client what it has missed."""

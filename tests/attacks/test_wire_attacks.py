@@ -57,7 +57,7 @@ def names(*rest):
     out.varint(len(rest))
     for shared, end in rest:
         out.varint(shared)
-        out.counted(end)
+        out.sized_bytes(end)
     return bytes(out.data)
 
 

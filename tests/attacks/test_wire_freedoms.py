@@ -27,7 +27,7 @@ def names(*shared_and_rest):
     out.varint(len(shared_and_rest))
     for shared, rest in shared_and_rest:
         out.varint(shared)
-        out.counted(rest)
+        out.sized_bytes(rest)
     streams = write_index([], [Stream(8 + plane, len(shared_and_rest), (len(shared_and_rest),)) for plane in range(4)])
     return bytes(out.data) + bytes(3 * len(shared_and_rest)) + streams[1:]
 

@@ -70,12 +70,12 @@ def is_name(pattern: str) -> bool:
     return _NAME.fullmatch(pattern) is not None
 
 
-def literal(module: str) -> str:
+def literal_pattern(module: str) -> str:
     """A pattern for PEFT that matches this module alone: its whole name, escaped, from its first character on."""
     return f"^{re.escape(module)}"
 
 
-def spelled_out(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
+def spell_out(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
     """The same values with names of modules in place of every pattern that is more than a name, for PEFT to read.
 
     Raises ConfigError as `Patterns` does.

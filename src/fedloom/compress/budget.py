@@ -87,7 +87,7 @@ class Room:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Filled(Generic[Made]):
+class BudgetFill(Generic[Made]):
     """What fills a budget: the entries at `density`, their payload's bytes, and what to remember for the next time."""
 
     entries: Mapping[str, Made]
@@ -101,7 +101,7 @@ def fill_budget(
     entries_at: Callable[[float], Mapping[str, Made]],
     size_of: Callable[[Mapping[str, Made]], int],
     memory: Mapping[str, Tensor],
-) -> Filled[Made]:
+) -> BudgetFill[Made]:
     """The largest of a few payloads that stays within the budget; that of density 0 where none does, whatever it takes.
 
     entries_at: density → entries; size_of: entries → bytes of their payload; memory: the participant's.
@@ -123,7 +123,7 @@ def fill_budget(
     if best is None:
         entries = entries_at(0.0)
         best = entries, 0.0, size_of(entries)
-    return Filled(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
+    return BudgetFill(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
 
 
 def _cost(memory: Mapping[str, Tensor]) -> float:

@@ -103,7 +103,7 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
-def dense(tensor: Tensor) -> Dense:
+def dense_entry(tensor: Tensor) -> Dense:
     """A float32 dense entry of a whole tensor."""
     return Dense(tuple(tensor.shape), tensor.detach().to(torch.float32).reshape(-1).contiguous())
 

@@ -31,10 +31,10 @@ def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
     """
-    return delta.abs().mul_(reach(other, part))
+    return delta.abs().mul_(factor_norms(other, part))
 
 
-def reach(other: Tensor, part: str) -> Tensor:
+def factor_norms(other: Tensor, part: str) -> Tensor:
     """‖B[:, u]‖₂ as a column (r, 1) for part "A", ‖A[v, :]‖₂ (r,) for part "B": the factors of `importance`."""
     if part == "B":
         norms: Tensor = torch.linalg.vector_norm(other, dim=1)
@@ -104,7 +104,7 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
     Elements that score zero are never kept, since they carry nothing.
     """
     positions, left = shortlist(scores, keep)
-    return positions[largest(left, keep)]
+    return positions[select_largest(left, keep)]
 
 
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
     return float(np.partition(sample, -rank)[-rank]) if rank < sample.size // 2 else 0.0
 
 
-def largest(scores: Tensor, keep: int) -> Tensor:
+def select_largest(scores: Tensor, keep: int) -> Tensor:
     """Increasing indices of the `keep` largest of some scores (1-D, on the CPU), or of all; the first ones win ties."""
     values = scores.numpy()
     if keep >= values.size:
@@ -147,7 +147,7 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen))
 
 
-def most_important(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
+def counts_by_importance(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
     """Density of all tensors together → how many elements of each: those above one threshold on importance for all.
 
     An element costs about the same wherever it is, so this spends every byte where it saves most error. Elements that
@@ -175,7 +175,7 @@ def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Split:
+class SparseSplit:
     """A tensor divided: what is sent, and the rest that was not (input − sent / gain, of the tensor's shape)."""
 
     sent: Sparse
@@ -191,7 +191,7 @@ def split(
     cap: float = math.inf,
     quantize: Quantize | None = None,
     seed: int = 0,
-) -> Split:
+) -> SparseSplit:
     """Send the `keep` elements of highest score; keep back the others and what rounding lost.
 
     With rescale "none", sent + rest = tensor, exactly where values travel as float32. A rescaled send
@@ -206,4 +206,4 @@ def split(
     rest = flat.clone()
     # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
     rest[positions] = (values - floats(coded)) / gain
-    return Split(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))
+    return SparseSplit(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))

@@ -36,7 +36,7 @@ def fail(what: str, found: str, advice: str) -> Check:
     return Check(what, "fail", found, advice)
 
 
-def tried(what: str, advice: str, check: Callable[[], Check]) -> Check:
+def try_check(what: str, advice: str, check: Callable[[], Check]) -> Check:
     """The check, or a failure that says what it raised."""
     try:
         return check()

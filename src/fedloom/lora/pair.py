@@ -152,7 +152,7 @@ def stack_pairs(pairs: list[LoraPair]) -> LoraPair:
     return LoraPair(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 
-def between(a: Tensor, v: Tensor) -> Tensor:
+def core_matrix(a: Tensor, v: Tensor) -> Tensor:
     """The matrix R (r × r) with R V = A, or as near as can be: A Vᵀ (V Vᵀ)⁺, in float64; zero where V is."""
     rows = v.double()
     matrix: Tensor = a.double() @ rows.T @ torch.linalg.pinv(rows @ rows.T, hermitian=True)

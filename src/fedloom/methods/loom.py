@@ -18,9 +18,9 @@ from torch import Tensor
 from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count, to_dense
 from fedloom.compress.seeds import derived_seed
-from fedloom.compress.sparsify import kept_count, largest, reach, scratch, shortlist
+from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
-from fedloom.lora.lowrank import over_modules
+from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import LoraState, from_tensors, stack
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
 from fedloom.methods.shared.averaging import weighted_mean
@@ -100,7 +100,7 @@ def loom(
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_all,
         adopt=adopt_all,
-        advise=partial(thin, dial),
+        advise=partial(advise_on_budget, dial),
         takes_budget=True,
         default_budget=_BUDGET,
         values="sign",
@@ -108,7 +108,7 @@ def loom(
     )
 
 
-def thin(dial: Dial, adapter: LoraState, context: Context) -> str:
+def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
     """Where a payload has few bits for so many elements: that, and what helps."""
     mean = replace(context, num_rounds=0)
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
@@ -132,7 +132,7 @@ def send_signs(
             f"{module}/B": Delta(now.B, before.B, before.A if importance else None, "B", step),
         }
 
-    return filled(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
+    return fill_payload(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
 
 
 def broadcast_signs(
@@ -150,7 +150,7 @@ def broadcast_signs(
         others = (pair.B + b, pair.A) if importance else (None, None)
         return {f"{module}/A": Delta(a, None, others[0], "A"), f"{module}/B": Delta(b, None, others[1], "B")}
 
-    memory, entries = filled(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
+    memory, entries = fill_payload(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
     rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
     sent = sum(entry.positions.numel() for entry in entries.values())
     return Aggregate(entries, {**state.memory, **memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
@@ -198,14 +198,14 @@ class Shortlist:
         scores = torch.abs(change, out=scratch.floats("scores", change.shape))
         l1, l2 = (scores.sum().item(), delta.step * change.norm().item()) if delta.step else (0.0, 0.0)
         if delta.other is not None:
-            scores.mul_(reach(delta.other, delta.part))
+            scores.mul_(factor_norms(delta.other, delta.part))
         positions, left = shortlist(scores, kept_count(change.numel(), most))
         values = change.flatten().index_select(0, positions)
         return cls(tuple(change.shape), positions, values, left, l1, l2)
 
     def entry(self, density: float, name: str, context: Context) -> Sparse:
         """The share `density` of the elements, at least one; the few stand in for all, see `Delta.step`."""
-        chosen = largest(self.scores, kept_count(count(self.shape), density))
+        chosen = select_largest(self.scores, kept_count(count(self.shape), density))
         kept, number = self.values.index_select(0, chosen), chosen.numel()
         if number and self.l2:
             kept = kept * (min(self.l1 / number, self.l2 / math.sqrt(number)) / kept.abs().mean().item())
@@ -227,20 +227,20 @@ class Lists:
         """The share `density` of every tensor."""
         if density > self.room or not self.listed:
             self.hold(density)
-        made = over_modules(lambda name: self.listed[name].entry(density, name, self.context), self.listed)
+        made = map_modules(lambda name: self.listed[name].entry(density, name, self.context), self.listed)
         return dict(zip(self.listed, made, strict=True))
 
     def hold(self, density: float) -> None:
         """List enough for this density and a little more."""
         self.room = _ROOM * density
-        pieces = over_modules(
+        pieces = map_modules(
             lambda module: {name: Shortlist.of(delta, self.room) for name, delta in self.moved(module).items()},
             self.modules,
         )
         self.listed = {name: one for piece in pieces for name, one in piece.items()}
 
 
-def filled(
+def fill_payload(
     moved: Callable[[str], Mapping[str, Delta]], budget: int, most: float, state: State, context: Context
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Sparse]]:
     """(memory, entries) that fill a budget of bytes: of every tensor the same share, one element at least.

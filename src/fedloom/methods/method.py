@@ -63,7 +63,7 @@ class Update:
     entries: Entries
 
 
-def unsent(entries: Entries) -> int:
+def no_bytes(entries: Entries) -> int:
     """The size of entries where nothing travels."""
     return 0
 
@@ -81,7 +81,7 @@ class Context:
     seed: int
     quantize: Quantize
     budget: Budget | None = None
-    size: Callable[[Entries], int] = unsent
+    size: Callable[[Entries], int] = no_bytes
     num_rounds: int = 0
     downloads: float = 1.0
 

@@ -27,7 +27,7 @@ _Trace = Callable[[FrameType, str, Any], Any]
 
 
 @contextmanager
-def one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
+def raise_in_one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
     """Turn what a library raises within into one error of this kind, `text` and then the reason.
 
     fedloom's own errors pass. So do interrupts and exits, but not a panic of Rust code, which is no Exception either.
@@ -37,17 +37,17 @@ def one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
     except (FedloomError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise kind(f"{text}: {reason(error)}") from None
+        raise kind(f"{text}: {error_reason(error)}") from None
 
 
-def reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """What an error says, in one line of printable characters; its type where it says nothing."""
     words = " ".join(str(error).split())[:CHARACTERS] or type(error).__name__
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 @contextmanager
-def limited_steps(file: str, given: int) -> Iterator[None]:
+def limit_steps(file: str, given: int) -> Iterator[None]:
     """While it lasts, Python code of `file` may take MOST_STEPS and MOST_SECONDS, and build texts in proportion.
 
     given: characters of input. Raises NumericError beyond. Steps are counted, so that the outcome is the same on every

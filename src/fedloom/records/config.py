@@ -234,7 +234,7 @@ class FederationSettings(Section):
         1, ge=0, le=MOST_COUNT, description="Rounds between evaluations; 0 evaluates at the start and end only."
     )
 
-    def asked(self, clients: int) -> int:
+    def clients_per_round(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
         return max(1, int(self.fraction_train * clients + 0.5))
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
-from fedloom.records.text import LONG, escape_json, printable
+from fedloom.records.text import LONG, escape_json, to_printable
 
 Direction: TypeAlias = Literal["up", "down"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -172,7 +172,7 @@ def totals(rows: Iterable[Row]) -> Totals:
     )
 
 
-def dumped(row: Row) -> bytes:
+def dump_row(row: Row) -> bytes:
     """The row as one JSON object, as it stands in a ledger: one line, whatever it holds safe to show.
 
     Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
@@ -183,17 +183,17 @@ def dumped(row: Row) -> bytes:
     except ValidationError as error:
         raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
     except PydanticSerializationError as error:
-        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {printable(str(error))}") from None
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {to_printable(str(error))}") from None
     return line
 
 
 def _complaint(error: ValidationError) -> str:
     """Which field of a row is wrong first, and what was expected there."""
     first = error.errors(include_url=False, include_input=False)[0]
-    return printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
+    return to_printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
 
 
-def read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a ledger. A half-written last line is dropped; any other bad line is a CheckpointError."""
     return _scan(path)[0]
 
@@ -228,7 +228,7 @@ class Ledger:
         Raises CheckpointError, with the file as it was, for a row that could not be read back.
         """
         try:
-            line = dumped(row) + b"\n"
+            line = dump_row(row) + b"\n"
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
         self._file.write(line)
@@ -239,7 +239,7 @@ class Ledger:
 
     def note(self, round: int, text: str) -> None:
         """Add a row of words, which may quote others'."""
-        self.append(Note(round, printable(text, LONG)))
+        self.append(Note(round, to_printable(text, LONG)))
 
     def sync(self) -> int:
         """Have every row on disk; returns how many there are. Call it once a round."""
@@ -258,7 +258,7 @@ class Ledger:
         self._file.truncate(self._offsets[-1])
         self.bytes_up = self.bytes_down = 0
         self.examples = {}
-        self._count(read(self.path))
+        self._count(read_rows(self.path))
         self.sync()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.records.ledger import Note, Roll, Row, dumped
+from fedloom.records.ledger import Note, Roll, Row, dump_row
 from fedloom.records.text import escape_json
 
 FILE = "log.jsonl"
@@ -24,8 +24,8 @@ class ServerLog:
 
     def row(self, row: Row) -> None:
         """One line: {"time", "level", "event", …}, the event being the kind of row."""
-        facts = {key: value for key, value in json.loads(dumped(row)).items() if key != "row" and value != {}}
-        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level(row), "event": row.row}
+        facts = {key: value for key, value in json.loads(dump_row(row)).items() if key != "row" and value != {}}
+        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": log_level(row), "event": row.row}
         try:
             self._file.write(escape_json(json.dumps({**told, **facts}, ensure_ascii=False)) + "\n")
         except OSError:
@@ -36,6 +36,6 @@ class ServerLog:
         self._file.close()
 
 
-def level(row: Row) -> str:
+def log_level(row: Row) -> str:
     """A warning where somebody failed or something had to be noted."""
     return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

@@ -1,7 +1,7 @@
 """Text that others wrote: names from data, errors of sites, keys of foreign files.
 
 Such a text may hold escape sequences for a terminal, marks that turn the direction of writing, or a megabyte of
-anything. `printable` is applied where it enters; `cell` where it is shown; `file_name` where it names a file.
+anything. `to_printable` is applied where it enters; `cell` where it is shown; `file_name` where it names a file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _NAME = 150
 _MARKED = re.compile(r"~[0-9a-f]{16}\Z")
 
 
-def printable(text: str, limit: int = LIMIT) -> str:
+def to_printable(text: str, limit: int = LIMIT) -> str:
     r"""The text in one line of at most `limit` characters, control and format characters as \x1b, \n or \u202e.
 
-    Applied twice it changes nothing more. Two texts may become the same: see `distinct`.
+    Applied twice it changes nothing more. Two texts may become the same: see `distinct_name`.
     """
     shown = text[: limit + 1]
     if not shown.isprintable():
@@ -32,9 +32,9 @@ def printable(text: str, limit: int = LIMIT) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
-def distinct(text: str, limit: int = LIMIT) -> str:
+def distinct_name(text: str, limit: int = LIMIT) -> str:
     """The same for a name: where it had to be changed, its digest follows, so that two names stay two."""
-    return _marked(text, printable(text, limit))
+    return _marked(text, to_printable(text, limit))
 
 
 def file_name(text: str) -> str:
@@ -49,7 +49,7 @@ def file_name(text: str) -> str:
 
 def cell(text: str, style: str = "", limit: int = LIMIT) -> Text:
     """A foreign text for rich, which would take a plain string for markup."""
-    return Text(printable(text, limit), style=style)
+    return Text(to_printable(text, limit), style=style)
 
 
 def escape_json(text: str) -> str:

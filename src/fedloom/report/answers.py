@@ -17,7 +17,7 @@ class Answers:
     last: int = 0
 
 
-def answers(rows: Iterable[Row]) -> dict[str, Answers]:
+def count_answers(rows: Iterable[Row]) -> dict[str, Answers]:
     """By client. An engine that keeps a roll is believed; otherwise a client that was sent something was asked.
 
     What is sent after a round's aggregation is a delivery, not a question.

@@ -39,7 +39,7 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in counts.items()}
     total = sum(sizes.values())
     asked = {client: size / total for client, size in sizes.items() if size > 0}
-    shares = hold_to(asked, max(caps.max_share, 1 / max(len(asked), 1)))
+    shares = cap_shares(asked, max(caps.max_share, 1 / max(len(asked), 1)))
     notes = [
         f"client {client} says {counts[client]:,} examples, {share:.1%} of the round; it counts for "
         f"{shares[client]:.1%} (federation.max_share is {caps.max_share:g})"
@@ -49,7 +49,7 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     return shares, notes
 
 
-def hold_to(shares: Mapping[str, float], most: float) -> dict[str, float]:
+def cap_shares(shares: Mapping[str, float], most: float) -> dict[str, float]:
     """Shares of at most `most` each; what is over goes to the other clients in proportion. `most` is ≥ 1/K."""
     held = dict(shares)
     full: set[str] = set()

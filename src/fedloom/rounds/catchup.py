@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import addressed, full_state
+from fedloom.rounds.turns import full_state, narrow_broadcast
 
 
 class Archive:
@@ -33,10 +33,12 @@ class Archive:
             version -= 1
         return version
 
-    def needed(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
+    def payloads_for(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
         """The payloads, in order, that bring a client at `version` in step with the server."""
         reached = version >= self.reach(server.version)
-        missed = [addressed(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
+        missed = (
+            [narrow_broadcast(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
+        )
         size = sum(map(len, missed))
         # Below a byte a value they are cheaper than any full state, so that it need not be encoded to know its size.
         if reached and size <= server.total.numel():

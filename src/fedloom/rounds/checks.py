@@ -28,7 +28,7 @@ _SLACK = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class UpdateFacts:
     """What the check of an update saw: the examples that it says it rests on, its modules, and √Σ v² of its values."""
 
     examples: int
@@ -36,7 +36,7 @@ class Seen:
     norm: float
 
 
-def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
     """What is worth knowing of an update that may be averaged. Raises the FedloomError that says why it may not."""
     try:
         return _look_at(job, state, client, payload, round)
@@ -46,10 +46,10 @@ def check_update(job: Job, state: State, client: str, payload: bytes, round: int
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
     message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
     header = message.header
-    check_method(job, header)
+    check_same_method(job, header)
     expect(header, "update", state)
     if header.round != round:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
@@ -66,7 +66,7 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) ->
     modules = _check_names(job, message.entries, state, parts, own)
     for module in modules:
         _check_shapes(job, message.entries, state.adapter[module], module, parts, own)
-    return Seen(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
+    return UpdateFacts(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
 
 
 def _check_names(
@@ -124,7 +124,7 @@ def _norm(values: Tensor) -> float:
     return size if 1e-15 < size < 1e15 else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def check_method(job: Job, header: Header) -> None:
+def check_same_method(job: Job, header: Header) -> None:
     """Raises WireError for a payload of another method."""
     if header.method != job.method.name:
         raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
@@ -156,7 +156,7 @@ def limits_of(job: Job, state: State) -> Limits:
 
 def check_broadcast(job: Job, state: State, header: Header, entries: Entries) -> None:
     """Raises WireError, StaleError, ShapeError or NumericError unless `state` may take these entries up."""
-    check_method(job, header)
+    check_same_method(job, header)
     whole = header.kind == "state"
     if not whole:
         expect(header, "change", state)

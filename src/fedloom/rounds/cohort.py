@@ -83,7 +83,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
     for clients, modules in cohort.groups().items():
-        part = replace(restricted(state, modules), memory=memory)
+        part = replace(restrict_state(state, modules), memory=memory)
         held = {client: cohort.weights[client] for client in clients}
         others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
         if others and module_weighting == "holders":
@@ -94,10 +94,10 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))
-    return Aggregate(entries, memory, pooled(stats))
+    return Aggregate(entries, memory, pool_stats(stats))
 
 
-def restricted(state: State, modules: Collection[str]) -> State:
+def restrict_state(state: State, modules: Collection[str]) -> State:
     """What the state says of some modules; the memory is left whole."""
     parts = (state.adapter, state.frozen, state.tail)
     adapter, frozen, tail = (subset(part, modules) for part in parts)
@@ -114,7 +114,7 @@ def sent_unchanged(method: Method, state: State, context: Context) -> Entries:
     return method.compress(replace(state, memory={}), state.adapter, replace(context, seed=seed, quantize=exact))[1]
 
 
-def pooled(stats: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+def pool_stats(stats: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
     """Numbers of several groups as one: the largest of those called max_…, the mean over modules of the others."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for count, numbers in stats:

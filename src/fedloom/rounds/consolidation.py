@@ -27,12 +27,12 @@ class Consolidation:
     every: int = 0
     energy: float = 1.0
 
-    def due(self, round: int) -> bool:
+    def is_due(self, round: int) -> bool:
         """Whether the server consolidates after this round."""
         return self.every > 0 and round % self.every == 0
 
 
-def consolidated(state: State, energy: float) -> tuple[State, Mapping[str, float]]:
+def consolidate(state: State, energy: float) -> tuple[State, Mapping[str, float]]:
     """The server's state with its increments recompressed, one version on, and what that cost.
 
     The same state where the rank of no module falls: then it is not worth a version.

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fedloom.compress.entries import all_finite, dense, to_dense
+from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Entries, State
 from fedloom.rounds.caps import find_outliers, share_out
-from fedloom.rounds.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
-from fedloom.rounds.cohort import Cohort, combine, restricted
-from fedloom.rounds.consolidation import consolidated
+from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.rounds.cohort import Cohort, combine, restrict_state
+from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import Header, Message, decode, encode
 
@@ -111,7 +111,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header)
     context = replace(job.context(round, client), size=draft.size)
-    memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
+    memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 
 
@@ -121,7 +121,7 @@ def server_turn(
     payloads: Mapping[str, bytes],
     round: int,
     *,
-    seen: Mapping[str, Seen] | None = None,
+    seen: Mapping[str, UpdateFacts] | None = None,
     least: int = 1,
 ) -> ServerTurn:
     """Combine what the clients sent, by name, into one broadcast, and apply that.
@@ -152,10 +152,10 @@ def server_turn(
 
 
 def _check_all(
-    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, Seen]
-) -> tuple[dict[str, Seen], dict[str, str]]:
+    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, UpdateFacts]
+) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """What was seen of the updates that may be averaged, in order of name; and why the others may not."""
-    passed: dict[str, Seen] = {}
+    passed: dict[str, UpdateFacts] = {}
     refused: dict[str, str] = {}
     for client in sorted(payloads):
         try:
@@ -166,7 +166,7 @@ def _check_all(
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
-def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
+def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, UpdateFacts], round: int) -> str:
     """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
 
     It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
@@ -191,9 +191,9 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     payload = draft.payload(result.entries)
     after = _take_up(job, replace(state, memory=result.memory), decode(payload))
     check_finite(after)
-    if not job.consolidation.due(round):
+    if not job.consolidation.is_due(round):
         return ServerTurn(after, payload, stats=result.stats)
-    after, cost = consolidated(after, job.consolidation.energy)
+    after, cost = consolidate(after, job.consolidation.energy)
     check_finite(after)
     return ServerTurn(after, payload, stats={**result.stats, **cost})
 
@@ -207,7 +207,7 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     return _take_up(job, state, decode(payload, limits_of(job, state)))
 
 
-def follow(job: Job, state: State, payload: bytes) -> State:
+def accept_own(job: Job, state: State, payload: bytes) -> State:
     """`accept` for a broadcast of this same process, such as the stack of a thousand clients: of any size."""
     return _take_up(job, state, decode(payload))
 
@@ -235,10 +235,10 @@ def full_state(job: Job, state: State, round: int) -> bytes:
     """The payload that brings any participant to the server's state, lossless."""
     tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
     header = Header("state", job.method.name, round, state.version, state.digest)
-    return encode(Message(header, {name: dense(tensor) for name, tensor in tensors.items()}))
+    return encode(Message(header, {name: dense_entry(tensor) for name, tensor in tensors.items()}))
 
 
-def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
+def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
     message = decode(payload)
     entries = job.method.narrow(message.entries, ranks)

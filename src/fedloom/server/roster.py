@@ -17,13 +17,13 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.rounds.checks import expect
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import accept, addressed, follow, start
+from fedloom.rounds.turns import accept, accept_own, narrow_broadcast, start
 from fedloom.wire import read_header
 
 Ranks = tuple[tuple[str, int], ...]
 
 
-class Held(Mapping[str, State]):
+class ClientStates(Mapping[str, State]):
     """Client → what is known of its state."""
 
     def __init__(self, states: Mapping[str, State]) -> None:
@@ -46,7 +46,7 @@ class Held(Mapping[str, State]):
         """The server has moved on by this broadcast, or to this full state."""
 
 
-class Roster(Held):
+class Roster(ClientStates):
     """Every client's state. The tensors of a client that is behind are those before the first round: only their shapes
     are of use.
     """
@@ -71,7 +71,7 @@ class Roster(Held):
     def follow(self, payload: bytes) -> None:
         """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
         self._latest = {
-            kind: follow(self._job, latest, addressed(self._job, payload, dict(kind)))
+            kind: accept_own(self._job, latest, narrow_broadcast(self._job, payload, dict(kind)))
             for kind, latest in self._latest.items()
         }
         for client, state in self._states.items():
@@ -89,7 +89,7 @@ class Roster(Held):
             header = read_header(payload)
             if header.kind == "state":
                 state = accept(self._job, state, payload)
-                whole = same(state, latest)
+                whole = same_state(state, latest)
             else:
                 expect(header, "change", state)
                 state = replace(state, version=header.base_version + 1, digest=header.result_digest)
@@ -98,12 +98,12 @@ class Roster(Held):
         self.hold(client, state)
 
 
-def same(one: State, two: State) -> bool:
+def same_state(one: State, two: State) -> bool:
     """Whether two states have the same bits, but for what is private."""
     pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
-    return one.digest == two.digest and all(identical(a.tensors(), b.tensors()) for a, b in pairs)
+    return one.digest == two.digest and all(same_bits(a.tensors(), b.tensors()) for a, b in pairs)
 
 
-def identical(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
     """Equal names, shapes and bits."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

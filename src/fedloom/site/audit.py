@@ -30,14 +30,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedloom.errors import AuditError
 from fedloom.site.clock import Clock
 from fedloom.site.privacy import epsilon
-from fedloom.site.rules import Spent
+from fedloom.site.rules import Spending
 
 log = logging.getLogger("fedloom.worker")
 
 FIRST = "0" * 64
 """What the first line names as the one before it."""
 DELTAS = (1e-5, 1e-6, 1e-9)
-"""Where `summary` states ε."""
+"""Where `summarise_record` states ε."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +196,11 @@ class AuditTrail:
                 raise AuditError(f"{kept} was altered after it left in round {line.round} of job {line.job}")
         return lines, moved, unlisted
 
-    def spent(self, job: str, round: int, now: datetime | None = None) -> Spent:
+    def count_spent(self, job: str, round: int, now: datetime | None = None) -> Spending:
         """What the policy counts. The same payload sent twice costs its bytes twice and its privacy once."""
         lines = self.lines()
         since = ((now or self.clock.now()) - timedelta(hours=24)).isoformat(timespec="seconds")
-        return Spent(
+        return Spending(
             bytes_round=sum(line.bytes for line in lines if (line.job, line.round) == (job, round)),
             bytes_day=sum(line.bytes for line in lines if line.time > since),
             mu_squared=mu_squared(lines),
@@ -214,7 +214,7 @@ def mu_squared(lines: Sequence[Line]) -> float:
     return sum(mu * mu for mu in (*drawn, *older.values()) if mu is not None)
 
 
-def summary(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
+def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
     """What a verified record amounts to, in words."""
     said = [f"{len(lines)} lines, unbroken; newest digest {lines[-1].digest if lines else FIRST} (note it elsewhere)"]
     if unlisted:

@@ -53,7 +53,7 @@ class SiteConfig(Section):
         return name
 
 
-def load(path: Path) -> SiteConfig:
+def load_site_config(path: Path) -> SiteConfig:
     """The site that a file describes, its paths made absolute. Raises ConfigError about the first key that is wrong."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
@@ -106,7 +106,7 @@ _SIZES: TypeAdapter[list[int]] = TypeAdapter(
 )
 
 
-def request(facts: Mapping[str, Fact]) -> Request:
+def parse_request(facts: Mapping[str, Fact]) -> Request:
     """The request that the facts of a parcel make. Raises SiteError if they make none."""
     try:
         return _REQUEST.validate_json(json.dumps(dict(facts)))
@@ -114,7 +114,7 @@ def request(facts: Mapping[str, Fact]) -> Request:
         raise SiteError(f"no request that a worker knows: {_complaint(error)}") from None
 
 
-def statement(facts: Mapping[str, Fact]) -> Statement:
+def parse_statement(facts: Mapping[str, Fact]) -> Statement:
     """What the facts of a site's reply say. Raises SiteError where a number or a text is none that a site can have."""
     try:
         return _STATEMENT.validate_json(json.dumps(dict(facts)))
@@ -125,11 +125,11 @@ def statement(facts: Mapping[str, Fact]) -> Statement:
 def _complaint(error: ValidationError) -> str:
     """The first fact that is wrong, and what was expected. The name of an unknown one is the other side's text."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = f"{printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
-    return f"{where}{printable(first['msg'])}"
+    where = f"{to_printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
+    return f"{where}{to_printable(first['msg'])}"
 
 
-def sizes(found: object, most: int = MOST_BYTES) -> list[int]:
+def parse_sizes(found: object, most: int = MOST_BYTES) -> list[int]:
     """Lengths of payloads, as another party wrote them. Raises SiteError if they are none, or over `most` bytes."""
     try:
         lengths = _SIZES.validate_python(found)
@@ -140,7 +140,7 @@ def sizes(found: object, most: int = MOST_BYTES) -> list[int]:
     return lengths
 
 
-def cut(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...]:
+def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...]:
     """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
     if sum(lengths) != len(content):
         raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
@@ -161,11 +161,11 @@ def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
         connection.sendall(greeting(token))
-        send(connection, parcel)
-    return receive(connection)
+        send_parcel(connection, parcel)
+    return receive_parcel(connection)
 
 
-def send(connection: socket.socket, parcel: Parcel) -> None:
+def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
     """Write one parcel."""
     head = json.dumps({"facts": dict(parcel.facts), "sizes": [len(p) for p in parcel.payloads]}).encode()
     if len(head) > MOST_HEAD:
@@ -175,7 +175,7 @@ def send(connection: socket.socket, parcel: Parcel) -> None:
         connection.sendall(payload)
 
 
-def receive(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
+def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
     """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
@@ -188,7 +188,7 @@ def receive(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool 
         raise SiteError("this is no parcel of fedloom's")
     try:
         head = json.loads(_take(connection, length, until))
-        facts, lengths = head["facts"], sizes(head["sizes"], most)
+        facts, lengths = head["facts"], parse_sizes(head["sizes"], most)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SiteError("the head of a parcel cannot be read") from None
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):

@@ -73,10 +73,10 @@ class Policy(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class Spending:
     """What has left the site: bytes in this round of this job, bytes in the last 24 hours, and μ² of all noise so far.
 
-    `audit.AuditTrail.spent` works it out.
+    `audit.AuditTrail.count_spent` works it out.
     """
 
     bytes_round: int = 0

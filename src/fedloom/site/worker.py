@@ -25,7 +25,7 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.log_lines import OneLine
-from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive, send
+from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive_parcel, send_parcel
 
 log = logging.getLogger("fedloom.worker")
 
@@ -36,7 +36,7 @@ class _Stop(BaseException):
     """The system asked the process to end."""
 
 
-def serve(site: SiteConfig) -> None:
+def serve_site(site: SiteConfig) -> None:
     """Answer requests until the process is told to end. Raises SiteError where another worker serves this site."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
@@ -129,7 +129,7 @@ def _serve_one(connection: socket.socket, desk: Desk) -> None:
 
 def _answer(connection: socket.socket, desk: Desk) -> Parcel:
     try:
-        return desk.answer(receive(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
+        return desk.answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:
@@ -144,7 +144,7 @@ def _answer(connection: socket.socket, desk: Desk) -> Parcel:
 def _reply(connection: socket.socket, parcel: Parcel) -> None:
     """Send it, to a caller that reads at `SLOWEST` at least: one that does not would keep all others waiting."""
     connection.settimeout(HEAD_SECONDS + sum(map(len, parcel.payloads)) / SLOWEST)
-    send(connection, parcel)
+    send_parcel(connection, parcel)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -36,7 +36,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Lines:
+class LineClasses:
     """The rows, or the columns, of a matrix in classes. `classes` is None where all are in one class."""
 
     count: int
@@ -78,11 +78,11 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Grid:
+class CellGrid:
     """A matrix cut in cells, numbered row class first; positions within a cell count its rows one after the other."""
 
-    rows: Lines
-    columns: Lines
+    rows: LineClasses
+    columns: LineClasses
 
     def sizes(self, row_classes: int, column_classes: int) -> Ints:
         """Elements of every cell."""
@@ -132,13 +132,13 @@ def divide(positions: Ints, width: int | Ints) -> tuple[Ints, Ints]:
     return rows.astype(np.int64), positions - rows * np.asarray(width, dtype=np.uint32)
 
 
-def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints]:
+def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[CellGrid, Ints, Ints]:
     """The cheapest of: one cell, row classes, column classes, both; and the rows and columns of the positions.
 
     Where lines are not worth looking at, the positions themselves stand for rows and columns.
     """
-    whole_rows, whole_columns = Lines(shape[0], None), Lines(shape[1], None)
-    flat = Grid(whole_rows, whole_columns)
+    whole_rows, whole_columns = LineClasses(shape[0], None), LineClasses(shape[1], None)
+    flat = CellGrid(whole_rows, whole_columns)
     if positions.size < _FEW or min(shape) < 2 or max(shape) > _LINES + _LINES_EACH * positions.size:
         return flat, positions, positions
     rows, columns = divide(positions, shape[1])
@@ -146,15 +146,15 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints
     by_column = density_classes(np.bincount(columns, minlength=shape[1]), shape[0])
     if by_row.classes is None and by_column.classes is None:
         return flat, rows, columns
-    both = Grid(by_row, by_column)
+    both = CellGrid(by_row, by_column)
     table = np.zeros((by_row.number, by_column.number), dtype=np.int64)
     found = np.bincount(both.cells(rows, columns))
     table.reshape(-1)[: found.size] = found
     heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
     choices = (
         (both, table, heights, widths),
-        (Grid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
-        (Grid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
+        (CellGrid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
+        (CellGrid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
         (flat, table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
     )
     bits = _grid_bits([choice[1:] for choice in choices])
@@ -178,7 +178,7 @@ def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
     ]
 
 
-def density_classes(counts: Ints, length: int) -> Lines:
+def density_classes(counts: Ints, length: int) -> LineClasses:
     """Lines of `length` elements in classes an octave of density wide, the densest first.
 
     All in one class where the counts vary hardly more than those of evenly scattered positions would.
@@ -187,15 +187,15 @@ def density_classes(counts: Ints, length: int) -> Lines:
     spread = counts.size * int((counts * counts).sum()) - total * total
     expected = total * (counts.size * length - total) / length
     if spread <= _EVEN * expected:
-        return Lines(counts.size, None)
+        return LineClasses(counts.size, None)
     octaves = np.frexp(2 * length / (2 * counts + 1))[1]
     octaves = np.minimum(octaves - octaves.min(), MOST_CLASSES - 1)
     present = np.flatnonzero(np.bincount(octaves))
     if present.size == 1:
-        return Lines(counts.size, None)
+        return LineClasses(counts.size, None)
     renumbered = np.zeros(MOST_CLASSES, dtype=np.uint8)
     renumbered[present] = np.arange(present.size)
-    return Lines(counts.size, renumbered[octaves])
+    return LineClasses(counts.size, renumbered[octaves])
 
 
 def _class_bits(sizes: Ints) -> float:

@@ -30,7 +30,7 @@ class FieldWriter:
             value >>= 7
         self.data.append(value)
 
-    def counted(self, content: bytes) -> None:
+    def sized_bytes(self, content: bytes) -> None:
         """A varint length, then the bytes."""
         self.varint(len(content))
         self.data += content
@@ -77,7 +77,7 @@ class FieldReader:
             raise WireError(f"{what} is {value:,}, more than the {most:,} that are allowed here")
         return value
 
-    def counted(self, what: str, most: int) -> bytes:
+    def sized_bytes(self, what: str, most: int) -> bytes:
         """A varint length of at most `most`, then the bytes."""
         return bytes(self.take(self.varint(f"the length of {what}", most), what))
 
@@ -87,7 +87,7 @@ class FieldReader:
             raise WireError(f"{self.whole} has {self.left} bytes after its end")
 
 
-def text(content: bytes, what: str) -> str:
+def decode_text(content: bytes, what: str) -> str:
     """UTF-8 bytes as text."""
     try:
         return content.decode()

@@ -83,7 +83,7 @@ class BitSink:
         if other._used:
             self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
 
-    def packed(self) -> Bytes:
+    def to_bytes(self) -> Bytes:
         """All bits, the last byte filled up with zeros."""
         tail = np.frombuffer(self._tail.to_bytes(4, "little"), dtype=np.uint8)[: (self._used + 7) // 8]
         return np.concatenate([*(piece.astype("<u4").view(np.uint8) for piece in self.pieces), tail])

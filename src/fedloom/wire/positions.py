@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.errors import WireError
-from fedloom.wire.cells import Grid, Lines, best_grid, matrix_shape
+from fedloom.wire.cells import CellGrid, LineClasses, best_grid, matrix_shape
 from fedloom.wire.gaps import BitSink, BitSource, Bytes, Ints, from_symbols, to_symbols
 from fedloom.wire.streams import Sink, Sources
 
@@ -119,7 +119,7 @@ class PositionSink:
         self._code()
         streams = _shared_streams(self.tensors)
         sinks = {CLASSES: self.classes, BITMAPS: self.bitmaps, EXTRA: Sink()}
-        sinks[EXTRA].add(self.extra.packed())
+        sinks[EXTRA].add(self.extra.to_bytes())
         layouts = []
         for coded in self.tensors:
             cells = []
@@ -204,7 +204,7 @@ class PositionSource:
     def take(self, shape: tuple[int, ...], layout: Cells) -> Ints:
         """One tensor's positions. Raises WireError unless they increase and lie within `shape`."""
         rows, columns = matrix_shape(shape)
-        grid = Grid(self._lines(rows, layout.row_classes), self._lines(columns, layout.column_classes))
+        grid = CellGrid(self._lines(rows, layout.row_classes), self._lines(columns, layout.column_classes))
         sizes = grid.sizes(layout.row_classes, layout.column_classes)
         counts = np.array([cell.count for cell in layout.cells], dtype=np.int64)
         if (counts > sizes).any():
@@ -228,13 +228,13 @@ class PositionSource:
         """Raises WireError if extra bits are left over."""
         self._extra.end()
 
-    def _lines(self, count: int, classes: int) -> Lines:
+    def _lines(self, count: int, classes: int) -> LineClasses:
         if classes == 1:
-            return Lines(count, None)
+            return LineClasses(count, None)
         numbers = self._sources[CLASSES].take(count)
         if count and int(numbers.max()) >= classes:
             raise WireError(f"a line is in class {numbers.max()} of {classes}")
-        return Lines(count, numbers)
+        return LineClasses(count, numbers)
 
     def _gaps(self, out: Ints, size: int, stream: int) -> None:
         """The positions of one cell, of any number."""

@@ -170,7 +170,7 @@ class Sources:
             source.end()
 
 
-def side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
+def run_side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
     """The results of both; at the same time where `size` bytes of work make that pay."""
     if size < _INLINE:
         return left(), right()

@@ -30,7 +30,7 @@ def check_free(out: Path, inputs: Iterable[Path], *, force: bool) -> None:
 
 
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
+def replace_whole(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place at the end; after an error nothing is left of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))

@@ -30,7 +30,7 @@ def build_app(cast: Cast) -> ClientApp:
     def ask(parcel: Parcel, context: Context) -> Parcel:
         from fedloom.flower.simulated import actors  # loads torch, which this process does not need
 
-        return actors.ask(cast, cast.names[int(context.node_config["partition-id"])], parcel)
+        return actors.ask_site(cast, cast.names[int(context.node_config["partition-id"])], parcel)
 
     def answer(message: Message, context: Context) -> Message:
         run_config: Any = {"settings": cast.settings}

@@ -25,13 +25,21 @@ from fedloom.errors import ShapeError
 from fedloom.lora.lowrank.gram import core, gram
 from fedloom.lora.lowrank.inverse import inverse
 from fedloom.lora.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
-from fedloom.lora.lowrank.sparse import Change as TallChange
-from fedloom.lora.lowrank.sparse import Tall, absorb, compiled_for, cross, project, spread, tall
+from fedloom.lora.lowrank.sparse import (
+    Tall,
+    TallChange,
+    absorb,
+    compiled_for,
+    cross_products,
+    project,
+    spread,
+    tall_change,
+)
 from fedloom.lora.pair import LoraPair
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Change:
+class FactorChange:
     """The change of one factor.
 
     delta: float32, r × n for side A (the transpose of a contiguous n × r), m × r for side B; clients added later may
@@ -46,7 +54,7 @@ class Change:
     condition: float
 
 
-class Held(NamedTuple):
+class ClientChange(NamedTuple):
     """One client's change of the kept and the moving factor, its weight w, and w (P + F⁺ΔF)ᵀ."""
 
     kept: TallChange
@@ -85,7 +93,7 @@ class ProductChange:
         self._mixing = -self._shrink
         self._total = torch.zeros_like(self._moving, memory_format=torch.contiguous_format)
         self._clients = 0
-        self._held: list[Held] = []
+        self._held: list[ClientChange] = []
         self._spilled: ProductSum | None = None
 
     def add(self, delta_b: Entry, delta_a: Entry, weight: float) -> None:
@@ -94,8 +102,8 @@ class ProductChange:
         self._check(entries)
         self._clients += 1
         kept_side = "B" if self.side == "A" else "A"
-        kept = tall(entries[kept_side], turned=kept_side == "A")
-        moving = tall(entries[self.side], turned=self.side == "A")
+        kept = tall_change(entries[kept_side], turned=kept_side == "A")
+        moving = tall_change(entries[self.side], turned=self.side == "A")
         sums = self._mixing, self._total
         if self.rank is None and absorb(self._inverse.basis, self._left, self._shrink, weight, kept, moving, *sums):
             return
@@ -105,11 +113,11 @@ class ProductChange:
             self._mixing.add_(seen)
             spread(self._total, moving, seen)
             return
-        self._held.append(Held(kept, moving, weight, seen))
+        self._held.append(ClientChange(kept, moving, weight, seen))
         if self._held_rank() > HELD_RANK:
             self._spilled, self._held = self._as_sum(self.rank), []
 
-    def solve(self) -> Change:
+    def solve(self) -> FactorChange:
         """The change that the clients added so far amount to; zero if there were none."""
         if not self._clients:
             return self._changed(torch.zeros_like(self._total), 0, 0.0, 0.0)
@@ -125,8 +133,8 @@ class ProductChange:
     def _quick(self) -> bool:
         return self.rank is None and self._inverse.quick
 
-    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> Change:
-        return Change(total.T if self.side == "A" else total, kept, lost, condition)
+    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> FactorChange:
+        return FactorChange(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
         """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) by Gram matrices of sparse changes; None where they do not serve."""
@@ -166,8 +174,8 @@ class ProductChange:
         if self._spilled is not None:
             total.add(self._spilled.factors(), 1.0)
         for held in self._held:
-            b = self._fixed.to(dtype) + whole(held.kept)
-            a = self._moving.to(dtype) + whole(held.moving)
+            b = self._fixed.to(dtype) + as_dense(held.kept)
+            a = self._moving.to(dtype) + as_dense(held.moving)
             total.add(LoraPair(a.T, b), held.weight)
         return total
 
@@ -191,7 +199,7 @@ def all_sparse(changes: Sequence[TallChange]) -> TypeGuard[Sequence[Tall]]:
     return all(isinstance(change, Tall) for change in changes)
 
 
-def whole(change: TallChange) -> Tensor:
+def as_dense(change: TallChange) -> Tensor:
     """The change as a dense d × r tensor."""
     return change.to_dense() if isinstance(change, Tall) else change
 
@@ -200,4 +208,9 @@ def stacked_gram(factor: Tensor, own: Tensor, changes: Sequence[Tall]) -> Tensor
     """SᵀS of S = [F + ΔF_1 | F + ΔF_2 | …] from FᵀF (`own`), FᵀΔF_k and ΔF_jᵀΔF_k."""
     count = len(changes)
     mixed = torch.cat([project(factor, change) for change in changes], dim=1)
-    return cross(changes).add_(own.repeat(count, count)).add_(mixed.repeat(count, 1)).add_(mixed.T.repeat(1, count))
+    return (
+        cross_products(changes)
+        .add_(own.repeat(count, count))
+        .add_(mixed.repeat(count, 1))
+        .add_(mixed.T.repeat(1, count))
+    )

@@ -19,15 +19,15 @@ SMALLEST_TAIL = 1e-8
 """Share of the energy below which what is left out is not a difference of two sums, but wants all components."""
 
 
-def pays(stacked: int, rank: int) -> bool:
+def subspace_pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
     return 3 * (rank + OVERSAMPLING) <= stacked
 
 
-def holding(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) -> Core | None:
+def core_holding_energy(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) -> Core | None:
     """The first components of W = L Rᵀ that hold the share `energy` of all, from LᵀL and RᵀR.
 
-    None where the error of these, see `leading`, could cost more than MAX_EXCESS of the energy left out.
+    None where the error of these, see `leading_core`, could cost more than MAX_EXCESS of the energy left out.
     """
     whole = core(gram_left, gram_right)
     if whole is None:
@@ -40,7 +40,7 @@ def holding(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) 
     return Core(whole.energies[:rank], float(tails[rank]), noise, whole.root, whole.vectors[:, :rank])
 
 
-def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
+def leading_core(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
     """The first `rank` components of W = L Rᵀ from LᵀL and RᵀR; None where all are needed to be sure.
 
     error: of either Gram matrix, in Frobenius norm over its own. Spread over the R directions it couples one direction
@@ -102,7 +102,7 @@ def _unit(gram: Tensor) -> Tensor:
 
 
 def _coupling(gram_left: Tensor, gram_right: Tensor, error: float) -> float:
-    """δ, see `leading`."""
+    """δ, see `leading_core`."""
     norms = torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right)
     return error * float(norms) / math.sqrt(gram_left.shape[0])
 

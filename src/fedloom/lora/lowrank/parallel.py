@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 _busy = threading.Lock()
 
 
-def over_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """[function(item) for item in items], computed by as many threads as torch may use, in the order of the items.
 
     Every call runs on one thread with one BLAS thread, so results do not depend on how many there are. An exception

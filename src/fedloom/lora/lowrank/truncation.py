@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
-from fedloom.lora.lowrank.kernels import Spectrum, Wanted, by_gram, by_qr
-from fedloom.lora.lowrank.parallel import over_modules
+from fedloom.lora.lowrank.kernels import Spectrum, Wanted, spectrum_by_gram, spectrum_by_qr
+from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
-KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": by_gram, "qr": by_qr}
+KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": spectrum_by_gram, "qr": spectrum_by_qr}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,8 +38,8 @@ def truncate(
 ) -> Truncation:
     """The best approximation of B A of at most `rank`, or the least rank that holds the share `energy` of Σσ².
 
-    With neither, or with energy = 1, all that is not zero to rounding. The kernel is chosen by `plan`, unless one is
-    named. Raises NumericError where a factor holds NaN or infinity, ConfigError for a rank or energy out of range.
+    With neither, or with energy = 1, all that is not zero to rounding. The kernel is chosen by `plan_kernels`, unless one
+    is named. Raises NumericError where a factor holds NaN or infinity, ConfigError for a rank or energy out of range.
     """
     return truncate_stack(Stack(pair.shape, ((pair, 1.0),)), Wanted(rank, energy), kernel)
 
@@ -50,7 +50,7 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     if wanted.energy == 1.0:
         wanted = wanted._replace(energy=None)
     stack = _folded(stack)
-    names = plan(stack.dtype) if kernel is None else (kernel, "qr")
+    names = plan_kernels(stack.dtype) if kernel is None else (kernel, "qr")
     for name in names:
         spectrum = KERNELS[name](stack, wanted) if stack.rank and all(stack.shape) else _nothing(stack)
         if spectrum is not None:
@@ -58,7 +58,7 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     raise AssertionError("the QR kernel answers always")
 
 
-def plan(dtype: torch.dtype) -> tuple[str, ...]:
+def plan_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels to try, the cheapest first; each but the last checks itself.
 
     float64 factors have more digits than Gram matrices keep. For float32 they are always the cheaper: R² (m + n)
@@ -71,7 +71,7 @@ def truncate_all(
     pairs: Mapping[str, LoraPair], *, rank: int | None = None, energy: float | None = None
 ) -> dict[str, Truncation]:
     """`truncate` for every module, as many at a time as torch may use threads."""
-    cuts = over_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values())
+    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values())
     return dict(zip(pairs, cuts, strict=True))
 
 
