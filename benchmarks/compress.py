@@ -23,7 +23,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import build
-from fedloom.records.config import parse_budget
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ClientTurn, Trained, client_turn, start
 from fedloom.studies.estimate import machine

@@ -13,7 +13,7 @@ from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
-from fedloom.records.config import parse_budget
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
 from fedloom.rounds.turns import Job, ServerTurn, Train, Trained, accept

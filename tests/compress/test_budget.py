@@ -17,8 +17,9 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import Context, State
 from fedloom.methods.table import METHODS, build
-from fedloom.records.config import Config, parse_budget
+from fedloom.records.config import Config
 from fedloom.records.configfile import merge_trees, override, parse
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.turns import Draft
 from fedloom.wire import Header, Message, encode
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, parse_budget, parse_bytes
+from fedloom.records.config import Config
 from fedloom.records.configfile import dump, load_config, override, parse, setting_keys, settings_template
+from fedloom.records.quantities import parse_budget, parse_bytes
 
 
 def written(path, text):

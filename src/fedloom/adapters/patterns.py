@@ -54,7 +54,7 @@ class Patterns:
         ends = [module, *(module[dot.end() :] for dot in re.finditer(r"\.", module))]
         hits = [(self._names[end], end) for end in ends if end in self._names]
         place, found = min(hits) if hits else (len(self._names) + len(self._others), None)
-        return next((key for at, key in self._others if at < place and _compiled(key).ends(module)), found)
+        return next((key for at, key in self._others if at < place and _compiled(key).matches_end(module)), found)
 
 
 def matching_name(pattern: str, names: Iterable[str], owner: str) -> set[str]:
@@ -62,7 +62,7 @@ def matching_name(pattern: str, names: Iterable[str], owner: str) -> set[str]:
     if is_name(pattern):
         return {name for name in names if name == pattern}
     _check(pattern, owner)
-    return {name for name in names if _compiled(pattern).whole(name)}
+    return {name for name in names if _compiled(pattern).matches_whole(name)}
 
 
 def is_name(pattern: str) -> bool:
@@ -98,10 +98,10 @@ class _Compiled:
         self._whole: Any = re2.compile(pattern, options)
         self._end: Any = re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
 
-    def whole(self, name: str) -> bool:
+    def matches_whole(self, name: str) -> bool:
         return self._whole.fullmatch(name) is not None
 
-    def ends(self, name: str) -> bool:
+    def matches_end(self, name: str) -> bool:
         return self._end.fullmatch(name) is not None
 
 

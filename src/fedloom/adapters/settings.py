@@ -100,7 +100,7 @@ class Layout:
         )
         return a, b
 
-    def stored(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+    def stored_factors(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
         """A and B in the shapes of the file."""
         ones = [1] * (len(self.inputs) - 1)
         return pair.A.reshape(-1, *self.inputs), pair.B.reshape(self.outputs, -1, *ones)
@@ -124,7 +124,9 @@ def save_adapter(
     with TensorFile(folder / WEIGHTS_FILE, [name for m, layout in layouts.items() for name in layout.names(m)]) as file:
         for module, pair in state.items():
             unscaled = LoraPair(pair.A, pair.B / settings.scale(module, pair.rank))
-            for name, tensor in zip(layouts[module].names(module), layouts[module].stored(unscaled), strict=True):
+            for name, tensor in zip(
+                layouts[module].names(module), layouts[module].stored_factors(unscaled), strict=True
+            ):
                 file.add(name, tensor.to(dtype))
     write_config(folder, str(base_model_name_or_path), settings, state.ranks())
 

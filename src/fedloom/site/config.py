@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Bytes, Section
+from fedloom.records.config import Section
 from fedloom.records.configfile import explain
+from fedloom.records.quantities import Bytes
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")

@@ -30,7 +30,8 @@ from fedloom.lora.pair import PARTS, LoraState, from_tensors
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
 from fedloom.model.training import rate_at
-from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings, parse_bytes
+from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
+from fedloom.records.quantities import parse_bytes
 from fedloom.rounds.turns import Train, Trained
 from fedloom.site.privacy import epsilon, release_change, total_norm
 from fedloom.site.rules import Policy, Spending

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedloom.records.config import Bytes, Section
+from fedloom.records.config import Section
+from fedloom.records.quantities import Bytes
 from fedloom.site.privacy import Privacy
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]

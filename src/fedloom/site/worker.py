@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedloom.errors import SiteError
-from fedloom.records.config import parse_bytes
+from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door

@@ -33,10 +33,10 @@ from fedloom.records.config import (
     FederationSettings,
     FlowerSettings,
     OutputSettings,
-    parse_budget,
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import Run
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job

@@ -86,7 +86,7 @@ def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Merg
     with TensorFile(folder / WEIGHTS_FILE, [*names, *inputs.whole]) as file:
         for row, pair in _combined(inputs, recipe):
             layout = inputs.layouts[row.module]
-            for name, tensor in zip(layout.names(row.module), layout.stored(pair), strict=True):
+            for name, tensor in zip(layout.names(row.module), layout.stored_factors(pair), strict=True):
                 file.add(name, tensor)
             ranks[row.module] = row.rank
             yield row

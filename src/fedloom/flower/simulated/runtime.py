@@ -43,7 +43,7 @@ def build_app(cast: Cast) -> ClientApp:
     return app
 
 
-def main(descriptor: int) -> None:
+def play_sites(descriptor: int) -> None:
     """Play what is read from the pipe until its other end says so or is gone.
 
     What goes wrong is told there, in the place of an answer.

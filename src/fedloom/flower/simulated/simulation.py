@@ -149,7 +149,7 @@ class Runtime:
         self._folder.cleanup()
 
     def _start(self) -> None:
-        code = f"from fedloom.flower.simulated.runtime import main; main({self._far.fileno()})"
+        code = f"from fedloom.flower.simulated.runtime import play_sites; play_sites({self._far.fileno()})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[self._far.fileno()],

@@ -38,8 +38,8 @@ def truncate(
 ) -> Truncation:
     """The best approximation of B A of at most `rank`, or the least rank that holds the share `energy` of Σσ².
 
-    With neither, or with energy = 1, all that is not zero to rounding. The kernel is chosen by `plan_kernels`, unless one
-    is named. Raises NumericError where a factor holds NaN or infinity, ConfigError for a rank or energy out of range.
+    With neither, or with energy = 1, all that is not zero to rounding. `plan_kernels` chooses the kernel, unless one is
+    named. Raises NumericError where a factor holds NaN or infinity, ConfigError for a rank or energy out of range.
     """
     return truncate_stack(Stack(pair.shape, ((pair, 1.0),)), Wanted(rank, energy), kernel)
 
