@@ -46,7 +46,7 @@ def nearest_factors(sweeps: int, state: State, updates: Iterable[Update], contex
 
 
 def coefficients(a: Tensor, b: Tensor, shares: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """U and v for A (K, r, n), B (K, m, r) and shares p (K,), float64. Never farther from the ideal than u = v = p."""
+    """u and v for A (K, r, n), B (K, m, r) and shares p (K,), float64. Never farther from the ideal than u = v = p."""
     a, b = a.double(), b.double()
     gram_a, gram_b = torch.einsum("jrn,lsn->jlrs", a, a), torch.einsum("imr,kms->ikrs", b, b)
     inner = torch.einsum("ikrs,jlrs->ijkl", gram_b, gram_a)  # ⟨B_i A_j, B_k A_l⟩

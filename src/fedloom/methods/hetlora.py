@@ -60,7 +60,7 @@ def weigh_by_norm(state: State, updates: Iterable[Update], context: Context) -> 
 
 
 def tail_size(weight: float, share: float, before: LoraState, now: LoraState) -> Tensor:
-    """Weight · Σ ‖B_tail‖_F ‖A_tail‖_F, which lets a client's last components die out if they are not needed."""
+    """weight · Σ ‖B_tail‖_F ‖A_tail‖_F, which lets a client's last components die out if they are not needed."""
     sizes = []
     for pair in now.values():
         first = pair.rank - max(1, round(share * pair.rank))

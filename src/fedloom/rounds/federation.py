@@ -6,7 +6,7 @@ Two clients whose training adds the same noise to B, and what the first round mo
     >>> from fedloom import Job, LoraPair, LoraState, build
     >>> from fedloom.rounds.federation import Federation
     >>> from fedloom.rounds.turns import Trained
-    >>> from fedloom.wire import quantize
+    >>> from fedloom.compress.quantize import quantize
     >>> def train(state, round, seed):
     ...     noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(round))
     ...     return Trained(state.adapter.map(lambda pair: LoraPair(pair.A, pair.B + noise)), num_examples=1, loss=0.0)

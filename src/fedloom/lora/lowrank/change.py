@@ -107,18 +107,19 @@ class ProductChange:
         sums = self._mixing, self._total
         if self.rank is None and absorb(self._inverse.basis, self._left, self._shrink, weight, kept, moving, *sums):
             return
-        found = project(self._inverse.basis, kept, quick=self._quick)
+        found = project(self._inverse.basis, kept, quick=self._quick)  # (r, r)
         seen = torch.addmm(self._shrink, found.T, self._inverse.left.T, beta=weight, alpha=weight)
         if self.rank is None:
             self._mixing.add_(seen)
             spread(self._total, moving, seen)
             return
         self._held.append(ClientChange(kept, moving, weight, seen))
+        # From here on the Gram matrices of all pairs of clients cost more than one sum with dense factors.
         if self._held_rank() > HELD_RANK:
             self._spilled, self._held = self._as_sum(self.rank), []
 
     def solve(self) -> FactorChange:
-        """The change that the clients added so far amount to; zero if there were none."""
+        """The change of the factor that the clients so far make together; zero before the first."""
         if not self._clients:
             return self._changed(torch.zeros_like(self._total), 0, 0.0, 0.0)
         lost = 0.0
@@ -145,15 +146,16 @@ class ProductChange:
             return None
         weights = self._total.new_tensor([held.weight for held in self._held], dtype=torch.float64)
         scale = weights.repeat_interleave(self._fixed.shape[1])
-        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]
+        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]  # (K r, K r)
         moving_factor = self._moving.contiguous()
         right = stacked_gram(moving_factor, gram(moving_factor.T), moving)
         found = core(left, right)
         if found is None:
             return None
         keep = min(rank, int((found.energies > found.noise).sum()))
-        lead = found.right(keep)
-        seen = torch.cat([held.seen for held in self._held])
+        lead = found.right(keep)  # (K r, keep)
+        seen = torch.cat([held.seen for held in self._held])  # (K r, r)
+        # Π applied to the stack of the w (P + F⁺ΔF)ᵀ: K pieces of (r, r), one Z_kᵀ a client.
         pieces = (lead @ ((lead / found.energies[:keep]).T @ (right @ seen))).chunk(len(self._held))
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
@@ -162,7 +164,7 @@ class ProductChange:
         return total, torch.stack(pieces).sum(0) - self._inverse.shrink.T, lost
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
+        """The same from dense factors: for many clients, dense changes, other devices, or without numba."""
         cut = self._as_sum(rank).truncate(rank=rank)
         seen = self._inverse.left @ project(self._inverse.basis, cut.pair.B)
         return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink.T, cut.lost_energy

@@ -91,7 +91,7 @@ def _flush(part: Array, out: Array) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
 def _gather(positions: Array, values: Array, begin: int, end: int, base: int, rows: Array, target: Array) -> None:
-    """Target += Σ value · rows[position − base, :], two elements at a time."""
+    """target += Σ value · rows[position − base, :], two elements at a time."""
     q = begin
     while q + 2 <= end:
         row, next_row = rows[positions[q] - base], rows[positions[q + 1] - base]

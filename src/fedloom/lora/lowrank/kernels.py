@@ -20,7 +20,7 @@ from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
 MAX_GROWTH = 16.0
-"""Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
+"""Rows of V are formed in float32 where the squared rounding error grows by this factor at most: two bits lost."""
 
 
 class Wanted(NamedTuple):
@@ -51,7 +51,7 @@ Find = Callable[..., Core | None]
 
 
 def noise_floor(top: float, noise: float, dtype: torch.dtype) -> float:
-    """The energy that a product of factors of this type may have by rounding alone."""
+    """The energy below which a component of such factors may be nothing but rounding: four units in the last place, squared."""
     return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
 
 
@@ -88,6 +88,7 @@ def _stages(stacked: int, rank: int | None, wanted: Wanted) -> Sequence[tuple[to
     """How to look for the leading components alone: the type of the products, their error, and the algorithm."""
     if rank and subspace_pays(stacked, rank):
         find = partial(leading_core, rank=rank)
+        # float32 first: it is faster, and `find` sees whether its error could matter.
         return (torch.float32, QUICK_ERROR, find), (torch.float64, 4 * EPS, find)
     if wanted.rank is None and wanted.energy is not None:
         return ((torch.float32, QUICK_ERROR, partial(core_holding_energy, energy=wanted.energy)),)
@@ -141,7 +142,9 @@ def spectrum_by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
     u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    noise = float(torch.linalg.matrix_norm(rb) * torch.linalg.matrix_norm(ra)) * 16 * EPS
+    noise = (
+        float(torch.linalg.matrix_norm(rb) * torch.linalg.matrix_norm(ra)) * 16 * EPS
+    )  # some units for each of three factorisations
 
     def expand(keep: int) -> LoraPair:
         return LoraPair((vt[:keep] @ qa.T).to(dtype), (qb @ (u[:, :keep] * s[:keep])).to(dtype))

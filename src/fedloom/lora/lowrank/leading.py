@@ -10,17 +10,20 @@ from torch import Tensor
 from fedloom.lora.lowrank.gram import Core, core
 
 OVERSAMPLING = 16
+"""Directions beyond the rank: they make the last wanted one converge as fast as the spectrum falls behind them."""
 QUICK_STEPS = 2
-"""Steps in float32 before those that can tell how good the subspace is; these cost four times as much."""
+"""First steps, in float32. The steps after them measure how good the subspace is and cost four times as much."""
 MAX_STEPS = 8
+"""Beyond so many steps all components cost less."""
 MAX_EXCESS = 1e-8
-"""What a better subspace could still gain, over the energy that is left out."""
+"""Largest share of the energy left out that a better subspace could still gain."""
 SMALLEST_TAIL = 1e-8
-"""Share of the energy below which what is left out is not a difference of two sums, but wants all components."""
+"""Where the share of energy left out is smaller, a difference of two sums is rounding: all components are computed."""
 
 
 def subspace_pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
+    # A step costs 4 R² (rank + 16) operations, all components several R³: from a third of R on a few steps cost as much.
     return 3 * (rank + OVERSAMPLING) <= stacked
 
 
@@ -97,7 +100,7 @@ def leading_core(gram_left: Tensor, gram_right: Tensor, rank: int, error: float)
 
 
 def _unit(gram: Tensor) -> Tensor:
-    """The same with elements that no type overflows with."""
+    """The matrix divided by its largest diagonal element, so that powers of it overflow no type."""
     return gram / gram.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
 
 

@@ -21,7 +21,7 @@ def map_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     Every call runs on one thread with one BLAS thread, so results do not depend on how many there are. An exception
     is that of the first item that raised one. Nested and concurrent calls run in the calling thread.
     """
-    work = list(items)
+    work = list(items)  # the length decides whether threads pay
     threads = torch.get_num_threads()
     if not _busy.acquire(blocking=False):
         return [function(item) for item in work]

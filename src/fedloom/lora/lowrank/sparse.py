@@ -23,9 +23,11 @@ from fedloom.compress.masks import seeded_mask
 from fedloom.errors import NumericError, ShapeError
 
 _CHUNK = 4096
+"""Rows of a dense change that are converted to float64 at a time, so that they stay in the cache."""
 _TERMS = 512
-"""Elements of a column that are summed in float32, on the mean."""
+"""Elements of a column that are summed in float32, on the mean; the partial sums are added in float64."""
 _hidden = False
+"""Whether `torch_only` hides numba."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -191,6 +193,7 @@ def _order(keys: Tensor, bound: int) -> Tensor:
     """The stable order of keys from 0 to below `bound`; numpy sorts those that fit 16 bits by their digits."""
     if keys.device.type != "cpu":
         return keys.argsort(stable=True)
+    # numpy sorts 8 and 16 bits by radix, in linear time.
     return torch.from_numpy(keys.numpy().astype(np.min_scalar_type(bound)).argsort(kind="stable"))
 
 
@@ -222,7 +225,7 @@ def compiled_for(tensor: Tensor) -> ModuleType | None:
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """As if numba were not installed, for all threads, to measure and test what remains."""
+    """Within this context no thread uses numba, so that the code without it can be measured and tested."""
     global _hidden
     _hidden = True
     try:

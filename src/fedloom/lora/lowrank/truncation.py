@@ -45,7 +45,7 @@ def truncate(
 
 
 def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> Truncation:
-    """The same of a sum that is kept as its terms."""
+    """`truncate` for a sum that is kept as its terms."""
     _check(stack, wanted)
     if wanted.energy == 1.0:
         wanted = wanted._replace(energy=None)
@@ -82,6 +82,7 @@ def _check(stack: Stack, wanted: Wanted) -> None:
         raise ConfigError(f"rank is {wanted.rank}: expected 0 or more")
     for pair, _ in stack.terms:
         for name, factor in (("A", pair.A), ("B", pair.B)):
+            # The sum is a quick first look; finite elements may add up to infinity, so a second look decides.
             if not bool(torch.isfinite(factor.sum())) and not bool(torch.isfinite(factor).all()):
                 raise NumericError(
                     f"{name} of a pair of shape {pair.shape} holds NaN or infinity: leave that client out"
@@ -89,7 +90,7 @@ def _check(stack: Stack, wanted: Wanted) -> None:
 
 
 def _folded(stack: Stack) -> Stack:
-    """The stack; where R exceeds min(m, n), the product and an identity, which are smaller than it."""
+    """The stack itself or, where R exceeds min(m, n), its product and an identity: together they are smaller."""
     m, n = stack.shape
     if stack.rank <= min(m, n):
         return stack

@@ -43,14 +43,14 @@ class ServerOptimiser:
 
 
 def _fedavgm(settings: ServerOptimiser, name: str, change: Tensor, memory: Memory) -> Tensor:
-    """V ← β v + Δ, step η v (Hsu et al., arXiv 1909.06335)."""
+    """v ← β v + Δ, step η v (Hsu et al., arXiv 1909.06335)."""
     first = settings.server_momentum * memory.get(f"m/{name}", torch.zeros_like(change)) + change
     memory[f"m/{name}"] = first
     return settings.server_learning_rate * first
 
 
 def _fedadam(settings: ServerOptimiser, name: str, change: Tensor, memory: Memory) -> Tensor:
-    """M ← β1 m + (1 − β1) Δ, v ← β2 v + (1 − β2) Δ², step η m / (√v + τ)."""
+    """m ← β1 m + (1 − β1) Δ, v ← β2 v + (1 − β2) Δ², step η m / (√v + τ)."""
     beta1, beta2 = settings.server_momentum, settings.server_beta2
     first = beta1 * memory.get(f"m/{name}", torch.zeros_like(change)) + (1 - beta1) * change
     second = beta2 * memory.get(f"v/{name}", torch.zeros_like(change)) + (1 - beta2) * change.square()
