@@ -246,8 +246,8 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
             lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.full((4, 80), math.inf)},
             "k_proj.lora_A.*NaN",
         ),
-        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(5, 80)}, "k_proj.*no LoRA pair"),
-        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4)}, "k_proj.*no LoRA pair"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(5, 80)}, "k_proj.*not make a LoRA pair"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4)}, "k_proj.*not make a LoRA pair"),
         (
             lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4, 81)},
             "k_proj.*different base models",
@@ -300,7 +300,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         (path / file).unlink()
         with pytest.raises(ModelError, match=f"no {file}"):
             folders.open_folders([path])
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match="is not a folder"):
         folders.open_folders([tmp_path / "nowhere"])
 
 

@@ -67,9 +67,9 @@ def one_stream(role=8, size=4, chunks=(4,)):
 
 ATTACKS = {
     # bytes that are no payload
-    "nothing at all": (b"", "no fedloom payload"),
-    "another file": (b"PK\x03\x04" + bytes(40), "no fedloom payload"),
-    "magic alone": (b"FLOM\x02", "no fedloom payload"),
+    "nothing at all": (b"", "not a fedloom payload"),
+    "another file": (b"PK\x03\x04" + bytes(40), "not a fedloom payload"),
+    "magic alone": (b"FLOM\x02", "not a fedloom payload"),
     "a newer version": (sealed(b"FLOM\x03" + PLAIN[5:-8]), "version 3 of the format"),
     "a newer version with another checksum": (b"FLOM\x07" + PLAIN[5:], "version 7 of the format"),
     "cut short": (PLAIN[:-1], "damaged or cut"),

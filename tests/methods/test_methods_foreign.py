@@ -76,7 +76,7 @@ def test_a_method_of_another_package_plays_under_its_whole_name(package):
         ("own_methods.lacking:halves", {}, r"its module needs 'no_such_library', which is missing"),
         ("own_methods.broken:halves", {}, r"importing own_methods.broken failed: ZeroDivisionError: division by zero"),
         ("own_methods.halves:havles", {}, r"has no 'havles'; did you mean 'halves'\?"),
-        ("own_methods.halves:number", {}, r"number is no function"),
+        ("own_methods.halves:number", {}, r"number is not a function"),
         ("own_methods.halves:loose", {}, r"loose takes \*settings: give every setting a name"),
         ("own_methods.halves:strict", {}, r"method.must is missing"),
         ("own_methods.halves:nothing", {}, r"returns float, not a Method"),

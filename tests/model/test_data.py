@@ -146,7 +146,11 @@ def test_clients_of_a_folder(tmp_path: Path) -> None:
         assert list(found) == ["ada", "bob"], source
         assert found["ada"] == tmp_path / end
         assert len(load_examples(found["bob"])) == 2
-    for source, reason in (("nowhere", "is no folder"), ("nowhere/{client}", "no client"), ("deep/cyd", "no client")):
+    for source, reason in (
+        ("nowhere", "is not a folder"),
+        ("nowhere/{client}", "no client"),
+        ("deep/cyd", "no client"),
+    ):
         with pytest.raises(DataError, match=reason):
             client_sources(f"{tmp_path}/{source}")
 

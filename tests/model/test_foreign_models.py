@@ -77,7 +77,7 @@ def test_nested_json_is_refused(folder: Path) -> None:
 
 def test_a_base_config_with_infinity_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"rope_theta": Infinity}')
-    with pytest.raises(ModelError, match="Infinity is no JSON number"):
+    with pytest.raises(ModelError, match="Infinity is not a JSON number"):
         load_base(folder)
 
 

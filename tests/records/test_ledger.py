@@ -130,7 +130,7 @@ def test_a_bad_line_is_named(tmp_path, line):
     path = filled(tmp_path / "ledger.jsonl")
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]) + b"\n")
-    with pytest.raises(CheckpointError, match=r"ledger\.jsonl, line 3 is no row of a ledger"):
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl, line 3 is not a row of a ledger"):
         read_rows(path)
 
 

@@ -73,7 +73,7 @@ class AdapterFolder:
         ]
         if odd:
             raise ModelError(
-                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, which is no LoRA factor of a linear module (embeddings, "
+                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, which is not a LoRA factor of a linear module (embeddings, "
                 "convolutions, biases and whole modules can be merged, but not trained on)"
             )
 
@@ -97,7 +97,9 @@ class AdapterFolder:
         embedding = [".lora_embedding_" in name for name in names]
         where = f"{self.folder / WEIGHTS_FILE}, module {module}"
         if embedding[0] != embedding[1] or len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
-            raise ModelError(f"{where}: A of shape {a} and B of shape {b} are no LoRA pair: expected (r, n) and (m, r)")
+            raise ModelError(
+                f"{where}: A of shape {a} and B of shape {b} do not make a LoRA pair: expected (r, n) and (m, r)"
+            )
         if 0 in (*a, *b):
             raise ModelError(f"{where}: A of shape {a} or B of shape {b} is empty: expected at least one value")
         told = self.settings.rank(module)
@@ -171,7 +173,7 @@ def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
                 raise ModelError(f"{path} holds both {keys[own]} and {name}: which of them is meant?")
             keys[own] = name
         elif ".lora_" in name or not name.startswith(PREFIX):
-            raise ModelError(f"{path} holds {name}, which is no LoRA factor (DoRA's magnitudes are not supported)")
+            raise ModelError(f"{path} holds {name}, which is not a LoRA factor (DoRA's magnitudes are not supported)")
     lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
     if lone or not keys:
         raise ModelError(f"{path} {f'lacks one factor of {lone[0]}' if lone else 'holds no LoRA factors'}")

@@ -132,9 +132,9 @@ def _complaint(pattern: str) -> str:
     try:
         _compiled(pattern)
     except re2.error as error:
-        told = error.args[0] if error.args else "it is no regular expression"
+        told = error.args[0] if error.args else "it is not a regular expression"
         text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
         return ascii(text)[1:-1][:LONGEST]
     except UnicodeError:
-        return "it is no valid text"
+        return "it is not valid text"
     return ""

@@ -154,7 +154,7 @@ class FlowerSites:
         return CheckedUpdate(payload, seen)
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
-        """Take a reply that is no answer to the round in progress; what is worth reporting about it."""
+        """Take a reply that does not answer the round in progress; what is worth reporting about it."""
         asked, site = reply.asked, reply.asked.site
         if asked.ask == "hello":
             reason = self.fleet.introduce(reply)

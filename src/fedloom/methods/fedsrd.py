@@ -116,7 +116,7 @@ def fedsrd(
         receive=add_change,
         takes_budget=True,
         values="int4",
-        wider={0.12: "int8"},  # four bits a value cannot use more than an eighth of dense fp32
+        wider={0.12: "int8"},  # four bits a value are an eighth of dense fp32: above that, wider values use the budget
     )
 
 
@@ -133,7 +133,7 @@ def send_important(
             changes[tensor] = delta, importance(delta, others[part], part)
 
     def cuts(counts: Mapping[str, int]) -> dict[str, SparseSplit]:
-        """Every change divided into what is sent, so many elements, and what is left of it."""
+        """Every change divided: as many elements as `counts` says are sent, the rest is kept."""
         return {
             tensor: split(
                 delta,
@@ -200,7 +200,7 @@ def add_to(changes: Mapping[str, ProductChange], update: Update, module: str) ->
 
 
 def thin_change(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:
-    """The entry to broadcast for one factor's change, and what it leaves out."""
+    """(entry to broadcast, what it leaves out) of one factor's change."""
     seed = derived_seed(context.seed, "download", context.round, name)
     if down.pick == "random":
         return drop_and_rescale(delta, down.density, seed, context)

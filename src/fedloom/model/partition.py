@@ -167,7 +167,7 @@ def load_manifest(path: str | Path, examples: Sequence[Example]) -> Manifest:
         clients = {str(name): [int(index) for index in indices] for name, indices in stored["clients"].items()}
         manifest = Manifest(SplitSettings(**stored["settings"]), str(stored["digest"]), clients)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no readable split manifest ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path} is not a readable split manifest ({type(error).__name__}: {error})") from None
     if manifest.digest != data_digest(examples):
         raise DataError(f"{path} was made from other data: restore the data file, or delete the manifest to split anew")
     held = sorted(index for indices in manifest.clients.values() for index in indices)

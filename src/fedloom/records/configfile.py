@@ -99,7 +99,7 @@ def parse(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def override(text: str) -> Tree:
-    """The tree meant by "a.b=v": typed as in TOML, a string where it is no TOML value; null unsets a key."""
+    """The tree meant by "a.b=v": typed as in TOML, a string where it is not a TOML value; null unsets a key."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, such as training.max_steps=20")
@@ -108,7 +108,9 @@ def override(text: str) -> Tree:
             return tomllib.loads(f"{key.strip()} = {literal}")
         except tomllib.TOMLDecodeError as error:
             failure = error
-    raise ConfigError(f"--set {text}: {key.strip()!r} is no key ({failure}); expected one such as training.max_steps")
+    raise ConfigError(
+        f"--set {text}: {key.strip()!r} is not a key ({failure}); expected one such as training.max_steps"
+    )
 
 
 def merge_trees(tree: Tree, above: Mapping[str, Any]) -> None:

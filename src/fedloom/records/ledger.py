@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line: every payload, every client's training, every score.
 
 Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
-recorded beside the facts but are no part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+recorded beside the facts but are not part of `Totals`, so that a resumed run has the totals of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -295,6 +295,6 @@ def _scan(path: Path) -> tuple[list[Row], list[int]]:
         try:
             rows.append(_ROWS.validate_json(line))
         except ValidationError as error:
-            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {_complaint(error)}") from None
+            raise CheckpointError(f"{path}, line {number} is not a row of a ledger: {_complaint(error)}") from None
         offsets.append(offsets[-1] + len(line) + 1)
     return rows, offsets

@@ -42,7 +42,7 @@ def parse_bytes(text: str) -> int:
     """Bytes meant by "8MiB", "500 KB" or "1200". Raises ValueError that says what is expected."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?B?", text.strip())
     if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is no number of bytes; expected one such as '8MiB', '500KB' or '1200'")
+        raise ValueError(f"{text!r} is not a number of bytes; expected one such as '8MiB', '500KB' or '1200'")
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
@@ -59,7 +59,7 @@ def parse_budget(text: str) -> tuple[float, int]:
         return 0.0, parse_bytes(text)
     except ValueError:
         raise ValueError(
-            f"{text!r} is no budget; expected bytes such as '8MiB' or '1200', or a share of dense fp32 such as '1%'"
+            f"{text!r} is not a budget; expected bytes such as '8MiB' or '1200', or a share of dense fp32 such as '1%'"
         ) from None
 
 

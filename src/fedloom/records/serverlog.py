@@ -17,7 +17,7 @@ FILE = "log.jsonl"
 
 
 class ServerLog:
-    """Appends to the file at `path`; a full disk or a lost file is no reason to stop a run."""
+    """Appends to the file at `path`; a full disk or a lost file does not stop a run."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)

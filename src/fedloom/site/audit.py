@@ -161,7 +161,7 @@ class AuditTrail:
             line = _LINE.validate_json(text)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise AuditError(f"{self.path}, line {number} is no line of a record: {reason}") from None
+            raise AuditError(f"{self.path}, line {number} is not a line of a record: {reason}") from None
         if line.previous != (before[-1].digest if before else FIRST) or line.digest != _digest(line):
             raise AuditError(f"{self.path}: line {number} was altered, or a line before it was taken out or put in")
         return line

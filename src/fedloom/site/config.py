@@ -50,7 +50,7 @@ class SiteConfig(Section):
     @classmethod
     def _plain(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            raise ValueError(f"{name!r} is no name; expected up to 64 letters, digits, dots, dashes or underscores")
+            raise ValueError(f"{name!r} is not a name; expected up to 64 letters, digits, dots, dashes or underscores")
         return name
 
 

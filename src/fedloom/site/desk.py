@@ -241,7 +241,7 @@ class Desk:
         try:
             tree = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
-            raise ConfigError(f"the server's settings are no TOML: {error}") from None
+            raise ConfigError(f"the server's settings are not TOML: {error}") from None
         config = parse(tree, "the server's settings")
         own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
         return config.model_copy(update={"model": config.model.model_copy(update=own)})

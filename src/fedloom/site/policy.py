@@ -161,7 +161,7 @@ def check_may_leave(
     for name, entry in message.entries.items():
         module, _, part = name.rpartition("/")
         if module not in before or part not in parts:
-            raise PolicyRefusal(f"the update holds {name}, which is no factor of the adapter that is trained")
+            raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
         pair = before[module]
         if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")

@@ -157,7 +157,7 @@ def greeting(token: str) -> bytes:
 
 
 def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
-    """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is no reply."""
+    """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is not a reply."""
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
         connection.sendall(greeting(token))
@@ -179,20 +179,20 @@ def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried
     """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
-    Raises SiteError for anything that is no parcel, OSError where the other side hangs up or takes too long.
+    Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
     """
     until = time.monotonic() + HEAD_SECONDS if hurried else None
     start = _take(connection, len(MAGIC) + 4, until)
     (length,) = struct.unpack(">I", start[len(MAGIC) :])
     if start[: len(MAGIC)] != MAGIC or length > MOST_HEAD:
-        raise SiteError("this is no parcel of fedloom's")
+        raise SiteError("these bytes are not a parcel of fedloom's")
     try:
         head = json.loads(_take(connection, length, until))
         facts, lengths = head["facts"], parse_sizes(head["sizes"], most)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SiteError("the head of a parcel cannot be read") from None
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
-        raise SiteError("the facts of a parcel are no plain facts")
+        raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
     return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
 

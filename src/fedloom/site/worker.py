@@ -136,7 +136,7 @@ def _answer(connection: socket.socket, desk: Desk) -> Parcel:
         # It says what the caller sent, and what the site takes: nothing about data, and asking again would not help.
         log.warning("a request was refused: %s", error)
         return Parcel({"error": f"the site's worker refuses the request: {error}"})
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
         log.error("a request failed: %s", error, exc_info=True)
         return Parcel({"error": f"the site could not take its turn: {type(error).__name__}"})
 

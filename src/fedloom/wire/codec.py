@@ -123,7 +123,7 @@ def _unpacked(message: Message) -> UnpackedMessage:
 def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
     """The message that `encode` was given, bit by bit.
 
-    Raises WireError, and only that, for bytes that are no valid payload, that another version of the format wrote, or
+    Raises WireError, and only that, for bytes that are not a valid payload, that another version of the format wrote, or
     that ask for more than `limits`. Nothing is allocated for a number in the payload before that number was checked.
     """
     opened = open_payload(payload, limits)
@@ -163,7 +163,7 @@ def _start(payload: bytes, limits: Limits) -> tuple[Header, FieldReader]:
     if len(whole) > limits.max_payload:
         raise WireError(f"a payload of {len(whole):,} bytes is more than the {limits.max_payload:,} that are allowed")
     if bytes(whole[: len(MAGIC)]) != MAGIC or len(whole) <= len(MAGIC) + CHECKSUM_BYTES:
-        raise WireError("these bytes are no fedloom payload: expected FLOM, a version, content and a checksum")
+        raise WireError("these bytes are not a fedloom payload: expected FLOM, a version, content and a checksum")
     # The version comes before the checksum, which a later format may compute in another way.
     if whole[len(MAGIC)] != VERSION:
         raise WireError(

@@ -69,8 +69,9 @@ class FieldReader:
             shift += 7
             if byte < 0x80:
                 break
-            if shift >= 63:
-                raise WireError(f"{what} is no number below 2^63")
+            if shift >= 63:  # nine bytes of seven bits are all of 63
+                raise WireError(f"{what} is not below 2^63")
+        # Equal numbers must give equal bytes: a last byte of zero could have been left away.
         if byte == 0 and shift > 7:
             raise WireError(f"{what} is written in more bytes than it needs")
         if value > most:
@@ -92,4 +93,4 @@ def decode_text(content: bytes, what: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise WireError(f"{what} is no UTF-8 text") from error
+        raise WireError(f"{what} is not UTF-8 text") from error

@@ -129,7 +129,7 @@ def read_header_fields(fields: FieldReader) -> Header:
     """The header at the front."""
     kind = fields.byte("the message's kind")
     if kind >= len(KINDS):
-        raise WireError(f"{kind} is no kind of message: expected 0 to {len(KINDS) - 1}")
+        raise WireError(f"{kind} is not a kind of message: expected 0 to {len(KINDS) - 1}")
     method = decode_text(fields.sized_bytes("the method's name", MOST_METHOD), "the method's name")
     round_, version, examples = (fields.varint(what) for what in ("the round", "the base version", "num_examples"))
     base, result = (_digest(fields, what) for what in ("the base digest", "the result digest"))

@@ -97,7 +97,7 @@ def load_checkpoint(path: Path) -> Snapshot:
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
     if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this version of fedloom (expected format {_FORMAT})")
+        raise CheckpointError(f"{path} is not a checkpoint of this version of fedloom (expected format {_FORMAT})")
     for key, tensor in tensors.items():
         if _key(tensor) != key:
             raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")

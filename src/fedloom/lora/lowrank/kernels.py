@@ -51,7 +51,7 @@ Find = Callable[..., Core | None]
 
 
 def noise_floor(top: float, noise: float, dtype: torch.dtype) -> float:
-    """The energy below which a component of such factors may be nothing but rounding: four units in the last place, squared."""
+    """The energy up to which a component may be rounding alone: an error of four units in the last place, squared."""
     return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
 
 

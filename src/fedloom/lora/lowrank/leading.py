@@ -23,7 +23,7 @@ SMALLEST_TAIL = 1e-8
 
 def subspace_pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
-    # A step costs 4 R² (rank + 16) operations, all components several R³: from a third of R on a few steps cost as much.
+    # A step costs 4 R² (rank + 16) operations, all components several R³: above a third of R steps do not pay.
     return 3 * (rank + OVERSAMPLING) <= stacked
 
 

@@ -1,7 +1,7 @@
 """What methods share that average: dense factors up, and the two sums over clients.
 
-`weighted_mean` is Σ p_k T_k of every tensor that was sent: factors, their changes, or what a method reads of them.
-`product_sums` is Σ p_k B_k A_k of every module, held as the factors that came.
+`weighted_mean` is Σ p_k T_k of every tensor that was sent, be it a factor, a change, or what a method makes of them.
+`product_sums` is Σ p_k B_k A_k of every module, in factored form.
 """
 
 from __future__ import annotations
@@ -144,9 +144,10 @@ def fill_within_budget(
 
 
 def pad_factors(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
-    """Factors at the server's rank, with the same product: zero columns for B, and for A the rows the server has.
+    """Factors padded to the server's rank without a change of their product.
 
-    Rows of zeros in A would never train, since B's gradient through them vanishes.
+    B is padded with columns of zeros, A with the server's own rows: a row of zeros in A would never train, since the
+    gradient of its column of B vanishes.
     """
     tensors = {name: to_dense(entry) for name, entry in entries.items()}
     for name, tensor in tensors.items():
@@ -160,7 +161,7 @@ def pad_factors(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
 
 
 def replace_factors(state: State, entries: Entries, context: Context) -> State:
-    """The broadcast factors take the place of the old ones; a factor that was not sent stays."""
+    """Replace the old factors by the broadcast ones; a factor that was not sent stays."""
     received = {name: to_dense(entry) for name, entry in entries.items()}
     return replace(state, adapter=from_tensors(state.adapter.tensors() | received))
 

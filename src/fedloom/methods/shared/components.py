@@ -30,7 +30,7 @@ def restart(state: State, entries: Entries, context: Context) -> State:
 
 
 def go_on(state: State, entries: Entries, context: Context) -> State:
-    """Train on from the leading components up to the own rank, drop the others; merge the increments, if any."""
+    """Go on from the leading components up to the own rank, drop the others, and merge any increments."""
     lead, start = read_pairs(entries), draw_fresh(state, context)
     taken = {module: fill_rank(pair, start[module]) for module, pair in lead.items()}
     return replace(
@@ -41,7 +41,7 @@ def go_on(state: State, entries: Entries, context: Context) -> State:
 
 
 def go_on_warm(state: State, entries: Entries, context: Context) -> State:
-    """As `go_on`, but the components beyond the own rank stay in use, as the tail."""
+    """`go_on`, with the components beyond the own rank kept in use as the tail."""
     return with_tail(go_on(state, entries, context), read_pairs(entries))
 
 
@@ -78,12 +78,12 @@ def draw_fresh(state: State, context: Context) -> LoraState:
 
 
 def fill_rank(pair: LoraPair, start: LoraPair) -> LoraPair:
-    """The leading components at the rank of `start`; missing ones get its A and a zero B, so that they can train."""
+    """The pair cut or filled to the rank of `start`. New components get its A and a B of zeros: they can train."""
     missing = max(start.rank - pair.rank, 0)
     a = torch.cat([pair.A[: start.rank], start.A[start.rank - missing :]])
     return LoraPair(a, torch.nn.functional.pad(pair.B[:, : start.rank], (0, missing)))
 
 
 def merge_increment(frozen: LoraState, increment: LoraState) -> LoraState:
-    """The merged increments with one more; kept at rank min(m, n) at most, which loses nothing but rounding."""
+    """The merged increments with one more. Above rank min(m, n) they are truncated to it: only rounding is lost."""
     return stack([frozen, increment]).map(lambda pair: truncate(pair).pair if pair.rank > min(pair.shape) else pair)
