@@ -189,7 +189,7 @@ def test_an_interrupted_run_says_how_to_go_on(call, engine, tmp_path):
         ),
         (("run", "try.toml", "--set", "lora.r=0"), "lora.r is 0; expected at least 1"),
         (("inspect", "none"), "none: no such file or folder; expected a payload"),
-        (("inspect", "."), "no PEFT adapter folder"),
+        (("inspect", "."), "not a PEFT adapter folder"),
         (("inspect", "try.toml"), "error: "),
     ],
 )

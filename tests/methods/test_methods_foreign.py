@@ -21,7 +21,7 @@ from fedloom.wire import read_header
 from toy import Federation, job
 
 HALVES = """
-from fedloom.methods import build
+from fedloom.methods.table import build
 from fedloom.method import Method, replace
 
 def halves(*, keep: float = 0.5, needed: int = 3) -> Method:

@@ -253,5 +253,5 @@ def test_a_manifest_holds_only_for_its_data(tmp_path: Path) -> None:
         load_manifest(path, data)
     for broken in ("", "{}", '{"clients": 3}', path.read_text()[:-30]):
         path.write_text(broken)
-        with pytest.raises(DataError, match="no readable split manifest"):
+        with pytest.raises(DataError, match="not a readable split manifest"):
             load_manifest(path, data)

@@ -73,7 +73,7 @@ class AdapterFolder:
         ]
         if odd:
             raise ModelError(
-                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, which is not a LoRA factor of a linear module (embeddings, "
+                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, not a LoRA factor of a linear module (embeddings, "
                 "convolutions, biases and whole modules can be merged, but not trained on)"
             )
 

@@ -30,7 +30,7 @@ _Trace = Callable[[FrameType, str, Any], Any]
 def raise_in_one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
     """Turn what a library raises within into one error of this kind, `text` and then the reason.
 
-    fedloom's own errors pass. So do interrupts and exits, but not a panic of Rust code, which is not an Exception either.
+    fedloom's own errors pass. So do interrupts and exits, but not a panic of Rust code, though it is not an Exception.
     """
     try:
         yield

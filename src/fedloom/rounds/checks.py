@@ -93,7 +93,7 @@ def _check_names(
 def _check_shapes(
     job: Job, entries: Entries, pair: LoraPair, module: str, parts: tuple[str, ...], own: Mapping[str, int] | None
 ) -> None:
-    """Raises ShapeError unless all parts of a module have one rank: the announced one, or else one up to the adapter's."""
+    """Raises ShapeError unless a module's parts have one rank: the announced one, or one up to the adapter's."""
     m, n = pair.shape
     rank = pair.rank if own is None else own[module]
     if own is None and job.method.facts.unequal_ranks:

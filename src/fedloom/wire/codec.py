@@ -123,7 +123,7 @@ def _unpacked(message: Message) -> UnpackedMessage:
 def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
     """The message that `encode` was given, bit by bit.
 
-    Raises WireError, and only that, for bytes that are not a valid payload, that another version of the format wrote, or
+    Raises WireError, and only that, for an invalid payload, one that another version of the format wrote, or
     that ask for more than `limits`. Nothing is allocated for a number in the payload before that number was checked.
     """
     opened = open_payload(payload, limits)
