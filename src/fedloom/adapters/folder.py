@@ -1,4 +1,4 @@
-"""PEFT adapter folders read one module at a time, and refused with the reason where they hold no change B A.
+"""PEFT adapter folders, read one module at a time. A folder whose change is not B A is refused with the reason.
 
 No base model is ever loaded.
 """
@@ -33,8 +33,8 @@ class AdapterFolder:
     """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
 
     layouts: module → how its factors are stored, by sorted names. whole: name → shape of the tensors that are stored as
-    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for a folder that is none,
-    whose files do not fit together, or whose change is not B A.
+    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for another kind of folder,
+    for files that do not fit together, and for a change that is not B A.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -121,7 +121,7 @@ def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
 
 
 def other_base_note(adapters: Sequence[AdapterFolder], base: str | Path) -> str | None:
-    """What to say where adapters name another base model than `base`, a folder or Hub name; None where they do not.
+    """A note for the user where adapters name another base model than `base` (a folder or Hub name); else None.
 
     A model is known by its name alone: owner/name, a folder name, and the Hub cache's models--owner--name are one. The
     same shapes are no proof, since models of one family share them.

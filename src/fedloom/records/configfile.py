@@ -99,7 +99,7 @@ def parse(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def override(text: str) -> Tree:
-    """The tree meant by "a.b=v": typed as in TOML, a string where it is not a TOML value; null unsets a key."""
+    """The tree that "a.b=v" means. v is typed as in TOML, or a string where TOML cannot read it; null unsets a key."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, such as training.max_steps=20")
@@ -193,7 +193,7 @@ def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest(key: str) -> str | None:
-    """The valid key that was probably meant: its last word is the same or near, best of all in the same section."""
+    """The valid key that was probably meant: one with the same or a similar last word, the same section first."""
     prefix, _, last = key.rpartition(".")
     if prefix.startswith("clients."):
         words = {name: f"{prefix}.{name}" for name in ClientSettings.model_fields}
@@ -201,12 +201,12 @@ def _nearest(key: str) -> str | None:
         ordered = sorted(setting_keys(), key=lambda valid: valid.startswith(f"{prefix}."))
         words = {valid.rpartition(".")[2]: valid for valid in ordered}
         words |= {} if prefix else {name: name for name in _sections()}
-    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)  # a slip of a letter or two, not another word
     return words[near[0]] if near else None
 
 
 def explain(error: ValidationError) -> str:
-    """One sentence about the first key that is wrong; the ways a union could have been right are joined by "or"."""
+    """One sentence about the first wrong key; where several types are allowed, "or" joins what each expects."""
     errors = error.errors()
     first = errors[0]
     if first["type"] == "value_error" and not first["loc"]:
@@ -227,7 +227,7 @@ def _short(text: str) -> str:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """The dotted key; parts that name a member of a union or a place in a list are left off."""
+    """The dotted key, without the parts by which pydantic names a member of a union or a place in a list."""
     depth = 3 if loc and loc[0] in ("clients",) or loc[1:2] in (("rank_pattern",), ("alpha_pattern",)) else 2
     return ".".join(str(part) for part in loc[:depth])
 

@@ -32,7 +32,7 @@ _FORBID = ConfigDict(extra="forbid", strict=True)
 class Run:
     """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
 
-    client_values: the same for clients that hold fewer, having a lower rank or fewer modules.
+    client_values: client → its values, of clients that hold fewer because of a lower rank or fewer modules.
     """
 
     __pydantic_config__ = _FORBID
@@ -173,7 +173,7 @@ def totals(rows: Iterable[Row]) -> Totals:
 
 
 def dump_row(row: Row) -> bytes:
-    """The row as one JSON object, as it stands in a ledger: one line, whatever it holds safe to show.
+    """The row as it stands in a ledger: one JSON object on one line, safe to show whatever it holds.
 
     Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
     """
@@ -188,7 +188,7 @@ def dump_row(row: Row) -> bytes:
 
 
 def _complaint(error: ValidationError) -> str:
-    """Which field of a row is wrong first, and what was expected there."""
+    """The first wrong field of a row, and what was expected there."""
     first = error.errors(include_url=False, include_input=False)[0]
     return to_printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
 
@@ -201,7 +201,7 @@ def read_rows(path: Path) -> list[Row]:
 class Ledger:
     """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
 
-    told(row) is called for every row that is appended. examples: client → examples that its last training row says.
+    told(row) is called for every row that is appended. examples: client → examples in its last training row.
     """
 
     def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
@@ -242,7 +242,7 @@ class Ledger:
         self.append(Note(round, to_printable(text, LONG)))
 
     def sync(self) -> int:
-        """Have every row on disk; returns how many there are. Call it once a round."""
+        """Write every row to disk and return how many there are. Call it once a round."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self.rows
@@ -284,7 +284,7 @@ class Ledger:
 
 
 def _scan(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows, and the offset at which each begins and the last one ends."""
+    """(rows, offsets): where each row begins and the last one ends. A last line without its end was cut short."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -19,7 +19,7 @@ MOST_CLIENTS = 10_000
 MOST_STEPS = 10**6
 """Steps, rounds and micro-batches: hours of work each at the least."""
 MOST_COUNT = 2**31 - 1
-"""Of what only is compared or divided by."""
+"""Numbers that are only compared or divided by, and so cost nothing."""
 
 Text: TypeAlias = Annotated[str, Field(max_length=4096)]
 Name: TypeAlias = Annotated[str, Field(max_length=256)]

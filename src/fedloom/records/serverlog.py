@@ -1,6 +1,6 @@
 """The server's log: every row of the ledger as it happens, with the time and a level, one JSON object a line.
 
-Log shippers read it as it is. Other than the ledger it is never cut back: rounds that a crash undid stay in it.
+Log shippers read it as it is. Unlike the ledger it is never cut back: rounds that a crash undid stay in it.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ class ServerLog:
 
 
 def log_level(row: Row) -> str:
-    """A warning where somebody failed or something had to be noted."""
+    """ "warning" for a row that says that a site failed or came late, or that notes something; else "info"."""
     return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

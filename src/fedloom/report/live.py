@@ -42,7 +42,7 @@ class Tally:
 
 @dataclass(slots=True)
 class EventKeeper:
-    """What both views keep of the events."""
+    """An observer that keeps the events, for both views to show."""
 
     facts: RunFacts | None = None
     round: int = 0
@@ -151,7 +151,9 @@ class LiveView(EventKeeper):
         table.add_column("client")
         for name in ("loss", "up so far", "down so far"):
             table.add_column(name, justify="right")
-        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[:12]
+        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[
+            :12
+        ]  # as many as fit a small terminal
         for name in sorted(shown):
             tally = self.tallies[name]
             loss = "–" if tally.loss is None else f"{tally.loss:.3f}"

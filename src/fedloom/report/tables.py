@@ -16,11 +16,12 @@ from fedloom.records.text import cell, to_printable
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
 
 _SHORT = 20
+"""Characters of a run's label up to which its column is not wrapped."""
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""What a cell begins with that a spreadsheet computes instead of showing it; wide forms count in some countries."""
+"""First characters that make a spreadsheet compute a cell; the wide forms do so in some countries."""
 
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
-"""What Markdown would not show as it stands; an underscore within a word it does."""
+"""Characters that Markdown interprets. It shows an underscore within a word as it stands."""
 
 
 def closing_tables(report: Report) -> RenderableType:
@@ -100,7 +101,7 @@ def comparison_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """The rows of `comparison_rows` for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
     for name in rows[0] if rows else ():
-        # Numbers may go on in a second line; a short name that is broken in two is hard to find.
+        # Numbers may wrap; a short name broken in two is hard to find.
         whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
         table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
     for row in rows:

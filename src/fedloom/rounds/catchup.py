@@ -12,7 +12,7 @@ from fedloom.rounds.turns import full_state, narrow_broadcast
 class Archive:
     """The broadcasts that a client may still have missed, by the version they apply to.
 
-    Never holds more bytes than one full state has: beyond that, the full state is cheaper.
+    It holds at most as many bytes as one full state: beyond that, the full state is cheaper.
     """
 
     def __init__(self, payloads: Mapping[int, bytes] | None = None) -> None:
@@ -21,14 +21,14 @@ class Archive:
 
     def add(self, version: int, payload: bytes, limit: int) -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
-        if version - 1 not in self.payloads:  # no way leads here from what came before: the server consolidated
+        if version - 1 not in self.payloads:  # the server consolidated: older broadcasts lead nowhere now
             self.payloads.clear()
         self.payloads[version] = payload
         while len(self.payloads) > 1 and sum(map(len, self.payloads.values())) > limit:
             del self.payloads[min(self.payloads)]
 
     def reach(self, version: int) -> int:
-        """The oldest version from which the broadcasts lead to `version`; who holds an older one needs a full state."""
+        """The oldest version from which the broadcasts lead to `version`. From an older one only a full state leads there."""
         while version - 1 in self.payloads:
             version -= 1
         return version
@@ -40,7 +40,7 @@ class Archive:
             [narrow_broadcast(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
         )
         size = sum(map(len, missed))
-        # Below a byte a value they are cheaper than any full state, so that it need not be encoded to know its size.
+        # A full state takes at least a byte a value. Where the broadcasts take less, it need not be encoded to compare.
         if reached and size <= server.total.numel():
             return missed
         if self._full is None or self._full[0] != server.version:

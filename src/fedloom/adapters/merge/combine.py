@@ -106,10 +106,10 @@ def combine_module(
 
 
 def server_step(method: Method, module: str, pairs: Sequence[LoraPair], shares: Sequence[float], rank: int) -> LoraPair:
-    """All that the method would broadcast in a first round, as one pair; the server's adapter is zeros of `rank`.
+    """All that the method would broadcast in a first round, as one pair. The server's adapter is zeros of `rank`.
 
-    The method sees shares that sum to 1. Their true sum scales its result, so that a mean of factors is scaled once,
-    not in A and in B.
+    The method sees shares that sum to 1, and their true sum scales its result. So a mean of factors is scaled once, not
+    once in A and once in B.
     """
     m, n = pairs[0].shape
     present = sum(shares)
@@ -124,15 +124,15 @@ def server_step(method: Method, module: str, pairs: Sequence[LoraPair], shares: 
 
 
 def cap_rank(pair: LoraPair, max_rank: int | None) -> LoraPair:
-    """The best approximation of rank max_rank and min(m, n) at most; the latter loses nothing."""
+    """The best approximation of at most rank max_rank and min(m, n). The second bound loses nothing."""
     cap = min(*pair.shape, max_rank or pair.rank)
     return pair if pair.rank <= cap else truncate(pair, rank=cap).pair
 
 
 def balance_exactly(pair: LoraPair) -> LoraPair:
-    """The same product, bit for bit, with both factors of one size, so that neither underflows in half precision.
+    """The pair with its factors brought to about one size, so that neither underflows in half precision.
 
-    Components are scaled by powers of two.
+    Components are scaled by powers of two, so the product is the same, bit for bit.
     """
     size_a, size_b = pair.A.norm(dim=1), pair.B.norm(dim=0)
     live = (size_a > 0) & (size_b > 0)

@@ -79,7 +79,7 @@ def open_folders(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inpu
 def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[MergedModule]:
     """Combine module by module, writing each as it is made; the folder is complete when the iterator ends.
 
-    Every module's scale is 1, also for readers that know no patterns: r and lora_alpha are the largest rank there is.
+    r and lora_alpha are both the largest rank, so that every module's scale is 1, even for readers without patterns.
     """
     names = [name for module, layout in inputs.layouts.items() for name in layout.names(module)]
     ranks = {}
@@ -96,7 +96,7 @@ def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Merg
 
 
 def rehearse_merge(inputs: Inputs, recipe: Recipe) -> Iterator[MergedModule]:
-    """The rows of `merge_folders`, and nothing written."""
+    """The rows of `merge_folders`; nothing is written."""
     return (row for row, _ in _combined(inputs, recipe))
 
 
@@ -135,7 +135,7 @@ def _describe(inputs: Inputs, ranks: Mapping[str, int], folder: Path) -> None:
 
 
 def _targets(adapters: Sequence[AdapterFolder]) -> list[str]:
-    """Last parts of module names, where the adapters sit on all modules of those names; else the full names."""
+    """The last parts of module names where the adapters sit on all modules of such names; otherwise the full names."""
     everywhere = all(
         adapter.modules == adapters[0].modules
         and not (isinstance(adapter.settings.target_modules, str) and adapter.settings.target_modules != "all-linear")
@@ -147,7 +147,7 @@ def _targets(adapters: Sequence[AdapterFolder]) -> list[str]:
 
 
 def _layouts(adapters: Sequence[AdapterFolder]) -> dict[str, Layout]:
-    """Those of all modules, by name. Raises ModelError naming the two adapters that differ."""
+    """Module → layout, by sorted name. Raises ModelError that names two adapters which differ."""
     found: dict[str, tuple[Layout, AdapterFolder]] = {}
     for adapter in adapters:
         for module, layout in adapter.layouts.items():
