@@ -37,5 +37,5 @@ class ServerLog:
 
 
 def log_level(row: Row) -> str:
-    """ "warning" for a row that says that a site failed or came late, or that notes something; else "info"."""
+    """The level "warning" for a row that notes something or says that a site failed or came late; else "info"."""
     return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

@@ -28,7 +28,7 @@ class Archive:
             del self.payloads[min(self.payloads)]
 
     def reach(self, version: int) -> int:
-        """The oldest version from which the broadcasts lead to `version`. From an older one only a full state leads there."""
+        """The oldest version from which the broadcasts lead to `version`; older ones need a full state."""
         while version - 1 in self.payloads:
             version -= 1
         return version

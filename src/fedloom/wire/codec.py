@@ -123,8 +123,8 @@ def _unpacked(message: Message) -> UnpackedMessage:
 def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
     """The message that `encode` was given, bit by bit.
 
-    Raises WireError, and only that, for an invalid payload, one of another version of the format, or
-    one that asks for more than `limits`. Nothing is allocated for a number in the payload before that number was checked.
+    Raises WireError, and only that, for a payload that is invalid, of another version of the format, or asks for more
+    than `limits`. Nothing is allocated for a number in the payload before that number was checked.
     """
     opened = open_payload(payload, limits)
     sources = Sources(opened.streams, opened.coded)
