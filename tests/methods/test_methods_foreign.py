@@ -22,7 +22,7 @@ from toy import Federation, job
 
 HALVES = """
 from fedloom.methods.table import build
-from fedloom.method import Method, replace
+from fedloom.methods.method import Method, replace
 
 def halves(*, keep: float = 0.5, needed: int = 3) -> Method:
     return replace(build("fed-dare", {"sparsity": 1 - keep}), name="fedit")

@@ -1,8 +1,8 @@
 """What an engine knows of its clients' states; and the states of many simulated clients, in little memory.
 
 Clients of the same ranks at the same version hold the same bits. So the state at the server's version is computed once
-for all of them, by what clients do with a broadcast, and of a client that is behind nothing is kept but where it stands
-and what is its own: what it is sent next leads to that one state.
+for all of them, by the function that clients call on a broadcast. Of a client that is behind, only its version, digest
+and memory are kept: the payloads that it is sent next lead to that one state.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class ClientStates(Mapping[str, State]):
 
 
 class Roster(ClientStates):
-    """Every client's state. The tensors of a client that is behind are those before the first round: only their shapes
-    are of use.
-    """
+    """Every client's state. A client that is behind has the tensors of the start: use their shapes only."""
 
     def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
         kinds: dict[Ranks, Ranks] = {}
@@ -61,7 +59,7 @@ class Roster(ClientStates):
         super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
 
     def hold(self, client: str, state: State) -> None:
-        """Its version, digest and memory; its tensors are those of everybody else there."""
+        """Keep the client's version, digest and memory. Its tensors are those of its ranks and version."""
         latest, first = self._latest[self._kinds[client]], self._first[self._kinds[client]]
         there = (state.version, state.digest) == (latest.version, latest.digest)
         tensors = latest if there else first
@@ -69,7 +67,7 @@ class Roster(ClientStates):
         super().hold(client, own)
 
     def follow(self, payload: bytes) -> None:
-        """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
+        """Bring the state of every kind of client forward. A client without the payload is behind from now on."""
         self._latest = {
             kind: accept_own(self._job, latest, narrow_broadcast(self._job, payload, dict(kind)))
             for kind, latest in self._latest.items()
@@ -99,11 +97,11 @@ class Roster(ClientStates):
 
 
 def same_state(one: State, two: State) -> bool:
-    """Whether two states have the same bits, but for what is private."""
+    """Whether two states have the same bits in adapter, frozen and tail; private memory does not count."""
     pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
     return one.digest == two.digest and all(same_bits(a.tensors(), b.tensors()) for a, b in pairs)
 
 
 def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
-    """Equal names, shapes and bits."""
+    """Whether names, shapes and bits are equal."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

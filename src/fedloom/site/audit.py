@@ -86,7 +86,7 @@ class AuditTrail:
         self._checked = Extent()
 
     def charge(self, job: str, round: int, mu: float, now: datetime | None = None) -> Line:
-        """Have it on disk that noise is about to be drawn. Raises AuditError, and none may be, where it cannot be."""
+        """Record on disk that noise is about to be drawn. Raises AuditError where that fails; then draw none."""
         return self._append(Line(self._time(now), job, round, 0, "", mu, "", ""))
 
     def record(
@@ -215,7 +215,7 @@ def mu_squared(lines: Sequence[Line]) -> float:
 
 
 def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
-    """What a verified record amounts to, in words."""
+    """A verified record, summed up in words."""
     said = [f"{len(lines)} lines, unbroken; newest digest {lines[-1].digest if lines else FIRST} (note it elsewhere)"]
     if unlisted:
         said.append(
@@ -277,7 +277,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file is whole and on disk, or not there."""
+    """Write a file so that it is either complete on disk or absent."""
     partial = path.with_suffix(".partial")
     with open(partial, "wb", opener=_private) as file:
         file.write(content)

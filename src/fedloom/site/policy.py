@@ -128,7 +128,7 @@ def check_room(policy: Policy, folder: Path, more: int) -> None:
 
 
 def limit_time(policy: Policy) -> Callable[[], None]:
-    """From now on: what to call before every forward pass. It raises PolicyRefusal once the time is over."""
+    """Start the clock. Call the result before every forward pass: it raises PolicyRefusal once the time is over."""
     until = math.inf if policy.max_seconds_round is None else time.monotonic() + policy.max_seconds_round
 
     def check() -> None:
@@ -142,7 +142,7 @@ def limit_time(policy: Policy) -> Callable[[], None]:
 
 
 def count_drawn(training: TrainingSettings) -> int:
-    """How many examples the training of a round draws."""
+    """The number of examples that training draws in a round."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.max_steps
 
 
@@ -197,7 +197,7 @@ def guard_training(
 
 
 def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
-    """What the server may know of an error. `reference` finds the whole of it in the site's own log."""
+    """The text of an error that the server may see. `reference` finds the full error in the site's own log."""
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
     if policy.scrub_errors:
@@ -216,7 +216,7 @@ def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> No
 
 
 def _check_targets(policy: Policy, lora: LoraSettings) -> None:
-    """What names alone can tell before there is a model: a target that no pattern for last parts of names fits."""
+    """Refuse, before a model is loaded, a target that no pattern for last parts of names allows."""
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):

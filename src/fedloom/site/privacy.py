@@ -47,7 +47,7 @@ def total_norm(change: Mapping[str, Tensor]) -> float:
 
 
 def release_change(change: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tensor]:
-    """The change clipped to norm C and with fresh noise on every element; zero plus noise where it is not finite."""
+    """The change clipped to norm C, with fresh noise on every element. A change that is not finite counts as zero."""
     size = total_norm(change)
     finite = math.isfinite(size)
     factor = min(1.0, privacy.clip_norm / size) if finite and size else 1.0

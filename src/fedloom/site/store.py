@@ -71,7 +71,7 @@ class Store:
         return bool(checkpoint.list_checkpoints(self.folder))
 
     def load(self) -> TurnRecord | None:
-        """What was saved last, the ledger cut back to it; None if nothing was. Raises SiteError for another seal."""
+        """The record saved last, or None; the ledger is cut back to it. Raises SiteError where the seal differs."""
         saved = checkpoint.list_checkpoints(self.folder)
         snapshot = checkpoint.load_checkpoint(saved[-1]) if saved else None
         if snapshot is None:

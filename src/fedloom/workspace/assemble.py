@@ -138,7 +138,7 @@ def build_setup(
     manifest: Manifest | None = None,
     method: Method | None = None,
 ) -> Setup:
-    """The same from examples by client. A client without any trains elsewhere: only its ranks are of interest here."""
+    """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = method or build(config.method.name, config.method.settings)
@@ -249,7 +249,7 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
-    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with a manifest."""
+    """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
     settings, federation = config.data, config.federation
     if settings.partitioner == "files":
         found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}

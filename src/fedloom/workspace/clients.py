@@ -48,7 +48,7 @@ def place_shared(linear: Mapping[str, LinearModule], common: Adapter, modules: C
 
 
 def split_trained(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
-    """What a client trains, with an empty pair for every other module; and what its model has beside that."""
+    """(what a client trains, with an empty pair for every other module; what its model has besides)."""
     others = LoraState({module: pair for module, pair in state.adapter.items() if module not in modules})
     empty = narrow(others, dict.fromkeys(others, 0))
     return LoraState({**state.adapter, **empty}), stack([state.fixed, others])
