@@ -95,7 +95,7 @@ def check_server(folder: Path, online: bool) -> list[Check]:
 
 
 def check_base_model(path: str, told: FederationPlan | None) -> Check:
-    """The base model's digest, against the one that the server's operator noted."""
+    """Compare the base model's digest with the one that the server's operator noted."""
     from fedloom.model.base import base_digest
 
     if not Path(path).is_dir():
@@ -172,7 +172,7 @@ def findings_table(checks: list[Check]) -> Table:
 
 
 def _told(folder: Path) -> FederationPlan | None:
-    """What the federation's operator wrote down for this site or server, if it is there."""
+    """The plan of the federation that this site or server belongs to, if its file is there."""
     return read_plan(folder) if (folder / RECORD).exists() else None
 
 

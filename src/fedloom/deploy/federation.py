@@ -188,7 +188,7 @@ def _is_host(address: str | None, name: str | None) -> bool:
             return bool(ipaddress.IPv4Address(name))
     except ValueError:
         return False
-    return name is not None and len(name) <= 253
+    return name is not None and len(name) <= 253  # RFC 1035: the longest name that DNS has
 
 
 def _check_names(sites: Sequence[str]) -> None:
@@ -210,7 +210,7 @@ def _check_texts(federation: FederationPlan) -> None:
 
 
 def _unquoted(path: Path | str, option: str, advice: str) -> str:
-    """The path. Raises ConfigError, which names the option, where it would need quotes in a unit or a proxy rule."""
+    """The path itself. Raises ConfigError, which names the option, for one that needs quotes in a unit or proxy rule."""
     text = str(path)
     if not re.fullmatch(_PATH, text):
         allowed = "an absolute path of letters, digits and . _ / ~ + @ -"
@@ -293,7 +293,7 @@ def _toml(value: Value) -> str:
 
 
 def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """A new file of this mode from its first byte on; FileExistsError where there is one."""
+    """Write a new file that has this mode from its first byte on. Raises FileExistsError where one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:

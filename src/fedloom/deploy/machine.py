@@ -55,13 +55,14 @@ def check_disk(folder: Path) -> Check:
     at = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(at).free / _GIB
     text = f"{free:.1f} GiB free at {at}"
+    # A record of one round of a 7B adapter in fp32 takes some hundred MiB: 1 GiB is a few rounds, 5 GiB many.
     if free < 1:
         return fail("disk", text, "make room: states and the record of what left are kept here")
     return ok("disk", text) if free >= 5 else warn("disk", text, "make room before a long run")
 
 
 def check_clock() -> Check:
-    """Whether the system says that its clock is kept right; there may be no way to know."""
+    """Whether the system says that it synchronises its clock. Not every system tells."""
     try:
         said = subprocess.run(
             ["timedatectl", "show", "--property=NTPSynchronized", "--value"], capture_output=True, text=True, timeout=5
@@ -82,7 +83,7 @@ def check_secret(path: Path) -> Check:
 
 
 def check_node_key(path: Path) -> Check:
-    """The private key of a node: ECDSA, for its owner's eyes alone."""
+    """The private key of a node: an ECDSA key that only its owner may read."""
     curve = read_key(path).curve.name
     checked = check_secret(path)
     return checked if checked.outcome == "fail" else ok(path.name, f"ECDSA on {curve}, {checked.found}")
@@ -103,7 +104,7 @@ def check_dates(path: Path, advice: str) -> Check:
     text = f"valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}"
     if not begins <= now <= ends:
         return fail(path.name, text, advice)
-    left = (ends - now).days
+    left = (ends - now).days  # a month is time enough to plan a renewal
     return ok(path.name, text) if left >= 30 else warn(path.name, f"{text}, {left} days left", advice)
 
 
@@ -136,7 +137,7 @@ class Answer:
 
 
 def ask_superlink(host: str, port: int, ca: Path, paths: Sequence[str], timeout: float = 5.0) -> Answer:
-    """GET these paths over TLS that this CA vouches for. Raises OSError (ssl.SSLError is one) where that fails."""
+    """GET these paths over TLS, with a certificate that this CA has signed. Raises OSError (ssl.SSLError is one) where that fails."""
     context = ssl.create_default_context(cafile=str(ca))
     statuses: dict[str, int] = {}
     ahead = None
@@ -191,4 +192,5 @@ def _clocks(ahead: float | None) -> Check:
     text = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if not -BEHIND_SECONDS < ahead < AHEAD_SECONDS:
         return fail("clock", text, "run an NTP client: Flower refuses signatures of another time")
+    # Well within AHEAD_SECONDS, so that a clock that drifts is seen before it fails.
     return ok("clock", text) if abs(ahead) < 3 else warn("clock", text, "run an NTP client on both machines")

@@ -22,7 +22,9 @@ from fedloom.site.protocol import Fact, Parcel, Statement, parse_statement
 GONE = frozenset({5, 8, 9, 10})
 """Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
 TTL_SECONDS = 12 * 3600.0
+"""How long Flower keeps a message: longer than any deadline that makes sense for a round."""
 GREET_SECONDS = 30.0
+"""How long a node that could not take part is left alone before it is greeted again."""
 
 
 class Node(Protocol):
@@ -133,7 +135,7 @@ class Fleet:
         return self.names.get(site) in self.nodes
 
     def awaits_answer(self, site: str, round: int) -> bool:
-        """Whether an answer of this round may still come from the site as it is."""
+        """Whether the site was asked in this round and may still answer."""
         return any(
             asked.site == site and asked.round == round and asked.ask != "hello" and not self.has_restarted(asked)
             for asked in self.outstanding.values()
@@ -196,7 +198,7 @@ class Fleet:
 
 
 def _read(asked: SentRequest, message: Message) -> Reply:
-    """The border: behind it, what a site says is of the right type and size, and may be shown."""
+    """Check a reply at the border: behind it, what a site says has the right type and size, and may be shown."""
     if message.has_error():
         error = message.error
         return Reply(asked, None, f"Flower's error {error.code}: {to_printable(str(error.reason))}", error.code in GONE)

@@ -14,7 +14,9 @@ from fedloom.rounds.caps import Caps, find_outliers
 from fedloom.rounds.checks import UpdateFacts
 
 POLL_SECONDS = 0.25
+"""Between two looks for replies: little beside the seconds of a turn."""
 LOOK_SECONDS = 1.0
+"""Between two looks at which nodes are there."""
 MOST_REPEATS = 5
 """How often a site that was lost on the way is asked again within one try."""
 
@@ -126,7 +128,7 @@ class Gathering:
             self.failed.pop(site, None)
 
     def drop_outliers(self) -> None:
-        """Refuse updates that are out of all proportion to the others now, so that others may be asked once more."""
+        """Refuse updates that are now out of proportion to the others, so that their sites may be asked once more."""
         norms = {site: answer.seen.norm for site, answer in self.answers.items()}
         for site, reason in find_outliers(norms, self.caps).items():
             del self.answers[site]

@@ -21,6 +21,7 @@ from fedloom.records.config import Config
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment in which Flower calls nobody."""
 POLL_SECONDS = 1.0
+"""Between two looks at a run: a person hardly notices, and a SuperLink bears it."""
 AWAY_SECONDS = 60.0
 """How long a SuperLink may be out of reach before a submitted run is given up on here."""
 

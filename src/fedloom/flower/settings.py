@@ -43,7 +43,7 @@ def shared_settings(config: Config) -> str:
 
 
 def server_settings(config: Config) -> str:
-    """The rest of them."""
+    """The settings that the sites are not told, as TOML."""
     return tomli_w.dumps(config.model_dump(include=set(SERVERS_OWN), exclude_none=True))
 
 

@@ -154,7 +154,7 @@ class FlowerSites:
         return CheckedUpdate(payload, seen)
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
-        """Take a reply that does not answer the round in progress; what is worth reporting about it."""
+        """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
         asked, site = reply.asked, reply.asked.site
         if asked.ask == "hello":
             reason = self.fleet.introduce(reply)
@@ -185,7 +185,7 @@ class FlowerSites:
         return to_printable(reason)
 
     def locate(self, rounds: Rounds, site: str, reply: Reply) -> None:
-        """Keep what a reply says of the state that its site holds; a state of no known history counts as none."""
+        """Keep what a reply says of its site's state. A state that the server does not know counts as none."""
         version, digest = reply.said.version, reply.said.digest
         if version is not None and digest is not None:
             self.know(site, version if digest == digest_of(rounds, version) else UNKNOWN, digest)

@@ -14,11 +14,11 @@ from jinja2.utils import Namespace
 from fedloom.errors import FedloomError, NumericError
 
 CHARACTERS = 300
-"""Of a library's message: enough to know it by."""
+"""Characters of a library's message that are repeated: enough to recognise it."""
 MOST_STEPS = 300_000
 """Lines and calls of a template for one conversation. A long one with a large template takes some ten thousand."""
 MOST_SECONDS = 60.0
-"""The same in CPU seconds of the thread: a bound on what many calls of filters may cost, out of reach otherwise."""
+"""CPU seconds of the thread: bounds what calls of filters cost, which are not counted as steps."""
 LONGEST = 2**18
 """Characters of a text, or entries of a list, that a template may build up beside four times its input."""
 _EVERY = 8

@@ -99,6 +99,7 @@ def check_template(source: str) -> None:
     for kind, value in tokens:
         if kind == "operator" and value == "**":
             raise DataError(f"{failed}: it computes powers")
+        # Over twenty digits are over the limit, whatever they are: their value need not be computed.
         if kind in ("integer", "float") and (len(value) > 20 or _number(value) > LARGEST_NUMBER):
             raise DataError(f"{failed}: it holds the number {value[:20]}, expected at most {LARGEST_NUMBER:,}")
 

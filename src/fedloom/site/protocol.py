@@ -34,8 +34,11 @@ MAGIC = b"FLWK"
 GREETING = b"FLWT"
 GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
+"""Bytes of a parcel's facts: the settings of a run take a few KiB."""
 MOST_PAYLOADS = 2**12
+"""Payloads of a parcel: the broadcasts that a site has missed are far fewer."""
 MOST_BYTES = 2**33
+"""Bytes of a parcel's payloads, whatever a site's own limit: twice the largest payload that the wire reads."""
 WRONG_TOKEN = "the token is wrong"
 """The error that answers a greeting with another token."""
 HEAD_SECONDS = 5.0

@@ -30,6 +30,7 @@ from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive_parcel,
 log = logging.getLogger("fedloom.worker")
 
 TICK_SECONDS = 1.0
+"""How long the worker waits for a caller before it looks at its other duties."""
 
 
 class _Stop(BaseException):

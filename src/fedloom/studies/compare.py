@@ -99,7 +99,7 @@ def split_variant(variant: str) -> tuple[str, str]:
 
 
 def _placed(pair: str) -> str:
-    """The method's own keys may go without "method."; a section's name stands for itself, as in clients=null."""
+    """The pair with its full key: a method's own key gets "method." in front, a section's name stays as it is."""
     key = pair.partition("=")[0]
     return pair if "." in key or key in Config.model_fields else f"method.{pair}"
 
@@ -147,7 +147,7 @@ def runs_left(todo: Sequence[Run]) -> list[Run]:
 
 
 def expected_seconds(todo: Sequence[Run], jobs: int) -> float:
-    """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
+    """Seconds that the remaining runs will take with `jobs` at a time, estimated from a short trial of each variant."""
     trials = {run.label: run for run in runs_left(todo)}
     with _pool(jobs) as pool:
         paces = dict(zip(trials, pool.map(_pace, trials.values()), strict=True))
@@ -177,7 +177,7 @@ def play_runs(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], N
 
 
 def play_here(todo: Sequence[Run], finished: Callable[[Run, float], None]) -> None:
-    """Make the runs that are not complete yet, one after the other in this process."""
+    """Play the runs that are not complete yet, one after the other in this process."""
     for run in runs_left(todo):
         finished(run, _play(run))
 

@@ -25,13 +25,13 @@ class Pace:
     round_s: float
 
     def seconds(self, config: Config) -> float:
-        """A whole run of these settings."""
+        """Seconds of a whole run with these settings."""
         rounds = config.federation.num_rounds
         return self.around_s + count_evaluations(config) * self.evaluation_s + rounds * self.round_s
 
 
 class _Enough(Exception):
-    """The rounds that were to be timed are over."""
+    """Raised to end a trial: the rounds to be timed are over."""
 
 
 class Watch(Silent):

@@ -67,7 +67,7 @@ def median_rates(trials: Sequence[Rates]) -> Rates:
 
 
 def best_seconds(call: Callable[[], object], repeats: int) -> float:
-    """The least seconds of several calls, after one to warm up."""
+    """Seconds of the fastest of several calls, after one to warm up."""
     call()
     return min(time_call(call) for _ in range(repeats))
 

@@ -30,6 +30,7 @@ CODINGS = ("fp32", "bf16", "int8", "int4")
 PAPER = "paper"
 """The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
 ROUNDS = 3
+"""Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
 Ranks = Mapping[str, int]
 Sizes = Mapping[str, float]
 
