@@ -210,7 +210,7 @@ def _check_texts(federation: FederationPlan) -> None:
 
 
 def _unquoted(path: Path | str, option: str, advice: str) -> str:
-    """The path itself. Raises ConfigError, which names the option, for one that needs quotes in a unit or proxy rule."""
+    """The path itself. Raises ConfigError, which names the option, where it needs quotes in a unit or proxy rule."""
     text = str(path)
     if not re.fullmatch(_PATH, text):
         allowed = "an absolute path of letters, digits and . _ / ~ + @ -"

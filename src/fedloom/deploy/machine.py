@@ -137,7 +137,7 @@ class Answer:
 
 
 def ask_superlink(host: str, port: int, ca: Path, paths: Sequence[str], timeout: float = 5.0) -> Answer:
-    """GET these paths over TLS, with a certificate that this CA has signed. Raises OSError (ssl.SSLError is one) where that fails."""
+    """GET these paths over TLS, trusting this CA alone. Raises OSError (ssl.SSLError is one) where that fails."""
     context = ssl.create_default_context(cafile=str(ca))
     statuses: dict[str, int] = {}
     ahead = None
