@@ -128,7 +128,7 @@ class Gathering:
             self.failed.pop(site, None)
 
     def drop_outliers(self) -> None:
-        """Refuse updates that are out of proportion now, while the sites that did not answer can still be asked again."""
+        """Refuse updates that are out of proportion now, while others can still be asked again."""
         norms = {site: answer.seen.norm for site, answer in self.answers.items()}
         for site, reason in find_outliers(norms, self.caps).items():
             del self.answers[site]
