@@ -38,7 +38,7 @@ class ToySetup:
     manifest: None = None
     fingerprint: str = "toy"
     adapter: Adapter = Adapter(LoraSettings(r=4, target_modules=sorted(SHAPES)), {})
-    described = Setup.described
+    describe = Setup.describe
 
     def warnings(self) -> list[str]:
         return []
@@ -80,9 +80,9 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
         crossed["up"] += len(turn.payload)
         return turn
 
-    def counted_server(job, state, payloads, round):
+    def counted_server(job, state, payloads, round, **options):
         crossed["heard"] += sum(map(len, payloads.values()))
-        return server_turn(job, state, payloads, round)
+        return server_turn(job, state, payloads, round, **options)
 
     patch.setattr(Roster, "receive", counted_receive)
     patch.setattr(local, "client_turn", counted_client)

@@ -9,14 +9,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedloom.cli import funnel
 from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import DataError, FedloomError
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import RunFacts, RunSummary
 from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
-from fedloom.report.live import Lines, View, watch
+from fedloom.report.live import LineView, LiveView, watch
 
 CLIENTS = ("ada", "bob")
 
@@ -62,7 +63,7 @@ class Engine:
 def engine(monkeypatch, tmp_path):
     engine = Engine()
     module = types.ModuleType("fedloom.server.local")
-    module.run = engine.run
+    module.run_local = engine.run
     monkeypatch.setitem(sys.modules, "fedloom.server.local", module)
     monkeypatch.setattr("fedloom.server.local", module, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -77,7 +78,8 @@ def call(monkeypatch):
         screen, complaints = io.StringIO(), io.StringIO()
         for module in (cli, commands):
             monkeypatch.setattr(module, "screen", Console(file=screen, width=width))
-        monkeypatch.setattr(cli, "complaints", Console(file=complaints, width=width))
+        monkeypatch.setattr(funnel, "complaints", Console(file=complaints, width=width))
+        monkeypatch.setattr(cli, "complaints", funnel.complaints)
         result = CliRunner().invoke(cli.app, list(map(str, arguments)))
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -96,14 +98,14 @@ def test_version_and_help(call):
     assert (code, out.split()[0]) == (0, "fedloom")
     code, out, _ = call("--help")
     assert code == 0
-    assert all(name in out for name in ("demo", "run", "methods", "inspect", "init", "bench"))
+    assert all(name in out for name in ("demo", "run", "methods", "inspect", "init", "compare"))
 
 
 def test_init_writes_a_file_that_loads_to_the_defaults(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("init")
     assert (code, out) == (0, "wrote fedloom.toml; next: fedloom run fedloom.toml\n")
-    config = load(tmp_path / "fedloom.toml")
+    config = load_config(tmp_path / "fedloom.toml")
     assert config.lora == Config().lora
     code, _, err = call("init")
     assert (code, err.count("\n")) == (2, 1)
@@ -138,7 +140,7 @@ def test_demo_uses_the_built_in_file_with_what_is_asked(call, engine):
     assert call("demo", "--rounds", 1)[0] == 0
     config, folder, _ = engine.calls[0]
     assert (config.method.name, config.federation.num_rounds, config.federation.seed) == ("fedit", 2, 7)
-    assert (config.model.path.endswith("/testbed/model"), config.lora.r) == (True, 16)
+    assert (config.model.path.endswith("/testbeds/model"), config.lora.r) == (True, 16)
     assert [folder.as_posix() for _, folder, _ in engine.calls] == ["runs/demo", "runs/demo-2"]
 
 
@@ -189,7 +191,7 @@ def test_an_interrupted_run_says_how_to_go_on(call, engine, tmp_path):
         ),
         (("run", "try.toml", "--set", "lora.r=0"), "lora.r is 0; expected at least 1"),
         (("inspect", "none"), "none: no such file or folder; expected a payload"),
-        (("inspect", "."), "no PEFT adapter folder"),
+        (("inspect", "."), "not a PEFT adapter folder"),
         (("inspect", "try.toml"), "error: "),
     ],
 )
@@ -225,11 +227,15 @@ def test_inspect_shows_an_adapter(call, tmp_path):
 
 def test_inspect_shows_a_payload(call, tmp_path):
     torch = pytest.importorskip("torch")
-    from fedloom.compress.entries import Sparse, dense
+    from fedloom.compress.entries import Sparse, dense_entry
     from fedloom.wire import Header, Message, encode
 
     sparse = Sparse((5, 4), torch.tensor([1, 7]), torch.ones(2))
-    entries = {"layers.0.q_proj/A": dense(torch.ones(4, 3)), "layers.0.q_proj/B": sparse, "layers.1.q_proj/B": sparse}
+    entries = {
+        "layers.0.q_proj/A": dense_entry(torch.ones(4, 3)),
+        "layers.0.q_proj/B": sparse,
+        "layers.1.q_proj/B": sparse,
+    }
     payload = encode(Message(Header("update", "fedsrd", 3, 2, "0" * 32, num_examples=9), entries))
     (tmp_path / "x.fedloom").write_bytes(payload)
     code, out, _ = call("inspect", tmp_path / "x.fedloom")
@@ -274,8 +280,8 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
                 ledger.append(Evaluation(1, "bank", 0.5 + 0.1 * run.seed, 1.0))
             finished(run, 60.0)
 
-    monkeypatch.setattr(compare, "play", play)
-    monkeypatch.setattr(compare, "expected", lambda made, jobs: 30.0 * len(made) / jobs)
+    monkeypatch.setattr(compare, "play_runs", play)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 30.0 * len(made) / jobs)
     monkeypatch.chdir(tmp_path)
     variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
@@ -317,47 +323,6 @@ def test_an_estimate_prints_tables_or_json(call):
     assert code == 2 and "needs equal ranks" in err
 
 
-def test_the_kernel_bench_prints_tables_or_json(call):
-    options = ("bench", "aggregate", "--preset", "tinyllama", "--modules", "k_proj", "--ranks", "4,4", "--repeats", 1)
-    code, out, _ = call(*options, "--methods", "fedit", "--json")
-    assert code == 0
-    result = json.loads(out, parse_constant=pytest.fail)
-    assert [row["method"] for row in result["rows"]] == ["fedit"]
-    assert {"machine"} <= set(result)
-    code, out, _ = call(*options, "--methods", "fedit")
-    assert code == 0
-    assert "fedit" in out
-
-
-def test_the_wire_bench_prints_json(call):
-    options = ("bench", "wire", "--preset", "tinyllama", "--layers", 1, "--rank", 2, "--repeats", 1)
-    code, out, _ = call(*options, "--json")
-    assert code == 0
-    rows = json.loads(out, parse_constant=pytest.fail)["rows"]
-    assert {"fp32", "bf16", "int8", "int4", "paper"} == {row["values"] for row in rows}
-
-
-def test_the_wire_bench_says_what_a_folder_lacks(call, tmp_path):
-    code, _, err = call("bench", "wire", "--recorded", tmp_path)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "no payload of an update" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--preset", "gpt-9"), "preset 'gpt-9' is unknown; known: "),
-        (("--ranks", "4,x"), "--ranks 4,x: expected whole numbers"),
-        (("--methods", "magic"), "method 'magic' has no kernel"),
-        (("--modules", "q"), "llama-3.2-3b has no module 'q'"),
-    ],
-)
-def test_mistakes_in_a_bench(call, options, message):
-    code, _, err = call("bench", "aggregate", *options)
-    assert (code, err.count("\n")) == (2, 1)
-    assert message in err
-
-
 def played(observer, rounds=4):
     """A run that stands in its second round."""
     observer.run_started(RunFacts("fedsrd", "model", CLIENTS, rounds, 1000, "runs/x", warnings=("ada has little",)))
@@ -372,7 +337,7 @@ def played(observer, rounds=4):
 
 
 def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
-    view = View()
+    view = LiveView()
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     console.print(view)
     assert "loading" in console.file.getvalue()
@@ -392,10 +357,10 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
 
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():
     with watch(Console(file=io.StringIO(), force_terminal=True)) as observer:
-        assert isinstance(observer, View)
+        assert isinstance(observer, LiveView)
     console = Console(file=io.StringIO())
     with watch(console) as observer:
-        assert isinstance(observer, Lines)
+        assert isinstance(observer, LineView)
         played(observer)
     first, second, *rounds = console.file.getvalue().splitlines()
     assert first.startswith("fedsrd: ") and second == "note: ada has little"

@@ -35,7 +35,7 @@ def test_a_comparison_without_scores_shows_itself(bed):
 
 def test_runs_that_are_complete_are_kept(compared, small, monkeypatch):
     config = fedloom.load(small / "demo.toml", {"lora.r": 2, "federation.eval_every": 0})
-    monkeypatch.setattr("fedloom.server.local.run", None)  # nothing is played
+    monkeypatch.setattr("fedloom.server.local.run_local", None)  # nothing is played
     again = fedloom.compare(config, ["fedsrd:paper"], num_rounds=1, seeds=2, first_seed=5, out=compared.folder)
     assert again.scores["fedsrd:paper"] == compared.scores["fedsrd:paper"]
 

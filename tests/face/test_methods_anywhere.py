@@ -65,14 +65,14 @@ def test_processes_of_a_comparison_find_the_package(bed, halves):
 def test_a_trial_of_a_value_is_timed_with_that_value(bed, halves):
     asked = []
     method = fedloom.replace(halves(), advise=lambda adapter, context: asked.append(context.round) or "")
-    assert pace.pace(studies.with_method(bed, method), method).around_s > 0 and asked
+    assert pace.measure_pace(studies.with_method(bed, method), method).around_s > 0 and asked
 
 
 def test_a_setting_of_such_a_method_is_searched(bed, halves, tmp_path):
     settings = fedloom.testbed(settings={"method.name": NAME, "federation.num_rounds": 1, "lora.r": 2})
-    trials = tune.search(settings, "method.keep", ["0.25", "0.75"], [], [0], tmp_path / "tuned")
+    trials = tune.plan_search(settings, "method.keep", ["0.25", "0.75"], [], [0], tmp_path / "tuned")
     studies.play_here(trials, lambda trial, seconds: None)
-    groups = studies.reports(trials)
+    groups = studies.read_reports(trials)
     assert tune.choose(groups, "method.keep", ["0.25", "0.75"]).best.value in ("0.25", "0.75")
     assert [trial.config.method.settings for trial in trials] == [{"keep": 0.25}, {"keep": 0.75}]
     assert {report.run.method for reports in groups.values() for report in reports} == {NAME}

@@ -8,7 +8,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import CheckpointError, ConfigError
-from fedloom.records.ledger import Transfer, read
+from fedloom.records.ledger import Transfer, read_rows
 from fedloom.server import local
 
 DOMAINS = {"bank", "clinic", "depot", "lab"}
@@ -41,7 +41,7 @@ def test_scores_and_losses_are_there_by_round_and_domain(played):
 
 
 def test_bytes_are_those_of_the_payloads(played):
-    sizes = [row.bytes for row in read(played.folder / "ledger.jsonl") if isinstance(row, Transfer)]
+    sizes = [row.bytes for row in read_rows(played.folder / "ledger.jsonl") if isinstance(row, Transfer)]
     assert [len(payload) for payload in played.payloads] == sizes
     assert played.bytes == sum(sizes) == played.bytes_up + played.bytes_down
     assert [len(payload) for payload in played.payloads[-2:]] == sizes[-2:]
@@ -64,7 +64,7 @@ def test_missed_broadcasts_are_in_the_order_of_their_versions(bed):
     settings = {"federation.fraction_train": 0.5, "federation.num_rounds": 12}
     run = fedloom.run(bed, method="fed-dare", settings=settings)
     held = dict.fromkeys(DOMAINS, 0)
-    rows = [row for row in read(run.folder / "ledger.jsonl") if isinstance(row, Transfer)]
+    rows = [row for row in read_rows(run.folder / "ledger.jsonl") if isinstance(row, Transfer)]
     for row, payload in zip(rows, run.payloads, strict=True):
         header = fedloom.describe(payload).header
         assert (row.kind, row.bytes) == (header.kind, len(payload))

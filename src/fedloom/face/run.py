@@ -17,8 +17,8 @@ from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Transfer, payload_name, read
-from fedloom.records.text import printable
+from fedloom.records.ledger import Transfer, payload_name, read_rows
+from fedloom.records.text import to_printable
 from fedloom.report.numbers import Report, human_bytes, summarise
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
-        local.run(changed(config, own, method), folder, resume=resume, observer=observer, method=value)
+        local.run_local(changed(config, own, method), folder, resume=resume, observer=observer, method=value)
     return Run(folder, scratch)
 
 
@@ -80,7 +80,7 @@ class Run:
     @cached_property
     def report(self) -> Report:
         """All figures of the run, from its ledger."""
-        return summarise(read(self.folder / "ledger.jsonl"), str(self.folder))
+        return summarise(read_rows(self.folder / "ledger.jsonl"), str(self.folder))
 
     @property
     def scores(self) -> Mapping[str, float]:
@@ -141,28 +141,26 @@ class Run:
 
     def plot(self) -> Picture:
         """Score against rounds and against bytes."""
-        from fedloom.report.figure import curve
+        from fedloom.report.figure import draw_curve
 
         image = io.BytesIO()
-        curve(self.report, image)
+        draw_curve(self.report, image)
         return Picture(image.getvalue())
 
     def __repr__(self) -> str:
         facts = self.report.run
         mean = f", mean score {self.scores['mean']:.3f}" if self.scores else ""
-        return (
-            f"Run({printable(facts.method)}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
-        )
+        return f"Run({to_printable(facts.method)}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
 
     def _repr_html_(self) -> str:
         before = self.report.points[0].scores if self.report.points else {}
         rows = "".join(
-            f"<tr><td>{escape(printable(domain))}</td><td>{100 * before[domain]:.1f}</td>"
+            f"<tr><td>{escape(to_printable(domain))}</td><td>{100 * before[domain]:.1f}</td>"
             f"<td>{100 * after:.1f}</td></tr>"
             for domain, after in self.scores.items()
         )
         facts = self.report.run
-        head = f"{printable(facts.method)}, {facts.num_rounds} rounds, {len(facts.clients)} clients"
+        head = f"{to_printable(facts.method)}, {facts.num_rounds} rounds, {len(facts.clients)} clients"
         sent = f"{human_bytes(self.bytes_up)} up, {human_bytes(self.bytes_down)} down"
         table = f"<table><tr><th>exact match</th><th>before (%)</th><th>after (%)</th></tr>{rows}</table>"
         return f"<p>{escape(head)}: {sent}</p>{table if rows else ''}"
@@ -195,7 +193,7 @@ def _in_order(folder: Path) -> Iterator[Path]:
     waiting: dict[str, list[Path]] = {}
     for path in sorted((folder / "payloads").glob("*-v*.fedloom"), key=_version):
         waiting.setdefault(path.name.rpartition("-v")[0], []).append(path)
-    for row in read(folder / "ledger.jsonl"):
+    for row in read_rows(folder / "ledger.jsonl"):
         # What a client missed is sent to it in one round, the oldest version first.
         if isinstance(row, Transfer) and (left := waiting.get(payload_name(row.round, row.client, row.direction))):
             yield left.pop(0)

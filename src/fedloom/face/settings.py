@@ -10,8 +10,7 @@ from fedloom.errors import ConfigError
 from fedloom.methods.method import Method
 from fedloom.records import configfile
 from fedloom.records.config import Config
-from fedloom.studies.compare import changed as overridden
-from fedloom.studies.compare import variant_overrides, with_method
+from fedloom.studies.compare import apply_overrides, variant_overrides, with_method
 from fedloom.testbeds import testbed_folder
 
 Settings = Mapping[str, object]
@@ -20,7 +19,7 @@ Settings = Mapping[str, object]
 
 def load(path: str | Path, settings: Settings | None = None) -> Config:
     """The settings of a TOML file with `settings` over them. Raises ConfigError that names the wrong key."""
-    return configfile.load(Path(path), as_overrides(settings))
+    return configfile.load_config(Path(path), as_overrides(settings))
 
 
 def testbed(name: str = "demo", settings: Settings | None = None) -> Config:
@@ -44,8 +43,8 @@ def changed(config: Config | str | Path, settings: Settings | None, method: str 
         own = [key for key in settings or {} if key.partition(".")[0] == "method"]
         if own:
             raise ConfigError(f"method {method.name!r} is built already: give {', '.join(own)} to its builder")
-        return with_method(overridden(known, given), method)
-    return overridden(known, [*variant_overrides(method), *given] if method else given)
+        return with_method(apply_overrides(known, given), method)
+    return apply_overrides(known, [*variant_overrides(method), *given] if method else given)
 
 
 def as_overrides(settings: Settings | None) -> list[str]:

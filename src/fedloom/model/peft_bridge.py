@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from fedloom.adapters.patterns import literal
+from fedloom.adapters.patterns import literal_pattern
 from fedloom.adapters.settings import lora_scale
 from fedloom.errors import ModelError, ShapeError
-from fedloom.lora.pair import PARTS, LoraPair, LoraState, between
+from fedloom.lora.pair import PARTS, LoraPair, LoraState, core_matrix
 from fedloom.model.placement import Adapter, Placement
 from fedloom.records.config import LoraSettings
 
@@ -61,20 +61,21 @@ def _lora_config(adapter: Adapter) -> peft.LoraConfig:
         target_modules=sorted(modules),
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
-        rank_pattern={literal(name): placed.rank for name, placed in modules.items() if placed.rank != lora.r},
+        rank_pattern={literal_pattern(name): placed.rank for name, placed in modules.items() if placed.rank != lora.r},
         alpha_pattern={
-            literal(name): placed.alpha for name, placed in modules.items() if placed.alpha != lora.lora_alpha
+            literal_pattern(name): placed.alpha for name, placed in modules.items() if placed.alpha != lora.lora_alpha
         },
         fan_in_fan_out=adapter.transposed,
     )
 
 
 def configure(model: peft.PeftModel, adapter: Adapter) -> None:
-    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next `write`.
+    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next
+    `write_adapter`.
 
     A module that the adapter is not on keeps its alpha: whoever does not train a module writes a pair of rank 0 there.
     """
-    for name, layer in layers(model):
+    for name, layer in lora_layers(model):
         if name in adapter.modules:
             layer.lora_alpha[TRAINED] = adapter.modules[name].alpha
         dropout = adapter.lora.lora_dropout
@@ -82,7 +83,7 @@ def configure(model: peft.PeftModel, adapter: Adapter) -> None:
         layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
-def layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+def lora_layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Module name in the base model, and its LoRA layer."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
@@ -99,31 +100,31 @@ def _factors(layer: LoraLayer, slot: str) -> tuple[nn.Linear, nn.Linear]:
     return cast(nn.Linear, layer.lora_A[slot]), cast(nn.Linear, layer.lora_B[slot])
 
 
-def live(model: peft.PeftModel) -> LoraState:
+def live_adapter(model: peft.PeftModel) -> LoraState:
     """The trained adapter as the live parameters (B times the scale), for a penalty that gradients flow through."""
     pairs = {}
-    for name, layer in layers(model):
+    for name, layer in lora_layers(model):
         down, up = _factors(layer, TRAINED)
         pairs[name] = LoraPair(down.weight, up.weight * layer.scaling[TRAINED])
     return LoraState(pairs)
 
 
-def read(model: peft.PeftModel) -> LoraState:
+def read_adapter(model: peft.PeftModel) -> LoraState:
     """A copy of the trained adapter, float32 on the CPU, the scale folded into B."""
     with torch.no_grad():
-        return live(model).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
+        return live_adapter(model).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
 
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def write(model: peft.PeftModel, state: LoraState) -> None:
+def write_adapter(model: peft.PeftModel, state: LoraState) -> None:
     """Put a state into the trained slot, in place; ranks may differ from the slot's.
 
     The scale of a module follows from its alpha and the rank written. Raises ShapeError if the modules differ.
     """
-    found = dict(layers(model))
+    found = dict(lora_layers(model))
     odd = sorted(set(found) ^ set(state))
     if odd:
         where = "model" if odd[0] in state else "adapter"
@@ -160,7 +161,7 @@ def _fill_linear(linear: nn.Linear, values: Tensor) -> None:
 
 def set_trainable(model: peft.PeftModel, parts: Sequence[str]) -> None:
     """Let gradients reach only these factors ("A", "B") of the trained adapter."""
-    for _, layer in layers(model):
+    for _, layer in lora_layers(model):
         for part, factor in zip(PARTS, _factors(layer, TRAINED), strict=True):
             factor.weight.requires_grad_(part in parts)
 
@@ -171,7 +172,7 @@ def training_core(model: peft.PeftModel, core: LoraState) -> Iterator[None]:
 
     An empty core changes nothing.
     """
-    downs = [(_factors(layer, TRAINED)[0], core[name].A) for name, layer in layers(model) if core]
+    downs = [(_factors(layer, TRAINED)[0], core[name].A) for name, layer in lora_layers(model) if core]
     for down, rows in downs:
         held = _Between(rows.to(down.weight.device, down.weight.dtype))
         parametrize.register_parametrization(down, "weight", held, unsafe=True)
@@ -196,7 +197,7 @@ class _Between(nn.Module):
         return matrix @ cast(Tensor, self.rows)
 
     def right_inverse(self, a: Tensor) -> Tensor:
-        return between(a, cast(Tensor, self.rows))
+        return core_matrix(a, cast(Tensor, self.rows))
 
 
 def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
@@ -205,7 +206,7 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
     Both factors of the trained slot are trainable afterwards.
     """
     state = state or LoraState()
-    found = dict(layers(model))
+    found = dict(lora_layers(model))
     if set(state) - set(found):
         raise ShapeError(f"the model has no adapter on {min(set(state) - set(found))}, which the increments change")
     if state and FROZEN not in model.peft_config:

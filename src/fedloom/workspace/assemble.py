@@ -24,8 +24,8 @@ from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
-from fedloom.model.placement import Adapter, linear_modules, place
-from fedloom.model.tokens import Prepared, tokenize
+from fedloom.model.placement import Adapter, linear_modules, place_adapter
+from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
@@ -33,15 +33,15 @@ from fedloom.records.config import (
     FederationSettings,
     FlowerSettings,
     OutputSettings,
-    parse_budget,
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Train, Trained
-from fedloom.workspace.clients import Site, place_client, place_shared, split_trained, top_ranks
+from fedloom.workspace.clients import LocalClient, place_client, place_shared, split_trained, top_ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,8 +56,8 @@ class Setup:
     model: PeftModel
     adapter: Adapter
     initial: LoraState
-    sites: Mapping[str, Site]
-    heldout: Mapping[str, Prepared]
+    sites: Mapping[str, LocalClient]
+    heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
 
@@ -76,7 +76,7 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         return [*(note for note in (other, advice) if note), *cut]
 
-    def described(self) -> RunRow:
+    def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
         held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
@@ -118,27 +118,27 @@ class Setup:
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
         peft_bridge.configure(self.model, self.adapter)
-        peft_bridge.write(self.model, state.adapter)
+        peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
         return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
 
 
-def prepare(config: Config, method: Method | None = None) -> Setup:
+def load_setup(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
     texts, manifest = client_examples(config)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return assemble(config, texts, heldout_examples(config.data), manifest, method)
+    return build_setup(config, texts, heldout_examples(config.data), manifest, method)
 
 
-def assemble(
+def build_setup(
     config: Config,
     texts: Mapping[str, Sequence[Example]],
     heldout: Mapping[str, Sequence[Example]],
     manifest: Manifest | None = None,
     method: Method | None = None,
 ) -> Setup:
-    """The same from examples by client. A client without any trains elsewhere: only its ranks are of interest here."""
+    """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     method = method or build(config.method.name, config.method.settings)
@@ -148,7 +148,7 @@ def assemble(
 
     # Where everybody's adapter sits: the model is walked once, the rest is arithmetic on dictionaries.
     linear = linear_modules(base)
-    common = place(linear, config.lora)
+    common = place_adapter(linear, config.lora)
     adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in texts}
     client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
     ranks = top_ranks(method, client_ranks)
@@ -156,7 +156,9 @@ def assemble(
 
     data, federation = config.data, config.federation
     tokens = {
-        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}") if held else Prepared((), 0)
+        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
+        if held
+        else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
     scored = {
@@ -173,7 +175,7 @@ def assemble(
         module_weighting=federation.module_weighting,
         consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
         num_rounds=federation.num_rounds,
-        downloads=download_share(initial, client_ranks, federation.asked(len(texts))),
+        downloads=download_share(initial, client_ranks, federation.clients_per_round(len(texts))),
         caps=caps_of(federation, texts),
         ranks=client_ranks,
     )
@@ -183,7 +185,7 @@ def assemble(
         initial=initial,
         model=peft_bridge.attach(base, shared),
         adapter=shared,
-        sites={name: Site(adapter, tokens[name]) for name, adapter in adapters.items()},
+        sites={name: LocalClient(adapter, tokens[name]) for name, adapter in adapters.items()},
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
@@ -247,7 +249,7 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
-    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with a manifest."""
+    """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
     settings, federation = config.data, config.federation
     if settings.partitioner == "files":
         found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}
@@ -256,7 +258,7 @@ def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest 
                 f"federation.num_clients is {federation.num_clients}, but {settings.source} holds data for {len(found)}"
             )
         return found, None
-    pooled = [example for path in sources(settings.source).values() for example in load_examples(path)]
+    pooled = [example for path in sources_by_client(settings.source).values() for example in load_examples(path)]
     manifest = partition(pooled, settings, federation)
     return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
 
@@ -286,11 +288,11 @@ def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
     if name is None:
         return {}
     if "{client}" in name or Path(name).exists():
-        return {domain: load_examples(path) for domain, path in sources(name).items()}
-    return {domain: load_examples(path, name) for domain, path in sources(settings.source).items()}
+        return {domain: load_examples(path) for domain, path in sources_by_client(name).items()}
+    return {domain: load_examples(path, name) for domain, path in sources_by_client(settings.source).items()}
 
 
-def sources(source: str) -> dict[str, Path | str]:
+def sources_by_client(source: str) -> dict[str, Path | str]:
     """One source per client where the text has {client} in it, otherwise the source itself under its own name."""
     return dict(client_sources(source)) if "{client}" in source else {Path(source).stem: source}
 
