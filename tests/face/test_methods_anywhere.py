@@ -5,7 +5,7 @@ import torch
 
 import fedloom
 from fedloom.errors import PolicyRefusal
-from fedloom.methods.table import options
+from fedloom.methods.table import method_options
 from fedloom.model.base import base_digest
 from fedloom.records.configfile import dump
 from fedloom.site.config import SiteConfig
@@ -82,7 +82,7 @@ def test_such_a_method_is_estimated(bed, halves):
     settings = fedloom.testbed(settings={"method.name": NAME, "method.keep": 0.25})
     assert estimate.variant_of(settings) == f"{NAME}:keep=0.25"
     case = estimate.Case("toy", SHAPES, {client: dict.fromkeys(SHAPES, 4) for client in ("ada", "bob")})
-    (row,) = estimate.run(case, [estimate.variant_of(settings)])["rows"]
+    (row,) = estimate.run_estimate(case, [estimate.variant_of(settings)])["rows"]
     assert row["method"] == f"{NAME}:keep=0.25" and row["total_bytes"] > 0
 
 
@@ -103,5 +103,5 @@ def test_a_site_builds_such_a_method_where_its_policy_lists_it(bed, halves, tmp_
 
 
 def test_settings_are_read_from_the_builder(halves):
-    assert options(NAME) == {"keep": 0.5}
+    assert method_options(NAME) == {"keep": 0.5}
     assert torch.is_tensor(initial()["layers.0.q_proj"].A)

@@ -150,7 +150,8 @@ class Run:
     def __repr__(self) -> str:
         facts = self.report.run
         mean = f", mean score {self.scores['mean']:.3f}" if self.scores else ""
-        return f"Run({to_printable(facts.method)}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
+        method = to_printable(facts.method)
+        return f"Run({method}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
 
     def _repr_html_(self) -> str:
         before = self.report.points[0].scores if self.report.points else {}
