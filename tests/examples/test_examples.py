@@ -56,7 +56,7 @@ def test_the_notebook_runs_from_top_to_bottom(here, notebook):
     assert names["both"].scores.keys() == {"fedit", "halves"}
     assert all(len(scores) == 3 for scores in names["both"].scores.values())
     last = notebook["cells"][-1]["outputs"][0]["data"]["text/plain"]
-    assert last[0].startswith("Row(module='model.layers.0.mlp.down_proj', ranks=(16, 16), rank=")
+    assert last[0].startswith("MergedModule(module='model.layers.0.mlp.down_proj', ranks=(16, 16), rank=")
 
 
 def test_the_notebook_is_committed_with_its_results(notebook):
