@@ -62,7 +62,7 @@ class Engine:
 def engine(monkeypatch, tmp_path):
     engine = Engine()
     module = types.ModuleType("fedloom.server.local")
-    module.run = engine.run
+    module.run_local = engine.run
     monkeypatch.setitem(sys.modules, "fedloom.server.local", module)
     monkeypatch.setattr("fedloom.server.local", module, raising=False)
     monkeypatch.chdir(tmp_path)
