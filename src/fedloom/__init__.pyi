@@ -11,6 +11,7 @@ from .face.run import run as run
 # Settings.
 from .face.settings import load as load
 from .face.settings import testbed as testbed
+from .face.site import serve_site as serve_site
 
 # One round by hand.
 from .lora.pair import LoraPair as LoraPair
@@ -26,6 +27,9 @@ from .methods.method import Update as Update
 from .methods.method import replace as replace
 from .methods.table import METHODS as METHODS
 from .methods.table import build as build
+
+# Who has a training script keeps it: a transformers Trainer as a site's training step.
+from .model.patch import patch as patch
 from .records.config import Config as Config
 from .rounds.federation import Federation as Federation
 from .rounds.federation import RoundResult as RoundResult

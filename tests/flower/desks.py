@@ -28,7 +28,8 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, Site, caps_of
+from fedloom.workspace.assemble import Setup, Site
+from fedloom.workspace.plan import caps_of
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SITES = ("bank", "depot", "lab")

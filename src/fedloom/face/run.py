@@ -22,6 +22,7 @@ from fedloom.report.numbers import Report, human_bytes, summarise
 
 if TYPE_CHECKING:
     from fedloom.lora.pair import LoraState
+    from fedloom.rounds.turns import Train
 
 
 def run(
@@ -34,12 +35,14 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    trainers: Mapping[str, Train] | None = None,
 ) -> Run:
     """Simulate a federation on this machine and return what came of it.
 
     config: settings, or the path of a settings file. method: a name ("fedsrd", "florist:paper",
     "package.module:builder") or a `Method` value; num_rounds, seed and settings (dotted keys) change single settings.
     out: the run's folder; if left out, a temporary one that lives as long as the result. progress: show the live view.
+    trainers: client → a training step of its own, such as `fedloom.patch(trainer)`; the others train as `config` says.
     Raises ConfigError, DataError or ModelError for what the user can mend.
     """
     from rich.console import Console
@@ -54,7 +57,9 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
-        local.run(changed(config, own, method), folder, resume=resume, observer=observer, method=value)
+        local.run(
+            changed(config, own, method), folder, resume=resume, observer=observer, method=value, trainers=trainers
+        )
     return Run(folder, scratch)
 
 

@@ -96,7 +96,9 @@ def active_slot(model: object) -> str:
         )
     active = [name for name in model.active_adapters if name != FROZEN]
     if len(active) != 1:
-        raise ModelError(f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one, use set_adapter")
+        raise ModelError(
+            f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one, use set_adapter"
+        )
     merged = next((name for name, layer in layers(model) if layer.merged), None)
     if merged is not None:
         raise ModelError(f"module {merged}: the adapter is merged into the base; call unmerge_adapter() before")
