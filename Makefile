@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow front base-model data clean
+.PHONY: help demo test lint format check-slow docs docs-serve pages front base-model data clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -43,8 +43,18 @@ format: $(DEV_READY) ## Lay the code out anew
 check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process
 	$(BIN)/python -m pytest -m slow
 
+docs: $(DEV_READY) ## Build the documentation as a site; leaves build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(DEV_READY) ## Show the documentation at http://127.0.0.1:8000 while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+pages: $(DEV_READY) ## Write the pages that come from the code: methods with their pictures, settings
+	$(BIN)/python -m scripts.make_method_pages
+	$(BIN)/python -m scripts.make_settings_page
+
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
-	$(BIN)/fedloom front --jobs 2 --out runs/front
+	$(BIN)/python -m experiments front --jobs 2 --out runs/front
 	cp runs/front/front.png runs/front/front.csv docs/
 
 base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)

@@ -1,1 +1,1 @@
-"""Measurements that can be repeated: each file proves a claim of docs/BENCHMARKS.md. Not part of the wheel."""
+"""Measurements that can be repeated: each file proves a claim of docs/benchmarks. Not part of the wheel."""

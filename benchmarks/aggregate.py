@@ -1,4 +1,4 @@
-"""`fedloom bench aggregate`: the server kernels on adapters of true shapes, against the dense ones they replace."""
+"""`python -m benchmarks aggregate`: server kernels on adapters of true shapes, against the dense ones they replace."""
 
 from __future__ import annotations
 

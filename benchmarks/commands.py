@@ -116,7 +116,7 @@ def compress_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the updates.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """What it costs a client to choose, round and encode its update; `bench turn` sets that beside training."""
+    """What it costs a client to choose, round and encode its update; `turn` sets that beside training."""
     from benchmarks import compress
 
     names = words(methods)

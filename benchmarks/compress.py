@@ -1,4 +1,4 @@
-"""`fedloom bench compress`: what it costs a client to choose, round and encode its update.
+"""`python -m benchmarks compress`: what it costs a client to choose, round and encode its update.
 
 `rounds.client_turn` is timed on an adapter of true shapes with a training step that only hands over a heavy-tailed
 change made beforehand: everything that a turn does but receiving and training, whatever the method.

@@ -1,4 +1,4 @@
-"""The server kernels as `fedloom bench aggregate` runs them: what each must at least do, and what it stands for."""
+"""Server kernels as `python -m benchmarks aggregate` runs them: what each must at least do, and what it replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedloom bench merge`: `fedloom aggregate` against PEFT's add_weighted_adapter, from adapter folders to one folder.
+"""`python -m benchmarks merge`: `fedloom aggregate` against PEFT's add_weighted_adapter, from folders to a folder.
 
 Both read the same folders and write one. PEFT needs the base model in memory; it is built beforehand, and neither its
 time nor its memory is counted.

@@ -1,4 +1,4 @@
-"""`fedloom bench updates`: what the changes look like that clients train, since every compression rests on it.
+"""`python -m benchmarks updates`: what the changes look like that clients train, since every compression rests on it.
 
 A run is played as its settings say, and the change of every client in every module is looked at before anything of it
 is left out. Clients of unequal rank are compared in the leading components that all of them have.

@@ -1,4 +1,4 @@
-"""`fedloom bench wan`: the wall time of a round over a slow line, method by method.
+"""`python -m benchmarks wan`: the wall time of a round over a slow line, method by method.
 
 A round is played by the real `client_turn` and `server_turn` on an adapter of true shapes with synthetic, heavy-tailed
 changes; its payloads cross a shaped line (`bench.link`) in pieces of 5 MB over two connections, as Flower moves them.

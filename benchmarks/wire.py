@@ -1,4 +1,4 @@
-"""`fedloom bench wire`: bytes against the entropy bound, seconds and error of every value coding.
+"""`python -m benchmarks wire`: bytes against the entropy bound, seconds and error of every value coding.
 
 The workload is one client's round: an update that keeps the 5 % largest changes of both factors, and a broadcast of one
 factor under a seeded mask of 20 %. Changes are drawn from a normal law whose standard deviation is log-normal (kurtosis

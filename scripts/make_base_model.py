@@ -4,7 +4,7 @@ The corpus teaches the skills that the clients' tasks rest on, and some others, 
 formats, next to plain sentences about places of work. It holds none of the clients' wordings or formats: those are
 for federated fine-tuning to learn. What is saved is an ordinary Hugging Face folder.
 
-    python scripts/make_base_model.py      # about ten minutes on one core; rewrites src/fedloom/testbed/model/
+    python scripts/make_base_model.py      # about ten minutes on one core; rewrites src/fedloom/testbeds/model/
 
 Equal seeds give identical files on one machine and one version of torch. At the end the script prints the exact
 match per skill under the base's own prompts, on problems not in the corpus, and per client domain where

@@ -5,7 +5,7 @@ skill that the base model already has under other prompts (maximum, addition, re
 `make_base_model.py`). What is new to the base model, and differs from party to party, is the wording of the
 requests, the house format of the answers, and what has to be carried over from the request into the answer.
 
-    python scripts/make_data.py            # rewrites src/fedloom/testbed/data/<domain>/{train,validation,heldout}.jsonl
+    python scripts/make_data.py    # rewrites src/fedloom/testbeds/data/<domain>/{train,validation,heldout}.jsonl
 
 Equal seeds give identical files. `validation` is for tuning; `heldout` is for final scores only.
 """

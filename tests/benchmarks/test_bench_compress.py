@@ -1,4 +1,4 @@
-"""`fedloom bench compress` times a client's turn without its training, whatever the method."""
+"""`python -m benchmarks compress` times a client's turn without its training, whatever the method."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`fedloom bench wire`: its rows hold what the issue asks for, from synthetic and from recorded updates."""
+"""`python -m benchmarks wire`: its rows hold what the issue asks for, from synthetic and from recorded updates."""
 
 import io
 import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -69,7 +70,8 @@ class Comparison:
     ) -> None:
         self.reports = reports
         self.folder = folder
-        self._scratch = scratch  # removed with this object
+        if scratch is not None:
+            weakref.finalize(self, scratch.cleanup)  # a temporary folder goes with the object that shows it
 
     @property
     def rows(self) -> list[dict[str, str]]:

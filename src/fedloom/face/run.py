@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -68,7 +69,8 @@ class Run:
 
     def __init__(self, folder: str | Path, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.folder = Path(folder)
-        self._scratch = scratch  # removed with this object
+        if scratch is not None:
+            weakref.finalize(self, scratch.cleanup)  # a temporary folder goes with the object that shows it
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

@@ -287,7 +287,7 @@ class WireSettings(Section):
     values: Values = Field(
         "auto",
         description="Form of values in payloads: fp32 loses nothing; auto is the smallest that costs the method less "
-        "than a point (docs/BENCHMARKS.md).",
+        "than a point (docs/benchmarks/methods.md).",
     )
     budget: BudgetText | None = Field(
         None,

@@ -32,7 +32,7 @@ class Header:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Message:
-    """A header and its entries, by name: "<module>/<part>"."""
+    """A header and its entries, by name: `<module>/<part>`."""
 
     header: Header
     entries: Mapping[str, Entry]

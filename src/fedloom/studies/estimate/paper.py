@@ -1,6 +1,6 @@
 """The paper's format, really encoded: a bitmap of all parameters and float32 values (FedSRD, arXiv 2510.04601).
 
-It is what `fedloom bench wire` compares with, and nothing else uses it.
+It is what `python -m benchmarks wire` compares with, and nothing else uses it.
 """
 
 from __future__ import annotations
