@@ -96,9 +96,7 @@ def active_slot(model: object) -> str:
         )
     active = [name for name in model.active_adapters if name != FROZEN]
     if len(active) != 1:
-        raise ModelError(
-            f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one, use set_adapter"
-        )
+        raise ModelError(f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one")
     merged = next((name for name, layer in layers(model) if layer.merged), None)
     if merged is not None:
         raise ModelError(f"module {merged}: the adapter is merged into the base; call unmerge_adapter() before")
@@ -151,7 +149,7 @@ def _factors(layer: LoraLayer, slot: str) -> tuple[nn.Linear, nn.Linear]:
 
 
 def _slotted(model: peft.PeftModel, slot: str) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that have this slot: in a model that somebody else has wrapped, a layer may have the frozen one alone."""
+    """The layers that have this slot: in a model of somebody else's, a layer may have the frozen one alone."""
     return ((name, layer) for name, layer in layers(model) if slot in layer.lora_A)
 
 

@@ -1,4 +1,4 @@
-"""What a transformers Trainer of somebody else must be like to be a site's training step; each error says what to do."""
+"""What a trainer of somebody else's must be like to be a site's training step; each error says what to do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _check_trainable(model: peft.PeftModel, slot: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.endswith(ends):
             raise ModelError(
-                f"{name} is trainable and is no factor of a LoRA adapter: it would be trained here and never sent; call "
+                f"{name} is trainable and is no factor of a LoRA adapter: it would be trained and never sent; call "
                 "requires_grad_(False) on it"
             )
 
@@ -102,7 +102,7 @@ def _check_instances(trainer: Trainer) -> None:
     """Raises ConfigError for an optimiser with a state: what was trained before would be in it."""
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise ConfigError(
-            "the trainer has an optimiser or scheduler already (optimizers=…, or it was trained before), but each round "
+            "the trainer has an optimiser or scheduler already (optimizers=…, or an earlier training), but each round "
             "begins with fresh ones: give optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}), or optim and "
             "lr_scheduler_type; after a training set trainer.optimizer = trainer.lr_scheduler = None"
         )

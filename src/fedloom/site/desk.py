@@ -253,9 +253,7 @@ class Desk:
                 "load it from there"
             )
         if folder is None:
-            log.warning(
-                "the trainer's model was not loaded from a folder: nobody checks that it is %s", self.site.model
-            )
+            log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
         return assemble_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
 
     def own(self, text: str) -> Config:

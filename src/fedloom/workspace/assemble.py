@@ -34,6 +34,7 @@ from fedloom.records.ledger import Run
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import Site, split_trained
+from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -32,14 +32,14 @@ class Plan:
 
 
 def choose_method(config: Config, method: Method | None) -> Method:
-    """The method given, or the one that the settings name. Raises ConfigError where other settings do not go with it."""
+    """The method given, or the one that the settings name. Raises ConfigError where it does not go with others."""
     method = method or build(config.method.name, config.method.settings)
     check_method_takes(method, config)
     return method
 
 
 def plan_job(linear: Mapping[str, Linear], config: Config, clients: Collection[str], method: Method) -> Plan:
-    """Where everybody's adapter sits, and the job: the model was walked once, the rest is arithmetic on dictionaries."""
+    """Where everybody's adapter sits, and the job: arithmetic on dictionaries, after one walk of the model."""
     common = place(linear, config.lora)
     adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in clients}
     client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
