@@ -247,9 +247,9 @@ def _schedule_over_rounds(trainer: Trainer, num_rounds: int, round: int, steps: 
 
 def _go_to(scheduler: LambdaLR, step: int) -> None:
     """Have the scheduler at a step at once: taking the steps before it would need as long as there are."""
-    scheduler.last_epoch = step
-    scheduler._last_lr = [cast(float, rate) for rate in scheduler.get_lr()]
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.last_epoch, scheduler._last_lr = step, rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 
