@@ -125,7 +125,7 @@ def test_a_trainer_set_up_alike_gives_the_same_bits(name, parts, tmp_path):
 @pytest.mark.parametrize("name", ["ffa", "rolora", "fedprox", "fed-sb"])
 def test_what_a_method_trains_is_trained(name, tmp_path):
     """One factor, a penalty, or a matrix between two factors that rest, as fedloom's own training has it."""
-    method = build(name, {"proximal_mu": 2.0} if name == "fedprox" else {})
+    method = build(name, {"mu": 2.0} if name == "fedprox" else {})
     before = initial_state(first().shapes(), first().ranks(), 3) if name == "fed-sb" else first()
     size = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     step = patch(trainer(tmp_path, **size)).for_task(Task(method, num_rounds=10))
@@ -184,7 +184,8 @@ def test_optimiser_collator_loss_and_callbacks_are_the_trainers(tmp_path):
     Slow.made = 0
     data, seen, collated = client(), Counts(), []
     more = {"callbacks": [seen], "optimizer_cls_and_kwargs": (Slow, {"lr": 0.5})}
-    mine = trainer(tmp_path, data=data, kind=Doubled, more=more, max_steps=1, max_grad_norm=0.0)
+    plain = {"weight_decay": 0.0, "max_steps": 1, "max_grad_norm": 0.0}
+    mine = trainer(tmp_path, data=data, kind=Doubled, more=more, **plain)
     collate = mine.data_collator
     mine.data_collator = lambda rows: collated.append(len(rows)) or collate(rows)
     step = patch(mine)
@@ -192,8 +193,7 @@ def test_optimiser_collator_loss_and_callbacks_are_the_trainers(tmp_path):
     assert (Slow.made, len(seen.rates), seen.rates[0]) == (2, 2, 0.5)
     assert set(collated) == {4}
     same(once.adapter, again.adapter)
-    plain = {"optim": "sgd", "weight_decay": 0.0, "max_steps": 1, "max_grad_norm": 0.0}
-    expected, stats = ours(first(), learning_rate=1.0, **plain)  # a gradient twice as large, half the rate
+    expected, stats = ours(first(), learning_rate=1.0, optim="sgd", **plain)  # a gradient twice as large, half the rate
     assert once.loss == pytest.approx(2 * stats.loss, rel=1e-6)
     for module, pair in once.adapter.items():
         torch.testing.assert_close(pair.B, expected[module].B, atol=1e-6, rtol=1e-5)
@@ -204,10 +204,11 @@ def test_what_a_round_changes_is_put_back(tmp_path):
     model.train()
     mine = trainer(tmp_path, model, save_steps=1, data_seed=7, bf16=True, lr_scheduler_type="linear")
     step = patch(mine).for_task(Task(build("fedprox"), num_rounds=3, steps=2, interrupt=lambda: None))
-    given, known = mine.args.to_dict(), dict(vars(mine))
+    given = mine.args.to_dict()
     callbacks, forward = list(mine.callback_handler.callbacks), model.forward
+    before = state_of(first())
     random.seed(5), torch.manual_seed(5)
-    step(state_of(first()), 1, 1)
+    step(before, 1, 1)
     drawn = random.random(), torch.rand(3).tolist()
     random.seed(5), torch.manual_seed(5)
     assert drawn == (random.random(), torch.rand(3).tolist())
@@ -215,7 +216,6 @@ def test_what_a_round_changes_is_put_back(tmp_path):
     assert mine.callback_handler.callbacks == callbacks
     assert mine.accelerator.dataloader_config.data_seed == 7
     assert model.forward == forward and model.training and mine.optimizer is None and mine.lr_scheduler is None
-    assert vars(mine).keys() - known.keys() <= {"current_gradient_accumulation_steps", "current_flos"} | set(dir(Trainer))
     assert "compute_loss" not in vars(mine) and "create_scheduler" not in vars(mine)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -300,7 +300,8 @@ def replaced(model: peft.PeftModel, **changes: object) -> peft.PeftModel:
 
 def with_gradient() -> peft.PeftModel:
     model = wrapped()
-    next(p for p in model.parameters() if p.requires_grad).grad = torch.zeros(())
+    factor = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    factor.grad = torch.zeros_like(factor)
     return model
 
 
@@ -321,7 +322,7 @@ def merged() -> peft.PeftModel:
     [
         (llama, "LlamaForCausalLM without an adapter"),
         (lambda: wrapped(use_dora=True), "use_dora = True; DoRA"),
-        (lambda: wrapped(modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda: wrapped(modules_to_save=["norm"]), "modules_to_save"),
         (lambda: wrapped(bias="lora_only"), "bias = 'lora_only'"),
         (lambda: wrapped(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
         (lambda: peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM")), "peft_type = 'IA3'"),
