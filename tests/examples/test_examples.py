@@ -15,6 +15,7 @@ SAID = {
     "comparison.py": r"florist:paper \['\d+\.\d', '\d+\.\d'\]",
     "own_method.py": r"Run\(rows, 2 rounds[^\n]*\n\| run \|",
     "one_round_by_hand.py": r"ada sends \d+ bytes.*\nbob sends.*\nthe server broadcasts \d+ bytes\nsame bits: True",
+    "own_trainer.py": r"bank: loss \d+\.\d\d, then .*\nlab: loss .*\n\d+ bytes up",
     "merge_adapters.py": r"written to merged",
 }
 

@@ -26,8 +26,6 @@ from fedloom.records.config import TrainingSettings
 from fedloom.rounds.turns import Task
 from tiny_models import llama, placed
 
-# PEFT asks transformers by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}
 SETTINGS = TrainingSettings(
     learning_rate=1e-2, max_steps=4, per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.01

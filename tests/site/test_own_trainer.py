@@ -23,10 +23,7 @@ from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.workspace.assemble import assemble_around
 
-pytestmark = [
-    pytest.mark.flower,
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.flower
 JOB = "0123456789abcdef"
 CONFIG = desks.settings("training.max_steps=2", "lora.target_modules=['q_proj', 'v_proj']", "federation.num_rounds=2")
 DESKS: list[Desk] = []
