@@ -45,7 +45,7 @@ def trainer(bed, client, folder, r=16):
 
 @pytest.mark.parametrize("method", ["fedsrd", "florist"])
 def test_trainers_set_up_alike_move_the_same_bytes(method, bed, tmp_path):
-    """One client with a trainer, one without, and a run that goes on after it was killed."""
+    """One client with a trainer, one without."""
     plain = fedloom.run(bed, method=method, num_rounds=2)
     step = fedloom.patch(trainer(bed, "lab", tmp_path / "out"))
     mine = fedloom.run(bed, method=method, num_rounds=2, trainers={"lab": step}, out=tmp_path / "run")
@@ -55,9 +55,11 @@ def test_trainers_set_up_alike_move_the_same_bytes(method, bed, tmp_path):
 
 def test_a_trainer_that_does_not_fit_is_refused_before_the_first_round(bed, tmp_path):
     with pytest.raises(ConfigError, match=r"trainers\['labb'\] is for a client without data; did you mean 'lab'"):
-        fedloom.run(bed, num_rounds=1, trainers={"labb": fedloom.patch(trainer(bed, "lab", tmp_path))})
+        step = fedloom.patch(trainer(bed, "lab", tmp_path))
+        fedloom.run(bed, num_rounds=1, trainers={"labb": step}, out=tmp_path / "name")
     with pytest.raises(ModelError, match="r = 4, the run has 16"):
-        fedloom.run(bed, num_rounds=1, trainers={"lab": fedloom.patch(trainer(bed, "lab", tmp_path, r=4))})
+        step = fedloom.patch(trainer(bed, "lab", tmp_path, r=4))
+        fedloom.run(bed, num_rounds=1, trainers={"lab": step}, out=tmp_path / "rank")
 
 
 def test_a_function_is_a_trainer_too(bed):
