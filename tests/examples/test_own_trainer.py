@@ -62,7 +62,10 @@ def test_packing_stays_the_trainers(script):
     trainer = script["trainer_of"]("bank")
     trainer.args.packing, trainer.args.packing_strategy = True, "wrapped"
     packed = SFTTrainer(
-        model=trainer.model, args=trainer.args, train_dataset=script["rows_of"]("bank"), processing_class=trainer.processing_class
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=script["rows_of"]("bank"),
+        processing_class=trainer.processing_class,
     )
     assert len(packed.train_dataset) < len(trainer.train_dataset)
     assert fedloom.patch(packed).num_examples == len(packed.train_dataset)

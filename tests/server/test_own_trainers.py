@@ -11,7 +11,11 @@ from fedloom.model.examples import load_examples
 from fedloom.model.tokens import tokenize
 from small_testbed import small_testbed
 
-SETTINGS = {"federation.participants": ["bank", "lab"], "training.lr_scheduler_type": "constant", "training.max_steps": 2}
+SETTINGS = {
+    "federation.participants": ["bank", "lab"],
+    "training.lr_scheduler_type": "constant",
+    "training.max_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")

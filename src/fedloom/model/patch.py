@@ -9,7 +9,7 @@ rate are the trainer's own. Nothing of it is subclassed: what a round changes is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -53,12 +53,12 @@ class Patched:
         self.model = cast("peft.PeftModel", trainer.model)
         peft_bridge.widen_factors(self.model, self.slot)
         self.placed = peft_bridge.placements(self.model, self.slot)
-        self.use_rslora = bool(self.model.peft_config[self.slot].use_rslora)
+        self.use_rslora = peft_bridge.uses_rslora(self.model, self.slot)
 
     @property
     def num_examples(self) -> int:
         """What the client counts for."""
-        return len(self.trainer.train_dataset)
+        return len(cast(Sized, self.trainer.train_dataset))
 
     @property
     def base_folder(self) -> Path | None:
@@ -168,12 +168,13 @@ class _Interrupt(TrainerCallback):
     def __init__(self, ask: Callable[[], None]) -> None:
         self.ask = ask
 
-    def on_step_begin(
+    def _before_pass(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.ask()
 
-    on_substep_end = on_step_begin  # between the parts of a step
+    on_step_begin = _before_pass
+    on_substep_end = _before_pass  # between the parts of a step
 
 
 @contextmanager

@@ -111,6 +111,11 @@ def placements(model: peft.PeftModel, slot: str) -> dict[str, Placement]:
     }
 
 
+def uses_rslora(model: peft.PeftModel, slot: str) -> bool:
+    """Whether a slot's scale is alpha / √rank."""
+    return any(layer.use_rslora[slot] for _, layer in _slotted(model, slot))
+
+
 def linear_beneath(model: peft.PeftModel) -> dict[str, Linear]:
     """`placement.linear_modules` of the base model, as if it were not wrapped."""
     wrapped = {name for name, _ in layers(model)}

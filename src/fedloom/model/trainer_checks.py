@@ -26,7 +26,7 @@ def check_trainer(trainer: object) -> str:
         raise ConfigError(f"patch takes a transformers Trainer (TRL's are such), not a {type(trainer).__name__}")
     slot = peft_bridge.active_slot(trainer.model)
     model = cast("peft.PeftModel", trainer.model)
-    settings = {**asdict(model.peft_config[slot]), "peft_type": _kind(model, slot)}  # type: ignore[call-overload]
+    settings = {**asdict(model.peft_config[slot]), "peft_type": _kind(model, slot)}
     for table in (REFUSED, WHOLE):
         refuse_other_kinds(ADAPTER, settings, table)
     _check_trainable(model, slot)
@@ -66,9 +66,9 @@ def _check_same(module: str, key: str, own: float, wanted: float) -> None:
         raise ModelError(f"module {module}: {ADAPTER} has {key} = {own:g}, the run has {wanted:g}; set both alike")
 
 
-def _kind(model: peft.PeftModel, slot: str) -> str | None:
+def _kind(model: peft.PeftModel, slot: str) -> str:
     kind = model.peft_config[slot].peft_type
-    return None if kind is None else kind.value
+    return str(getattr(kind, "value", kind))
 
 
 def _check_trainable(model: peft.PeftModel, slot: str) -> None:
