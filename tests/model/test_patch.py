@@ -20,7 +20,7 @@ from fedloom.lora.pair import LoraPair, LoraState, digest, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.model import peft_bridge
-from fedloom.model.patch import Patched, patch
+from fedloom.model.patch import PatchedTrainer, patch
 from fedloom.model.training import local_update
 from fedloom.records.config import TrainingSettings
 from fedloom.rounds.turns import Task
@@ -391,4 +391,4 @@ def test_the_base_beneath_an_adapter_is_that_of_the_plain_model():
 
 def test_a_patched_trainer_says_what_it_draws(tmp_path):
     step = patch(trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3))
-    assert isinstance(step, Patched) and (step.num_examples, step.drawn(4)) == (8, 24)
+    assert isinstance(step, PatchedTrainer) and (step.num_examples, step.count_drawn(4)) == (8, 24)

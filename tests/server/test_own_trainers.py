@@ -66,6 +66,20 @@ def test_a_trainer_that_does_not_fit_is_refused_before_the_first_round(bed, tmp_
         fedloom.run(bed, num_rounds=1, trainers={"lab": step}, out=tmp_path / "rank")
 
 
+def test_a_run_that_was_killed_goes_on_with_the_same_bytes(bed, tmp_path):
+    def killed(state, round, seed):
+        if round == 2:
+            raise KeyboardInterrupt
+        return step(state, round, seed)
+
+    step = fedloom.patch(trainer(bed, "lab", tmp_path / "out"))
+    whole = fedloom.run(bed, num_rounds=2, trainers={"lab": step})
+    with pytest.raises(KeyboardInterrupt):
+        fedloom.run(bed, num_rounds=2, trainers={"lab": killed}, out=tmp_path / "run")
+    again = fedloom.run(bed, num_rounds=2, trainers={"lab": step}, out=tmp_path / "run", resume=True)
+    assert again.payloads[-1] == whole.payloads[-1] and again.bytes == whole.bytes
+
+
 def test_a_function_is_a_trainer_too(bed):
     def still(state, round, seed):
         return fedloom.Trained(state.adapter, num_examples=3, loss=0.5)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from fedloom.flower.settings import shared
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.examples import Example
-from fedloom.model.patch import Patched, patch
+from fedloom.model.patch import PatchedTrainer, patch
 from fedloom.model.tokens import tokenize
 from fedloom.rounds.federation import Federation
 from fedloom.site.desk import Desk
@@ -46,7 +46,7 @@ def closed(monkeypatch):
     DESKS.clear()
 
 
-def own(tmp_path: Path, model: Path = desks.TESTBED / "model", **changes: object) -> Patched:
+def own(tmp_path: Path, model: Path = desks.TESTBED / "model", **changes: object) -> PatchedTrainer:
     base, tokenizer = load_base(model)
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     data = tokenize([Example(f"{k}?", str(k)) for k in range(6)], tokenizer, "plain", 32)
@@ -67,7 +67,7 @@ def own(tmp_path: Path, model: Path = desks.TESTBED / "model", **changes: object
     return patch(Trainer(model=wrapped, args=arguments, data_collator=data.collate, train_dataset=data))
 
 
-def made(folder: Path, trainer: Patched, **policy: object) -> Desk:
+def made(folder: Path, trainer: PatchedTrainer, **policy: object) -> Desk:
     folder.mkdir(exist_ok=True)
     DESKS.append(Desk(desks.site("lab", folder, Policy(**{"order": "run", **policy})), own=trainer))
     return DESKS[-1]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedloom.model.patch import Patched
+    from fedloom.model.patch import PatchedTrainer
 
 
-def serve_site(site: str | Path, train: Patched | None = None) -> None:
+def serve_site(site: str | Path, train: PatchedTrainer | None = None) -> None:
     """What `fedloom worker SITE.toml` does, with `train` (`fedloom.patch(trainer)`) as the training step.
 
     Policy, noise, audit record and time limits hold as for fedloom's own training. The trainer's model has to be the

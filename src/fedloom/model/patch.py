@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     import peft
 
 
-def patch(trainer: Trainer) -> Patched:
+def patch(trainer: Trainer) -> PatchedTrainer:
     """The trainer as a client's training step, for `fedloom.run(trainers=…)`, `Federation.round` and `serve_site`.
 
     trainer.model is a PeftModel with one LoRA adapter, whatever its name. A round's optimiser is fresh; the learning
     rate goes on along its schedule, over all rounds. The factors are held in float32 from now on.
     Raises ConfigError or ModelError for a trainer that cannot be used, with what to do about it.
     """
-    return Patched(trainer)
+    return PatchedTrainer(trainer)
 
 
-class Patched:
+class PatchedTrainer:
     """A trainer as a training step. `for_task` gives the step of one run; called as it is, it trains A and B.
 
     model: the trainer's. num_examples: rows of its train_dataset, which are sequences where examples are packed.
@@ -66,7 +66,7 @@ class Patched:
         path = self.model.peft_config[self.slot].base_model_name_or_path
         return Path(path) if path and Path(path).is_dir() else None
 
-    def drawn(self, steps: int) -> int:
+    def count_drawn(self, steps: int) -> int:
         """How many rows so many steps draw."""
         arguments = self.trainer.args
         return steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -96,7 +96,7 @@ class Patched:
             changes.enter_context(peft_bridge.training_core(self.model, core, self.slot))
             changes.enter_context(keep_random_state())
             changes.enter_context(_settings_of_round(self.trainer, task, round, seed))
-            penalty = changes.enter_context(self.penalty(task, before))
+            penalty = changes.enter_context(self.add_penalty(task, before))
             outcome = self.trainer.train()
             after = peft_bridge.read(self.model, self.slot)
         steps = outcome.global_step
@@ -115,7 +115,7 @@ class Patched:
         peft_bridge.set_frozen(self.model, fixed, self.slot)
 
     @contextmanager
-    def penalty(self, task: Task, before: LoraState) -> Iterator[_Penalty]:
+    def add_penalty(self, task: Task, before: LoraState) -> Iterator[_Penalty]:
         """While it lasts, the method's penalty is part of the trainer's loss."""
         held = _Penalty(self.trainer)
         penalty = task.method.penalty if task.method else None
@@ -216,6 +216,8 @@ def _unwrapped(trainer: Trainer, model: peft.PeftModel) -> Iterator[None]:
                 vars(model).pop(name, None)
                 if name in before:
                     vars(model)[name] = before[name]
+            if (noise := getattr(trainer, "neftune_hook_handle", None)) is not None:
+                noise.remove()  # a training that was ended leaves it on
             model.zero_grad()
             model.train(mode)
             model.config.use_cache = cache

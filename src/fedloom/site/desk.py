@@ -26,7 +26,7 @@ from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
 from fedloom.model.examples import load_examples
-from fedloom.model.patch import Patched
+from fedloom.model.patch import PatchedTrainer
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
 from fedloom.records.ledger import Row, Training
@@ -76,7 +76,7 @@ class Desk:
     """
 
     def __init__(
-        self, site: SiteConfig, assembled: Callable[[Config], Setup] | None = None, own: Patched | None = None
+        self, site: SiteConfig, assembled: Callable[[Config], Setup] | None = None, own: PatchedTrainer | None = None
     ) -> None:
         self.site = site
         self.own_trainer = own
@@ -227,7 +227,7 @@ class Desk:
         if self.own_trainer is not None:
             self.own_trainer.for_task(setup.task(self.site.name))  # what does not go together is said before a round
             examples = self.own_trainer.num_examples
-            draws = self.own_trainer.drawn(setup.config.training.max_steps)
+            draws = self.own_trainer.count_drawn(setup.config.training.max_steps)
         check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedloom.errors import SiteError
-from fedloom.model.patch import Patched
+from fedloom.model.patch import PatchedTrainer
 from fedloom.records.config import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
@@ -37,7 +37,7 @@ class _Stop(BaseException):
     """The system asked the process to end."""
 
 
-def serve(site: SiteConfig, own: Patched | None = None) -> None:
+def serve(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
     """Answer requests until the process is told to end. Raises SiteError where another worker serves this site.
 
     own: the site's own trainer, in place of fedloom's training.
