@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.workload import Module, module
 from fedloom.compress.entries import to_dense
-from fedloom.lora.lowrank import Change, ProductChange, Truncation, frobenius_norm, truncate
+from fedloom.lora.lowrank import FactorChange, ProductChange, Truncation, frobenius_norm, truncate
 from fedloom.lora.pair import LoraPair, stack_pairs
 
 CONDITIONS = (1.0, 1e2, 1e4, 1e6)
@@ -34,7 +34,7 @@ def changed(case: Module, dtype: torch.dtype = torch.float32) -> Iterator[tuple[
         yield b + to_dense(client.delta_b), a + to_dense(client.delta_a), client.weight
 
 
-def change(case: Module, rank: int | None) -> Change:
+def change(case: Module, rank: int | None) -> FactorChange:
     """What the clients' sparse changes amount to as a change of A."""
     total = ProductChange(case.pair, "A", rank=rank)
     for client in case.clients:

@@ -17,10 +17,10 @@ from benchmarks.kernels import KERNELS, Kernel, two_svds
 from benchmarks.workload import Module, module
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.lowrank import ProductSum, sparse
-from fedloom.lora.lowrank.parallel import over_modules
+from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.pair import LoraPair
 from fedloom.studies.estimate import machine
-from fedloom.studies.estimate.presets import preset_named, shapes
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
 
 REFERENCE_SECONDS = 10.0
 """No repeat of a dense reference begins later."""
@@ -74,7 +74,7 @@ def run(
     Raises ConfigError for an unknown preset, method or module, for methods that need equal ranks, and for a device
     that this machine has not got.
     """
-    machine.check(device)
+    machine.check_device(device)
     chosen = preset_named(preset)
     sizes = list(ranks) if ranks else [chosen.rank if rank is None else rank] * clients
     if not sizes or min(sizes) < 1 or repeats < 1:
@@ -82,7 +82,7 @@ def run(
             f"ranks {sizes}, repeats {repeats}: expected at least one client, ranks and repeats of 1 or more"
         )
     kernels = _kernels(DEFAULT_METHODS if methods is None else methods, sizes)
-    layout = shapes(chosen, modules, None if all_modules else 1)
+    layout = preset_shapes(chosen, modules, None if all_modules else 1)
     streamed = streaming() if reference else []  # first: later, what malloc scattered would count
     work = [module(name, shape, sizes, seed, device) for name, shape in layout.items()]
     sample = {case.pair.shape: case for case in work}
@@ -107,10 +107,10 @@ def _measured(
     times: dict[str, list[float]] = {method: [] for method in kernels}
     trials = []
     for _ in range(repeats):
-        trials.append(machine.rates(device))
+        trials.append(machine.measure_rates(device))
         for method, call in calls.items():
-            times[method].append(machine.seconds(partial(over_modules, call, work)))
-    measured = machine.median(trials)
+            times[method].append(machine.time_call(partial(map_modules, call, work)))
+    measured = machine.median_rates(trials)
     counts = {shape: sum(case.pair.shape == shape for case in work) for shape in sample}
     dense = _dense_seconds(kernels, sample, counts, repeats) if reference else {}
     rows = [_row(m, k, work, sample, statistics.median(times[m]), dense.get(m), measured) for m, k in kernels.items()]
@@ -119,7 +119,7 @@ def _measured(
     return {
         "rows": [vars_of(row) for row in rows],
         "accuracy": accuracy.hard_cases(*_hard_size(sample)) if reference else [],
-        "machine": machine.description(measured, device),
+        "machine": machine.describe_machine(measured, device),
     }
 
 
@@ -177,7 +177,7 @@ def _of_each(
     started = time.monotonic()
     try:
         while len(found) < repeats and (not found or time.monotonic() - started < REFERENCE_SECONDS):
-            found.append(sum(counts[shape] * machine.seconds(partial(call, case)) for shape, case in sample.items()))
+            found.append(sum(counts[shape] * machine.time_call(partial(call, case)) for shape, case in sample.items()))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericError(
             f"the dense reference does not converge here ({str(error).splitlines()[0]}): leave --reference "

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from fedloom.methods.method import State
 from fedloom.records.config import Config
-from fedloom.rounds.consolidation import consolidated
+from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.turns import full_state
-from fedloom.workspace.assemble import Setup, prepare
+from fedloom.workspace.assemble import Setup, load_setup
 
 
 def run(configs: Mapping[str, Config], energies: Sequence[float]) -> dict[str, Any]:
@@ -23,13 +23,13 @@ def run(configs: Mapping[str, Config], energies: Sequence[float]) -> dict[str, A
     """
     rows: list[dict[str, Any]] = []
     for label, config in configs.items():
-        setup = prepare(config)
+        setup = load_setup(config)
         server, broadcasts = played(setup)
         rounds = config.federation.num_rounds
         rows.append({"run": label, "way": "missed broadcasts", "bytes": sum(map(len, broadcasts))})
         rows.append({"run": label, "way": "full state", **facts(setup, server, rounds)})
         for energy in energies:
-            after, stats = consolidated(server, energy)
+            after, stats = consolidate(server, energy)
             lost = stats.get("consolidated_lost_energy", 0.0)
             rows.append(
                 {"run": label, "way": f"consolidated at {energy}", **facts(setup, after, rounds), "lost_energy": lost}

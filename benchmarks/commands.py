@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.funnel import Funnel
-from fedloom.cli.options import AsJson, numbers, show, words
+from fedloom.cli.options import AsJson, print_result, split_numbers, split_words
 from fedloom.testbeds import testbed_folder
 
 app = typer.Typer(
@@ -45,9 +45,9 @@ def aggregate_command(
         preset=preset,
         clients=clients,
         rank=rank,
-        ranks=numbers(ranks, "--ranks") or None,
-        methods=words(methods) or None,
-        modules=words(modules) or None,
+        ranks=split_numbers(ranks, "--ranks") or None,
+        methods=split_words(methods) or None,
+        modules=split_words(modules) or None,
         all_modules=all_modules,
         reference=reference,
         repeats=repeats,
@@ -57,7 +57,7 @@ def aggregate_command(
         cpu_time=cpu_time,
         keep_results=keep_results,
     )
-    show(result, aggregate.tables, as_json)
+    print_result(result, aggregate.tables, as_json)
 
 
 @app.command("wire")
@@ -77,7 +77,7 @@ def wire_command(
     from benchmarks import wire
 
     result = wire.run(preset, recorded, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed)
-    show(result, wire.tables, as_json)
+    print_result(result, wire.tables, as_json)
 
 
 @app.command("wan")
@@ -100,8 +100,10 @@ def wan_command(
     from benchmarks import wan
 
     line = wan.Line(up, down, rtt)
-    result = wan.run(preset, words(runs), line=line, clients=clients, rank=rank, layers=layers, scale=scale, seed=seed)
-    show(result, wan.tables, as_json)
+    result = wan.run(
+        preset, split_words(runs), line=line, clients=clients, rank=rank, layers=layers, scale=scale, seed=seed
+    )
+    print_result(result, wan.tables, as_json)
 
 
 @app.command("compress")
@@ -119,8 +121,8 @@ def compress_command(
     """What it costs a client to choose, round and encode its update; `turn` sets that beside training."""
     from benchmarks import compress
 
-    names = words(methods)
-    show(
+    names = split_words(methods)
+    print_result(
         compress.run(
             preset, names, budget=budget, structured=structured, rank=rank, layers=layers, repeats=repeats, seed=seed
         ),
@@ -141,7 +143,7 @@ def flower_command(
     """A federation on this machine: what a round costs beside training, and the ledger against Flower's own count."""
     from benchmarks import flower
 
-    show(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+    print_result(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
 
 
 @app.command("turn")
@@ -153,11 +155,11 @@ def turn_command(
 ) -> None:
     """A client's whole turn against a bare training loop over as many batches."""
     from benchmarks import turn
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
     folder = testbed_folder()
-    result = turn.run(load(config or folder / "demo.toml", settings or ()), repeats=repeats)
-    show(result, turn.tables, as_json)
+    result = turn.run(load_config(config or folder / "demo.toml", settings or ()), repeats=repeats)
+    print_result(result, turn.tables, as_json)
 
 
 @app.command("updates")
@@ -169,11 +171,11 @@ def updates_command(
 ) -> None:
     """Kurtosis, overlap, spectrum and condition of what clients train, round by round; nothing is kept of the run."""
     from benchmarks import updates
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
     folder = testbed_folder()
-    result = updates.run(load(config or folder / "demo.toml", settings or ()), density=density)
-    show(result, updates.tables, as_json)
+    result = updates.run(load_config(config or folder / "demo.toml", settings or ()), density=density)
+    print_result(result, updates.tables, as_json)
 
 
 @app.command("merge")
@@ -191,9 +193,11 @@ def merge_command(
     """`fedloom aggregate` against PEFT's add_weighted_adapter: seconds, memory and error over one layer."""
     from benchmarks import merge
 
-    kinds, sizes = words(modules) or None, numbers(ranks, "--ranks")
-    result = merge.run(preset=preset, ranks=sizes, modules=kinds, against=words(against), repeats=repeats, seed=seed)
-    show(result, merge.tables, as_json)
+    kinds, sizes = split_words(modules) or None, split_numbers(ranks, "--ranks")
+    result = merge.run(
+        preset=preset, ranks=sizes, modules=kinds, against=split_words(against), repeats=repeats, seed=seed
+    )
+    print_result(result, merge.tables, as_json)
 
 
 @app.command("crowd")
@@ -206,7 +210,7 @@ def crowd_command(
 ) -> None:
     """Very many clients, 1 % of them a round, 30 % dropping out: peak memory, seconds, bytes."""
     from benchmarks import crowd
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
     wanted = [
         "data.partitioner=iid",
@@ -220,7 +224,7 @@ def crowd_command(
         *(settings or []),
     ]
     folder = testbed_folder()
-    show(crowd.run(load(folder / "demo.toml", wanted)), crowd.tables, as_json)
+    print_result(crowd.run(load_config(folder / "demo.toml", wanted)), crowd.tables, as_json)
 
 
 @app.command("catchup")
@@ -235,12 +239,12 @@ def catchup_command(
 ) -> None:
     """What a client of the demo that missed rounds is sent, and what a consolidation saves and costs."""
     from benchmarks import catchup
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
     folder = testbed_folder()
     runs = {}
-    for spec in words(methods):
+    for spec in split_words(methods):
         name, _, preset = spec.partition(":")
         own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
-        runs[spec] = load(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
-    show(catchup.run(runs, [float(energy) for energy in words(energies)]), catchup.tables, as_json)
+        runs[spec] = load_config(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
+    print_result(catchup.run(runs, [float(energy) for energy in split_words(energies)]), catchup.tables, as_json)

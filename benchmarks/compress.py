@@ -23,11 +23,11 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import build
-from fedloom.records.config import parse_budget
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ClientTurn, Trained, client_turn, start
 from fedloom.studies.estimate import machine
-from fedloom.studies.estimate.presets import preset_named, shapes
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import decode, encode
 
 METHODS = ("loom", "fedsrd", "fedit")
@@ -77,14 +77,14 @@ def run(
     `bench.wire`. The floor is the time to read the adapter before and after training once, at the rate of a copy.
     Raises ConfigError for an unknown preset or method.
     """
-    modules = shapes(preset_named(preset), layers=layers)
+    modules = preset_shapes(preset_named(preset), layers=layers)
     width = preset_named(preset).rank if rank is None else rank
     jobs = {name: _job(name, budget, seed) for name in methods}
     if not jobs or repeats < 1:
         raise ConfigError("nothing to measure: expected at least one method and one repeat")
     work = workload(modules, width, seed, structured)
     trained = [_trained(work, work.change), _trained(work, workload(modules, width, seed + 1, structured).change)]
-    floor = 2 * 4 * work.before.numel() / machine.rates().bytes
+    floor = 2 * 4 * work.before.numel() / machine.measure_rates().bytes
     return {
         "workload": {
             "name": f"{preset}, rank {width}, {'row and column structure' if structured else 'no structure'}",
@@ -118,7 +118,7 @@ def _row(name: str, job: Job, before: LoraState, trained: Sequence[Trained], rep
     payload = later[0][0].payload
     message = decode(payload)
     with machine.processor_time():
-        coding = machine.best(lambda: encode(message), repeats)
+        coding = machine.best_seconds(lambda: encode(message), repeats)
     return Row(name, job.method.values, len(payload), first.wall, wall, cpu, coding, wall / floor)
 
 

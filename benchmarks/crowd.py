@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fedloom.records.config import Config
 from fedloom.records.events import RunFacts, Silent
-from fedloom.records.ledger import Training, read, totals
-from fedloom.server.local import run as play
+from fedloom.records.ledger import Training, read_rows, totals
+from fedloom.server.local import run_local as play
 
 
 class Meter(Silent):
@@ -44,7 +44,7 @@ def run(config: Config) -> dict[str, Any]:
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         play(config, Path(folder) / "run", observer=meter)
-        rows = read(Path(folder) / "run" / "ledger.jsonl")
+        rows = read_rows(Path(folder) / "run" / "ledger.jsonl")
     sums = totals(rows)
     return {
         "method": config.method.name,

@@ -24,13 +24,13 @@ from rich.table import Table
 
 from benchmarks.loopback import Loopback
 from fedloom.flower import launch
-from fedloom.flower.relay import Ask, call
+from fedloom.flower.relay import Ask, call_worker
 from fedloom.flower.simulated.direct import DirectGrid
-from fedloom.flower.sites import serve
+from fedloom.flower.sites import run_federation
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Roll, Training, Transfer, read, totals
+from fedloom.records.ledger import Roll, Training, Transfer, read_rows, totals
 from fedloom.site.protocol import Parcel
 
 SITES = ("bank", "depot")
@@ -51,7 +51,7 @@ def run(*, rounds: int = 6, mebibytes: float = 88.0, traffic: bool = True) -> di
 def settings(testbed: Path, *overrides: str) -> Config:
     """The demo's settings for two sites, without evaluation."""
     own = ["federation.eval_every=0", "data.heldout=null", f"federation.participants={list(SITES)}"]
-    return load(testbed / "demo.toml", [*own, *overrides])
+    return load_config(testbed / "demo.toml", [*own, *overrides])
 
 
 class Watch(Silent):
@@ -77,8 +77,8 @@ def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
         places = {site: loopback.folder / "fed/sites" / site for site in SITES}
         asks: dict[str, Ask] = {site: partial(_ask, place) for site, place in places.items()}
         watch = Watch()
-        serve(DirectGrid(config, asks), config, folder / "run", observer=watch)
-        rows = read(folder / "run" / "ledger.jsonl")
+        run_federation(DirectGrid(config, asks), config, folder / "run", observer=watch)
+        rows = read_rows(folder / "run" / "ledger.jsonl")
     trained = {(row.round, row.client): row.seconds for row in rows if isinstance(row, Training)}
     spans = [
         watch.ends[round] - watch.ends[round - 1] - sum(trained[round, site] for site in SITES)
@@ -95,7 +95,7 @@ def overhead(testbed: Path, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _ask(place: Path, parcel: Parcel, context: object) -> Parcel:
-    return call(parcel, place / "worker.sock", place / "worker.token")
+    return call_worker(parcel, place / "worker.sock", place / "worker.token")
 
 
 COLD = """
@@ -137,8 +137,8 @@ def traffic_of(testbed: Path, folder: Path, mebibytes: float) -> dict[str, Any]:
     with Loopback(folder, SITES, testbed / "model", str(testbed / "data" / "{site}")) as loopback:
         config = settings(testbed, *own, *loopback.overrides())
         loopback.everything(config, SITES)
-        state = launch.run(config, folder / "run")
-        rows = read(folder / "run" / "ledger.jsonl")
+        state = launch.run_on_superlink(config, folder / "run")
+        rows = read_rows(folder / "run" / "ledger.jsonl")
     sums = totals(rows)
     transfers = [row for row in rows if isinstance(row, Transfer)]
     # Every site is greeted, trains twice and receives the result; each time a request and a reply.
@@ -160,10 +160,10 @@ def traffic_of(testbed: Path, folder: Path, mebibytes: float) -> dict[str, Any]:
 
 def shapes(testbed: Path) -> Mapping[str, tuple[int, int]]:
     """(m, n) of every module that the demo adapts."""
-    from fedloom.workspace.assemble import assemble
+    from fedloom.workspace.assemble import build_setup
 
     return {
-        name: pair.shape for name, pair in assemble(settings(testbed), dict.fromkeys(SITES, []), {}).initial.items()
+        name: pair.shape for name, pair in build_setup(settings(testbed), dict.fromkeys(SITES, []), {}).initial.items()
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import accuracy
 from benchmarks.workload import DENSITY, Module
-from fedloom.lora.lowrank import Change, ProductSum, Truncation
+from fedloom.lora.lowrank import FactorChange, ProductSum, Truncation
 from fedloom.lora.pair import LoraPair
 from fedloom.studies.estimate import machine
 
@@ -50,12 +50,12 @@ def fedit(case: Module) -> LoraPair:
     return LoraPair(a, b)
 
 
-def fedsrd(case: Module) -> Change:
+def fedsrd(case: Module) -> FactorChange:
     """The even round, which changes A: with a best rank-r approximation."""
     return accuracy.change(case, case.pair.rank)
 
 
-def fedsrd_e(case: Module) -> Change:
+def fedsrd_e(case: Module) -> FactorChange:
     """The even round without one."""
     return accuracy.change(case, None)
 

@@ -54,8 +54,8 @@ class Loopback:
         self.node_ports = dict(zip(sites, ports, strict=True))
         self.address = f"127.0.0.1:{self.port}"
         self.started: dict[str, subprocess.Popen[bytes]] = {}
-        asked = federation.Federation(address=self.address, listen=self.address, model=str(model), data=data)
-        federation.init(folder / "fed", asked, sites)
+        asked = federation.FederationPlan(address=self.address, listen=self.address, model=str(model), data=data)
+        federation.write_federation(folder / "fed", asked, sites)
         for site in sites:
             file = folder / "fed/sites" / site / "SITE.toml"
             file.write_text(file.read_text().replace('order = "site"', 'order = "run" '))
@@ -104,7 +104,7 @@ class Loopback:
         for site in registered:
             self.worker(site)
         self.superlink()
-        with launch.control(config) as client:
+        with launch.open_control(config) as client:
             for site in registered:
                 launch.register(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
         for site in registered:

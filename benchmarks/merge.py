@@ -21,14 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.workload import module
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge.combine import Recipe
-from fedloom.adapters.merge.folders import merge, opened
+from fedloom.adapters.merge.folders import merge_folders, open_folders
 from fedloom.adapters.settings import AdapterSettings, save_adapter
 from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.lowrank import frobenius_norm, relative_error
 from fedloom.lora.pair import LoraPair, LoraState, stack_pairs
 from fedloom.model import peft_bridge
 from fedloom.studies.estimate import machine
-from fedloom.studies.estimate.presets import Preset, preset_named, shapes
+from fedloom.studies.estimate.presets import Preset, preset_named, preset_shapes
 
 ALPHA = 16
 AGAINST = ("svd", "cat", "linear")
@@ -68,7 +68,7 @@ Way = Callable[[Case, Path], Path]
 
 def _ours(recipe: Callable[[Case], Recipe]) -> Way:
     def run(case: Case, out: Path) -> Path:
-        for _ in merge(opened(case.folders, case.weights), recipe(case), out):
+        for _ in merge_folders(open_folders(case.folders, case.weights), recipe(case), out):
             pass
         return out
 
@@ -113,7 +113,7 @@ def run(
             f"more, and combinations among {', '.join(AGAINST)}"
         )
     chosen = preset_named(preset)
-    layout = shapes(chosen, modules, layers=1)
+    layout = preset_shapes(chosen, modules, layers=1)
     ways = {**OURS, **{f"PEFT {combination}": _peft(combination) for combination in against}}
     with TemporaryDirectory() as scratch:
         case = _case(chosen, layout, ranks, seed, Path(scratch), with_base=bool(against))
@@ -187,7 +187,7 @@ def _measured(call: Callable[[], object]) -> tuple[float, float, int | None]:
 
     def timed() -> None:
         before = time.process_time()
-        seconds = machine.seconds(call)
+        seconds = machine.time_call(call)
         taken.append((seconds, time.process_time() - before))
 
     peak = machine.extra_bytes(timed)

@@ -15,7 +15,7 @@ from fedloom.methods.method import State
 from fedloom.model import peft_bridge
 from fedloom.records.config import Config
 from fedloom.rounds.turns import client_turn, start
-from fedloom.workspace.assemble import Setup, prepare
+from fedloom.workspace.assemble import Setup, load_setup
 
 
 def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     send_s / train_s.
     """
     begun = time.perf_counter()
-    setup = prepare(config)
+    setup = load_setup(config)
     prepared = time.perf_counter() - begun
     rows = []
     for client, site in setup.sites.items():
@@ -53,7 +53,7 @@ def repeat(setup: Setup, client: str, state: State) -> dict[str, float]:
 def bare_steps(setup: Setup, client: str) -> float:
     """Seconds of a plain loop over one turn's batches."""
     training, data = setup.config.training, setup.sites[client].data
-    peft_bridge.write(setup.model, setup.initial)
+    peft_bridge.write_adapter(setup.model, setup.initial)
     peft_bridge.set_frozen(setup.model, None)
     factors = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
     setup.model.train()

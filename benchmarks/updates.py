@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fedloom.compress.sparsify import importance, kept_count, kurtosis, top_positions
-from fedloom.lora.lowrank import frobenius_norm, inner, truncate
+from fedloom.lora.lowrank import frobenius_norm, inner_product, truncate
 from fedloom.lora.pair import PARTS, LoraPair, LoraState, narrow, stack_pairs
 from fedloom.methods.method import State
 from fedloom.records.config import Config
@@ -29,7 +29,7 @@ from fedloom.records.events import Silent
 from fedloom.rounds.turns import ClientTurn
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
-from fedloom.workspace.assemble import prepare
+from fedloom.workspace.assemble import load_setup
 from fedloom.workspace.folder import RunFolder
 
 ENERGY = 0.9
@@ -82,7 +82,7 @@ def overlap(first: Tensor, second: Tensor) -> float:
 def cosine(first: LoraPair, second: LoraPair) -> float:
     """Of the angle between two products; 0 where one is zero."""
     size = frobenius_norm(first) * frobenius_norm(second)
-    return inner(first, second) / size if size else 0.0
+    return inner_product(first, second) / size if size else 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -166,7 +166,7 @@ def run(config: Config, *, density: float = 0.01) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as scratch,
         RunFolder.open(Path(scratch) / "run", config, resume=False) as folder,
     ):
-        setup = prepare(config)
+        setup = load_setup(config)
         sites = setup.sites.values()
         ranks = {m: min(site.ranks[m] for site in sites if m in site.ranks) for m in setup.initial}
         looks = Looks(density, ranks)

@@ -33,7 +33,7 @@ from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.turns import Trained, client_turn, server_turn, start
-from fedloom.studies.estimate.presets import preset_named, shapes
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import decode, encode
 
 CHUNK = 5 * 2**20
@@ -111,7 +111,7 @@ def run(
     ConfigError for an unknown preset, method or coding.
     """
     line = line or Line()
-    modules = shapes(preset_named(preset), layers=layers)
+    modules = preset_shapes(preset_named(preset), layers=layers)
     width = preset_named(preset).rank if rank is None else rank
     rows, work = [], workload(modules, width, seed)
     for text in runs:

@@ -25,9 +25,9 @@ from fedloom.compress.masks import STEPS, seeded_mask
 from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
-from fedloom.studies.estimate.machine import best, seconds
+from fedloom.studies.estimate.machine import best_seconds, time_call
 from fedloom.studies.estimate.paper import paper_decode, paper_encode
-from fedloom.studies.estimate.presets import preset_named, shapes
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import Header, Message, decode, describe, encode
 
 KINDS = ("fp32", "bf16", "int8", "int4")
@@ -72,7 +72,7 @@ def run(
     workload. Raises ConfigError for an unknown preset or a folder without updates.
     """
     if recorded is None:
-        modules = shapes(preset_named(preset), layers=layers)
+        modules = preset_shapes(preset_named(preset), layers=layers)
         width = preset_named(preset).rank if rank is None else rank
         up, downs = synthetic(modules, width, structured, seed)
         name = f"{preset}, rank {width}, {'row and column structure' if structured else 'no structure'}"
@@ -157,16 +157,16 @@ def _row(kind: str, up: Entries, downs: Sequence[Entries], repeats: int, seed: i
         len(payload) + down_bytes,
         8 * parts["positions"] / max(sent, 1),
         entropy_bits(up),
-        best(lambda: encode(message), repeats),
-        best(lambda: decode(payload), repeats),
+        best_seconds(lambda: encode(message), repeats),
+        best_seconds(lambda: decode(payload), repeats),
         product_error(up, message.entries),
     )
     output = sum(_output_bytes(entry) for entry in message.entries.values())
     detail = {
         "values": kind,
         "parts": dict(parts),
-        "down_encode_s": best(lambda: encode(broadcast), repeats),
-        "down_decode_s": best(lambda: decode(down[0]), repeats),
+        "down_encode_s": best_seconds(lambda: encode(broadcast), repeats),
+        "down_decode_s": best_seconds(lambda: decode(down[0]), repeats),
         "decode_output_bytes": output,
         "decode_peak_bytes": _peak_bytes(lambda: decode(payload)),
     }
@@ -211,8 +211,8 @@ def _paper_row(up: Entries, downs: Sequence[Entries], repeats: int) -> Row:
         len(payload) + down_bytes,
         elements / sent,
         entropy_bits(up),
-        min(seconds(lambda: paper_encode(up)) for _ in range(min(repeats, 2))),
-        min(seconds(lambda: paper_decode(payload, shapes_of)) for _ in range(min(repeats, 2))),
+        min(time_call(lambda: paper_encode(up)) for _ in range(min(repeats, 2))),
+        min(time_call(lambda: paper_decode(payload, shapes_of)) for _ in range(min(repeats, 2))),
         0.0,
     )
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedloom.cli.funnel import Funnel, run_app
-from fedloom.cli.options import Jobs, Set, words
+from fedloom.cli.options import Jobs, Set, split_words
 from fedloom.cli.studies import play_all
 from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
@@ -41,14 +41,14 @@ def front(
 
     folder = testbed_folder()
     tried = range(first_seed, first_seed + seeds)
-    made = front.entries(folder, words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
+    made = front.entries(folder, split_words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
     play_all(front.distinct(made), jobs)
     found = front.points(made)
     lines = rows(found)
-    (out / "front.md").write_text(table.markdown(lines), encoding="utf-8")
-    (out / "front.csv").write_text(table.csv(lines), encoding="utf-8")
+    (out / "front.md").write_text(table.to_markdown(lines), encoding="utf-8")
+    (out / "front.csv").write_text(table.to_csv(lines), encoding="utf-8")
     picture.front(found, out / "front.png")
-    screen.print(table.comparison(lines))
+    screen.print(table.comparison_table(lines))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from experiments.points import Point, measured
 from fedloom.errors import ConfigError
-from fedloom.records.configfile import load
-from fedloom.studies.compare import Run, reports, runs
+from fedloom.records.configfile import load_config
+from fedloom.studies.compare import Run, plan_runs, read_reports
 
 LISTS = Path(__file__).with_name("front.toml")
 
@@ -39,10 +39,10 @@ def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Pa
     for name in testbeds:
         if name not in lists:
             raise ConfigError(f"there is no testbed {name!r}: expected one of {', '.join(lists)}")
-        config = load(folder / f"{name}.toml", sets)
+        config = load_config(folder / f"{name}.toml", sets)
         for budget, variants in lists[name].items():
             for variant in variants:
-                found.append(Entry(name, budget, variant, tuple(runs(config, [variant], seeds, out / name))))
+                found.append(Entry(name, budget, variant, tuple(plan_runs(config, [variant], seeds, out / name))))
     return found
 
 
@@ -53,7 +53,7 @@ def distinct(made: Sequence[Entry]) -> list[Run]:
 
 def points(made: Sequence[Entry]) -> list[Point]:
     """What the entries came to, those without a finished run left out."""
-    finished = [(entry, reports(entry.made).get(entry.variant, ())) for entry in made]
+    finished = [(entry, read_reports(entry.made).get(entry.variant, ())) for entry in made]
     reference: dict[str, float] = {}
     for entry, found in finished:
         if found:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.points import PUBLISHED, Point
-from fedloom.report.figure import COLOURS, LINES, STYLE, label, look, save
+from fedloom.report.figure import COLOURS, LINES, STYLE, legend_label, line_style, save_figure
 
 
 def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom") -> None:
@@ -28,7 +28,7 @@ def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom
                 _front_of(
                     [p for p in points if (p.testbed, p.method) == (testbed, method)], axes, number, method == own
                 )
-            axes.set_title(label(testbed))
+            axes.set_title(legend_label(testbed))
             axes.set_xscale("log")
             axes.set_xlabel("bytes of dense fp32, both ways (%)")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -38,12 +38,12 @@ def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom
         panels[0].set_ylabel("held-out exact match (%)")
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
-        save(figure, target, "png")
+        save_figure(figure, target, "png")
 
 
 def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> None:
     """One method's points: the chosen ones joined in order of bytes, the published ones alone."""
-    colour, marker = look(number)
+    colour, marker = line_style(number)
     for published in (False, True):
         shown = sorted((p for p in points if (p.budget == PUBLISHED) == published), key=lambda p: p.share)
         if shown:
@@ -51,7 +51,7 @@ def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> N
                 [100 * p.share for p in shown],
                 [p.score for p in shown],
                 [p.half for p in shown],
-                label=label(f"{shown[0].method}{', as published' if published else ''}"),
+                label=legend_label(f"{shown[0].method}{', as published' if published else ''}"),
                 color=colour,
                 marker=marker,
                 markerfacecolor="white" if published else colour,

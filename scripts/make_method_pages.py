@@ -21,7 +21,7 @@ from scripts.method_picture import TOY, picture
 import fedloom
 from fedloom.errors import ConfigError
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
-from fedloom.methods.table import METHODS, build, options
+from fedloom.methods.table import METHODS, build, method_options
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = DOCS / "methods"
@@ -101,7 +101,7 @@ def paper(text: str) -> str:
 def takes_optimiser(name: str) -> bool:
     """Whether the server's mean may go through an optimiser."""
     try:
-        return "server_optimizer" not in options(name) and bool(build(name, {"server_optimizer": "fedavgm"}))
+        return "server_optimizer" not in method_options(name) and bool(build(name, {"server_optimizer": "fedavgm"}))
     except ConfigError:
         return False
 
@@ -118,7 +118,7 @@ def caption(name: str) -> str:
 
 def settings(name: str) -> str:
     """The builder's keyword arguments, with every preset's values, and what the builder says of them."""
-    own = options(name)
+    own = method_options(name)
     if not own:
         return "None of its own.\n"
     presets = {key: dict(values) for key, values in METHODS[name].presets.items() if key != "default"}
@@ -162,7 +162,9 @@ def measured(name: str) -> str:
 def commands(name: str) -> str:
     """The same method on the command line and from Python."""
     presets = [f"{name}:{key}" for key in METHODS[name].presets if key == "paper"]
-    own = [(key, value) for key, value in options(name).items() if not (isinstance(value, float) and value > 1e30)]
+    own = [
+        (key, value) for key, value in method_options(name).items() if not (isinstance(value, float) and value > 1e30)
+    ]
     key, value = own[0] if own else ("", "")
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     change = f" --set method.{key}={shown}" if own else ""

@@ -3,26 +3,31 @@
 entries: files and folders at the top of the package. arrows: pairs of them of which one imports the other, within
 functions too, but not for type checkers alone. circles: groups of modules that import each other. way: the files that
 assembling the demo's run passes through, loops followed once. A stay is a stretch of calls within one file. The way
-climbs back up where a stay begins higher in the chain of calls than the one before it.
+climbs back up where a stay begins higher in the chain of calls than the one before it. names: public functions and
+classes that share their name with one in another module, and functions named by a bare participle or adjective, which
+leaves open whether a call computes, checks or writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module, util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ASSEMBLING = (
-    "fedloom.workspace.assemble:prepare",
-    "fedloom.run.assemble:prepare",
-    "fedloom.workspace.assemble:prepare",
-)
-READING = ("fedloom.records.configfile", "fedloom.records.configfile")
+ASSEMBLING = "fedloom.workspace.assemble:load_setup"
+BARE = """
+    alone apart asking beyond between blind dense distinct done drawn due effective fresh held here holding identical
+    known largest leading left literal live made missing nearest own plain printable quiet resting resumable same sent
+    shorter shown spent told whole written
+"""
+"""Participles and adjectives that do not end in -ed."""
+READING = "fedloom.records.configfile:load_config"
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -54,6 +59,39 @@ def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
         named = {f"{home}.{name}" if f"{home}.{name}" in found else home for home, name in pairs}
         made[module] = {name for name in named if name in found and name != module}
     return made
+
+
+def namesakes(trees: Iterable[tuple[str, ast.Module]]) -> dict[str, list[str]]:
+    """Name → the modules that define a function or class of it, of names that more than one defines.
+
+    The face gives its names to people, and a command has the name that a terminal types: neither can choose.
+    """
+    homes: dict[str, list[str]] = {}
+    for module, tree in trees:
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                given = ".face" in module or any(is_command(decorator) for decorator in node.decorator_list)
+                homes.setdefault(node.name, []).extend([] if given else [module])
+    return {name: found for name, found in sorted(homes.items()) if len(found) > 1}
+
+
+def is_command(decorator: ast.expr) -> bool:
+    """Whether this is @app.command(), @app.main() or the like."""
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "app"
+
+
+def bare(trees: Iterable[tuple[str, ast.Module]]) -> list[str]:
+    """Public functions and methods, but for properties, that are named by a participle or an adjective alone."""
+    return sorted(
+        f"{module}.{node.name}"
+        for module, tree in trees
+        for home in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef)))
+        for node in home.body
+        if isinstance(node, ast.FunctionDef)
+        and (node.name in BARE.split() or re.fullmatch("[a-z]+[^e]ed", node.name))
+        and not any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
+    )
 
 
 def unit(module: str) -> str:
@@ -108,21 +146,17 @@ def way(root: Path, call: Callable[[], object]) -> list[tuple[str, int]]:
 
 def assembling(root: Path, named: str | None) -> tuple[str, Callable[[], object]]:
     """What assembles a run, by name, and a call of it on the demo's settings."""
-    demo = next(root.rglob("demo.toml"))
-    reading = import_module(next(name for name in READING if _exists(name)))
-    chosen = named or next(name for name in ASSEMBLING if _exists(name.partition(":")[0]))
-    module, _, function = chosen.partition(":")
-    config = reading.load(demo)
-    assemble = getattr(import_module(module), function)
+    chosen = named or ASSEMBLING
+    read, assemble = _function(READING), _function(chosen)
+    config = read(next(root.rglob("demo.toml")))
     assemble(config)  # so that whatever is imported late is there
     return chosen, lambda: assemble(config)
 
 
-def _exists(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def _function(named: str) -> Callable[..., Any]:
+    module, _, name = named.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
 def main() -> None:
@@ -140,6 +174,15 @@ def main() -> None:
     print(f"entries: {len(entries)} ({len(entries) - folders} files, {folders} folders)")
     print(f"arrows:  {len(pairs)} between them")
     print(f"circles: {len(found)}", *([" ↔ ".join(group) for group in found] if options.list else []), sep="\n  ")
+    trees = [(module, ast.parse(path.read_text(encoding="utf-8"))) for module, path in modules(root).items()]
+    shared, participles = namesakes(trees), bare(trees)
+    print(f"names:   {len(shared)} namesakes, {len(participles)} bare participles")
+    if options.list:
+        print(
+            *(f"  {name}: {', '.join(homes)}" for name, homes in shared.items()),
+            *map("  {}".format, participles),
+            sep="\n",
+        )
     name, call = assembling(root, options.trace)
     stays = way(root, call)
     climbs = sum(after[1] < before[1] for before, after in zip(stays, stays[1:], strict=False))

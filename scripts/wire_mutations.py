@@ -71,7 +71,7 @@ def put_together(head: bytes, index: bytes, coded: bytes, rng: random.Random) ->
     out = FieldWriter()
     out.data += head
     out.varint(len(index))
-    out.counted(packed if len(packed) < len(index) else index)
+    out.sized_bytes(packed if len(packed) < len(index) else index)
     return sealed(bytes(out.data) + coded)
 
 

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fedloom.model.placement import Adapter, linear_modules, place
+from fedloom.model.placement import Adapter, linear_modules, place_adapter
 from fedloom.records.config import LoraSettings
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -98,4 +98,4 @@ MODELS = {"llama": llama, "qwen2": qwen2, "mistral": mistral, "gpt2": gpt2}
 
 def placed(base: PreTrainedModel, **lora: object) -> Adapter:
     """The adapter that these settings put on a model."""
-    return place(linear_modules(base), LoraSettings(**lora))
+    return place_adapter(linear_modules(base), LoraSettings(**lora))

@@ -13,7 +13,7 @@ from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
-from fedloom.records.config import parse_budget
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
 from fedloom.rounds.turns import Job, ServerTurn, Train, Trained, accept
@@ -139,7 +139,7 @@ class Federation(federation.Federation):
         return train
 
     def missed(self, name: str) -> list[bytes]:
-        return [self.addressed(name, payload) for payload in self.broadcasts[self.clients[name].version :]]
+        return [self.broadcast_for(name, payload) for payload in self.broadcasts[self.clients[name].version :]]
 
     def bring(self, name: str) -> None:
         """Give a client what it has missed."""

@@ -38,7 +38,7 @@ class ToySetup:
     manifest: None = None
     fingerprint: str = "toy"
     adapter: Adapter = Adapter(LoraSettings(r=4, target_modules=sorted(SHAPES)), {})
-    described = Setup.described
+    describe = Setup.describe
 
     def warnings(self) -> list[str]:
         return []

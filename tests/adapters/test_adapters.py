@@ -70,7 +70,7 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, name: str, use_rslor
     model = peft.get_peft_model(MODELS[name](), config)
     model.save_pretrained(tmp_path)
     state, folder = load_adapter(tmp_path)
-    layers = dict(peft_bridge.layers(model))
+    layers = dict(peft_bridge.lora_layers(model))
     assert set(layers) == set(state) == set(folder.modules)
     assert sorted(set(state.ranks().values())) == [2, 4]
     for module, layer in layers.items():
@@ -158,7 +158,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
             load_adapter(tmp_path / "a")
         assert "\n" not in str(caught.value)
 
-    refused("is no folder")
+    refused("is not a folder")
     small(tmp_path / "a")
     config, weights = tmp_path / "a" / CONFIG_FILE, tmp_path / "a" / WEIGHTS_FILE
     text, data = config.read_text(), weights.read_bytes()
@@ -174,15 +174,15 @@ def test_damaged_folders(tmp_path: Path) -> None:
         refused("cannot be read")
     first = "base_model.model.model.layers.0.self_attn.k_proj.lora_"
     for name, reason in (
-        (f"{first}magnitude_vector", "no LoRA factor"),
+        (f"{first}magnitude_vector", "not a LoRA factor"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "lacks one factor of model.embed_tokens"),
-        ("base_model.model.lm_head.weight", "no LoRA factor"),
+        ("base_model.model.lm_head.weight", "not a LoRA factor"),
         ("base_model.model.lm_head.lora_A.weight", "lacks one factor of lm_head"),
     ):
         save_file({**tensors, name: torch.zeros(2, 2)}, weights)
         refused(reason)
     save_file({**tensors, f"{first}A.weight": torch.zeros(3, 32)}, weights)
-    refused(r"k_proj.*no LoRA pair")
+    refused(r"k_proj.*not make a LoRA pair")
     save_file({}, weights)
     refused("holds no LoRA factors")
     weights.unlink()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fedloom.adapters.merge import folders, output
-from fedloom.adapters.merge.combine import Recipe, balanced
+from fedloom.adapters.merge.combine import Recipe, balance_exactly
 from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.adapters.tensor_file import DTYPES, TensorFile
 from fedloom.errors import ConfigError, ModelError, NumericError
@@ -70,9 +70,11 @@ def exact(paths: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
     }
 
 
-def merged(paths: list[Path], out: Path, recipe: Recipe, weights: list[float] | None = None) -> list[folders.Row]:
+def merged(
+    paths: list[Path], out: Path, recipe: Recipe, weights: list[float] | None = None
+) -> list[folders.MergedModule]:
     out.mkdir(exist_ok=True)
-    return list(folders.merge(folders.opened(paths, weights or ()), recipe, out))
+    return list(folders.merge_folders(folders.open_folders(paths, weights or ()), recipe, out))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -205,7 +207,7 @@ def test_half_precision_survives_small_components_and_refuses_large_ones(tmp_pat
 def test_balancing_changes_no_bit_of_the_product() -> None:
     pair = LoraPair(torch.randn(3, 7) * 1e-3, torch.randn(5, 3) * 1e4)
     pair.B[:, 1] = 0
-    even = balanced(pair)
+    even = balance_exactly(pair)
     assert torch.equal(even.B @ even.A, pair.B @ pair.A)
     sizes = even.A.norm(dim=1) / even.B.norm(dim=0)
     assert 0.5 <= float(sizes[0]) <= 2 and 0.5 <= float(sizes[2]) <= 2
@@ -219,7 +221,7 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
         return tmp_path / name
 
     def extra(path: Path) -> int | None:
-        inputs = folders.opened([path] * 4)
+        inputs = folders.open_folders([path] * 4)
         return machine.extra_bytes(
             lambda: merged([a.folder for a in inputs.adapters], tmp_path / "out", Recipe("fedit"))
         )
@@ -244,8 +246,8 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path: Path) -> None
             lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.full((4, 80), math.inf)},
             "k_proj.lora_A.*NaN",
         ),
-        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(5, 80)}, "k_proj.*no LoRA pair"),
-        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4)}, "k_proj.*no LoRA pair"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(5, 80)}, "k_proj.*not make a LoRA pair"),
+        (lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4)}, "k_proj.*not make a LoRA pair"),
         (
             lambda t: {**t, f"{PREFIX}layers.0.k_proj.lora_A.weight": torch.zeros(4, 81)},
             "k_proj.*different base models",
@@ -284,7 +286,7 @@ def test_settings_that_cannot_be_merged_are_refused(tmp_path: Path, key: str, va
     config = json.loads((paths[1] / CONFIG_FILE).read_text())
     (paths[1] / CONFIG_FILE).write_text(json.dumps({**config, key: value}))
     with pytest.raises(ModelError, match=reason) as caught:
-        folders.opened(paths)
+        folders.open_folders(paths)
     assert str(paths[1]) in str(caught.value)
 
 
@@ -293,20 +295,20 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     data = (path / WEIGHTS_FILE).read_bytes()
     (path / WEIGHTS_FILE).write_bytes(data[:-1])
     with pytest.raises(ModelError, match=f"{WEIGHTS_FILE} cannot be read"):
-        folders.opened([path])
+        folders.open_folders([path])
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         (path / file).unlink()
         with pytest.raises(ModelError, match=f"no {file}"):
-            folders.opened([path])
-    with pytest.raises(ModelError, match="is no folder"):
-        folders.opened([tmp_path / "nowhere"])
+            folders.open_folders([path])
+    with pytest.raises(ModelError, match="is not a folder"):
+        folders.open_folders([tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan], [math.inf, 1.0]])
 def test_weights_must_be_positive_and_one_an_adapter(tmp_path: Path, weights: list[float]) -> None:
     paths = several(tmp_path, ranks=(2, 2))
     with pytest.raises(ConfigError, match="--weights.*2 numbers above 0"):
-        folders.opened(paths, weights)
+        folders.open_folders(paths, weights)
 
 
 @pytest.mark.parametrize(
@@ -333,12 +335,12 @@ def test_methods_of_equal_ranks_say_so(tmp_path: Path, method: str) -> None:
 
 def test_output_is_whole_or_not_there(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with pytest.raises(KeyboardInterrupt), output.whole(out) as folder:
+    with pytest.raises(KeyboardInterrupt), output.replace_whole(out) as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert list(out.parent.iterdir()) == []
     for text in ("one", "two"):
-        with output.whole(out) as folder:
+        with output.replace_whole(out) as folder:
             (folder / CONFIG_FILE).write_text(text)
     assert [file.name for file in out.parent.iterdir()] == ["out"]
     assert (out / CONFIG_FILE).read_text() == "two"

@@ -48,7 +48,7 @@ def weighted(state: LoraState, weight: float) -> LoraState:
 
 def merged(paths: list[Path], out: Path, recipe: Recipe, weights: list[float] | None = None) -> Path:
     out.mkdir(exist_ok=True)
-    list(folders.merge(folders.opened(paths, weights or ()), recipe, out))
+    list(folders.merge_folders(folders.open_folders(paths, weights or ()), recipe, out))
     return out
 
 
@@ -162,8 +162,8 @@ def test_whole_modules_embeddings_and_tokens_are_merged(tmp_path: Path, config: 
     paths = [trained(qwen2(), tmp_path / f"a{k}", k, **config) for k in range(2)]
     recipe, out = Recipe("florist", energy=1.0), tmp_path / "out"
     out.mkdir()
-    inputs = folders.opened(paths)
-    told = table.record(inputs, recipe, list(folders.merge(inputs, recipe, out)))
+    inputs = folders.open_folders(paths)
+    told = table.build_record(inputs, recipe, list(folders.merge_folders(inputs, recipe, out)))
     assert told["total"]["bytes"] == sum(4 * tensor.numel() for tensor in load_file(out / WEIGHTS_FILE).values())
     assert bool(told["whole"]) == any("whole tensors" in note for note in told["notes"])
     wanted = logits(mean_model(paths))
@@ -212,7 +212,7 @@ def test_convolutions_are_merged(tmp_path: Path) -> None:
 def test_dora_is_refused(tmp_path: Path) -> None:
     path = trained(llama(), tmp_path / "a", 0, target_modules=["q_proj"], use_dora=True)
     with pytest.raises(ModelError, match="use_dora = True; DoRA rescales the base weights"):
-        folders.opened([path])
+        folders.open_folders([path])
 
 
 @pytest.mark.parametrize(

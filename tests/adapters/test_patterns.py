@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from fedloom.adapters.patterns import LONGEST, MOST, Patterns, is_name, literal, matching_name, spelled_out
+from fedloom.adapters.patterns import LONGEST, MOST, Patterns, is_name, literal_pattern, matching_name, spell_out
 from fedloom.adapters.settings import AdapterSettings
 from fedloom.errors import ConfigError
 from fedloom.model import peft_bridge
@@ -115,7 +115,7 @@ def test_an_empty_pattern_is_for_no_module() -> None:
 
 def test_spelled_out_patterns_give_peft_the_same_values() -> None:
     patterns = {r"layers\.1\..*": 4, "q_proj": 2, r".*_proj": 8}
-    table, made = Patterns(patterns, "own"), spelled_out(patterns, MODULES)
+    table, made = Patterns(patterns, "own"), spell_out(patterns, MODULES)
     assert all(is_name(key) for key in made)
     for module in MODULES:
         key = table.key(module)
@@ -127,16 +127,16 @@ def test_peft_is_given_literal_names_alone() -> None:
     model = peft_bridge.attach(llama(), adapter)
     config = model.peft_config["default"]
     assert isinstance(config, peft.LoraConfig)
-    known = {literal(name) for name, _ in peft_bridge.layers(model)}
+    known = {literal_pattern(name) for name, _ in peft_bridge.lora_layers(model)}
     assert config.rank_pattern and config.rank_pattern.keys() <= known
     assert config.alpha_pattern and config.alpha_pattern.keys() <= known
-    for name, layer in peft_bridge.layers(model):
+    for name, layer in peft_bridge.lora_layers(model):
         placement = adapter.modules[name]
         assert (layer.r["default"], layer.lora_alpha["default"]) == (placement.rank, placement.alpha)
 
 
 def test_a_literal_matches_one_module_alone() -> None:
-    keys = [literal(module) for module in MODULES]
+    keys = [literal_pattern(module) for module in MODULES]
     assert [get_pattern_key(keys, module) for module in MODULES] == keys
 
 

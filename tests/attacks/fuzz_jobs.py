@@ -30,9 +30,9 @@ import tomli_w
 import torch
 
 import tiny_models
-from fedloom.compress.entries import Dense, Sparse, dense
+from fedloom.compress.entries import Dense, Sparse, dense_entry
 from fedloom.lora.pair import LoraPair
-from fedloom.model.base import base_digest, quiet
+from fedloom.model.base import base_digest, quiet_transformers
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
@@ -157,7 +157,7 @@ def odd_payload(draw: random.Random, desk: Desk, sent: list[bytes]) -> bytes:
         payload = draw.choice(sent)
         return payload if draw.random() < 0.5 else payload[: draw.randrange(len(payload))]
     state = held.after
-    tensors = {name: dense(tensor) for name, tensor in state.adapter.tensors().items()}
+    tensors = {name: dense_entry(tensor) for name, tensor in state.adapter.tensors().items()}
     kind = draw.choice(["state", "state", "change", "update"])
     name = min(tensors)
     change = draw.choice(
@@ -166,22 +166,22 @@ def odd_payload(draw: random.Random, desk: Desk, sent: list[bytes]) -> bytes:
     if change == "drop":
         del tensors[name]
     elif change == "foreign":
-        tensors["anything.else/A"] = dense(torch.ones(2, 3))
+        tensors["anything.else/A"] = dense_entry(torch.ones(2, 3))
     elif change in ("nan", "huge"):
         value = float("nan") if change == "nan" else 3e38
         tensors[name] = Dense(tensors[name].shape, tensors[name].values * 0 + value)
     elif change == "wide":
-        tensors[name] = dense(torch.zeros(999, 32))
+        tensors[name] = dense_entry(torch.zeros(999, 32))
     elif change == "vast":  # finding: some bytes that stand for gigabytes
         nothing = torch.empty(0, dtype=torch.int64)
         tensors[name] = Sparse((2**13, 2**14), nothing, torch.empty(0))
     elif change == "frozen":
         pair = LoraPair(torch.ones(3, 32), torch.ones(32, 3))
-        tensors |= {"model.layers.0.self_attn.q_proj/frozen_A": dense(pair.A)}
+        tensors |= {"model.layers.0.self_attn.q_proj/frozen_A": dense_entry(pair.A)}
     elif change == "scalar":
-        tensors[name] = dense(torch.ones(()))
+        tensors[name] = dense_entry(torch.ones(()))
     elif change == "rank":
-        tensors[name] = dense(torch.ones(1, 32))
+        tensors[name] = dense_entry(torch.ones(1, 32))
     header = Header(
         kind,
         "flora" if change == "method" else desk.place.setup.job.method.name,
@@ -199,7 +199,7 @@ class Fuzz:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.seed = seed
-        with quiet():
+        with quiet_transformers():
             tiny_models.llama().save_pretrained(folder / "model")
             tiny_models.tokenizer().save_pretrained(folder / "model")
         rows = [json.dumps({"instruction": f"{SECRET} {number}", "output": "b"}) for number in range(30)]

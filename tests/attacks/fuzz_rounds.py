@@ -31,9 +31,9 @@ from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, co
 from fedloom.errors import FedloomError
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds.caps import USUAL, Caps
-from fedloom.rounds.checks import Seen, check_finite, check_update
+from fedloom.rounds.checks import UpdateFacts, check_finite, check_update
 from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.turns import accept, addressed, client_turn, server_turn
+from fedloom.rounds.turns import accept, client_turn, narrow_broadcast, server_turn
 from fedloom.wire import Header, Message, decode, encode
 from toy import Federation, job
 
@@ -57,7 +57,7 @@ class Scene:
     federation: Federation
     round: int
     payloads: Mapping[str, bytes]
-    seen: Mapping[str, Seen]
+    seen: Mapping[str, UpdateFacts]
 
 
 def scenes() -> list[Scene]:
@@ -235,7 +235,7 @@ def play(scene: Scene, liar: str, payload: bytes, outcomes: Counter[str], *, app
     if apply:
         for client, state in scene.federation.clients.items():
             ranks = scene.federation.ranks[client]
-            accept(scene.job, state, addressed(scene.job, turn.payload, ranks))
+            accept(scene.job, state, narrow_broadcast(scene.job, turn.payload, ranks))
 
 
 def fuzz(count: int, seed: int, given: list[Scene] | None = None) -> dict[str, object]:

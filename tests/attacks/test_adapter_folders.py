@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fedloom.adapters.folder import AdapterFolder, load_adapter, other_base_note
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.companions import copy_companions
-from fedloom.adapters.merge.folders import opened
+from fedloom.adapters.merge.folders import open_folders
 from fedloom.adapters.merge.model import open_base
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.cli import inspect as inspection
@@ -60,8 +60,8 @@ def attempt(folder: Path) -> set[str]:
     """Whether each command gave a result or one line; anything else is raised."""
     found = set()
     for name, command in {
-        "inspect": lambda: inspection.adapter(folder),
-        "aggregate": lambda: perform(opened([folder, folder]), Recipe(), None, None),
+        "inspect": lambda: inspection.adapter_table(folder),
+        "aggregate": lambda: perform(open_folders([folder, folder]), Recipe(), None, None),
     }.items():
         try:
             command()
@@ -179,8 +179,8 @@ def test_many_mutated_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"r": 2.9}, "r is 2.9: input should be a valid integer"),
         ({"r": "2"}, "r is '2': input should be a valid integer"),
         ({"r": True}, "r is True"),
-        ({"r": 1e400}, "Infinity is no JSON number"),
-        ({"lora_alpha": float("inf")}, "Infinity is no JSON number"),
+        ({"r": 1e400}, "Infinity is not a JSON number"),
+        ({"lora_alpha": float("inf")}, "Infinity is not a JSON number"),
         ({"lora_alpha": 1e300}, "lora_alpha is 1e.300"),
         ({"target_modules": {"q_proj": 1}}, "target_modules"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),

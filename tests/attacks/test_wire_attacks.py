@@ -57,7 +57,7 @@ def names(*rest):
     out.varint(len(rest))
     for shared, end in rest:
         out.varint(shared)
-        out.counted(end)
+        out.sized_bytes(end)
     return bytes(out.data)
 
 
@@ -67,9 +67,9 @@ def one_stream(role=8, size=4, chunks=(4,)):
 
 ATTACKS = {
     # bytes that are no payload
-    "nothing at all": (b"", "no fedloom payload"),
-    "another file": (b"PK\x03\x04" + bytes(40), "no fedloom payload"),
-    "magic alone": (b"FLOM\x02", "no fedloom payload"),
+    "nothing at all": (b"", "not a fedloom payload"),
+    "another file": (b"PK\x03\x04" + bytes(40), "not a fedloom payload"),
+    "magic alone": (b"FLOM\x02", "not a fedloom payload"),
     "a newer version": (sealed(b"FLOM\x03" + PLAIN[5:-8]), "version 3 of the format"),
     "a newer version with another checksum": (b"FLOM\x07" + PLAIN[5:], "version 7 of the format"),
     "cut short": (PLAIN[:-1], "damaged or cut"),
@@ -77,16 +77,16 @@ ATTACKS = {
     "too long a payload": (bytes(2**20 + 1), "more than the 1,048,576"),
     # header
     "an unknown kind": (sealed(b"FLOM\x02\x09" + bytes(30)), "9 is no kind"),
-    "a method that is no text": (sealed(b"FLOM\x02\x00\x02\xff\xfe" + bytes(30)), "no UTF-8"),
+    "a method that is no text": (sealed(b"FLOM\x02\x00\x02\xff\xfe" + bytes(30)), "not UTF-8"),
     "a method longer than the payload": (sealed(b"FLOM\x02\x00\x7fabc"), "ends inside the method"),
-    "a round above 2^63": (sealed(b"FLOM\x02\x00\x00" + b"\xff" * 9 + b"\x01" + bytes(9)), "no number below"),
+    "a round above 2^63": (sealed(b"FLOM\x02\x00\x00" + b"\xff" * 9 + b"\x01" + bytes(9)), "not below"),
     "an overlong number": (sealed(b"FLOM\x02\x00\x00" + b"\x80\x00" + bytes(9)), "more bytes than it needs"),
     "a digest of 3 bytes": (sealed(b"FLOM\x02\x00\x00\x00\x00\x00\x03abc" + bytes(9)), "has 3 bytes"),
     "no index": (sealed(start()), "ends inside the size of the index"),
     # index
     "an index larger than allowed": (with_index(b"", claimed=2**40, packed=b"x" * 100), "more than the 65,536"),
     "an index bomb": (with_index(b"", claimed=2**16, packed=bomb(2**30)), "does not announce"),
-    "an index that is no frame": (with_index(b"", claimed=100, packed=b"x" * 50), "no valid Zstandard|not announce"),
+    "an index that is no frame": (with_index(b"", claimed=100, packed=b"x" * 50), "not a valid Zstandard|not announce"),
     "an index shorter than its packed form": (with_index(b"", claimed=3, packed=b"x" * 50), "cannot stand for"),
     "an index with a tail": (with_index(write_index([], []) + b"\x00"), "after its end"),
     "too many tensors": (with_index(b"\x80\x80\x04"), "more than the 64"),
@@ -94,7 +94,7 @@ ATTACKS = {
     "a name that comes twice": (with_index(names((0, b"a"), (1, b""))), "must increase"),
     "names out of order": (with_index(names((0, b"b"), (0, b"a"))), "must increase"),
     "a prefix longer than the name before": (with_index(names((0, b"a"), (2, b"b"))), "more than the 1"),
-    "a name that is no text": (with_index(names((0, b"\xff"))), "no UTF-8"),
+    "a name that is no text": (with_index(names((0, b"\xff"))), "not UTF-8"),
     "a name too long": (with_index(names((0, b"a" * 1025))), "more than the 1,024"),
     "an unknown form": (with_index(names((0, b"a")) + b"\x03\x00"), "form 3"),
     "an unknown coding": (with_index(names((0, b"a")) + b"\x00\x06"), "coding 6"),
@@ -208,7 +208,7 @@ ATTACKS = {
     "bytes after the last chunk": (with_index(one_stream(), bytes(5)), "announces 4"),
     "a chunk that is no frame": (
         forged([item(shape=(30,), count=30)], [(8, 30, b"?" * 20), *words(30)[1:]]),
-        "no valid Zstandard|does not announce",
+        "not a valid Zstandard|does not announce",
     ),
     "a chunk that says another size": (
         forged([item(shape=(60000,), count=60000)], [(8, 60000, bomb(2**30)), *words(60000)[1:]]),
@@ -216,7 +216,7 @@ ATTACKS = {
     ),
     "a frame with a tail": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000) + b"tail"), *words(6000)[1:]]),
-        "no valid Zstandard",
+        "not a valid Zstandard",
     ),
     "a frame longer than its content": (
         forged([item(shape=(8,), count=8)], [(8, 8, bomb(8)), *words(8)[1:]]),
@@ -232,11 +232,11 @@ ATTACKS = {
     ),
     "a skippable frame of the right size": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, skippable(6000)[:5999]), *words(6000)[1:]]),
-        "no valid Zstandard|6,000",
+        "not a valid Zstandard|6,000",
     ),
     "a frame that needs a dictionary": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, with_dictionary(6000)), *words(6000)[1:]]),
-        "no valid Zstandard",
+        "not a valid Zstandard",
     ),
     "a frame that does not say its size": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000, sized=False)), *words(6000)[1:]]),
@@ -244,7 +244,7 @@ ATTACKS = {
     ),
     "a frame cut short": (
         forged([item(shape=(6000,), count=6000)], [(8, 6000, bomb(6000)[:-1]), *words(6000)[1:]]),
-        "no valid Zstandard",
+        "not a valid Zstandard",
     ),
 }
 

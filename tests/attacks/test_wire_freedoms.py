@@ -27,7 +27,7 @@ def names(*shared_and_rest):
     out.varint(len(shared_and_rest))
     for shared, rest in shared_and_rest:
         out.varint(shared)
-        out.counted(rest)
+        out.sized_bytes(rest)
     streams = write_index([], [Stream(8 + plane, len(shared_and_rest), (len(shared_and_rest),)) for plane in range(4)])
     return bytes(out.data) + bytes(3 * len(shared_and_rest)) + streams[1:]
 
@@ -84,7 +84,7 @@ def test_what_the_page_allows_is_read(freedom):
 def test_a_frame_of_the_wrong_checksum_is_refused():
     frame = bytearray(packed(bytes(600), write_checksum=True))
     frame[-1] ^= 1
-    with pytest.raises(WireError, match="no valid Zstandard"):
+    with pytest.raises(WireError, match="not a valid Zstandard"):
         decode(forged([item(shape=(600,), count=600)], [(8, 600, bytes(frame)), *words(600)[1:]]))
 
 

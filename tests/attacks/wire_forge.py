@@ -36,7 +36,7 @@ def with_index(index: bytes, chunks: bytes = b"", *, claimed: int | None = None,
     """A payload of this unpacked index; `claimed` is the size that it announces, `packed` what stands for it."""
     out = FieldWriter()
     out.varint(len(index) if claimed is None else claimed)
-    out.counted(index if packed is None else packed)
+    out.sized_bytes(index if packed is None else packed)
     return sealed(start() + bytes(out.data) + chunks)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import catchup, crowd
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SHORT = ["federation.num_rounds=2", "federation.eval_every=0", "training.max_steps=1", "data.heldout=validation"]
 
 
 def test_a_crowd_is_reached_and_counted():
-    config = load(
+    config = load_config(
         TESTBED / "demo.toml",
         [*SHORT, "data.partitioner=iid", "federation.num_clients=40", "federation.fraction_train=0.05"],
     )
@@ -22,7 +22,7 @@ def test_a_crowd_is_reached_and_counted():
 
 
 def test_the_way_back_is_shorter_after_a_consolidation():
-    config = load(TESTBED / "demo.toml", [*SHORT, "method.name=flora"])
+    config = load_config(TESTBED / "demo.toml", [*SHORT, "method.name=flora"])
     result = catchup.run({"flora": config}, [0.5])
     missed, full, lossy = result["rows"]
     assert lossy["bytes"] < full["bytes"] and lossy["rank"] < full["rank"] and 0 < lossy["lost_energy"] <= 0.5

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from benchmarks import turn
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 
 DEMO = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds" / "demo.toml"
 
 
 def test_rows_hold_a_turn_a_bare_loop_and_their_difference():
-    config = load(DEMO, ["training.max_steps=1", "federation.participants=['lab']", "data.heldout=null"])
+    config = load_config(DEMO, ["training.max_steps=1", "federation.participants=['lab']", "data.heldout=null"])
     result = turn.run(config, repeats=1)
     (row,) = result["rows"]
     assert row["client"] == "lab" and row["bare_s"] > 0 and result["prepare_s"] > 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import updates
 from fedloom.lora.pair import LoraPair, LoraState
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from toy import RANK, SHAPES, random_state
 
 DEMO = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds" / "demo.toml"
@@ -86,7 +86,7 @@ def test_rounds_and_clients_are_compared_in_the_components_that_all_have():
 
 def test_a_run_has_a_row_a_round():
     sets = ["training.max_steps=2", "federation.participants=['lab', 'bank']", "data.heldout=null"]
-    result = updates.run(load(DEMO, [*sets, "federation.num_rounds=2", "method.name=fedit"]), density=0.02)
+    result = updates.run(load_config(DEMO, [*sets, "federation.num_rounds=2", "method.name=fedit"]), density=0.02)
     first, second = result["rows"]
     assert first["round"] == 1 and first["rounds"]["A"] is None and 0 < second["rounds"]["A"] < 1
     assert all(0 < row["held"][part] < 0.5 and row["kurtosis"][part] > 1 for row in result["rows"] for part in "AB")

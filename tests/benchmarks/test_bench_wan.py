@@ -56,7 +56,7 @@ def result():
 def test_payloads_are_those_of_real_rounds(result):
     fedit, lossless, coded = result["rows"]
     assert result["workload"]["parameters"] == 4 * sum(
-        m + n for m, n in wan.shapes(wan.preset_named("tinyllama"), layers=1).values()
+        m + n for m, n in wan.preset_shapes(wan.preset_named("tinyllama"), layers=1).values()
     )
     assert fedit["up_bytes"] > 5 * lossless["up_bytes"] > 5 * coded["up_bytes"]
     assert lossless["down_bytes"] > coded["down_bytes"]

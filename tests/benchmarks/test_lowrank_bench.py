@@ -13,7 +13,7 @@ from benchmarks import accuracy, aggregate, kernels
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.lowrank import relative_error, sparse
 from fedloom.studies.estimate import machine
-from fedloom.studies.estimate.presets import PRESETS, Preset, shapes
+from fedloom.studies.estimate.presets import PRESETS, Preset, preset_shapes
 
 STREAMING = aggregate.streaming  # before the tests replace it
 KEYS = {"method", "modules", "seconds", "reference_seconds", "ratio", "extra_bytes", "excess", "error"}
@@ -27,13 +27,13 @@ def tiny(monkeypatch):
 
 
 def test_presets_have_the_shapes_of_the_models():
-    llama = shapes(PRESETS["llama-3.2-3b"])
+    llama = preset_shapes(PRESETS["llama-3.2-3b"])
     assert len(llama) == 196
     assert llama["layers.27.k_proj"] == (1024, 3072)
     assert llama["layers.0.down_proj"] == (3072, 8192)
     assert sum(64 * (m + n) for m, n in llama.values()) == 97_255_424
-    assert shapes(PRESETS["qwen2-7b"], ["v_proj"])["layers.3.v_proj"] == (512, 3584)
-    assert len(shapes(PRESETS["tinyllama"], ["q_proj", "v_proj"])) == 44
+    assert preset_shapes(PRESETS["qwen2-7b"], ["v_proj"])["layers.3.v_proj"] == (512, 3584)
+    assert len(preset_shapes(PRESETS["tinyllama"], ["q_proj", "v_proj"])) == 44
     assert PRESETS["llama-2-7b"].modules["k_proj"] == (4096, 4096)
 
 
@@ -111,8 +111,8 @@ def test_torch_only_hides_the_compiled_kernels_for_the_time_of_the_run(monkeypat
 
 def test_processor_time_does_not_count_waiting():
     with machine.processor_time():
-        assert machine.seconds(lambda: time.sleep(0.2)) < 0.1
-    assert machine.seconds(lambda: time.sleep(0.2)) >= 0.2
+        assert machine.time_call(lambda: time.sleep(0.2)) < 0.1
+    assert machine.time_call(lambda: time.sleep(0.2)) >= 0.2
     assert aggregate.run(preset="tiny", methods=["fedit"], repeats=1, cpu_time=True)["rows"]
 
 

@@ -13,10 +13,10 @@ from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import DataError, FedloomError
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import RunFacts, RunSummary
 from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
-from fedloom.report.live import Lines, View, watch
+from fedloom.report.live import LineView, LiveView, watch
 
 CLIENTS = ("ada", "bob")
 
@@ -103,7 +103,7 @@ def test_init_writes_a_file_that_loads_to_the_defaults(call, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("init")
     assert (code, out) == (0, "wrote fedloom.toml; next: fedloom run fedloom.toml\n")
-    config = load(tmp_path / "fedloom.toml")
+    config = load_config(tmp_path / "fedloom.toml")
     assert config.lora == Config().lora
     code, _, err = call("init")
     assert (code, err.count("\n")) == (2, 1)
@@ -189,7 +189,7 @@ def test_an_interrupted_run_says_how_to_go_on(call, engine, tmp_path):
         ),
         (("run", "try.toml", "--set", "lora.r=0"), "lora.r is 0; expected at least 1"),
         (("inspect", "none"), "none: no such file or folder; expected a payload"),
-        (("inspect", "."), "no PEFT adapter folder"),
+        (("inspect", "."), "not a PEFT adapter folder"),
         (("inspect", "try.toml"), "error: "),
     ],
 )
@@ -225,11 +225,15 @@ def test_inspect_shows_an_adapter(call, tmp_path):
 
 def test_inspect_shows_a_payload(call, tmp_path):
     torch = pytest.importorskip("torch")
-    from fedloom.compress.entries import Sparse, dense
+    from fedloom.compress.entries import Sparse, dense_entry
     from fedloom.wire import Header, Message, encode
 
     sparse = Sparse((5, 4), torch.tensor([1, 7]), torch.ones(2))
-    entries = {"layers.0.q_proj/A": dense(torch.ones(4, 3)), "layers.0.q_proj/B": sparse, "layers.1.q_proj/B": sparse}
+    entries = {
+        "layers.0.q_proj/A": dense_entry(torch.ones(4, 3)),
+        "layers.0.q_proj/B": sparse,
+        "layers.1.q_proj/B": sparse,
+    }
     payload = encode(Message(Header("update", "fedsrd", 3, 2, "0" * 32, num_examples=9), entries))
     (tmp_path / "x.fedloom").write_bytes(payload)
     code, out, _ = call("inspect", tmp_path / "x.fedloom")
@@ -274,8 +278,8 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
                 ledger.append(Evaluation(1, "bank", 0.5 + 0.1 * run.seed, 1.0))
             finished(run, 60.0)
 
-    monkeypatch.setattr(compare, "play", play)
-    monkeypatch.setattr(compare, "expected", lambda made, jobs: 30.0 * len(made) / jobs)
+    monkeypatch.setattr(compare, "play_runs", play)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 30.0 * len(made) / jobs)
     monkeypatch.chdir(tmp_path)
     variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")
@@ -372,7 +376,7 @@ def played(observer, rounds=4):
 
 
 def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
-    view = View()
+    view = LiveView()
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     console.print(view)
     assert "loading" in console.file.getvalue()
@@ -392,10 +396,10 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
 
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():
     with watch(Console(file=io.StringIO(), force_terminal=True)) as observer:
-        assert isinstance(observer, View)
+        assert isinstance(observer, LiveView)
     console = Console(file=io.StringIO())
     with watch(console) as observer:
-        assert isinstance(observer, Lines)
+        assert isinstance(observer, LineView)
         played(observer)
     first, second, *rounds = console.file.getvalue().splitlines()
     assert first.startswith("fedsrd: ") and second == "note: ada has little"

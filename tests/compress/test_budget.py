@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from fedloom.compress.budget import COST, LEAST, Budget, Room, fill_budget
 from fedloom.compress.entries import Sparse, floats
 from fedloom.compress.quantize import quantize
-from fedloom.compress.sparsify import most_important
+from fedloom.compress.sparsify import counts_by_importance
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import Context, State
 from fedloom.methods.table import METHODS, build
-from fedloom.records.config import Config, parse_budget
-from fedloom.records.configfile import merge, override, parse
+from fedloom.records.config import Config
+from fedloom.records.configfile import merge_trees, override, parse
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.turns import Draft
 from fedloom.wire import Header, Message, encode
 
@@ -78,7 +79,7 @@ def test_a_budget_for_nothing_is_refused(name):
 @given(st.lists(st.lists(st.floats(0, 4, width=16), max_size=30), max_size=4), st.floats(0, 1))
 def test_one_threshold_counts_the_most_important_of_all(rows, density):
     scores = {str(number): torch.tensor(row, dtype=torch.float32) for number, row in enumerate(rows)}
-    counts = most_important(scores)(density)
+    counts = counts_by_importance(scores)(density)
     every = sorted((value for row in rows for value in row), reverse=True)
     keep = round(density * len(every))
     least = every[keep - 1] if keep else math.inf
@@ -134,7 +135,7 @@ def test_any_other_budget_is_refused(text):
 
 def test_a_number_of_bytes_needs_no_quotes():
     tree = {}
-    merge(tree, override("wire.budget=1200"))
+    merge_trees(tree, override("wire.budget=1200"))
     assert parse(tree, "here").wire.budget == "1200"
     assert Config().wire.budget is None
 

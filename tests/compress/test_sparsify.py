@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from fedloom.compress.entries import to_dense
 from fedloom.compress.sparsify import (
     Adaptive,
+    factor_norms,
     importance,
     kurtosis,
     l1_gain,
-    largest,
-    reach,
+    select_largest,
     shortlist,
     split,
     top_positions,
@@ -114,7 +114,7 @@ def test_every_selection_from_a_shortlist_is_that_of_a_slow_twin(values, data):
     assert torch.equal(left, scores[positions])
     for keep in {0, 1, most // 2, most}:
         if keep <= most:
-            assert positions[largest(left, keep)].tolist() == sorted(slow_leading(scores.tolist(), keep))
+            assert positions[select_largest(left, keep)].tolist() == sorted(slow_leading(scores.tolist(), keep))
     assert top_positions(scores, most).tolist() == sorted(slow_leading(scores.tolist(), most))
 
 
@@ -129,7 +129,7 @@ def test_large_tensors_are_selected_from_exactly_although_a_sample_guides(keep):
         expected = slow_leading(scores.tolist(), keep)
         assert top_positions(scores, keep).tolist() == sorted(expected)
         positions, left = shortlist(scores, keep)
-        assert positions[largest(left, keep // 2)].tolist() == sorted(expected[: keep // 2])
+        assert positions[select_largest(left, keep // 2)].tolist() == sorted(expected[: keep // 2])
 
 
 def test_a_shortlist_of_a_matrix_with_unequal_columns_stays_short():
@@ -141,5 +141,5 @@ def test_a_shortlist_of_a_matrix_with_unequal_columns_stays_short():
 
 def test_importance_is_the_magnitude_times_the_reach_bit_by_bit():
     delta, other = tensor(7, 6, 9), tensor(8, 12, 6)
-    assert torch.equal(importance(delta, other, "A"), delta.abs() * reach(other, "A"))
-    assert torch.equal(importance(delta.T, other.T, "B"), delta.T.abs() * reach(other.T, "B"))
+    assert torch.equal(importance(delta, other, "A"), delta.abs() * factor_norms(other, "A"))
+    assert torch.equal(importance(delta.T, other.T, "B"), delta.T.abs() * factor_norms(other.T, "B"))

@@ -27,24 +27,31 @@ from typer.testing import CliRunner
 from fedloom.cli import main as cli
 from fedloom.deploy import machine
 from fedloom.deploy.certificates import (
+    certificate_pem,
     hosts_of,
+    is_signed_by,
     new_ca,
     new_key,
     new_server,
-    pem,
     read_certificate,
     read_key,
-    signed_by,
 )
-from fedloom.deploy.doctor import examined
-from fedloom.deploy.federation import Federation, add, endpoint, init, recorded, renew
+from fedloom.deploy.doctor import examine
+from fedloom.deploy.federation import (
+    FederationPlan,
+    add_site,
+    parse_endpoint,
+    read_plan,
+    renew_server,
+    write_federation,
+)
 from fedloom.errors import ConfigError
-from fedloom.site.config import SiteConfig, load
+from fedloom.site.config import SiteConfig, load_site_config
 from fedloom.site.privacy import Privacy
 from fedloom.site.rules import Policy
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
-ASKED = Federation(
+ASKED = FederationPlan(
     address="fed.example.org:9443",
     listen="127.0.0.1:8443",
     model=str(TESTBED / "model"),
@@ -54,7 +61,7 @@ ASKED = Federation(
 
 @pytest.fixture
 def made(tmp_path):
-    init(tmp_path / "fed", ASKED, ["bank", "lab"])
+    write_federation(tmp_path / "fed", ASKED, ["bank", "lab"])
     return tmp_path / "fed"
 
 
@@ -83,9 +90,9 @@ def test_openssl_accepts_the_certificates_and_their_names(made):
 def test_the_certificate_says_what_it_is_for(made):
     server, ca = read_certificate(made / "server" / "server.pem"), read_certificate(made / "ca" / "ca.pem")
     assert set(hosts_of(server)) == {"fed.example.org", "127.0.0.1", "localhost"}
-    assert signed_by(server, ca) and signed_by(ca, ca) and not signed_by(ca, server)
+    assert is_signed_by(server, ca) and is_signed_by(ca, ca) and not is_signed_by(ca, server)
     other = new_key()
-    assert not signed_by(server, new_ca(other, "fedloom CA for fed.example.org"))
+    assert not is_signed_by(server, new_ca(other, "fedloom CA for fed.example.org"))
     assert timedelta(days=820) < server.not_valid_after_utc - datetime.now(UTC) < timedelta(days=830)
 
 
@@ -130,7 +137,7 @@ def test_the_proxy_passes_the_fleet_path_on_and_nothing_else(made, name):
 
 def test_site_toml_is_read_back_and_names_every_setting(made):
     path = made / "sites" / "lab" / "SITE.toml"
-    config = load(path)
+    config = load_site_config(path)
     assert (config.name, config.policy, config.state) == ("lab", Policy(), str(path.parent / "state"))
     everything = path.read_text().replace("# [policy.privacy]", "[policy.privacy]")
     lines = [line.removeprefix("# ") if " = " in line else line for line in everything.splitlines()]
@@ -144,33 +151,33 @@ def test_site_toml_is_read_back_and_names_every_setting(made):
 def test_nothing_is_written_over(made):
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="written over"):
-        init(made, ASKED, ["bank", "lab"])
+        write_federation(made, ASKED, ["bank", "lab"])
     with pytest.raises(ConfigError, match="written over"):
-        add(made, "lab")
+        add_site(made, "lab")
     assert before == {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
 
 
 def test_a_site_is_added_with_a_key_of_its_own_or_one_it_made_itself(made, tmp_path):
-    add(made, "depot")
+    add_site(made, "depot")
     assert "--port 9096" in (made / "sites" / "depot" / "supernode.sh").read_text()
     own = tmp_path / "own.pub"
     own.write_bytes((made / "sites" / "lab" / "node.pub").read_bytes())
-    site = add(made, "clinic", own)
+    site = add_site(made, "clinic", own)
     assert not (site / "node.key").exists()
     assert (made / "server" / "nodes" / "clinic.pub").read_bytes() == own.read_bytes()
     own.write_text("ssh-rsa AAAA")
     with pytest.raises(ConfigError, match="ECDSA"):
-        add(made, "other", own)
+        add_site(made, "other", own)
     assert not (made / "sites" / "other").exists()
 
 
 def test_a_renewed_certificate_is_for_the_same_names_with_another_key(made):
     before = read_certificate(made / "server" / "server.pem")
-    renew(made, 30)
+    renew_server(made, 30)
     after = read_certificate(made / "server" / "server.pem")
     assert hosts_of(before) == hosts_of(after) and before.public_key() != after.public_key()
     assert (made / "server" / "server.key").stat().st_mode & 0o777 == 0o600
-    assert by_name(examined(made / "server", online=False))["chain"].outcome == "ok"
+    assert by_name(examine(made / "server", online=False))["chain"].outcome == "ok"
 
 
 WRONG_ADDRESSES = ["fed.example.org", ":8443", "a b:1", "host:0", "host:70000", "http://host:1", ""]
@@ -189,19 +196,19 @@ WRONG_ADDRESSES += ["host:1\n", f"{'a' * 64}:1", f"{'a.' * 127}a:1", "host;:1"]
 @pytest.mark.parametrize("address", WRONG_ADDRESSES)
 def test_a_wrong_address_is_refused_before_anything_is_written(tmp_path, address):
     with pytest.raises(ConfigError, match="host:port"):
-        init(tmp_path / "fed", ASKED.model_copy(update={"address": address}), ["bank"])
+        write_federation(tmp_path / "fed", ASKED.model_copy(update={"address": address}), ["bank"])
     assert not (tmp_path / "fed").exists()
 
 
 def test_a_wrong_address_of_the_superlink_is_refused_too(tmp_path):
     with pytest.raises(ConfigError, match="--listen"):
-        init(tmp_path / "fed", ASKED.model_copy(update={"listen": "a..b:1"}), ["bank"])
+        write_federation(tmp_path / "fed", ASKED.model_copy(update={"listen": "a..b:1"}), ["bank"])
     assert not (tmp_path / "fed").exists()
 
 
 @pytest.mark.parametrize("address", ["fed.example.org:9443", "10.0.0.1:1", "[2001:db8::1]:65535", "a-b.c:80"])
 def test_a_right_address_is_taken(address):
-    assert endpoint(address, "--address")[1] > 0
+    assert parse_endpoint(address, "--address")[1] > 0
 
 
 QUOTED = [
@@ -217,7 +224,7 @@ QUOTED = [
 
 @pytest.mark.parametrize("value", QUOTED)
 def test_a_value_stands_in_toml_as_it_was_given(tmp_path, value):
-    init(tmp_path / "fed", ASKED.model_copy(update={"model": value, "data": f"{value}/{{site}}"}), ["lab"])
+    write_federation(tmp_path / "fed", ASKED.model_copy(update={"model": value, "data": f"{value}/{{site}}"}), ["lab"])
     tree = tomllib.loads((tmp_path / "fed" / "sites" / "lab" / "SITE.toml").read_text())
     assert (tree["name"], tree["model"], tree["data"]) == ("lab", value, f"{value}/lab")
     assert (tree["state"], tree["policy"]) == ("./state", {"scrub_errors": True})
@@ -240,30 +247,30 @@ HARMFUL = [
 @pytest.mark.parametrize("kept", [*HARMFUL, "etc/fedloom", "~/fed", "./fed", "C:\\fed"])
 def test_a_folder_that_a_unit_could_misread_is_refused_before_anything_is_written(tmp_path, made, kept):
     with pytest.raises(ConfigError, match="--site-folder"):
-        init(tmp_path / "other", ASKED.model_copy(update={"site_folder": kept}), ["lab"])
+        write_federation(tmp_path / "other", ASKED.model_copy(update={"site_folder": kept}), ["lab"])
     assert not (tmp_path / "other").exists()
-    (made / "federation.toml").write_text(tomli_w.dumps({**recorded(made).model_dump(), "site_folder": kept}))
+    (made / "federation.toml").write_text(tomli_w.dumps({**read_plan(made).model_dump(), "site_folder": kept}))
     with pytest.raises(ConfigError, match="--site-folder"):
-        add(made, "depot")
+        add_site(made, "depot")
     assert not (made / "sites" / "depot").exists() and not (made / "server" / "nodes" / "depot.pub").exists()
 
 
 @pytest.mark.parametrize("name", ["my fed", 'a"b', "a;b", "100%", "x\nUser=root"])
 def test_a_folder_to_make_that_a_proxy_rule_could_misread_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="DIR"):
-        init(tmp_path / name, ASKED, ["lab"])
+        write_federation(tmp_path / name, ASKED, ["lab"])
     assert not (tmp_path / name).exists()
 
 
 def test_a_site_folder_goes_into_the_units_as_it_is(tmp_path):
-    init(tmp_path / "fed", ASKED.model_copy(update={"site_folder": "/srv/fed@{site}/é-1"}), ["lab"])
+    write_federation(tmp_path / "fed", ASKED.model_copy(update={"site_folder": "/srv/fed@{site}/é-1"}), ["lab"])
     unit = (tmp_path / "fed" / "sites" / "lab" / "fedloom-worker.service").read_text()
     assert "/fedloom worker /srv/fed@lab/é-1/SITE.toml\n" in unit
 
 
 def test_text_that_no_file_can_hold_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--model"):
-        init(tmp_path / "fed", ASKED.model_copy(update={"model": "/\udcff"}), ["lab"])
+        write_federation(tmp_path / "fed", ASKED.model_copy(update={"model": "/\udcff"}), ["lab"])
     assert not (tmp_path / "fed").exists()
 
 
@@ -286,7 +293,7 @@ def test_what_the_scripts_start_writes_for_its_owner_alone(made, tmp_path):
         subprocess.run([script], env=environment, check=True, umask=0o022)
     for path in (state, state / "superlink.db", state / "new", node, node / "new"):
         assert path.stat().st_mode & 0o077 == 0, path
-    assert by_name(examined(made / "server", online=False))["state"].outcome == "ok"
+    assert by_name(examine(made / "server", online=False))["state"].outcome == "ok"
     for unit in made.rglob("*.service"):
         assert "\nUMask=0077\n" in unit.read_text()
 
@@ -303,25 +310,25 @@ def test_no_key_is_committed_by_accident(made):
 @pytest.mark.parametrize("sites", [[], ["bank", "bank"], ["../bank"], ['a"b'], [""]])
 def test_wrong_names_of_sites_are_refused(tmp_path, sites):
     with pytest.raises(ConfigError, match="site"):
-        init(tmp_path / "fed", ASKED, sites)
+        write_federation(tmp_path / "fed", ASKED, sites)
     assert not (tmp_path / "fed").exists()
 
 
 def test_the_doctor_has_nothing_to_say_about_fresh_files(made):
     for path in (made / "server", made / "sites" / "lab" / "SITE.toml", made / "sites" / "bank"):
-        checks = examined(path, online=False)
+        checks = examine(path, online=False)
         wrong = [check for check in checks if check.outcome == "fail"]
         assert not wrong and len(checks) > 8
 
 
 def test_the_digest_of_the_base_model_is_compared(tmp_path):
-    init(tmp_path / "fed", ASKED.model_copy(update={"model_digest": "0" * 32}), ["lab"])
+    write_federation(tmp_path / "fed", ASKED.model_copy(update={"model_digest": "0" * 32}), ["lab"])
     for path in ("server", "sites/lab"):
-        check = by_name(examined(tmp_path / "fed" / path, online=False))["model"]
+        check = by_name(examine(tmp_path / "fed" / path, online=False))["model"]
         assert check.outcome == "fail" and "0" * 32 in check.found
     digest = check.found.partition("digest ")[2].partition(";")[0]
-    init(tmp_path / "right", ASKED.model_copy(update={"model_digest": digest}), ["lab"])
-    assert by_name(examined(tmp_path / "right" / "sites" / "lab", online=False))["model"].outcome == "ok"
+    write_federation(tmp_path / "right", ASKED.model_copy(update={"model_digest": digest}), ["lab"])
+    assert by_name(examine(tmp_path / "right" / "sites" / "lab", online=False))["model"].outcome == "ok"
 
 
 def readable_key(folder):
@@ -378,7 +385,7 @@ def misspelt(folder):
 )
 def test_the_doctor_finds_what_is_wrong_at_a_site(made, harm, what):
     harm(made)
-    wrong = [check for check in examined(made / "sites" / "lab", online=False) if check.outcome == "fail"]
+    wrong = [check for check in examine(made / "sites" / "lab", online=False) if check.outcome == "fail"]
     assert [check.what for check in wrong] == [what] and wrong[0].advice
 
 
@@ -386,7 +393,7 @@ def expired(folder):
     ca, ca_key = read_certificate(folder / "ca" / "ca.pem"), read_key(folder / "ca" / "ca.key")
     key = read_key(folder / "server" / "server.key")
     made = new_server(key, ["fed.example.org", "127.0.0.1"], ca, ca_key, days=0)
-    (folder / "server" / "server.pem").write_bytes(pem(made))
+    (folder / "server" / "server.pem").write_bytes(certificate_pem(made))
 
 
 def for_another_host(folder):
@@ -399,7 +406,7 @@ def with_another_key(folder):
 
 
 def from_another_ca(folder):
-    (folder / "server" / "ca.pem").write_bytes(pem(new_ca(new_key(), "another")))
+    (folder / "server" / "ca.pem").write_bytes(certificate_pem(new_ca(new_key(), "another")))
 
 
 def without_a_connection(folder):
@@ -430,7 +437,7 @@ def readable_updates(folder):
 )
 def test_the_doctor_finds_what_is_wrong_at_the_server(made, harm, what):
     harm(made)
-    wrong = [check for check in examined(made / "server", online=False) if check.outcome == "fail"]
+    wrong = [check for check in examine(made / "server", online=False) if check.outcome == "fail"]
     assert [check.what for check in wrong] == [what] and wrong[0].advice
 
 
@@ -468,14 +475,14 @@ def pretender(made):
 
 def test_the_way_to_the_superlink_is_tried(made, pretender):
     kind, port = pretender
-    found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
+    found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
     assert {check.outcome for check in found.values()} == {"ok"} and "this machine alone" in found["exposure"].found
     kind.statuses = {"/health": 403}
-    found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
+    found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
     assert found["exposure"].found == "only the fleet path is open from here"
     for status in (403, 502):
         kind.statuses = {"/health": 403, "/v1/fleet/": status}
-        found = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))
+        found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
         assert found["fleet path"].outcome == "fail" and str(status) in found["fleet path"].found
 
 
@@ -484,19 +491,19 @@ def test_clocks_are_compared_as_flower_will(made, pretender, minutes, outcome):
     """Our clock ahead of the server's by so many minutes; Flower lets a site be 5 s ahead and 305 s behind."""
     kind, port = pretender
     kind.minutes = minutes
-    check = by_name(machine.superlink("localhost", port, made / "ca" / "ca.pem"))["clock"]
+    check = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))["clock"]
     assert check.outcome == outcome or (minutes == -4.0 and check.outcome == "warn")
 
 
 def test_another_ca_or_name_and_a_dead_port_are_told_apart(made, pretender, tmp_path):
     _, port = pretender
     other = tmp_path / "other.pem"
-    other.write_bytes(pem(new_ca(new_key(), "another")))
-    assert "certificate" in machine.superlink("localhost", port, other)[0].found
-    renamed = machine.superlink("127.0.0.2", port, made / "ca" / "ca.pem")[0]
+    other.write_bytes(certificate_pem(new_ca(new_key(), "another")))
+    assert "certificate" in machine.check_superlink("localhost", port, other)[0].found
+    renamed = machine.check_superlink("127.0.0.2", port, made / "ca" / "ca.pem")[0]
     assert renamed.outcome == "fail" and renamed.advice
-    assert "nobody listens" in machine.superlink("localhost", 1, made / "ca" / "ca.pem")[0].found
-    assert "resolved" in machine.superlink("no-such-host.invalid", 1, made / "ca" / "ca.pem")[0].found
+    assert "nobody listens" in machine.check_superlink("localhost", 1, made / "ca" / "ca.pem")[0].found
+    assert "resolved" in machine.check_superlink("no-such-host.invalid", 1, made / "ca" / "ca.pem")[0].found
 
 
 def test_the_commands_say_what_they_made_and_fail_with_an_exit_code(tmp_path, monkeypatch):
@@ -510,4 +517,4 @@ def test_the_commands_say_what_they_made_and_fail_with_an_exit_code(tmp_path, mo
     checks = {check["what"]: check for check in json.loads(told.stdout)}
     assert told.exit_code == 1 and checks["model"]["outcome"] == checks["data"]["outcome"] == "fail"
     assert run.invoke(cli.app, ["federation", "doctor", "."]).exit_code == 2
-    assert recorded(tmp_path / "fed").address == "localhost:8443"
+    assert read_plan(tmp_path / "fed").address == "localhost:8443"

@@ -6,8 +6,8 @@ import pytest
 from scripts import make_method_pages, make_settings_page
 from scripts.method_picture import picture, play
 
-from fedloom.methods.table import METHODS, options
-from fedloom.records.configfile import keys
+from fedloom.methods.table import METHODS, method_options
+from fedloom.records.configfile import setting_keys
 
 PAGES = make_method_pages.PAGES
 AGAIN = "run `make pages`"
@@ -27,14 +27,14 @@ def test_the_table_of_all_methods_is_up_to_date():
 def test_the_settings_are_up_to_date():
     written = make_settings_page.PAGE.read_text(encoding="utf-8")
     assert written == make_settings_page.page(), AGAIN
-    assert all(f"| `{key.partition('.')[2]}` |" in written for key in keys())
+    assert all(f"| `{key.partition('.')[2]}` |" in written for key in setting_keys())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_page_is_up_to_date(name):
     written = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert written == make_method_pages.page(name), AGAIN
-    assert all(f"| `{key}` |" in written for key in options(name))
+    assert all(f"| `{key}` |" in written for key in method_options(name))
 
 
 @pytest.mark.parametrize("name", METHODS)

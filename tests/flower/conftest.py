@@ -19,8 +19,8 @@ def toy_federation(tmp_path, monkeypatch):
     from fedloom.server.loop import Rounds
     from fedloom.workspace.folder import RunFolder
 
-    monkeypatch.setattr("fedloom.site.desk.assemble", desks.assemble)
-    monkeypatch.setattr("fedloom.server.loop.finish", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.site.desk.build_setup", desks.assemble)
+    monkeypatch.setattr("fedloom.server.loop.finish_run", lambda *arguments: None)
     for module, name, value in (
         (gathering, "POLL_SECONDS", 0.002),
         (server, "POLL_SECONDS", 0.002),

@@ -14,21 +14,21 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import toy
 from fedloom.flower import relay as client
-from fedloom.flower.payload import pack, unpack
-from fedloom.flower.settings import shared
+from fedloom.flower.payload import pack_parcel, unpack_parcel
+from fedloom.flower.settings import shared_settings
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.model.examples import Example
 from fedloom.model.placement import Adapter, Placement
-from fedloom.model.tokens import Prepared
+from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import Config, LoraSettings
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.rounds.turns import Train, Trained
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, Site
+from fedloom.workspace.assemble import LocalClient, Setup
 from fedloom.workspace.plan import caps_of
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -45,7 +45,7 @@ LATE = object()
 
 
 def settings(*overrides: str) -> Config:
-    return load(TESTBED / "demo.toml", [*SHORT, *overrides])
+    return load_config(TESTBED / "demo.toml", [*SHORT, *overrides])
 
 
 def site(name: str, folder: Path, policy: Policy | None = None) -> SiteConfig:
@@ -91,7 +91,7 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
     placed = {name: Placement(shape, toy.RANK, 32.0) for name, shape in toy.SHAPES.items()}
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
-    sites = {name: Site(adapter, Prepared(tuple(held), 0)) for name, held in texts.items()}
+    sites = {name: LocalClient(adapter, TokenizedExamples(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
     job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
     return ToySetup(config, job, None, adapter, toy.initial(), sites, {}, None, "toy")
@@ -144,14 +144,14 @@ class DeskGrid:
         identifier = message.object_id
         message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
         node = next(node for node in self.nodes if node.node_id == message.metadata.dst_node_id)
-        facts = unpack(message.content).facts
+        facts = unpack_parcel(message.content).facts
         asked = (str(facts["ask"]), int(facts["round"]))
         self.log.append((node.desk.site.name, *asked))
-        context = Context(1, node.node_id, {}, RecordDict(), {"settings": shared(self.config)})
+        context = Context(1, node.node_id, {}, RecordDict(), {"settings": shared_settings(self.config)})
         reply = client.relay(message, context, lambda parcel, _: node.desk.answer(parcel))
-        outcome = self.disturb(node, *asked, unpack(reply.content)) if self.disturb else "as it is"
+        outcome = self.disturb(node, *asked, unpack_parcel(reply.content)) if self.disturb else "as it is"
         if isinstance(outcome, Parcel | Error):
-            reply = Message(pack(outcome) if isinstance(outcome, Parcel) else outcome, reply_to=message)
+            reply = Message(pack_parcel(outcome) if isinstance(outcome, Parcel) else outcome, reply_to=message)
         if outcome is not None:
             self.arriving.append((asked[1] + (outcome is LATE), identifier, reply))
         self.round = asked[1]

@@ -12,7 +12,7 @@ from desks import SITES, TESTBED
 
 from fedloom.flower import launch
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 
 STRANGER = "stranger"
 
@@ -32,7 +32,7 @@ class Processes(Loopback):
             "flower.min_replies=3",
             "data.heldout=null",
         ]
-        return load(TESTBED / "demo.toml", [*own, *self.overrides()])
+        return load_config(TESTBED / "demo.toml", [*own, *self.overrides()])
 
     def said(self, name: str, words: str) -> int:
         """How often a process has said these words."""
@@ -44,7 +44,7 @@ class Processes(Loopback):
 
         def wait() -> None:
             try:
-                ended.append(launch.run(self.settings(), out, resume=resume))
+                ended.append(launch.run_on_superlink(self.settings(), out, resume=resume))
             except Exception as error:  # the test looks at it
                 ended.append(error)
 

@@ -10,9 +10,9 @@ import desks
 import pytest
 
 import toy
-from fedloom.flower.settings import shared
+from fedloom.flower.settings import shared_settings
 from fedloom.model.base import base_digest
-from fedloom.records.ledger import Roll, read
+from fedloom.records.ledger import Roll, read_rows
 from fedloom.site.desk import Desk
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel
@@ -43,7 +43,7 @@ def loads(monkeypatch):
         loaded.append(config)
         return desks.assemble(config, *arguments)
 
-    monkeypatch.setattr("fedloom.site.desk.assemble", assemble)
+    monkeypatch.setattr("fedloom.site.desk.build_setup", assemble)
     return loaded
 
 
@@ -53,7 +53,7 @@ def made(tmp_path: Path, policy: Policy | None = None) -> Desk:
 
 
 def ask(desk: Desk, what: str, *overrides: str, job: str = JOB, round: int = 1, **facts) -> Parcel:
-    asked = {"ask": what, "job": job, "settings": shared(desks.settings(*overrides)), "round": round}
+    asked = {"ask": what, "job": job, "settings": shared_settings(desks.settings(*overrides)), "round": round}
     return desk.answer(Parcel({**asked, "base": base_digest(desk.site.model), **facts}))
 
 
@@ -66,7 +66,7 @@ def jobs(desk: Desk) -> list[Path]:
 
 
 def charged(desk: Desk) -> float:
-    return desk.trail.spent(JOB, 1).mu_squared / NOISE.privacy.mu**2
+    return desk.trail.count_spent(JOB, 1).mu_squared / NOISE.privacy.mu**2
 
 
 @pytest.mark.parametrize("what", ["hello", "turn", "deliver"])
@@ -118,7 +118,7 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, loads, monkeypatch):
 
     desk = made(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("fedloom.site.store.checkpoint.save", full)
+        patch.setattr("fedloom.site.store.checkpoint.save_checkpoint", full)
         refused(ask(desk, "hello"), "could not take its turn: OSError")
     assert jobs(desk) == []
     assert "error" not in ask(desk, "hello").facts
@@ -204,7 +204,7 @@ def test_every_draw_of_noise_is_charged(tmp_path, loads, monkeypatch):
 
 def test_no_noise_is_drawn_that_cannot_be_charged(tmp_path, loads, monkeypatch):
     drawn: list[object] = []
-    monkeypatch.setattr("fedloom.site.policy.released", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("fedloom.site.policy.release_change", lambda *arguments: drawn.append(arguments))
     desk = made(tmp_path, NOISE)
     monkeypatch.setattr(desk.trail, "charge", lambda *arguments: 1 / 0)
     refused(ask(desk, "turn"), "ZeroDivisionError")
@@ -232,7 +232,7 @@ def test_a_traceback_in_the_log_is_marked(tmp_path, loads, caplog, monkeypatch):
     def broken(*arguments):
         raise ValueError("one\nINFO forged\x1b[2K")
 
-    monkeypatch.setattr("fedloom.site.desk.assemble", broken)
+    monkeypatch.setattr("fedloom.site.desk.build_setup", broken)
     refused(ask(made(tmp_path), "hello"), "ValueError")
     first, *more = caplog.records[-1].getMessage().split("\n")
     assert first.isprintable() and len(more) > 3
@@ -253,12 +253,13 @@ def test_a_server_that_goes_back_a_round_is_followed(tmp_path, loads):
 def test_fed_sb_runs_at_desks_from_the_first_round_to_the_last(toy_federation, tmp_path):
     """From round 2 on the r × r matrix travels alone; it was taken for a leak."""
     federation, grid = toy_federation("method.name=fed-sb", policies={"lab": NOISE})
-    rolls = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
+    rolls = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
     assert [roll.answered for roll in rolls] == [desks.SITES] * 3
     for name in desks.SITES:
         held = grid.node(name).desk.held
         assert held is not None and held.after.digest == federation.server.digest
     lines, _, _ = grid.node("lab").desk.trail.verify()
     assert (
-        math.isclose(grid.node("lab").desk.trail.spent("", 1).mu_squared, 3 * NOISE.privacy.mu**2) and len(lines) == 6
+        math.isclose(grid.node("lab").desk.trail.count_spent("", 1).mu_squared, 3 * NOISE.privacy.mu**2)
+        and len(lines) == 6
     )

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from fedloom.errors import RoundError, SiteError
 from fedloom.flower import relay as client
-from fedloom.flower.fleet import Asked, Fleet, Reply
-from fedloom.flower.payload import pack, unpack
-from fedloom.records.ledger import Roll, Training, Transfer, read
+from fedloom.flower.fleet import Fleet, Reply, SentRequest
+from fedloom.flower.payload import pack_parcel, unpack_parcel
+from fedloom.records.ledger import Roll, Training, Transfer, read_rows
 from fedloom.report import summarise
-from fedloom.site.protocol import Parcel, Statement, request, statement
+from fedloom.site.protocol import Parcel, Statement, parse_request, parse_statement
 from hostile import WHOLE, is_tame
 
 pytestmark = pytest.mark.flower
@@ -62,19 +62,19 @@ WORSE = (
 
 
 def test_what_a_site_may_say_is_read_and_the_rest_is_not_looked_at():
-    assert statement({**GOOD, "more": "x"}) == Statement("lab", 3, "0a", 0.5, 10, 2.5)
-    assert statement({}) == Statement()
+    assert parse_statement({**GOOD, "more": "x"}) == Statement("lab", 3, "0a", 0.5, 10, 2.5)
+    assert parse_statement({}) == Statement()
 
 
 def test_half_of_a_surrogate_pair_is_no_fact():
     with pytest.raises(SiteError, match="the facts in its reply are wrong: Invalid JSON"):
-        statement({"name": "\ud800"})
+        parse_statement({"name": "\ud800"})
 
 
 @pytest.mark.parametrize("bad", [*BAD, *WORSE], ids=str)
 def test_what_no_site_can_have_is_refused_by_its_name(bad: dict):
     with pytest.raises(SiteError, match=f"the facts in its reply are wrong: {next(iter(bad))}"):
-        statement({**GOOD, **bad})
+        parse_statement({**GOOD, **bad})
 
 
 FACTS = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none())
@@ -83,7 +83,7 @@ FACTS = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(
 @given(st.dictionaries(st.sampled_from([*GOOD, "error", "more"]), FACTS))
 def test_any_facts_are_a_statement_of_finite_numbers_or_are_refused(facts: dict):
     try:
-        said = statement(facts)
+        said = parse_statement(facts)
     except SiteError as error:
         assert is_tame(str(error)) and len(str(error)) < 500
         return
@@ -94,16 +94,16 @@ def test_any_facts_are_a_statement_of_finite_numbers_or_are_refused(facts: dict)
 @given(st.dictionaries(st.sampled_from(["ask", "job", "settings", "base", "round", "counted", "\x1b[2J" * 99]), FACTS))
 def test_a_request_that_is_none_is_refused_in_tame_words(facts: dict):
     with pytest.raises(SiteError) as refused:
-        request(facts)
+        parse_request(facts)
     assert is_tame(str(refused.value)) and len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize("bad", [{"base": "\x1b"}, {"base": "0" * 129}, {"round": 2**31}, {"counted": 2**62}])
 def test_a_request_is_bounded(bad: dict):
     good = {"ask": "turn", "job": "0" * 16, "settings": "", "base": "0" * 32, "round": 1, "counted": 0}
-    assert request(good).round == 1
+    assert parse_request(good).round == 1
     with pytest.raises(SiteError, match=next(iter(bad))):
-        request({**good, **bad})
+        parse_request({**good, **bad})
 
 
 def test_bad_facts_refuse_the_site_and_the_run_goes_on_and_is_whole(toy_federation, tmp_path: Path):
@@ -113,7 +113,7 @@ def test_bad_facts_refuse_the_site_and_the_run_goes_on_and_is_whole(toy_federati
 
     federation, _ = toy_federation(f"federation.num_rounds={len(BAD) + 1}", disturb=lie)
     assert federation.server.version == len(BAD) + 1
-    rows = read(tmp_path / "run" / "ledger.jsonl")
+    rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     failed = [row.failed.get("lab", "") for row in rows if isinstance(row, Roll)]
     assert [next(iter(bad)) in reason for bad, reason in zip(BAD, failed, strict=False)] == [True] * len(BAD)
     assert all("refused: the facts in its reply are wrong" in reason for reason in failed[:-1]) and not failed[-1]
@@ -131,7 +131,9 @@ def test_what_a_site_calls_its_error_is_harmless_where_it_is_kept(toy_federation
         return Parcel({"error": HARM}) if hit else "as it is"
 
     toy_federation(disturb=fail)
-    (reason,) = (row.failed["lab"] for row in read(tmp_path / "run" / "ledger.jsonl") if getattr(row, "failed", {}))
+    (reason,) = (
+        row.failed["lab"] for row in read_rows(tmp_path / "run" / "ledger.jsonl") if getattr(row, "failed", {})
+    )
     assert reason.startswith(r"\x1b]52;c;") and len(reason) == 300
     for name in ("ledger.jsonl", "log.jsonl", "metrics.prom"):
         assert is_tame((tmp_path / "run" / name).read_text(encoding="utf-8"))
@@ -173,7 +175,7 @@ class Nodes:
 
 
 def hello(fleet: Fleet, node: int, name: str) -> str | None:
-    return fleet.introduce(Reply(Asked(node, "", "hello", 0, "", 0.0), Parcel({}), said=Statement(name)))
+    return fleet.introduce(Reply(SentRequest(node, "", "hello", 0, "", 0.0), Parcel({}), said=Statement(name)))
 
 
 @pytest.fixture
@@ -217,13 +219,13 @@ def test_a_late_reply_is_checked_before_it_is_kept(toy_federation, tmp_path: Pat
             identifier = super().handed(message)
             if self.log[-1] == ("lab", "turn", 2) and self.log.count(("lab", "turn", 2)) == 1:
                 round, identifier, reply = self.arriving.pop()
-                held = unpack(reply.content)
+                held = unpack_parcel(reply.content)
                 self.arriving.append((round + 1, identifier, _changed(message, held.facts, late(held))))
             return identifier
 
     overrides = ("flower.grace=0.02", "flower.deadline=20", "output.keep_payloads=true")
     toy_federation(*overrides, grid=Lagging(settings(*overrides), tmp_path))
-    rows = read(tmp_path / "run" / "ledger.jsonl")
+    rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     (reason,) = (row.late["lab"] for row in rows if isinstance(row, Roll) and row.late)
     assert "update of round 2 came after" in reason and words in reason
     counted = [row for row in rows if isinstance(row, Transfer) and (row.client, row.direction) == ("lab", "up")]
@@ -232,20 +234,20 @@ def test_a_late_reply_is_checked_before_it_is_kept(toy_federation, tmp_path: Pat
 
 
 def _changed(message: Message, facts: dict, payloads: tuple[bytes, ...]) -> Message:
-    return Message(pack(Parcel(facts, payloads)), reply_to=message)
+    return Message(pack_parcel(Parcel(facts, payloads)), reply_to=message)
 
 
 def _relayed(ask) -> Parcel:
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-    message = Message(pack(Parcel({"ask": "hello"})), 1, "query")
+    message = Message(pack_parcel(Parcel({"ask": "hello"})), 1, "query")
     message.metadata.__dict__.update(_message_id="1", _run_id=1, _src_node_id=1)
-    return unpack(client.relay(message, Context(1, 1, {}, RecordDict(), {"settings": ""}), ask).content)
+    return unpack_parcel(client.relay(message, Context(1, 1, {}, RecordDict(), {"settings": ""}), ask).content)
 
 
 def test_the_relay_tells_the_server_no_paths_and_the_site_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     socket, token = tmp_path / "secret-folder.sock", tmp_path / "secret-folder.token"
     with caplog.at_level(logging.WARNING, "fedloom.relay"):
-        said = _relayed(lambda parcel, _: client.call(parcel, socket, token, patience=-1))
+        said = _relayed(lambda parcel, _: client.call_worker(parcel, socket, token, patience=-1))
     assert "its token cannot be read" in said.facts["error"] and "secret-folder" not in str(said.facts)
     assert str(socket) in caplog.text and str(token) in caplog.text
 

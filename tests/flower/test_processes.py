@@ -14,8 +14,8 @@ from desks import SITES
 from processes import STRANGER, Processes
 
 from fedloom.flower import launch
-from fedloom.records.ledger import Training, read
-from fedloom.server.local import run
+from fedloom.records.ledger import Training, read_rows
+from fedloom.server.local import run_local
 
 pytestmark = pytest.mark.flower
 
@@ -34,7 +34,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 def undisturbed(federation: Processes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The local engine's run with the same settings: everybody answers in every round."""
     folder = tmp_path_factory.mktemp("local") / "run"
-    run(federation.settings(), folder)
+    run_local(federation.settings(), folder)
     return folder
 
 
@@ -50,7 +50,7 @@ def trained_once_a_round(federation: Processes, out: Path) -> None:
     """No turn is in a site's own ledger twice."""
     job = (out / "job").read_text()
     for site in SITES:
-        rows = read(federation.folder / "fed/sites" / site / "state/jobs" / job / "ledger.jsonl")
+        rows = read_rows(federation.folder / "fed/sites" / site / "state/jobs" / job / "ledger.jsonl")
         assert [row.round for row in rows if isinstance(row, Training)] == [1, 2, 3], site
 
 

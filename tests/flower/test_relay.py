@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from fedloom.errors import SiteError
 from fedloom.flower import relay as client
-from fedloom.flower.payload import FACTS, SIZES, pack, unpack
+from fedloom.flower.payload import FACTS, SIZES, pack_parcel, unpack_parcel
 from fedloom.site import worker
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
-from fedloom.site.protocol import MAGIC, Parcel, cut, receive, request, send, sizes
+from fedloom.site.protocol import MAGIC, Parcel, cut_payloads, parse_request, parse_sizes, receive_parcel, send_parcel
 
 pytestmark = pytest.mark.flower
 
@@ -40,18 +40,18 @@ PARCELS = st.builds(
 def test_a_parcel_arrives_as_it_was_sent(parcel: Parcel):
     near, far = socket.socketpair()
     with near, far:
-        send(near, parcel)
-        assert receive(far) == parcel
+        send_parcel(near, parcel)
+        assert receive_parcel(far) == parcel
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PARCELS)
 def test_a_parcel_travels_in_a_message_of_flowers(parcel: Parcel):
-    assert unpack(pack(parcel)) == parcel
+    assert unpack_parcel(pack_parcel(parcel)) == parcel
 
 
 def test_payloads_travel_as_one_opaque_array():
-    records = pack(Parcel({"a": 1}, (b"one", b"two")))
+    records = pack_parcel(Parcel({"a": 1}, (b"one", b"two")))
     arrays = [array for record in records.array_records.values() for array in record.values()]
     assert [(array.dtype, array.shape, array.data) for array in arrays] == [("uint8", (6,), b"onetwo")]
 
@@ -67,7 +67,7 @@ def test_payloads_travel_as_one_opaque_array():
 )
 def test_a_message_that_is_none_of_ours_is_refused(content: RecordDict):
     with pytest.raises(SiteError):
-        unpack(content)
+        unpack_parcel(content)
 
 
 @pytest.mark.parametrize(
@@ -88,15 +88,15 @@ def test_bytes_that_are_no_parcel_are_refused(sent: bytes):
         near.sendall(sent)
         near.shutdown(socket.SHUT_WR)
         with pytest.raises((SiteError, ConnectionError)):
-            receive(far)
+            receive_parcel(far)
 
 
 def test_lengths_must_fill_the_content():
-    assert cut(b"abc", [1, 0, 2]) == (b"a", b"", b"bc")
+    assert cut_payloads(b"abc", [1, 0, 2]) == (b"a", b"", b"bc")
     with pytest.raises(SiteError, match="announced"):
-        cut(b"abc", [4])
+        cut_payloads(b"abc", [4])
     with pytest.raises(SiteError, match="lengths"):
-        sizes([2**34])
+        parse_sizes([2**34])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_lengths_must_fill_the_content():
 )
 def test_requests_that_no_worker_knows_are_refused(facts: dict):
     with pytest.raises(SiteError, match="no request that a worker knows"):
-        request(facts)
+        parse_request(facts)
 
 
 @pytest.fixture
@@ -147,14 +147,16 @@ def serving(tmp_path: Path):
 def test_the_worker_answers_those_who_show_the_token_alone(serving, tmp_path: Path):
     path, token = serving
     assert path.stat().st_mode & 0o777 == 0o600 and token.stat().st_mode & 0o777 == 0o600
-    reply = client.call(Parcel({"ask": "hello"}, (b"12",)), path, token)
+    reply = client.call_worker(Parcel({"ask": "hello"}, (b"12",)), path, token)
     assert reply == Parcel({"asked": "hello"}, (b"12",))
     (tmp_path / "wrong").write_text("0" * 64)
-    assert client.call(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {"error": "the token is wrong"}
+    assert client.call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
+        "error": "the token is wrong"
+    }
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(path))
         rude.sendall(b"rubbish" * 10)
-    assert client.call(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
+    assert client.call_worker(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
 
 
 def test_a_token_that_others_may_read_is_refused(tmp_path: Path):
@@ -169,13 +171,13 @@ def test_a_worker_that_does_not_come_back_is_an_error(tmp_path: Path):
     (tmp_path / "token").write_text("x")
     began = time.monotonic()
     with pytest.raises(SiteError, match="the worker is away"):
-        client.call(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
+        client.call_worker(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
     assert time.monotonic() - began >= 0.1
 
 
 def test_a_supernode_must_name_its_worker():
     with pytest.raises(SiteError, match="worker-socket"):
-        client.worker(Context(1, 2, {}, RecordDict(), {}))
+        client.worker_files(Context(1, 2, {}, RecordDict(), {}))
 
 
 def test_the_client_app_loads_no_torch():

@@ -13,7 +13,7 @@ from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import digest
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Note, Roll, Run, Transfer, read, totals
+from fedloom.records.ledger import Note, Roll, Run, Transfer, read_rows, totals
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Attendance, Rounds
 from fedloom.site.protocol import Parcel
@@ -45,11 +45,11 @@ def state(server) -> tuple[str, ...]:
 
 
 def rolls(tmp_path: Path) -> list[Roll]:
-    return [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
+    return [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
 
 
 def notes(tmp_path: Path) -> str:
-    return "\n".join(row.text for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note))
+    return "\n".join(row.text for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note))
 
 
 def payloads(folder: Path) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def test_payloads_and_states_are_those_of_the_local_engine(toy_federation, tmp_p
         held = grid.node(name).desk.held.after
         assert state(held) == state(simulation.sites.states[name])
         assert held.memory.keys() == simulation.sites.states[name].memory.keys()
-    sums = [totals(read(tmp_path / out / "ledger.jsonl")) for out in ("run", "local")]
+    sums = [totals(read_rows(tmp_path / out / "ledger.jsonl")) for out in ("run", "local")]
     assert sums[0] == sums[1]
 
 
@@ -234,7 +234,7 @@ def test_a_site_with_another_past_is_sent_the_full_state(toy_federation, tmp_pat
 
     federation, grid = toy_federation("method.name=fedit", disturb=only("lab", 2, amnesia))
     assert state(grid.node("lab").desk.held.after)[0] == federation.server.version
-    rows = read(tmp_path / "run" / "ledger.jsonl")
+    rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     assert [row.kind for row in rows if isinstance(row, Transfer) and row.client == "lab"].count("state") >= 1
 
 
@@ -249,7 +249,7 @@ def test_a_refusal_by_policy_is_told_without_its_reason(toy_federation, tmp_path
 
 def test_a_reply_that_is_sent_again_counts_against_the_sites_bytes(toy_federation, tmp_path: Path):
     toy_federation("federation.num_rounds=1", out="probe")
-    rows = [row for row in read(tmp_path / "probe" / "ledger.jsonl") if isinstance(row, Transfer)]
+    rows = [row for row in read_rows(tmp_path / "probe" / "ledger.jsonl") if isinstance(row, Transfer)]
     size = max(row.bytes for row in rows if row.direction == "up")
 
     def restart(node, reply):
@@ -294,7 +294,7 @@ def test_a_site_that_was_refused_may_mend_itself_and_take_part(toy_federation, t
 
 def test_the_ledger_says_what_the_run_is(toy_federation, tmp_path: Path):
     toy_federation()
-    assert isinstance(read(tmp_path / "run" / "ledger.jsonl")[0], Run)
+    assert isinstance(read_rows(tmp_path / "run" / "ledger.jsonl")[0], Run)
     assert [roll.round for roll in rolls(tmp_path)] == [1, 2, 3]
 
 
@@ -308,10 +308,10 @@ def test_the_ledger_says_what_the_run_is(toy_federation, tmp_path: Path):
     ],
 )
 def test_settings_that_cannot_go_across_machines_are_refused_at_once(override: str, words: str):
-    from fedloom.flower.settings import check
+    from fedloom.flower.settings import check_flower_settings
 
     with pytest.raises(ConfigError, match=words):
-        check(settings(override))
+        check_flower_settings(settings(override))
 
 
 def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_federation, tmp_path: Path, monkeypatch):

@@ -16,13 +16,13 @@ import pytest
 from desks import TESTBED
 
 from fedloom.errors import CheckpointError, ConfigError, FedloomError, RoundError
-from fedloom.flower.settings import installed, shared
+from fedloom.flower.settings import check_installed, shared_settings
 from fedloom.flower.simulated import actors, simulation
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
 from fedloom.server import local
-from fedloom.workspace.assemble import prepare
+from fedloom.workspace.assemble import load_setup
 
 pytestmark = pytest.mark.flower
 needs_ray = pytest.mark.skipif(
@@ -70,9 +70,9 @@ class Witness(Silent):
 
 @needs_ray
 def test_the_simulated_federation_ends_with_the_local_engines_bytes(tmp_path: Path):
-    config, witness = load(TESTBED / "demo.toml", overrides(tmp_path)), Witness()
-    local.run(config, tmp_path / "local")
-    simulation.run(config, tmp_path / "flower", observer=witness)
+    config, witness = load_config(TESTBED / "demo.toml", overrides(tmp_path)), Witness()
+    local.run_local(config, tmp_path / "local")
+    simulation.run_simulated(config, tmp_path / "flower", observer=witness)
     _, left = psutil.wait_procs(witness.processes, timeout=10)
     assert same_bytes(tmp_path / "flower", tmp_path / "local")
     assert len(list((tmp_path / "flower" / "sites").glob(f"*/jobs/*/{ADAPTER}"))) == len(SITES)
@@ -117,18 +117,18 @@ def test_a_run_that_was_stopped_leaves_no_process_and_is_resumed(tmp_path: Path,
     _, left = psutil.wait_procs(children, timeout=30)
     assert children and not left
     assert ended(fedloom(out / "config.toml", out, "--resume")) == (0, "")
-    local.run(load(out / "config.toml"), tmp_path / "local")
+    local.run_local(load_config(out / "config.toml"), tmp_path / "local")
     assert same_bytes(out, tmp_path / "local")
 
 
 @needs_ray
 @pytest.mark.slow
 def test_what_keeps_ray_from_starting_is_told(tmp_path: Path):
-    config = simulation.with_participants(load(TESTBED / "demo.toml", overrides(tmp_path)))
+    config = simulation.with_participants(load_config(TESTBED / "demo.toml", overrides(tmp_path)))
     backend = {"init_args": {"nonsense": 1}}
     with (
         pytest.raises(RoundError, match=r"Simulation Runtime has ended: .*nonsense"),
-        simulation.Runtime(simulation.cast(config, tmp_path, 0.0), backend) as runtime,
+        simulation.Runtime(simulation.build_cast(config, tmp_path, 0.0), backend) as runtime,
     ):
         while True:
             runtime.get_nodes()
@@ -150,33 +150,33 @@ def test_what_keeps_ray_from_starting_is_told(tmp_path: Path):
 def test_a_mistake_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong, message):
     (tmp_path / "b.jsonl").write_text('{"instruction": "a b", "output": "b"}\n{"instruction": "b", "output": "b"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(simulation, "serve", lambda *arguments, **more: pytest.fail("it began"))
+    monkeypatch.setattr(simulation, "run_federation", lambda *arguments, **more: pytest.fail("it began"))
     with pytest.raises(FedloomError, match=message):
-        simulation.run(load(TESTBED / "demo.toml", wrong), tmp_path / "run")
+        simulation.run_simulated(load_config(TESTBED / "demo.toml", wrong), tmp_path / "run")
 
 
 def test_every_process_splits_one_source_as_the_local_engine_does():
     split = ["data.partitioner=iid", "federation.num_clients=3", f"data.source={TESTBED}/data/lab/validation.jsonl"]
-    config = simulation.with_participants(load(TESTBED / "demo.toml", [*split, "data.heldout=null"]))
+    config = simulation.with_participants(load_config(TESTBED / "demo.toml", [*split, "data.heldout=null"]))
     assert config.federation.participants == ("client-00", "client-01", "client-02")
-    assert actors.everybody(shared(config)).fingerprint == prepare(config).fingerprint
+    assert actors.load_everybody(shared_settings(config)).fingerprint == load_setup(config).fingerprint
 
 
 def test_a_folder_that_is_taken(tmp_path: Path):
     (tmp_path / "other").write_text("")
     with pytest.raises(CheckpointError, match="other files"):
-        simulation.run(load(TESTBED / "demo.toml"), tmp_path)
+        simulation.run_simulated(load_config(TESTBED / "demo.toml"), tmp_path)
 
 
 def test_gpus_are_shared_as_the_settings_say(monkeypatch: pytest.MonkeyPatch):
     def settings(*given: str) -> Config:
-        return load(TESTBED / "demo.toml", given)
+        return load_config(TESTBED / "demo.toml", given)
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [simulation.gpu_share(settings(f"model.device={device}")) for device in ("cpu", "auto", "cuda")] == [0, 1, 1]
     shared = settings("model.device=cuda", "flower.sim_gpus=0.5", "flower.sim_cpus=3")
-    started = simulation.backend(shared, 4, simulation.gpu_share(shared))
+    started = simulation.ray_backend(shared, 4, simulation.gpu_share(shared))
     assert (started["init_args"]["num_cpus"], started["init_args"]["num_gpus"]) == (3, 2)
     assert started["client_resources"]["num_gpus"] == 0.5
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -186,4 +186,4 @@ def test_gpus_are_shared_as_the_settings_say(monkeypatch: pytest.MonkeyPatch):
 
 def test_without_ray_the_extra_is_named():
     with pytest.raises(ConfigError, match=r'needs no_ray, .*: pip install "fedloom\[simulation\]"'):
-        installed("simulation", "json", "no_ray")
+        check_installed("simulation", "json", "no_ray")

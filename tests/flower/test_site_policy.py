@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.flower.payload import pack, unpack
-from fedloom.records.ledger import Roll, Training, Transfer, read
+from fedloom.flower.payload import pack_parcel, unpack_parcel
+from fedloom.records.ledger import Roll, Training, Transfer, read_rows
 from fedloom.site.audit import AuditTrail
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel
@@ -17,7 +17,7 @@ NOISE = Privacy(clip_norm=1.0, noise_multiplier=2.0)
 
 
 def rows(tmp_path: Path):
-    return read(tmp_path / "run" / "ledger.jsonl")
+    return read_rows(tmp_path / "run" / "ledger.jsonl")
 
 
 def trail(grid, name):
@@ -40,8 +40,8 @@ def test_with_noise_the_loss_stays_at_the_site_and_every_round_is_counted(toy_fe
     federation, grid = toy_federation(policies={"lab": Policy(privacy=NOISE)})
     losses = {row.client: row.loss for row in rows(tmp_path) if isinstance(row, Training)}
     assert math.isnan(losses["lab"]) and losses["bank"] == 1.0
-    assert math.isclose(trail(grid, "lab").spent("", 1).mu_squared, 3 * NOISE.mu**2)
-    assert trail(grid, "bank").spent("", 1).mu_squared == 0
+    assert math.isclose(trail(grid, "lab").count_spent("", 1).mu_squared, 3 * NOISE.mu**2)
+    assert trail(grid, "bank").count_spent("", 1).mu_squared == 0
     held = grid.node("lab").desk.held
     assert held is not None and held.after.digest == federation.server.digest
 
@@ -58,7 +58,7 @@ def test_the_same_request_again_gets_the_same_noise_and_costs_no_more_privacy(to
                 {"ask": "turn", "job": place.job, "settings": place.settings, "base": desk._base, "round": round},
             )
             counted = Parcel({**again.facts, "counted": round - 1}, again.payloads)
-            repeats.append(unpack(pack(desk.answer(counted))).payloads)
+            repeats.append(unpack_parcel(pack_parcel(desk.answer(counted))).payloads)
             assert desk.held is held
         return "as it is"
 
@@ -67,7 +67,7 @@ def test_the_same_request_again_gets_the_same_noise_and_costs_no_more_privacy(to
     lines = trail(grid, "lab").lines()
     assert len([line for line in lines if line.payload]) == 6
     assert len({line.payload for line in lines if line.payload}) == 3 == len([li for li in lines if not li.payload])
-    assert math.isclose(trail(grid, "lab").spent("", 1).mu_squared, 3 * NOISE.mu**2)
+    assert math.isclose(trail(grid, "lab").count_spent("", 1).mu_squared, 3 * NOISE.mu**2)
 
 
 def test_once_the_privacy_budget_is_used_up_the_round_goes_on_without_the_site(toy_federation, tmp_path):
@@ -87,6 +87,6 @@ def test_a_byte_budget_ends_a_sites_part_whatever_the_job(toy_federation, tmp_pa
     sizes = [line.bytes for line in trail(grid, "lab").lines()]
     limit = Policy(max_bytes_day=str(sum(sizes) + sizes[0]), order="run")
     toy_federation(policies={"lab": limit}, out="second")
-    told = [row for row in read(tmp_path / "second" / "ledger.jsonl") if isinstance(row, Roll)]
+    told = [row for row in read_rows(tmp_path / "second" / "ledger.jsonl") if isinstance(row, Roll)]
     assert ["lab" in roll.answered for roll in told] == [True, False, False]
     assert "max_bytes_day is used up" in told[-1].failed["lab"]

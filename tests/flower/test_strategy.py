@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import toy
 from fedloom.compress.entries import Dense
-from fedloom.flower.payload import pack, unpack
+from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.strategy import FedLoomStrategy, agree, take_turn
 from fedloom.lora.pair import digest
 from fedloom.site.protocol import Parcel
@@ -45,7 +45,7 @@ class Grid:
         if node == 1 and round in self.lost:
             reply = Message(LOST, reply_to=message)
         if node == 1 and round in self.forged:
-            reply = Message(pack(Parcel({}, (b"FLOM" + bytes(60),))), reply_to=message)
+            reply = Message(pack_parcel(Parcel({}, (b"FLOM" + bytes(60),))), reply_to=message)
         return reply
 
 
@@ -89,9 +89,9 @@ def test_one_nodes_update_neither_ends_nor_bends_a_round(spoil, reason: str):
         def reply(self, message):
             node, reply = message.metadata.dst_node_id, super().reply(message)
             if node == 2:
-                update = decode(unpack(reply.content).payloads[0])
+                update = decode(unpack_parcel(reply.content).payloads[0])
                 entries = {name: spoil(entry) for name, entry in update.entries.items()}
-                reply = Message(pack(Parcel({}, (encode(Update(update.header, entries)),))), reply_to=message)
+                reply = Message(pack_parcel(Parcel({}, (encode(Update(update.header, entries)),))), reply_to=message)
             return reply
 
     strategy = FedLoomStrategy(toy.initial(), job)

@@ -12,13 +12,13 @@ from fedloom.errors import ConfigError, NumericError, ShapeError
 from fedloom.lora.lowrank import (
     ProductSum,
     frobenius_norm,
-    inner,
+    inner_product,
     relative_error,
     streaming_cap,
     truncate,
     truncate_all,
 )
-from fedloom.lora.lowrank.kernels import Wanted, by_gram
+from fedloom.lora.lowrank.kernels import Wanted, spectrum_by_gram
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair, stack_pairs
 
@@ -143,7 +143,7 @@ def test_clients_that_cancel_leave_gram_without_digits_and_it_says_so():
     one = pair(40, 30, 4)
     nearly = LoraPair(one.A, -one.B * (1 + 1e-6))
     terms = stack_pairs([one, nearly])
-    assert by_gram(Stack(terms.shape, ((terms, 1.0),)), Wanted()) is None
+    assert spectrum_by_gram(Stack(terms.shape, ((terms, 1.0),)), Wanted()) is None
     cut = truncate(terms)
     assert cut.kernel == "qr"
     assert_components(cut, reference.dense(terms))
@@ -215,7 +215,7 @@ def test_norms_and_inner_products_are_those_of_the_products(ranks):
     (first, second), _ = cohort(9, 14, ranks)
     left, right = reference.dense(first), reference.dense(second)
     assert math.isclose(frobenius_norm(first), float(left.norm()), rel_tol=1e-12, abs_tol=1e-12)
-    assert math.isclose(inner(first, second), float((left * right).sum()), rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(inner_product(first, second), float((left * right).sum()), rel_tol=1e-9, abs_tol=1e-9)
     expected = float((left - right).norm()) / float(right.norm()) if ranks[1] else (math.inf if ranks[0] else 0.0)
     assert math.isclose(relative_error(first, [second], [1.0]), expected, rel_tol=1e-9, abs_tol=1e-12)
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
-from fedloom.compress.entries import Seeded, Sparse, dense, to_dense
+from fedloom.compress.entries import Seeded, Sparse, dense_entry, to_dense
 from fedloom.compress.masks import seeded_mask
 from fedloom.errors import NumericError, ShapeError
 from fedloom.lora.lowrank import ProductChange, change, sparse
@@ -98,7 +98,7 @@ def test_all_forms_of_an_entry_mean_the_same(backend, side, rank):
     pair = global_pair(40, 50, 6)
     mask = seeded_mask(240, 0.25, 7)
     seeded = Seeded((40, 6), 7, 0.25, torch.randn(int(mask.sum())) * 0.01)
-    changes = [(seeded, some((6, 50), 0.2, 1)), (some((40, 6), 0.2, 2), dense(torch.randn(6, 50) * 0.01))]
+    changes = [(seeded, some((6, 50), 0.2, 1)), (some((40, 6), 0.2, 2), dense_entry(torch.randn(6, 50) * 0.01))]
     found = solved(pair, side, changes, [0.5, 0.5], rank=rank)
     assert deviation(found, pair, side, changes, [0.5, 0.5], rank=rank) < 2e-5
 
@@ -172,7 +172,7 @@ def test_solving_twice_gives_the_same_bits(backend):
     seed=st.integers(0, 99),
 )
 def test_sparse_products_are_those_of_the_dense_matrix(backend, size, rank, density, turned, quick, seed):
-    piece = sparse.tall(some((rank, size) if turned else (size, rank), density, seed, scale=1.0), turned)
+    piece = sparse.tall_change(some((rank, size) if turned else (size, rank), density, seed, scale=1.0), turned)
     whole = piece.to_dense().double()
     generator = torch.Generator().manual_seed(seed)
     factor, mixing = (torch.randn(lines, rank, generator=generator) for lines in (size, rank))
@@ -187,15 +187,15 @@ def test_sparse_products_are_those_of_the_dense_matrix(backend, size, rank, dens
 
 def test_crossed_changes_are_the_gram_matrix_of_their_stack():
     pytest.importorskip("numba")
-    pieces = [sparse.tall(some((5, 40) if turned else (40, 5), 0.3, 3), turned) for turned in (False, True)]
+    pieces = [sparse.tall_change(some((5, 40) if turned else (40, 5), 0.3, 3), turned) for turned in (False, True)]
     stack = torch.cat([piece.to_dense().double() for piece in pieces], dim=1)
-    assert torch.allclose(sparse.cross(pieces), stack.T @ stack, atol=1e-12)
+    assert torch.allclose(sparse.cross_products(pieces), stack.T @ stack, atol=1e-12)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_line_has_its_elements_in_the_order_of_places(turned):
     entry = some((6, 50) if turned else (50, 6), 0.3, 5)
-    piece = sparse.tall(entry, turned)
+    piece = sparse.tall_change(entry, turned)
     for by_row in (False, True):
         whole = piece.to_dense() if by_row else piece.to_dense().T
         places, starts, values = piece.lines(by_row)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.compress.entries import dense
+from fedloom.compress.entries import dense_entry
 from fedloom.errors import ShapeError
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Update
@@ -20,7 +20,7 @@ def updates_of(ranks, seed):
     total = sum(range(1, len(ranks) + 1))
     states = [random_state(seed + number, rank) for number, rank in enumerate(ranks)]
     return states, [
-        Update(str(number), (number + 1) / total, {name: dense(t) for name, t in state.tensors().items()})
+        Update(str(number), (number + 1) / total, {name: dense_entry(t) for name, t in state.tensors().items()})
         for number, state in enumerate(states)
     ]
 
@@ -68,6 +68,6 @@ def test_a_method_may_weigh_and_read_otherwise():
 
 def test_a_pair_of_another_module_is_not_summed():
     wrong = LoraState({module: LoraPair(torch.ones(1, 3), torch.ones(3, 1)) for module in SHAPES})
-    update = Update("a", 1.0, {name: dense(t) for name, t in wrong.tensors().items()})
+    update = Update("a", 1.0, {name: dense_entry(t) for name, t in wrong.tensors().items()})
     with pytest.raises(ShapeError, match="cannot be added"):
         product_sums([update], random_state(0))

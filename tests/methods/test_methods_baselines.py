@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.compress.entries import Sparse, dense, to_dense
+from fedloom.compress.entries import Sparse, dense_entry, to_dense
 from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.flora_na import coefficients
@@ -375,6 +375,6 @@ def test_fed_sb_refuses_a_matrix_of_another_size():
     base = federation.server.digest
     sender = sender_digest("ada", base, 2)
     header = replace(header, round=2, base_version=1, base_digest=base, result_digest=sender)
-    small = encode(Message(header, {f"{module}/R": dense(torch.eye(3)) for module in SHAPES}))
+    small = encode(Message(header, {f"{module}/R": dense_entry(torch.eye(3)) for module in SHAPES}))
     with pytest.raises(RoundError, match=r"shape \(3, 3\), expected \(4, 4\)"):
         server_turn(federation.job, federation.server, {"ada": small}, 2)

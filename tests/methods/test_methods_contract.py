@@ -11,11 +11,11 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, StaleError
 from fedloom.lora.pair import LoraPair, LoraState, digest
 from fedloom.methods.method import Method, State
-from fedloom.methods.table import METHODS, build, options
+from fedloom.methods.table import METHODS, build, method_options
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.turns import Trained, accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
-from fedloom.workspace.checkpoint import Snapshot, load, save
+from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from toy import Federation, client_seed, delta, job, step, trainer
 
 
@@ -155,7 +155,7 @@ def test_the_archive_sends_the_cheaper_way(name: str):
         full = full_state(federation.job, federation.server, version)
         archive.add(version, federation.broadcasts[-1], len(full))
     state = federation.clients["cyd"]
-    payloads = archive.needed(federation.job, federation.server, 0, state.adapter.ranks(), 6)
+    payloads = archive.payloads_for(federation.job, federation.server, 0, state.adapter.ranks(), 6)
     assert sum(map(len, payloads)) <= min(len(full), sum(map(len, federation.broadcasts)))
     for payload in payloads:
         state = accept(federation.job, state, payload)
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bytes(name: str, tmp_path):
     federation.play()
     federation.play(["ada", "cyd"])
     archive = dict(enumerate(federation.broadcasts))
-    loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
     resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
     resumed.broadcasts, resumed.number = list(loaded.archive.values()), loaded.round
     for run in (federation, resumed):
@@ -203,7 +203,7 @@ def test_clients_of_unequal_rank_survive_a_checkpoint_at_any_round(name: str, tm
     """At the start, and where nobody has moved, low-rank clients hold views of the server's tensors."""
     federation = Federation(job(build(name)), {"ada": 4, "bob": 2, "cyd": 1})
     for round in range(3):
-        loaded = load(save(tmp_path, Snapshot(round, federation.server, federation.clients)))
+        loaded = load_checkpoint(save_checkpoint(tmp_path, Snapshot(round, federation.server, federation.clients)))
         assert_same_model(loaded.server, federation.server)
         for client, state in federation.clients.items():
             assert_same_model(loaded.clients[client], state)
@@ -271,7 +271,7 @@ def test_a_round_of_zero_changes_changes_nothing(name: str):
 @pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n).takes_budget))
 @pytest.mark.parametrize("budget", [420, 600, 5000])
 def test_a_budget_in_bytes_is_kept_and_used(name: str, budget: int):
-    settings = {"client_residual": 0.9} if "client_residual" in options(name) else {}
+    settings = {"client_residual": 0.9} if "client_residual" in method_options(name) else {}
     federation = Federation(job(build(name, settings), values="fp32", budget=budget))
     for _ in range(3):
         federation.play()

@@ -9,20 +9,20 @@ import pytest
 import fedloom
 from fedloom.errors import ConfigError, PolicyRefusal
 from fedloom.methods.method import Method
-from fedloom.methods.table import METHODS, build, options
+from fedloom.methods.table import METHODS, build, method_options
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
-from fedloom.site.policy import Policy, Spent, check_job, check_method
+from fedloom.site.policy import Policy, Spending, check_job, check_method_allowed
 from fedloom.site.protocol import Request
-from fedloom.studies.compare import expanded
+from fedloom.studies.compare import expand_variant
 from fedloom.wire import read_header
 from toy import Federation, job
 
 HALVES = """
-from fedloom.methods import build
-from fedloom.method import Method, replace
+from fedloom.methods.table import build
+from fedloom.methods.method import Method, replace
 
 def halves(*, keep: float = 0.5, needed: int = 3) -> Method:
     return replace(build("fed-dare", {"sparsity": 1 - keep}), name="fedit")
@@ -64,7 +64,7 @@ def test_a_method_of_another_package_plays_under_its_whole_name(package):
     twin.play()
     assert read_header(federation.broadcasts[0]).method == name  # not "fedit", as its builder would have it
     assert federation.server.adapter["layers.1.down"].B.equal(twin.server.adapter["layers.1.down"].B)
-    assert options(name) == {"keep": 0.5, "needed": 3}
+    assert method_options(name) == {"keep": 0.5, "needed": 3}
     assert build(name, {"server_optimizer": "fedadam"}).facts.keeps == "server: moments of fedadam"
 
 
@@ -76,7 +76,7 @@ def test_a_method_of_another_package_plays_under_its_whole_name(package):
         ("own_methods.lacking:halves", {}, r"its module needs 'no_such_library', which is missing"),
         ("own_methods.broken:halves", {}, r"importing own_methods.broken failed: ZeroDivisionError: division by zero"),
         ("own_methods.halves:havles", {}, r"has no 'havles'; did you mean 'halves'\?"),
-        ("own_methods.halves:number", {}, r"number is no function"),
+        ("own_methods.halves:number", {}, r"number is not a function"),
         ("own_methods.halves:loose", {}, r"loose takes \*settings: give every setting a name"),
         ("own_methods.halves:strict", {}, r"method.must is missing"),
         ("own_methods.halves:nothing", {}, r"returns float, not a Method"),
@@ -102,7 +102,7 @@ def test_a_method_is_taken_wherever_a_name_is():
 
 def test_a_variant_may_be_of_another_package():
     def overrides(variant):
-        return expanded(Config(), variant)[variant]
+        return expand_variant(Config(), variant)[variant]
 
     assert overrides("own.halves:halves") == ["method.name=own.halves:halves"]
     assert overrides("own:halves:keep=0.25,lora.r=2") == ["method.name=own:halves", "method.keep=0.25", "lora.r=2"]
@@ -114,13 +114,13 @@ def test_a_site_runs_foreign_code_only_where_its_policy_names_it(package):
     name = "own_methods.halves:halves"
     for policy in (Policy(), Policy(methods=("fedit", "own_methods.halves"))):
         with pytest.raises(PolicyRefusal, match="own_methods.halves:halves") as caught:
-            check_method(policy, name)
+            check_method_allowed(policy, name)
         assert "is not allowed" in caught.value.public
         with pytest.raises(PolicyRefusal):
-            check_job(policy, name, [], 1, Spent())
-    check_method(Policy(methods=(name,)), name)
+            check_job(policy, name, [], 1, Spending())
+    check_method_allowed(Policy(methods=(name,)), name)
     for own in METHODS:
-        check_method(Policy(), own)
+        check_method_allowed(Policy(), own)
     assert "own_methods.halves" not in sys.modules
 
 

@@ -19,7 +19,7 @@ from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.loom import Dial
 from fedloom.methods.method import Context, State, Update
 from fedloom.methods.table import build
-from fedloom.records.config import parse_budget
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.turns import Draft, Job, client_turn, server_turn, start
 from fedloom.wire import Header, Message, encode
 from fedloom.workspace.plan import download_share

@@ -146,7 +146,11 @@ def test_clients_of_a_folder(tmp_path: Path) -> None:
         assert list(found) == ["ada", "bob"], source
         assert found["ada"] == tmp_path / end
         assert len(load_examples(found["bob"])) == 2
-    for source, reason in (("nowhere", "is no folder"), ("nowhere/{client}", "no client"), ("deep/cyd", "no client")):
+    for source, reason in (
+        ("nowhere", "is not a folder"),
+        ("nowhere/{client}", "no client"),
+        ("deep/cyd", "no client"),
+    ):
         with pytest.raises(DataError, match=reason):
             client_sources(f"{tmp_path}/{source}")
 
@@ -249,5 +253,5 @@ def test_a_manifest_holds_only_for_its_data(tmp_path: Path) -> None:
         load_manifest(path, data)
     for broken in ("", "{}", '{"clients": 3}', path.read_text()[:-30]):
         path.write_text(broken)
-        with pytest.raises(DataError, match="no readable split manifest"):
+        with pytest.raises(DataError, match="not a readable split manifest"):
             load_manifest(path, data)

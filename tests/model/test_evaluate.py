@@ -14,7 +14,7 @@ from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge
 from fedloom.model.evaluate import exact_match_and_loss, lm_eval_tasks
 from fedloom.model.examples import Example
-from fedloom.model.tokens import Prepared, tokenize
+from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import TrainingSettings
 from tiny_models import MODELS, llama, placed, tokenizer
@@ -22,7 +22,7 @@ from tiny_models import MODELS, llama, placed, tokenizer
 EXAMPLES = [Example(f"{'ab'[i % 2] * (1 + i % 3)}{i}?", "xy"[i % 2] * (1 + i % 3)) for i in range(24)]
 
 
-def generated(model: torch.nn.Module, data: Prepared) -> list[bool]:
+def generated(model: torch.nn.Module, data: TokenizedExamples) -> list[bool]:
     """Whether greedy decoding, one example at a time, gives each completion and then ends."""
     matches = []
     for tokens in data.examples:
@@ -45,7 +45,7 @@ def test_scores_are_those_of_greedy_generation(name: str) -> None:
     data = tokenize(EXAMPLES, tokenizer(), "plain", 32)
     settings = TrainingSettings(learning_rate=1e-2, max_steps=20, per_device_train_batch_size=24)
     state, _ = local_update(model, state, LoraState(), data, settings, round=1, num_rounds=1, seed=0)
-    peft_bridge.write(model, state)
+    peft_bridge.write_adapter(model, state)
     matches = generated(model, data)
     assert 0 < sum(matches) < len(matches), "a half-trained model, so that both outcomes occur"
     for batch_size in (1, 5, 64):
@@ -57,14 +57,14 @@ def test_scores_are_those_of_greedy_generation(name: str) -> None:
 
 def test_a_completion_that_was_cut_is_no_match() -> None:
     model, state = resident()
-    peft_bridge.write(model, state)
+    peft_bridge.write_adapter(model, state)
     whole = tokenize([Example("ab", "c" * 9)], tokenizer(), "plain", 32)
     cut = tokenize([Example("ab", "c" * 9)], tokenizer(), "plain", 5)
     likeliest = model(input_ids=whole.collate([whole[0]])["input_ids"]).logits.argmax(-1)[0]
     right = tokenize([Example("ab", tokenizer().decode(likeliest[2:3]))], tokenizer(), "plain", 4)
     assert cut.cut == 1 and exact_match_and_loss(model, cut).exact_match == 0
     assert right.cut == 1 and exact_match_and_loss(model, right).exact_match == 0
-    uncut = Prepared(tuple(type(t)(t.ids, t.prompt, True) for t in right.examples), right.pad)
+    uncut = TokenizedExamples(tuple(type(t)(t.ids, t.prompt, True) for t in right.examples), right.pad)
     assert exact_match_and_loss(model, uncut).exact_match == 1
 
 
@@ -81,7 +81,7 @@ def test_mode_and_gradients_are_left_alone() -> None:
 def test_dropout_is_off_while_scoring() -> None:
     model, state = resident()
     peft_bridge.configure(model, placed(llama(), r=4, lora_alpha=12, lora_dropout=0.5))
-    peft_bridge.write(model, state)
+    peft_bridge.write_adapter(model, state)
     data = tokenize(EXAMPLES, tokenizer(), "plain", 32)
     model.train()
     assert exact_match_and_loss(model, data) == exact_match_and_loss(model, data)

@@ -14,11 +14,11 @@ from fedloom.adapters.settings import save_adapter
 from fedloom.errors import DataError, FedloomError, ModelError, NumericError
 from fedloom.model.base import empty_base, load_base
 from fedloom.model.examples import Example
-from fedloom.model.foreign import LONGEST, MOST_STEPS, limited_steps, one_line
+from fedloom.model.foreign import LONGEST, MOST_STEPS, limit_steps, raise_in_one_line
 from fedloom.model.templates import LONGEST_TEMPLATE, TEMPLATES
 from fedloom.model.tokens import tokenize
-from fedloom.records.configfile import load as load_config
-from fedloom.workspace.assemble import prepare as set_up
+from fedloom.records.configfile import load_config
+from fedloom.workspace.assemble import load_setup as set_up
 from tiny_models import CHAT, llama, tokenizer
 
 TESTBED = Path(fedloom.__file__).parents[1] / "testbed"
@@ -77,7 +77,7 @@ def test_nested_json_is_refused(folder: Path) -> None:
 
 def test_a_base_config_with_infinity_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"rope_theta": Infinity}')
-    with pytest.raises(ModelError, match="Infinity is no JSON number"):
+    with pytest.raises(ModelError, match="Infinity is not a JSON number"):
         load_base(folder)
 
 
@@ -131,14 +131,14 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("error", [Panic("index\nout of\x1b bounds"), MemoryError(), RecursionError("deep"), OSError()])
 def test_whatever_a_library_raises_becomes_one_line(error: BaseException) -> None:
-    with pytest.raises(ModelError) as caught, one_line(ModelError, "m"):
+    with pytest.raises(ModelError) as caught, raise_in_one_line(ModelError, "m"):
         raise error
     assert str(caught.value).startswith("m: ") and str(caught.value).isprintable() and len(str(caught.value)) > 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, DataError])
 def test_interrupts_and_own_errors_pass(error: type[BaseException]) -> None:
-    with pytest.raises(error), one_line(ModelError, "m"):
+    with pytest.raises(error), raise_in_one_line(ModelError, "m"):
         raise error
 
 
@@ -155,11 +155,11 @@ def test_a_tokenizer_that_panics_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_steps_of_other_files_are_free_and_the_trace_is_put_back() -> None:
     before = sys.gettrace()
-    with limited_steps("<elsewhere>", 0):
+    with limit_steps("<elsewhere>", 0):
         assert sum(1 for _ in "ab") == 2 and sum(range(MOST_STEPS * 2)) > 0
     assert sys.gettrace() is before
     code = compile("while True:\n    x = 1", "<here>", "exec")
-    with pytest.raises(NumericError, match="steps"), limited_steps("<here>", 0):
+    with pytest.raises(NumericError, match="steps"), limit_steps("<here>", 0):
         exec(code)
     assert sys.gettrace() is before
 

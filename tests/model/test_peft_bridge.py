@@ -67,7 +67,7 @@ def test_model_in_use_is_base_plus_frozen_plus_trained(name: str, use_rslora: bo
     torch.testing.assert_close(logits(model), dense_logits(plain), atol=2e-6, rtol=0)
     trained = random_state(shapes, ranks)
     frozen = random_state(dict(list(shapes.items())[::2]), {module: 1 + i for i, module in enumerate(shapes)}, seed=1)
-    peft_bridge.write(model, trained)
+    peft_bridge.write_adapter(model, trained)
     alone = logits(model)
     torch.testing.assert_close(alone, dense_logits(plain, trained), atol=5e-6, rtol=0)
     peft_bridge.set_frozen(model, frozen)
@@ -84,7 +84,7 @@ def test_frozen_increments_of_other_ranks_replace_the_first_ones() -> None:
     for rank in (5, 2, 5):
         frozen = random_state(shapes, dict.fromkeys(shapes, rank), seed=rank)
         peft_bridge.set_frozen(model, frozen)
-        peft_bridge.write(model, random_state(shapes, dict.fromkeys(shapes, 2)))
+        peft_bridge.write_adapter(model, random_state(shapes, dict.fromkeys(shapes, 2)))
         total = stack([random_state(shapes, dict.fromkeys(shapes, 2)), frozen])
         torch.testing.assert_close(logits(model), dense_logits(plain, total), atol=5e-6, rtol=0)
 
@@ -98,7 +98,7 @@ def test_shapes_are_out_and_in_features(name: str) -> None:
     found = adapter.shapes
     assert {module: shape for module, shape in found.items() if ".0." in module} == expected
     assert len(found) == 4
-    assert peft_bridge.read(peft_bridge.attach(base, adapter)).shapes() == found
+    assert peft_bridge.read_adapter(peft_bridge.attach(base, adapter)).shapes() == found
 
 
 def test_read_after_write_gives_the_same_bits_and_keeps_the_parameters(name: str) -> None:
@@ -107,11 +107,11 @@ def test_read_after_write_gives_the_same_bits_and_keeps_the_parameters(name: str
     model, shapes = peft_bridge.attach(base, adapter), adapter.shapes
     before = [parameter.data_ptr() for parameter in model.parameters()]
     state = random_state(shapes, dict.fromkeys(shapes, 4))
-    peft_bridge.write(model, state)
-    assert digest(peft_bridge.read(model)) == digest(state)
+    peft_bridge.write_adapter(model, state)
+    assert digest(peft_bridge.read_adapter(model)) == digest(state)
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
-    read = peft_bridge.read(model)
-    peft_bridge.write(model, random_state(shapes, dict.fromkeys(shapes, 4), seed=1))
+    read = peft_bridge.read_adapter(model)
+    peft_bridge.write_adapter(model, random_state(shapes, dict.fromkeys(shapes, 4), seed=1))
     assert digest(read) == digest(state), "what was read is a copy"
 
 
@@ -119,25 +119,25 @@ def test_any_rank_can_be_written_and_keeps_alpha() -> None:
     model, shapes = resident(r=4, lora_alpha=8)
     for rank in (2, 0, 8, 4):
         state = random_state(shapes, dict.fromkeys(shapes, rank), seed=rank)
-        peft_bridge.write(model, state)
-        assert digest(peft_bridge.read(model)) == digest(state)
+        peft_bridge.write_adapter(model, state)
+        assert digest(peft_bridge.read_adapter(model)) == digest(state)
         torch.testing.assert_close(logits(model), dense_logits(llama(), state), atol=5e-6, rtol=0)
     peft_bridge.configure(model, placed(llama(), r=3, lora_alpha=7, use_rslora=True, lora_dropout=0.5))
     state = random_state(shapes, dict.fromkeys(shapes, 3))
-    peft_bridge.write(model, state)
-    for module, layer in peft_bridge.layers(model):
+    peft_bridge.write_adapter(model, state)
+    for module, layer in peft_bridge.lora_layers(model):
         assert layer.scaling["default"] == 7 / 3**0.5
         assert layer.lora_dropout["default"].p == 0.5
         torch.testing.assert_close(layer.lora_B["default"].weight * 7 / 3**0.5, state[module].B)
-    for module, pair in peft_bridge.read(model).items():
+    for module, pair in peft_bridge.read_adapter(model).items():
         torch.testing.assert_close(pair.B, state[module].B, rtol=2e-7, atol=0)
 
 
 def test_a_penalty_reaches_the_parameters() -> None:
     model, shapes = resident(r=2, lora_alpha=6, target_modules=["q_proj"])
-    peft_bridge.write(model, random_state(shapes, dict.fromkeys(shapes, 2)))
-    sum(pair.B.square().sum() for pair in peft_bridge.live(model).values()).backward()
-    for _, layer in peft_bridge.layers(model):
+    peft_bridge.write_adapter(model, random_state(shapes, dict.fromkeys(shapes, 2)))
+    sum(pair.B.square().sum() for pair in peft_bridge.live_adapter(model).values()).backward()
+    for _, layer in peft_bridge.lora_layers(model):
         up = layer.lora_B["default"].weight
         torch.testing.assert_close(up.grad, 2 * 3.0**2 * up.detach())
         assert layer.lora_A["default"].weight.grad is None
@@ -158,9 +158,9 @@ def test_adapters_of_a_coarse_base_are_float32() -> None:
     adapter = placed(base, r=2, lora_alpha=4)
     model = peft_bridge.attach(base, adapter)
     state = random_state(adapter.shapes, adapter.ranks)
-    peft_bridge.write(model, state)
+    peft_bridge.write_adapter(model, state)
     peft_bridge.set_frozen(model, state)
-    assert digest(peft_bridge.read(model)) == digest(state)
+    assert digest(peft_bridge.read_adapter(model)) == digest(state)
     kinds = {(name.split(".lora_")[-1], weight.dtype) for name, weight in model.named_parameters() if "lora" in name}
     assert kinds == {
         (f"{part}.{slot}.weight", torch.float32) for part in "AB" for slot in ("default", peft_bridge.FROZEN)
@@ -197,11 +197,11 @@ def test_an_adapter_of_another_model_is_refused() -> None:
     model, shapes = resident(r=2)
     short, two = dict(list(shapes.items())[:-1]), dict.fromkeys(shapes, 2)
     with pytest.raises(ShapeError, match=f"the adapter lacks module {set(shapes).difference(short).pop()}"):
-        peft_bridge.write(model, random_state(short, two))
+        peft_bridge.write_adapter(model, random_state(short, two))
     with pytest.raises(ShapeError, match="the model lacks module other"):
-        peft_bridge.write(model, random_state({**shapes, "other": (3, 4)}, {**two, "other": 2}))
+        peft_bridge.write_adapter(model, random_state({**shapes, "other": (3, 4)}, {**two, "other": 2}))
     wide = {**shapes, "model.layers.1.self_attn.q_proj": (64, 32)}
-    for slot in (peft_bridge.write, peft_bridge.set_frozen):
+    for slot in (peft_bridge.write_adapter, peft_bridge.set_frozen):
         with pytest.raises(ShapeError, match=r"layers\.1\.self_attn\.q_proj.*\(64, 32\).*\(32, 32\)"):
             slot(model, random_state(wide, two))
     with pytest.raises(ShapeError, match="no adapter on other"):

@@ -17,11 +17,11 @@ from test_peft_bridge import random_state
 from torch.func import functional_call
 
 from fedloom.errors import ConfigError, NumericError
-from fedloom.lora.pair import LoraPair, LoraState, between, digest, initial_state
+from fedloom.lora.pair import LoraPair, LoraState, core_matrix, digest, initial_state
 from fedloom.model import peft_bridge, training
 from fedloom.model.examples import Example
-from fedloom.model.tokens import Prepared, tokenize
-from fedloom.model.training import local_update, rate
+from fedloom.model.tokens import TokenizedExamples, tokenize
+from fedloom.model.training import local_update, rate_at
 from fedloom.records.config import LoraSettings, TrainingSettings
 from tiny_models import MODELS, llama, placed, tokenizer
 
@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def client(seed: int = 0, count: int = 8) -> Prepared:
+def client(seed: int = 0, count: int = 8) -> TokenizedExamples:
     draw = random.Random(seed)
     rows = [Example(f"{draw.randrange(10**5)}?", "ab"[: 1 + draw.randrange(2)] * 2) for _ in range(count)]
     return tokenize(rows, tokenizer(), "plain", 32)
@@ -84,7 +84,7 @@ def update(
     )
 
 
-def dense_loss(name: str, data: Prepared, *states: LoraState) -> torch.Tensor:
+def dense_loss(name: str, data: TokenizedExamples, *states: LoraState) -> torch.Tensor:
     """Mean negative log-likelihood of all completion tokens, one example at a time, in float64."""
     model = MODELS[name]().double()
     weights = dict(model.named_parameters())
@@ -169,7 +169,7 @@ def test_within_a_core_only_the_matrix_between_the_factors_moves() -> None:
     after, _ = update(model, begin, settings=settings, core=core, frozen=state)
     for module, pair in after.items():
         assert torch.equal(pair.B, begin[module].B)
-        moved = between(pair.A - begin[module].A, core[module].A)
+        moved = core_matrix(pair.A - begin[module].A, core[module].A)
         torch.testing.assert_close(moved @ core[module].A, pair.A - begin[module].A, atol=1e-6, rtol=0)
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), atol=1e-3, rtol=0)
     again, _ = update(model, state)
@@ -265,13 +265,13 @@ def test_checkpointing_changes_nothing_and_bf16_little() -> None:
 
 def test_the_learning_rate_falls_over_the_rounds() -> None:
     flat = changed(SETTINGS, learning_rate=1.0, max_steps=10)
-    assert [rate(flat, round, 4, 0) for round in (1, 3)] == pytest.approx([1.0, 0.5])
-    assert rate(flat, 2, 3, 0) == rate(flat, 2, 3, 9) == pytest.approx(0.75)
+    assert [rate_at(flat, round, 4, 0) for round in (1, 3)] == pytest.approx([1.0, 0.5])
+    assert rate_at(flat, 2, 3, 0) == rate_at(flat, 2, 3, 9) == pytest.approx(0.75)
     linear = changed(flat, lr_scheduler_type="linear")
-    assert [rate(linear, round, 4, 5) for round in (1, 2, 3, 4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert [rate_at(linear, round, 4, 5) for round in (1, 2, 3, 4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
     constant = changed(flat, lr_scheduler_type="constant")
     for warm in (changed(constant, warmup_steps=20), changed(constant, warmup_ratio=0.5)):
-        rates = [rate(warm, round, 4, step) for round in (1, 2, 3) for step in (0, 9)]
+        rates = [rate_at(warm, round, 4, step) for round in (1, 2, 3) for step in (0, 9)]
         assert rates == pytest.approx([0.05, 0.5, 0.55, 1.0, 1.0, 1.0])
 
 

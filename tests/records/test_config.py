@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, parse_budget, parse_bytes
-from fedloom.records.configfile import dump, keys, load, override, parse, template
+from fedloom.records.config import Config
+from fedloom.records.configfile import dump, load_config, override, parse, setting_keys, settings_template
+from fedloom.records.quantities import parse_budget, parse_bytes
 
 
 def written(path, text):
@@ -18,13 +19,13 @@ def written(path, text):
 
 
 def test_the_commented_file_loads_to_the_defaults():
-    assert parse(tomllib.loads(template()), "template") == Config()
+    assert parse(tomllib.loads(settings_template()), "template") == Config()
 
 
 def test_the_commented_file_shows_every_key_and_its_meaning():
-    shown = tomllib.loads(template())
-    lines = template().splitlines()
-    for key in keys():
+    shown = tomllib.loads(settings_template())
+    lines = settings_template().splitlines()
+    for key in setting_keys():
         section, _, name = key.partition(".")
         commented = any(line.startswith(f"# {name} = ") for line in lines)
         assert name in shown[section] or commented, key
@@ -33,7 +34,7 @@ def test_the_commented_file_shows_every_key_and_its_meaning():
 
 
 def test_examples_of_unset_keys_are_valid():
-    lines = [line.removeprefix("# ") for line in template().splitlines()]
+    lines = [line.removeprefix("# ") for line in settings_template().splitlines()]
     tree = tomllib.loads("\n".join(line for line in lines if re.match(r"\[[\w.]+\]$|\w+ = ", line)))
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
@@ -72,7 +73,7 @@ def test_resolved_settings_round_trip_exactly(tree):
 
 def test_overrides_are_typed_as_toml_and_win(tmp_path):
     file = written(tmp_path / "a.toml", "[lora]\nr = 4\n[wire]\nbudget = '1MiB'\n")
-    config = load(
+    config = load_config(
         file,
         [
             "lora.r=8",
@@ -97,18 +98,18 @@ def test_overrides_are_typed_as_toml_and_win(tmp_path):
 def test_an_override_may_supply_what_the_file_lacks(tmp_path):
     file = written(tmp_path / "a.toml", "[data]\npartitioner = 'iid'\n")
     with pytest.raises(ConfigError, match=r"federation\.num_clients is missing.*a\.toml"):
-        load(file)
-    assert load(file, ["federation.num_clients=3"]).federation.num_clients == 3
+        load_config(file)
+    assert load_config(file, ["federation.num_clients=3"]).federation.num_clients == 3
 
 
 def test_relative_paths_count_from_whoever_says_them(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     file = written(tmp_path / "a.toml", '[model]\npath = "./m"\n[data]\nsource = "owner/name"\n')
-    config = load(file)
+    config = load_config(file)
     assert config.model.path == str(tmp_path / "m")
     assert config.data.source == "owner/name"
-    assert load(file, ["model.path=../n"]).model.path == str(tmp_path / "n")
+    assert load_config(file, ["model.path=../n"]).model.path == str(tmp_path / "n")
 
 
 def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
@@ -154,16 +155,16 @@ def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        load(written(tmp_path / "a.toml", text))
+        load_config(written(tmp_path / "a.toml", text))
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_one_that_is_no_text(tmp_path):
     with pytest.raises(ConfigError, match="no such file; `fedloom init"):
-        load(tmp_path / "none.toml")
+        load_config(tmp_path / "none.toml")
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path / "b.toml")
+        load_config(tmp_path / "b.toml")
 
 
 @pytest.mark.parametrize("text", ["lora.r", "=3", "lora r=3", "a]b=3"])

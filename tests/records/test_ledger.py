@@ -17,7 +17,7 @@ from fedloom.records.ledger import (
     Totals,
     Training,
     Transfer,
-    read,
+    read_rows,
     totals,
 )
 from fedloom.report import summarise
@@ -44,14 +44,14 @@ def filled(path, rows=ROWS):
 
 def test_rows_come_back_as_they_were(tmp_path):
     path = filled(tmp_path / "ledger.jsonl")
-    assert read(path) == ROWS
+    assert read_rows(path) == ROWS
     assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
 
 
 def test_a_loss_that_is_not_finite_is_still_json(tmp_path):
     path = filled(tmp_path / "l", [Training(1, "ada", math.nan, 1, 1), Aggregation(1, {"x": math.inf})])
     assert json.loads(path.read_text().splitlines()[0])["loss"] is None
-    first, second = read(path)
+    first, second = read_rows(path)
     assert math.isnan(first.loss)
     assert math.isnan(second.stats["x"])
 
@@ -79,7 +79,7 @@ def test_running_sums_survive_reopening(tmp_path):
         assert (ledger.rows, ledger.bytes_up, ledger.bytes_down) == (len(ROWS), 200, 50)
         ledger.note(2, "more")
         assert ledger.sync() == len(ROWS) + 1
-        assert len(read(path)) == len(ROWS) + 1
+        assert len(read_rows(path)) == len(ROWS) + 1
 
 
 @given(st.integers(0, 10_000))
@@ -89,10 +89,10 @@ def test_any_truncated_file_reads_as_the_rows_that_are_whole(tmp_path_factory, c
     content = content[: cut % (len(content) + 1)]
     path.write_bytes(content)
     whole = content.count(b"\n")
-    assert read(path) == ROWS[:whole]
+    assert read_rows(path) == ROWS[:whole]
     with Ledger(path) as ledger:
         ledger.append(ROWS[0])
-    assert read(path) == [*ROWS[:whole], ROWS[0]]
+    assert read_rows(path) == [*ROWS[:whole], ROWS[0]]
 
 
 @pytest.mark.parametrize("keep", range(len(ROWS) + 1))
@@ -130,13 +130,13 @@ def test_a_bad_line_is_named(tmp_path, line):
     path = filled(tmp_path / "ledger.jsonl")
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]) + b"\n")
-    with pytest.raises(CheckpointError, match=r"ledger\.jsonl, line 3 is no row of a ledger"):
-        read(path)
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl, line 3 is not a row of a ledger"):
+        read_rows(path)
 
 
 def test_a_missing_ledger(tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.jsonl cannot be read"):
-        read(tmp_path / "none.jsonl")
+        read_rows(tmp_path / "none.jsonl")
 
 
 BAD_ROWS = [
@@ -157,17 +157,17 @@ def test_a_row_that_could_not_be_read_back_is_not_written(tmp_path, row):
             ledger.append(row)
         ledger.append(ROWS[1])
         assert ledger.rows == 2
-    assert read(tmp_path / "ledger.jsonl") == ROWS[:2] == told
+    assert read_rows(tmp_path / "ledger.jsonl") == ROWS[:2] == told
 
 
 def test_seconds_that_an_older_version_wrote_as_null_are_read(tmp_path):
     path = filled(tmp_path / "l")
     line = b'{"row":"training","round":1,"client":"eve","loss":1.0,"steps":3,"examples":10,"seconds":null}\n'
     path.write_bytes(path.read_bytes() + line)
-    assert math.isnan(read(path)[-1].seconds)
-    assert summarise(read(path)).train_seconds == pytest.approx(0.3)
+    assert math.isnan(read_rows(path)[-1].seconds)
+    assert summarise(read_rows(path)).train_seconds == pytest.approx(0.3)
 
 
 def test_seconds_that_are_not_finite_can_be_read_back(tmp_path):
     rows = [Training(1, "ada", 0.5, 1, 1, math.inf), Evaluation(0, "bank", 0.5, 1.0, math.nan)]
-    assert all(math.isnan(row.seconds) for row in read(filled(tmp_path / "l", rows)))
+    assert all(math.isnan(row.seconds) for row in read_rows(filled(tmp_path / "l", rows)))

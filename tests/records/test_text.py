@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.records.text import LIMIT, cell, distinct, escape_json, file_name, printable
+from fedloom.records.text import LIMIT, cell, distinct_name, escape_json, file_name, to_printable
 from hostile import NAMES, TEXTS, is_tame
 
 
 @given(TEXTS, st.integers(10, 400))
 def test_a_printable_text_is_one_tame_line_and_stays_as_it_is(text: str, limit: int):
-    shown = printable(text, limit)
+    shown = to_printable(text, limit)
     assert is_tame(shown) and "\n" not in shown and len(shown) <= limit
-    assert printable(shown, limit) == shown
+    assert to_printable(shown, limit) == shown
     shown.encode()
 
 
@@ -34,18 +34,18 @@ def test_a_printable_text_is_one_tame_line_and_stays_as_it_is(text: str, limit: 
     ],
 )
 def test_what_cannot_be_shown_is_written(text: str, shown: str):
-    assert printable(text) == shown
+    assert to_printable(text) == shown
 
 
 @given(TEXTS, TEXTS)
 def test_two_names_stay_two(one: str, other: str):
-    for named in (distinct, file_name):
+    for named in (distinct_name, file_name):
         assert (named(one) == named(other)) == (one == other)
 
 
 def test_all_hostile_names_are_told_apart_and_a_made_up_digest_is_no_way_in():
-    names = [*NAMES, file_name("a/b"), distinct("\x1b"), "x" * 5001]
-    assert len({file_name(name) for name in names}) == len({distinct(name) for name in names}) == len(names)
+    names = [*NAMES, file_name("a/b"), distinct_name("\x1b"), "x" * 5001]
+    assert len({file_name(name) for name in names}) == len({distinct_name(name) for name in names}) == len(names)
 
 
 @given(TEXTS)

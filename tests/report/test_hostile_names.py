@@ -18,19 +18,19 @@ from test_status import samples
 from typer.testing import CliRunner
 
 from fedloom.cli import main as cli
-from fedloom.cli.inspect import described
+from fedloom.cli.inspect import describe_path
 from fedloom.errors import CheckpointError
 from fedloom.records.configfile import parse
 from fedloom.records.events import RunFacts
-from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Row, Run, Training, Transfer, read
+from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Row, Run, Training, Transfer, read_rows
 from fedloom.records.serverlog import ServerLog
-from fedloom.report import figure, summarise, write
-from fedloom.report.live import Lines, View
-from fedloom.report.metrics import prometheus
+from fedloom.report import figure, summarise, write_report
+from fedloom.report.live import LineView, LiveView
+from fedloom.report.metrics import prometheus_text
 from fedloom.report.page import page
-from fedloom.report.status import view
-from fedloom.report.tables import closing, compared, comparison, markdown
-from fedloom.report.tables import csv as as_csv
+from fedloom.report.status import render_rows
+from fedloom.report.tables import closing_tables, comparison_rows, comparison_table, to_markdown
+from fedloom.report.tables import to_csv as as_csv
 from fedloom.studies import compare
 from fedloom.wire import Message, encode
 from fedloom.workspace.folder import RunFolder
@@ -62,8 +62,8 @@ def screened(shown: RenderableType) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def live(name: str, text: str) -> View:
-    seen = View()
+def live(name: str, text: str) -> LiveView:
+    seen = LiveView()
     seen.run_started(RunFacts(name, name, (name, "bob"), 2, 1000, Path("run"), warnings=(text,)))
     seen.client_started(1, name)
     seen.client_finished(1, name, 0.5, 300, 0)
@@ -76,14 +76,19 @@ def live(name: str, text: str) -> View:
 @given(WHOLE, WHOLE)
 def test_no_name_is_code_for_a_terminal(name: str, text: str):
     report = summarise(rows(name, text))
-    found = compared({name: [report]})
-    for shown in (live(name, text), closing(report), view(rows(name, text), 3.0), comparison(found)):
+    found = comparison_rows({name: [report]})
+    for shown in (
+        live(name, text),
+        closing_tables(report),
+        render_rows(rows(name, text), 3.0),
+        comparison_table(found),
+    ):
         assert is_tame(screened(shown))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_shown_as_it_is_written(name: str):
-    shown = screened(closing(summarise(rows(name, name)))) + screened(live(name, name))
+    shown = screened(closing_tables(summarise(rows(name, name)))) + screened(live(name, name))
     if is_tame(name) and 0 < len(name) < 40 and name.strip() == name:
         assert name in shown
 
@@ -92,7 +97,7 @@ def test_a_name_is_shown_as_it_is_written(name: str):
 @given(WHOLE, WHOLE)
 def test_plain_lines_are_tame(name: str, text: str):
     console = Console(file=io.StringIO(), width=120)
-    lines = Lines(console)
+    lines = LineView(console)
     lines.run_started(RunFacts(name, name, (name,), 2, 1000, Path("run"), warnings=(text,)))
     lines.round_finished(1, 2, {name: 0.4}, 300, 0, 1.0)
     assert is_tame(console.file.getvalue()) and console.file.getvalue().count("\n") == 3
@@ -102,9 +107,9 @@ def test_plain_lines_are_tame(name: str, text: str):
 @given(WHOLE)
 def test_a_name_is_drawn_as_it_is_written(name: str):
     report, held = summarise(rows(name, name)), io.BytesIO()
-    figure.curve(report, held)
+    figure.draw_curve(report, held)
     assert held.getvalue().startswith(b"\x89PNG")
-    drawn = figure.svg(report)
+    drawn = figure.draw_svg(report)
     assert "<script" not in drawn and "onerror" not in re.sub(r"<!--.*?-->", "", drawn, flags=re.S)
 
 
@@ -113,9 +118,9 @@ def test_all_pictures_take_such_names(name: str):
     report = summarise(rows(name, name))
     point = Point(name, "published", name, 1, 0.5, 1.0, 1.0, 10.0, 10.0, 0.0, 1.0, (1.0, 1.0, 1.0))
     for draw in (
-        lambda held: figure.compare({name: [report], "other": [report]}, held),
+        lambda held: figure.draw_comparison({name: [report], "other": [report]}, held),
         lambda held: figure.front([point], held),
-        lambda held: figure.curve(report, held),
+        lambda held: figure.draw_curve(report, held),
     ):
         held = io.BytesIO()
         draw(held)
@@ -167,7 +172,7 @@ def _number(text: str) -> bool:
 
 @given(WHOLE)
 def test_a_markdown_table_keeps_its_rows_and_columns_and_holds_no_html(name: str):
-    text = markdown([{"run": name, "seeds": "1"}])
+    text = to_markdown([{"run": name, "seeds": "1"}])
     lines = text.splitlines()
     assert len(lines) == 3 and is_tame(text)
     assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in lines)
@@ -175,13 +180,13 @@ def test_a_markdown_table_keeps_its_rows_and_columns_and_holds_no_html(name: str
 
 
 def test_a_markdown_cell_is_written_so_that_it_shows():
-    text = markdown([{"run": r"_a_ b_c | * [x](y) <i> \ `q`", "seeds": "1 ± 2"}])
+    text = to_markdown([{"run": r"_a_ b_c | * [x](y) <i> \ `q`", "seeds": "1 ± 2"}])
     assert text.splitlines()[2] == r"| \_a\_ b_c \| \* \[x\](y) &lt;i&gt; \\ \`q\` | 1 ± 2 |"
 
 
 @given(WHOLE, WHOLE)
 def test_metrics_are_well_formed_and_tame(name: str, text: str):
-    written = prometheus(rows(name, text))
+    written = prometheus_text(rows(name, text))
     assert is_tame(written)
     assert samples(written)["fedloom_retries_total", _labels(written, "fedloom_retries_total")] == 2
     series = [line.rpartition(" ")[0] for line in written.splitlines() if not line.startswith("#")]
@@ -201,7 +206,7 @@ def test_ledger_and_log_say_the_same_in_tame_characters(tmp_path_factory, name: 
         for row in given:
             ledger.append(row)
     log.close()
-    assert read(folder / "ledger.jsonl") == given
+    assert read_rows(folder / "ledger.jsonl") == given
     for file in ("ledger.jsonl", "log.jsonl"):
         written = (folder / file).read_bytes().decode()
         assert is_tame(written) and len(written.splitlines()) == len(given)
@@ -216,7 +221,7 @@ def test_half_of_a_surrogate_pair_is_refused_before_anything_is_written(tmp_path
             ledger.append(rows(name, "x")[0])
         ledger.note(1, name)
         assert ledger.rows == 1
-    assert len(read(tmp_path / "ledger.jsonl")) == 1
+    assert len(read_rows(tmp_path / "ledger.jsonl")) == 1
 
 
 def test_the_commands_show_a_run_with_such_names(tmp_path: Path):
@@ -228,8 +233,8 @@ def test_the_commands_show_a_run_with_such_names(tmp_path: Path):
         for command in ("status", "inspect"):
             told = CliRunner().invoke(cli.app, [command, str(tmp_path / str(number))])
             assert told.exit_code == 0 and is_tame(told.stdout), (command, name)
-    assert screened(described(tmp_path / "0"))
-    write(tmp_path / "4")
+    assert screened(describe_path(tmp_path / "0"))
+    write_report(tmp_path / "4")
     assert (tmp_path / "4" / "report.html").exists()
 
 
@@ -259,5 +264,5 @@ def test_folders_of_a_comparison_stay_in_it_and_apart(tmp_path: Path):
 
 def _alone(config: object, name: str, out: Path) -> Sequence[compare.Run]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "clients", lambda config: [name])
-        return compare.runs(config, ["alone"], [0], out)
+        patch.setattr(compare, "client_names", lambda config: [name])
+        return compare.plan_runs(config, ["alone"], [0], out)

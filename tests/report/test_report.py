@@ -11,11 +11,11 @@ from rich.console import Console
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Evaluation, Ledger, Note, Run, Training, Transfer
-from fedloom.report import summarise, write
-from fedloom.report.figure import compare, curve, svg
+from fedloom.report import summarise, write_report
+from fedloom.report.figure import draw_comparison, draw_curve, draw_svg
 from fedloom.report.numbers import MEAN, human_bytes, interval
 from fedloom.report.page import page
-from fedloom.report.tables import closing, sentence
+from fedloom.report.tables import closing_tables, cost_sentence
 
 VALUES = 1000
 CLIENTS = ("ada", "bob")
@@ -54,18 +54,18 @@ def test_the_ratio_is_against_four_bytes_a_value_both_ways():
     report = summarise(list(rows()))
     assert (report.turns, report.totals.bytes) == (6, 6 * 300 + 4 * 700)
     assert report.dense_bytes == 6 * 2 * 4 * VALUES
-    assert "4.5 KiB in all: 9.6 % of the 46.9 KiB" in sentence(report)
-    assert "(10.4 × fewer)" in sentence(report)
+    assert "4.5 KiB in all: 9.6 % of the 46.9 KiB" in cost_sentence(report)
+    assert "(10.4 × fewer)" in cost_sentence(report)
 
 
 def test_dense_fedit_itself_has_ratio_one():
     dense = 4 * VALUES
     ledger = [*rows(up=dense, down=dense), *(Transfer(3, client, "down", "change", dense) for client in CLIENTS)]
-    assert "100.0 %" in sentence(summarise(ledger))
+    assert "100.0 %" in cost_sentence(summarise(ledger))
 
 
 def test_the_closing_table_says_what_the_ledger_says():
-    text = printed(closing(summarise(list(rows()))))
+    text = printed(closing_tables(summarise(list(rows()))))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     assert lines["mean"] == ["mean", "20.0", "65.0", "+45.0"]
     assert lines["ada"] == ["ada", "3", "300", "B", "467", "B", "2.2", "KiB", "0.667"]
@@ -74,9 +74,9 @@ def test_the_closing_table_says_what_the_ledger_says():
 
 def test_a_run_without_scores_or_bytes_still_has_a_report():
     report = summarise([Run("fedit", "m", (), 1, 10, 0)])
-    assert "Nothing was sent." in printed(closing(report))
+    assert "Nothing was sent." in printed(closing_tables(report))
     assert "Nothing recorded." in page(report)
-    curve(report, io.BytesIO())
+    draw_curve(report, io.BytesIO())
 
 
 def test_a_ledger_without_its_first_row_is_refused():
@@ -107,13 +107,13 @@ def test_sizes(size, text):
 
 def test_pictures_are_drawn_and_are_the_same_for_the_same_report(tmp_path):
     report = summarise(list(rows()))
-    curve(report, tmp_path / "a.png")
-    curve(report, tmp_path / "b.png")
+    draw_curve(report, tmp_path / "a.png")
+    draw_curve(report, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 2 * image.height
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
-    assert svg(report) == svg(report)
+    assert draw_svg(report) == draw_svg(report)
 
 
 def test_runs_are_overlaid_by_label(tmp_path):
@@ -121,7 +121,7 @@ def test_runs_are_overlaid_by_label(tmp_path):
         "fedsrd": [summarise(list(rows(seed))) for seed in range(3)],
         "fedit": [summarise(list(rows(seed, "fedit", 8000, 8000, rounds=2))) for seed in range(2)],
     }
-    compare(groups, tmp_path / "c.svg", form="svg")
+    draw_comparison(groups, tmp_path / "c.svg", form="svg")
     drawn = (tmp_path / "c.svg").read_text()
     assert drawn.count("FillBetweenPolyCollection") == 4
     assert "#0072b2" in drawn.lower()
@@ -144,7 +144,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         for row in rows():
             ledger.append(row)
-    report = write(tmp_path)
+    report = write_report(tmp_path)
     parsed = Page()
     parsed.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
@@ -152,5 +152,5 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     assert not re.search(r"url\(\s*['\"]?(?!#)", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "svg" in parsed.tags
     assert "client <bob> dropped out" in parsed.text
-    assert sentence(report) in parsed.text
+    assert cost_sentence(report) in parsed.text
     assert (tmp_path / "curve.png").stat().st_size > 10_000

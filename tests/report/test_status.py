@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from fedloom.cli import main as cli
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Run, Training, Transfer, read
+from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, Run, Training, Transfer, read_rows
 from fedloom.records.serverlog import ServerLog
-from fedloom.report.answers import answers
-from fedloom.report.metrics import prometheus
-from fedloom.report.status import finished, shown, view
+from fedloom.report.answers import count_answers
+from fedloom.report.metrics import prometheus_text
+from fedloom.report.status import is_finished, render_folder, render_rows
 
 RUN = Run(method="fedsrd", model="m", clients=("ada", "bob"), num_rounds=2, adapter_values=1000, seed=0)
 LOCAL = [
@@ -60,7 +60,7 @@ def samples(text):
 
 
 def test_rounds_bytes_and_failures_are_those_of_the_ledger():
-    found = samples(prometheus(LOCAL))
+    found = samples(prometheus_text(LOCAL))
     base = 'method="fedsrd"'
     assert found["fedloom_rounds_done_total", f"{{{base}}}"] == 2
     assert found["fedloom_payload_bytes_total", f'{{{base},client="ada",direction="up"}}'] == 600
@@ -74,7 +74,7 @@ def test_rounds_bytes_and_failures_are_those_of_the_ledger():
 
 
 def test_a_roll_is_believed_and_retries_and_late_answers_are_counted():
-    found = samples(prometheus(ACROSS))
+    found = samples(prometheus_text(ACROSS))
     base = 'method="fedsrd"'
     assert found["fedloom_retries_total", f"{{{base}}}"] == 2
     assert found["fedloom_late_answers_total", f"{{{base}}}"] == 1
@@ -84,22 +84,24 @@ def test_a_roll_is_believed_and_retries_and_late_answers_are_counted():
 
 def test_names_that_would_break_a_line_are_escaped():
     odd = 'a"b\\c\nd'
-    found = samples(prometheus([RUN, Transfer(1, odd, "up", "update", 3), Transfer(1, odd + "\n", "up", "update", 4)]))
+    found = samples(
+        prometheus_text([RUN, Transfer(1, odd, "up", "update", 3), Transfer(1, odd + "\n", "up", "update", 4)])
+    )
     told = [labels for name, labels in found if name == "fedloom_payload_bytes_total" and 'direction="up"' in labels]
     assert len(set(told)) == 2 and all('client="a\\"b\\\\c\\\\nd' in labels for labels in told)
 
 
 def test_a_ledger_without_a_run_has_no_metrics():
     with pytest.raises(CheckpointError, match="first row"):
-        prometheus(LOCAL[1:])
+        prometheus_text(LOCAL[1:])
 
 
 def test_who_was_asked_in_vain_is_known_before_and_after_the_round_is_over():
-    assert {name: (a.answered, a.missed, a.last) for name, a in answers(LOCAL).items()} == {
+    assert {name: (a.answered, a.missed, a.last) for name, a in count_answers(LOCAL).items()} == {
         "ada": (2, 0, 2),
         "bob": (1, 1, 1),
     }
-    under_way = answers(LOCAL[:10])
+    under_way = count_answers(LOCAL[:10])
     assert (under_way["bob"].missed, under_way["ada"].answered) == (0, 1)
 
 
@@ -110,13 +112,13 @@ def text_of(shown_view):
 
 
 def test_the_view_says_who_is_missing():
-    text = text_of(view(ACROSS, 12.0))
+    text = text_of(render_rows(ACROSS, 12.0))
     assert "round 1/2" in text and "last row 12 s ago" in text and "without ada" in text
     row = next(line.split() for line in text.splitlines() if line.strip().startswith("bob"))
     assert row[:4] == ["bob", "1", "1", "2"]
-    text = text_of(view(LOCAL, 12.0))
+    text = text_of(render_rows(LOCAL, 12.0))
     assert "finished" in text and "dropped out" in text and "25.0 %" in text
-    assert finished(LOCAL) and not finished(ACROSS)
+    assert is_finished(LOCAL) and not is_finished(ACROSS)
 
 
 def test_every_row_is_logged_with_its_time_and_stays_when_the_ledger_is_cut_back(tmp_path):
@@ -127,7 +129,7 @@ def test_every_row_is_logged_with_its_time_and_stays_when_the_ledger_is_cut_back
         ledger.truncate_to(1)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == len(ACROSS) and len(read(tmp_path / "ledger.jsonl")) == 1
+    assert len(lines) == len(ACROSS) and len(read_rows(tmp_path / "ledger.jsonl")) == 1
     assert [line["event"] for line in lines] == [row.row for row in ACROSS]
     assert [line["level"] for line in lines if line["event"] == "roll"] == ["warning", "warning"]
     assert lines[1]["bytes"] == 300 and lines[0]["time"] <= lines[-1]["time"]
@@ -147,6 +149,6 @@ def test_the_command_shows_a_run_and_refuses_what_is_none(tmp_path):
             ledger.append(row)
     told = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
     assert told.exit_code == 0 and "fedsrd: 2 clients" in told.stdout
-    assert text_of(shown(tmp_path)).splitlines()[0] == told.stdout.splitlines()[0]
+    assert text_of(render_folder(tmp_path)).splitlines()[0] == told.stdout.splitlines()[0]
     missing = CliRunner().invoke(cli.app, ["status", str(tmp_path / "nowhere")])
     assert missing.exit_code == 2 and "has begun" in missing.stderr

@@ -14,9 +14,9 @@ from fedloom.lora.pair import LoraState, stack
 from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds.catchup import Archive
-from fedloom.rounds.consolidation import Consolidation, consolidated
+from fedloom.rounds.consolidation import Consolidation, consolidate
 from fedloom.rounds.turns import Job, ServerTurn, Train, accept, full_state, start
-from fedloom.server.roster import Roster, same
+from fedloom.server.roster import Roster, same_state
 from fedloom.wire import read_header
 from toy import RANK, SHAPES, Federation, delta, initial, job, random_state, ranks, step
 
@@ -42,12 +42,12 @@ class Attended(Federation):
     def bring(self, client: str) -> None:
         """Catch the client up, and hold it to one that comes from nothing by the full state."""
         state = self.clients[client]
-        needed = self.archive.needed(self.job, self.server, state.version, self.ranks[client], self.number + 1)
+        needed = self.archive.payloads_for(self.job, self.server, state.version, self.ranks[client], self.number + 1)
         for payload in needed:
             self.sent.append((read_header(payload).kind, len(payload)))
             state = accept(self.job, state, payload)
         self.roster.receive(client, needed)
-        assert same(self.roster[client], state), "what is computed once is what the client itself would have"
+        assert same_state(self.roster[client], state), "what is computed once is what the client itself would have"
         newcomer = start(self.job, self.top, self.ranks[client])
         assert_same_model(state, accept(self.job, newcomer, full_state(self.job, self.server, self.number)))
         self.clients[client] = state
@@ -120,7 +120,7 @@ def test_a_consolidation_loses_the_energy_that_it_reports(energy: float):
     """Ten increments of rank 1 in modules whose rank is 6 to 10 at most; the adapter in training is left alone."""
     frozen = stack([random_state(seed, rank=1, size=0.5**seed) for seed in range(10)])
     state = State(random_state(99), frozen=frozen, version=4, digest="d")
-    after, stats = consolidated(state, energy)
+    after, stats = consolidate(state, energy)
     lost = total = 0.0
     for module, before in delta(frozen).items():
         change = before - (delta(after.frozen)[module] if module in after.frozen else 0)
@@ -134,7 +134,7 @@ def test_a_consolidation_loses_the_energy_that_it_reports(energy: float):
 def test_nothing_to_recompress_is_no_version():
     for frozen in (LoraState(), random_state(1, rank=2)):
         state = State(initial(), frozen=frozen, version=3, digest="d")
-        assert consolidated(state, 1.0) == (state, {})
+        assert consolidate(state, 1.0) == (state, {})
 
 
 def test_after_a_consolidation_everybody_receives_the_same_full_state():
@@ -183,7 +183,7 @@ def test_the_roster_refuses_what_does_not_lead_to_the_servers_state():
     federation = Attended(job(build("fedit")), dict.fromkeys("ab", RANK))
     for _ in range(3):
         federation.attend(["a"], set())
-    needed = federation.archive.needed(federation.job, federation.server, 0, federation.ranks["b"], 4)
+    needed = federation.archive.payloads_for(federation.job, federation.server, 0, federation.ranks["b"], 4)
     with pytest.raises(RoundError, match="client b was sent leads to version 0"):
         federation.roster.receive("b", [])
     if len(needed) > 1:

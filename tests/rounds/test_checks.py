@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.compress.entries import Dense, Sparse, count, dense, to_dense
+from fedloom.compress.entries import Dense, Sparse, count, dense_entry, to_dense
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, WireError
 from fedloom.lora.pair import digest
 from fedloom.methods.method import Update
@@ -40,7 +40,7 @@ def ranked(payload: bytes, a: int, b: int) -> bytes:
     """The update with factors of other ranks in one module."""
     m, n = SHAPES[MODULE]
     wanted = {f"{MODULE}/A": torch.ones(a, n), f"{MODULE}/B": torch.ones(m, b)}
-    return changed(payload, {name: dense(t) for name, t in wanted.items() if name in decode(payload).entries})
+    return changed(payload, {name: dense_entry(t) for name, t in wanted.items() if name in decode(payload).entries})
 
 
 @names
@@ -172,7 +172,7 @@ def test_where_the_failure_comes_later_the_largest_update_goes_first():
     federation = Federation(job(build("fedit")))
     payloads, present = uploads(federation), set()
     message = decode(payloads["cyd"])
-    large = {name: dense(to_dense(entry) * 50) for name, entry in message.entries.items()}
+    large = {name: dense_entry(to_dense(entry) * 50) for name, entry in message.entries.items()}
     payloads["cyd"] = changed(payloads["cyd"], large)
 
     def when(update: Update | None):
@@ -189,7 +189,7 @@ def test_where_the_failure_comes_later_the_largest_update_goes_first():
 def test_a_failure_in_another_ones_turn_is_not_blamed_on_that_one():
     federation = Federation(job(build("fedit")))
     payloads, present = uploads(federation), set()
-    large = {name: dense(to_dense(entry) * 50) for name, entry in decode(payloads["ada"]).entries.items()}
+    large = {name: dense_entry(to_dense(entry) * 50) for name, entry in decode(payloads["ada"]).entries.items()}
     payloads["ada"] = changed(payloads["ada"], large)
 
     def when(update: Update | None):
@@ -261,7 +261,7 @@ def hostile(payload: bytes, kind: str) -> bytes:
         "not finite": lambda: changed(payload, {name: Dense(shape, torch.full((count(shape),), float("nan")))}),
         "infinite": lambda: changed(payload, {name: Dense(shape, torch.full((count(shape),), float("inf")))}),
         "scalar": lambda: changed(payload, {name: Dense((), torch.ones(1))}),
-        "other width": lambda: changed(payload, {name: dense(torch.ones(3, 3))}),
+        "other width": lambda: changed(payload, {name: dense_entry(torch.ones(3, 3))}),
         "huge": lambda: changed(payload, {name: empty}),
     }[kind]()
 

@@ -14,15 +14,15 @@ from fedloom.lora.pair import digest
 from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.model import peft_bridge
-from fedloom.records.configfile import load as load_config
+from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Transfer, read
+from fedloom.records.ledger import Transfer, read_rows
 from fedloom.rounds.turns import accept, client_turn, full_state, server_turn
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
 from fedloom.wire import decode, encode
-from fedloom.workspace.assemble import prepare
-from fedloom.workspace.checkpoint import Snapshot, load, save
+from fedloom.workspace.assemble import load_setup
+from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedloom.workspace.clients import split_trained, top_ranks
 from fedloom.workspace.folder import RunFolder
 from toy import RANK, SHAPES, Federation, client_seed, delta, job
@@ -125,7 +125,7 @@ def test_a_run_with_subsets_goes_on_from_a_checkpoint(name: str, tmp_path: Path)
     federation, resumed = (Federation(job(build(name)), CLIENTS) for _ in range(2))
     federation.play()
     federation.play(["bob", "cyd"])
-    loaded = load(save(tmp_path, Snapshot(2, federation.server, federation.clients)))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, Snapshot(2, federation.server, federation.clients)))
     resumed.server, resumed.clients, resumed.number = loaded.server, dict(loaded.clients), loaded.round
     resumed.broadcasts = list(federation.broadcasts)
     for run in (federation, resumed):
@@ -162,7 +162,7 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
     """On the shipped model: what a site does not train is in its model all the same, and its bits do not move."""
     config = load_config(TESTBED / "demo.toml", [*SETTINGS, f"method.name={method}"])
     with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
-        setup = prepare(config)
+        setup = load_setup(config)
         simulation = Rounds(setup, folder, Silent(), LocalSites(setup))
         simulation.play(resume=False)
         state = simulation.sites.states["lab"]
@@ -173,7 +173,7 @@ def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path,
         digest(simulation.server.adapter),
         digest(simulation.server.tail),
     )
-    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
     up = {client: sum(r.bytes for r in rows if (r.client, r.direction) == (client, "up")) for client in ("bank", "lab")}
     assert up["lab"] < 0.4 * up["bank"]
     peft_bridge.set_frozen(setup.model, None)
@@ -191,7 +191,7 @@ def test_a_model_with_a_part_trained_and_a_part_fixed_computes_what_the_whole_do
     tokens = torch.arange(12)[None]
     outputs = []
     for trained, fixed in ((state.adapter, state.fixed), split_trained(state, [m for m in shapes if "q_proj" in m])):
-        peft_bridge.write(model, trained)
+        peft_bridge.write_adapter(model, trained)
         peft_bridge.set_frozen(model, fixed)
         outputs.append(model(tokens).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
@@ -200,24 +200,24 @@ def test_a_model_with_a_part_trained_and_a_part_fixed_computes_what_the_whole_do
 
 def test_patterns_of_modules_that_a_client_does_not_train_are_its_own_mistake_only():
     with pytest.raises(Exception, match="down_proj"):
-        prepare(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.lab.alpha_pattern.down_proj=3"]))
+        load_setup(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.lab.alpha_pattern.down_proj=3"]))
 
 
 def test_unequal_ranks_are_named_with_the_module():
     wanted = [*SETTINGS, "method.name=fedsrd", "clients.lab.r=4"]
     with pytest.raises(ConfigError, match=r"client 'lab' has rank 4 in .*q_proj where another has 16"):
-        prepare(load_config(TESTBED / "demo.toml", wanted))
+        load_setup(load_config(TESTBED / "demo.toml", wanted))
 
 
 def test_settings_for_a_client_that_is_not_there_are_named():
     with pytest.raises(ConfigError, match=r"\[clients.labb\].*did you mean 'lab'"):
-        prepare(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.labb.r=4"]))
+        load_setup(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.labb.r=4"]))
 
 
 def test_what_a_method_cannot_do_is_refused_before_the_run():
     settings = [*SETTINGS, "method.name=fedit", "federation.consolidate_every=5"]
     with pytest.raises(ConfigError, match="consolidate_every does nothing with method 'fedit'"):
-        prepare(load_config(TESTBED / "demo.toml", settings))
-    sites = prepare(load_config(TESTBED / "demo.toml", SETTINGS)).sites
+        load_setup(load_config(TESTBED / "demo.toml", settings))
+    sites = load_setup(load_config(TESTBED / "demo.toml", SETTINGS)).sites
     with pytest.raises(ConfigError, match=r"client 'lab' does not train .*down_proj; set the same target_modules"):
         top_ranks(replace(build("fedsrd"), module_subsets=False), {name: site.ranks for name, site in sites.items()})

@@ -12,8 +12,8 @@ from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
-from fedloom.records.configfile import load
-from fedloom.records.ledger import Note, read
+from fedloom.records.configfile import load_config
+from fedloom.records.ledger import Note, read_rows
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ClientTurn, Train, client_turn
 from fedloom.wire import Message, decode, encode
@@ -28,7 +28,7 @@ LIAR = "client-0001"
 
 def play(out: Path, monkeypatch, lie, *, clients: int = 3, resume: bool = False, **settings: object):
     """Three rounds in which what LIAR sends is what `lie(round, header, entries)` makes of it; (run, notes)."""
-    config = load(
+    config = load_config(
         TESTBED / "demo.toml",
         ["federation.num_rounds=3", "federation.eval_every=0", "method.name=fedit"]
         + [f"federation.{key}={value}" for key, value in settings.items()],
@@ -47,11 +47,11 @@ def play(out: Path, monkeypatch, lie, *, clients: int = 3, resume: bool = False,
         return replace(done, payload=encode(Message(header, entries)), trained=trained)
 
     monkeypatch.setattr("fedloom.server.local.client_turn", turn)
-    monkeypatch.setattr("fedloom.server.loop.finish", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.server.loop.finish_run", lambda *arguments: None)
     with simulation(replace(setup, job=run), out, resume=resume) as done:
         done.play(resume=resume)
     monkeypatch.undo()
-    return done, [(row.round, row.text) for row in read(out / "ledger.jsonl") if isinstance(row, Note)]
+    return done, [(row.round, row.text) for row in read_rows(out / "ledger.jsonl") if isinstance(row, Note)]
 
 
 def scalar(round, header, entries):
@@ -122,6 +122,6 @@ def test_a_number_that_changed_is_noted_after_a_resume_as_well(tmp_path, monkeyp
 
 
 def test_numbers_for_a_client_that_takes_no_part_are_refused():
-    config = load(TESTBED / "demo.toml", ["federation.client_examples={'bnak' = 10}"])
+    config = load_config(TESTBED / "demo.toml", ["federation.client_examples={'bnak' = 10}"])
     with pytest.raises(ConfigError, match="'bnak', which takes no part; there are bank, lab"):
         caps_of(config.federation, {"bank": LoraState(), "lab": LoraState()})

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedloom.lora.pair import LoraState
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Note, Training, read, totals
+from fedloom.records.ledger import Note, Training, read_rows, totals
 from fedloom.server.loop import Rounds
 from toy import initial
 from toy_run import count_bytes, simulation, toy_setup
@@ -37,12 +37,12 @@ class Watch(Silent):
 
 @pytest.mark.parametrize("name", ["fedsrd", "florist"])
 def test_a_thousand_clients(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = load(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=100", f"method.name={name}"])
+    config = load_config(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=100", f"method.name={name}"])
     crossed, watch = count_bytes(monkeypatch), Watch()
     with simulation(toy_setup(config, 1000, initial()), tmp_path / "run", watch) as run:
         watch.simulation = run
         run.play(resume=False)
-    rows = read(tmp_path / "run" / "ledger.jsonl")
+    rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     sums = totals(rows)
     assert crossed["up"] == crossed["heard"] == sums.bytes_up > 0
     assert crossed["down"] == sums.bytes_down > 0
@@ -61,18 +61,18 @@ def test_a_thousand_clients(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_clients_far_back_hold_nothing_and_come_back_in_step(tmp_path: Path):
     """What was forgotten is replaced by the full state; private memory stays."""
     settings = [*SETTINGS, "federation.num_rounds=30", "method.name=fedsrd", "method.client_residual=0.9"]
-    config = load(TESTBED / "demo.toml", settings)
+    config = load_config(TESTBED / "demo.toml", settings)
     with simulation(toy_setup(config, 200, initial()), tmp_path / "run") as run:
         run.play(resume=False)
     with_memory = {client for client, state in run.sites.states.items() if state.memory}
-    asked = {row.client for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Training)}
+    asked = {row.client for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Training)}
     assert with_memory == asked and len(asked) > 20
     assert len({id(state.adapter) for state in run.sites.states.values()}) == 1
 
 
 def test_a_run_of_many_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed after seven rounds of fifteen: shared and forgotten states come back from the checkpoint as they were."""
-    config = load(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=15", "method.name=florist"])
+    config = load_config(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=15", "method.name=florist"])
     setup = toy_setup(config, 300, initial())
     with simulation(setup, tmp_path / "whole") as whole:
         whole.play(resume=False)
@@ -93,14 +93,14 @@ def test_a_run_of_many_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: py
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "broken")
     ]
     assert adapters[0] == adapters[1]
-    sums = [totals(read(tmp_path / name / "ledger.jsonl")) for name in ("whole", "broken")]
+    sums = [totals(read_rows(tmp_path / name / "ledger.jsonl")) for name in ("whole", "broken")]
     assert sums[0] == sums[1] and resumed.server.digest == whole.server.digest
 
 
 def test_a_checkpoint_of_many_clients_is_as_large_as_one_of_few(tmp_path: Path):
     sizes = []
     for clients in (4, 1000):
-        config = load(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=1", "method.name=fedit"])
+        config = load_config(TESTBED / "demo.toml", [*SETTINGS, "federation.num_rounds=1", "method.name=fedit"])
         with simulation(toy_setup(config, clients, LoraState(initial())), tmp_path / f"run{clients}") as run:
             run.play(resume=False)
         newest = sorted((tmp_path / f"run{clients}" / "checkpoints").iterdir())[-1]

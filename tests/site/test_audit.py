@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedloom.cli.inspect import described
+from fedloom.cli.inspect import describe_path
 from fedloom.errors import AuditError
 from fedloom.site import audit, clock
 from fedloom.site.audit import FIRST, AuditTrail
@@ -65,7 +65,7 @@ def test_an_altered_record_is_found_out_and_not_written_on(trail, change):
     with pytest.raises(AuditError):
         trail.record(b"more", "job-a", 3, None)
     with pytest.raises(AuditError):
-        trail.spent("job-a", 3)
+        trail.count_spent("job-a", 3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,7 +110,7 @@ def test_a_last_line_without_its_newline_counts(trail):
     """Taking one byte off would take a charge back otherwise."""
     trail.record(b"noisy", "job-b", 1, 0.5, NOON)
     trail.path.write_bytes(trail.path.read_bytes()[:-1])
-    assert trail.spent("job-b", 1).mu_squared == 0.25 and len(AuditTrail(trail.folder).verify()[0]) == 5
+    assert trail.count_spent("job-b", 1).mu_squared == 0.25 and len(AuditTrail(trail.folder).verify()[0]) == 5
     trail.record(b"more", "job-b", 2, 0.5, NOON)
     assert [line.round for line in AuditTrail(trail.folder).lines()] == [1, 1, 2, 2, 1, 2]
 
@@ -154,7 +154,7 @@ def test_a_line_is_checked_once_while_nobody_else_writes(trail, monkeypatch):
     monkeypatch.setattr(audit, "_digest", lambda line: checked.append(line.round) or digest(line))
     fresh = AuditTrail(trail.folder)
     for number in range(20):
-        fresh.spent("job-b", number)
+        fresh.count_spent("job-b", number)
         fresh.record(bytes([7, number]), "job-b", 100 + number, None)
     # 4 lines were there; of each of the 20 the digest is made when it is written, and checked when it is read back.
     assert len(checked) <= 4 + 2 * 20
@@ -182,7 +182,7 @@ def test_times_do_not_run_backwards(tmp_path):
     trail.record(b"x" * 10, "job", 1, None, NOON)
     trail.record(b"y" * 10, "job", 2, None, NOON - timedelta(hours=25))
     assert [line.time for line in trail.lines()] == [NOON.isoformat(timespec="seconds")] * 2
-    assert trail.spent("job", 3, NOON + timedelta(hours=1)).bytes_day == 20
+    assert trail.count_spent("job", 3, NOON + timedelta(hours=1)).bytes_day == 20
 
 
 def test_a_clock_that_is_set_does_not_empty_the_day(tmp_path, monkeypatch, caplog):
@@ -199,38 +199,38 @@ def test_a_clock_that_is_set_does_not_empty_the_day(tmp_path, monkeypatch, caplo
     trail.record(b"x" * 10, "job", 1, None)
     system[0] += timedelta(hours=25)
     up[0] += 60
-    assert trail.spent("job", 2).bytes_day == 10 and "was set" in caplog.text
+    assert trail.count_spent("job", 2).bytes_day == 10 and "was set" in caplog.text
     trail.record(b"y" * 10, "job", 2, None)
     assert trail.lines()[-1].time == (NOON + timedelta(minutes=1)).isoformat(timespec="seconds")
     system[0] -= timedelta(hours=50)
-    assert trail.spent("job", 3).bytes_day == 20
+    assert trail.count_spent("job", 3).bytes_day == 20
     system[0], up[0] = NOON + timedelta(hours=25), 1000.0 + 25 * 3600
-    assert trail.spent("job", 3).bytes_day == 0
+    assert trail.count_spent("job", 3).bytes_day == 0
     assert caplog.text.count("was set") == 1
 
 
 def test_bytes_of_a_round_and_of_the_last_day_are_counted(trail):
-    spent = trail.spent("job-a", 2, NOON + timedelta(hours=25))
+    spent = trail.count_spent("job-a", 2, NOON + timedelta(hours=25))
     assert (spent.bytes_round, spent.bytes_day, spent.mu_squared) == (25, 36, 0.0)
-    assert trail.spent("job-b", 2, NOON + timedelta(days=9)).bytes_day == 0
+    assert trail.count_spent("job-b", 2, NOON + timedelta(days=9)).bytes_day == 0
 
 
 def test_a_payload_sent_twice_costs_its_privacy_once(tmp_path):
     trail = AuditTrail(tmp_path)
     for payload in (b"one", b"one", b"two"):
         trail.record(payload, "job", 1, 0.5)
-    spent = trail.spent("job", 1)
+    spent = trail.count_spent("job", 1)
     assert spent.bytes_round == 9 and math.isclose(spent.mu_squared, 0.5)
 
 
 def test_a_draw_of_noise_is_counted_whether_or_not_its_payload_leaves(tmp_path):
     trail = AuditTrail(tmp_path)
     trail.charge("job", 1, 0.5, NOON)
-    assert trail.spent("job", 1).mu_squared == 0.25 and trail.spent("job", 1).bytes_round == 0
+    assert trail.count_spent("job", 1).mu_squared == 0.25 and trail.count_spent("job", 1).bytes_round == 0
     drawn = trail.charge("job", 1, 0.5, NOON)
     for _ in range(2):
         trail.record(b"noisy", "job", 1, 0.5, NOON, drawn.digest)
-    assert trail.spent("job", 1).mu_squared == 0.5 and trail.spent("job", 1).bytes_round == 10
+    assert trail.count_spent("job", 1).mu_squared == 0.5 and trail.count_spent("job", 1).bytes_round == 10
     lines, moved, unlisted = trail.verify()
     assert len(lines) == 4 and not moved and not unlisted
 
@@ -240,7 +240,7 @@ def test_equal_payloads_of_different_draws_cost_each_their_own(tmp_path):
     for number in range(3):
         job = f"job-{number}"
         trail.record(b"equal", job, 1, 0.5, NOON, trail.charge(job, 1, 0.5, NOON).digest)
-    assert trail.spent("job", 1).mu_squared == 0.75
+    assert trail.count_spent("job", 1).mu_squared == 0.75
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_payload_without_a_line_is_told(trail):
     lines, _, unlisted = trail.verify()
     assert len(lines) == 3 and len(unlisted) == 1
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(described(trail.folder))
+    console.print(describe_path(trail.folder))
     assert unlisted[0] in console.export_text()
 
 
@@ -280,7 +280,7 @@ def test_lines_of_records_from_before_there_were_charges_keep_their_digests(trai
     line = json.loads(trail.path.read_text().splitlines()[-1])
     said = {key: value for key, value in line.items() if key != "digest"}
     assert line["digest"] == hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    assert trail.spent("job-b", 1).mu_squared == 0.25
+    assert trail.count_spent("job-b", 1).mu_squared == 0.25
 
 
 def test_nothing_leaves_where_it_cannot_be_recorded(tmp_path):
@@ -294,7 +294,7 @@ def test_nothing_leaves_where_it_cannot_be_recorded(tmp_path):
 def test_inspect_shows_the_record_and_what_the_noise_is_worth(trail):
     trail.record(b"noisy", "job-b", 1, 0.5, NOON)
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(described(trail.folder))
+    console.print(describe_path(trail.folder))
     text = console.export_text()
     assert "job-a" in text and "46" in text and trail.lines()[-1].digest in text
     assert "μ = 0.5" in text and "4 payloads left without noise" in text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from fedloom.flower.settings import shared
+from fedloom.flower.settings import shared_settings
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.examples import Example
 from fedloom.model.patch import PatchedTrainer, patch
@@ -21,7 +21,7 @@ from fedloom.site.desk import Desk
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import assemble_around
+from fedloom.workspace.assemble import build_setup_around
 
 pytestmark = pytest.mark.flower
 JOB = "0123456789abcdef"
@@ -74,14 +74,14 @@ def made(folder: Path, trainer: PatchedTrainer, **policy: object) -> Desk:
 
 
 def ask(desk: Desk, what: str, round: int = 1, payloads: tuple[bytes, ...] = (), config=CONFIG, **facts) -> Parcel:
-    asked = {"ask": what, "job": JOB, "settings": shared(config), "round": round, "base": base_digest(desk.site.model)}
+    asked = {"ask": what, "job": JOB, "settings": shared_settings(config), "round": round, "base": base_digest(desk.site.model)}
     return desk.answer(Parcel({**asked, **facts}, payloads))
 
 
 def test_a_desk_sends_what_the_trainer_gives_by_hand(tmp_path):
     """Two rounds of three such sites; after a kill the same request gets the same bytes."""
     trainer = own(tmp_path)
-    setup = assemble_around(CONFIG, trainer.model, sorted(desks.SITES))
+    setup = build_setup_around(CONFIG, trainer.model, sorted(desks.SITES))
     by_hand = Federation(setup.job, setup.initial, dict.fromkeys(desks.SITES))
     first = by_hand.round({name: trainer.for_task(setup.task(name)) for name in desks.SITES})
     second = by_hand.round({name: trainer.for_task(setup.task(name)) for name in desks.SITES})
@@ -151,7 +151,7 @@ def test_serve_site_is_the_worker_with_the_trainer(tmp_path, monkeypatch):
     import fedloom
 
     served = []
-    monkeypatch.setattr("fedloom.site.worker.serve", lambda site, own=None: served.append((site, own)))
+    monkeypatch.setattr("fedloom.site.worker.serve_site", lambda site, own=None: served.append((site, own)))
     (tmp_path / "SITE.toml").write_text('name = "lab"\nmodel = "model"\ndata = "data"\n')
     trainer = own(tmp_path)
     fedloom.serve_site(tmp_path / "SITE.toml", trainer)

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 import toy
-from fedloom.compress.entries import dense, floats
+from fedloom.compress.entries import dense_entry, floats
 from fedloom.errors import DataError, NumericError, PolicyRefusal, SiteError
 from fedloom.methods.table import build
 from fedloom.records.configfile import parse
@@ -17,16 +17,16 @@ from fedloom.rounds.turns import Trained, client_turn, start
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (
     check_job,
-    check_left,
+    check_may_leave,
     check_room,
     check_settings,
-    check_update,
-    guarded,
+    check_spending,
+    guard_training,
     limit_time,
-    told_to_server,
+    text_for_server,
 )
-from fedloom.site.privacy import Privacy, epsilon, norm, normal, released
-from fedloom.site.rules import Policy, Spent
+from fedloom.site.privacy import Privacy, draw_normal, epsilon, release_change, total_norm
+from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Header, Message, decode, encode
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
@@ -42,7 +42,7 @@ def refused(public: str, call) -> str:
 def turn(policy, name="fedsrd", *, train=None, **settings):
     method = build(name, settings)
     job = toy.job(method)
-    step = guarded(policy, train or toy.trainer(method), method.trainable, lambda: None)
+    step = guard_training(policy, train or toy.trainer(method), method.trainable, lambda: None)
     state = start(job, toy.initial(), toy.ranks(toy.RANK))
     return state, client_turn(job, "ada", state, [], step, 1)
 
@@ -50,12 +50,12 @@ def turn(policy, name="fedsrd", *, train=None, **settings):
 def test_without_rules_nothing_is_refused_or_changed():
     policy = Policy()
     check_job(policy, "fedit", MODULES, 1, 1)
-    check_left(policy, Spent(10**12, 10**12, 1e9))
+    check_spending(policy, Spending(10**12, 10**12, 1e9))
     state, guarded_turn = turn(policy)
     method = build("fedsrd")
     plain = client_turn(toy.job(method), "ada", state, [], toy.trainer(method), 1)
     assert guarded_turn.payload == plain.payload
-    check_update(policy, guarded_turn.payload, state.adapter, Spent())
+    check_may_leave(policy, guarded_turn.payload, state.adapter, Spending())
 
 
 def test_methods_and_modules_outside_the_lists_are_refused_by_name():
@@ -81,10 +81,10 @@ def test_bytes_are_counted_with_those_that_left_before(key):
     size = len(done.payload)
     policy = Policy(**{key: str(3 * size)})
     used = {"max_bytes_round": "bytes_round", "max_bytes_day": "bytes_day"}[key]
-    check_update(policy, done.payload, state.adapter, Spent(**{used: 2 * size}))
-    over = Spent(**{used: 2 * size + 1})
-    refused(f"{key} is used up", lambda: check_update(policy, done.payload, state.adapter, over))
-    refused(f"{key} is used up", lambda: check_left(policy, Spent(**{used: 3 * size})))
+    check_may_leave(policy, done.payload, state.adapter, Spending(**{used: 2 * size}))
+    over = Spending(**{used: 2 * size + 1})
+    refused(f"{key} is used up", lambda: check_may_leave(policy, done.payload, state.adapter, over))
+    refused(f"{key} is used up", lambda: check_spending(policy, Spending(**{used: 3 * size})))
 
 
 def message(kind="update", **entries):
@@ -94,14 +94,14 @@ def message(kind="update", **entries):
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
-        (message("state", **{"layers.0.q_proj/A": dense(torch.zeros(4, 10))}), "kind 'state'"),
-        (message(**{"lm_head/A": dense(torch.zeros(4, 10))}), "lm_head/A"),
-        (message(**{"layers.0.q_proj/frozen_A": dense(torch.zeros(4, 10))}), "frozen_A"),
-        (message(**{"layers.0.q_proj/A": dense(torch.zeros(5, 10))}), "(5, 10)"),
+        (message("state", **{"layers.0.q_proj/A": dense_entry(torch.zeros(4, 10))}), "kind 'state'"),
+        (message(**{"lm_head/A": dense_entry(torch.zeros(4, 10))}), "lm_head/A"),
+        (message(**{"layers.0.q_proj/frozen_A": dense_entry(torch.zeros(4, 10))}), "frozen_A"),
+        (message(**{"layers.0.q_proj/A": dense_entry(torch.zeros(5, 10))}), "(5, 10)"),
     ],
 )
 def test_only_updates_of_the_adapter_leave(payload, said):
-    assert said in refused("policy", lambda: check_update(Policy(), payload, toy.initial(), Spent()))
+    assert said in refused("policy", lambda: check_may_leave(Policy(), payload, toy.initial(), Spending()))
 
 
 def test_a_diverged_change_is_beyond_any_norm():
@@ -114,10 +114,10 @@ def test_a_diverged_change_is_beyond_any_norm():
 
 def test_error_texts_are_withheld_unless_the_site_says_otherwise():
     error = NumericError("patient 4711 made the loss explode")
-    assert "4711" not in told_to_server(Policy(), error, "ab12") and "ab12" in told_to_server(Policy(), error, "ab12")
-    assert "4711" in told_to_server(Policy(scrub_errors=False), error, "ab12")
+    assert "4711" not in text_for_server(Policy(), error, "ab12") and "ab12" in text_for_server(Policy(), error, "ab12")
+    assert "4711" in text_for_server(Policy(scrub_errors=False), error, "ab12")
     refusal = PolicyRefusal("17 examples", "refused by the site's policy")
-    assert "17" not in told_to_server(Policy(scrub_errors=False), refusal, "ab12")
+    assert "17" not in text_for_server(Policy(scrub_errors=False), refusal, "ab12")
 
 
 def test_the_server_can_be_told_a_fixed_number_of_examples():
@@ -131,8 +131,8 @@ NOISY = Policy(privacy=Privacy(clip_norm=0.5, noise_multiplier=1.0))
 def test_what_leaves_is_clipped_and_has_the_noise_that_was_promised():
     change = {"A": torch.full((300, 100), 1.0), "B": torch.full((200, 100), -2.0)}
     privacy = Privacy(clip_norm=0.5, noise_multiplier=2.0)
-    noisy = released(change, privacy)
-    size = norm(change)
+    noisy = release_change(change, privacy)
+    size = total_norm(change)
     rest = torch.cat([(noisy[name] - change[name] * 0.5 / size).flatten() for name in change])
     assert float(rest.std()) == pytest.approx(1.0, rel=0.02)
     assert abs(float(rest.mean())) < 0.02
@@ -142,8 +142,8 @@ def test_what_leaves_is_clipped_and_has_the_noise_that_was_promised():
 def test_a_small_change_is_not_scaled_up_and_a_diverged_one_says_nothing():
     privacy = Privacy(clip_norm=1e6, noise_multiplier=1e-12)
     small = {"A": torch.full((3, 4), 0.25)}
-    assert torch.allclose(released(small, privacy)["A"], small["A"], atol=1e-4)
-    diverged = released({"A": torch.tensor([1.0, math.nan, math.inf])}, privacy)["A"]
+    assert torch.allclose(release_change(small, privacy)["A"], small["A"], atol=1e-4)
+    diverged = release_change({"A": torch.tensor([1.0, math.nan, math.inf])}, privacy)["A"]
     assert torch.isfinite(diverged).all() and diverged.abs().max() < 1e-4
 
 
@@ -152,8 +152,8 @@ def test_noise_is_fresh_every_time_and_does_not_follow_from_the_seeds_that_the_s
     first = turn(NOISY)[1].payload
     torch.manual_seed(0)
     assert turn(NOISY)[1].payload != first
-    assert not torch.equal(normal(8), normal(8))
-    assert normal(0).numel() == 0 and normal(7).numel() == 7
+    assert not torch.equal(draw_normal(8), draw_normal(8))
+    assert draw_normal(0).numel() == 0 and draw_normal(7).numel() == 7
 
 
 def test_the_loss_is_withheld_with_noise():
@@ -165,7 +165,9 @@ def test_the_loss_is_withheld_with_noise():
 def test_all_that_a_turn_leaves_behind_depends_on_data_through_the_noise_alone(name, monkeypatch):
     """With the noise fixed and as large as the clip, two data sets whose clipped changes agree give equal bytes and
     equal residuals, although selection, rescaling and residuals looked at the change."""
-    monkeypatch.setattr("fedloom.site.privacy.normal", lambda count: torch.linspace(-1, 1, count, dtype=torch.float64))
+    monkeypatch.setattr(
+        "fedloom.site.privacy.draw_normal", lambda count: torch.linspace(-1, 1, count, dtype=torch.float64)
+    )
     settings = {"client_residual": 0.9} if name == "fedsrd" else {}
     method = build(name, settings)
 
@@ -227,7 +229,7 @@ def test_nothing_more_leaves_once_epsilon_is_used_up():
     possible = 0
     while possible < 100:
         try:
-            check_left(policy, Spent(mu_squared=possible * privacy.mu**2))
+            check_spending(policy, Spending(mu_squared=possible * privacy.mu**2))
         except PolicyRefusal as refusal:
             assert "privacy budget" in refusal.public
             break
@@ -341,30 +343,30 @@ def test_an_update_rests_on_examples_that_are_there():
 def test_errors_of_data_and_rules_about_data_say_the_same():
     """How long prompts are could be read from which of the two comes at which max_length."""
     told = {
-        told_to_server(Policy(), error, "ab12") for error in (DataError("prompt of 17 tokens"), PolicyRefusal("17"))
+        text_for_server(Policy(), error, "ab12") for error in (DataError("prompt of 17 tokens"), PolicyRefusal("17"))
     }
     assert told == {"refused by the site's policy (reference ab12)"}
-    assert "17" in told_to_server(Policy(scrub_errors=False), DataError("17"), "ab12")
+    assert "17" in text_for_server(Policy(scrub_errors=False), DataError("17"), "ab12")
 
 
 def test_a_core_may_leave_where_it_is_what_is_trained_and_nothing_larger():
     name, state = "layers.0.q_proj/R", toy.initial()
-    good, large = (message(**{name: dense(torch.zeros(size, size))}) for size in (toy.RANK, toy.RANK + 1))
-    check_update(Policy(), good, state, Spent(), ("R",))
-    assert name in refused("policy", lambda: check_update(Policy(), good, state, Spent()))
-    assert "(5, 5)" in refused("policy", lambda: check_update(Policy(), large, state, Spent(), ("R",)))
-    factors = message(**{"layers.0.q_proj/A": dense(torch.zeros(4, 10))})
-    refused("policy", lambda: check_update(Policy(), factors, state, Spent(), ("R",)))
+    good, large = (message(**{name: dense_entry(torch.zeros(size, size))}) for size in (toy.RANK, toy.RANK + 1))
+    check_may_leave(Policy(), good, state, Spending(), ("R",))
+    assert name in refused("policy", lambda: check_may_leave(Policy(), good, state, Spending()))
+    assert "(5, 5)" in refused("policy", lambda: check_may_leave(Policy(), large, state, Spending(), ("R",)))
+    factors = message(**{"layers.0.q_proj/A": dense_entry(torch.zeros(4, 10))})
+    refused("policy", lambda: check_may_leave(Policy(), factors, state, Spending(), ("R",)))
 
 
 def test_noise_is_charged_for_before_it_is_drawn(monkeypatch):
     came = []
     monkeypatch.setattr(
-        "fedloom.site.privacy.normal", lambda count: came.append("noise") or torch.zeros(count).double()
+        "fedloom.site.privacy.draw_normal", lambda count: came.append("noise") or torch.zeros(count).double()
     )
     method = build("fedit")
     state = start(toy.job(method), toy.initial(), toy.ranks(toy.RANK))
-    step = guarded(NOISY, toy.trainer(method), method.trainable, lambda: came.append("charge"))
+    step = guard_training(NOISY, toy.trainer(method), method.trainable, lambda: came.append("charge"))
     step(state, 1, 7)
     assert came[0] == "charge" and came.count("charge") == 1 and "noise" in came
 
@@ -373,7 +375,7 @@ def test_noise_is_charged_for_before_it_is_drawn(monkeypatch):
 
     came.clear()
     with pytest.raises(OSError, match="disk full"):
-        guarded(NOISY, toy.trainer(method), method.trainable, full)(state, 1, 7)
+        guard_training(NOISY, toy.trainer(method), method.trainable, full)(state, 1, 7)
     assert came == []
 
 

@@ -18,7 +18,7 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.log_lines import OneLine
-from fedloom.site.protocol import GREETING, MAGIC, WRONG_TOKEN, Parcel, exchange, greeting, receive, send
+from fedloom.site.protocol import GREETING, MAGIC, WRONG_TOKEN, Parcel, exchange, greeting, receive_parcel, send_parcel
 
 TOKEN = "5" * 64
 
@@ -107,15 +107,15 @@ def test_the_worker_outlives_every_request(path, sent):
     with caller(path) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        assert set(receive(connection).facts) & {"error", "asked"}
+        assert set(receive_parcel(connection).facts) & {"error", "asked"}
     assert asked(path).facts == {"asked": "hello"}
 
 
 def test_the_doctor_tells_a_worker_that_takes_the_token_from_one_that_does_not(path, tmp_path):
     (tmp_path / "right").write_text(TOKEN + "\n")
     (tmp_path / "wrong").write_text("6" * 64)
-    assert doctor.worker(path, str(tmp_path / "right")).outcome == "ok"
-    refused = doctor.worker(path, str(tmp_path / "wrong"))
+    assert doctor.check_worker(path, str(tmp_path / "right")).outcome == "ok"
+    refused = doctor.check_worker(path, str(tmp_path / "wrong"))
     assert refused.outcome == "fail" and "refuses the token" in refused.found
 
 
@@ -145,9 +145,9 @@ def test_a_request_may_bring_less_than_a_parcel_of_the_protocol(tmp_path):
     assert worker.parse_bytes(settings.max_bytes_request) == 2**30 < protocol.MOST_BYTES
     near, far = socket.socketpair()
     with near, far:
-        send(near, Parcel({}, (b"x" * 11,)))
+        send_parcel(near, Parcel({}, (b"x" * 11,)))
         with pytest.raises(SiteError, match="11 bytes; at most 10"):
-            receive(far, 10)
+            receive_parcel(far, 10)
 
 
 def test_callers_without_the_token_keep_nobody_waiting(path):
@@ -186,17 +186,17 @@ def test_a_request_that_drips_is_given_up(path, monkeypatch, begun):
     with caller(path) as connection:
         connection.sendall(greeting(TOKEN) + begun)
         with pytest.raises(ConnectionError):
-            receive(connection)
+            receive_parcel(connection)
 
 
 def test_a_piece_that_comes_too_late_is_none(monkeypatch):
     near, far = socket.socketpair()
     with near, far:
-        send(near, Parcel({}))
+        send_parcel(near, Parcel({}))
         times = iter([0.0, 1.0, 2.0, 99.0, 100.0, 101.0])
         monkeypatch.setattr(protocol.time, "monotonic", lambda: next(times))
         with pytest.raises(TimeoutError, match="in time"):
-            receive(far, hurried=True)
+            receive_parcel(far, hurried=True)
 
 
 def test_foreign_text_makes_no_lines_of_the_log():

@@ -46,7 +46,7 @@ def test_no_worker_outlives_a_comparison_that_was_killed(tmp_path):
 
 def test_a_variant_sets_the_method_s_keys_other_tables_keys_and_whole_tables(tmp_path):
     config = parse({"clients": {"ada": {"r": 2}}}, "here")
-    (run,) = compare.runs(config, ["florist:tau=0.9,lora.r=4,clients=null"], [7], tmp_path)
+    (run,) = compare.plan_runs(config, ["florist:tau=0.9,lora.r=4,clients=null"], [7], tmp_path)
     made = run.config
     assert (made.method.settings, made.lora.r, made.federation.seed) == ({"tau": 0.9}, 4, 7)
     assert config.clients and not made.clients
@@ -56,14 +56,14 @@ def test_a_worker_that_is_killed_is_told_in_words(monkeypatch, tmp_path):
     run = compare.Run("fedit", 0, Config(), tmp_path / "run")
     monkeypatch.setattr(compare, "_play", die)
     with pytest.raises(RoundError, match="ended from outside.*the same command again"):
-        compare.play([run], 1, lambda run, seconds: None)
+        compare.play_runs([run], 1, lambda run, seconds: None)
 
 
 def test_after_a_run_that_fails_those_that_wait_are_not_begun(monkeypatch, tmp_path):
     made = [compare.Run("fedit", seed, Config(), tmp_path / str(seed)) for seed in range(20)]
     monkeypatch.setattr(compare, "_play", fail_at_first)
     with pytest.raises(ConfigError, match="seed 0"):
-        compare.play(made, 1, lambda run, seconds: None)
+        compare.play_runs(made, 1, lambda run, seconds: None)
     assert not (tmp_path / "19").exists()
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from fedloom.errors import ConfigError
 from fedloom.methods.table import METHODS, build
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.studies import estimate
-from fedloom.studies.estimate.presets import preset_named, shapes
-from fedloom.studies.estimate.published import figures, parameters
-from fedloom.studies.estimate.rounds import equal_ranks, predict, sample
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
+from fedloom.studies.estimate.published import count_parameters, list_figures
+from fedloom.studies.estimate.rounds import equal_ranks, predict, sample_modules
 from toy import RANK, SHAPES, Federation, job
 from toy import ranks as toy_ranks
 
@@ -19,10 +19,10 @@ DEMO = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds" / "demo.toml"
 
 
 def test_the_adapter_of_the_paper_has_its_number_of_values():
-    assert parameters("llama-3.2-3b", 64) == 97_255_424
+    assert count_parameters("llama-3.2-3b", 64) == 97_255_424
 
 
-@pytest.mark.parametrize("figure", figures(), ids=lambda f: f"{f.paper}-{f.preset}-{f.method}-{f.way}")
+@pytest.mark.parametrize("figure", list_figures(), ids=lambda f: f"{f.paper}-{f.preset}-{f.method}-{f.way}")
 def test_published_figures_are_reproduced(figure):
     """To the digits that are printed; Fed-DARE's 190 MiB, whose formula is not given, to 1.2 %."""
     loose = figure.method == "fed-dare"
@@ -31,7 +31,7 @@ def test_published_figures_are_reproduced(figure):
 
 
 def test_all_figures_that_are_asked_for_are_there():
-    told = {(f.preset, f.method, f.way): f.published for f in figures()}
+    told = {(f.preset, f.method, f.way): f.published for f in list_figures()}
     assert told["llama-3.2-3b", "fedit", "up"] == 371 and told["llama-3.2-3b", "ffa", "up"] == 185.5
     assert told["llama-3.2-3b", "fed-dare", "both"] == 190 and told["llama-3.2-3b", "fedsrd", "both"] == 74
     assert told["qwen2-7b", "fedit", "both"] == 616 and told["qwen2-7b", "fedsrd", "both"] == 61
@@ -61,7 +61,7 @@ def test_one_layer_stands_for_all():
     """The same bytes as when every layer is really played, whatever the ranks of the clients."""
     layout = {f"{layer}.{kind}": (128 * m, 128 * n) for layer in range(3) for kind, (m, n) in SHAPES.items()}
     methods, ranks = {name: build(name) for name in ("hetlora", "florist")}, equal_ranks(layout, [4, 2])
-    assert set(sample(layout, ranks).counts.values()) == {3}
+    assert set(sample_modules(layout, ranks).counts.values()) == {3}
     scaled, played = (predict(methods, layout, ranks, whole=every, with_memory=False) for every in (False, True))
     for one, whole in zip(scaled, played, strict=True):
         for coding in whole.up:
@@ -83,31 +83,33 @@ def test_broadcasts_of_the_real_methods_have_the_published_efficiency():
 
 def test_published_figures_stand_beside_ours():
     case = estimate.preset_case("tinyllama", rank=16, clients=8, modules=["q_proj", "v_proj"])
-    result = estimate.run(case, ["ffa"])
+    result = estimate.run_estimate(case, ["ffa"])
     ours = {row["method"]: row["ours"] for row in result["published"]}
     assert ours == {"fedit": None, "flora": None, "ffa": {"efficiency": pytest.approx(28.4e-4, abs=0.05e-4)}}
     (row,) = result["rows"]
     assert row["predicted_server_s"] > 0 and row["up_bytes"]["int4"] < row["up_bytes"]["fp32"] / 6
     assert json.loads(json.dumps(result))["rows"] == result["rows"]
-    assert "28.41e-4" in "".join(str(cell) for column in estimate.tables(result)[1].columns for cell in column.cells)
+    assert "28.41e-4" in "".join(
+        str(cell) for column in estimate.estimate_tables(result)[1].columns for cell in column.cells
+    )
 
 
 def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():
     case = estimate.preset_case("tinyllama", ranks=[8, 4], modules=["k_proj"])
     with pytest.raises(ConfigError, match="needs equal ranks"):
-        estimate.run(case, ["fedsrd"])
-    (row,) = estimate.run(case, ["florist"])["rows"]
-    dense = [4 * rank * sum(map(sum, shapes(preset_named("tinyllama"), ["k_proj"]).values())) for rank in (8, 4)]
+        estimate.run_estimate(case, ["fedsrd"])
+    (row,) = estimate.run_estimate(case, ["florist"])["rows"]
+    dense = [4 * rank * sum(map(sum, preset_shapes(preset_named("tinyllama"), ["k_proj"]).values())) for rank in (8, 4)]
     assert row["up_bytes"]["paper"] == pytest.approx(sum(dense) / 2)
 
 
 def test_settings_are_estimated_without_their_weights(tmp_path):
-    config = load(DEMO, ["clients.lab.r=4", "method.name=florist", "method.tau=0.9", "wire.values=fp16"])
+    config = load_config(DEMO, ["clients.lab.r=4", "method.name=florist", "method.tau=0.9", "wire.values=fp16"])
     case = estimate.config_case(config)
     assert case.values == 143_360 and case.rounds == 20
     assert set(case.ranks["lab"].values()) == {4} and set(case.ranks["bank"].values()) == {16}
     assert estimate.variant_of(config) == "florist:tau=0.9"
-    (row,) = estimate.run(case, [estimate.variant_of(config)])["rows"]
+    (row,) = estimate.run_estimate(case, [estimate.variant_of(config)])["rows"]
     assert row["auto"] == "fp16" and row["up_bytes"]["int8"] < row["up_bytes"]["fp16"] < row["up_bytes"]["fp32"]
     assert row["run_bytes"] == pytest.approx(row["first_round_bytes"] + 19 * row["total_bytes"], abs=20)
 

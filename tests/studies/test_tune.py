@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import ConfigError
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
 from fedloom.report.numbers import summarise
 from fedloom.server import local
@@ -54,19 +54,19 @@ def test_a_search_never_opens_the_held_out_split(tmp_path: Path):
     """It works where there is none: the files are deleted. What it writes names the split all the same."""
     bed = tmp_path / "bed"
     shutil.copytree(TESTBED, bed, ignore=shutil.ignore_patterns("heldout*", "__pycache__"))
-    config = load(bed / "demo.toml", SHORT)
-    made = tune.search(config, "method.tau", ["0.8", "0.99"], [], [100], tmp_path / "out")
+    config = load_config(bed / "demo.toml", SHORT)
+    made = tune.plan_search(config, "method.tau", ["0.8", "0.99"], [], [100], tmp_path / "out")
     assert [run.config.data.heldout for run in made] == ["validation"] * 2
     assert "heldout" not in {str(value) for run in made for value in run.config.data.model_dump().values()}
     for run in made:
-        local.run(run.config, run.folder)
-    groups = compare.reports(made)
+        local.run_local(run.config, run.folder)
+    groups = compare.read_reports(made)
     choice = tune.choose(groups, "method.tau", ["0.8", "0.99"])
-    files = tune.write(config, "method.tau", choice, tmp_path / "out")
+    files = tune.write_choice(config, "method.tau", choice, tmp_path / "out")
     sizes = {label: reports[0].totals.bytes for label, reports in groups.items()}
     assert sizes["method.tau=0.8"] < sizes["method.tau=0.99"]
     for name, found in (("O", choice.best), ("E", choice.efficient)):
-        chosen = load(files[name])
+        chosen = load_config(files[name])
         assert (chosen.data.heldout, chosen.data.validation) == ("heldout", "validation")
         assert chosen.method.settings["tau"] == float(found.value)
         assert chosen.method.settings["client_init"] == "merge_reinit"
@@ -77,9 +77,9 @@ def test_a_search_never_opens_the_held_out_split(tmp_path: Path):
     ("override", "message"), [("data.validation=null", "is missing"), ("data.validation=heldout", "would leak")]
 )
 def test_a_search_needs_a_split_of_its_own(override: str, message: str):
-    config = load(TESTBED / "demo.toml", [*SHORT, override])
+    config = load_config(TESTBED / "demo.toml", [*SHORT, override])
     with pytest.raises(ConfigError, match=message):
-        tune.search(config, "method.tau", ["0.8"], [], [100], Path("unused"))
+        tune.plan_search(config, "method.tau", ["0.8"], [], [100], Path("unused"))
 
 
 def test_a_value_without_a_run_is_named():
@@ -100,12 +100,12 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
                 ledger.append(Evaluation(1, "d", tau or 0.85, 1.0))
             finished(run, 1.0)
 
-    monkeypatch.setattr(compare, "play", play)
-    monkeypatch.setattr(compare, "expected", lambda made, jobs: 60.0)
+    monkeypatch.setattr(compare, "play_runs", play)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 60.0)
     monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=200))
     command = ["tune", "--set", "method.name=florist", "--values", "0.8,0.9,0.99", "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(cli.app, command).exit_code == 0
     assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    taus = [load(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
+    taus = [load_config(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
     assert taus == [0.99, 0.9]
     assert "O: method.tau = 0.99, 99.0 % on validation" in commands.screen.file.getvalue()

@@ -201,8 +201,8 @@ def test_gap_symbols_are_those_of_the_definition(gaps):
         assert symbol == (gap if gap < 16 else 8 * width + (gap >> width))
         bits |= (gap & (2**width - 1)) << at if gap >= 16 else 0
         at += width if gap >= 16 else 0
-    assert int.from_bytes(sink.packed().tobytes(), "little") == bits
-    source = BitSource(sink.packed())
+    assert int.from_bytes(sink.to_bytes().tobytes(), "little") == bits
+    source = BitSource(sink.to_bytes())
     assert from_symbols(symbols, source).tolist() == gaps
     source.end()
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import all_finite
-from fedloom.wire.cells import Grid, Lines, best_grid, density_classes, divide
+from fedloom.wire.cells import CellGrid, LineClasses, best_grid, density_classes, divide
 from fedloom.wire.positions import _STREAM_BITS, MOST_GAP_STREAMS, _Coded, _shared_streams
 
 
@@ -57,8 +57,8 @@ def test_the_grid_is_the_cheapest_of_four(seed, rows, columns, by_row, by_column
             density_classes(np.bincount(first, minlength=rows), columns),
             density_classes(np.bincount(second, minlength=columns), rows),
         )
-        whole = Lines(rows, None), Lines(columns, None)
-        grids = [Grid(r, c) for r in (whole[0], classes[0]) for c in (whole[1], classes[1])]
+        whole = LineClasses(rows, None), LineClasses(columns, None)
+        grids = [CellGrid(r, c) for r in (whole[0], classes[0]) for c in (whole[1], classes[1])]
         least = min(slow_bits(one, positions, columns) for one in grids)
         assert slow_bits(grid, positions, columns) == pytest.approx(least, rel=1e-9)
     counts, sizes, inner = grid.split(positions, of_rows, of_columns)

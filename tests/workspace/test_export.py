@@ -7,7 +7,7 @@ import torch
 
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
-from fedloom.workspace.export import exported
+from fedloom.workspace.export import export_adapter
 
 
 def stacked(seed: int, rank: int, shape: tuple[int, int], fall: float = 0.95) -> LoraPair:
@@ -23,7 +23,7 @@ def stacked(seed: int, rank: int, shape: tuple[int, int], fall: float = 0.95) ->
 def test_a_cap_says_what_it_costs_of_the_whole_change(cap: int):
     """Modules that lose unequal shares, stacked far beyond the cap: few of their components are computed at all."""
     state = LoraState({"flat": stacked(0, 96, (160, 120)), "steep": stacked(1, 64, (90, 200), 0.6)})
-    adapter, lost = exported(State(state), cap)
+    adapter, lost = export_adapter(State(state), cap)
     whole = left = 0.0
     for module, pair in state.items():
         exact = pair.B.double() @ pair.A.double()
@@ -35,5 +35,5 @@ def test_a_cap_says_what_it_costs_of_the_whole_change(cap: int):
 
 def test_without_a_cap_nothing_is_lost():
     state = LoraState({"flat": stacked(0, 96, (160, 120))})
-    adapter, lost = exported(State(state), None)
+    adapter, lost = export_adapter(State(state), None)
     assert torch.equal(adapter["flat"].B, state["flat"].B) and lost == 0.0

@@ -134,13 +134,13 @@ def test_missing_settings_and_broken_resumes_are_one_line_too(project: Path):
 def test_going_on_from_an_adapter_starts_where_it_ended(project: Path):
     assert run(out="first")[0] == 0
     from fedloom.lora.pair import digest
-    from fedloom.model.peft_bridge import read, write
-    from fedloom.records.configfile import load
-    from fedloom.workspace.assemble import prepare
+    from fedloom.model.peft_bridge import read_adapter, write_adapter
+    from fedloom.records.configfile import load_config
+    from fedloom.workspace.assemble import load_setup
 
-    setup = prepare(load(project / "demo.toml", ["model.adapter=./first/adapter"]))
+    setup = load_setup(load_config(project / "demo.toml", ["model.adapter=./first/adapter"]))
     from fedloom.adapters.folder import load_adapter
 
     assert digest(setup.initial) == digest(load_adapter(project / "first" / "adapter")[0])
-    write(setup.model, setup.initial)
-    assert digest(read(setup.model)) == digest(setup.initial)
+    write_adapter(setup.model, setup.initial)
+    assert digest(read_adapter(setup.model)) == digest(setup.initial)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from fedloom.errors import CheckpointError
 from fedloom.lora.pair import digest
 from fedloom.records.config import Config
-from fedloom.records.configfile import load
+from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Evaluation, Note, Training, Transfer, read, totals
-from fedloom.server.local import LocalSites, run
+from fedloom.records.ledger import Evaluation, Note, Training, Transfer, read_rows, totals
+from fedloom.server.local import LocalSites, run_local
 from fedloom.server.loop import Rounds
-from fedloom.workspace.assemble import prepare
+from fedloom.workspace.assemble import load_setup
 from fedloom.workspace.folder import RunFolder
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -30,12 +30,12 @@ TWO = ["federation.participants=['bank', 'lab']"]
 
 
 def settings(*overrides: str) -> Config:
-    return load(TESTBED / "demo.toml", [*SHORT, *overrides])
+    return load_config(TESTBED / "demo.toml", [*SHORT, *overrides])
 
 
 def finished(folder: Path) -> tuple[bytes, object, list[float]]:
     """What must not depend on interruptions: the adapter's bytes, the sums of bytes, the losses and scores."""
-    rows = read(folder / "ledger.jsonl")
+    rows = read_rows(folder / "ledger.jsonl")
     losses = [row.loss for row in rows if isinstance(row, Training | Evaluation)]
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), totals(rows), losses
 
@@ -66,7 +66,7 @@ print(hits / len(rows))
 
 def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Path):
     config = settings("federation.participants=['depot']", "training.max_steps=12", "method.name=fedit")
-    summary = run(config, tmp_path / "run")
+    summary = run_local(config, tmp_path / "run")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left >= {"adapter", "checkpoints", "config.toml", "curve.png", "ledger.jsonl", "report.html"}
     assert summary.after["depot"] > summary.before["depot"] + 0.1
@@ -84,7 +84,7 @@ def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Pat
 def test_everybody_ends_with_the_servers_bits_whoever_was_sampled(tmp_path: Path, method: str):
     config = settings("federation.fraction_train=0.5", "federation.drop_out=0.3", f"method.name={method}")
     with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
-        setup = prepare(config)
+        setup = load_setup(config)
         simulation = Rounds(setup, folder, Silent(), LocalSites(setup))
         simulation.play(resume=False)
     for client, state in simulation.sites.states.items():
@@ -94,8 +94,8 @@ def test_everybody_ends_with_the_servers_bits_whoever_was_sampled(tmp_path: Path
 
 
 def test_the_ledger_counts_the_bytes_that_were_kept(tmp_path: Path):
-    run(settings(*TWO, "output.keep_payloads=true"), tmp_path / "run")
-    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    run_local(settings(*TWO, "output.keep_payloads=true"), tmp_path / "run")
+    rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
     kept = sum(path.stat().st_size for path in (tmp_path / "run" / "payloads").iterdir())
     assert kept == sum(row.bytes for row in rows) == totals(rows).bytes
     assert all(sum(row.parts.values()) == row.bytes for row in rows)
@@ -103,8 +103,8 @@ def test_the_ledger_counts_the_bytes_that_were_kept(tmp_path: Path):
 
 
 def test_a_round_without_answers_is_noted_and_the_run_goes_on(tmp_path: Path):
-    run(settings(*TWO, "federation.drop_out=0.9", "federation.seed=1"), tmp_path / "run")
-    notes = [row.text for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note)]
+    run_local(settings(*TWO, "federation.drop_out=0.9", "federation.seed=1"), tmp_path / "run")
+    notes = [row.text for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note)]
     assert any("nobody answered" in text for text in notes)
 
 
@@ -126,7 +126,7 @@ SLOW = pytest.mark.slow
 )
 def test_a_run_resumed_after_a_crash_ends_the_same(tmp_path: Path, moment: str, call: int, monkeypatch):
     config = settings(*TWO)
-    run(config, tmp_path / "whole")
+    run_local(config, tmp_path / "whole")
     original, count = getattr(RunFolder, moment), iter(range(1, 1000))
 
     def crash(self: RunFolder, *args: object) -> None:
@@ -136,9 +136,9 @@ def test_a_run_resumed_after_a_crash_ends_the_same(tmp_path: Path, moment: str, 
 
     monkeypatch.setattr(RunFolder, moment, crash)
     with pytest.raises(Crash):
-        run(config, tmp_path / "broken")
+        run_local(config, tmp_path / "broken")
     monkeypatch.undo()
-    run(config, tmp_path / "broken", resume=True)
+    run_local(config, tmp_path / "broken", resume=True)
     assert finished(tmp_path / "broken") == finished(tmp_path / "whole")
 
 
@@ -171,28 +171,28 @@ def test_a_folder_is_never_overwritten(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.docx").write_text("years of work")
     with pytest.raises(CheckpointError, match="holds other files"):
-        run(settings(), tmp_path / "run")
+        run_local(settings(), tmp_path / "run")
 
 
 def test_a_resumed_run_must_be_the_same_run(tmp_path: Path):
-    run(settings(*TWO), tmp_path / "run")
+    run_local(settings(*TWO), tmp_path / "run")
     with pytest.raises(CheckpointError, match="--resume"):
-        run(settings(*TWO), tmp_path / "run")
+        run_local(settings(*TWO), tmp_path / "run")
     with pytest.raises(CheckpointError, match="differs from the settings"):
-        run(settings(*TWO, "training.learning_rate=0.001"), tmp_path / "run", resume=True)
+        run_local(settings(*TWO, "training.learning_rate=0.001"), tmp_path / "run", resume=True)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path):
-    run(settings(*TWO), tmp_path / "run")
+    run_local(settings(*TWO), tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=newest.name):
-        run(settings(*TWO), tmp_path / "run", resume=True)
+        run_local(settings(*TWO), tmp_path / "run", resume=True)
 
 
 def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path):
     config = settings(*TWO, "method.name=florist", "method.preset=paper", "output.max_rank=6")
-    summary = run(config, tmp_path / "run")
+    summary = run_local(config, tmp_path / "run")
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert max(t.shape[0] for name, t in tensors.items() if "lora_A" in name) <= 6
     assert 0 < summary.lost_energy < 1
@@ -201,8 +201,8 @@ def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path):
 
 def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path):
     config = settings(*TWO, "method.name=florist", "clients.lab.r=4", "clients.bank.lora_alpha=8")
-    summary = run(config, tmp_path / "run")
-    rows = [row for row in read(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    summary = run_local(config, tmp_path / "run")
+    rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
     up = {
         client: sum(r.bytes for r in rows if r.client == client and r.direction == "up") for client in ("bank", "lab")
     }

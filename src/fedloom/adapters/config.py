@@ -52,12 +52,14 @@ class AdapterConfig(BaseModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as it is. Raises ModelError where there is none, or it is no object in JSON."""
+    """adapter_config.json as it is. Raises ModelError where there is none, or it is not a JSON object."""
     if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder: expected a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise ModelError(
+            f"{folder} is not a folder: expected a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ModelError(f"{folder} holds no {CONFIG_FILE}: it is no PEFT adapter folder")
+        raise ModelError(f"{folder} holds no {CONFIG_FILE}: it is not a PEFT adapter folder")
     return read_json(path)
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders read one module at a time, and refused with the reason where they hold no change B A.
+"""PEFT adapter folders, read one module at a time. A folder whose change is not B A is refused with the reason.
 
 No base model is ever loaded.
 """
@@ -33,8 +33,8 @@ class AdapterFolder:
     """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
 
     layouts: module → how its factors are stored, by sorted names. whole: name → shape of the tensors that are stored as
-    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for a folder that is none,
-    whose files do not fit together, or whose change is not B A.
+    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for another kind of folder,
+    for files that do not fit together, and for a change that is not B A.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,7 +73,7 @@ class AdapterFolder:
         ]
         if odd:
             raise ModelError(
-                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, which is no LoRA factor of a linear module (embeddings, "
+                f"{self.folder / WEIGHTS_FILE} holds {odd[0]}, not a LoRA factor of a linear module (embeddings, "
                 "convolutions, biases and whole modules can be merged, but not trained on)"
             )
 
@@ -97,7 +97,9 @@ class AdapterFolder:
         embedding = [".lora_embedding_" in name for name in names]
         where = f"{self.folder / WEIGHTS_FILE}, module {module}"
         if embedding[0] != embedding[1] or len(a) != len(b) or len(a) < 2 or a[0] != b[1] or set(b[2:]) > {1}:
-            raise ModelError(f"{where}: A of shape {a} and B of shape {b} are no LoRA pair: expected (r, n) and (m, r)")
+            raise ModelError(
+                f"{where}: A of shape {a} and B of shape {b} do not make a LoRA pair: expected (r, n) and (m, r)"
+            )
         if 0 in (*a, *b):
             raise ModelError(f"{where}: A of shape {a} or B of shape {b} is empty: expected at least one value")
         told = self.settings.rank(module)
@@ -119,7 +121,7 @@ def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:
 
 
 def other_base_note(adapters: Sequence[AdapterFolder], base: str | Path) -> str | None:
-    """What to say where adapters name another base model than `base`, a folder or Hub name; None where they do not.
+    """A note for the user where adapters name another base model than `base` (a folder or Hub name); else None.
 
     A model is known by its name alone: owner/name, a folder name, and the Hub cache's models--owner--name are one. The
     same shapes are no proof, since models of one family share them.
@@ -171,7 +173,7 @@ def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
                 raise ModelError(f"{path} holds both {keys[own]} and {name}: which of them is meant?")
             keys[own] = name
         elif ".lora_" in name or not name.startswith(PREFIX):
-            raise ModelError(f"{path} holds {name}, which is no LoRA factor (DoRA's magnitudes are not supported)")
+            raise ModelError(f"{path} holds {name}, which is not a LoRA factor (DoRA's magnitudes are not supported)")
     lone = sorted(module for module, part in keys if (module, "A" if part == "B" else "B") not in keys)
     if lone or not keys:
         raise ModelError(f"{path} {f'lacks one factor of {lone[0]}' if lone else 'holds no LoRA factors'}")

@@ -26,7 +26,9 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
-            raise ModelError(f"{path} is larger than {LARGEST:,} bytes: it is no configuration of a model or adapter")
+            raise ModelError(
+                f"{path} is larger than {LARGEST:,} bytes: it is not a configuration of a model or adapter"
+            )
         held = json.loads(content.decode("utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not valid JSON ({ascii(str(error))[1:-1][:200]})") from None
@@ -63,4 +65,4 @@ def _is_text(value: str) -> bool:
 
 
 def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -54,7 +54,7 @@ class Patterns:
         ends = [module, *(module[dot.end() :] for dot in re.finditer(r"\.", module))]
         hits = [(self._names[end], end) for end in ends if end in self._names]
         place, found = min(hits) if hits else (len(self._names) + len(self._others), None)
-        return next((key for at, key in self._others if at < place and _compiled(key).ends(module)), found)
+        return next((key for at, key in self._others if at < place and _compiled(key).matches_end(module)), found)
 
 
 def matching_name(pattern: str, names: Iterable[str], owner: str) -> set[str]:
@@ -62,7 +62,7 @@ def matching_name(pattern: str, names: Iterable[str], owner: str) -> set[str]:
     if is_name(pattern):
         return {name for name in names if name == pattern}
     _check(pattern, owner)
-    return {name for name in names if _compiled(pattern).whole(name)}
+    return {name for name in names if _compiled(pattern).matches_whole(name)}
 
 
 def is_name(pattern: str) -> bool:
@@ -70,12 +70,12 @@ def is_name(pattern: str) -> bool:
     return _NAME.fullmatch(pattern) is not None
 
 
-def literal(module: str) -> str:
+def literal_pattern(module: str) -> str:
     """A pattern for PEFT that matches this module alone: its whole name, escaped, from its first character on."""
     return f"^{re.escape(module)}"
 
 
-def spelled_out(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
+def spell_out(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
     """The same values with names of modules in place of every pattern that is more than a name, for PEFT to read.
 
     Raises ConfigError as `Patterns` does.
@@ -98,10 +98,10 @@ class _Compiled:
         self._whole: Any = re2.compile(pattern, options)
         self._end: Any = re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
 
-    def whole(self, name: str) -> bool:
+    def matches_whole(self, name: str) -> bool:
         return self._whole.fullmatch(name) is not None
 
-    def ends(self, name: str) -> bool:
+    def matches_end(self, name: str) -> bool:
         return self._end.fullmatch(name) is not None
 
 
@@ -132,9 +132,9 @@ def _complaint(pattern: str) -> str:
     try:
         _compiled(pattern)
     except re2.error as error:
-        told = error.args[0] if error.args else "it is no regular expression"
+        told = error.args[0] if error.args else "it is not a regular expression"
         text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
         return ascii(text)[1:-1][:LONGEST]
     except UnicodeError:
-        return "it is no valid text"
+        return "it is not valid text"
     return ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedloom.adapters.patterns import Patterns, spelled_out
+from fedloom.adapters.patterns import Patterns, spell_out
 from fedloom.adapters.tensor_file import TensorFile
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
@@ -100,7 +100,7 @@ class Layout:
         )
         return a, b
 
-    def stored(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+    def stored_factors(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
         """A and B in the shapes of the file."""
         ones = [1] * (len(self.inputs) - 1)
         return pair.A.reshape(-1, *self.inputs), pair.B.reshape(self.outputs, -1, *ones)
@@ -119,12 +119,14 @@ def save_adapter(
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    state = state.map(at_least_one)
+    state = state.map(pad_to_rank_one)
     layouts = {module: Layout(m, (n,)) for module, (m, n) in state.shapes().items()}
     with TensorFile(folder / WEIGHTS_FILE, [name for m, layout in layouts.items() for name in layout.names(m)]) as file:
         for module, pair in state.items():
             unscaled = LoraPair(pair.A, pair.B / settings.scale(module, pair.rank))
-            for name, tensor in zip(layouts[module].names(module), layouts[module].stored(unscaled), strict=True):
+            for name, tensor in zip(
+                layouts[module].names(module), layouts[module].stored_factors(unscaled), strict=True
+            ):
                 file.add(name, tensor.to(dtype))
     write_config(folder, str(base_model_name_or_path), settings, state.ranks())
 
@@ -142,7 +144,7 @@ def write_config(
     """
     most = max(ranks.values(), default=settings.r)
     config = {
-        "alpha_pattern": spelled_out(settings.alpha_pattern, ranks),
+        "alpha_pattern": spell_out(settings.alpha_pattern, ranks),
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": settings.fan_in_fan_out,
@@ -167,7 +169,7 @@ def _target_names(wanted: Sequence[str] | str, modules: Collection[str]) -> list
     return sorted(modules) if isinstance(wanted, str) else sorted(wanted)
 
 
-def at_least_one(pair: LoraPair) -> LoraPair:
+def pad_to_rank_one(pair: LoraPair) -> LoraPair:
     """The pair, or rank 1 of zeros in place of an empty one."""
     m, n = pair.shape
     return pair if pair.rank else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))

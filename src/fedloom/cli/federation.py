@@ -33,7 +33,7 @@ def init(
 
     digest = base_digest(model) if Path(model).is_dir() else ""
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
-    asked = federation.Federation(
+    asked = federation.FederationPlan(
         address=address,
         listen=listen,
         model=model,
@@ -42,7 +42,7 @@ def init(
         site_folder=site_folder,
         days=days,
     )
-    for made in federation.init(folder, asked, site):
+    for made in federation.write_federation(folder, asked, site):
         _say(f"wrote {made}")
     _say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
 
@@ -56,7 +56,7 @@ def add(
     """Make the files of one more site."""
     from fedloom.deploy import federation
 
-    _say(f"wrote {federation.add(folder, site, public_key)}; then run server/register.sh again")
+    _say(f"wrote {federation.add_site(folder, site, public_key)}; then run server/register.sh again")
 
 
 @app.command()
@@ -67,7 +67,7 @@ def renew(
     """Make a new key and certificate for the server."""
     from fedloom.deploy import federation
 
-    _say(f"wrote {federation.renew(folder, days)}; then restart SuperLink and proxy")
+    _say(f"wrote {federation.renew_server(folder, days)}; then restart SuperLink and proxy")
 
 
 @app.command()
@@ -77,13 +77,13 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a site or the server: one line a check, what to do where something is wrong. Exit code 1 if anything is."""
-    from fedloom.deploy.doctor import examined, table
+    from fedloom.deploy.doctor import examine, findings_table
 
-    checks = examined(path, online=not offline)
+    checks = examine(path, online=not offline)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
     else:
-        Console().print(table(checks))
+        Console().print(findings_table(checks))
     if any(check.outcome == "fail" for check in checks):
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedloom.errors import FedloomError
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 
 complaints = Console(stderr=True)
 
@@ -36,7 +36,7 @@ class Funnel(TyperGroup):
 
 def _in_lines(text: str) -> str:
     """A message that may quote names, keys and errors of others, its own line breaks kept."""
-    return "\n".join(printable(line, 20_000) for line in text.split("\n")[:50])
+    return "\n".join(to_printable(line, 20_000) for line in text.split("\n")[:50])
 
 
 def run_app(app: typer.Typer, name: str | None = None) -> None:

@@ -26,13 +26,13 @@ MethodRow = Mapping[str, Any]
 
 def method_rows() -> list[MethodRow]:
     """Each method: its name, the facts of `method.Facts`, its settings with their defaults, its presets."""
-    from fedloom.methods.table import METHODS, build, options
+    from fedloom.methods.table import METHODS, build, method_options
 
     return [
         {
             "name": name,
             **asdict(build(name).facts),
-            "settings": _plain(options(name)),
+            "settings": _plain(method_options(name)),
             "presets": {preset: _plain(settings) for preset, settings in entry.presets.items()},
         }
         for name, entry in METHODS.items()
@@ -54,7 +54,7 @@ def method_table(rows: Sequence[MethodRow]) -> RenderableType:
     return Group(table, settings)
 
 
-def described(path: Path) -> RenderableType:
+def describe_path(path: Path) -> RenderableType:
     """What is at `path`. Raises the error that says why it is none of what is known."""
     if not path.exists():
         raise ConfigError(
@@ -63,17 +63,17 @@ def described(path: Path) -> RenderableType:
     return next(show for fits, show in _KINDS if fits(path))(path)
 
 
-def run(folder: Path) -> RenderableType:
+def run_tables(folder: Path) -> RenderableType:
     """The closing tables of a run folder."""
-    from fedloom.records.ledger import read
+    from fedloom.records.ledger import read_rows
     from fedloom.report import summarise
-    from fedloom.report.tables import closing
+    from fedloom.report.tables import closing_tables
 
     ledger = folder / "ledger.jsonl"
-    return closing(summarise(read(ledger), str(ledger)))
+    return closing_tables(summarise(read_rows(ledger), str(ledger)))
 
 
-def adapter(folder: Path) -> RenderableType:
+def adapter_table(folder: Path) -> RenderableType:
     """The modules of a PEFT adapter by kind: how many, shape of ΔW, ranks, values, mean norm of ΔW."""
     from fedloom.adapters.folder import load_adapter
 
@@ -97,7 +97,7 @@ def adapter(folder: Path) -> RenderableType:
     return table
 
 
-def payload(path: Path) -> RenderableType:
+def payload_tables(path: Path) -> RenderableType:
     """The header of one payload, its tensors by kind with their density, codings and bytes, and its parts."""
     from fedloom.compress.entries import count
     from fedloom.wire import describe
@@ -129,9 +129,9 @@ def payload(path: Path) -> RenderableType:
     return Group(facts, table, parts)
 
 
-def audit(folder: Path) -> RenderableType:
+def audit_table(folder: Path) -> RenderableType:
     """What has left a site, job by job, after the record was checked: every line, and every payload still kept."""
-    from fedloom.site.audit import AuditTrail, summary
+    from fedloom.site.audit import AuditTrail, summarise_record
 
     lines, moved, unlisted = AuditTrail(folder).verify()
     table = Table(box=box.SIMPLE_HEAD, title="what has left this site", title_style="bold")
@@ -143,7 +143,7 @@ def audit(folder: Path) -> RenderableType:
         bare = sum(line.mu is None for line in told)
         rounds, size = len({line.round for line in told}), sum(line.bytes for line in told)
         table.add_row(cell(job), str(rounds), str(len(told)), f"{size:,}", str(bare), cell(told[-1].time[:10]))
-    return Group(table, *map(cell, summary(lines, moved, unlisted)))
+    return Group(table, *map(cell, summarise_record(lines, moved, unlisted)))
 
 
 def _norm(pair: LoraPair) -> float:
@@ -165,9 +165,9 @@ def _toml(value: object) -> str:
 
 
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], RenderableType]], ...] = (
-    (lambda path: (path / "ledger.jsonl").is_file(), run),
-    (lambda path: (path / "audit.jsonl").is_file(), audit),
-    (Path.is_dir, adapter),
-    (Path.is_file, payload),
+    (lambda path: (path / "ledger.jsonl").is_file(), run_tables),
+    (lambda path: (path / "audit.jsonl").is_file(), audit_table),
+    (Path.is_dir, adapter_table),
+    (Path.is_file, payload_tables),
 )
 """What a path may be, tried in order, and what to show of it."""

@@ -81,13 +81,13 @@ def demo(
     sets: Set = None,
 ) -> None:
     """Train a small model that comes with fedloom at four sites, over real bytes."""
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
     chosen = {"method.name": method, "federation.num_rounds": rounds, "federation.seed": seed}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     folder = testbed_folder()
-    config = load(folder / "demo.toml", [*overrides, *(sets or [])])
-    play(config, out or free_folder(Path("runs/demo")))
+    config = load_config(folder / "demo.toml", [*overrides, *(sets or [])])
+    play_local(config, out or free_folder(Path("runs/demo")))
 
 
 @app.command()
@@ -105,20 +105,22 @@ def run(
     ] = Engine.local,
 ) -> None:
     """Train the federation that a settings file describes."""
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
-    settings = load(config, sets or [])
+    settings = load_config(config, sets or [])
     folder = out or Path(settings.output.dir or Path("runs") / config.stem)
-    {Engine.local: play, Engine.flower: submit, Engine.flower_sim: simulate}[engine](settings, folder, resume=resume)
+    {Engine.local: play_local, Engine.flower: submit_run, Engine.flower_sim: simulate}[engine](
+        settings, folder, resume=resume
+    )
 
 
 @app.command()
 def worker(site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="What the site lends, and how.")]) -> None:
     """Hold a site's model and data, and work for the federations that ask, as the site's policy allows."""
     from fedloom.site import config
-    from fedloom.site.worker import serve
+    from fedloom.site.worker import serve_site
 
-    serve(config.load(site))
+    serve_site(config.load_site_config(site))
 
 
 @app.command()
@@ -136,9 +138,9 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A payload, an adapter folder or a run folder.")]) -> None:
     """Say what is in a payload, an adapter or a run."""
-    from fedloom.cli.inspect import described
+    from fedloom.cli.inspect import describe_path
 
-    screen.print(described(path))
+    screen.print(describe_path(path))
 
 
 @app.command()
@@ -147,22 +149,22 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
 ) -> None:
     """Show how a run stands, and go on showing it until it is over."""
-    from fedloom.report.status import follow, shown
+    from fedloom.report.status import follow_run, render_folder
 
     if once:
-        screen.print(shown(folder))
+        screen.print(render_folder(folder))
     else:
-        follow(folder, screen)
+        follow_run(folder, screen)
 
 
 @app.command()
 def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fedloom.toml")) -> None:
     """Write a settings file with every key, its meaning and its default."""
-    from fedloom.records.configfile import template
+    from fedloom.records.configfile import settings_template
 
     if path.exists():
         raise ConfigError(f"{path} exists already; give another name: fedloom init other.toml")
-    path.write_text(template(), encoding="utf-8")
+    path.write_text(settings_template(), encoding="utf-8")
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
@@ -170,51 +172,51 @@ for command in (aggregate, estimate, compare, tune):
     app.command()(command)
 
 
-def play(config: Config, folder: Path, *, resume: bool = False) -> None:
+def play_local(config: Config, folder: Path, *, resume: bool = False) -> None:
     """Run the local engine with its progress on screen, then print the closing tables."""
     from fedloom.report.live import watch
 
-    with resumable(folder), watch(screen) as observer:
+    with explain_resume(folder), watch(screen) as observer:
         from fedloom.server import local
 
-        local.run(config, folder, resume=resume, observer=observer)
+        local.run_local(config, folder, resume=resume, observer=observer)
     from fedloom.cli import inspect as inspection
 
-    screen.print(inspection.run(folder))
+    screen.print(inspection.run_tables(folder))
 
 
 def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
     """Run the Flower engine with Ray's processes on this machine as its sites, then print the closing tables."""
-    from fedloom.flower.settings import installed
+    from fedloom.flower.settings import check_installed
     from fedloom.report.live import watch
 
-    installed("simulation", "flwr", "ray")
-    with resumable(folder), watch(screen) as observer:
+    check_installed("simulation", "flwr", "ray")
+    with explain_resume(folder), watch(screen) as observer:
         from fedloom.flower.simulated import simulation
 
-        simulation.run(config, folder, resume=resume, observer=observer)
+        simulation.run_simulated(config, folder, resume=resume, observer=observer)
     from fedloom.cli import inspect as inspection
 
-    screen.print(inspection.run(folder))
+    screen.print(inspection.run_tables(folder))
 
 
-def submit(config: Config, folder: Path, *, resume: bool = False) -> None:
+def submit_run(config: Config, folder: Path, *, resume: bool = False) -> None:
     """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
     from fedloom.flower import launch
-    from fedloom.flower.settings import check, installed
+    from fedloom.flower.settings import check_flower_settings, check_installed
 
-    installed("flower", "flwr")
-    check(config)
-    with screen.status("submitting"), resumable(folder):
-        launch.run(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))
+    check_installed("flower", "flwr")
+    check_flower_settings(config)
+    with screen.status("submitting"), explain_resume(folder):
+        launch.run_on_superlink(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))
     if (folder / "ledger.jsonl").exists():
         from fedloom.cli import inspect as inspection
 
-        screen.print(inspection.run(folder))
+        screen.print(inspection.run_tables(folder))
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
+def explain_resume(folder: Path) -> Iterator[None]:
     """Say how to go on where the user interrupts a run."""
     try:
         yield

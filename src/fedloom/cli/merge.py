@@ -14,7 +14,7 @@ from rich.progress import track
 from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedloom.adapters.merge.folders import Row
+    from fedloom.adapters.merge.folders import MergedModule
 
 DTYPES = {"": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 screen = Console()
@@ -45,9 +45,9 @@ def aggregate(
 
     from fedloom.adapters.merge import output, table
     from fedloom.adapters.merge.combine import Recipe
-    from fedloom.adapters.merge.folders import opened
-    from fedloom.adapters.merge.model import open_base, places
-    from fedloom.adapters.merge.save import save
+    from fedloom.adapters.merge.folders import open_folders
+    from fedloom.adapters.merge.model import find_places, open_base
+    from fedloom.adapters.merge.save import save_merge
 
     output.check_free(out, [*adapters, *([base_model] if base_model else [])], force=force)
     if dtype and base_model:
@@ -56,25 +56,25 @@ def aggregate(
         raise ConfigError(f"--dtype {dtype} is unknown: expected fp32, fp16 or bf16")
     chosen = method or ("florist" if rank is None else "flexlora")
     recipe = Recipe(chosen, rank, energy, max_rank, getattr(torch, DTYPES[dtype]))
-    inputs = opened(adapters, _numbers(weights))
+    inputs = open_folders(adapters, _numbers(weights))
     base = open_base(base_model) if base_model else None
     for adapter in inputs.adapters:
         if base:
-            places(base, adapter)
-    rows, merged = save(inputs, recipe, base, None if dry_run else out, _progress(len(inputs.layouts)))
+            find_places(base, adapter)
+    rows, merged = save_merge(inputs, recipe, base, None if dry_run else out, _progress(len(inputs.layouts)))
     place = {"out": str(out), "base": base_model and str(base_model), "written": not dry_run, "model": merged}
-    told = {**table.record(inputs, recipe, rows, base_model), **place}
+    told = {**table.build_record(inputs, recipe, rows, base_model), **place}
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
-        screen.print(table.shown(told), highlight=False)
+        screen.print(table.render_record(told), highlight=False)
 
 
-def _progress(modules: int) -> Callable[[Iterable[Row]], Iterable[Row]]:
+def _progress(modules: int) -> Callable[[Iterable[MergedModule]], Iterable[MergedModule]]:
     """A bar on a terminal's stderr while rows are made."""
     console = Console(stderr=True)
 
-    def watch(rows: Iterable[Row]) -> Iterable[Row]:
+    def watch(rows: Iterable[MergedModule]) -> Iterable[MergedModule]:
         return track(rows, "merging", modules, console=console, transient=True, disable=not console.is_terminal)
 
     return watch

@@ -19,19 +19,19 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words of a list such as "a,b"."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def numbers(text: str, option: str) -> list[int]:
+def split_numbers(text: str, option: str) -> list[int]:
     """The whole numbers of a list such as "64,32"."""
-    if not all(word.isdecimal() for word in words(text)):
+    if not all(word.isdecimal() for word in split_words(text)):
         raise ConfigError(f"{option} {text}: expected whole numbers with commas between them, such as 64,32,16")
-    return [int(word) for word in words(text)]
+    return [int(word) for word in split_words(text)]
 
 
-def show(
+def print_result(
     result: Mapping[str, object], tables: Callable[[Mapping[str, object]], Iterable[Table]], as_json: bool
 ) -> None:
     """Print a measurement as JSON or as tables."""

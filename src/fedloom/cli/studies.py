@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedloom.cli.options import AsJson, Jobs, Set, numbers, show, words
+from fedloom.cli.options import AsJson, Jobs, Set, print_result, split_numbers, split_words
 from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
 
@@ -38,19 +38,21 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Bytes of a round by method, and the server's seconds and memory, before anything is trained."""
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
     from fedloom.studies import estimate
-    from fedloom.studies.compare import variants
+    from fedloom.studies.compare import parse_variants
 
     if config is None:
-        held = numbers(ranks, "--ranks") or None
-        case = estimate.preset_case(preset, rank=rank, ranks=held, clients=clients, modules=words(modules) or None)
+        held = split_numbers(ranks, "--ranks") or None
+        case = estimate.preset_case(
+            preset, rank=rank, ranks=held, clients=clients, modules=split_words(modules) or None
+        )
         chosen: list[str] = list(estimate.DEFAULT_METHODS)
     else:
-        settings = load(config, sets or [])
+        settings = load_config(config, sets or [])
         case, chosen = estimate.config_case(settings), [estimate.variant_of(settings)]
-    result = estimate.run(case, variants(methods) if methods else chosen, whole=all_modules)
-    show(result, estimate.tables, as_json)
+    result = estimate.run_estimate(case, parse_variants(methods) if methods else chosen, whole=all_modules)
+    print_result(result, estimate.estimate_tables, as_json)
 
 
 def compare(
@@ -70,21 +72,21 @@ def compare(
     ] = Path("runs/compare"),
 ) -> None:
     """Run several methods on the same data with the same seeds; one table and one picture of score against bytes."""
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
     from fedloom.report import figure
     from fedloom.report import tables as table
     from fedloom.studies import compare
 
     folder = testbed_folder()
-    chosen = load(config or folder / "demo.toml", sets or [])
+    chosen = load_config(config or folder / "demo.toml", sets or [])
     tried = range(first_seed, first_seed + seeds)
-    made = compare.runs(chosen, compare.variants(methods or ["all"]), tried, out)
+    made = compare.plan_runs(chosen, compare.parse_variants(methods or ["all"]), tried, out)
     play_all(made, jobs)
-    groups = compare.reports(made)
-    figure.compare(groups, out / "compare.png")
-    rows = table.compared(groups)
-    (out / "compare.md").write_text(table.markdown(rows), encoding="utf-8")
-    screen.print(table.comparison(rows))
+    groups = compare.read_reports(made)
+    figure.draw_comparison(groups, out / "compare.png")
+    rows = table.comparison_rows(groups)
+    (out / "compare.md").write_text(table.to_markdown(rows), encoding="utf-8")
+    screen.print(table.comparison_table(rows))
 
 
 def tune(
@@ -101,21 +103,21 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder of the runs and of the chosen settings.")] = Path("runs/tune"),
 ) -> None:
     """Choose a setting, such as FLoRIST's tau, on the validation split; write settings O (best) and E (cheapest)."""
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
     from fedloom.report import tables as table
     from fedloom.studies import compare, tune
 
     folder = testbed_folder()
-    settings = load(config or folder / "demo.toml", sets or [])
-    others = compare.variants(against or ["fedit"])
-    made = tune.search(settings, key, words(values), others, range(first_seed, first_seed + seeds), out)
+    settings = load_config(config or folder / "demo.toml", sets or [])
+    others = compare.parse_variants(against or ["fedit"])
+    made = tune.plan_search(settings, key, split_words(values), others, range(first_seed, first_seed + seeds), out)
     play_all(made, jobs)
-    groups = compare.reports(made)
-    choice = tune.choose(groups, key, words(values))
-    files = tune.write(settings, key, choice, out)
-    rows = table.compared(groups)
-    (out / "tune.md").write_text(table.markdown(rows), encoding="utf-8")
-    screen.print(table.comparison(rows))
+    groups = compare.read_reports(made)
+    choice = tune.choose(groups, key, split_words(values))
+    files = tune.write_choice(settings, key, choice, out)
+    rows = table.comparison_rows(groups)
+    (out / "tune.md").write_text(table.to_markdown(rows), encoding="utf-8")
+    screen.print(table.comparison_table(rows))
     for name, found in (("O", choice.best), ("E", choice.efficient)):
         screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
 
@@ -124,9 +126,9 @@ def play_all(made: Sequence[Run], jobs: int) -> None:
     """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took."""
     from fedloom.studies import compare
 
-    todo = len(compare.left(made))
+    todo = len(compare.runs_left(made))
     screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
-    stated, began = compare.expected(made, jobs), time.monotonic()
+    stated, began = compare.expected_seconds(made, jobs), time.monotonic()
     screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
     seconds: list[float] = []
 
@@ -135,6 +137,6 @@ def play_all(made: Sequence[Run], jobs: int) -> None:
         left = (todo - len(seconds)) * sum(seconds) / len(seconds) / jobs
         screen.print(cell(f"{run.label}, seed {run.seed}: {taken:.0f} s; about {left / 60:.0f} min left"))
 
-    compare.play(made, jobs, finished)
+    compare.play_runs(made, jobs, finished)
     taken = time.monotonic() - began
     screen.print(f"taken: {taken / 60:.1f} min, where {stated / 60:.1f} were stated", highlight=False)

@@ -1,9 +1,9 @@
 """From bytes to a density: how many elements of a change a payload has room for.
 
-Every element takes the entropy of whether it is sent, and the bits of a value where it is: that gives a density. What a
-payload really takes is told by encoding it, and corrects the next guess. A participant remembers two numbers from its
-last payload, so that a later one is mostly encoded once: how its true size compared with the entropy estimate, and what
-a tensor takes of which next to nothing is sent.
+An estimate comes first. Each element costs the entropy of whether it is sent; an element that is sent costs its value's
+bits as well. The density follows from the bytes. Encoding then shows the true size, which corrects the next guess.
+A participant remembers two numbers from its last payload: how its true size compared with the entropy estimate, and
+what a tensor costs when it sends a single element. Both only spare it trial encodings.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fedloom.compress.entries import Entry, Quantized
 from fedloom.compress.sparsify import Quantize
 
 COST = "cost"
-"""The name in a participant's memory of what its last payload took, over the entropy of positions and values."""
+"""Key in a participant's memory: size of its last payload over the entropy of its positions and values."""
 
 LEAST = "least"
-"""The name in a participant's memory of what a tensor takes of which one element is sent, in bytes."""
+"""Key in a participant's memory: bytes of a tensor that sends a single element."""
 
-_TRIES = 5
-_AIM = 0.99  # of the budget: what is aimed at, since a payload above it is of no use
-_USED = 0.95  # of the budget: enough, another encoding would cost more time than it wins bytes
+_TRIES = 5  # encodings at most: the estimate is near, and every try corrects it by a true size
+_AIM = 0.99  # of the budget: aim a little low, since a payload above the budget cannot be used
+_USED = 0.95  # of the budget: good enough; another encoding would cost more time than it wins bytes
 
 Made = TypeVar("Made", bound=Entry)
 
@@ -73,8 +73,8 @@ class Room:
         """The density at which an element takes so many bits, `most` at most."""
         if bits >= self.bits(self.most):
             return self.most
-        # Nothing is tried between a half and `most`: entropy falls there, so bits do not grow with the density, and
-        # whoever has that many bytes does better with wider values.
+        # Densities between a half and `most` are skipped. Entropy falls there, so bits need not grow with the density;
+        # and with that many bytes wider values serve better. 40 halvings bring the density to a float's precision.
         low, high = 0.0, min(self.most, 0.5) if self.positions else self.most
         for _ in range(40):
             middle = (low + high) / 2
@@ -87,7 +87,7 @@ class Room:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Filled(Generic[Made]):
+class BudgetFill(Generic[Made]):
     """What fills a budget: the entries at `density`, their payload's bytes, and what to remember for the next time."""
 
     entries: Mapping[str, Made]
@@ -101,8 +101,10 @@ def fill_budget(
     entries_at: Callable[[float], Mapping[str, Made]],
     size_of: Callable[[Mapping[str, Made]], int],
     memory: Mapping[str, Tensor],
-) -> Filled[Made]:
-    """The largest of a few payloads that stays within the budget; that of density 0 where none does, whatever it takes.
+) -> BudgetFill[Made]:
+    """Try a few densities and return the largest payload within the budget.
+
+    Where none is within it, the payload of density 0, whatever its size.
 
     entries_at: density → entries; size_of: entries → bytes of their payload; memory: the participant's.
     """
@@ -119,11 +121,12 @@ def fill_budget(
         taken = best[2] if best else 0
         if taken > _USED * room.budget or (taken == size and density == room.most):
             break
+        # Floors: at density 0 there is nothing to divide by, and no coding takes a tenth of the entropy.
         cost = max(8 * (size - least) / elements / max(room.bits(density), 1e-9), 0.1)
     if best is None:
         entries = entries_at(0.0)
         best = entries, 0.0, size_of(entries)
-    return Filled(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
+    return BudgetFill(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
 
 
 def _cost(memory: Mapping[str, Tensor]) -> float:

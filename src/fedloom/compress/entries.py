@@ -1,8 +1,7 @@
 """The forms in which a tensor travels: dense, sparse at positions, or values under a seeded mask.
 
-An entry never holds what the wire could not carry exactly: rounding to fewer bits happens when
-the entry is built (`Quantized`), so encoding and decoding are lossless and a sender knows what
-the receiver will see.
+Values are rounded to fewer bits when the entry is built (`Quantized`), never later. So encoding and decoding lose
+nothing, and the sender knows exactly what the receiver will see.
 """
 
 from __future__ import annotations
@@ -99,11 +98,11 @@ def floats(values: Values) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floats holds neither NaN nor infinity, found in one pass."""
-    # The extremes of numbers among which there is a NaN are NaN.
+    # Minimum and maximum are NaN if any number is: one pass finds both NaN and infinity.
     return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
-def dense(tensor: Tensor) -> Dense:
+def dense_entry(tensor: Tensor) -> Dense:
     """A float32 dense entry of a whole tensor."""
     return Dense(tuple(tensor.shape), tensor.detach().to(torch.float32).reshape(-1).contiguous())
 

@@ -37,8 +37,9 @@ def seeded_mask(numel: int, density: float, seed: int) -> Tensor:
 
 
 def seeded_count(numel: int, density: float, seed: int) -> int:
-    """How many elements `seeded_mask` keeps, without holding the mask."""
+    """How many elements `seeded_mask` keeps, counted in pieces, so that the whole mask is never in memory."""
     limit = threshold(density)
+    # A mask of none or of all elements needs no numbers.
     if limit in (0, STEPS):
         return numel if limit else 0
     return sum(int(np.count_nonzero(numbers < limit)) for _, numbers in _numbers(numel, seed))

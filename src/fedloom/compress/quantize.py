@@ -65,7 +65,7 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
     peaks = padded.abs().amax(dim=1) if count else values.new_zeros(0)
     if not bool(peaks.isfinite().all()):
         raise NumericError(f"int{bits} values cannot hold infinities or NaN: the update has diverged")
-    # What is not zero has a scale, even where the quotient is below the least float32.
+    # A block that is not zero needs a scale above zero, even where peak / top is below the least float32, 2⁻¹⁴⁹.
     scales = _up_to_bfloat16(torch.maximum(peaks / top, (peaks > 0) * 2.0**-149))
     quotients = padded / scales.where(scales > 0, 1.0).unsqueeze(1)
     rounded = (

@@ -20,21 +20,24 @@ from fedloom.compress.entries import Sparse, Values, floats
 from fedloom.errors import ConfigError
 
 Rescale = Literal["l1", "none"]
-_LARGE, _SAMPLE = 2**15, 2**12  # elements from which on a sample is taken, and how many it has at least
+_LARGE = 2**15  # elements: below it, selecting at once is as fast as taking a sample first
+_SAMPLE = 2**12  # elements of the sample at least: enough for a limit a few per cent off
 Quantize: TypeAlias = Callable[[Tensor, int], Values]
 """(1-D float32 values, seed) → the values as they will travel."""
 
 
 def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
-    """What each element of a factor's change contributes to ΔW: its magnitude times the norm of what it multiplies.
+    """How much each element of a factor's change contributes to ΔW: its magnitude times the norm of its partner.
+
+    The partner is the row or column of the other factor that the element is multiplied with.
 
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
     """
-    return delta.abs().mul_(reach(other, part))
+    return delta.abs().mul_(factor_norms(other, part))
 
 
-def reach(other: Tensor, part: str) -> Tensor:
+def factor_norms(other: Tensor, part: str) -> Tensor:
     """‖B[:, u]‖₂ as a column (r, 1) for part "A", ‖A[v, :]‖₂ (r,) for part "B": the factors of `importance`."""
     if part == "B":
         norms: Tensor = torch.linalg.vector_norm(other, dim=1)
@@ -104,14 +107,14 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
     Elements that score zero are never kept, since they carry nothing.
     """
     positions, left = shortlist(scores, keep)
-    return positions[largest(left, keep)]
+    return positions[select_largest(left, keep)]
 
 
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """(flat positions, scores) of elements above zero, by position: any selection of up to `keep` elements is in it.
+    """(flat positions, scores) of candidates: elements above zero, among them the `keep` largest; by position.
 
-    Selecting costs many times more than one comparison an element, so a sample says which ones to compare. Where it
-    misled, all are listed.
+    Selecting costs many times more than comparing, so a sample gives a limit, and only elements above it are selected
+    from. Where the sample misled, all elements above zero are listed.
     """
     flat = scores.detach().cpu().flatten().numpy()
     limit = _guessed_limit(flat, keep)
@@ -128,11 +131,13 @@ def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
     # An odd step meets every column of a matrix whose width is a power of two.
     sample = flat[:: flat.size // _SAMPLE | 1]
     wanted = keep / flat.size * sample.size
+    # Four standard deviations of the count in the sample: the limit is all but never too high to find `keep`.
     rank = math.ceil(wanted + 4 * math.sqrt(wanted) + 4)
+    # Where half of all elements would pass the limit, comparing saves nothing.
     return float(np.partition(sample, -rank)[-rank]) if rank < sample.size // 2 else 0.0
 
 
-def largest(scores: Tensor, keep: int) -> Tensor:
+def select_largest(scores: Tensor, keep: int) -> Tensor:
     """Increasing indices of the `keep` largest of some scores (1-D, on the CPU), or of all; the first ones win ties."""
     values = scores.numpy()
     if keep >= values.size:
@@ -147,11 +152,11 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen))
 
 
-def most_important(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
-    """Density of all tensors together → how many elements of each: those above one threshold on importance for all.
+def counts_by_importance(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
+    """A function from the density of all tensors together to the number of elements of each.
 
-    An element costs about the same wherever it is, so this spends every byte where it saves most error. Elements that
-    score zero are not counted.
+    One threshold on importance holds for all tensors. An element costs about the same in any of them, so every byte is
+    spent where it saves most error. Elements that score zero are not counted.
     """
     flat = {name: tensor.detach().cpu().flatten().numpy() for name, tensor in scores.items()}
     whole = np.concatenate(list(flat.values())) if flat else np.empty(0, dtype=np.float32)
@@ -175,7 +180,7 @@ def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Split:
+class SparseSplit:
     """A tensor divided: what is sent, and the rest that was not (input − sent / gain, of the tensor's shape)."""
 
     sent: Sparse
@@ -191,11 +196,11 @@ def split(
     cap: float = math.inf,
     quantize: Quantize | None = None,
     seed: int = 0,
-) -> Split:
-    """Send the `keep` elements of highest score; keep back the others and what rounding lost.
+) -> SparseSplit:
+    """Send the `keep` elements of highest score; the rest is all others, and what rounding lost.
 
-    With rescale "none", sent + rest = tensor, exactly where values travel as float32. A rescaled send
-    counts the kept elements as delivered once, whatever the gain: the gain stands in for the others' step.
+    With rescale "none", sent + rest = tensor; exactly so where values travel as float32. With a gain above 1, the sent
+    elements still count as delivered once: the gain stands in for the step that the others did not make.
     """
     flat = tensor.flatten()
     positions = top_positions(scores, keep)
@@ -206,4 +211,4 @@ def split(
     rest = flat.clone()
     # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
     rest[positions] = (values - floats(coded)) / gain
-    return Split(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))
+    return SparseSplit(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))

@@ -75,17 +75,17 @@ def san(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def pem(certificate: x509.Certificate) -> bytes:
+def certificate_pem(certificate: x509.Certificate) -> bytes:
     """The certificate as PEM."""
     return certificate.public_bytes(Encoding.PEM)
 
 
-def pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     """The private key as PEM (PKCS 8), not encrypted: the file's mode 0600 protects it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def node_key(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
+def node_key_pair(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
     """(private key, public key) of a node, in OpenSSH's format."""
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
@@ -124,7 +124,7 @@ def read_public_key(path: Path) -> bytes:
     return content
 
 
-def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+def is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
     """Whether this CA signed the certificate."""
     try:
         certificate.verify_directly_issued_by(ca)

@@ -13,7 +13,7 @@ Outcome: TypeAlias = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, how it is, what was found, and what to do about it ("" where nothing is)."""
+    """One finding: what was checked, its state, what was found, and what to do about it ("" where all is well)."""
 
     what: str
     outcome: Outcome
@@ -36,8 +36,8 @@ def fail(what: str, found: str, advice: str) -> Check:
     return Check(what, "fail", found, advice)
 
 
-def tried(what: str, advice: str, check: Callable[[], Check]) -> Check:
-    """The check, or a failure that says what it raised."""
+def try_check(what: str, advice: str, check: Callable[[], Check]) -> Check:
+    """The finding of `check`, or a failure that quotes the error that it raised."""
     try:
         return check()
     except (FedloomError, OSError, ValueError, LookupError) as error:

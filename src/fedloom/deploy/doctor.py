@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.deploy import machine
-from fedloom.deploy.check import Check, fail, ok, tried, warn
-from fedloom.deploy.federation import RECORD, Federation, endpoint, recorded
+from fedloom.deploy.check import Check, fail, ok, try_check, warn
+from fedloom.deploy.federation import RECORD, FederationPlan, parse_endpoint, read_plan
 from fedloom.errors import ConfigError, FedloomError
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "cryptography")
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def examined(path: Path, *, online: bool = True) -> list[Check]:
+def examine(path: Path, *, online: bool = True) -> list[Check]:
     """All checks of a site (its SITE.toml, or the folder that holds it) or of the server's folder.
 
     Raises ConfigError where the path is neither.
@@ -26,47 +26,51 @@ def examined(path: Path, *, online: bool = True) -> list[Check]:
     if path.is_dir() and (path / "SITE.toml").is_file():
         path = path / "SITE.toml"
     if path.is_file():
-        return site(path, online)
+        return check_site(path, online)
     if (path / "superlink.sh").is_file():
-        return server(path, online)
+        return check_server(path, online)
     raise ConfigError(f"{path} is neither a SITE.toml nor a server's folder, as `fedloom federation init` writes them")
 
 
-def site(path: Path, online: bool) -> list[Check]:
+def check_site(path: Path, online: bool) -> list[Check]:
     """What a site needs: settings, model, data, keys, a worker, a way to the SuperLink."""
-    from fedloom.site.config import load
+    from fedloom.site.config import load_site_config
 
-    found, folder = machine.versions(PACKAGES), path.parent
+    found, folder = machine.check_versions(PACKAGES), path.parent
     try:
-        config = load(path)
+        config = load_site_config(path)
     except FedloomError as error:
         return [*found, fail(path.name, str(error), "mend this first; the rest was not checked")]
     found.append(ok(path.name, f"site {config.name}, policy: {_limits(config.policy.model_dump(exclude_none=True))}"))
     told = _told(folder)
-    found.append(tried("model", "put the base model there", lambda: model(config.model, told)))
+    found.append(try_check("model", "put the base model there", lambda: check_base_model(config.model, told)))
     found.append(
-        tried("data", "put the examples there", lambda: examples(Path(config.data), config.policy.min_examples))
+        try_check(
+            "data", "put the examples there", lambda: check_examples(Path(config.data), config.policy.min_examples)
+        )
     )
-    found.append(tried("audit", "find out who touched it before going on", lambda: audit(Path(config.state))))
-    found.append(machine.disk(Path(config.state)))
+    found.append(try_check("audit", "find out who touched it before going on", lambda: check_audit(Path(config.state))))
+    found.append(machine.check_disk(Path(config.state)))
     ask_again = "ask the federation's operator for this site's files"
-    found.append(tried("node.key", ask_again, lambda: machine.node_key(folder / "node.key")))
-    found.append(tried("ca.pem", ask_again, lambda: machine.authority(folder / "ca.pem")))
+    found.append(try_check("node.key", ask_again, lambda: machine.check_node_key(folder / "node.key")))
+    found.append(try_check("ca.pem", ask_again, lambda: machine.check_authority(folder / "ca.pem")))
     if not online:
         return found
-    found.append(tried("worker", "fedloom worker SITE.toml", lambda: worker(Path(config.socket), config.token_file)))
+    found.append(
+        try_check("worker", "fedloom worker SITE.toml", lambda: check_worker(Path(config.socket), config.token_file))
+    )
     if told is None:
         return [*found, warn("SuperLink", "its address is not known here", f"{ask_again} (federation.toml)")]
-    return [*found, *machine.superlink(*endpoint(told.address, "address"), folder / "ca.pem")]
+    return [*found, *machine.check_superlink(*parse_endpoint(told.address, "address"), folder / "ca.pem")]
 
 
-def server(folder: Path, online: bool) -> list[Check]:
+def check_server(folder: Path, online: bool) -> list[Check]:
     """What the server needs: certificate, keys of the sites, the flwr command's settings, a SuperLink that runs."""
-    found = [*machine.versions(PACKAGES), machine.disk(folder), machine.clock()]
+    found = [*machine.check_versions(PACKAGES), machine.check_disk(folder), machine.check_clock()]
     told = _told(folder)
-    hosts = [endpoint(text, "address")[0] for text in (told.address, told.listen)] if told else []
+    hosts = [parse_endpoint(text, "address")[0] for text in (told.address, told.listen)] if told else []
     try:
-        found += machine.certificate(folder, hosts)
+        found += machine.check_certificate(folder, hosts)
     except (FedloomError, OSError) as error:
         found.append(fail("certificate", str(error), "fedloom federation renew DIR"))
     nodes = sorted(path.stem for path in (folder / "nodes").glob("*.pub"))
@@ -74,22 +78,24 @@ def server(folder: Path, online: bool) -> list[Check]:
         found.append(ok("sites", f"{', '.join(nodes)}; register.sh lets them in"))
     else:
         found.append(fail("sites", "no public key in nodes/", "fedloom federation add DIR NAME"))
-    found.append(tried("flwr", "put its absolute path into flwr/config.toml", lambda: connection(folder)))
+    found.append(try_check("flwr", "put its absolute path into flwr/config.toml", lambda: check_connection(folder)))
     if (folder / "state").exists():
-        found.append(tried("state", "run the doctor as the SuperLink's user", lambda: database(folder / "state")))
+        found.append(
+            try_check("state", "run the doctor as the SuperLink's user", lambda: check_database(folder / "state"))
+        )
     if (folder.parent / "ca" / "ca.key").exists():
         found.append(warn("ca.key", "lies beside the server's folder", "keep it on a machine that is off the network"))
     if (folder / "run.toml").is_file():
-        found.append(tried("model", "put the base model there", lambda: model(_run_model(folder), told)))
+        found.append(try_check("model", "put the base model there", lambda: check_base_model(_run_model(folder), told)))
     if online and told:
-        found += machine.superlink(*endpoint(told.listen, "listen"), folder / "ca.pem")
+        found += machine.check_superlink(*parse_endpoint(told.listen, "listen"), folder / "ca.pem")
         if told.address != told.listen:
-            found += machine.superlink(*endpoint(told.address, "address"), folder / "ca.pem")
+            found += machine.check_superlink(*parse_endpoint(told.address, "address"), folder / "ca.pem")
     return found
 
 
-def model(path: str, told: Federation | None) -> Check:
-    """The base model's digest, against the one that the server's operator noted."""
+def check_base_model(path: str, told: FederationPlan | None) -> Check:
+    """Compare the base model's digest with the one that the server's operator noted."""
     from fedloom.model.base import base_digest
 
     if not Path(path).is_dir():
@@ -103,7 +109,7 @@ def model(path: str, told: Federation | None) -> Check:
     return ok("model", f"{path}, digest {digest}, as the federation's")
 
 
-def examples(path: Path, fewest: int) -> Check:
+def check_examples(path: Path, fewest: int) -> Check:
     """The site's training examples, read as the worker reads them."""
     from fedloom.model.examples import load_examples
 
@@ -113,7 +119,7 @@ def examples(path: Path, fewest: int) -> Check:
     return ok("data", f"{count} examples in {path}")
 
 
-def audit(state: Path) -> Check:
+def check_audit(state: Path) -> Check:
     """The record of everything that has left, checked line by line."""
     from fedloom.site.audit import AuditTrail
 
@@ -121,7 +127,7 @@ def audit(state: Path) -> Check:
     return ok("audit", f"{sum(bool(line.payload) for line in lines)} payloads have left; the record is unbroken")
 
 
-def worker(path: Path, token_file: str) -> Check:
+def check_worker(path: Path, token_file: str) -> Check:
     """Whether a worker answers on its socket, and takes the token."""
     from fedloom.site.protocol import WRONG_TOKEN, Parcel, exchange
 
@@ -135,7 +141,7 @@ def worker(path: Path, token_file: str) -> Check:
     return ok("worker", f"answers on {path}, and takes the token")
 
 
-def connection(folder: Path) -> Check:
+def check_connection(folder: Path) -> Check:
     """Whether the flwr command finds the CA; it takes absolute paths only."""
     import tomllib
 
@@ -146,7 +152,7 @@ def connection(folder: Path) -> Check:
     return ok("flwr", f"flwr/config.toml names {named}")
 
 
-def database(state: Path) -> Check:
+def check_database(state: Path) -> Check:
     """Whether the SuperLink's user alone may enter the folder of its database, which every update passes through."""
     mode = state.stat().st_mode & 0o777
     if mode & 0o077:
@@ -154,7 +160,7 @@ def database(state: Path) -> Check:
     return ok("state", f"mode {mode:04o}")
 
 
-def table(checks: list[Check]) -> Table:
+def findings_table(checks: list[Check]) -> Table:
     """The findings for a terminal."""
     shown = Table(box=box.SIMPLE_HEAD)
     for column in ("", "what", "found", "what to do"):
@@ -165,15 +171,15 @@ def table(checks: list[Check]) -> Table:
     return shown
 
 
-def _told(folder: Path) -> Federation | None:
-    """What the federation's operator wrote down for this site or server, if it is there."""
-    return recorded(folder) if (folder / RECORD).exists() else None
+def _told(folder: Path) -> FederationPlan | None:
+    """The plan of the federation that this site or server belongs to, if its file is there."""
+    return read_plan(folder) if (folder / RECORD).exists() else None
 
 
 def _run_model(folder: Path) -> str:
-    from fedloom.records.configfile import load
+    from fedloom.records.configfile import load_config
 
-    return load(folder / "run.toml", []).model.path
+    return load_config(folder / "run.toml", []).model.path
 
 
 def _limits(policy: dict[str, object]) -> str:

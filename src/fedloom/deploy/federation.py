@@ -29,12 +29,12 @@ import tomli_w
 from pydantic import ValidationError
 
 from fedloom.deploy.certificates import (
+    certificate_pem,
+    key_pem,
     new_ca,
     new_key,
     new_server,
-    node_key,
-    pem,
-    pem_key,
+    node_key_pair,
     read_certificate,
     read_key,
     read_public_key,
@@ -68,7 +68,7 @@ _ENDPOINT = rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*)):([0-9]{{1,5}})
 Value: TypeAlias = str | int | list[str]
 
 
-class Federation(Section):
+class FederationPlan(Section):
     """What a federation is set up for.
 
     address: host:port that the sites connect to, the proxy's where there is one. listen: where the SuperLink itself
@@ -93,13 +93,13 @@ class _Text(Template):
     delimiter = "%"
 
 
-def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Path]:
+def write_federation(folder: Path, federation: FederationPlan, sites: Sequence[str]) -> list[Path]:
     """Write all of it; returns the folders to hand out: ca, server and those of the sites.
 
     Raises ConfigError for a wrong address, path or name, or where the folder holds anything already.
     """
-    host, _ = endpoint(federation.address, "--address")
-    listen_host, _ = endpoint(federation.listen, "--listen")
+    host, _ = parse_endpoint(federation.address, "--address")
+    listen_host, _ = parse_endpoint(federation.listen, "--listen")
     _check_names(sites)
     _check_texts(federation)
     server = folder / "server"
@@ -112,13 +112,13 @@ def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Pat
     ca = new_ca(ca_key, f"fedloom CA for {host}")
     hosts = [host, listen_host, "localhost", "127.0.0.1"]
     _write(folder / RECORD, tomli_w.dumps(federation.model_dump()))
-    _write(folder / "ca" / "ca.pem", pem(ca))
-    _write(folder / "ca" / "ca.key", pem_key(ca_key), 0o600)
+    _write(folder / "ca" / "ca.pem", certificate_pem(ca))
+    _write(folder / "ca" / "ca.key", key_pem(ca_key), 0o600)
     _write(folder / ".gitignore", "*\n")
     _write(server / ".gitignore", "*\n")
-    _write(server / "ca.pem", pem(ca))
-    _write(server / "server.pem", pem(new_server(server_key, hosts, ca, ca_key, federation.days)))
-    _write(server / "server.key", pem_key(server_key), 0o600)
+    _write(server / "ca.pem", certificate_pem(ca))
+    _write(server / "server.pem", certificate_pem(new_server(server_key, hosts, ca, ca_key, federation.days)))
+    _write(server / "server.key", key_pem(server_key), 0o600)
     for name, mode in _SERVER_FILES.items():
         _write(server / name, _text(name, values), mode)
     _write(server / "flwr" / "config.toml", _text("config.toml", values))
@@ -127,16 +127,16 @@ def init(folder: Path, federation: Federation, sites: Sequence[str]) -> list[Pat
     return [folder / "ca", server, *made]
 
 
-def add(folder: Path, site: str, public_key: Path | None = None) -> Path:
+def add_site(folder: Path, site: str, public_key: Path | None = None) -> Path:
     """Write the files of one more site; returns its folder.
 
     public_key: of a key pair that the site made itself; without it one is made here. Raises ConfigError where the
-    folder was not made by `init`, or has such a site.
+    folder was not made by `write_federation`, or has such a site.
     """
-    federation = recorded(folder)
+    federation = read_plan(folder)
     _check_names([site])
     _check_texts(federation)
-    endpoint(federation.address, f"address in {folder / RECORD}:")
+    parse_endpoint(federation.address, f"address in {folder / RECORD}:")
     _site_folder(folder, federation, site)
     existing = sorted((folder / "server" / "nodes").glob("*.pub"))
     if public_key is not None:
@@ -146,32 +146,32 @@ def add(folder: Path, site: str, public_key: Path | None = None) -> Path:
     return _write_site(folder, federation, site, len(existing), public_key)
 
 
-def recorded(folder: Path) -> Federation:
-    """What `init` was asked for. Raises ConfigError where the folder was not made by it."""
+def read_plan(folder: Path) -> FederationPlan:
+    """What `write_federation` was asked for. Raises ConfigError where the folder was not made by it."""
     path = folder / RECORD
     try:
-        return Federation.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return FederationPlan.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `fedloom federation init {folder}` makes one") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def renew(folder: Path, days: int) -> Path:
+def renew_server(folder: Path, days: int) -> Path:
     """A new key and certificate for the server, for the same names; the old ones are kept as *.old."""
-    federation, server = recorded(folder), folder / "server"
-    hosts = [endpoint(federation.address, "address")[0], endpoint(federation.listen, "listen")[0]]
+    federation, server = read_plan(folder), folder / "server"
+    hosts = [parse_endpoint(federation.address, "address")[0], parse_endpoint(federation.listen, "listen")[0]]
     ca, ca_key = read_certificate(folder / "ca" / "ca.pem"), read_key(folder / "ca" / "ca.key")
     key = new_key()
     certificate = new_server(key, [*hosts, "localhost", "127.0.0.1"], ca, ca_key, days)
     for name in ("server.pem", "server.key"):
         os.replace(server / name, server / f"{name}.old")
-    _write(server / "server.pem", pem(certificate))
-    _write(server / "server.key", pem_key(key), 0o600)
+    _write(server / "server.pem", certificate_pem(certificate))
+    _write(server / "server.key", key_pem(key), 0o600)
     return server / "server.pem"
 
 
-def endpoint(text: str, option: str) -> tuple[str, int]:
+def parse_endpoint(text: str, option: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[IPv6]:port". Raises ConfigError, which names the option, for anything else."""
     match = re.fullmatch(_ENDPOINT, text)
     if not match or not 0 < int(match[3]) < 65536 or not _is_host(match[1], match[2]):
@@ -188,7 +188,7 @@ def _is_host(address: str | None, name: str | None) -> bool:
             return bool(ipaddress.IPv4Address(name))
     except ValueError:
         return False
-    return name is not None and len(name) <= 253
+    return name is not None and len(name) <= 253  # RFC 1035: the longest name that DNS has
 
 
 def _check_names(sites: Sequence[str]) -> None:
@@ -199,7 +199,7 @@ def _check_names(sites: Sequence[str]) -> None:
         raise ConfigError(f"sites {', '.join(sites) or 'none'}: expected one or more different names (--site NAME)")
 
 
-def _check_texts(federation: Federation) -> None:
+def _check_texts(federation: FederationPlan) -> None:
     """Raises ConfigError for a value that no file can hold, whatever quotes are around it."""
     for field, option in (("model", "--model"), ("data", "--data"), ("site_folder", "--site-folder")):
         text = getattr(federation, field)
@@ -210,7 +210,7 @@ def _check_texts(federation: Federation) -> None:
 
 
 def _unquoted(path: Path | str, option: str, advice: str) -> str:
-    """The path. Raises ConfigError, which names the option, where it would need quotes in a unit or a proxy rule."""
+    """The path itself. Raises ConfigError, which names the option, where it needs quotes in a unit or proxy rule."""
     text = str(path)
     if not re.fullmatch(_PATH, text):
         allowed = "an absolute path of letters, digits and . _ / ~ + @ -"
@@ -218,7 +218,7 @@ def _unquoted(path: Path | str, option: str, advice: str) -> str:
     return text
 
 
-def _site_folder(folder: Path, federation: Federation, name: str) -> str:
+def _site_folder(folder: Path, federation: FederationPlan, name: str) -> str:
     """Where the site will keep its files. Raises ConfigError where no systemd unit can name that."""
     if federation.site_folder:
         kept = federation.site_folder.replace("{site}", name)
@@ -232,10 +232,12 @@ def _programs() -> str:
     return _unquoted(Path(sys.executable).parent, "the folder of this Python,", "install fedloom in another one")
 
 
-def _write_site(folder: Path, federation: Federation, name: str, number: int, public_key: Path | None = None) -> Path:
+def _write_site(
+    folder: Path, federation: FederationPlan, name: str, number: int, public_key: Path | None = None
+) -> Path:
     site = folder / "sites" / name
     if public_key is None:
-        private, public = node_key(new_key())
+        private, public = node_key_pair(new_key())
         _write(site / "node.key", private, 0o600)
     else:
         public = read_public_key(public_key)
@@ -258,9 +260,9 @@ def _write_site(folder: Path, federation: Federation, name: str, number: int, pu
     return site
 
 
-def _server_values(federation: Federation, server: Path, sites: Sequence[str]) -> dict[str, Value]:
-    host, port = endpoint(federation.address, "--address")
-    listen_host, listen_port = endpoint(federation.listen, "--listen")
+def _server_values(federation: FederationPlan, server: Path, sites: Sequence[str]) -> dict[str, Value]:
+    host, port = parse_endpoint(federation.address, "--address")
+    listen_host, listen_port = parse_endpoint(federation.listen, "--listen")
     return {
         "address": federation.address,
         "host": host,
@@ -291,7 +293,7 @@ def _toml(value: Value) -> str:
 
 
 def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """A new file of this mode from its first byte on; FileExistsError where there is one."""
+    """Write a new file that has this mode from its first byte on. Raises FileExistsError where one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 
-from fedloom.deploy.certificates import hosts_of, read_certificate, read_key, san, signed_by
+from fedloom.deploy.certificates import hosts_of, is_signed_by, read_certificate, read_key, san
 from fedloom.deploy.check import Check, fail, ok, warn
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5, 305
@@ -28,7 +28,7 @@ _BLOCKED = {403: "let this path pass: server/nginx.conf, server/Caddyfile", 502:
 _GIB = 2**30
 
 
-def versions(needed: Sequence[str]) -> list[Check]:
+def check_versions(needed: Sequence[str]) -> list[Check]:
     """Python and the packages that fedloom names as its requirements, at the versions that it names."""
     from packaging.requirements import Requirement
 
@@ -50,18 +50,19 @@ def versions(needed: Sequence[str]) -> list[Check]:
     return [ok("fedloom", metadata.version("fedloom")), *found]
 
 
-def disk(folder: Path) -> Check:
+def check_disk(folder: Path) -> Check:
     """Free space where state is kept."""
     at = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(at).free / _GIB
     text = f"{free:.1f} GiB free at {at}"
+    # A record of one round of a 7B adapter in fp32 takes some hundred MiB: 1 GiB is a few rounds, 5 GiB many.
     if free < 1:
         return fail("disk", text, "make room: states and the record of what left are kept here")
     return ok("disk", text) if free >= 5 else warn("disk", text, "make room before a long run")
 
 
-def clock() -> Check:
-    """Whether the system says that its clock is kept right; there may be no way to know."""
+def check_clock() -> Check:
+    """Whether the system says that it synchronises its clock. Not every system tells."""
     try:
         said = subprocess.run(
             ["timedatectl", "show", "--property=NTPSynchronized", "--value"], capture_output=True, text=True, timeout=5
@@ -73,7 +74,7 @@ def clock() -> Check:
     return warn("clock", "not known to be kept right", f"run an NTP client; Flower takes {AHEAD_SECONDS} s at most")
 
 
-def secret(path: Path) -> Check:
+def check_secret(path: Path) -> Check:
     """A file that its owner alone may read."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
@@ -81,38 +82,38 @@ def secret(path: Path) -> Check:
     return ok(path.name, f"mode {mode:04o}")
 
 
-def node_key(path: Path) -> Check:
-    """The private key of a node: ECDSA, for its owner's eyes alone."""
+def check_node_key(path: Path) -> Check:
+    """The private key of a node: an ECDSA key that only its owner may read."""
     curve = read_key(path).curve.name
-    checked = secret(path)
+    checked = check_secret(path)
     return checked if checked.outcome == "fail" else ok(path.name, f"ECDSA on {curve}, {checked.found}")
 
 
-def authority(path: Path) -> Check:
+def check_authority(path: Path) -> Check:
     """The CA certificate: is it one, and is it in date?"""
     certificate = read_certificate(path)
-    if not signed_by(certificate, certificate):
+    if not is_signed_by(certificate, certificate):
         return fail(path.name, "is not a CA's own certificate", "take ca.pem from the federation's operator again")
-    return dates(path, "ask the federation's operator for the new CA")
+    return check_dates(path, "ask the federation's operator for the new CA")
 
 
-def dates(path: Path, advice: str) -> Check:
+def check_dates(path: Path, advice: str) -> Check:
     """Whether a certificate is in date, today and for the next month."""
     certificate, now = read_certificate(path), datetime.now(UTC)
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     text = f"valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}"
     if not begins <= now <= ends:
         return fail(path.name, text, advice)
-    left = (ends - now).days
+    left = (ends - now).days  # a month is time enough to plan a renewal
     return ok(path.name, text) if left >= 30 else warn(path.name, f"{text}, {left} days left", advice)
 
 
-def certificate(folder: Path, hosts: Sequence[str]) -> list[Check]:
+def check_certificate(folder: Path, hosts: Sequence[str]) -> list[Check]:
     """The server's certificate: in date, signed by the CA, for these hosts, with its key."""
     path, renew = folder / "server.pem", "fedloom federation renew DIR, then restart SuperLink and proxy"
     own, ca = read_certificate(path), read_certificate(folder / "ca.pem")
-    found = [dates(path, renew)]
-    if not signed_by(own, ca):
+    found = [check_dates(path, renew)]
+    if not is_signed_by(own, ca):
         found.append(fail("chain", "server.pem is not signed by the CA in ca.pem", renew))
     else:
         found.append(ok("chain", "server.pem is signed by the CA in ca.pem"))
@@ -122,7 +123,7 @@ def certificate(folder: Path, hosts: Sequence[str]) -> list[Check]:
     found.append(fail("SANs", f"{text}; not for {missing[0]}", renew) if missing else ok("SANs", text))
     if read_key(folder / "server.key").public_key() != own.public_key():
         found.append(fail("server.key", "belongs to another certificate than server.pem", renew))
-    return [*found, secret(folder / "server.key")]
+    return [*found, check_secret(folder / "server.key")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,8 @@ class Answer:
     loopback: bool
 
 
-def ask(host: str, port: int, ca: Path, paths: Sequence[str], timeout: float = 5.0) -> Answer:
-    """GET these paths over TLS that this CA vouches for. Raises OSError (ssl.SSLError is one) where that fails."""
+def ask_superlink(host: str, port: int, ca: Path, paths: Sequence[str], timeout: float = 5.0) -> Answer:
+    """GET these paths over TLS, trusting this CA alone. Raises OSError (ssl.SSLError is one) where that fails."""
     context = ssl.create_default_context(cafile=str(ca))
     statuses: dict[str, int] = {}
     ahead = None
@@ -159,11 +160,11 @@ def ask(host: str, port: int, ca: Path, paths: Sequence[str], timeout: float = 5
     return Answer(statuses, ahead, datetime.fromtimestamp(ends, UTC), peer.startswith("127.") or peer == "::1")
 
 
-def superlink(host: str, port: int, ca: Path) -> list[Check]:
+def check_superlink(host: str, port: int, ca: Path) -> list[Check]:
     """The way from a site to the SuperLink: name, port, TLS, clocks, and that nothing but the fleet path is open."""
     what = f"SuperLink {host}:{port}"
     try:
-        answer = ask(host, port, ca, [FLEET, "/health"])
+        answer = ask_superlink(host, port, ca, [FLEET, "/health"])
     except socket.gaierror:
         return [fail(what, "the name cannot be resolved", "check the address and this machine's DNS")]
     except ssl.SSLCertVerificationError as error:
@@ -187,8 +188,9 @@ def superlink(host: str, port: int, ca: Path) -> list[Check]:
 
 def _clocks(ahead: float | None) -> Check:
     if ahead is None:
-        return clock()
+        return check_clock()
     text = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if not -BEHIND_SECONDS < ahead < AHEAD_SECONDS:
         return fail("clock", text, "run an NTP client: Flower refuses signatures of another time")
+    # Well within AHEAD_SECONDS, so that a clock that drifts is seen before it fails.
     return ok("clock", text) if abs(ahead) < 3 else warn("clock", text, "run an NTP client on both machines")

@@ -15,7 +15,7 @@ from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.report.numbers import Report
-from fedloom.report.tables import compared, markdown
+from fedloom.report.tables import comparison_rows, to_markdown
 from fedloom.studies import compare as studies
 
 
@@ -46,17 +46,17 @@ def compare(
     scratch = tempfile.TemporaryDirectory(prefix="fedloom-") if out is None else None
     folder = Path(scratch.name) if scratch else Path(str(out))
     tried = range(first_seed, first_seed + seeds)
-    made = studies.runs(changed(config, settings, None), methods, tried, folder)
+    made = studies.plan_runs(changed(config, settings, None), methods, tried, folder)
 
     def tell(run: studies.Run, seconds: float) -> None:
         if finished is not None:
             finished(run.label, run.seed, seconds)
 
     if jobs > 1:
-        studies.play(made, jobs, tell)
+        studies.play_runs(made, jobs, tell)
     else:
         studies.play_here(made, tell)
-    return Comparison(studies.reports(made), folder, scratch)
+    return Comparison(studies.read_reports(made), folder, scratch)
 
 
 class Comparison:
@@ -76,7 +76,7 @@ class Comparison:
     @property
     def rows(self) -> list[dict[str, str]]:
         """One row a method: score halfway and at the end with 95 % intervals over seeds, bytes, seconds."""
-        return compared(self.reports)
+        return comparison_rows(self.reports)
 
     @property
     def scores(self) -> Mapping[str, Sequence[float]]:
@@ -88,11 +88,11 @@ class Comparison:
         from fedloom.report import figure
 
         image = io.BytesIO()
-        figure.compare(self.reports, image)
+        figure.draw_comparison(self.reports, image)
         return Picture(image.getvalue())
 
     def __repr__(self) -> str:
-        return markdown(self.rows)
+        return to_markdown(self.rows)
 
     def _repr_html_(self) -> str:
         rows = self.rows

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fedloom.adapters.merge import output
 from fedloom.adapters.merge.combine import Recipe
-from fedloom.adapters.merge.folders import Inputs, Row, opened, rehearse
+from fedloom.adapters.merge.folders import Inputs, MergedModule, open_folders, rehearse_merge
 from fedloom.adapters.merge.model import open_base
-from fedloom.adapters.merge.save import save
+from fedloom.adapters.merge.save import save_merge
 
 
 def merge(
@@ -28,7 +28,7 @@ def merge(
     max_rank: cap on every module's rank. Raises ConfigError or ModelError for folders that cannot be merged.
     """
     chosen = method or ("florist" if rank is None else "flexlora")
-    return Merge(opened([Path(folder) for folder in adapters], weights), Recipe(chosen, rank, energy, max_rank))
+    return Merge(open_folders([Path(folder) for folder in adapters], weights), Recipe(chosen, rank, energy, max_rank))
 
 
 class Merge:
@@ -38,9 +38,9 @@ class Merge:
         self.inputs = inputs
         self.recipe = recipe
 
-    def preview(self) -> list[Row]:
+    def preview(self) -> list[MergedModule]:
         """What the merge would give, module by module; nothing is written."""
-        return list(rehearse(self.inputs, self.recipe))
+        return list(rehearse_merge(self.inputs, self.recipe))
 
     def save(self, out: str | Path, *, base_model: str | Path | None = None, force: bool = False) -> Path:
         """Write the merged adapter, or with `base_model` that model with the adapters merged in. Returns the folder.
@@ -50,5 +50,5 @@ class Merge:
         folder, base = Path(out), open_base(Path(base_model)) if base_model else None
         read = [adapter.folder for adapter in self.inputs.adapters] + ([Path(base_model)] if base_model else [])
         output.check_free(folder, read, force=force)
-        save(self.inputs, self.recipe, base, folder)
+        save_merge(self.inputs, self.recipe, base, folder)
         return folder

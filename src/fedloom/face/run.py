@@ -18,7 +18,7 @@ from fedloom.face.settings import Settings, changed
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import read
+from fedloom.records.ledger import read_rows
 from fedloom.report.numbers import Report, human_bytes, summarise
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
-        local.run(
+        local.run_local(
             changed(config, own, method), folder, resume=resume, observer=observer, method=value, trainers=trainers
         )
     return Run(folder, scratch)
@@ -82,7 +82,7 @@ class Run:
     @cached_property
     def report(self) -> Report:
         """All figures of the run, from its ledger."""
-        return summarise(read(self.folder / "ledger.jsonl"), str(self.folder))
+        return summarise(read_rows(self.folder / "ledger.jsonl"), str(self.folder))
 
     @property
     def scores(self) -> Mapping[str, float]:
@@ -133,10 +133,10 @@ class Run:
 
     def plot(self) -> Picture:
         """Score against rounds and against bytes."""
-        from fedloom.report.figure import curve
+        from fedloom.report.figure import draw_curve
 
         image = io.BytesIO()
-        curve(self.report, image)
+        draw_curve(self.report, image)
         return Picture(image.getvalue())
 
     def __repr__(self) -> str:

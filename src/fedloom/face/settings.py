@@ -18,7 +18,7 @@ Settings = Mapping[str, object]
 
 def load(path: str | Path, settings: Settings | None = None) -> Config:
     """The settings of a TOML file with `settings` over them. Raises ConfigError that names the wrong key."""
-    return configfile.load(Path(path), as_overrides(settings))
+    return configfile.load_config(Path(path), as_overrides(settings))
 
 
 def testbed(name: str = "demo", settings: Settings | None = None) -> Config:
@@ -44,7 +44,7 @@ def changed(config: Config | str | Path, settings: Settings | None, method: str 
         name, _, preset = method.partition(":") if "." not in method else (method, "", "")
         tree["method"] = {"name": name, **({"preset": preset} if preset else {})}
     for text in as_overrides(settings):
-        configfile.merge(tree, configfile.override(text))
+        configfile.merge_trees(tree, configfile.override(text))
     after = configfile.parse(tree, "the settings given")
     # A value has no name that a file could say; its own name stands in the run's config.toml for who reads that.
     return (

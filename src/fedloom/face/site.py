@@ -17,7 +17,6 @@ def serve_site(site: str | Path, train: PatchedTrainer | None = None) -> None:
     Returns when the process is told to end. Raises ConfigError for a wrong file, SiteError where another worker serves
     this site.
     """
-    from fedloom.site import config
-    from fedloom.site.worker import serve
+    from fedloom.site import config, worker
 
-    serve(config.load(Path(site)), train)
+    worker.serve_site(config.load_site_config(Path(site)), train)

@@ -15,14 +15,16 @@ from typing import Protocol
 from flwr.app import Message
 
 from fedloom.errors import FedloomError
-from fedloom.flower.payload import pack, unpack
-from fedloom.records.text import printable
-from fedloom.site.protocol import Fact, Parcel, Statement, statement
+from fedloom.flower.payload import pack_parcel, unpack_parcel
+from fedloom.records.text import to_printable
+from fedloom.site.protocol import Fact, Parcel, Statement, parse_statement
 
 GONE = frozenset({5, 8, 9, 10})
 """Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
 TTL_SECONDS = 12 * 3600.0
+"""How long Flower keeps a message: longer than any deadline that makes sense for a round."""
 GREET_SECONDS = 30.0
+"""How long a node that could not take part is left alone before it is greeted again."""
 
 
 class Node(Protocol):
@@ -67,7 +69,7 @@ class Stranger:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SentRequest:
     """A message on its way. site: "" where the node has not said its name."""
 
     node: int
@@ -85,7 +87,7 @@ class Reply:
     said: the parcel's facts, checked. error: in one line that may be shown anywhere, whoever wrote it.
     """
 
-    asked: Asked
+    asked: SentRequest
     parcel: Parcel | None
     error: str = ""
     gone: bool = False
@@ -109,7 +111,7 @@ class Fleet:
     expected: Sequence[str]
     names: dict[str, int] = field(default_factory=dict)
     strangers: dict[int, Stranger] = field(default_factory=dict)
-    outstanding: dict[str, Asked] = field(default_factory=dict)
+    outstanding: dict[str, SentRequest] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
     registered: dict[int, str] = field(default_factory=dict)
 
@@ -128,18 +130,18 @@ class Fleet:
             if node not in known:
                 self.post(node, "", "hello", 0, Parcel({}))
 
-    def here(self, site: str) -> bool:
+    def is_here(self, site: str) -> bool:
         """Whether the site's node is connected."""
         return self.names.get(site) in self.nodes
 
-    def asking(self, site: str, round: int) -> bool:
-        """Whether an answer of this round may still come from the site as it is."""
+    def awaits_answer(self, site: str, round: int) -> bool:
+        """Whether the site was asked in this round and may still answer."""
         return any(
-            asked.site == site and asked.round == round and asked.ask != "hello" and not self.restarted(asked)
+            asked.site == site and asked.round == round and asked.ask != "hello" and not self.has_restarted(asked)
             for asked in self.outstanding.values()
         )
 
-    def restarted(self, asked: Asked) -> bool:
+    def has_restarted(self, asked: SentRequest) -> bool:
         """Whether the node was started anew since it was asked: what it was doing then is lost."""
         node = self.nodes.get(asked.node)
         return node is not None and node.last_activated_at != asked.activated
@@ -148,11 +150,11 @@ class Fleet:
         """Send a request to a node."""
         facts = {**self.facts, **parcel.facts, "ask": ask, "round": round}
         kind = "train" if ask == "turn" else "query"
-        message = Message(pack(Parcel(facts, parcel.payloads)), node, kind, ttl=TTL_SECONDS, group_id=str(round))
+        message = Message(pack_parcel(Parcel(facts, parcel.payloads)), node, kind, ttl=TTL_SECONDS, group_id=str(round))
         activated = self.nodes[node].last_activated_at if node in self.nodes else ""
         for identifier in self.grid.push_messages([message]):
             if identifier:
-                self.outstanding[identifier] = Asked(node, site, ask, round, activated, time.monotonic())
+                self.outstanding[identifier] = SentRequest(node, site, ask, round, activated, time.monotonic())
 
     def collect(self) -> list[Reply]:
         """What has come since the last call. Replies to what nobody asked are dropped."""
@@ -190,19 +192,19 @@ class Fleet:
             return f"it says that it is {claimed!r}, but is registered as {given!r}"
         if not given and claimed in self.registered.values():
             return f"it says that it is {claimed!r}, which another node is registered as"
-        if self.names.get(claimed, node) != node and self.here(claimed):
+        if self.names.get(claimed, node) != node and self.is_here(claimed):
             return f"it says that it is {claimed!r}, as another node that is connected does"
         return ""
 
 
-def _read(asked: Asked, message: Message) -> Reply:
-    """The border: behind it, what a site says is of the right type and size, and may be shown."""
+def _read(asked: SentRequest, message: Message) -> Reply:
+    """Check a reply at the border: behind it, what a site says has the right type and size, and may be shown."""
     if message.has_error():
         error = message.error
-        return Reply(asked, None, f"Flower's error {error.code}: {printable(str(error.reason))}", error.code in GONE)
+        return Reply(asked, None, f"Flower's error {error.code}: {to_printable(str(error.reason))}", error.code in GONE)
     try:
-        parcel = unpack(message.content)
-        said = statement(parcel.facts)
+        parcel = unpack_parcel(message.content)
+        said = parse_statement(parcel.facts)
     except FedloomError as error:
-        return Reply(asked, None, f"refused: {printable(str(error))}")
-    return Reply(asked, parcel, printable(said.error or ""), said=said)
+        return Reply(asked, None, f"refused: {to_printable(str(error))}")
+    return Reply(asked, parcel, to_printable(said.error or ""), said=said)

@@ -11,20 +11,22 @@ from fedloom.flower.fleet import Fleet, Reply
 from fedloom.records.config import FlowerSettings
 from fedloom.records.ledger import Roll
 from fedloom.rounds.caps import Caps, find_outliers
-from fedloom.rounds.checks import Seen
+from fedloom.rounds.checks import UpdateFacts
 
 POLL_SECONDS = 0.25
+"""Between two looks for replies: little beside the seconds of a turn."""
 LOOK_SECONDS = 1.0
+"""Between two looks at which nodes are there."""
 MOST_REPEATS = 5
 """How often a site that was lost on the way is asked again within one try."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CheckedUpdate:
     """A checked update, and what the check saw of it."""
 
     payload: bytes
-    seen: Seen
+    seen: UpdateFacts
 
 
 @dataclass(eq=False, slots=True)
@@ -41,16 +43,16 @@ class Gathering:
     round: int
     asked: Sequence[str]
     send: Callable[[str], None]
-    check: Callable[[str, Reply], Answer]
+    check: Callable[[str, Reply], CheckedUpdate]
     stray: Callable[[Reply], str | None]
-    answers: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, CheckedUpdate] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     late: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
     tries: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def play(self) -> dict[str, Answer]:
+    def play(self) -> dict[str, CheckedUpdate]:
         """The updates by site, at least `min_replies`. Raises RoundError where they cannot be had."""
         while self.tries <= self.rules.retries:
             self.tries += 1
@@ -94,13 +96,13 @@ class Gathering:
                 looked = now
                 self.fleet.look()
                 for site in self.missing:
-                    if site not in self.failed and not self.fleet.asking(site, self.round):
+                    if site not in self.failed and not self.fleet.awaits_answer(site, self.round):
                         self.ask(site)
             time.sleep(POLL_SECONDS)
 
     def ask(self, site: str) -> None:
         """Ask a site that is there; again, a bounded number of times, if it was lost on the way."""
-        if not self.fleet.here(site):
+        if not self.fleet.is_here(site):
             return
         self.repeats[site] = self.repeats.get(site, 0) + 1
         if self.repeats[site] > MOST_REPEATS:
@@ -126,7 +128,7 @@ class Gathering:
             self.failed.pop(site, None)
 
     def drop_outliers(self) -> None:
-        """Refuse updates that are out of all proportion to the others now, so that others may be asked once more."""
+        """Refuse updates that are out of proportion now, while others can still be asked again."""
         norms = {site: answer.seen.norm for site, answer in self.answers.items()}
         for site, reason in find_outliers(norms, self.caps).items():
             del self.answers[site]
@@ -134,11 +136,11 @@ class Gathering:
 
     def roll(self) -> Roll:
         """The report of the round."""
-        failed = {site: self.failed.get(site) or self.silence(site) for site in self.missing}
+        failed = {site: self.failed.get(site) or self.explain_silence(site) for site in self.missing}
         return Roll(
             self.round, tuple(sorted(self.answers)), failed, self.late, self.tries, time.monotonic() - self.began
         )
 
-    def silence(self, site: str) -> str:
+    def explain_silence(self, site: str) -> str:
         """Why nothing was heard of a site, as far as the server knows."""
-        return "did not answer in time" if self.fleet.here(site) else "is not connected"
+        return "did not answer in time" if self.fleet.is_here(site) else "is not connected"

@@ -15,12 +15,13 @@ from typing import Any
 import tomli_w
 
 from fedloom.errors import RoundError
-from fedloom.flower.settings import own, shared
+from fedloom.flower.settings import server_settings, shared_settings
 from fedloom.records.config import Config
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment in which Flower calls nobody."""
 POLL_SECONDS = 1.0
+"""Between two looks at a run: a person hardly notices, and a SuperLink bears it."""
 AWAY_SECONDS = 60.0
 """How long a SuperLink may be out of reach before a submitted run is given up on here."""
 
@@ -36,27 +37,34 @@ class RunState:
     bytes_received: int
 
 
-def run(config: Config, out: Path, *, resume: bool = False, told: Callable[[int], None] | None = None) -> RunState:
+def run_on_superlink(
+    config: Config, out: Path, *, resume: bool = False, told: Callable[[int], None] | None = None
+) -> RunState:
     """Submit, wait until the run is over, return how it ended.
 
     `out` is a folder on the SuperLink's machine; told(run id) is called once the run is submitted. Raises RoundError
     where the SuperLink cannot be reached, refuses the run, or the run fails.
     """
-    with control(config) as client:
+    with open_control(config) as client:
         run_id = submit(client, config, out, resume)
         if told:
             told(run_id)
-        state = wait(client, run_id)
+        state = wait_for_end(client, run_id)
     if state.ended != "completed":
         raise RoundError(f"run {run_id} ended as {state.ended or state.status}: {state.details}")
     return state
 
 
-def bundle(config: Config, out: Path, resume: bool) -> bytes:
+def build_bundle(config: Config, out: Path, resume: bool) -> bytes:
     """The Flower App Bundle: no code, only the names of fedloom's two apps and the settings for them."""
     from flwr.cli.build import build_fab_from_files
 
-    settings = {"settings": shared(config), "own": own(config), "out": str(out.absolute()), "resume": resume}
+    settings = {
+        "settings": shared_settings(config),
+        "own": server_settings(config),
+        "out": str(out.absolute()),
+        "resume": resume,
+    }
     apps = {"serverapp": "fedloom.flower.sites:app", "clientapp": "fedloom.flower.relay:app"}
     project = {
         "project": {
@@ -71,7 +79,7 @@ def bundle(config: Config, out: Path, resume: bool) -> bytes:
 
 
 @contextmanager
-def control(config: Config) -> Iterator[Any]:
+def open_control(config: Config) -> Iterator[Any]:
     """A client of the SuperLink's Control API. Raises RoundError in words where that cannot be reached."""
     os.environ.update(QUIET)
     import click
@@ -108,7 +116,7 @@ def submit(client: Any, config: Config, out: Path, resume: bool) -> int:  # noqa
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
-    content = bundle(config, out, resume)
+    content = build_bundle(config, out, resume)
     response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))))
     if not response.HasField("run_id"):
         raise RoundError(f"the SuperLink at {config.flower.superlink} took no run: {response.note}")
@@ -128,14 +136,14 @@ def register(client: Any, site: str, public_key: bytes) -> None:  # noqa: ANN401
     client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site))
 
 
-def wait(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
+def wait_for_end(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
     """Poll until the run is over. A SuperLink that is away for a while is waited for."""
     import httpx
 
     away: float | None = None
     while True:
         try:
-            state = look(client, run_id)
+            state = read_state(client, run_id)
             away = None
         except httpx.TransportError:
             away = away or time.monotonic()
@@ -147,7 +155,7 @@ def wait(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client
         time.sleep(POLL_SECONDS)
 
 
-def look(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
+def read_state(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
     """How a run stands."""
     from flwr.proto.control_pb2 import ListRunsRequest
 

@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedloom.errors import FedloomError, SiteError
-from fedloom.flower.payload import pack, unpack
+from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.site.protocol import Parcel, exchange
 
 log = logging.getLogger("fedloom.relay")
@@ -35,7 +35,7 @@ def relay(message: Message, context: Context, ask: Ask | None = None) -> Message
     """
     began = time.perf_counter()
     try:
-        parcel = unpack(message.content)
+        parcel = unpack_parcel(message.content)
         facts = {**parcel.facts, "settings": str(context.run_config["settings"])}
         reply = (ask or ask_worker)(Parcel(facts, parcel.payloads), context)
     except FedloomError as error:
@@ -44,15 +44,15 @@ def relay(message: Message, context: Context, ask: Ask | None = None) -> Message
         log.exception("a request could not be handed to the worker")
         reply = Parcel({"error": "the site's relay failed; the SuperNode's log says why"})
     facts = {**reply.facts, "relay": time.perf_counter() - began}
-    return Message(pack(Parcel(facts, reply.payloads)), reply_to=message)
+    return Message(pack_parcel(Parcel(facts, reply.payloads)), reply_to=message)
 
 
 def ask_worker(parcel: Parcel, context: Context) -> Parcel:
     """The reply of the worker that the SuperNode names."""
-    return call(parcel, *worker(context))
+    return call_worker(parcel, *worker_files(context))
 
 
-def worker(context: Context) -> tuple[Path, Path]:
+def worker_files(context: Context) -> tuple[Path, Path]:
     """Socket and token file of the site's worker. Raises SiteError where the SuperNode does not name them."""
     try:
         return Path(str(context.node_config["worker-socket"])), Path(str(context.node_config["worker-token"]))
@@ -60,7 +60,7 @@ def worker(context: Context) -> tuple[Path, Path]:
         raise SiteError(f"start the SuperNode with --node-config that sets {error}; docs/deploy.md shows how") from None
 
 
-def call(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECONDS) -> Parcel:
+def call_worker(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECONDS) -> Parcel:
     """The worker's reply. A worker that is away or dies meanwhile is asked again until `patience` seconds are over.
 
     Raises SiteError, without a path in it, if the worker does not come back or the token cannot be read. Asking again

@@ -15,14 +15,14 @@ SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts."""
 
 
-def installed(extra: str, *libraries: str) -> None:
+def check_installed(extra: str, *libraries: str) -> None:
     """Raises ConfigError, which names the extra to install, where one of these libraries is missing."""
     for library in libraries:
         if find_spec(library) is None:
             raise ConfigError(f'this engine needs {library}, which is not installed: pip install "fedloom[{extra}]"')
 
 
-def check(config: Config) -> None:
+def check_flower_settings(config: Config) -> None:
     """Raises ConfigError where the settings cannot be those of a federation across machines."""
     names, rules = config.federation.participants, config.flower
     if not names:
@@ -37,16 +37,16 @@ def check(config: Config) -> None:
         raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")
 
 
-def shared(config: Config) -> str:
+def shared_settings(config: Config) -> str:
     """The settings that the sites are told, as TOML."""
     return dump(config.model_copy(update=SERVERS_OWN))
 
 
-def own(config: Config) -> str:
-    """The rest of them."""
+def server_settings(config: Config) -> str:
+    """The settings that the sites are not told, as TOML."""
     return tomli_w.dumps(config.model_dump(include=set(SERVERS_OWN), exclude_none=True))
 
 
-def joined(shared: str, own: str) -> Config:
-    """The settings that were split into `shared` and `own`."""
+def join_settings(shared: str, own: str) -> Config:
+    """The settings that were split into `shared_settings` and `server_settings`."""
     return parse({**tomllib.loads(shared), **tomllib.loads(own)}, "the run's settings")

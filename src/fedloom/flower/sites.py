@@ -19,30 +19,32 @@ from flwr.serverapp import ServerApp
 
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
 from fedloom.flower.fleet import Fleet, Grid, Reply
-from fedloom.flower.gathering import POLL_SECONDS, Answer, Gathering
-from fedloom.flower.settings import check, joined
+from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
+from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.model.base import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, Silent
 from fedloom.records.ledger import Training
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 from fedloom.rounds.checks import check_update
 from fedloom.server.loop import Attendance, Rounds, Updates
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, assemble, heldout_examples
-from fedloom.workspace.checkpoint import Known, Snapshot
+from fedloom.workspace.assemble import Setup, build_setup, heldout_examples
+from fedloom.workspace.checkpoint import KnownSite, Snapshot
 from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
 """The version of a site that must be sent the full state."""
 
 
-def serve(grid: Grid, config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
+def run_federation(
+    grid: Grid, config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None
+) -> None:
     """Play the run with the sites that `grid` reaches, leaving its results in `out`."""
-    check(config)
+    check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume) as folder:
-        setup = assemble(
+        setup = build_setup(
             config, {name: [] for name in sorted(config.federation.participants or ())}, heldout_examples(config.data)
         )
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
@@ -70,7 +72,7 @@ class FlowerSites:
         self.setup = setup
         self.fleet = fleet
         self.sent: dict[str, int] = {}
-        self.known = dict.fromkeys(setup.sites, Known(UNKNOWN))
+        self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.known)
@@ -132,7 +134,7 @@ class FlowerSites:
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel)
         rounds.folder.ledger.sync()
 
-    def check(self, rounds: Rounds, site: str, reply: Reply) -> Answer:
+    def check(self, rounds: Rounds, site: str, reply: Reply) -> CheckedUpdate:
         """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
         self.locate(rounds, site, reply)
         parcel = reply.parcel
@@ -144,15 +146,15 @@ class FlowerSites:
         try:
             seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round)
         except FedloomError as error:
-            raise type(error)(f"refused: {printable(str(error))}") from None
+            raise type(error)(f"refused: {to_printable(str(error))}") from None
         self.know(site, rounds.server.version, rounds.server.digest)
         said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
-        return Answer(payload, seen)
+        return CheckedUpdate(payload, seen)
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
-        """Take a reply that is no answer to the round in progress; what is worth reporting about it."""
+        """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
         asked, site = reply.asked, reply.asked.site
         if asked.ask == "hello":
             reason = self.fleet.introduce(reply)
@@ -176,14 +178,14 @@ class FlowerSites:
         except StaleError as error:
             reason = str(error)
         except FedloomError as error:
-            return printable(str(error))
+            return to_printable(str(error))
         else:
             reason = "its round was over"
         rounds.folder.transfer(rounds.round, site, "up", payloads[0])
-        return printable(reason)
+        return to_printable(reason)
 
     def locate(self, rounds: Rounds, site: str, reply: Reply) -> None:
-        """Keep what a reply says of the state that its site holds; a state of no known history counts as none."""
+        """Keep what a reply says of its site's state. A state that the server does not know counts as none."""
         version, digest = reply.said.version, reply.said.digest
         if version is not None and digest is not None:
             self.know(site, version if digest == digest_of(rounds, version) else UNKNOWN, digest)
@@ -209,7 +211,7 @@ class FlowerSites:
         """Send the result to every site that is connected; who did not confirm is noted."""
         rules = self.setup.config.flower
         self.fleet.look()
-        waiting = {site for site in self.known if self.fleet.here(site)}
+        waiting = {site for site in self.known if self.fleet.is_here(site)}
         for site in sorted(waiting):
             self.send(rounds, site, "deliver")
         until = time.monotonic() + (rules.deadline if rules.grace is None else rules.grace)
@@ -219,7 +221,7 @@ class FlowerSites:
                 if reply.asked.ask == "deliver" and not reply.error:
                     waiting.discard(reply.asked.site)
                 self.take_stray(rounds, reply)
-        for site in sorted(waiting | {site for site in self.known if not self.fleet.here(site)}):
+        for site in sorted(waiting | {site for site in self.known if not self.fleet.is_here(site)}):
             rounds.folder.ledger.note(rounds.round, f"client {site} has not confirmed that it received the result")
 
 
@@ -238,4 +240,4 @@ app = ServerApp()
 def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
     told, out = context.run_config, Path(str(context.run_config["out"]))
-    serve(grid, joined(str(told["settings"]), str(told["own"])), out, resume=bool(told["resume"]))
+    run_federation(grid, join_settings(str(told["settings"]), str(told["own"])), out, resume=bool(told["resume"]))

@@ -27,11 +27,11 @@ from fedloom.adapters.settings import PREFIX
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import FedloomError, RoundError
-from fedloom.flower.payload import pack, unpack
+from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.lora.pair import LoraState, from_tensors
 from fedloom.methods.method import Method, State
 from fedloom.methods.table import build
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 from fedloom.rounds.caps import USUAL, Caps
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.job import Job
@@ -97,8 +97,8 @@ class FedLoomStrategy(Strategy):
         ranks = self.server.adapter.ranks()
         for node in grid.get_node_ids():
             version = self.versions.get(node, 0)
-            payloads = self.archive.needed(self.job, self.server, version, ranks, server_round)
-            content = pack(Parcel({"round": server_round}, tuple(payloads)))
+            payloads = self.archive.payloads_for(self.job, self.server, version, ranks, server_round)
+            content = pack_parcel(Parcel({"round": server_round}, tuple(payloads)))
             content["config"] = config
             yield Message(content, node, "train", group_id=str(server_round))
 
@@ -141,10 +141,10 @@ class FedLoomStrategy(Strategy):
         """The node's update; where it gives none, its state counts as unknown from now on."""
         self.versions[node] = UNKNOWN
         if reply.has_error():
-            raise FedloomError(f"Flower's error {reply.error.code}: {printable(str(reply.error.reason))}")
-        parcel = unpack(reply.content)
+            raise FedloomError(f"Flower's error {reply.error.code}: {to_printable(str(reply.error.reason))}")
+        parcel = unpack_parcel(reply.content)
         if "error" in parcel.facts or len(parcel.payloads) != 1:
-            raise FedloomError(printable(str(parcel.facts.get("error", "the reply holds no update"))))
+            raise FedloomError(to_printable(str(parcel.facts.get("error", "the reply holds no update"))))
         self.versions[node] = read_header(parcel.payloads[0]).base_version
         return parcel.payloads[0]
 
@@ -155,7 +155,7 @@ def take_turn(message: Message, context: Context, job: Job, adapter: LoraState, 
     adapter: the one that the server began with; train: (state, round, seed) → Trained, as in `fedloom.rounds.turns`. An
     error of fedloom's own becomes a reply that says so.
     """
-    parcel = unpack(message.content)
+    parcel = unpack_parcel(message.content)
     round, node = int(parcel.facts["round"] or 0), str(context.node_id)
     state = _loaded(context.state) or start(job, adapter)
     try:
@@ -163,9 +163,9 @@ def take_turn(message: Message, context: Context, job: Job, adapter: LoraState, 
             state = accept(job, state, payload)
         turn = client_turn(job, node, state, (), train, round)
     except FedloomError as error:
-        return Message(pack(Parcel({"error": str(error)})), reply_to=message)
+        return Message(pack_parcel(Parcel({"error": str(error)})), reply_to=message)
     _keep(context.state, turn.state)
-    return Message(pack(Parcel({"loss": turn.trained.loss}, (turn.payload,))), reply_to=message)
+    return Message(pack_parcel(Parcel({"loss": turn.trained.loss}, (turn.payload,))), reply_to=message)
 
 
 def _keep(records: RecordDict, state: State) -> None:

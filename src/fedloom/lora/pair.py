@@ -35,7 +35,7 @@ class LoraPair:
     def __post_init__(self) -> None:
         if self.A.dim() != 2 or self.B.dim() != 2 or self.A.shape[0] != self.B.shape[1]:
             raise ShapeError(
-                f"A of shape {tuple(self.A.shape)} and B of shape {tuple(self.B.shape)} are no LoRA pair: "
+                f"A of shape {tuple(self.A.shape)} and B of shape {tuple(self.B.shape)} do not make a LoRA pair: "
                 "expected (r, n) and (m, r) with one r"
             )
 
@@ -94,7 +94,7 @@ class LoraState(Mapping[str, LoraPair]):
 
 
 def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "") -> LoraState:
-    """The state whose `tensors(prefix)` are among these. Raises ShapeError where one factor of a pair is missing."""
+    """The inverse of `LoraState.tensors`; other names are ignored. Raises ShapeError for half a pair."""
     ends = tuple(f"/{prefix}{part}" for part in PARTS)
     modules = {name.rpartition("/")[0] for name in tensors if name.endswith(ends)}
     missing = [module + end for module in modules for end in ends if module + end not in tensors]
@@ -120,7 +120,7 @@ def _initial_pair(m: int, n: int, rank: int, seed: int, module: str) -> LoraPair
 
 
 def narrow(state: LoraState, ranks: Mapping[str, int]) -> LoraState:
-    """Each module's first `ranks[module]` components: all where it has fewer, or where `ranks` does not name it."""
+    """The state cut to each module's first `ranks[module]` components; a module that `ranks` lacks stays whole."""
     return LoraState(
         {module: LoraPair(p.A[: ranks.get(module)], p.B[:, : ranks.get(module)]) for module, p in state.items()}
     )
@@ -152,8 +152,8 @@ def stack_pairs(pairs: list[LoraPair]) -> LoraPair:
     return LoraPair(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 
-def between(a: Tensor, v: Tensor) -> Tensor:
-    """The matrix R (r × r) with R V = A, or as near as can be: A Vᵀ (V Vᵀ)⁺, in float64; zero where V is."""
+def core_matrix(a: Tensor, v: Tensor) -> Tensor:
+    """The matrix R (r × r) for which R V is nearest to A: A Vᵀ (V Vᵀ)⁺, in float64; zero where V is zero."""
     rows = v.double()
     matrix: Tensor = a.double() @ rows.T @ torch.linalg.pinv(rows @ rows.T, hermitian=True)
     return matrix.to(a.dtype)

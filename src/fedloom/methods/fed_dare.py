@@ -17,7 +17,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import add_change, coded, weighted_mean, within_budget
+from fedloom.methods.shared.averaging import add_change, code_dense, fill_within_budget, weighted_mean
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:
@@ -52,7 +52,7 @@ def send_random(
 
     if context.budget is None:
         return state.memory, entries_at(density)
-    done = within_budget(state, len(changes), entries_at, context, positions=False)
+    done = fill_within_budget(state, len(changes), entries_at, context, positions=False)
     return {**state.memory, **done.memory}, done.entries
 
 
@@ -69,13 +69,13 @@ def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context)
 
 def mean_change(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k Δ_k of what arrived."""
-    return Aggregate({name: shorter(name, tensor, context) for name, tensor in weighted_mean(updates).items()})
+    return Aggregate({name: shorter_entry(name, tensor, context) for name, tensor in weighted_mean(updates).items()})
 
 
-def shorter(name: str, tensor: Tensor, context: Context) -> Entry:
+def shorter_entry(name: str, tensor: Tensor, context: Context) -> Entry:
     """Sparse where at most half of the elements are not zero, otherwise dense."""
     positions = tensor.flatten().nonzero().squeeze(1)
     if 2 * positions.numel() > tensor.numel():
-        return coded(name, tensor, context)
+        return code_dense(name, tensor, context)
     seed = derived_seed(context.seed, "download", context.round, name)
     return Sparse(tuple(tensor.shape), positions, context.quantize(tensor.flatten()[positions], seed))

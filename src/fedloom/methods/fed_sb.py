@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fedloom.compress.entries import to_dense
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraPair, LoraState, between
+from fedloom.lora.pair import LoraPair, LoraState, core_matrix
 from fedloom.methods.method import (
     CORE,
     FROZEN,
@@ -46,8 +46,8 @@ from fedloom.methods.method import (
     Update,
     both_factors,
 )
-from fedloom.methods.shared.averaging import coded, dense_entries, product_sums, send, weighted_mean
-from fedloom.methods.shared.components import merge, received
+from fedloom.methods.shared.averaging import code_dense, dense_entries, product_sums, send_factors, weighted_mean
+from fedloom.methods.shared.components import merge_increment, read_pairs
 
 Keep = Literal["leading", "all"]
 Core = Callable[[State], LoraState]
@@ -57,7 +57,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
     """keep: what of round 1 is merged, its r leading components or all of them; scale: see the module."""
     if not scale > 0:
         raise ConfigError(f"method.scale is {scale}: expected more than 0")
-    core = partial(resting, scale)
+    core = partial(resting_factors, scale)
     return Method(
         name="fed-sb",
         facts=Facts(
@@ -76,7 +76,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
     )
 
 
-def resting(scale: float, state: State) -> LoraState:
+def resting_factors(scale: float, state: State) -> LoraState:
     """U and V: the leading components of what round 1 merged, their singular values replaced by `scale`; empty before.
 
     A direction that round 1 did not use is zero in both, and stays unused.
@@ -96,16 +96,16 @@ def send_core(core: Core, state: State, after: LoraState, context: Context) -> t
     """R_k of every module; A and B as long as nothing rests."""
     pairs = core(state)
     if not pairs:
-        return send(both_factors, state, after, context)
-    matrices = {f"{module}/{CORE}": between(pair.A, pairs[module].A) for module, pair in after.items()}
-    return state.memory, {name: coded(name, matrix, context) for name, matrix in matrices.items()}
+        return send_factors(both_factors, state, after, context)
+    matrices = {f"{module}/{CORE}": core_matrix(pair.A, pairs[module].A) for module, pair in after.items()}
+    return state.memory, {name: code_dense(name, matrix, context) for name, matrix in matrices.items()}
 
 
 def mean_core(core: Core, keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k R_k; at first the singular components of Σ p_k B_k A_k, to be merged."""
     if not core(state):
         return first_components(keep, state, updates, context)
-    return Aggregate({name: coded(name, mean, context) for name, mean in weighted_mean(updates).items()})
+    return Aggregate({name: code_dense(name, mean, context) for name, mean in weighted_mean(updates).items()})
 
 
 def first_components(keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
@@ -120,9 +120,9 @@ def first_components(keep: Keep, state: State, updates: Iterable[Update], contex
 
 def take_up(core: Core, state: State, entries: Entries, context: Context) -> State:
     """A = R V with the R that was broadcast; after the first components U and V rest between an R of zero."""
-    increments = received(entries, FROZEN)
+    increments = read_pairs(entries, FROZEN)
     if increments:
-        state = replace(state, frozen=merge(state.frozen, increments))
+        state = replace(state, frozen=merge_increment(state.frozen, increments))
     pairs = {}
     for module, pair in core(state).items():
         matrix = torch.zeros(pair.rank, pair.rank) if increments else to_dense(entries[f"{module}/{CORE}"])

@@ -10,8 +10,8 @@ from functools import partial
 
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import average, dense_entries, product_sums, send
-from fedloom.methods.shared.components import go_on, received
+from fedloom.methods.shared.averaging import average, dense_entries, product_sums, send_factors
+from fedloom.methods.shared.components import go_on, read_pairs
 
 
 def fedex() -> Method:
@@ -26,7 +26,7 @@ def fedex() -> Method:
             broadcasts="components",
             stateless=True,
         ),
-        compress=partial(send, both_factors),
+        compress=partial(send_factors, both_factors),
         aggregate=mean_and_residual,
         receive=go_on,
         merges=True,
@@ -36,7 +36,7 @@ def fedex() -> Method:
 def mean_and_residual(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Ā, B̄, and the factors of Σ p_k B_k A_k − B̄ Ā, with B̄ and Ā as they will be received."""
     mean = average(state, updates, context).entries
-    means = received(mean)
+    means = read_pairs(mean)
     sums = product_sums(updates, means)
     for module, pair in means.items():
         sums[module].add(pair, -1.0)

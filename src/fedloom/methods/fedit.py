@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from fedloom.methods.method import Facts, Method, both_factors
-from fedloom.methods.shared.averaging import average, narrow_factors, replace_factors, send
+from fedloom.methods.shared.averaging import average, narrow_factors, replace_factors, send_factors
 
 
 def fedit() -> Method:
@@ -20,7 +20,7 @@ def fedit() -> Method:
             unequal_ranks=True,
             stateless=True,
         ),
-        compress=partial(send, both_factors),
+        compress=partial(send_factors, both_factors),
         aggregate=average,
         receive=replace_factors,
         narrow=narrow_factors,

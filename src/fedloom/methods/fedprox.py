@@ -24,11 +24,11 @@ def fedprox(*, mu: float = 0.01) -> Method:
         name="fedprox",
         # Offline there is nobody to hold near: that is FedIT.
         facts=replace(plain.facts, paper="FedProx (arXiv 1812.06127)", stateless=False),
-        penalty=partial(distance, mu),
+        penalty=partial(proximal_penalty, mu),
     )
 
 
-def distance(mu: float, before: LoraState, now: LoraState) -> Tensor:
+def proximal_penalty(mu: float, before: LoraState, now: LoraState) -> Tensor:
     """mu/2 times the squared distance of the live factors from the ones training began with."""
     old = before.tensors()
     squares = [(tensor - old[name].to(tensor.device)).square().sum() for name, tensor in now.tensors().items()]

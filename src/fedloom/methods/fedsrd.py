@@ -17,13 +17,21 @@ from torch import Tensor
 
 from fedloom.compress.entries import Entry
 from fedloom.compress.seeds import derived_seed
-from fedloom.compress.sparsify import Adaptive, Rescale, Split, importance, kept_count, most_important, split
+from fedloom.compress.sparsify import (
+    Adaptive,
+    Rescale,
+    SparseSplit,
+    counts_by_importance,
+    importance,
+    kept_count,
+    split,
+)
 from fedloom.errors import ConfigError
-from fedloom.lora.lowrank import ProductChange, over_modules
+from fedloom.lora.lowrank import ProductChange, map_modules
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.fed_dare import drop_and_rescale
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import add_change, alternating, within_budget
+from fedloom.methods.shared.averaging import add_change, alternating_factors, fill_within_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +116,7 @@ def fedsrd(
         receive=add_change,
         takes_budget=True,
         values="int4",
-        wider={0.12: "int8"},  # four bits a value cannot use more than an eighth of dense fp32
+        wider={0.12: "int8"},  # four bits a value are an eighth of dense fp32: above that, wider values use the budget
     )
 
 
@@ -121,11 +129,11 @@ def send_important(
         others = {"A": after[module].B, "B": before.A}
         for part in PARTS:
             tensor = f"{module}/{part}"
-            delta = carried(after[module].part(part) - before.part(part), state.memory.get(tensor), up.decay)
+            delta = carry_residual(after[module].part(part) - before.part(part), state.memory.get(tensor), up.decay)
             changes[tensor] = delta, importance(delta, others[part], part)
 
-    def cuts(counts: Mapping[str, int]) -> dict[str, Split]:
-        """Every change divided into what is sent, so many elements, and what is left of it."""
+    def cuts(counts: Mapping[str, int]) -> dict[str, SparseSplit]:
+        """Every change divided: as many elements as `counts` says are sent, the rest is kept."""
         return {
             tensor: split(
                 delta,
@@ -143,27 +151,27 @@ def send_important(
     if context.budget is None:
         made = cuts({tensor: up.sparsity.keep(scores) for tensor, (_, scores) in changes.items()})
     else:
-        counts = most_important({tensor: scores for tensor, (_, scores) in changes.items()})
-        tried: dict[float, dict[str, Split]] = {}
+        counts = counts_by_importance({tensor: scores for tensor, (_, scores) in changes.items()})
+        tried: dict[float, dict[str, SparseSplit]] = {}
 
         def entries_at(density: float) -> dict[str, Entry]:
             tried[density] = cuts(counts(density))
             return {tensor: cut.sent for tensor, cut in tried[density].items()}
 
-        done = within_budget(state, len(changes), entries_at, context)
+        done = fill_within_budget(state, len(changes), entries_at, context)
         made, kept = tried[done.density], done.memory
     rest = {tensor: cut.rest for tensor, cut in made.items()} if up.decay else {}
     return {**kept, **rest}, {tensor: cut.sent for tensor, cut in made.items()}
 
 
-def carried(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:
+def carry_residual(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:
     """The change plus what earlier rounds kept back."""
     return delta if residual is None or not decay else delta + decay * residual
 
 
 def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k B_k A_k − B A expressed in one factor (FedSRD eq. 8–12), thinned out for the way down."""
-    part: Literal["A", "B"] = "B" if "B" in alternating(context.round) else "A"
+    part: Literal["A", "B"] = "B" if "B" in alternating_factors(context.round) else "A"
     changes = {
         module: ProductChange(
             pair, part, rank=pair.rank if solver.decompose else None, ridge=solver.ridge, rcond=solver.rcond
@@ -172,14 +180,14 @@ def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[
     }
     for update in updates:
         add = partial(add_to, changes, update)
-        over_modules(add, changes)
+        map_modules(add, changes)
     entries: dict[str, Entry] = {}
     memory = dict(state.memory)
     kept = []
-    for module, solved in zip(changes, over_modules(ProductChange.solve, changes.values()), strict=True):
+    for module, solved in zip(changes, map_modules(ProductChange.solve, changes.values()), strict=True):
         name = f"{module}/{part}"
-        delta = carried(solved.delta, state.memory.get(name), down.decay)
-        entries[name], rest = thin(down, delta, state.adapter[module], name, context)
+        delta = carry_residual(solved.delta, state.memory.get(name), down.decay)
+        entries[name], rest = thin_change(down, delta, state.adapter[module], name, context)
         if down.decay:
             memory[name] = rest
         kept.append(solved.kept)
@@ -191,8 +199,8 @@ def add_to(changes: Mapping[str, ProductChange], update: Update, module: str) ->
     changes[module].add(update.entries[f"{module}/B"], update.entries[f"{module}/A"], update.weight)
 
 
-def thin(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:
-    """The entry to broadcast for one factor's change, and what it leaves out."""
+def thin_change(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:
+    """(entry to broadcast, what it leaves out) of one factor's change."""
     seed = derived_seed(context.seed, "download", context.round, name)
     if down.pick == "random":
         return drop_and_rescale(delta, down.density, seed, context)

@@ -11,8 +11,8 @@ from functools import partial
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import average, dense_entries, only_b, replace_factors, send
-from fedloom.methods.shared.components import filled
+from fedloom.methods.shared.averaging import average, dense_entries, only_b, replace_factors, send_factors
+from fedloom.methods.shared.components import fill_rank
 
 
 def fedsvd() -> Method:
@@ -24,18 +24,18 @@ def fedsvd() -> Method:
             exact=True,
             sends="B, dense",
         ),
-        compress=partial(send, only_b),
-        aggregate=turned,
+        compress=partial(send_factors, only_b),
+        aggregate=turn_product,
         receive=replace_factors,
         trainable=only_b,
     )
 
 
-def turned(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def turn_product(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """B̄ and A as they were where B̄ = 0 (there is nothing to turn), otherwise their product's singular factors.
 
     Directions that B̄ does not use keep rows of the old A, so that they can still train.
     """
     means = replace_factors(state, average(state, updates, context).entries, context).adapter
-    turn = {module: filled(truncate(pair).pair, pair) for module, pair in means.items()}
+    turn = {module: fill_rank(truncate(pair).pair, pair) for module, pair in means.items()}
     return Aggregate(dense_entries(LoraState(turn), context))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from fedloom.methods.method import Facts, Method
-from fedloom.methods.shared.averaging import average, only_b, replace_factors, send
+from fedloom.methods.shared.averaging import average, only_b, replace_factors, send_factors
 
 
 def ffa() -> Method:
@@ -21,7 +21,7 @@ def ffa() -> Method:
             sends="B, dense",
             receives="B, dense",
         ),
-        compress=partial(send, only_b),
+        compress=partial(send_factors, only_b),
         aggregate=average,
         receive=replace_factors,
         trainable=only_b,

@@ -17,7 +17,7 @@ from fedloom.compress.sparsify import kept_count, split
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import replace_factors, weighted_mean, within_budget
+from fedloom.methods.shared.averaging import fill_within_budget, replace_factors, weighted_mean
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
 
 
@@ -54,7 +54,7 @@ def flasc(
     )
 
 
-def largest(tensor: Tensor, density: float, seed: int, context: Context) -> Entry:
+def largest_entry(tensor: Tensor, density: float, seed: int, context: Context) -> Entry:
     """The elements of largest magnitude."""
     keep = kept_count(tensor.numel(), density)
     return split(tensor, tensor.abs(), keep, quantize=context.quantize, seed=seed).sent
@@ -69,13 +69,13 @@ def send_largest(
 
     def entries_at(density: float) -> dict[str, Entry]:
         return {
-            name: largest(change, density, derived_seed(context.seed, "upload", context.round, name), context)
+            name: largest_entry(change, density, derived_seed(context.seed, "upload", context.round, name), context)
             for name, change in changes.items()
         }
 
     if context.budget is None:
         return state.memory, entries_at(density)
-    done = within_budget(state, len(changes), entries_at, context)
+    done = fill_within_budget(state, len(changes), entries_at, context)
     return {**state.memory, **done.memory}, done.entries
 
 
@@ -90,5 +90,5 @@ def adam_step(
     for name, theta in start.items():
         memory[f"theta/{name}"] = theta + adam.step(name, means[name], memory)
         seed = derived_seed(context.seed, "download", context.round, name)
-        entries[name] = largest(memory[f"theta/{name}"], density, seed, context)
+        entries[name] = largest_entry(memory[f"theta/{name}"], density, seed, context)
     return Aggregate(entries, memory)

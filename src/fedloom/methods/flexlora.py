@@ -13,7 +13,7 @@ from functools import partial
 
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import dense_entries, narrow_factors, product_sums, send
+from fedloom.methods.shared.averaging import dense_entries, narrow_factors, product_sums, send_factors
 from fedloom.methods.shared.components import go_on
 
 
@@ -29,7 +29,7 @@ def flexlora() -> Method:
             stateless=True,
             truncates="rank",
         ),
-        compress=partial(send, both_factors),
+        compress=partial(send_factors, both_factors),
         aggregate=best_approximation,
         receive=go_on,
         narrow=narrow_factors,
@@ -40,12 +40,12 @@ def best_approximation(state: State, updates: Iterable[Update], context: Context
     """The leading components of Σ p_k B_k A_k, as many as the server's adapter has."""
     sums = product_sums(updates, state.adapter, capped=True)
     cuts = {module: total.truncate(rank=state.adapter[module].rank) for module, total in sums.items()}
-    lead = LoraState({module: balanced(cut.pair) for module, cut in cuts.items()})
+    lead = LoraState({module: balance_factors(cut.pair) for module, cut in cuts.items()})
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
     return Aggregate(dense_entries(lead, context), {}, {"max_lost_energy": lost})
 
 
-def balanced(pair: LoraPair) -> LoraPair:
+def balance_factors(pair: LoraPair) -> LoraPair:
     """The same product with each component's size shared evenly between B's column and A's row."""
     size = pair.B.norm(dim=0).clamp_min(1e-30).sqrt()
     return LoraPair(pair.A * size[:, None], pair.B / size)

@@ -10,8 +10,8 @@ from functools import partial
 
 from fedloom.lora.pair import LoraPair, LoraState, stack
 from fedloom.methods.method import FROZEN, Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import dense_entries, send
-from fedloom.methods.shared.components import received, restart
+from fedloom.methods.shared.averaging import dense_entries, send_factors
+from fedloom.methods.shared.components import read_pairs, restart
 
 
 def flora() -> Method:
@@ -27,20 +27,20 @@ def flora() -> Method:
             broadcasts="components",
             stateless=True,
         ),
-        compress=partial(send, both_factors),
-        aggregate=stacked,
+        compress=partial(send_factors, both_factors),
+        aggregate=stack_clients,
         receive=restart,
         merges=True,
     )
 
 
-def stacked(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def stack_clients(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """[B_1 | B_2 | …] and [p_1 A_1; p_2 A_2; …]."""
-    whole = stack([weighted(received(update.entries), update.weight) for update in updates])
+    whole = stack([scale_state(read_pairs(update.entries), update.weight) for update in updates])
     return Aggregate(dense_entries(whole, context, FROZEN), {}, {"mean_rank": mean_rank(whole)})
 
 
-def weighted(state: LoraState, weight: float) -> LoraState:
+def scale_state(state: LoraState, weight: float) -> LoraState:
     """The state whose ΔW is `weight` times as large."""
     return state.map(lambda pair: LoraPair(weight * pair.A, pair.B))
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import dense_entries, replace_factors, send
-from fedloom.methods.shared.components import received
+from fedloom.methods.shared.averaging import dense_entries, replace_factors, send_factors
+from fedloom.methods.shared.components import read_pairs
 
 
 def flora_na(*, sweeps: int = 20) -> Method:
@@ -26,15 +26,15 @@ def flora_na(*, sweeps: int = 20) -> Method:
             paper="FLoRA-NA (arXiv 2509.26399)",
             stateless=True,
         ),
-        compress=partial(send, both_factors),
-        aggregate=partial(nearest, sweeps),
+        compress=partial(send_factors, both_factors),
+        aggregate=partial(nearest_factors, sweeps),
         receive=replace_factors,
     )
 
 
-def nearest(sweeps: int, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def nearest_factors(sweeps: int, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ u_k B_k and Σ v_k A_k of every module."""
-    held = [(received(update.entries), update.weight) for update in updates]
+    held = [(read_pairs(update.entries), update.weight) for update in updates]
     shares = torch.tensor([weight for _, weight in held], dtype=torch.float64)
     pairs: dict[str, LoraPair] = {}
     for module in state.adapter:
@@ -46,7 +46,7 @@ def nearest(sweeps: int, state: State, updates: Iterable[Update], context: Conte
 
 
 def coefficients(a: Tensor, b: Tensor, shares: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """U and v for A (K, r, n), B (K, m, r) and shares p (K,), float64. Never farther from the ideal than u = v = p."""
+    """u and v for A (K, r, n), B (K, m, r) and shares p (K,), float64. Never farther from the ideal than u = v = p."""
     a, b = a.double(), b.double()
     gram_a, gram_b = torch.einsum("jrn,lsn->jlrs", a, a), torch.einsum("imr,kms->ikrs", b, b)
     inner = torch.einsum("ikrs,jlrs->ijkl", gram_b, gram_a)  # ⟨B_i A_j, B_k A_l⟩

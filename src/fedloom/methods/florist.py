@@ -22,7 +22,7 @@ from functools import partial
 from typing import Literal
 
 from fedloom.errors import ConfigError
-from fedloom.lora.lowrank import over_modules
+from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import (
     FROZEN,
@@ -35,7 +35,7 @@ from fedloom.methods.method import (
     adopt_leading,
     both_factors,
 )
-from fedloom.methods.shared.averaging import dense_entries, product_sums, send
+from fedloom.methods.shared.averaging import dense_entries, product_sums, send_factors
 from fedloom.methods.shared.components import adopt_warm, components, go_on, go_on_warm, restart
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
@@ -57,7 +57,7 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
             stateless=True,
             truncates="energy",
         ),
-        compress=partial(send, both_factors),
+        compress=partial(send_factors, both_factors),
         aggregate=partial(leading_components, tau, client_init),
         receive={"merge_reinit": restart, "continue": go_on, "warm": go_on_warm}[client_init],
         merges=client_init != "continue",
@@ -75,7 +75,7 @@ def leading_components(
     """
     tail = partial(components_beyond, state.adapter) if client_init == "warm" else None
     sums = product_sums(updates, state.adapter, capped=tau < 1.0, beside=tail)
-    cut_all = over_modules(lambda total: total.truncate(energy=tau), sums.values())
+    cut_all = map_modules(lambda total: total.truncate(energy=tau), sums.values())
     cuts = dict(zip(sums, cut_all, strict=True))
     trained = {module: 0 if client_init == "merge_reinit" else pair.rank for module, pair in state.adapter.items()}
     lead = LoraState({module: components(cut.pair, 0, trained[module]) for module, cut in cuts.items()})

@@ -42,7 +42,7 @@ def load_builder(name: str) -> Callable[..., Method]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"method.name is {name!r}, but module {path} has no {attribute!r}{hint}")
     if not inspect.isroutine(builder) and not hasattr(builder, "func"):  # a function, or a functools.partial of one
-        raise ConfigError(f"method.name is {name!r}, but {attribute} is no function that builds a Method")
+        raise ConfigError(f"method.name is {name!r}, but {attribute} is not a function that builds a Method")
     for key, parameter in inspect.signature(builder).parameters.items():
         if parameter.kind in _OPEN:
             raise ConfigError(f"method.name is {name!r}, but {attribute} takes *{key}: give every setting a name")

@@ -17,8 +17,8 @@ from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import frobenius_norm
 from fedloom.lora.pair import LoraState, module_of
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import coded, narrow_factors, replace_factors, send, weighted_mean
-from fedloom.methods.shared.components import received
+from fedloom.methods.shared.averaging import code_dense, narrow_factors, replace_factors, send_factors, weighted_mean
+from fedloom.methods.shared.components import read_pairs
 
 
 def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
@@ -34,18 +34,18 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
             receives="the first rows and columns, dense",
             stateless=True,
         ),
-        compress=partial(send, both_factors),
-        aggregate=weighted_by_norm,
+        compress=partial(send_factors, both_factors),
+        aggregate=weigh_by_norm,
         receive=replace_factors,
         narrow=narrow_factors,
         penalty=partial(tail_size, tail_penalty, tail_share) if tail_penalty else None,
     )
 
 
-def weighted_by_norm(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def weigh_by_norm(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ w_k of the zero-padded factors, w_k ∝ ‖B_k A_k‖_F module by module; p_k where every change is zero."""
     norms = {
-        update.client: {module: frobenius_norm(pair) for module, pair in received(update.entries).items()}
+        update.client: {module: frobenius_norm(pair) for module, pair in read_pairs(update.entries).items()}
         for update in updates
     }
     sums = {module: sum(sizes[module] for sizes in norms.values()) for module in state.adapter}
@@ -56,11 +56,11 @@ def weighted_by_norm(state: State, updates: Iterable[Update], context: Context) 
 
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
     means = weighted_mean(updates, start=zeros, weight=weight)
-    return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
+    return Aggregate({name: code_dense(name, tensor, context) for name, tensor in means.items()})
 
 
 def tail_size(weight: float, share: float, before: LoraState, now: LoraState) -> Tensor:
-    """Weight · Σ ‖B_tail‖_F ‖A_tail‖_F, which lets a client's last components die out if they are not needed."""
+    """weight · Σ ‖B_tail‖_F ‖A_tail‖_F, which lets a client's last components die out if they are not needed."""
     sizes = []
     for pair in now.values():
         first = pair.rank - max(1, round(share * pair.rank))

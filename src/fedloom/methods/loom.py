@@ -18,16 +18,16 @@ from torch import Tensor
 from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count, to_dense
 from fedloom.compress.seeds import derived_seed
-from fedloom.compress.sparsify import kept_count, largest, reach, scratch, shortlist
+from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
-from fedloom.lora.lowrank import over_modules
+from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import LoraState, from_tensors, stack
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
 from fedloom.methods.shared.averaging import weighted_mean
 from fedloom.methods.shared.components import components
 
-_ROOM = 1.2  # densities that are listed, over the one that is asked for
-_SPREAD = 1 / 8  # bits for an element of a payload, under which a smaller rank does better (docs/loom.md)
+_ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
+_SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
 _BUDGET = 0.01  # share of dense fp32 where no budget is set
 
@@ -36,7 +36,7 @@ _BUDGET = 0.01  # share of dense fp32 where no budget is set
 class Dial:
     """How the bytes of both ways are divided: the share `up` of them goes up.
 
-    most: the share of a tensor's elements that is sent at most. taper: how much the first rounds take from the last.
+    most: largest share of a tensor's elements that may be sent. taper: how much the first rounds take from the last.
     """
 
     up: float
@@ -44,13 +44,13 @@ class Dial:
     taper: float
 
     def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
-        """What a payload in this direction may take, where `adapter` is what dense fp32 would send."""
+        """What a payload in this direction may take. `adapter`: what dense fp32 would send, the measure of a budget."""
         both = 2 * (context.budget or Budget(_BUDGET)).bytes(adapter.numel())
         part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
         return int(both * part * self.weight(context.round, context.num_rounds))
 
     def weight(self, round: int, num_rounds: int) -> float:
-        """What this round's bytes are, over the mean of all rounds: from 1 + taper it falls to 1 − taper."""
+        """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
         done = (round - 0.5) / num_rounds if num_rounds else 0.5
         return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
 
@@ -66,16 +66,16 @@ def loom(
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
-    wire.budget, 1 % of dense fp32 unless it is set, is kept to by the payloads of a client's turn on the mean of both
-    ways and of all rounds; a payload has one element of every tensor even where there is no room for it.
-    upload_share: of the bytes of both ways, the part that goes up.
-    taper: a round's bytes fall in a line from 1 + taper times the mean to 1 − taper times.
+    wire.budget (1 % of dense fp32 unless it is set) holds for the mean payload over both ways and all rounds. A payload
+    has one element of every tensor, even where the budget has no room for it.
+    upload_share: the part of the bytes of both ways that goes up.
+    taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
-    server_residual: the share of what a broadcast leaves out that is added to the next one.
-    max_density: the share of a tensor's elements that is sent at most, whatever the budget.
-    importance: whether an element counts for what it changes in ΔW (FedSRD, eq. 4–5), not for its magnitude alone.
-    Values travel as signs up to 4 % of dense fp32 and with a budget in bytes, in 4 bits up to 12 %, else in 8, unless
-    wire.values says otherwise.
+    server_residual: what a broadcast leaves out is multiplied by this and added to the next one.
+    max_density: largest share of a tensor's elements that is sent, whatever the budget.
+    importance: judge an element by what it changes in ΔW (FedSRD, eq. 4–5), not by its magnitude alone.
+    Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
+    bits up to 12 %, and in 8 bits above.
     """
     dial = Dial(upload_share, max_density, taper)
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
@@ -100,7 +100,7 @@ def loom(
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_all,
         adopt=adopt_all,
-        advise=partial(thin, dial),
+        advise=partial(advise_on_budget, dial),
         takes_budget=True,
         default_budget=_BUDGET,
         values="sign",
@@ -108,8 +108,8 @@ def loom(
     )
 
 
-def thin(dial: Dial, adapter: LoraState, context: Context) -> str:
-    """Where a payload has few bits for so many elements: that, and what helps."""
+def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
+    """A sentence for the user where a payload has too few bits for so many elements, with what helps; else ""."""
     mean = replace(context, num_rounds=0)
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
     if bits >= _SPREAD:
@@ -132,7 +132,7 @@ def send_signs(
             f"{module}/B": Delta(now.B, before.B, before.A if importance else None, "B", step),
         }
 
-    return filled(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
+    return fill_payload(moved, dial.bytes(state.adapter, "up", context), dial.most, state, context)
 
 
 def broadcast_signs(
@@ -150,7 +150,7 @@ def broadcast_signs(
         others = (pair.B + b, pair.A) if importance else (None, None)
         return {f"{module}/A": Delta(a, None, others[0], "A"), f"{module}/B": Delta(b, None, others[1], "B")}
 
-    memory, entries = filled(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
+    memory, entries = fill_payload(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
     rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
     sent = sum(entry.positions.numel() for entry in entries.values())
     return Aggregate(entries, {**state.memory, **memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
@@ -179,7 +179,7 @@ class Delta:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Shortlist:
-    """What may be sent of a change, by position: where it is, what it is, how important; and the norms of the whole.
+    """The candidates of a change, by position: their positions, values and scores; and the norms of the whole change.
 
     l2 is 0 where the norms do not matter.
     """
@@ -193,19 +193,19 @@ class Shortlist:
 
     @classmethod
     def of(cls, delta: Delta, most: float) -> Shortlist:
-        """Enough of it to send the share `most` of the elements."""
+        """A shortlist of `delta` that is long enough to send the share `most` of its elements."""
         change = delta.change()
         scores = torch.abs(change, out=scratch.floats("scores", change.shape))
         l1, l2 = (scores.sum().item(), delta.step * change.norm().item()) if delta.step else (0.0, 0.0)
         if delta.other is not None:
-            scores.mul_(reach(delta.other, delta.part))
+            scores.mul_(factor_norms(delta.other, delta.part))
         positions, left = shortlist(scores, kept_count(change.numel(), most))
         values = change.flatten().index_select(0, positions)
         return cls(tuple(change.shape), positions, values, left, l1, l2)
 
     def entry(self, density: float, name: str, context: Context) -> Sparse:
-        """The share `density` of the elements, at least one; the few stand in for all, see `Delta.step`."""
-        chosen = largest(self.scores, kept_count(count(self.shape), density))
+        """The entry with the share `density` of the elements, at least one. `Delta.step` says how it is rescaled."""
+        chosen = select_largest(self.scores, kept_count(count(self.shape), density))
         kept, number = self.values.index_select(0, chosen), chosen.numel()
         if number and self.l2:
             kept = kept * (min(self.l1 / number, self.l2 / math.sqrt(number)) / kept.abs().mean().item())
@@ -215,7 +215,7 @@ class Shortlist:
 
 @dataclass(eq=False, slots=True)
 class Lists:
-    """The shortlists of all tensors, made anew where more is wanted than they hold; `room` is the density they hold."""
+    """The shortlists of all tensors. They hold enough for the density `room`, and are made anew for a larger one."""
 
     moved: Callable[[str], Mapping[str, Delta]]
     modules: Iterable[str]
@@ -227,27 +227,26 @@ class Lists:
         """The share `density` of every tensor."""
         if density > self.room or not self.listed:
             self.hold(density)
-        made = over_modules(lambda name: self.listed[name].entry(density, name, self.context), self.listed)
+        made = map_modules(lambda name: self.listed[name].entry(density, name, self.context), self.listed)
         return dict(zip(self.listed, made, strict=True))
 
     def hold(self, density: float) -> None:
         """List enough for this density and a little more."""
         self.room = _ROOM * density
-        pieces = over_modules(
+        pieces = map_modules(
             lambda module: {name: Shortlist.of(delta, self.room) for name, delta in self.moved(module).items()},
             self.modules,
         )
         self.listed = {name: one for piece in pieces for name, one in piece.items()}
 
 
-def filled(
+def fill_payload(
     moved: Callable[[str], Mapping[str, Delta]], budget: int, most: float, state: State, context: Context
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Sparse]]:
-    """(memory, entries) that fill a budget of bytes: of every tensor the same share, one element at least.
+    """(memory, entries) that fill a budget of bytes with the same share of every tensor, at least one element of each.
 
-    Change and importance of an element are worked out once, for a shortlist that has a little more than the first guess
-    at the density. The trials then choose among these, so that a second trial costs a selection and an encoding, not
-    another look at all elements.
+    Changes and importances are computed once, for a shortlist a little longer than the first guess at the density. The
+    trials choose from the shortlist: a second one costs a selection and an encoding, not another look at all elements.
     """
     lists = Lists(moved, state.adapter, context)
     tensors = 2 * len(state.adapter)  # A and B of every module
@@ -259,14 +258,14 @@ def filled(
 
 
 def add_to_all(state: State, entries: Entries, context: Context) -> State:
-    """The decoded change is added to the whole global pair, of which a client of lower rank trains the leading part."""
+    """Add the decoded change to the whole global pair. A client of lower rank trains its leading part."""
     whole = stack([state.adapter, state.tail]).tensors()
     whole |= {name: whole[name] + to_dense(entry) for name, entry in entries.items()}
     return adopt_all(state, from_tensors(whole), state.frozen)
 
 
 def adopt_all(state: State, adapter: LoraState, frozen: LoraState) -> State:
-    """The leading components up to the own rank are trained, the others are kept beside them: nobody loses any."""
+    """Train the leading components up to the own rank and keep the others beside them, so that nobody loses any."""
     ranks = state.adapter.ranks()
     beyond = {module: components(pair, ranks[module]) for module, pair in adapter.items() if pair.rank > ranks[module]}
     return replace(adopt_leading(state, adapter, frozen), tail=LoraState(beyond))

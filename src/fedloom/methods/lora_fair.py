@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import average, coded, replace_factors, send, weighted_mean
-from fedloom.methods.shared.components import received
+from fedloom.methods.shared.averaging import average, code_dense, replace_factors, send_factors, weighted_mean
+from fedloom.methods.shared.components import read_pairs
 
 
 def lora_fair(*, ridge: float = 0.01) -> Method:
@@ -27,22 +27,22 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
             paper="LoRA-FAIR (arXiv 2411.14961)",
             stateless=True,
         ),
-        compress=partial(send, both_factors),
-        aggregate=partial(corrected, ridge),
+        compress=partial(send_factors, both_factors),
+        aggregate=partial(correct_mean, ridge),
         receive=replace_factors,
     )
 
 
-def corrected(ridge: float, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def correct_mean(ridge: float, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Ā and B̄ + ΔB, in float64 on r × r and m × r matrices only."""
     mean = dict(average(state, updates, context).entries)
-    means = received(mean)
+    means = read_pairs(mean)
 
     def projected(entries: Entries) -> dict[str, Tensor]:
         """B_k (A_k Āᵀ), m × r: the order of the products keeps m × n matrices away."""
         return {
             module: pair.B.double() @ (pair.A.double() @ means[module].A.double().T)
-            for module, pair in received(entries).items()
+            for module, pair in read_pairs(entries).items()
         }
 
     onto = weighted_mean(updates, read=projected)  # ΔW* Āᵀ
@@ -52,5 +52,5 @@ def corrected(ridge: float, state: State, updates: Iterable[Update], context: Co
         strength = ridge * torch.linalg.matrix_norm(gram, 2)
         system = gram + strength * torch.eye(len(gram), dtype=torch.float64)
         change = torch.linalg.solve(system, (onto[module] - b @ gram).T).T
-        mean[f"{module}/B"] = coded(f"{module}/B", (b + change).float(), context)
+        mean[f"{module}/B"] = code_dense(f"{module}/B", (b + change).float(), context)
     return Aggregate(mean)

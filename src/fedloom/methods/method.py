@@ -1,7 +1,7 @@
 """The shape of a federated method: one frozen record of plain functions over frozen state.
 
 A method decides what travels and how it is combined; it never sees bytes, engines or models. Its settings
-are bound when the record is built, so the builder's keyword arguments are its configuration schema.
+are bound when the record is built: the builder's keyword arguments are the keys of [method].
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Update:
     entries: Entries
 
 
-def unsent(entries: Entries) -> int:
-    """The size of entries where nothing travels."""
+def no_bytes(entries: Entries) -> int:
+    """A `Context.size` for use outside a round, where nothing travels: always 0."""
     return 0
 
 
@@ -81,7 +81,7 @@ class Context:
     seed: int
     quantize: Quantize
     budget: Budget | None = None
-    size: Callable[[Entries], int] = unsent
+    size: Callable[[Entries], int] = no_bytes
     num_rounds: int = 0
     downloads: float = 1.0
 
@@ -153,7 +153,7 @@ class Receive(Protocol):
 
 
 def adopt_leading(state: State, adapter: LoraState, frozen: LoraState) -> State:
-    """The usual way to adopt a global state: the leading components up to the own rank, the others dropped."""
+    """Adopt a global state the usual way: keep the leading components up to the own rank, drop the others."""
     return replace(state, adapter=narrow(adapter, state.adapter.ranks()), frozen=frozen)
 
 
@@ -173,7 +173,7 @@ def no_advice(adapter: LoraState, context: Context) -> str:
 
 
 def no_core(state: State) -> LoraState:
-    """The factors themselves are trained, not a matrix between two that rest."""
+    """An empty core: the factors themselves are trained, not a matrix between them."""
     return LoraState()
 
 
@@ -181,13 +181,12 @@ def no_core(state: State) -> LoraState:
 class Method:
     """One way to federate LoRA.
 
-    adopt brings a participant to a full state; narrow cuts a broadcast down to what a client of given ranks needs;
-    penalty(before, now) is added to a client's loss (`now` holds live parameters); takes_budget says that compress
-    keeps to context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit).
-    values is the form of values meant by wire.values = "auto", wider (share → form) what takes its place under a budget
-    above that share. merges says that of
-    State.frozen only the product matters, so that it may be recompressed; module_subsets, that clients may train some
-    of the modules only. advise(first adapter, context): what a user should know of the settings beforehand, or "".
+    adopt: bring a participant to a full state. narrow: cut a broadcast down to what a client of given ranks needs.
+    penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
+    context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
+    values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
+    some of the modules only. advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
     the adapter is A = R V and B = U, the rows of V orthonormal (or zero).

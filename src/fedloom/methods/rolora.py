@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from fedloom.methods.method import Facts, Method
-from fedloom.methods.shared.averaging import alternating, average, replace_factors, send
+from fedloom.methods.shared.averaging import alternating_factors, average, replace_factors, send_factors
 
 
 def rolora() -> Method:
@@ -21,8 +21,8 @@ def rolora() -> Method:
             sends="B or A in turn, dense",
             receives="the same factor, dense",
         ),
-        compress=partial(send, alternating),
+        compress=partial(send_factors, alternating_factors),
         aggregate=average,
         receive=replace_factors,
-        trainable=alternating,
+        trainable=alternating_factors,
     )

@@ -31,10 +31,10 @@ from fedloom.methods.loom import loom
 from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
-from fedloom.methods.shared.server_optimiser import ServerOptimiser, optimised
+from fedloom.methods.shared.server_optimiser import ServerOptimiser, optimise_mean
 
 Settings = Mapping[str, object]
-Row = TypeVar("Row")
+Found = TypeVar("Found")
 Built = TypeVar("Built")
 SERVER_KEYS = inspect.signature(ServerOptimiser).parameters
 """Settings that any averaging method takes beside its own."""
@@ -46,7 +46,7 @@ MOVED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MethodEntry:
     """A builder, and named groups of its keyword arguments.
 
     Names with a meaning: "default" is used where none is named, "paper" has the published settings, "lossless" leaves
@@ -60,19 +60,19 @@ class Entry:
 PAPER_SRD: Settings = {"download": "random", "ridge": 0.0}
 LOSSLESS_SRD: Settings = {**PAPER_SRD, "base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0}
 
-METHODS: Mapping[str, Entry] = {
-    "fedit": Entry(fedit),
-    "fedprox": Entry(fedprox),
-    "ffa": Entry(ffa),
-    "rolora": Entry(rolora),
-    "fedsvd": Entry(fedsvd),
-    "lora-fair": Entry(lora_fair),
-    "flora-na": Entry(flora_na),
-    "fedex": Entry(fedex),
-    "flora": Entry(flora),
-    "flexlora": Entry(flexlora),
-    "hetlora": Entry(hetlora),
-    "florist": Entry(
+METHODS: Mapping[str, MethodEntry] = {
+    "fedit": MethodEntry(fedit),
+    "fedprox": MethodEntry(fedprox),
+    "ffa": MethodEntry(ffa),
+    "rolora": MethodEntry(rolora),
+    "fedsvd": MethodEntry(fedsvd),
+    "lora-fair": MethodEntry(lora_fair),
+    "flora-na": MethodEntry(flora_na),
+    "fedex": MethodEntry(fedex),
+    "flora": MethodEntry(flora),
+    "flexlora": MethodEntry(flexlora),
+    "hetlora": MethodEntry(hetlora),
+    "florist": MethodEntry(
         florist,
         {
             "paper": {"tau": 0.9, "client_init": "merge_reinit"},
@@ -81,12 +81,12 @@ METHODS: Mapping[str, Entry] = {
             "offline": {"client_init": "merge_reinit"},
         },
     ),
-    "fed-dare": Entry(fed_dare, {"lossless": {"sparsity": 0.0}}),
-    "flasc": Entry(flasc),
-    "fed-sb": Entry(fed_sb, {"lossless": {"keep": "all"}}),
-    "fedsrd": Entry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
-    "fedsrd-e": Entry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
-    "loom": Entry(loom),
+    "fed-dare": MethodEntry(fed_dare, {"lossless": {"sparsity": 0.0}}),
+    "flasc": MethodEntry(flasc),
+    "fed-sb": MethodEntry(fed_sb, {"lossless": {"keep": "all"}}),
+    "fedsrd": MethodEntry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
+    "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
+    "loom": MethodEntry(loom),
 }
 
 
@@ -101,28 +101,28 @@ def build(method: str | Method, settings: Settings | None = None) -> Method:
         if settings:
             raise ConfigError(f"method {method.name!r} is built already: give {', '.join(settings)} to its builder")
         return method
-    entry = entry_of(method)
+    entry = method_entry(method)
     given = dict(settings or {})
     preset = given.pop("preset", "default")
     chosen = _known("method.preset", str(preset), {"default": {}, **entry.presets})
     own = {**chosen, **given}
-    server = {key: own.pop(key) for key in SERVER_KEYS if key in own and key not in options(method)}
+    server = {key: own.pop(key) for key in SERVER_KEYS if key in own and key not in method_options(method)}
     for key in own:
-        if key in MOVED and key not in options(method):
+        if key in MOVED and key not in method_options(method):
             raise ConfigError(f"method.{key} is not a setting: {MOVED[key]}")
-        _known(f"method.{method} key", key, {**options(method), **SERVER_KEYS})
+        _known(f"method.{method} key", key, {**method_options(method), **SERVER_KEYS})
     built: object = _checked(method, lambda: validate_call(entry.builder)(**own))
     if not isinstance(built, Method):
         raise ConfigError(f"method.name is {method!r}, but its builder returns {type(built).__name__}, not a Method")
     built = replace(built, name=method) if is_foreign(method) else built
     if not server:
         return built
-    return optimised(built, _checked(method, lambda: TypeAdapter(ServerOptimiser).validate_python(server)))
+    return optimise_mean(built, _checked(method, lambda: TypeAdapter(ServerOptimiser).validate_python(server)))
 
 
-def entry_of(name: str) -> Entry:
+def method_entry(name: str) -> MethodEntry:
     """The row of METHODS, or a new one for a builder of another package. Raises ConfigError for an unknown name."""
-    return Entry(load_builder(name)) if is_foreign(name) else _known("method.name", name, METHODS)
+    return MethodEntry(load_builder(name)) if is_foreign(name) else _known("method.name", name, METHODS)
 
 
 def offline_methods() -> list[str]:
@@ -145,16 +145,16 @@ def _checked(method: str, make: Callable[[], Built]) -> Built:
         raise ConfigError(f"the settings of method {method} cannot be read from its builder: {text}") from error
 
 
-def options(name: str) -> dict[str, object]:
+def method_options(name: str) -> dict[str, object]:
     """The settings of a method and their defaults, read from its builder's signature."""
-    entry = entry_of(name)
+    entry = method_entry(name)
     bound = entry.builder.keywords if isinstance(entry.builder, partial) else {}
     parameters = inspect.signature(entry.builder).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if key not in bound}
     return {**defaults, **entry.presets.get("default", {})}
 
 
-def _known(what: str, key: str, table: Mapping[str, Row]) -> Row:
+def _known(what: str, key: str, table: Mapping[str, Found]) -> Found:
     if key in table:
         return table[key]
     near = difflib.get_close_matches(key, table, n=1)

@@ -58,7 +58,7 @@ def load_base(
     options = _options(dtype, quantization, where)
     _check_folder(path)
     try:
-        with quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -80,7 +80,7 @@ def load_base(
 def empty_base(path: str | Path) -> PreTrainedModel:
     """The model's modules and their shapes, without weights. Raises ModelError where its config.json cannot be read."""
     try:
-        with quiet(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
             return cast(PreTrainedModel, model)
@@ -169,7 +169,7 @@ def _check_folder(path: str | Path) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers, whose state is restored afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.errors import ConfigError
-from fedloom.model.tokens import IGNORED, Prepared
+from fedloom.model.tokens import IGNORED, TokenizedExamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Scores:
 
 
 @torch.no_grad()
-def exact_match_and_loss(model: nn.Module, data: Prepared, batch_size: int = 64) -> Scores:
+def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> Scores:
     """Score every example with one forward pass a batch.
 
     Greedy decoding gives the completion exactly if, with the completion given, every one of its tokens is the likeliest

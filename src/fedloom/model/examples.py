@@ -117,7 +117,7 @@ def client_sources(source: str | Path) -> dict[str, Path]:
     if "{client}" not in text:
         folder = Path(source)
         if not folder.is_dir():
-            raise DataError(f"{source} is no folder: expected one with a sub-folder or a data file for each client")
+            raise DataError(f"{source} is not a folder: expected one with a sub-folder or a data file for each client")
         found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         found = found or [path for path in folder.iterdir() if path.suffix in READERS]
         clients = {path.name if path.is_dir() else path.stem: path for path in found}

@@ -14,11 +14,11 @@ from jinja2.utils import Namespace
 from fedloom.errors import FedloomError, NumericError
 
 CHARACTERS = 300
-"""Of a library's message: enough to know it by."""
+"""Characters of a library's message that are repeated: enough to recognise it."""
 MOST_STEPS = 300_000
 """Lines and calls of a template for one conversation. A long one with a large template takes some ten thousand."""
 MOST_SECONDS = 60.0
-"""The same in CPU seconds of the thread: a bound on what many calls of filters may cost, out of reach otherwise."""
+"""CPU seconds of the thread: bounds what calls of filters cost, which are not counted as steps."""
 LONGEST = 2**18
 """Characters of a text, or entries of a list, that a template may build up beside four times its input."""
 _EVERY = 8
@@ -27,27 +27,27 @@ _Trace = Callable[[FrameType, str, Any], Any]
 
 
 @contextmanager
-def one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
+def raise_in_one_line(kind: type[FedloomError], text: str) -> Iterator[None]:
     """Turn what a library raises within into one error of this kind, `text` and then the reason.
 
-    fedloom's own errors pass. So do interrupts and exits, but not a panic of Rust code, which is no Exception either.
+    fedloom's own errors pass. So do interrupts and exits, but not a panic of Rust code, though it is not an Exception.
     """
     try:
         yield
     except (FedloomError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise kind(f"{text}: {reason(error)}") from None
+        raise kind(f"{text}: {error_reason(error)}") from None
 
 
-def reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """What an error says, in one line of printable characters; its type where it says nothing."""
     words = " ".join(str(error).split())[:CHARACTERS] or type(error).__name__
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 @contextmanager
-def limited_steps(file: str, given: int) -> Iterator[None]:
+def limit_steps(file: str, given: int) -> Iterator[None]:
     """While it lasts, Python code of `file` may take MOST_STEPS and MOST_SECONDS, and build texts in proportion.
 
     given: characters of input. Raises NumericError beyond. Steps are counted, so that the outcome is the same on every

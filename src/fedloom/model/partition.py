@@ -20,7 +20,7 @@ SHARDS_PER_CLIENT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class SplitSettings:
     """What a split depends on beside the examples: partitioner, clients, seed, the column read, the Dirichlet's alpha.
 
     "natural" takes as many clients as there are ids, whatever num_clients says.
@@ -38,14 +38,14 @@ class Split:
 class Manifest:
     """A split as it was made: its settings, the digest of the data, and every client's indices into the examples."""
 
-    settings: Split
+    settings: SplitSettings
     digest: str
     clients: Mapping[str, list[int]]
 
 
 def partition(examples: Sequence[Example], data: DataSettings, federation: FederationSettings) -> Manifest:
     """Every example to exactly one client; the examples are shuffled first. Raises DataError for an empty client."""
-    settings = Split(
+    settings = SplitSettings(
         partitioner=data.partitioner,
         num_clients=federation.num_clients or 1,
         seed=federation.seed,
@@ -73,7 +73,7 @@ def _names(count: int) -> list[str]:
 
 
 def _iid(
-    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: SplitSettings, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Equal shares, sizes differing by one at most."""
     parts = np.array_split(order, settings.num_clients)
@@ -81,7 +81,7 @@ def _iid(
 
 
 def _dirichlet(
-    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: SplitSettings, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Each label's examples in proportions drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335).
 
@@ -100,7 +100,7 @@ def _dirichlet(
 
 
 def _shards(
-    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: SplitSettings, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """Sorted by label, cut into equal shards, a few of them to each client (McMahan et al., arXiv 1602.05629)."""
     in_order = [index for indices in _by_value(examples, order, settings).values() for index in indices]
@@ -111,13 +111,13 @@ def _shards(
 
 
 def _natural(
-    examples: Sequence[Example], order: np.ndarray, settings: Split, rng: np.random.Generator
+    examples: Sequence[Example], order: np.ndarray, settings: SplitSettings, rng: np.random.Generator
 ) -> dict[str, list[int]]:
     """One client for each value of the id column, named by it."""
     return _by_value(examples, order, settings)
 
 
-def _by_value(examples: Sequence[Example], order: np.ndarray, settings: Split) -> dict[str, list[int]]:
+def _by_value(examples: Sequence[Example], order: np.ndarray, settings: SplitSettings) -> dict[str, list[int]]:
     """Value of the column → indices in the order given; values sorted."""
     column = settings.column
     if column is None:
@@ -137,7 +137,7 @@ def _by_value(examples: Sequence[Example], order: np.ndarray, settings: Split) -
     return dict(sorted(groups.items()))
 
 
-Partitioner = Callable[[Sequence[Example], np.ndarray, Split, np.random.Generator], dict[str, list[int]]]
+Partitioner = Callable[[Sequence[Example], np.ndarray, SplitSettings, np.random.Generator], dict[str, list[int]]]
 PARTITIONERS: Mapping[str, Partitioner] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
@@ -165,9 +165,9 @@ def load_manifest(path: str | Path, examples: Sequence[Example]) -> Manifest:
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         clients = {str(name): [int(index) for index in indices] for name, indices in stored["clients"].items()}
-        manifest = Manifest(Split(**stored["settings"]), str(stored["digest"]), clients)
+        manifest = Manifest(SplitSettings(**stored["settings"]), str(stored["digest"]), clients)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no readable split manifest ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path} is not a readable split manifest ({type(error).__name__}: {error})") from None
     if manifest.digest != data_digest(examples):
         raise DataError(f"{path} was made from other data: restore the data file, or delete the manifest to split anew")
     held = sorted(index for indices in manifest.clients.values() for index in indices)

@@ -98,7 +98,7 @@ class PatchedTrainer:
             changes.enter_context(_settings_of_round(self.trainer, task, round, seed))
             penalty = changes.enter_context(self.add_penalty(task, before))
             outcome = self.trainer.train()
-            after = peft_bridge.read(self.model, self.slot)
+            after = peft_bridge.read_adapter(self.model, self.slot)
         steps = outcome.global_step
         loss = outcome.training_loss - penalty.total / max(steps, 1)
         changed = ("A",) if core else parts
@@ -110,7 +110,7 @@ class PatchedTrainer:
         check_gradients(self.model)
         others = LoraState({module: pair for module, pair in state.adapter.items() if module not in self.placed})
         fixed = stack([state.fixed, others])
-        peft_bridge.write(self.model, trained, self.slot)
+        peft_bridge.write_adapter(self.model, trained, self.slot)
         peft_bridge.add_layers(self.model, fixed.shapes())
         peft_bridge.set_frozen(self.model, fixed, self.slot)
 
@@ -122,7 +122,7 @@ class PatchedTrainer:
         if penalty is None:
             yield held
             return
-        held.value = lambda: penalty(before, peft_bridge.live(self.model, self.slot))
+        held.value = lambda: penalty(before, peft_bridge.live_adapter(self.model, self.slot))
         with _replace(self.trainer, {"compute_loss": held.wrap(self.trainer.compute_loss)}):
             yield held
 

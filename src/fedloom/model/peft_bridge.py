@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from fedloom.adapters.patterns import literal
+from fedloom.adapters.patterns import literal_pattern
 from fedloom.adapters.settings import lora_scale
 from fedloom.errors import ModelError, ShapeError
-from fedloom.lora.pair import PARTS, LoraPair, LoraState, between
-from fedloom.model.placement import Adapter, Linear, Placement, linear_modules
+from fedloom.lora.pair import PARTS, LoraPair, LoraState, core_matrix
+from fedloom.model.placement import Adapter, LinearModule, Placement, linear_modules
 from fedloom.records.config import LoraSettings
 
 TRAINED = "default"
@@ -63,20 +63,21 @@ def _lora_config(adapter: Adapter) -> peft.LoraConfig:
         target_modules=sorted(modules),
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
-        rank_pattern={literal(name): placed.rank for name, placed in modules.items() if placed.rank != lora.r},
+        rank_pattern={literal_pattern(name): placed.rank for name, placed in modules.items() if placed.rank != lora.r},
         alpha_pattern={
-            literal(name): placed.alpha for name, placed in modules.items() if placed.alpha != lora.lora_alpha
+            literal_pattern(name): placed.alpha for name, placed in modules.items() if placed.alpha != lora.lora_alpha
         },
         fan_in_fan_out=adapter.transposed,
     )
 
 
 def configure(model: peft.PeftModel, adapter: Adapter) -> None:
-    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next `write`.
+    """Give the trained slot other alphas and another dropout, where clients differ; they hold from the next
+    `write_adapter`.
 
     A module that the adapter is not on keeps its alpha: whoever does not train a module writes a pair of rank 0 there.
     """
-    for name, layer in layers(model):
+    for name, layer in lora_layers(model):
         if name in adapter.modules:
             layer.lora_alpha[TRAINED] = adapter.modules[name].alpha
         dropout = adapter.lora.lora_dropout
@@ -97,7 +98,7 @@ def active_slot(model: object) -> str:
     active = [name for name in model.active_adapters if name != FROZEN]
     if len(active) != 1:
         raise ModelError(f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one")
-    merged = next((name for name, layer in layers(model) if layer.merged), None)
+    merged = next((name for name, layer in lora_layers(model) if layer.merged), None)
     if merged is not None:
         raise ModelError(f"module {merged}: the adapter is merged into the base; call unmerge_adapter() before")
     return active[0]
@@ -116,11 +117,11 @@ def uses_rslora(model: peft.PeftModel, slot: str) -> bool:
     return any(layer.use_rslora[slot] for _, layer in _slotted(model, slot))
 
 
-def linear_beneath(model: peft.PeftModel) -> dict[str, Linear]:
+def linear_beneath(model: peft.PeftModel) -> dict[str, LinearModule]:
     """`placement.linear_modules` of the base model, as if it were not wrapped."""
-    wrapped = {name for name, _ in layers(model)}
+    wrapped = {name for name, _ in lora_layers(model)}
     base = cast(PreTrainedModel, model.get_base_model())
-    found: dict[str, Linear] = {}
+    found: dict[str, LinearModule] = {}
     for name, linear in linear_modules(base).items():
         plain = name.removesuffix(".base_layer")
         if plain == name and name.partition(".lora_")[0] in wrapped:
@@ -136,7 +137,7 @@ def widen_factors(model: peft.PeftModel, slot: str) -> None:
             factor.weight.data = factor.weight.data.float()
 
 
-def layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+def lora_layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Module name in the base model, and its LoRA layer."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
@@ -155,10 +156,10 @@ def _factors(layer: LoraLayer, slot: str) -> tuple[nn.Linear, nn.Linear]:
 
 def _slotted(model: peft.PeftModel, slot: str) -> Iterator[tuple[str, LoraLayer]]:
     """The layers that have this slot: in a model of somebody else's, a layer may have the frozen one alone."""
-    return ((name, layer) for name, layer in layers(model) if slot in layer.lora_A)
+    return ((name, layer) for name, layer in lora_layers(model) if slot in layer.lora_A)
 
 
-def live(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
+def live_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     """The trained adapter as the live parameters (B times the scale), for a penalty that gradients flow through."""
     pairs = {}
     for name, layer in _slotted(model, slot):
@@ -167,17 +168,17 @@ def live(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     return LoraState(pairs)
 
 
-def read(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
+def read_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     """A copy of the trained adapter, float32 on the CPU, the scale folded into B."""
     with torch.no_grad():
-        return live(model, slot).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
+        return live_adapter(model, slot).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
 
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def write(model: peft.PeftModel, state: LoraState, slot: str = TRAINED) -> None:
+def write_adapter(model: peft.PeftModel, state: LoraState, slot: str = TRAINED) -> None:
     """Put a state into the trained slot, in place; ranks may differ from the slot's.
 
     The scale of a module follows from its alpha and the rank written. Raises ShapeError if the modules differ.
@@ -255,7 +256,7 @@ class _Between(nn.Module):
         return matrix @ cast(Tensor, self.rows)
 
     def right_inverse(self, a: Tensor) -> Tensor:
-        return between(a, cast(Tensor, self.rows))
+        return core_matrix(a, cast(Tensor, self.rows))
 
 
 def set_frozen(model: peft.PeftModel, state: LoraState | None, slot: str = TRAINED) -> None:
@@ -264,7 +265,7 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None, slot: str = TRAIN
     Both factors of the trained slot are trainable afterwards.
     """
     state = state or LoraState()
-    found = dict(layers(model))
+    found = dict(lora_layers(model))
     if set(state) - set(found):
         raise ShapeError(f"the model has no adapter on {min(set(state) - set(found))}, which the increments change")
     if state and FROZEN not in model.peft_config:
@@ -283,7 +284,7 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None, slot: str = TRAIN
 
 def add_layers(model: peft.PeftModel, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Have a frozen slot on these modules too, for what others train there. Raises ModelError where there is none."""
-    found = {name: _size(layer) for name, layer in layers(model)}
+    found = {name: _size(layer) for name, layer in lora_layers(model)}
     if shapes.keys() <= found.keys():
         return
     linear = linear_beneath(model)

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearModule:
     """A linear module of a base model.
 
     shape: (m, n), out and in features. transposed: its weights are stored as (n, m), as GPT-2's are. output: it gives
@@ -71,20 +71,20 @@ class Adapter:
         return AdapterSettings(**self.lora.model_dump(), fan_in_fan_out=self.transposed)
 
 
-def linear_modules(model: PreTrainedModel) -> dict[str, Linear]:
+def linear_modules(model: PreTrainedModel) -> dict[str, LinearModule]:
     """Every linear module of a base model by its full name, in the model's order."""
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    found: dict[str, Linear] = {}
+    found: dict[str, LinearModule] = {}
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             n, m = module.weight.shape
-            found[name] = Linear((m, n), transposed=True, output=module is output)
+            found[name] = LinearModule((m, n), transposed=True, output=module is output)
         elif isinstance(module, nn.Linear):
-            found[name] = Linear((module.out_features, module.in_features), output=module is output)
+            found[name] = LinearModule((module.out_features, module.in_features), output=module is output)
     return found
 
 
-def place(linear: Mapping[str, Linear], lora: LoraSettings) -> Adapter:
+def place_adapter(linear: Mapping[str, LinearModule], lora: LoraSettings) -> Adapter:
     """The adapter that [lora] puts on these modules.
 
     Raises ModelError where a target or a pattern matches none, ConfigError for a pattern that `patterns` does not take.
@@ -99,7 +99,7 @@ def place(linear: Mapping[str, Linear], lora: LoraSettings) -> Adapter:
     return Adapter(lora, modules, any(linear[name].transposed for name in names))
 
 
-def target_names(linear: Mapping[str, Linear], lora: LoraSettings) -> list[str]:
+def target_names(linear: Mapping[str, LinearModule], lora: LoraSettings) -> list[str]:
     """The modules that target_modules names. Raises ModelError if one of its entries matches none."""
     if lora.target_modules == "all-linear":
         return [name for name, module in linear.items() if not module.output]

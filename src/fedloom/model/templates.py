@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.errors import DataError, NumericError
 from fedloom.model.examples import Example
-from fedloom.model.foreign import limited_steps, one_line
+from fedloom.model.foreign import limit_steps, raise_in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     given = sum(len(message["content"]) for message in messages)
     failed = "the tokenizer's chat template cannot be used"
     try:
-        with one_line(DataError, failed), limited_steps(JINJA_FILE, given):
+        with raise_in_one_line(DataError, failed), limit_steps(JINJA_FILE, given):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
     except NumericError as error:
         raise DataError(f'{failed}: {error}; set data.template to "alpaca" or "plain"') from None
@@ -92,13 +92,14 @@ def check_template(source: str) -> None:
     failed = "the tokenizer's chat template cannot be used"
     if len(source) > LONGEST_TEMPLATE:
         raise DataError(f"{failed}: it has {len(source):,} characters, expected at most {LONGEST_TEMPLATE:,}")
-    with one_line(DataError, failed):
+    with raise_in_one_line(DataError, failed):
         from jinja2 import Environment
 
         tokens = [(kind, value) for _, kind, value in Environment().lex(source)]
     for kind, value in tokens:
         if kind == "operator" and value == "**":
             raise DataError(f"{failed}: it computes powers")
+        # Over twenty digits are over the limit, whatever they are: their value need not be computed.
         if kind in ("integer", "float") and (len(value) > 20 or _number(value) > LARGEST_NUMBER):
             raise DataError(f"{failed}: it holds the number {value[:20]}, expected at most {LARGEST_NUMBER:,}")
 

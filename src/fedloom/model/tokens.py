@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.errors import ConfigError, DataError
 from fedloom.model.examples import Example
-from fedloom.model.foreign import one_line
+from fedloom.model.foreign import raise_in_one_line
 from fedloom.model.templates import TEMPLATES
 
 IGNORED = -100
@@ -33,7 +33,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Prepared(Dataset[Tokens]):
+class TokenizedExamples(Dataset[Tokens]):
     """A client's examples in tokens.
 
     cut: how many had the end of their completion cut off; dropped: how many had no room for any of it. Both were
@@ -67,7 +67,7 @@ class Prepared(Dataset[Tokens]):
 
 def tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, name: str = "data"
-) -> Prepared:
+) -> TokenizedExamples:
     """Tokenise the examples of `name` (a client, say), which errors mention.
 
     Raises ConfigError for an unknown template, DataError if there is no example, or none with room for its completion.
@@ -84,7 +84,7 @@ def tokenize(
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     special = TEMPLATES[template].adds_special
-    with one_line(DataError, f"{name}: the tokenizer fails"):
+    with raise_in_one_line(DataError, f"{name}: the tokenizer fails"):
         prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=special, verbose=False)["input_ids"]
         answers = tokenizer([answer for _, answer in texts], add_special_tokens=False, verbose=False)["input_ids"]
     made = []
@@ -100,4 +100,4 @@ def tokenize(
             f"raise data.max_length (now {max_length})"
         )
     cut = sum(not tokens.whole for tokens in made)
-    return Prepared(tuple(made), pad if isinstance(pad, int) else end, cut, len(texts) - len(made))
+    return TokenizedExamples(tuple(made), pad if isinstance(pad, int) else end, cut, len(texts) - len(made))

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
-from fedloom.model.base import quiet
-from fedloom.model.tokens import Prepared
+from fedloom.model.base import quiet_transformers
+from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 """Share of the rounds that are over → factor of the learning rate."""
 
 
-def rate(settings: TrainingSettings, round: int, num_rounds: int, step: int) -> float:
+def rate_at(settings: TrainingSettings, round: int, num_rounds: int, step: int) -> float:
     """Learning rate of a step (from 0) of a round (from 1).
 
     It falls from round to round along lr_scheduler_type and is the same within a round, but for the first warmup_steps
@@ -74,7 +74,7 @@ def local_update(
     model: peft.PeftModel,
     state: LoraState,
     frozen: LoraState,
-    data: Prepared,
+    data: TokenizedExamples,
     settings: TrainingSettings,
     *,
     round: int,
@@ -92,15 +92,15 @@ def local_update(
     raises ends the training. Same arguments, same bits (on one thread).
     """
     begun = time.perf_counter()
-    peft_bridge.write(model, state)
+    peft_bridge.write_adapter(model, state)
     peft_bridge.set_frozen(model, frozen)
     peft_bridge.set_trainable(model, () if core else trainable)
-    rates = partial(rate, settings, round, num_rounds)
-    extra = None if penalty is None else lambda: penalty(state, peft_bridge.live(model))
-    with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet():
+    rates = partial(rate_at, settings, round, num_rounds)
+    extra = None if penalty is None else lambda: penalty(state, peft_bridge.live_adapter(model))
+    with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet_transformers():
         arguments = _arguments(model, settings, seed)
         loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
-        trained = peft_bridge.read(model)
+        trained = peft_bridge.read_adapter(model)
     peft_bridge.set_trainable(model, PARTS)
     changed = ("A",) if core else trainable
     after = LoraState({module: _keep(state[module], pair, changed) for module, pair in trained.items()})
@@ -109,7 +109,7 @@ def local_update(
 
 def _fit(
     model: peft.PeftModel,
-    data: Prepared,
+    data: TokenizedExamples,
     arguments: TrainingArguments,
     rates: Callable[[int], float],
     penalty: Callable[[], Tensor] | None,

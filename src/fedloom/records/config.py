@@ -7,36 +7,26 @@ nowhere else: `fedloom init`, `--set` and every error message read them from the
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_RANK = 4096
-"""Far above any LoRA that is trained; a rank takes memory before anything else can be asked about it."""
-MOST_PATTERNS = 1024
-"""Patterns in one table, or modules in one list: more than a model has kinds of layers."""
-MOST_CLIENTS = 10_000
-MOST_STEPS = 10**6
-"""Steps, rounds and micro-batches: hours of work each at the least."""
-MOST_COUNT = 2**31 - 1
-"""Of what only is compared or divided by."""
-
-# A server writes the settings that its sites read, so that everything in them is bounded: a site that parses them has
-# promised no memory and no time yet. What a site allows below these bounds is its policy's to say (site.policy).
-Text: TypeAlias = Annotated[str, Field(max_length=4096)]
-Name: TypeAlias = Annotated[str, Field(max_length=256)]
-Pattern: TypeAlias = Annotated[str, Field(max_length=200)]
-Scalar: TypeAlias = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
-Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Rank: TypeAlias = Annotated[int, Field(ge=1, le=MOST_RANK)]
-Alpha: TypeAlias = Annotated[float, Field(gt=0)]
-TargetModules: TypeAlias = (
-    Literal["all-linear"] | Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1, max_length=MOST_PATTERNS)]
+from fedloom.records.quantities import (
+    MOST_CLIENTS,
+    MOST_COUNT,
+    MOST_STEPS,
+    Alpha,
+    Alphas,
+    BudgetText,
+    Examples,
+    Name,
+    Probability,
+    Rank,
+    Ranks,
+    Scalar,
+    TargetModules,
+    Text,
 )
-Ranks: TypeAlias = Annotated[dict[Pattern, Rank], Field(max_length=MOST_PATTERNS)]
-Alphas: TypeAlias = Annotated[dict[Pattern, Alpha], Field(max_length=MOST_PATTERNS)]
-Examples: TypeAlias = Annotated[dict[Name, Annotated[int, Field(ge=1, le=MOST_COUNT)]], Field(max_length=MOST_CLIENTS)]
 
 _NEEDED = {
     "iid": (("federation", "num_clients"),),
@@ -45,49 +35,6 @@ _NEEDED = {
     "natural": (("data", "id_column"),),
 }
 """Partitioner → the settings that it cannot do without."""
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes meant by "8MiB", "500 KB" or "1200". Raises ValueError that says what is expected."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?B?", text.strip())
-    if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is no number of bytes; expected one such as '8MiB', '500KB' or '1200'")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def _checked_bytes(text: str) -> str:
-    parse_bytes(text)
-    return text
-
-
-def parse_budget(text: str) -> tuple[float, int]:
-    """(share, 0) of "1%", (0, bytes) of "8MiB". Raises ValueError that says what is expected."""
-    if re.fullmatch(r"\d+(?:\.\d+)?\s*%", text.strip()) and float(text.strip()[:-1]):
-        return float(text.strip()[:-1]) / 100, 0
-    try:
-        return 0.0, parse_bytes(text)
-    except ValueError:
-        raise ValueError(
-            f"{text!r} is no budget; expected bytes such as '8MiB' or '1200', or a share of dense fp32 such as '1%'"
-        ) from None
-
-
-def _checked_budget(text: str) -> str:
-    parse_budget(text)
-    return text
-
-
-def _number_as_text(value: object) -> object:
-    """A whole number without quotes means the same: --set wire.budget=1200."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Bytes: TypeAlias = Annotated[str, Field(max_length=32), AfterValidator(_checked_bytes)]
-BudgetText: TypeAlias = Annotated[
-    str, BeforeValidator(_number_as_text), Field(max_length=32), AfterValidator(_checked_budget)
-]
 
 
 class Section(BaseModel):
@@ -234,7 +181,7 @@ class FederationSettings(Section):
         1, ge=0, le=MOST_COUNT, description="Rounds between evaluations; 0 evaluates at the start and end only."
     )
 
-    def asked(self, clients: int) -> int:
+    def clients_per_round(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
         return max(1, int(self.fraction_train * clients + 0.5))
 

@@ -67,7 +67,7 @@ _CLIENTS = """
 """
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a TOML file with overrides such as "training.max_steps=20" over them.
 
     Paths that begin with ./ or ../ are made absolute: from the file's folder, or for overrides from the working folder.
@@ -81,11 +81,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     _refuse_unknown(tree, str(path))
-    located(tree, path.parent)
+    resolve_paths(tree, path.parent)
     for text in overrides:
         above = override(text)
         _refuse_unknown(above, "--set")
-        merge(tree, located(above, Path.cwd()))
+        merge_trees(tree, resolve_paths(above, Path.cwd()))
     return parse(tree, f"{path} with --set" if overrides else str(path))
 
 
@@ -99,7 +99,7 @@ def parse(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def override(text: str) -> Tree:
-    """The tree meant by "a.b=v": typed as in TOML, a string where it is no TOML value; null unsets a key."""
+    """The tree that "a.b=v" means. v is typed as in TOML, or a string where TOML cannot read it; null unsets a key."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, such as training.max_steps=20")
@@ -108,22 +108,24 @@ def override(text: str) -> Tree:
             return tomllib.loads(f"{key.strip()} = {literal}")
         except tomllib.TOMLDecodeError as error:
             failure = error
-    raise ConfigError(f"--set {text}: {key.strip()!r} is no key ({failure}); expected one such as training.max_steps")
+    raise ConfigError(
+        f"--set {text}: {key.strip()!r} is not a key ({failure}); expected one such as training.max_steps"
+    )
 
 
-def merge(tree: Tree, above: Mapping[str, Any]) -> None:
+def merge_trees(tree: Tree, above: Mapping[str, Any]) -> None:
     """Put the keys of `above` into `tree`, table by table; null takes a key out."""
     for key, value in above.items():
         below = tree.get(key)
         if isinstance(value, Mapping) and isinstance(below, dict):
-            merge(below, value)
+            merge_trees(below, value)
         elif value == "null":
             tree.pop(key, None)
         else:
             tree[key] = value
 
 
-def located(tree: Tree, folder: Path) -> Tree:
+def resolve_paths(tree: Tree, folder: Path) -> Tree:
     """The tree with explicitly relative paths (./ and ../) made absolute from `folder`; changed in place."""
     for section, key in _LOCATED:
         table = tree.get(section)
@@ -138,7 +140,7 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def template() -> str:
+def settings_template() -> str:
     """A commented file with every key and its default, for `fedloom init`."""
     parts = ["# Settings of a fedloom run: every key with its default. Delete what you do not change."]
     for name, section in _sections().items():
@@ -152,7 +154,7 @@ def template() -> str:
     return "\n".join(parts)
 
 
-def keys() -> list[str]:
+def setting_keys() -> list[str]:
     """Every fixed key, as "section.key"."""
     return [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
 
@@ -191,20 +193,20 @@ def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest(key: str) -> str | None:
-    """The valid key that was probably meant: its last word is the same or near, best of all in the same section."""
+    """The valid key that was probably meant: one with the same or a similar last word, the same section first."""
     prefix, _, last = key.rpartition(".")
     if prefix.startswith("clients."):
         words = {name: f"{prefix}.{name}" for name in ClientSettings.model_fields}
     else:
-        ordered = sorted(keys(), key=lambda valid: valid.startswith(f"{prefix}."))
+        ordered = sorted(setting_keys(), key=lambda valid: valid.startswith(f"{prefix}."))
         words = {valid.rpartition(".")[2]: valid for valid in ordered}
         words |= {} if prefix else {name: name for name in _sections()}
-    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)  # a slip of a letter or two, not another word
     return words[near[0]] if near else None
 
 
 def explain(error: ValidationError) -> str:
-    """One sentence about the first key that is wrong; the ways a union could have been right are joined by "or"."""
+    """One sentence about the first wrong key; where several types are allowed, "or" joins what each expects."""
     errors = error.errors()
     first = errors[0]
     if first["type"] == "value_error" and not first["loc"]:
@@ -225,7 +227,7 @@ def _short(text: str) -> str:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """The dotted key; parts that name a member of a union or a place in a list are left off."""
+    """The dotted key, without the parts by which pydantic names a member of a union or a place in a list."""
     depth = 3 if loc and loc[0] in ("clients",) or loc[1:2] in (("rank_pattern",), ("alpha_pattern",)) else 2
     return ".".join(str(part) for part in loc[:depth])
 

@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line: every payload, every client's training, every score.
 
 Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
-recorded beside the facts but are no part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+recorded beside the facts but are not part of `Totals`, so that a resumed run has the totals of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
-from fedloom.records.text import LONG, escape_json, printable
+from fedloom.records.text import LONG, escape_json, to_printable
 
 Direction: TypeAlias = Literal["up", "down"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -32,7 +32,7 @@ _FORBID = ConfigDict(extra="forbid", strict=True)
 class Run:
     """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
 
-    client_values: the same for clients that hold fewer, having a lower rank or fewer modules.
+    client_values: client → its values, of clients that hold fewer because of a lower rank or fewer modules.
     """
 
     __pydantic_config__ = _FORBID
@@ -172,8 +172,8 @@ def totals(rows: Iterable[Row]) -> Totals:
     )
 
 
-def dumped(row: Row) -> bytes:
-    """The row as one JSON object, as it stands in a ledger: one line, whatever it holds safe to show.
+def dump_row(row: Row) -> bytes:
+    """The row as it stands in a ledger: one JSON object on one line, safe to show whatever it holds.
 
     Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
     """
@@ -183,17 +183,17 @@ def dumped(row: Row) -> bytes:
     except ValidationError as error:
         raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
     except PydanticSerializationError as error:
-        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {printable(str(error))}") from None
+        raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {to_printable(str(error))}") from None
     return line
 
 
 def _complaint(error: ValidationError) -> str:
-    """Which field of a row is wrong first, and what was expected there."""
+    """The first wrong field of a row, and what was expected there."""
     first = error.errors(include_url=False, include_input=False)[0]
-    return printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
+    return to_printable(": ".join([".".join(map(str, first["loc"][1:])), first["msg"]]).removeprefix(": "))
 
 
-def read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a ledger. A half-written last line is dropped; any other bad line is a CheckpointError."""
     return _scan(path)[0]
 
@@ -201,7 +201,7 @@ def read(path: Path) -> list[Row]:
 class Ledger:
     """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
 
-    told(row) is called for every row that is appended. examples: client → examples that its last training row says.
+    told(row) is called for every row that is appended. examples: client → examples in its last training row.
     """
 
     def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
@@ -228,7 +228,7 @@ class Ledger:
         Raises CheckpointError, with the file as it was, for a row that could not be read back.
         """
         try:
-            line = dumped(row) + b"\n"
+            line = dump_row(row) + b"\n"
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
         self._file.write(line)
@@ -239,10 +239,10 @@ class Ledger:
 
     def note(self, round: int, text: str) -> None:
         """Add a row of words, which may quote others'."""
-        self.append(Note(round, printable(text, LONG)))
+        self.append(Note(round, to_printable(text, LONG)))
 
     def sync(self) -> int:
-        """Have every row on disk; returns how many there are. Call it once a round."""
+        """Write every row to disk and return how many there are. Call it once a round."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self.rows
@@ -258,7 +258,7 @@ class Ledger:
         self._file.truncate(self._offsets[-1])
         self.bytes_up = self.bytes_down = 0
         self.examples = {}
-        self._count(read(self.path))
+        self._count(read_rows(self.path))
         self.sync()
 
     def close(self) -> None:
@@ -284,7 +284,7 @@ class Ledger:
 
 
 def _scan(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows, and the offset at which each begins and the last one ends."""
+    """(rows, offsets): where each row begins and the last one ends. A last line without its end was cut short."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -295,6 +295,6 @@ def _scan(path: Path) -> tuple[list[Row], list[int]]:
         try:
             rows.append(_ROWS.validate_json(line))
         except ValidationError as error:
-            raise CheckpointError(f"{path}, line {number} is no row of a ledger: {_complaint(error)}") from None
+            raise CheckpointError(f"{path}, line {number} is not a row of a ledger: {_complaint(error)}") from None
         offsets.append(offsets[-1] + len(line) + 1)
     return rows, offsets

@@ -1,6 +1,6 @@
 """The server's log: every row of the ledger as it happens, with the time and a level, one JSON object a line.
 
-Log shippers read it as it is. Other than the ledger it is never cut back: rounds that a crash undid stay in it.
+Log shippers read it as it is. Unlike the ledger it is never cut back: rounds that a crash undid stay in it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.records.ledger import Note, Roll, Row, dumped
+from fedloom.records.ledger import Note, Roll, Row, dump_row
 from fedloom.records.text import escape_json
 
 FILE = "log.jsonl"
@@ -17,15 +17,15 @@ FILE = "log.jsonl"
 
 
 class ServerLog:
-    """Appends to the file at `path`; a full disk or a lost file is no reason to stop a run."""
+    """Appends to the file at `path`; a full disk or a lost file does not stop a run."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Row) -> None:
         """One line: {"time", "level", "event", …}, the event being the kind of row."""
-        facts = {key: value for key, value in json.loads(dumped(row)).items() if key != "row" and value != {}}
-        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level(row), "event": row.row}
+        facts = {key: value for key, value in json.loads(dump_row(row)).items() if key != "row" and value != {}}
+        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": log_level(row), "event": row.row}
         try:
             self._file.write(escape_json(json.dumps({**told, **facts}, ensure_ascii=False)) + "\n")
         except OSError:
@@ -36,6 +36,6 @@ class ServerLog:
         self._file.close()
 
 
-def level(row: Row) -> str:
-    """A warning where somebody failed or something had to be noted."""
+def log_level(row: Row) -> str:
+    """The level "warning" for a row that notes something or says that a site failed or came late; else "info"."""
     return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

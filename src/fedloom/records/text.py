@@ -1,7 +1,7 @@
 """Text that others wrote: names from data, errors of sites, keys of foreign files.
 
 Such a text may hold escape sequences for a terminal, marks that turn the direction of writing, or a megabyte of
-anything. `printable` is applied where it enters; `cell` where it is shown; `file_name` where it names a file.
+anything. `to_printable` is applied where it enters; `cell` where it is shown; `file_name` where it names a file.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from rich.text import Text
 LIMIT = 300
 """Characters of a foreign text at most; what a person reads of an error fits."""
 LONG = 2000
-"""The same for our own sentences, which may quote several foreign texts."""
+"""Characters of our own sentences, which may quote several foreign texts."""
 _NAME = 150
 """Characters of a file name that are taken from a foreign name; file systems allow 255 bytes in all."""
 _MARKED = re.compile(r"~[0-9a-f]{16}\Z")
 
 
-def printable(text: str, limit: int = LIMIT) -> str:
+def to_printable(text: str, limit: int = LIMIT) -> str:
     r"""The text in one line of at most `limit` characters, control and format characters as \x1b, \n or \u202e.
 
-    Applied twice it changes nothing more. Two texts may become the same: see `distinct`.
+    Applied twice it changes nothing more. Two texts may become the same: see `distinct_name`.
     """
     shown = text[: limit + 1]
     if not shown.isprintable():
@@ -32,15 +32,15 @@ def printable(text: str, limit: int = LIMIT) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
-def distinct(text: str, limit: int = LIMIT) -> str:
-    """The same for a name: where it had to be changed, its digest follows, so that two names stay two."""
-    return _marked(text, printable(text, limit))
+def distinct_name(text: str, limit: int = LIMIT) -> str:
+    """`to_printable` for a name. A digest follows where the name had to be changed, so that two names stay two."""
+    return _marked(text, to_printable(text, limit))
 
 
 def file_name(text: str) -> str:
-    """A name for a file or folder: the text itself where it is harmless, otherwise what is left of it and its digest.
+    """A name for a file or folder: the text itself where it is harmless, otherwise its harmless part and a digest.
 
-    Different texts have different names (where the file system tells upper and lower case apart); no name is hidden,
+    Different texts get different names, on file systems that distinguish upper and lower case. A name is never hidden,
     empty, an option or a path.
     """
     kept = re.sub(r"""[^A-Za-z0-9 ._:=,+@()\[\]{}"'-]""", "_", text[:_NAME])
@@ -49,7 +49,7 @@ def file_name(text: str) -> str:
 
 def cell(text: str, style: str = "", limit: int = LIMIT) -> Text:
     """A foreign text for rich, which would take a plain string for markup."""
-    return Text(printable(text, limit), style=style)
+    return Text(to_printable(text, limit), style=style)
 
 
 def escape_json(text: str) -> str:
@@ -71,7 +71,7 @@ def _written(char: str) -> str:
 
 
 def _is_shown(char: str) -> bool:
-    """Whether a character takes its own place on a line: no control, format, private or lone half of a pair."""
+    """Whether a character takes its own place on a line. Controls, formats, private use and half surrogates do not."""
     return char.isprintable() or unicodedata.category(char) == "Zs"
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedloom.records.ledger import read
+from fedloom.records.ledger import read_rows
 from fedloom.report.numbers import Report, summarise
 
-__all__ = ["Report", "summarise", "write"]
+__all__ = ["Report", "summarise", "write_report"]
 
 
-def write(folder: Path) -> Report:
+def write_report(folder: Path) -> Report:
     """Read `folder/ledger.jsonl`; write `curve.png` and `report.html` beside it."""
-    from fedloom.report.figure import curve
+    from fedloom.report.figure import draw_curve
     from fedloom.report.page import page
 
-    report = summarise(read(folder / "ledger.jsonl"), str(folder))
-    curve(report, folder / "curve.png")
+    report = summarise(read_rows(folder / "ledger.jsonl"), str(folder))
+    draw_curve(report, folder / "curve.png")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
     return report

@@ -10,17 +10,17 @@ from fedloom.records.ledger import Aggregation, Roll, Row, Transfer
 
 @dataclass(slots=True)
 class Answers:
-    """One client: rounds in which its update came, rounds in which it was asked in vain, its last round."""
+    """One client: rounds in which its update came, rounds in which it was asked in vain, its last answered one."""
 
     answered: int = 0
     missed: int = 0
     last: int = 0
 
 
-def answers(rows: Iterable[Row]) -> dict[str, Answers]:
-    """By client. An engine that keeps a roll is believed; otherwise a client that was sent something was asked.
+def count_answers(rows: Iterable[Row]) -> dict[str, Answers]:
+    """Client → its answers. A roll in the ledger decides; without one, a client that was sent something was asked.
 
-    What is sent after a round's aggregation is a delivery, not a question.
+    A payload sent after a round's aggregation delivers the result: it does not ask for an update.
     """
     clients: dict[str, Answers] = {}
     asked: dict[int, set[str]] = {}

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
 
 MIB = 2**20
@@ -46,36 +46,36 @@ STYLE: Any = {
 }
 
 
-def curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -> None:
+def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -> None:
     """Draw one run: the mean in bold, every domain thin. `form` is "png" or "svg"."""
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels()
         sent = f"{human_bytes(report.totals.bytes)} in all; dense fp32 FedIT: {human_bytes(report.dense_bytes)}"
         for axes, xs in zip(panels, _axes_of(report), strict=True):
             for number, domain in enumerate(report.domains):
-                colour, marker = look(number)
+                colour, marker = line_style(number)
                 ys = [100 * point.scores.get(domain, float("nan")) for point in report.points]
-                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label(domain), color=colour, marker=marker)
+                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=legend_label(domain), color=colour, marker=marker)
             ys = [100 * point.scores[MEAN] for point in report.points]
             axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
-        panels[0].set_title(f"{label(report.run.method)}, {len(report.run.clients)} clients")
+        panels[0].set_title(f"{legend_label(report.run.method)}, {len(report.run.clients)} clients")
         panels[1].set_title(sent)
         panels[0].legend(loc="best", fontsize=9)
-        save(figure, target, form)
+        save_figure(figure, target, form)
 
 
-def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *, form: str = "png") -> None:
+def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *, form: str = "png") -> None:
     """Overlay several runs: label → its runs, one a seed. Lines are means over seeds, bands their 95 % intervals."""
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels()
         for number, (name, reports) in enumerate(groups.items()):
-            stretches, (colour, marker) = _over_seeds(reports), look(number)
+            stretches, (colour, marker) = _over_seeds(reports), line_style(number)
             for axes, along in zip(panels, ("round", "mib"), strict=True):
                 shown = [s for s in stretches if along == "round" or s.mib > 0]
                 xs = [getattr(s, along) for s in shown]
                 means = [s.mean for s in shown]
                 line = LINES[number // len(COLOURS)]
-                axes.plot(xs, means, line, lw=1.8, ms=4, label=label(name), color=colour, marker=marker)
+                axes.plot(xs, means, line, lw=1.8, ms=4, label=legend_label(name), color=colour, marker=marker)
                 low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
                 axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
         panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
@@ -85,13 +85,13 @@ def compare(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *,
         panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[1].xaxis.set_minor_formatter(NullFormatter())
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-        save(figure, target, form)
+        save_figure(figure, target, form)
 
 
-def svg(report: Report) -> str:
+def draw_svg(report: Report) -> str:
     """The picture of one run as an <svg> element, the same bytes for the same report."""
     buffer = io.BytesIO()
-    curve(report, buffer, form="svg")
+    draw_curve(report, buffer, form="svg")
     text = buffer.getvalue().decode()
     return text[text.index("<svg") :]
 
@@ -122,14 +122,14 @@ def _over_seeds(reports: Sequence[Report]) -> list[_Stretch]:
     return stretches
 
 
-def look(number: int) -> tuple[str, str]:
+def line_style(number: int) -> tuple[str, str]:
     """Colour and marker of the n-th line."""
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def label(name: str) -> str:
+def legend_label(name: str) -> str:
     """A name in a legend. matplotlib leaves out those that begin with an underscore; a space before it brings it in."""
-    shown = printable(name, _LABEL)
+    shown = to_printable(name, _LABEL)
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -144,7 +144,7 @@ def _panels() -> tuple[Figure, list[Axes]]:
     return figure, [left, right]
 
 
-def save(figure: Figure, target: Path | IO[bytes], form: str) -> None:
+def save_figure(figure: Figure, target: Path | IO[bytes], form: str) -> None:
     """Write a figure without the date or the version, so that the same figure is the same bytes."""
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
-from fedloom.records.text import LONG, cell, printable
+from fedloom.records.text import LONG, cell, to_printable
 from fedloom.report.numbers import human_bytes
 
 
@@ -23,9 +23,9 @@ from fedloom.report.numbers import human_bytes
 def watch(console: Console) -> Iterator[Observer]:
     """An observer that shows the run on this console for as long as the context lasts."""
     if not console.is_terminal:
-        yield Lines(console)
+        yield LineView(console)
         return
-    view = View()
+    view = LiveView()
     with Live(view, console=console, refresh_per_second=5, transient=True):
         yield view
 
@@ -41,8 +41,8 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Watched:
-    """What both views keep of the events."""
+class EventKeeper:
+    """An observer that keeps the events, for both views to show."""
 
     facts: RunFacts | None = None
     round: int = 0
@@ -89,7 +89,7 @@ class Watched:
         """The closing tables say the rest."""
 
 
-class Lines(Watched):
+class LineView(EventKeeper):
     """A line at the start and one a round, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
@@ -116,10 +116,10 @@ class Lines(Watched):
         self._say("  ".join([*parts, f"{seconds:.1f} s"]))
 
     def _say(self, text: str) -> None:
-        self.console.print(printable(text, LONG), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(to_printable(text, LONG), markup=False, highlight=False, soft_wrap=True)
 
 
-class View(Watched):
+class LiveView(EventKeeper):
     """The live view; rich asks for it anew several times a second."""
 
     def __rich__(self) -> RenderableType:
@@ -151,7 +151,9 @@ class View(Watched):
         table.add_column("client")
         for name in ("loss", "up so far", "down so far"):
             table.add_column(name, justify="right")
-        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[:12]
+        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[
+            :12
+        ]  # as many as fit a small terminal
         for name in sorted(shown):
             tally = self.tallies[name]
             loss = "–" if tally.loss is None else f"{tally.loss:.3f}"

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedloom.records.ledger import Aggregation, Note, Roll, Row
-from fedloom.records.text import distinct
-from fedloom.report.answers import answers
+from fedloom.records.text import distinct_name
+from fedloom.report.answers import count_answers
 from fedloom.report.numbers import MEAN, summarise
 
 FILE = "metrics.prom"
@@ -37,9 +37,9 @@ class Metric:
             yield f"{self.name}{{{text}}} {_number(value)}"
 
 
-def prometheus(rows: Sequence[Row]) -> str:
+def prometheus_text(rows: Sequence[Row]) -> str:
     """The whole file. Raises CheckpointError where the rows record no run."""
-    report, tallies = summarise(rows), answers(rows)
+    report, tallies = summarise(rows), count_answers(rows)
     run, sums = report.run, report.totals
     done = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
     tries = sum(row.tries - 1 for row in rows if isinstance(row, Roll))
@@ -82,7 +82,7 @@ def _of(base: Labels, tallies: Mapping[str, object], key: str) -> list[tuple[Lab
 
 def _escaped(text: str) -> str:
     """A label's value. Two clients stay two, or Prometheus would refuse the whole file."""
-    return distinct(text).replace("\\", r"\\").replace('"', r"\"")
+    return distinct_name(text).replace("\\", r"\\").replace('"', r"\"")
 
 
 def _number(value: float) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from fedloom.records.text import LONG, printable
-from fedloom.report.figure import svg
+from fedloom.records.text import LONG, to_printable
+from fedloom.report.figure import draw_svg
 from fedloom.report.numbers import MEAN, Report, human_bytes
-from fedloom.report.tables import sentence
+from fedloom.report.tables import cost_sentence
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left; } tr:last-child.total td { fo
 
 def _shown(text: str) -> str:
     """A text of others as HTML that shows it."""
-    return html.escape(printable(text, LONG))
+    return html.escape(to_printable(text, LONG))
 
 
 def page(report: Report) -> str:
@@ -37,8 +37,8 @@ def page(report: Report) -> str:
     sections = [
         f"<h1>fedloom run: {_shown(run.method)}</h1>",
         f'<p class="facts">{_shown(facts)}</p>',
-        f'<p class="sum">{_shown(sentence(report))}</p>',
-        svg(report) if report.points else "",
+        f'<p class="sum">{_shown(cost_sentence(report))}</p>',
+        draw_svg(report) if report.points else "",
         "<h2>Held-out exact match (%)</h2>",
         _table(("domain", "before", "after", "change"), _scores(report), total=True),
         "<h2>Bytes sent, by client</h2>",

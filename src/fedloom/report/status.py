@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Roll, Row, read
+from fedloom.records.ledger import Aggregation, Roll, Row, read_rows
 from fedloom.records.text import LONG, cell
-from fedloom.report.answers import Answers, answers
+from fedloom.report.answers import Answers, count_answers
 from fedloom.report.numbers import MEAN, Report, human_bytes, summarise
 
 LOOK_SECONDS = 1.0
@@ -24,39 +24,39 @@ NOTES = 6
 """How many of the newest notes are shown."""
 
 
-def shown(folder: Path) -> RenderableType:
+def render_folder(folder: Path) -> RenderableType:
     """The run as it stands. Raises CheckpointError where the folder holds none."""
     path = folder / "ledger.jsonl"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a run that has begun")
-    return view(read(path), time.time() - path.stat().st_mtime)
+    return render_rows(read_rows(path), time.time() - path.stat().st_mtime)
 
 
-def follow(folder: Path, console: Console) -> None:
+def follow_run(folder: Path, console: Console) -> None:
     """Show the run until its last round is done; once only where nobody watches."""
     if not console.is_terminal:
-        console.print(shown(folder))
+        console.print(render_folder(folder))
         return
-    with Live(shown(folder), console=console, refresh_per_second=2) as live:
-        while not finished(read(folder / "ledger.jsonl")):
+    with Live(render_folder(folder), console=console, refresh_per_second=2) as live:
+        while not is_finished(read_rows(folder / "ledger.jsonl")):
             time.sleep(LOOK_SECONDS)
-            live.update(shown(folder))
-        live.update(shown(folder))
+            live.update(render_folder(folder))
+        live.update(render_folder(folder))
 
 
-def finished(rows: Sequence[Row]) -> bool:
+def is_finished(rows: Sequence[Row]) -> bool:
     """Whether the last round has been aggregated."""
-    return done(rows) >= summarise(rows).run.num_rounds
+    return last_round(rows) >= summarise(rows).run.num_rounds
 
 
-def done(rows: Sequence[Row]) -> int:
+def last_round(rows: Sequence[Row]) -> int:
     """The last round that has been aggregated; 0 before the first."""
     return max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
 
 
-def view(rows: Sequence[Row], quiet: float) -> RenderableType:
+def render_rows(rows: Sequence[Row], quiet: float) -> RenderableType:
     """Rounds, clients, scores and the newest notes. quiet: seconds since the ledger grew."""
-    report, tallies, last = summarise(rows), answers(rows), done(rows)
+    report, tallies, last = summarise(rows), count_answers(rows), last_round(rows)
     run = report.run
     bar = Table.grid(padding=(0, 1))
     state = "finished" if last >= run.num_rounds else f"last row {quiet:.0f} s ago"

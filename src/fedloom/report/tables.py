@@ -12,23 +12,24 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedloom.records.text import cell, printable
+from fedloom.records.text import cell, to_printable
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
 
 _SHORT = 20
+"""Characters of a run's label up to which its column is not wrapped."""
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""What a cell begins with that a spreadsheet computes instead of showing it; wide forms count in some countries."""
+"""First characters that make a spreadsheet compute a cell; the wide forms do so in some countries."""
 
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
-"""What Markdown would not show as it stands; an underscore within a word it does."""
+"""Characters that Markdown interprets. It shows an underscore within a word as it stands."""
 
 
-def closing(report: Report) -> RenderableType:
+def closing_tables(report: Report) -> RenderableType:
     """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
-    return Group(scores(report), "", traffic(report), "", sentence(report), "")
+    return Group(score_table(report), "", traffic_table(report), "", cost_sentence(report), "")
 
 
-def scores(report: Report) -> Table:
+def score_table(report: Report) -> Table:
     """Held-out exact match by domain, in percent."""
     table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match (%)", title_justify="left", title_style="bold")
     table.add_column("domain")
@@ -41,7 +42,7 @@ def scores(report: Report) -> Table:
     return table
 
 
-def traffic(report: Report) -> Table:
+def traffic_table(report: Report) -> Table:
     """Payload bytes by client: the mean of a turn each way, and the whole run."""
     table = Table(box=box.SIMPLE_HEAD, title="Bytes sent (payloads)", title_justify="left", title_style="bold")
     table.add_column("client")
@@ -58,7 +59,7 @@ def traffic(report: Report) -> Table:
     return table
 
 
-def sentence(report: Report) -> str:
+def cost_sentence(report: Report) -> str:
     """The whole run against dense fp32 FedIT, in words."""
     sent, dense = report.totals.bytes, report.dense_bytes
     if not sent or not dense:
@@ -69,7 +70,7 @@ def sentence(report: Report) -> str:
     )
 
 
-def compared(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
+def comparison_rows(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
     """Several runs, one row a label: score halfway and at the end (mean over seeds, 95 % interval), bytes, seconds."""
     return [_compared(label, reports) for label, reports in groups.items()]
 
@@ -96,11 +97,11 @@ def _scored(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
-    """The rows of `compared` for a terminal."""
+def comparison_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """The rows of `comparison_rows` for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
     for name in rows[0] if rows else ():
-        # Numbers may go on in a second line; a short name that is broken in two is hard to find.
+        # Numbers may wrap; a short name broken in two is hard to find.
         whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
         table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
     for row in rows:
@@ -108,8 +109,8 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows of `compared` as a Markdown table."""
+def to_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows of `comparison_rows` as a Markdown table."""
     if not rows:
         return ""
     head, *cells = [[_in_markdown(text) for text in line] for line in (rows[0], *(row.values() for row in rows))]
@@ -119,10 +120,10 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _in_markdown(text: str) -> str:
     """A cell that shows the text, in every reader of Markdown: no markup, no HTML, no end of the cell or the row."""
-    return re.sub(_MARKUP, r"\\\g<0>", html.escape(printable(text), quote=False))
+    return re.sub(_MARKUP, r"\\\g<0>", html.escape(to_printable(text), quote=False))
 
 
-def csv(rows: Sequence[Mapping[str, str]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
     """The rows as comma-separated values. What a spreadsheet would compute begins with an apostrophe."""
     text = io.StringIO()
     if rows:
@@ -133,7 +134,7 @@ def csv(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _in_spreadsheet(text: str) -> str:
-    shown = printable(text)
+    shown = to_printable(text)
     return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _is_number(shown) else shown
 
 

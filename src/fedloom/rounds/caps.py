@@ -1,7 +1,7 @@
 """How much one client may count for: its share of the average, and the norm of its update.
 
-A client says itself how many examples its update rests on, and its values are its own. So what one client can do to
-the average is bounded on both sides: by a share at most, and by a norm that is not out of all proportion.
+A client itself says how many examples its update rests on, and nobody else knows its values. So two bounds limit what
+one client can do to the average: its share has a maximum, and its norm must be in proportion to the others'.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FEWEST = 3
-"""Updates that a comparison of norms needs. Of two, nobody can say which one is wrong."""
+"""Updates that a comparison of norms needs: of two, nobody can say which one is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in counts.items()}
     total = sum(sizes.values())
     asked = {client: size / total for client, size in sizes.items() if size > 0}
-    shares = hold_to(asked, max(caps.max_share, 1 / max(len(asked), 1)))
+    shares = cap_shares(asked, max(caps.max_share, 1 / max(len(asked), 1)))
     notes = [
         f"client {client} says {counts[client]:,} examples, {share:.1%} of the round; it counts for "
         f"{shares[client]:.1%} (federation.max_share is {caps.max_share:g})"
@@ -49,8 +49,8 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     return shares, notes
 
 
-def hold_to(shares: Mapping[str, float], most: float) -> dict[str, float]:
-    """Shares of at most `most` each; what is over goes to the other clients in proportion. `most` is ≥ 1/K."""
+def cap_shares(shares: Mapping[str, float], most: float) -> dict[str, float]:
+    """Shares cut to `most`, which is at least 1/K. The others get what is over, in proportion to their shares."""
     held = dict(shares)
     full: set[str] = set()
     while over := {client for client, share in held.items() if client not in full and share > most}:
@@ -64,9 +64,9 @@ def hold_to(shares: Mapping[str, float], most: float) -> dict[str, float]:
 def find_outliers(norms: Mapping[str, float], caps: Caps) -> dict[str, str]:
     """Client → why its update is out of all proportion to the others of the round.
 
-    What is left has no outlier among itself: one that is far out must not hide another. The larger of two middle norms
-    counts, so that as many tiny updates as honest ones evict nobody; and a middle of zero is no measure, so that
-    clients that send nothing but zeros are passed over then.
+    The search repeats until no outlier is left, since a very large norm can hide a large one. Of an even number the
+    larger middle norm is the median: as many tiny updates as honest ones then evict nobody. Where the median is zero,
+    the updates of zeros are passed over, since every norm is out of proportion to zero.
     """
     left, found = dict(norms), {}
     while len(left) >= FEWEST:

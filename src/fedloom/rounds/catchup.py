@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import addressed, full_state
+from fedloom.rounds.turns import full_state, narrow_broadcast
 
 
 class Archive:
     """The broadcasts that a client may still have missed, by the version they apply to.
 
-    Never holds more bytes than one full state has: beyond that, the full state is cheaper.
+    It holds at most as many bytes as one full state: beyond that, the full state is cheaper.
     """
 
     def __init__(self, payloads: Mapping[int, bytes] | None = None) -> None:
@@ -21,24 +21,26 @@ class Archive:
 
     def add(self, version: int, payload: bytes, limit: int) -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
-        if version - 1 not in self.payloads:  # no way leads here from what came before: the server consolidated
+        if version - 1 not in self.payloads:  # the server consolidated: older broadcasts lead nowhere now
             self.payloads.clear()
         self.payloads[version] = payload
         while len(self.payloads) > 1 and sum(map(len, self.payloads.values())) > limit:
             del self.payloads[min(self.payloads)]
 
     def reach(self, version: int) -> int:
-        """The oldest version from which the broadcasts lead to `version`; who holds an older one needs a full state."""
+        """The oldest version from which the broadcasts lead to `version`; older ones need a full state."""
         while version - 1 in self.payloads:
             version -= 1
         return version
 
-    def needed(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
+    def payloads_for(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
         """The payloads, in order, that bring a client at `version` in step with the server."""
         reached = version >= self.reach(server.version)
-        missed = [addressed(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
+        missed = (
+            [narrow_broadcast(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
+        )
         size = sum(map(len, missed))
-        # Below a byte a value they are cheaper than any full state, so that it need not be encoded to know its size.
+        # A full state takes at least a byte a value. Where the broadcasts take less, it need not be encoded to compare.
         if reached and size <= server.total.numel():
             return missed
         if self._full is None or self._full[0] != server.version:

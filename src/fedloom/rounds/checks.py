@@ -1,7 +1,7 @@
 """What a payload must be before it is used: an update before it is averaged, a broadcast before it is kept.
 
-Whoever sent it, nothing of it is allocated, averaged or stored before its header, names, shapes and values are known to
-be those of this run and of this adapter. Everything here raises a FedloomError that says what is wrong.
+No payload is trusted, whoever sent it. Nothing of it is allocated, averaged or stored before its header, names, shapes
+and values fit this run and this adapter. Every function raises a FedloomError that says what is wrong.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import DEFAULT, Header, Limits, decode
 
 MOST_EXAMPLES = 10**9
-"""That one update may rest on. No site fine-tunes on more, and sums of such numbers are exact in a float."""
+"""Examples that one update may rest on: no site fine-tunes on more, and sums of such numbers are exact in a float."""
 
 _SLACK = 4
-"""Values that a payload may have over those of the tensors that are expected, before it is even looked at."""
+"""A payload may have this many times the values of the expected tensors before its names and shapes are compared:
+enough that a wrong rank gets an error that names the tensor, not one about the size of the payload.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What the check of an update saw: the examples that it says it rests on, its modules, and √Σ v² of its values."""
+class UpdateFacts:
+    """What is known of an update after its check: the examples that it claims, its modules, and √Σ v² of its values."""
 
     examples: int
     modules: frozenset[str]
     norm: float
 
 
-def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
-    """What is worth knowing of an update that may be averaged. Raises the FedloomError that says why it may not."""
+def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
+    """The facts of an update that may be averaged. Raises the FedloomError that says why it may not."""
     try:
         return _look_at(job, state, client, payload, round)
     except FedloomError:
@@ -46,10 +48,10 @@ def check_update(job: Job, state: State, client: str, payload: bytes, round: int
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> Seen:
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
     message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
     header = message.header
-    check_method(job, header)
+    check_same_method(job, header)
     expect(header, "update", state)
     if header.round != round:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
@@ -66,16 +68,16 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) ->
     modules = _check_names(job, message.entries, state, parts, own)
     for module in modules:
         _check_shapes(job, message.entries, state.adapter[module], module, parts, own)
-    return Seen(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
+    return UpdateFacts(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
 
 
 def _check_names(
     job: Job, entries: Entries, state: State, parts: tuple[str, ...], own: Mapping[str, int] | None
 ) -> frozenset[str]:
-    """The modules that the update is about: those that the client was announced with, where that is known."""
+    """The modules of the update. Where the client's ranks are known, they must be the modules that it trains."""
     found = {module_of(name) for name in entries}
     if not found & set(state.adapter):
-        raise ShapeError("the update is about no module of this adapter: the client trains other modules")
+        raise ShapeError("the update names none of this adapter's modules: the client trains other modules")
     if own is not None:
         found = set(own)
     elif not job.method.module_subsets:
@@ -91,7 +93,7 @@ def _check_names(
 def _check_shapes(
     job: Job, entries: Entries, pair: LoraPair, module: str, parts: tuple[str, ...], own: Mapping[str, int] | None
 ) -> None:
-    """Every part of a module at one rank: the announced one, the adapter's, or one that is not above it."""
+    """Raises ShapeError unless a module's parts have one rank: the announced one, or one up to the adapter's."""
     m, n = pair.shape
     rank = pair.rank if own is None else own[module]
     if own is None and job.method.facts.unequal_ranks:
@@ -119,12 +121,12 @@ def _check_norm(entries: Entries, most: float) -> float:
 def _norm(values: Tensor) -> float:
     """√Σ v², NaN or infinite only where a value is."""
     size = float(torch.linalg.vector_norm(values))
-    # Squares of ordinary values fit float32, whose sum is forty times as fast and exact enough to compare sizes by. All
-    # other ones fit float64.
+    # Between these bounds the squares fit float32, whose sum is forty times as fast and exact enough to compare sizes.
+    # Outside, squares may underflow or overflow in float32, but not in float64.
     return size if 1e-15 < size < 1e15 else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def check_method(job: Job, header: Header) -> None:
+def check_same_method(job: Job, header: Header) -> None:
     """Raises WireError for a payload of another method."""
     if header.method != job.method.name:
         raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
@@ -155,8 +157,8 @@ def limits_of(job: Job, state: State) -> Limits:
 
 
 def check_broadcast(job: Job, state: State, header: Header, entries: Entries) -> None:
-    """Raises WireError, StaleError, ShapeError or NumericError unless `state` may take these entries up."""
-    check_method(job, header)
+    """Raises WireError, StaleError, ShapeError or NumericError unless these entries may be applied to `state`."""
+    check_same_method(job, header)
     whole = header.kind == "state"
     if not whole:
         expect(header, "change", state)
@@ -167,10 +169,10 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
             *(FROZEN + p for p in PARTS),
             *(() if whole else (CORE,)),
         ):
-            raise ShapeError(f"the payload holds {name!r}, which is no part of this adapter")
+            raise ShapeError(f"the payload holds {name!r}, which this adapter does not have")
         _check_outline(job, state, name, entry.shape, whole=whole)
         if not _finite(entry.values):
-            raise NumericError(f"{name} holds NaN or infinity: such a {header.kind} is never taken up")
+            raise NumericError(f"{name} holds NaN or infinity: such a {header.kind} is never applied")
     missing = set(state.adapter.tensors()) - set(entries) if whole else set()
     if missing:
         raise ShapeError(f"the payload is a whole state, but lacks tensor {min(missing)!r}")
@@ -189,7 +191,7 @@ def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *,
 
 
 def _top_rank(job: Job, state: State, module: str) -> int:
-    """The most that the server's adapter may have in a module, as far as a receiver knows."""
+    """The largest rank that the server's adapter may have in a module, as far as a receiver knows."""
     pair = state.adapter[module]
     if job.ranks:
         return max(pair.rank, job.tops.get(module, 0))
@@ -198,7 +200,7 @@ def _top_rank(job: Job, state: State, module: str) -> int:
 
 
 def _merged_rank(job: Job, state: State, module: str) -> int:
-    """The most that merged increments may have: in every round so far what all clients and the server bring along."""
+    """The largest rank that merged increments may have: a round adds at most what all clients and the server hold."""
     if not job.method.merges and job.method.core is no_core:
         return 0
     if not job.ranks:
@@ -213,7 +215,7 @@ def _finite(values: Values) -> bool:
 
 
 def check_form(before: State, after: State) -> None:
-    """Raises ShapeError where a broadcast has led to an adapter of another form than the participant's own."""
+    """Raises ShapeError where a broadcast has changed the modules, shapes or ranks of the participant's adapter."""
     if (before.adapter.shapes(), before.adapter.ranks()) != (after.adapter.shapes(), after.adapter.ranks()):
         raise ShapeError("the payload leads to an adapter of other modules, shapes or ranks than the receiver's")
 

@@ -1,10 +1,10 @@
 """The updates of one round: whose they are, what each weighs, and which modules they are about.
 
-A client may train some modules only. Modules that the same clients sent are aggregated together, so that a method never
-sees an update that lacks one. What a module's average is, where some clients of the round did not train it:
+A client may train only some modules. Modules that the same clients sent are aggregated together, so that a method never
+sees an update that lacks one. Where some clients of the round did not train a module, its average is one of two:
 
-    holders   Σ p_k ΔW_k / Σ p_k over the clients that sent it. Who did not train a module has no say in it
-              (HeteroFL, Diao et al., ICLR 2021, arXiv 2010.01264).
+    holders   Σ p_k ΔW_k / Σ p_k over the clients that sent it. A client that did not train a module has no say
+              in it (HeteroFL, Diao et al., ICLR 2021, arXiv 2010.01264).
     all       Σ p_k ΔW_k over all clients of the round, those that did not train the module with the ΔW that they had.
               The mean of the models as they are; a module that one client of ten trains moves by a tenth of its step.
 """
@@ -27,7 +27,8 @@ from fedloom.wire import decode
 class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
 
-    reading: whose update a method is at; "" before the first and after the last. Where a method fails, it says on whom.
+    reading: the client whose update the method is reading, "" before the first and after the last. Where a method
+    fails, this names the suspect.
     """
 
     payloads: Mapping[str, bytes]
@@ -79,11 +80,11 @@ class Group:
 
 
 def combine(method: Method, state: State, cohort: Cohort, context: Context, module_weighting: str) -> Aggregate:
-    """The method's aggregate of every module that was sent. A module that nobody sent is not in it."""
+    """The method's aggregate of the modules that were sent; a module that nobody sent is left out."""
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
     for clients, modules in cohort.groups().items():
-        part = replace(restricted(state, modules), memory=memory)
+        part = replace(restrict_state(state, modules), memory=memory)
         held = {client: cohort.weights[client] for client in clients}
         others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
         if others and module_weighting == "holders":
@@ -94,18 +95,18 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))
-    return Aggregate(entries, memory, pooled(stats))
+    return Aggregate(entries, memory, pool_stats(stats))
 
 
-def restricted(state: State, modules: Collection[str]) -> State:
-    """What the state says of some modules; the memory is left whole."""
+def restrict_state(state: State, modules: Collection[str]) -> State:
+    """The state cut down to some modules; its memory stays whole."""
     parts = (state.adapter, state.frozen, state.tail)
     adapter, frozen, tail = (subset(part, modules) for part in parts)
     return replace(state, adapter=adapter, frozen=frozen, tail=tail)
 
 
 def sent_unchanged(method: Method, state: State, context: Context) -> Entries:
-    """The entries of a client that holds `state` and left it as it is, nothing rounded."""
+    """The entries that a client would send if training had changed nothing of `state`; values are not rounded."""
 
     def exact(values: Values, seed: int) -> Values:
         return values
@@ -114,8 +115,8 @@ def sent_unchanged(method: Method, state: State, context: Context) -> Entries:
     return method.compress(replace(state, memory={}), state.adapter, replace(context, seed=seed, quantize=exact))[1]
 
 
-def pooled(stats: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Numbers of several groups as one: the largest of those called max_…, the mean over modules of the others."""
+def pool_stats(stats: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """The numbers of several groups as one: the largest where the name begins with max_, else the mean over modules."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for count, numbers in stats:
         for name, number in numbers.items():

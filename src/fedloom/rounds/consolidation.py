@@ -1,9 +1,9 @@
 """Consolidation: the merged increments of all rounds so far, recompressed, as a common new point to go on from.
 
-A client that was away for many rounds is sent the full state, and that grows with every merge. Recompressed at the
-moment of sending, it would leave that client with other bits than everybody else. So the server recompresses its own
-state, at fixed rounds, and counts that as a version of its own which no broadcast leads to: everyone, present or not,
-next receives the full state, and all are bit-identical again. No factorisation is run by a client.
+A client that was away for many rounds is sent the full state, which grows with every merge. If it were recompressed
+only for that client, its bits would differ from everybody else's. So the server recompresses its own state at fixed
+rounds and counts the result as a version of its own, to which no broadcast leads. Every client, present or not, then
+receives the full state, and all are bit-identical again. Clients run no factorisation.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Consolidation:
     every: int = 0
     energy: float = 1.0
 
-    def due(self, round: int) -> bool:
+    def is_due(self, round: int) -> bool:
         """Whether the server consolidates after this round."""
         return self.every > 0 and round % self.every == 0
 
 
-def consolidated(state: State, energy: float) -> tuple[State, Mapping[str, float]]:
+def consolidate(state: State, energy: float) -> tuple[State, Mapping[str, float]]:
     """The server's state with its increments recompressed, one version on, and what that cost.
 
-    The same state where the rank of no module falls: then it is not worth a version.
+    Where no rank falls in sum, the state is returned as it is: nothing would be gained by a new version.
     """
     cuts = truncate_all(state.frozen, energy=energy)
     frozen = LoraState({m: LoraPair(cut.pair.A.contiguous(), cut.pair.B.contiguous()) for m, cut in cuts.items()})
@@ -47,7 +47,7 @@ def consolidated(state: State, energy: float) -> tuple[State, Mapping[str, float
     stats = {
         "consolidated_rank": after / len(frozen),
         "consolidated_from_rank": before / len(frozen),
-        "consolidated_lost_energy": lost / max(sum(sizes.values()), 1e-30),
+        "consolidated_lost_energy": lost / max(sum(sizes.values()), 1e-30),  # increments of zeros lose nothing
     }
     digest = hashlib.blake2b(f"{state.digest} consolidated".encode(), digest_size=16).hexdigest()
     return replace(state, frozen=frozen, version=state.version + 1, digest=digest), stats

@@ -6,7 +6,7 @@ Two clients whose training adds the same noise to B, and what the first round mo
     >>> from fedloom import Job, LoraPair, LoraState, build
     >>> from fedloom.rounds.federation import Federation
     >>> from fedloom.rounds.turns import Trained
-    >>> from fedloom.wire import quantize
+    >>> from fedloom.compress.quantize import quantize
     >>> def train(state, round, seed):
     ...     noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(round))
     ...     return Trained(state.adapter.map(lambda pair: LoraPair(pair.A, pair.B + noise)), num_examples=1, loss=0.0)
@@ -27,7 +27,16 @@ from dataclasses import dataclass
 
 from fedloom.lora.pair import LoraState
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ServerTurn, Train, accept, addressed, client_turn, full_state, server_turn, start
+from fedloom.rounds.turns import (
+    ServerTurn,
+    Train,
+    accept,
+    client_turn,
+    full_state,
+    narrow_broadcast,
+    server_turn,
+    start,
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,11 +94,11 @@ class Federation:
     def deliver(self, turn: ServerTurn) -> None:
         """Every client receives the broadcast, or the full state where the broadcast does not lead to the server's."""
         for client, state in self.clients.items():
-            received = accept(self.job, state, self.addressed(client, turn.payload))
+            received = accept(self.job, state, self.broadcast_for(client, turn.payload))
             if received.version != self.server.version:  # the server consolidated
                 received = accept(self.job, received, full_state(self.job, self.server, self.number))
             self.clients[client] = received
 
-    def addressed(self, client: str, broadcast: bytes) -> bytes:
+    def broadcast_for(self, client: str, broadcast: bytes) -> bytes:
         """The broadcast as the client is sent it: cut to its ranks where the method cuts."""
-        return addressed(self.job, broadcast, self.ranks[client])
+        return narrow_broadcast(self.job, broadcast, self.ranks[client])

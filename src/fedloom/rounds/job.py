@@ -18,12 +18,12 @@ from fedloom.rounds.consolidation import Consolidation
 class Job:
     """The method, and how a run uses it.
 
-    quantize codes the values of both directions; budget is what a client's payload may take, at most; weighting and
-    module_weighting say what a client counts for (`cohort`); consolidation, when the server recompresses its state;
-    num_rounds, how long the run is, 0 where that is not known; downloads, how many broadcasts go down in a client's
-    turn on the mean, those that it missed included, times what the server's adapter has of the client's values.
-    caps bounds what one client may count for. ranks: client → module that it trains → rank; empty where that is not
-    known, and then an update is held to the server's adapter alone. tops: module → the largest of these ranks.
+    quantize: codes the values of both directions. budget: the most that a client's payload may take.
+    weighting, module_weighting: what a client counts for (see `cohort`). consolidation: when the server recompresses.
+    num_rounds: length of the run, 0 where it is not known. downloads: broadcasts that a client receives in a turn, on
+    the mean, missed ones included; a broadcast of an adapter twice the client's size counts as two.
+    caps: bounds on what one client may count for. ranks: client → module that it trains → rank; where it is empty, an
+    update is compared with the server's adapter alone. tops: module → the largest of these ranks.
     """
 
     method: Method
@@ -47,16 +47,16 @@ class Job:
         object.__setattr__(self, "tops", tops)
 
     def context(self, round: int, party: str = "") -> Context:
-        """The context of one round; a client's has a seed of its own, the server's and a broadcast's do not."""
+        """The context of one round. A client has a seed of its own; the server and broadcasts use the run's seed."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
         budget = self.method.budget(self.budget)
         return Context(round, seed, self.quantize, budget, num_rounds=self.num_rounds, downloads=self.downloads)
 
 
 def sender_digest(client: str, base_digest: str, round: int) -> str:
-    """32 hex digits that an update carries as its result digest: they name its sender, in one round of one run.
+    """32 hex digits that name the sender of an update, in one round of one run; its header has them as result digest.
 
-    They keep a client from being counted with bytes that another client's turn made. They are no signature.
+    They keep one client's bytes from counting as another's by mistake. They are not a signature.
     """
     named = f"{client}\x00{base_digest}\x00{round}".encode(errors="surrogatepass")
     return hashlib.blake2b(named, digest_size=16).hexdigest()

@@ -12,22 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from fedloom.compress.entries import all_finite, dense, to_dense
+from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Entries, Method, State
 from fedloom.rounds.caps import find_outliers, share_out
-from fedloom.rounds.checks import Seen, check_broadcast, check_finite, check_form, check_update, limits_of
-from fedloom.rounds.cohort import Cohort, combine, restricted
-from fedloom.rounds.consolidation import consolidated
+from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.rounds.cohort import Cohort, combine, restrict_state
+from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import Header, Message, decode, encode
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trained:
-    """What a training step returns: the adapter after it, of the modules that the client trains, and numbers."""
+    """What a training step returns: the adapter after it (only the modules that the client trains), and numbers."""
 
     adapter: LoraState
     num_examples: int
@@ -85,8 +85,8 @@ class ClientTurn:
 class ServerTurn:
     """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
 
-    Where the server consolidated, its state is a version further than the payload leads. notes: what else whoever runs
-    the federation should know of the round.
+    Where the server consolidated, its state is one version ahead of the payload's. notes: what the operator of the
+    federation should know besides.
     """
 
     state: State
@@ -98,7 +98,7 @@ class ServerTurn:
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """Payloads under one header. The last one is kept, since what a method measured last is mostly what is sent."""
+    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends."""
 
     header: Header
     entries: Entries = field(default_factory=dict)
@@ -117,9 +117,9 @@ class Draft:
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
-    """The state at version 0 of a participant of the given ranks (by module); None for the server's own.
+    """The state at version 0 of a participant. ranks: by module; None for the server.
 
-    A module that `ranks` does not name is held whole, as the server holds it: a client that does not train it uses it.
+    A module that `ranks` does not name has the server's rank: the client does not train it, but its model uses it.
     """
     server = State(adapter, digest=digest(adapter))
     if ranks is None:
@@ -142,7 +142,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header)
     context = replace(job.context(round, client), size=draft.size)
-    memory, entries = job.method.compress(restricted(state, trained.adapter), trained.adapter, context)
+    memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
 
 
@@ -152,14 +152,14 @@ def server_turn(
     payloads: Mapping[str, bytes],
     round: int,
     *,
-    seen: Mapping[str, Seen] | None = None,
+    seen: Mapping[str, UpdateFacts] | None = None,
     least: int = 1,
 ) -> ServerTurn:
-    """Combine what the clients sent, by name, into one broadcast, and apply that.
+    """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
-    A client whose update is invalid, stale, not finite, out of all proportion, or such that it cannot be averaged, is
+    payloads: client → payload. An update that is invalid, stale, not finite, out of proportion or cannot be averaged is
     refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
-    seen: what `check_update` saw of these same payloads before, so that they are not read once more.
+    seen: the facts of payloads that `check_update` has read already, so that they are not read again.
     """
     passed, refused = _check_all(job, state, payloads, round, seen or {})
     fault: Exception | None = None
@@ -183,10 +183,10 @@ def server_turn(
 
 
 def _check_all(
-    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, Seen]
-) -> tuple[dict[str, Seen], dict[str, str]]:
-    """What was seen of the updates that may be averaged, in order of name; and why the others may not."""
-    passed: dict[str, Seen] = {}
+    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, UpdateFacts]
+) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
+    """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
+    passed: dict[str, UpdateFacts] = {}
     refused: dict[str, str] = {}
     for client in sorted(payloads):
         try:
@@ -197,10 +197,10 @@ def _check_all(
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
-def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, Seen], round: int) -> str:
-    """Whose update made the round fail: the one that was being read, if it does so alone, or else the largest.
+def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, UpdateFacts], round: int) -> str:
+    """The client whose update made the round fail: the one being read, if it fails alone too; otherwise the largest.
 
-    It is most likely the largest that a factorisation stumbles over, there or while a later update is folded in.
+    A factorisation most likely stumbles over the largest update, be it at once or while a later one is folded in.
     """
     if cohort.reading:
         alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
@@ -212,7 +212,7 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, S
 
 
 def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
-    """The round with these updates. Raises whatever the method does, NumericError for an outcome that is not finite."""
+    """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
@@ -222,9 +222,9 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     payload = draft.payload(result.entries)
     after = _take_up(job, replace(state, memory=result.memory), decode(payload))
     check_finite(after)
-    if not job.consolidation.due(round):
+    if not job.consolidation.is_due(round):
         return ServerTurn(after, payload, stats=result.stats)
-    after, cost = consolidated(after, job.consolidation.energy)
+    after, cost = consolidate(after, job.consolidation.energy)
     check_finite(after)
     return ServerTurn(after, payload, stats={**result.stats, **cost})
 
@@ -232,14 +232,14 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
 def accept(job: Job, state: State, payload: bytes) -> State:
     """Apply one broadcast, or adopt one full state.
 
-    Raises StaleError if it is for another base than `state`, WireError, ShapeError or NumericError if it is not what a
-    participant of this adapter can take up. Nothing of the payload is kept then.
+    Raises StaleError if it is for another base than `state`; WireError, ShapeError or NumericError if it does not fit
+    this adapter. Nothing of such a payload is kept.
     """
     return _take_up(job, state, decode(payload, limits_of(job, state)))
 
 
-def follow(job: Job, state: State, payload: bytes) -> State:
-    """`accept` for a broadcast of this same process, such as the stack of a thousand clients: of any size."""
+def accept_own(job: Job, state: State, payload: bytes) -> State:
+    """`accept` for a broadcast that this process made itself; it may be of any size, as a stack of many clients is."""
     return _take_up(job, state, decode(payload))
 
 
@@ -263,13 +263,13 @@ def _take_up(job: Job, state: State, message: Message) -> State:
 
 
 def full_state(job: Job, state: State, round: int) -> bytes:
-    """The payload that brings any participant to the server's state, lossless."""
+    """The payload that brings any participant to exactly the server's state."""
     tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
     header = Header("state", job.method.name, round, state.version, state.digest)
-    return encode(Message(header, {name: dense(tensor) for name, tensor in tensors.items()}))
+    return encode(Message(header, {name: dense_entry(tensor) for name, tensor in tensors.items()}))
 
 
-def addressed(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
+def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
     message = decode(payload)
     entries = job.method.narrow(message.entries, ranks)

@@ -14,12 +14,12 @@ from fedloom.records.ledger import Training
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.loop import Attendance, Rounds, Updates
 from fedloom.server.roster import Roster
-from fedloom.workspace.assemble import Setup, check_clients_exist, prepare
+from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
 
 
-def run(
+def run_local(
     config: Config,
     out: Path,
     *,
@@ -36,7 +36,7 @@ def run(
     another run or, with `resume`, nothing to go on from.
     """
     with RunFolder.open(out, config, resume=resume) as folder:
-        setup = prepare(config, method)
+        setup = load_setup(config, method)
         return Rounds(setup, folder, observer or Silent(), LocalSites(setup, trainers=trainers)).play(resume)
 
 

@@ -24,12 +24,12 @@ from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import Aggregation, Evaluation, Training
 from fedloom.rounds.catchup import Archive
-from fedloom.rounds.checks import Seen
+from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.checkpoint import Snapshot
-from fedloom.workspace.export import finish
+from fedloom.workspace.export import finish_run
 from fedloom.workspace.folder import RunFolder
 
 
@@ -41,11 +41,11 @@ class Attendance:
     vanished: frozenset[str]
 
 
-def attendance(config: Config, clients: Collection[str], round: int) -> Attendance:
+def draw_attendance(config: Config, clients: Collection[str], round: int) -> Attendance:
     """The seeded draw of one round: `fraction_train` of the clients, at least one."""
     federation = config.federation
     draw = random.Random(derived_seed(federation.seed, "attendance", round))
-    asked = tuple(sorted(draw.sample(sorted(clients), federation.asked(len(clients)))))
+    asked = tuple(sorted(draw.sample(sorted(clients), federation.clients_per_round(len(clients)))))
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
 
 
@@ -54,7 +54,7 @@ class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs."""
 
     payloads: Mapping[str, bytes]
-    seen: Mapping[str, Seen] = field(default_factory=dict)
+    seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
     least: int = 1
 
 
@@ -117,14 +117,14 @@ class Rounds:
             if self.round == config.federation.num_rounds:
                 self.sites.deliver(self)
             self.save()
-        summary = finish(self.setup, self.folder, self.server, time.perf_counter() - began)
+        summary = finish_run(self.setup, self.folder, self.server, time.perf_counter() - began)
         self.observer.run_finished(summary)
         return summary
 
     def begin(self) -> None:
         """Say what the run is, and how good the model is before it."""
         config, began = self.setup.config, time.perf_counter()
-        self.folder.ledger.append(self.setup.described())
+        self.folder.ledger.append(self.setup.describe())
         for text in self.setup.warnings():
             self.folder.ledger.note(0, text)
         if self.setup.manifest:
@@ -137,7 +137,7 @@ class Rounds:
         """Download, train, upload, aggregate, evaluate."""
         began, ledger = time.perf_counter(), self.folder.ledger
         bytes_before = ledger.bytes_up, ledger.bytes_down
-        updates = self.sites.collect(self, attendance(self.setup.config, tuple(self.sites), round))
+        updates = self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
         if updates.payloads:
             self.aggregate(updates, round)
         else:
@@ -172,7 +172,7 @@ class Rounds:
     def send_missed(self, client: str, version: int) -> list[bytes]:
         """What brings a client at `version` in step with the server, recorded as sent."""
         ranks = self.setup.sites[client].ranks
-        payloads = self.archive.needed(self.setup.job, self.server, version, ranks, self.round)
+        payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
         for payload in payloads:
             self.folder.transfer(self.round, client, "down", payload)
         return payloads

@@ -1,8 +1,8 @@
 """What an engine knows of its clients' states; and the states of many simulated clients, in little memory.
 
 Clients of the same ranks at the same version hold the same bits. So the state at the server's version is computed once
-for all of them, by what clients do with a broadcast, and of a client that is behind nothing is kept but where it stands
-and what is its own: what it is sent next leads to that one state.
+for all of them, by the function that clients call on a broadcast. Of a client that is behind, only its version, digest
+and memory are kept: the payloads that it is sent next lead to that one state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.rounds.checks import expect
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import accept, addressed, follow, start
+from fedloom.rounds.turns import accept, accept_own, narrow_broadcast, start
 from fedloom.wire import read_header
 
 Ranks = tuple[tuple[str, int], ...]
 
 
-class Held(Mapping[str, State]):
+class ClientStates(Mapping[str, State]):
     """Client → what is known of its state."""
 
     def __init__(self, states: Mapping[str, State]) -> None:
@@ -46,10 +46,8 @@ class Held(Mapping[str, State]):
         """The server has moved on by this broadcast, or to this full state."""
 
 
-class Roster(Held):
-    """Every client's state. The tensors of a client that is behind are those before the first round: only their shapes
-    are of use.
-    """
+class Roster(ClientStates):
+    """Every client's state. A client that is behind has the tensors of the start: use their shapes only."""
 
     def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
         kinds: dict[Ranks, Ranks] = {}
@@ -61,7 +59,7 @@ class Roster(Held):
         super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
 
     def hold(self, client: str, state: State) -> None:
-        """Its version, digest and memory; its tensors are those of everybody else there."""
+        """Keep the client's version, digest and memory. Its tensors are those of its ranks and version."""
         latest, first = self._latest[self._kinds[client]], self._first[self._kinds[client]]
         there = (state.version, state.digest) == (latest.version, latest.digest)
         tensors = latest if there else first
@@ -69,9 +67,9 @@ class Roster(Held):
         super().hold(client, own)
 
     def follow(self, payload: bytes) -> None:
-        """Bring the state of every kind of client forward; who is not sent the payload is behind from now on."""
+        """Bring the state of every kind of client forward. A client without the payload is behind from now on."""
         self._latest = {
-            kind: follow(self._job, latest, addressed(self._job, payload, dict(kind)))
+            kind: accept_own(self._job, latest, narrow_broadcast(self._job, payload, dict(kind)))
             for kind, latest in self._latest.items()
         }
         for client, state in self._states.items():
@@ -89,7 +87,7 @@ class Roster(Held):
             header = read_header(payload)
             if header.kind == "state":
                 state = accept(self._job, state, payload)
-                whole = same(state, latest)
+                whole = same_state(state, latest)
             else:
                 expect(header, "change", state)
                 state = replace(state, version=header.base_version + 1, digest=header.result_digest)
@@ -98,12 +96,12 @@ class Roster(Held):
         self.hold(client, state)
 
 
-def same(one: State, two: State) -> bool:
-    """Whether two states have the same bits, but for what is private."""
+def same_state(one: State, two: State) -> bool:
+    """Whether two states have the same bits in adapter, frozen and tail; private memory does not count."""
     pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
-    return one.digest == two.digest and all(identical(a.tensors(), b.tensors()) for a, b in pairs)
+    return one.digest == two.digest and all(same_bits(a.tensors(), b.tensors()) for a, b in pairs)
 
 
-def identical(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
-    """Equal names, shapes and bits."""
+def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    """Whether names, shapes and bits are equal."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -30,14 +30,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedloom.errors import AuditError
 from fedloom.site.clock import Clock
 from fedloom.site.privacy import epsilon
-from fedloom.site.rules import Spent
+from fedloom.site.rules import Spending
 
 log = logging.getLogger("fedloom.worker")
 
 FIRST = "0" * 64
 """What the first line names as the one before it."""
 DELTAS = (1e-5, 1e-6, 1e-9)
-"""Where `summary` states ε."""
+"""Where `summarise_record` states ε."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class AuditTrail:
         self._checked = Extent()
 
     def charge(self, job: str, round: int, mu: float, now: datetime | None = None) -> Line:
-        """Have it on disk that noise is about to be drawn. Raises AuditError, and none may be, where it cannot be."""
+        """Record on disk that noise is about to be drawn. Raises AuditError where that fails; then draw none."""
         return self._append(Line(self._time(now), job, round, 0, "", mu, "", ""))
 
     def record(
@@ -161,7 +161,7 @@ class AuditTrail:
             line = _LINE.validate_json(text)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise AuditError(f"{self.path}, line {number} is no line of a record: {reason}") from None
+            raise AuditError(f"{self.path}, line {number} is not a line of a record: {reason}") from None
         if line.previous != (before[-1].digest if before else FIRST) or line.digest != _digest(line):
             raise AuditError(f"{self.path}: line {number} was altered, or a line before it was taken out or put in")
         return line
@@ -196,11 +196,11 @@ class AuditTrail:
                 raise AuditError(f"{kept} was altered after it left in round {line.round} of job {line.job}")
         return lines, moved, unlisted
 
-    def spent(self, job: str, round: int, now: datetime | None = None) -> Spent:
+    def count_spent(self, job: str, round: int, now: datetime | None = None) -> Spending:
         """What the policy counts. The same payload sent twice costs its bytes twice and its privacy once."""
         lines = self.lines()
         since = ((now or self.clock.now()) - timedelta(hours=24)).isoformat(timespec="seconds")
-        return Spent(
+        return Spending(
             bytes_round=sum(line.bytes for line in lines if (line.job, line.round) == (job, round)),
             bytes_day=sum(line.bytes for line in lines if line.time > since),
             mu_squared=mu_squared(lines),
@@ -214,8 +214,8 @@ def mu_squared(lines: Sequence[Line]) -> float:
     return sum(mu * mu for mu in (*drawn, *older.values()) if mu is not None)
 
 
-def summary(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
-    """What a verified record amounts to, in words."""
+def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
+    """A verified record, summed up in words."""
     said = [f"{len(lines)} lines, unbroken; newest digest {lines[-1].digest if lines else FIRST} (note it elsewhere)"]
     if unlisted:
         said.append(
@@ -277,7 +277,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file is whole and on disk, or not there."""
+    """Write a file so that it is either complete on disk or absent."""
     partial = path.with_suffix(".partial")
     with open(partial, "wb", opener=_private) as file:
         file.write(content)

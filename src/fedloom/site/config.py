@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Bytes, Section
+from fedloom.records.config import Section
 from fedloom.records.configfile import explain
+from fedloom.records.quantities import Bytes
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")
@@ -49,11 +50,11 @@ class SiteConfig(Section):
     @classmethod
     def _plain(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            raise ValueError(f"{name!r} is no name; expected up to 64 letters, digits, dots, dashes or underscores")
+            raise ValueError(f"{name!r} is not a name; expected up to 64 letters, digits, dots, dashes or underscores")
         return name
 
 
-def load(path: Path) -> SiteConfig:
+def load_site_config(path: Path) -> SiteConfig:
     """The site that a file describes, its paths made absolute. Raises ConfigError about the first key that is wrong."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -36,20 +36,20 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (
     check_job,
-    check_left,
+    check_may_leave,
     check_room,
     check_settings,
-    check_update,
-    drawn,
-    guarded,
+    check_spending,
+    count_drawn,
+    guard_training,
     limit_time,
-    told_to_server,
+    text_for_server,
 )
-from fedloom.site.protocol import Fact, Parcel, Request, request
-from fedloom.site.store import Held, Store
+from fedloom.site.protocol import Fact, Parcel, Request, parse_request
+from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, assemble, assemble_around
-from fedloom.workspace.export import exported
+from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
+from fedloom.workspace.export import export_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
@@ -80,10 +80,10 @@ class Desk:
     ) -> None:
         self.site = site
         self.own_trainer = own
-        self.assembled = assembled or (self.alone if own is None else self.around)
+        self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
         self.trail = AuditTrail(Path(site.state) / "audit")
         self.place: Place | None = None
-        self.held: Held | None = None
+        self.held: TurnRecord | None = None
         self._base = ""
 
     def answer(self, parcel: Parcel) -> Parcel:
@@ -91,14 +91,14 @@ class Desk:
         began = time.perf_counter()
         asked: Request | None = None
         try:
-            asked = request(parcel.facts)
+            asked = parse_request(parcel.facts)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
             reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
         except Exception as error:  # a worker outlives every job
             reference = secrets.token_hex(4)
             trace = "" if isinstance(error, FedloomError) else _quoted(error)
             log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
-            said: dict[str, Fact] = {"error": told_to_server(self.site.policy, error, reference)}
+            said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
             if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
                 said |= {"version": self.held.after.version, "digest": self.held.after.digest}
             return Parcel(said)
@@ -107,9 +107,9 @@ class Desk:
 
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
-        check_left(self.site.policy, self.trail.spent(asked.job, asked.round))
+        check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
-        if not place.store.known():
+        if not place.store.exists():
             self.keep(place, held, ())
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
@@ -124,19 +124,19 @@ class Desk:
         fresh = [payload for payload in payloads if not _applied(payload, state.version)]
         for payload in fresh:
             state = accept(job, state, payload)
-        spent = self.trail.spent(asked.job, asked.round)
+        spent = self.trail.count_spent(asked.job, asked.round)
         parts = job.method.parts(state, asked.round)
         if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
-            check_update(self.site.policy, held.payload, state.adapter, spent, parts)
+            check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
-        check_left(self.site.policy, spent)
+        check_spending(self.site.policy, spent)
         log.info("round %d: training", asked.round)
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
-        check_update(self.site.policy, done.payload, state.adapter, spent, parts)
+        check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
         facts = json.dumps(_facts(done)).encode()
-        held = Held(asked.round, state, done.state, facts, done.payload, "".join(charges))
+        held = TurnRecord(asked.round, state, done.state, facts, done.payload, "".join(charges))
         rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         trained = done.trained
         rows.append(
@@ -162,9 +162,9 @@ class Desk:
             step = place.setup.train(self.site.name, limit_time(policy))
         else:
             step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
-        return guarded(policy, ordered, place.setup.job.method.trainable, charge)
+        return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
-    def leave(self, asked: Request, held: Held) -> Parcel:
+    def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
         privacy = self.site.policy.privacy
         mu = privacy.mu if privacy else None
@@ -178,30 +178,30 @@ class Desk:
         fresh = [payload for payload in payloads if not _applied(payload, state.version)]
         for payload in fresh:
             state = accept(place.setup.job, state, payload)
-        adapter, _ = exported(state, None)
+        adapter, _ = export_adapter(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
         settings = place.setup.sites[self.site.name].adapter.settings
         save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
         return Parcel({"version": state.version, "digest": state.digest})
 
-    def keep(self, place: Place, held: Held, rows: Sequence[Row], more: int = 0) -> None:
+    def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
-        if not place.store.known():
-            rows = (place.setup.described(), *rows)
+        if not place.store.exists():
+            rows = (place.setup.describe(), *rows)
         # A payload is written once more, to the audit record.
         check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
         self.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
         self.held = held
 
-    def open(self, asked: Request) -> tuple[Place, Held]:
+    def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
 
         Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here: nothing is loaded
         then. Nothing is written yet either, so that a request that fails later leaves nothing of a new job.
         """
-        config = self.own(asked.settings)
+        config = self.own_settings(asked.settings)
         check_settings(self.site.policy, config, self.site.name, asked.round)
         self._base = self._base or base_digest(self.site.model)
         if asked.base != self._base:
@@ -212,18 +212,18 @@ class Desk:
         place, held = self.place, self.held
         if place is None or (place.job, place.settings) != (asked.job, asked.settings):
             self.release()
-            place, held = self.loaded(asked, config), None
+            place, held = self.load_place(asked, config), None
             self.place = place
-        self.held = held = held or place.store.load() or first(self.site.name, place)
+        self.held = held = held or place.store.load() or initial_record(self.site.name, place)
         return place, held
 
-    def loaded(self, asked: Request, config: Config) -> Place:
+    def load_place(self, asked: Request, config: Config) -> Place:
         """Base model, examples and folder for a job. Raises SiteError where the site is not among its participants."""
         names = config.federation.participants or ()
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
         setup = self.assembled(config)
-        examples, draws = len(setup.sites[self.site.name].data), drawn(setup.config.training)
+        examples, draws = len(setup.sites[self.site.name].data), count_drawn(setup.config.training)
         if self.own_trainer is not None:
             self.own_trainer.for_task(setup.task(self.site.name))  # what does not go together is said before a round
             examples = self.own_trainer.num_examples
@@ -234,17 +234,17 @@ class Desk:
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         return Place(asked.job, asked.settings, setup, Store(Path(self.site.state) / "jobs" / asked.job, seal))
 
-    def alone(self, config: Config) -> Setup:
+    def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
         mine = load_examples(self.site.data)
         names = sorted(config.federation.participants or ())
-        setup = assemble(config, {name: mine if name == self.site.name else [] for name in names}, {})
+        setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
         for text in setup.warnings():
             log.warning(text)
         return setup
 
-    def around(self, config: Config) -> Setup:
-        """The same around the model of the site's own trainer. Raises SiteError where that is another base model."""
+    def build_setup_around_trainer(self, config: Config) -> Setup:
+        """The job around the model of the site's own trainer. Raises SiteError where that is another base model."""
         assert self.own_trainer is not None
         folder = self.own_trainer.base_folder
         if folder is not None and base_digest(folder) != self._base:
@@ -254,9 +254,9 @@ class Desk:
             )
         if folder is None:
             log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
-        return assemble_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
+        return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
 
-    def own(self, text: str) -> Config:
+    def own_settings(self, text: str) -> Config:
         """The run's settings with this site's own model, device and threads; what the server says there means nothing.
 
         Raises ConfigError where they cannot be read.
@@ -264,7 +264,7 @@ class Desk:
         try:
             tree = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
-            raise ConfigError(f"the server's settings are no TOML: {error}") from None
+            raise ConfigError(f"the server's settings are not TOML: {error}") from None
         config = parse(tree, "the server's settings")
         own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
         return config.model_copy(update={"model": config.model.model_copy(update=own)})
@@ -288,10 +288,10 @@ class Desk:
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
 
 
-def first(site: str, place: Place) -> Held:
+def initial_record(site: str, place: Place) -> TurnRecord:
     """The state before the first round."""
     state = start(place.setup.job, place.setup.initial, place.setup.sites[site].ranks)
-    return Held(0, state, state)
+    return TurnRecord(0, state, state)
 
 
 def _applied(payload: bytes, version: int) -> bool:

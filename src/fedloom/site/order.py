@@ -17,6 +17,7 @@ from fedloom.errors import SiteError
 
 FILE = "order.key"
 SIZE = 32
+"""Bytes of the secret: 256 bits cannot be guessed."""
 
 
 def own_seed(folder: Path, job: str, round: int) -> int:

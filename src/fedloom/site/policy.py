@@ -29,11 +29,12 @@ from fedloom.errors import DataError, PolicyRefusal
 from fedloom.lora.pair import PARTS, LoraState, from_tensors
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
-from fedloom.model.training import rate
-from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings, parse_bytes
+from fedloom.model.training import rate_at
+from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
+from fedloom.records.quantities import parse_bytes
 from fedloom.rounds.turns import Train, Trained
-from fedloom.site.privacy import epsilon, norm, released
-from fedloom.site.rules import Policy, Spent
+from fedloom.site.privacy import epsilon, release_change, total_norm
+from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Limits, decode
 
 REFUSED = "refused by the site's policy"
@@ -43,7 +44,7 @@ REFUSED = "refused by the site's policy"
 def check_settings(policy: Policy, config: Config, site: str, round: int) -> None:
     """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it."""
     training = config.training
-    check_method(policy, config.method.name)
+    check_method_allowed(policy, config.method.name)
     if policy.optimizers is not None:
         _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
     _check_targets(policy, config.lora_of(site))
@@ -56,7 +57,13 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
         ("data.max_length", config.data.max_length, "max_length", None, policy.max_length),
         ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
         ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
-        ("batch · accumulation · steps", drawn(training), "min_examples_update", policy.min_examples_update, None),
+        (
+            "batch · accumulation · steps",
+            count_drawn(training),
+            "min_examples_update",
+            policy.min_examples_update,
+            None,
+        ),
     ):
         if (least is not None and value < least) or (most is not None and value > most):
             limit = least if most is None else most
@@ -72,7 +79,7 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
     modules: names of all modules that the job would adapt; examples: how many the site holds for it; draws: how many
     the training of a round draws, the same one again only once it has seen all.
     """
-    check_method(policy, method)
+    check_method_allowed(policy, method)
     _check_names(policy, modules)
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
@@ -83,7 +90,7 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
         )
 
 
-def check_left(policy: Policy, spent: Spent) -> None:
+def check_spending(policy: Policy, spent: Spending) -> None:
     """Raises PolicyRefusal unless a further update may leave."""
     _check_bytes(policy, 1, spent)
     privacy = policy.privacy
@@ -97,7 +104,7 @@ def check_left(policy: Policy, spent: Spent) -> None:
             )
 
 
-def check_method(policy: Policy, method: str) -> None:
+def check_method_allowed(policy: Policy, method: str) -> None:
     """Raises PolicyRefusal unless this method may run here. Ask before it is built: that may import its code."""
     if method in (policy.methods or ()) or (policy.methods is None and not is_foreign(method)):
         return
@@ -121,7 +128,7 @@ def check_room(policy: Policy, folder: Path, more: int) -> None:
 
 
 def limit_time(policy: Policy) -> Callable[[], None]:
-    """From now on: what to call before every forward pass. It raises PolicyRefusal once the time is over."""
+    """Start the clock. Call the result before every forward pass: it raises PolicyRefusal once the time is over."""
     until = math.inf if policy.max_seconds_round is None else time.monotonic() + policy.max_seconds_round
 
     def check() -> None:
@@ -134,12 +141,14 @@ def limit_time(policy: Policy) -> Callable[[], None]:
     return check
 
 
-def drawn(training: TrainingSettings) -> int:
-    """How many examples the training of a round draws."""
+def count_drawn(training: TrainingSettings) -> int:
+    """The number of examples that training draws in a round."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.max_steps
 
 
-def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent, parts: Sequence[str] = PARTS) -> None:
+def check_may_leave(
+    policy: Policy, payload: bytes, before: LoraState, spent: Spending, parts: Sequence[str] = PARTS
+) -> None:
     """Raises PolicyRefusal unless this payload may leave: an update of allowed modules, within the bytes allowed.
 
     before: the adapter that training began with; nothing may leave that is not one of its `parts` (`Method.parts`):
@@ -152,15 +161,17 @@ def check_update(policy: Policy, payload: bytes, before: LoraState, spent: Spent
     for name, entry in message.entries.items():
         module, _, part = name.rpartition("/")
         if module not in before or part not in parts:
-            raise PolicyRefusal(f"the update holds {name}, which is no factor of the adapter that is trained")
+            raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
         pair = before[module]
         if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
-    check_method(policy, message.header.method)
+    check_method_allowed(policy, message.header.method)
     _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
 
 
-def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]], charge: Callable[[], object]) -> Train:
+def guard_training(
+    policy: Policy, train: Train, parts: Callable[[int], Sequence[str]], charge: Callable[[], object]
+) -> Train:
     """The training step as the policy lets its outcome be used; give this one to `rounds.client_turn`.
 
     parts: the factors that a round trains (`Method.trainable`). Without noise a change beyond max_update_norm raises
@@ -177,7 +188,7 @@ def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]],
             _check_norm(policy, change)
         else:
             charge()
-            noisy = released(change, policy.privacy)
+            noisy = release_change(change, policy.privacy)
             adapter = from_tensors(before | {name: before[name] + noisy[name] for name in names})
             trained = replace(trained, adapter=adapter, loss=math.nan)
         return replace(trained, num_examples=policy.declared_examples or trained.num_examples)
@@ -185,8 +196,8 @@ def guarded(policy: Policy, train: Train, parts: Callable[[int], Sequence[str]],
     return step
 
 
-def told_to_server(policy: Policy, error: Exception, reference: str) -> str:
-    """What the server may know of an error. `reference` finds the whole of it in the site's own log."""
+def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
+    """The text of an error that the server may see. `reference` finds the full error in the site's own log."""
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
     if policy.scrub_errors:
@@ -205,7 +216,7 @@ def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> No
 
 
 def _check_targets(policy: Policy, lora: LoraSettings) -> None:
-    """What names alone can tell before there is a model: a target that no pattern for last parts of names fits."""
+    """Refuse, before a model is loaded, a target that no pattern for last parts of names allows."""
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
@@ -224,7 +235,7 @@ def _rates(config: Config, round: int) -> tuple[float, float]:
     """The learning rates of a round's first step and of its last; those between lie between."""
     rounds, steps = config.federation.num_rounds, config.training.max_steps
     place = min(max(round, 1), rounds)
-    first, last = (rate(config.training, place, rounds, step) for step in (0, steps - 1))
+    first, last = (rate_at(config.training, place, rounds, step) for step in (0, steps - 1))
     return first, last
 
 
@@ -242,7 +253,7 @@ def _matches(module: str, pattern: str) -> bool:
     return fnmatchcase(module, pattern) or fnmatchcase(module.rpartition(".")[2], pattern)
 
 
-def _check_bytes(policy: Policy, size: int, spent: Spent) -> None:
+def _check_bytes(policy: Policy, size: int, spent: Spending) -> None:
     for key, limit, used in (
         ("max_bytes_round", policy.max_bytes_round, spent.bytes_round),
         ("max_bytes_day", policy.max_bytes_day, spent.bytes_day),
@@ -257,6 +268,6 @@ def _check_bytes(policy: Policy, size: int, spent: Spent) -> None:
 def _check_norm(policy: Policy, change: Mapping[str, Tensor]) -> None:
     if policy.max_update_norm is None:
         return
-    size = norm(change)
+    size = total_norm(change)
     if not size <= policy.max_update_norm:
         raise PolicyRefusal(f"the change has norm {size:.4g}; policy.max_update_norm is {policy.max_update_norm:g}")

@@ -41,25 +41,25 @@ class Privacy(Section):
         return 2.0 / self.noise_multiplier
 
 
-def norm(change: Mapping[str, Tensor]) -> float:
+def total_norm(change: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of all tensors together."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in change.values()))
 
 
-def released(change: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tensor]:
-    """The change clipped to norm C and with fresh noise on every element; zero plus noise where it is not finite."""
-    size = norm(change)
+def release_change(change: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tensor]:
+    """The change clipped to norm C, with fresh noise on every element. A change that is not finite counts as zero."""
+    size = total_norm(change)
     finite = math.isfinite(size)
     factor = min(1.0, privacy.clip_norm / size) if finite and size else 1.0
     deviation = privacy.noise_multiplier * privacy.clip_norm
     noisy = {}
     for name, tensor in change.items():
         clipped = factor * tensor.double() if finite else torch.zeros_like(tensor, dtype=torch.float64)
-        noisy[name] = (clipped + deviation * normal(tensor.numel()).view(tensor.shape)).to(tensor.dtype)
+        noisy[name] = (clipped + deviation * draw_normal(tensor.numel()).view(tensor.shape)).to(tensor.dtype)
     return noisy
 
 
-def normal(count: int) -> Tensor:
+def draw_normal(count: int) -> Tensor:
     """Independent N(0, 1) values, float64, from a key that the system draws and nobody keeps.
 
     The server knows the seed of a run, and the state of an ordinary generator can be worked out from its output; so
@@ -82,6 +82,7 @@ def epsilon(mu: float, delta: float) -> float:
         low, high = high, 2.0 * high
         if math.isinf(high):
             return math.inf
+    # Bisection keeps δ(high) ≤ δ, so the result is never too small; nine digits are more than anybody states.
     while high - low > 1e-9 * high:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if _delta(middle, mu) > delta else (low, middle)

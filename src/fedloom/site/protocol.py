@@ -27,15 +27,18 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError
-from fedloom.records.text import printable
+from fedloom.records.text import to_printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
 GREETING = b"FLWT"
 GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
+"""Bytes of a parcel's facts: the settings of a run take a few KiB."""
 MOST_PAYLOADS = 2**12
+"""Payloads of a parcel: the broadcasts that a site has missed are far fewer."""
 MOST_BYTES = 2**33
+"""Bytes of a parcel's payloads, whatever a site's own limit: twice the largest payload that the wire reads."""
 WRONG_TOKEN = "the token is wrong"
 """The error that answers a greeting with another token."""
 HEAD_SECONDS = 5.0
@@ -106,7 +109,7 @@ _SIZES: TypeAdapter[list[int]] = TypeAdapter(
 )
 
 
-def request(facts: Mapping[str, Fact]) -> Request:
+def parse_request(facts: Mapping[str, Fact]) -> Request:
     """The request that the facts of a parcel make. Raises SiteError if they make none."""
     try:
         return _REQUEST.validate_json(json.dumps(dict(facts)))
@@ -114,7 +117,7 @@ def request(facts: Mapping[str, Fact]) -> Request:
         raise SiteError(f"no request that a worker knows: {_complaint(error)}") from None
 
 
-def statement(facts: Mapping[str, Fact]) -> Statement:
+def parse_statement(facts: Mapping[str, Fact]) -> Statement:
     """What the facts of a site's reply say. Raises SiteError where a number or a text is none that a site can have."""
     try:
         return _STATEMENT.validate_json(json.dumps(dict(facts)))
@@ -125,11 +128,11 @@ def statement(facts: Mapping[str, Fact]) -> Statement:
 def _complaint(error: ValidationError) -> str:
     """The first fact that is wrong, and what was expected. The name of an unknown one is the other side's text."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = f"{printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
-    return f"{where}{printable(first['msg'])}"
+    where = f"{to_printable('.'.join(map(str, first['loc'])), 60)}: " if first["loc"] else ""
+    return f"{where}{to_printable(first['msg'])}"
 
 
-def sizes(found: object, most: int = MOST_BYTES) -> list[int]:
+def parse_sizes(found: object, most: int = MOST_BYTES) -> list[int]:
     """Lengths of payloads, as another party wrote them. Raises SiteError if they are none, or over `most` bytes."""
     try:
         lengths = _SIZES.validate_python(found)
@@ -140,7 +143,7 @@ def sizes(found: object, most: int = MOST_BYTES) -> list[int]:
     return lengths
 
 
-def cut(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...]:
+def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[bytes, ...]:
     """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
     if sum(lengths) != len(content):
         raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
@@ -157,15 +160,15 @@ def greeting(token: str) -> bytes:
 
 
 def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
-    """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is no reply."""
+    """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is not a reply."""
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
         connection.sendall(greeting(token))
-        send(connection, parcel)
-    return receive(connection)
+        send_parcel(connection, parcel)
+    return receive_parcel(connection)
 
 
-def send(connection: socket.socket, parcel: Parcel) -> None:
+def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
     """Write one parcel."""
     head = json.dumps({"facts": dict(parcel.facts), "sizes": [len(p) for p in parcel.payloads]}).encode()
     if len(head) > MOST_HEAD:
@@ -175,24 +178,24 @@ def send(connection: socket.socket, parcel: Parcel) -> None:
         connection.sendall(payload)
 
 
-def receive(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
+def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
     """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
-    Raises SiteError for anything that is no parcel, OSError where the other side hangs up or takes too long.
+    Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
     """
     until = time.monotonic() + HEAD_SECONDS if hurried else None
     start = _take(connection, len(MAGIC) + 4, until)
     (length,) = struct.unpack(">I", start[len(MAGIC) :])
     if start[: len(MAGIC)] != MAGIC or length > MOST_HEAD:
-        raise SiteError("this is no parcel of fedloom's")
+        raise SiteError("these bytes are not a parcel of fedloom's")
     try:
         head = json.loads(_take(connection, length, until))
-        facts, lengths = head["facts"], sizes(head["sizes"], most)
+        facts, lengths = head["facts"], parse_sizes(head["sizes"], most)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SiteError("the head of a parcel cannot be read") from None
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
-        raise SiteError("the facts of a parcel are no plain facts")
+        raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
     return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
 

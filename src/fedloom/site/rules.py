@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedloom.records.config import Bytes, Section
+from fedloom.records.config import Section
+from fedloom.records.quantities import Bytes
 from fedloom.site.privacy import Privacy
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
@@ -73,10 +74,10 @@ class Policy(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class Spending:
     """What has left the site: bytes in this round of this job, bytes in the last 24 hours, and μ² of all noise so far.
 
-    `audit.AuditTrail.spent` works it out.
+    `audit.AuditTrail.count_spent` works it out.
     """
 
     bytes_round: int = 0

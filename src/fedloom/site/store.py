@@ -31,7 +31,7 @@ LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Held:
+class TurnRecord:
     """The state before and after the turn of `round` (0: none yet), and what was answered to it, facts and payload.
 
     charge: digest of the line in the audit record that charged for the payload's noise, "" without noise.
@@ -66,14 +66,14 @@ class Store:
         self.seal = seal
         self._ledger: Ledger | None = None
 
-    def known(self) -> bool:
+    def exists(self) -> bool:
         """Whether anything was saved of the job."""
-        return bool(checkpoint.checkpoints(self.folder))
+        return bool(checkpoint.list_checkpoints(self.folder))
 
-    def load(self) -> Held | None:
-        """What was saved last, the ledger cut back to it; None if nothing was. Raises SiteError for another seal."""
-        saved = checkpoint.checkpoints(self.folder)
-        snapshot = checkpoint.load(saved[-1]) if saved else None
+    def load(self) -> TurnRecord | None:
+        """The record saved last, or None; the ledger is cut back to it. Raises SiteError where the seal differs."""
+        saved = checkpoint.list_checkpoints(self.folder)
+        snapshot = checkpoint.load_checkpoint(saved[-1]) if saved else None
         if snapshot is None:
             if (self.folder / LEDGER).exists():
                 self._opened().truncate_to(0)
@@ -82,9 +82,9 @@ class Store:
             raise SiteError(f"{self.folder} belongs to the same job with another base model or other settings")
         self._opened().truncate_to(snapshot.ledger_rows)
         facts, payload, charge = (snapshot.archive.get(place, b"") for place in range(3))
-        return Held(snapshot.round, snapshot.server, snapshot.clients["after"], facts, payload, charge.decode())
+        return TurnRecord(snapshot.round, snapshot.server, snapshot.clients["after"], facts, payload, charge.decode())
 
-    def save(self, held: Held, rows: Iterable[Row] = ()) -> None:
+    def save(self, held: TurnRecord, rows: Iterable[Row] = ()) -> None:
         """Have it on disk, whole, with these rows at the end of the ledger. A first save that fails leaves nothing."""
         first = not self.folder.exists()
         try:
@@ -96,18 +96,20 @@ class Store:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def _write(self, held: Held, rows: Iterable[Row]) -> None:
+    def _write(self, held: TurnRecord, rows: Iterable[Row]) -> None:
         ledger = self._opened()
         for row in rows:
             ledger.append(row)
-        for later in checkpoint.checkpoints(self.folder):
+        for later in checkpoint.list_checkpoints(self.folder):
             # A server that went back rounds ago asks anew for one that is over; the newest file counts.
             if int(later.stem.rpartition("-")[2]) > held.round:
                 later.unlink()
         contents = (held.facts, held.payload, held.charge.encode())
         archive = {place: content for place, content in enumerate(contents) if content}
         states = {"after": held.after}
-        checkpoint.save(self.folder, Snapshot(held.round, held.before, states, archive, ledger.sync(), self.seal))
+        checkpoint.save_checkpoint(
+            self.folder, Snapshot(held.round, held.before, states, archive, ledger.sync(), self.seal)
+        )
 
     def close(self) -> None:
         """Close the ledger."""

@@ -21,23 +21,24 @@ from types import FrameType
 
 from fedloom.errors import SiteError
 from fedloom.model.patch import PatchedTrainer
-from fedloom.records.config import parse_bytes
+from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.log_lines import OneLine
-from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive, send
+from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive_parcel, send_parcel
 
 log = logging.getLogger("fedloom.worker")
 
 TICK_SECONDS = 1.0
+"""How long the worker waits for a caller before it looks at its other duties."""
 
 
 class _Stop(BaseException):
     """The system asked the process to end."""
 
 
-def serve(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
+def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
     """Answer requests until the process is told to end. Raises SiteError where another worker serves this site.
 
     own: the site's own trainer, in place of fedloom's training.
@@ -133,14 +134,14 @@ def _serve_one(connection: socket.socket, desk: Desk) -> None:
 
 def _answer(connection: socket.socket, desk: Desk) -> Parcel:
     try:
-        return desk.answer(receive(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
+        return desk.answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:
         # It says what the caller sent, and what the site takes: nothing about data, and asking again would not help.
         log.warning("a request was refused: %s", error)
         return Parcel({"error": f"the site's worker refuses the request: {error}"})
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
         log.error("a request failed: %s", error, exc_info=True)
         return Parcel({"error": f"the site could not take its turn: {type(error).__name__}"})
 
@@ -148,7 +149,7 @@ def _answer(connection: socket.socket, desk: Desk) -> Parcel:
 def _reply(connection: socket.socket, parcel: Parcel) -> None:
     """Send it, to a caller that reads at `SLOWEST` at least: one that does not would keep all others waiting."""
     connection.settimeout(HEAD_SECONDS + sum(map(len, parcel.payloads)) / SLOWEST)
-    send(connection, parcel)
+    send_parcel(connection, parcel)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

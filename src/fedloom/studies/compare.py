@@ -25,8 +25,8 @@ from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS
 from fedloom.records.config import Config
-from fedloom.records.configfile import merge, override, parse
-from fedloom.records.ledger import read
+from fedloom.records.configfile import merge_trees, override, parse
+from fedloom.records.ledger import read_rows
 from fedloom.records.text import file_name
 from fedloom.report.numbers import Report, summarise
 
@@ -48,7 +48,7 @@ class Run:
     method: Method | None = None
 
 
-def variants(texts: Sequence[str]) -> list[str]:
+def parse_variants(texts: Sequence[str]) -> list[str]:
     """Variants named by one or several texts, joined by commas; "all" stands for every method.
 
     A part such as "tau=1.0" belongs to the variant before it.
@@ -62,22 +62,24 @@ def variants(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Run]:
+def plan_runs(config: Config, variants: Sequence[str | Method], seeds: Sequence[int], out: Path) -> list[Run]:
     """Every variant with every seed; a variant that is several runs ("alone") has several labels."""
     made = []
     for variant in variants:
         value = variant if isinstance(variant, Method) else None
         labels = (
-            expanded(config, variant) if isinstance(variant, str) else {variant.name: [f"method.name={variant.name}"]}
+            expand_variant(config, variant)
+            if isinstance(variant, str)
+            else {variant.name: [f"method.name={variant.name}"]}
         )
         for label, overrides in labels.items():
             for seed in seeds:
-                settings = changed(config, [*overrides, f"federation.seed={seed}"])
+                settings = apply_overrides(config, [*overrides, f"federation.seed={seed}"])
                 made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}", value))
     return made
 
 
-def expanded(config: Config, variant: str) -> dict[str, list[str]]:
+def expand_variant(config: Config, variant: str) -> dict[str, list[str]]:
     """Label → overrides of the settings that make the variant."""
     name, rest = split_variant(variant)
     special = {"alone": _alone, "pooled": _pooled}
@@ -97,7 +99,7 @@ def split_variant(variant: str) -> tuple[str, str]:
 
 
 def _placed(pair: str) -> str:
-    """The method's own keys may go without "method."; a section's name stands for itself, as in clients=null."""
+    """The pair with its full key: a method's own key gets "method." in front, a section's name stays as it is."""
     key = pair.partition("=")[0]
     return pair if "." in key or key in Config.model_fields else f"method.{pair}"
 
@@ -106,7 +108,7 @@ def _alone(config: Config) -> dict[str, list[str]]:
     """FedIT with a single participant is that client training alone."""
     return {
         f"alone:{client}": ["method.name=fedit", f"federation.participants={_toml([client])}"]
-        for client in clients(config)
+        for client in client_names(config)
     }
 
 
@@ -117,43 +119,43 @@ def _toml(value: Sequence[str]) -> str:
 
 def _pooled(config: Config) -> dict[str, list[str]]:
     """One client that holds everything and takes as many steps as all clients together."""
-    steps = config.training.max_steps * len(clients(config))
+    steps = config.training.max_steps * len(client_names(config))
     split = ["data.partitioner=iid", "federation.num_clients=1", "federation.participants=null"]
     return {"pooled": ["method.name=fedit", *split, f"training.max_steps={steps}"]}
 
 
-def clients(config: Config) -> list[str]:
+def client_names(config: Config) -> list[str]:
     """Names of the clients that the settings describe."""
     from fedloom.workspace.assemble import client_examples, select_participants
 
     return list(select_participants(client_examples(config)[0], config.federation.participants))
 
 
-def changed(config: Config, overrides: Sequence[str]) -> Config:
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """The settings with overrides; a new method name drops the old method's own settings."""
     tree = config.model_dump(exclude_none=True)
     if any(text.startswith("method.name=") for text in overrides):
         tree["method"] = {}
     for text in overrides:
-        merge(tree, override(text))
+        merge_trees(tree, override(text))
     return parse(tree, "the settings of a variant")
 
 
-def left(todo: Sequence[Run]) -> list[Run]:
+def runs_left(todo: Sequence[Run]) -> list[Run]:
     """The runs that are not complete yet."""
     return [run for run in todo if not (run.folder / FINISHED).exists()]
 
 
-def expected(todo: Sequence[Run], jobs: int) -> float:
-    """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
-    trials = {run.label: run for run in left(todo)}
+def expected_seconds(todo: Sequence[Run], jobs: int) -> float:
+    """Seconds that the remaining runs will take with `jobs` at a time, estimated from a short trial of each variant."""
+    trials = {run.label: run for run in runs_left(todo)}
     with _pool(jobs) as pool:
         paces = dict(zip(trials, pool.map(_pace, trials.values()), strict=True))
-    seconds = [paces[run.label].seconds(run.config) for run in left(todo)]
+    seconds = [paces[run.label].seconds(run.config) for run in runs_left(todo)]
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
-def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
+def play_runs(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None]) -> None:
     """Make the runs that are not complete yet, `jobs` at a time, each in a process of its own with its share of cores.
 
     An interrupted run is resumed. `finished(run, seconds)` is called as each one ends. After a run that fails
@@ -161,7 +163,7 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
     """
     try:
         with _pool(jobs) as pool:
-            futures = {pool.submit(_play, run): run for run in left(todo)}
+            futures = {pool.submit(_play, run): run for run in runs_left(todo)}
             try:
                 for future in as_completed(futures):
                     finished(futures[future], future.result())
@@ -175,8 +177,8 @@ def play(todo: Sequence[Run], jobs: int, finished: Callable[[Run, float], None])
 
 
 def play_here(todo: Sequence[Run], finished: Callable[[Run, float], None]) -> None:
-    """Make the runs that are not complete yet, one after the other in this process."""
-    for run in left(todo):
+    """Play the runs that are not complete yet, one after the other in this process."""
+    for run in runs_left(todo):
         finished(run, _play(run))
 
 
@@ -187,9 +189,9 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _pace(run: Run) -> Pace:
-    from fedloom.studies.pace import pace
+    from fedloom.studies.pace import measure_pace
 
-    return pace(run.config)
+    return measure_pace(run.config)
 
 
 def _prepare(threads: int) -> None:
@@ -213,14 +215,14 @@ def _play(run: Run) -> float:
 
     began = time.perf_counter()
     begun = (run.folder / "config.toml").exists()
-    local.run(run.config, run.folder, resume=begun, method=run.method)
+    local.run_local(run.config, run.folder, resume=begun, method=run.method)
     return time.perf_counter() - began
 
 
-def reports(made: Sequence[Run]) -> dict[str, list[Report]]:
+def read_reports(made: Sequence[Run]) -> dict[str, list[Report]]:
     """Label → the reports of its complete runs, one a seed."""
     grouped: dict[str, list[Report]] = {}
     for run in made:
         if (run.folder / FINISHED).exists():
-            grouped.setdefault(run.label, []).append(summarise(read(run.folder / "ledger.jsonl"), str(run.folder)))
+            grouped.setdefault(run.label, []).append(summarise(read_rows(run.folder / "ledger.jsonl"), str(run.folder)))
     return grouped

@@ -25,13 +25,13 @@ class Pace:
     round_s: float
 
     def seconds(self, config: Config) -> float:
-        """A whole run of these settings."""
+        """Seconds of a whole run with these settings."""
         rounds = config.federation.num_rounds
-        return self.around_s + evaluations(config) * self.evaluation_s + rounds * self.round_s
+        return self.around_s + count_evaluations(config) * self.evaluation_s + rounds * self.round_s
 
 
 class _Enough(Exception):
-    """The rounds that were to be timed are over."""
+    """Raised to end a trial: the rounds to be timed are over."""
 
 
 class Watch(Silent):
@@ -49,18 +49,18 @@ class Watch(Silent):
             raise _Enough
 
 
-def evaluations(config: Config) -> int:
+def count_evaluations(config: Config) -> int:
     """How often a run is evaluated: before the first round, every eval_every rounds, and after the last one."""
     rounds, every = config.federation.num_rounds, config.federation.eval_every
     return 1 + (-(-rounds // every) if every else 1)
 
 
-def pace(config: Config) -> Pace:
+def measure_pace(config: Config) -> Pace:
     """Play a run up to its second round, without evaluations on the way. Raises what the run itself would raise."""
     rounds = max(TRIED + 1, config.federation.num_rounds)  # the last round would be evaluated
     some = config.federation.model_copy(update={"num_rounds": rounds, "eval_every": 0})
     watch, began = Watch(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fedloom-") as folder, contextlib.suppress(_Enough):
-        local.run(config.model_copy(update={"federation": some}), Path(folder) / "run", observer=watch)
+        local.run_local(config.model_copy(update={"federation": some}), Path(folder) / "run", observer=watch)
     around = time.perf_counter() - began - sum(watch.seconds.values())
     return Pace(around, watch.seconds[0], watch.seconds[TRIED])

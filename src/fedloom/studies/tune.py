@@ -23,7 +23,7 @@ from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.text import file_name
 from fedloom.report.numbers import MEAN, Report
-from fedloom.studies.compare import Run, changed, runs
+from fedloom.studies.compare import Run, apply_overrides, plan_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Choice:
     matched: float | None
 
 
-def blind(config: Config) -> Config:
+def hide_heldout(config: Config) -> Config:
     """The settings for a search: scores on the validation split, the held-out one unknown.
 
     Raises ConfigError where there is no validation split, or where it is the held-out one.
@@ -57,21 +57,21 @@ def blind(config: Config) -> Config:
     return config.model_copy(update={"data": data.model_copy(update={"heldout": data.validation, "validation": None})})
 
 
-def search(
+def plan_search(
     config: Config, key: str, values: Sequence[str], against: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[Run]:
     """The runs of a search: every value of `key`, then the methods to match, with every seed.
 
     Raises ConfigError for a key or a value that the settings do not have.
     """
-    base = blind(config)
+    base = hide_heldout(config)
     made = []
     for value in values:
         label = f"{key}={value}"
         for seed in seeds:
-            settings = changed(base, [label, f"federation.seed={seed}"])
+            settings = apply_overrides(base, [label, f"federation.seed={seed}"])
             made.append(Run(label, seed, settings, out / file_name(label) / f"seed-{seed}"))
-    return [*made, *runs(base, against, seeds, out)]
+    return [*made, *plan_runs(base, against, seeds, out)]
 
 
 def choose(groups: Mapping[str, Sequence[Report]], key: str, values: Sequence[str]) -> Choice:
@@ -93,10 +93,10 @@ def _score(reports: Sequence[Report]) -> float:
     return fmean(report.score(MEAN) for report in reports)
 
 
-def write(config: Config, key: str, choice: Choice, out: Path) -> dict[str, Path]:
+def write_choice(config: Config, key: str, choice: Choice, out: Path) -> dict[str, Path]:
     """The settings with each of the two values, held-out split and all, in the folder `out`: name → file."""
     files = {}
     for name, chosen in (("O", choice.best), ("E", choice.efficient)):
         files[name] = out / f"{name}.toml"
-        files[name].write_text(dump(changed(config, [f"{key}={chosen.value}"])), encoding="utf-8")
+        files[name].write_text(dump(apply_overrides(config, [f"{key}={chosen.value}"])), encoding="utf-8")
     return files

@@ -18,13 +18,13 @@ from fedloom.wire.gaps import Ints
 
 Bytes = NDArray[np.uint8]
 
-MOST_CLASSES = 8
+MOST_CLASSES = 8  # octaves of density: so many span a factor of 256
 _CELL_BITS = 24  # about what one more cell costs in the index
 _CLASS_BITS = 64  # about what the table of one more list of classes costs
-_FEW = 32  # so few positions cannot pay for classes
-_LINES, _LINES_EACH = 2**16, 64  # more lines, all but a few of them empty, would cost more time than what is sent
-_STEP = 65536  # positions handled at a time
-_EVEN = 1.5  # variance of the counts of lines, over that of evenly scattered positions, that may still be chance
+_FEW = 32  # positions: fewer cannot pay for a list of classes
+_LINES, _LINES_EACH = 2**16, 64  # lines in all and per position: looking at more would take longer than encoding does
+_STEP = 65536  # positions handled at a time: their 512 KiB stay in the cache
+_EVEN = 1.5  # variance of the counts of lines, over that of evenly scattered positions; up to here it may be chance
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -36,7 +36,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Lines:
+class LineClasses:
     """The rows, or the columns, of a matrix in classes. `classes` is None where all are in one class."""
 
     count: int
@@ -78,11 +78,11 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Grid:
+class CellGrid:
     """A matrix cut in cells, numbered row class first; positions within a cell count its rows one after the other."""
 
-    rows: Lines
-    columns: Lines
+    rows: LineClasses
+    columns: LineClasses
 
     def sizes(self, row_classes: int, column_classes: int) -> Ints:
         """Elements of every cell."""
@@ -132,13 +132,13 @@ def divide(positions: Ints, width: int | Ints) -> tuple[Ints, Ints]:
     return rows.astype(np.int64), positions - rows * np.asarray(width, dtype=np.uint32)
 
 
-def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints]:
-    """The cheapest of: one cell, row classes, column classes, both; and the rows and columns of the positions.
+def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[CellGrid, Ints, Ints]:
+    """(grid, rows, columns): the cheapest of one cell, row classes, column classes and both; the positions' lines.
 
-    Where lines are not worth looking at, the positions themselves stand for rows and columns.
+    Where classes cannot pay, the grid is one cell, and the positions themselves stand in for rows and columns.
     """
-    whole_rows, whole_columns = Lines(shape[0], None), Lines(shape[1], None)
-    flat = Grid(whole_rows, whole_columns)
+    whole_rows, whole_columns = LineClasses(shape[0], None), LineClasses(shape[1], None)
+    flat = CellGrid(whole_rows, whole_columns)
     if positions.size < _FEW or min(shape) < 2 or max(shape) > _LINES + _LINES_EACH * positions.size:
         return flat, positions, positions
     rows, columns = divide(positions, shape[1])
@@ -146,15 +146,15 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints
     by_column = density_classes(np.bincount(columns, minlength=shape[1]), shape[0])
     if by_row.classes is None and by_column.classes is None:
         return flat, rows, columns
-    both = Grid(by_row, by_column)
+    both = CellGrid(by_row, by_column)
     table = np.zeros((by_row.number, by_column.number), dtype=np.int64)
     found = np.bincount(both.cells(rows, columns))
     table.reshape(-1)[: found.size] = found
     heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
     choices = (
         (both, table, heights, widths),
-        (Grid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
-        (Grid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
+        (CellGrid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
+        (CellGrid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
         (flat, table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
     )
     bits = _grid_bits([choice[1:] for choice in choices])
@@ -162,12 +162,13 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[Grid, Ints, Ints
 
 
 def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
-    """About what positions cost in each grid: their information, and what cells and classes take in the index.
+    """The estimated bits of positions in each grid: their entropy, and the index entries of cells and classes.
 
-    A grid is the positions in every cell, and how many rows and how many columns there are of each class.
+    grids: for each, (positions per cell, rows per row class, columns per column class).
     """
     sizes = [np.outer(heights, widths).reshape(-1) for _, heights, widths in grids]
     size, count = np.concatenate(sizes), np.concatenate([counts.reshape(-1) for counts, _, _ in grids])
+    # Kept off 0 and 1, whose logarithms are infinite; the entropy there is 0 to any precision that counts.
     share = np.minimum(np.maximum(count / np.maximum(size, 1), 1e-12), 1.0 - 1e-12)
     information = -size * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
     starts = list(accumulate((cells.size for cells in sizes[:-1]), initial=0))
@@ -178,24 +179,25 @@ def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
     ]
 
 
-def density_classes(counts: Ints, length: int) -> Lines:
-    """Lines of `length` elements in classes an octave of density wide, the densest first.
+def density_classes(counts: Ints, length: int) -> LineClasses:
+    """Lines of `length` elements sorted into classes, each an octave of density wide; the densest class comes first.
 
-    All in one class where the counts vary hardly more than those of evenly scattered positions would.
+    All lines are in one class where their counts vary little more than chance explains.
     """
     total = int(counts.sum())
     spread = counts.size * int((counts * counts).sum()) - total * total
     expected = total * (counts.size * length - total) / length
     if spread <= _EVEN * expected:
-        return Lines(counts.size, None)
+        return LineClasses(counts.size, None)
+    # The binary exponent of length / (count + ½): the half gives an empty line a finite density.
     octaves = np.frexp(2 * length / (2 * counts + 1))[1]
     octaves = np.minimum(octaves - octaves.min(), MOST_CLASSES - 1)
     present = np.flatnonzero(np.bincount(octaves))
     if present.size == 1:
-        return Lines(counts.size, None)
+        return LineClasses(counts.size, None)
     renumbered = np.zeros(MOST_CLASSES, dtype=np.uint8)
     renumbered[present] = np.arange(present.size)
-    return Lines(counts.size, renumbered[octaves])
+    return LineClasses(counts.size, renumbered[octaves])
 
 
 def _class_bits(sizes: Ints) -> float:

@@ -12,11 +12,11 @@ from torch import Tensor
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.compress.masks import seeded_count, threshold
 from fedloom.errors import ConfigError, WireError
-from fedloom.wire.index import MOST_DIMENSIONS, MOST_NAME, too_large
+from fedloom.wire.index import MOST_DIMENSIONS, MOST_NAME, is_too_large
 from fedloom.wire.values import MOST_BLOCK, check_scales, coding_of
 
 
-def plain(entry: Entry) -> Entry:
+def make_plain(entry: Entry) -> Entry:
     """The entry with every tensor on the CPU, contiguous and free of gradients."""
     if isinstance(entry, Sparse):
         return replace(entry, values=_plain_values(entry.values), positions=_plain(entry.positions))
@@ -39,7 +39,7 @@ def check_entry(name: str, entry: Entry) -> None:
         length = len(name.encode())
         if length > MOST_NAME:
             raise WireError(f"its name has {length} bytes: expected at most {MOST_NAME}")
-        if len(entry.shape) > MOST_DIMENSIONS or too_large(entry.shape) or min(entry.shape, default=0) < 0:
+        if len(entry.shape) > MOST_DIMENSIONS or is_too_large(entry.shape) or min(entry.shape, default=0) < 0:
             raise WireError(
                 f"its shape is {entry.shape}: expected at most {MOST_DIMENSIONS} sizes, fewer than 2^31 elements"
             )

@@ -15,14 +15,14 @@ import xxhash
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
-from fedloom.wire.checks import check_entry, check_mask, plain
+from fedloom.wire.checks import check_entry, check_mask, make_plain
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints
 from fedloom.wire.index import (
     DENSE,
     SEEDED,
     SPARSE,
-    Asked,
+    Demand,
     Item,
     read_header_fields,
     read_index,
@@ -32,7 +32,7 @@ from fedloom.wire.index import (
 from fedloom.wire.limits import DEFAULT, Limits
 from fedloom.wire.message import Header, Message
 from fedloom.wire.positions import Cells, PositionSink, PositionSource
-from fedloom.wire.streams import Sink, Sources, Stream, pack, side_by_side, unpack
+from fedloom.wire.streams import Sink, Sources, Stream, pack, run_side_by_side, unpack
 from fedloom.wire.values import CODINGS, coding_of, tensor_of
 
 MAGIC = b"FLOM"
@@ -42,7 +42,7 @@ Sinks = dict[int, Sink]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Opened:
+class OpenedPayload:
     """A payload whose checksum, header and index were found good; the streams are still packed."""
 
     header: Header
@@ -54,7 +54,7 @@ class Opened:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Unpacked:
+class UnpackedMessage:
     """A message as items and streams, before anything is packed; work: about the bytes that packing will read."""
 
     header: Header
@@ -71,7 +71,7 @@ class Unpacked:
         out.byte(VERSION)
         write_header(out, self.header)
         out.varint(len(index))
-        out.counted(bytes(pack(index, text=True) if pack_index else index))
+        out.sized_bytes(bytes(pack(index, text=True) if pack_index else index))
         return b"".join([out.data, *chunks, _checksum([out.data, *chunks])]), len(index)
 
 
@@ -82,7 +82,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
     `limits`; the error names the entry that is wrong in itself.
     """
     unpacked = _unpacked(message)
-    asked = Asked()
+    asked = Demand()
     for item in unpacked.items:
         asked.add(item)
     refusal = asked.refusal(limits)
@@ -106,30 +106,30 @@ def packed_size(message: Message) -> int:
     return len(_unpacked(message).payload()[0])
 
 
-def _unpacked(message: Message) -> Unpacked:
+def _unpacked(message: Message) -> UnpackedMessage:
     """The message checked and as streams. Raises WireError that names the entry that cannot travel."""
     names = sorted(message.entries, key=lambda name: name.encode(errors="surrogatepass"))
-    entries = {name: plain(message.entries[name]) for name in names}
+    entries = {name: make_plain(message.entries[name]) for name in names}
     for name, entry in entries.items():
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
-    (cells, position_sinks), value_sinks = side_by_side(
+    (cells, position_sinks), value_sinks = run_side_by_side(
         partial(_put_positions, entries, work), partial(_put_values, entries), work
     )
     items = [_item(name, entry, cells.get(name)) for name, entry in entries.items()]
-    return Unpacked(message.header, items, position_sinks | value_sinks, work)
+    return UnpackedMessage(message.header, items, position_sinks | value_sinks, work)
 
 
 def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
     """The message that `encode` was given, bit by bit.
 
-    Raises WireError, and only that, for bytes that are no valid payload, that another version of the format wrote, or
-    that ask for more than `limits`. Nothing is allocated for a number in the payload before that number was checked.
+    Raises WireError, and only that, for a payload that is invalid, of another version of the format, or asks for more
+    than `limits`. Nothing is allocated for a number in the payload before that number was checked.
     """
     opened = open_payload(payload, limits)
     sources = Sources(opened.streams, opened.coded)
     work = sum(item.output_bytes for item in opened.items)
-    positions, values = side_by_side(
+    positions, values = run_side_by_side(
         partial(_take_positions, opened.items, sources), partial(_take_values, opened.items, sources), work
     )
     sources.end()
@@ -141,7 +141,7 @@ def read_header(payload: bytes, limits: Limits = DEFAULT) -> Header:
     return _start(payload, limits)[0]
 
 
-def open_payload(payload: bytes, limits: Limits = DEFAULT) -> Opened:
+def open_payload(payload: bytes, limits: Limits = DEFAULT) -> OpenedPayload:
     """The payload as far as it can be read without unpacking a stream. Raises WireError like `decode`."""
     header, fields = _start(payload, limits)
     limits = limits.of_payload(len(payload))
@@ -154,7 +154,7 @@ def open_payload(payload: bytes, limits: Limits = DEFAULT) -> Opened:
     announced = sum(sum(stream.chunks) for stream in streams)
     if announced != len(coded):
         raise WireError(f"the index announces {announced:,} bytes of streams, the payload has {len(coded):,}")
-    return Opened(header, items, streams, coded, header_bytes, index_bytes)
+    return OpenedPayload(header, items, streams, coded, header_bytes, index_bytes)
 
 
 def _start(payload: bytes, limits: Limits) -> tuple[Header, FieldReader]:
@@ -163,7 +163,7 @@ def _start(payload: bytes, limits: Limits) -> tuple[Header, FieldReader]:
     if len(whole) > limits.max_payload:
         raise WireError(f"a payload of {len(whole):,} bytes is more than the {limits.max_payload:,} that are allowed")
     if bytes(whole[: len(MAGIC)]) != MAGIC or len(whole) <= len(MAGIC) + CHECKSUM_BYTES:
-        raise WireError("these bytes are no fedloom payload: expected FLOM, a version, content and a checksum")
+        raise WireError("these bytes are not a fedloom payload: expected FLOM, a version, content and a checksum")
     # The version comes before the checksum, which a later format may compute in another way.
     if whole[len(MAGIC)] != VERSION:
         raise WireError(
@@ -191,7 +191,7 @@ def _put_positions(entries: dict[str, Entry], work: int) -> tuple[dict[str, Cell
             check_mask(name, count(entry.shape), entry.density, entry.seed, entry.values.numel())
     sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
     halves = list(sparse.values())[: len(sparse) // 2], list(sparse.values())[len(sparse) // 2 :]
-    sink, other = side_by_side(partial(_taken, halves[0]), partial(_taken, halves[1]), work)
+    sink, other = run_side_by_side(partial(_taken, halves[0]), partial(_taken, halves[1]), work)
     sink.join(other)
     layouts, sinks = sink.finish()
     return dict(zip(sparse, layouts, strict=True)), sinks
@@ -219,7 +219,9 @@ def _pack_streams(sinks: Sinks, work: int, smaller: bool) -> tuple[list[Stream],
     raw = [chunk for of_stream in chunks.values() for chunk in of_stream]
     packed: list[bytes | memoryview] = [b""] * len(raw)
     if smaller:
-        packed[0::2], packed[1::2] = side_by_side(partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work)
+        packed[0::2], packed[1::2] = run_side_by_side(
+            partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work
+        )
     else:
         packed[:] = raw
     streams, at = [], 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedloom.compress.entries import count
-from fedloom.wire.codec import CHECKSUM_BYTES, Opened, open_payload
+from fedloom.wire.codec import CHECKSUM_BYTES, OpenedPayload, open_payload
 from fedloom.wire.index import DENSE, SEEDED, SPARSE, Item
 from fedloom.wire.limits import DEFAULT, Limits
 from fedloom.wire.message import Header
@@ -66,7 +66,7 @@ def _is_position(role: int) -> bool:
     return role in (CLASSES, BITMAPS, EXTRA) or role >= FIRST_GAPS
 
 
-def _tensors(opened: Opened) -> tuple[TensorBytes, ...]:
+def _tensors(opened: OpenedPayload) -> tuple[TensorBytes, ...]:
     rate = {stream.role: sum(stream.chunks) / stream.size for stream in opened.streams}
     # Class lists, bitmaps and extra bits are not told apart by tensor in the index: they are shared out by positions.
     shared = sum(sum(stream.chunks) for stream in opened.streams if stream.role in (CLASSES, BITMAPS, EXTRA))

@@ -30,7 +30,7 @@ class FieldWriter:
             value >>= 7
         self.data.append(value)
 
-    def counted(self, content: bytes) -> None:
+    def sized_bytes(self, content: bytes) -> None:
         """A varint length, then the bytes."""
         self.varint(len(content))
         self.data += content
@@ -69,15 +69,16 @@ class FieldReader:
             shift += 7
             if byte < 0x80:
                 break
-            if shift >= 63:
-                raise WireError(f"{what} is no number below 2^63")
+            if shift >= 63:  # nine bytes of seven bits are all of 63
+                raise WireError(f"{what} is not below 2^63")
+        # Equal numbers must give equal bytes: a last byte of zero could have been left away.
         if byte == 0 and shift > 7:
             raise WireError(f"{what} is written in more bytes than it needs")
         if value > most:
             raise WireError(f"{what} is {value:,}, more than the {most:,} that are allowed here")
         return value
 
-    def counted(self, what: str, most: int) -> bytes:
+    def sized_bytes(self, what: str, most: int) -> bytes:
         """A varint length of at most `most`, then the bytes."""
         return bytes(self.take(self.varint(f"the length of {what}", most), what))
 
@@ -87,9 +88,9 @@ class FieldReader:
             raise WireError(f"{self.whole} has {self.left} bytes after its end")
 
 
-def text(content: bytes, what: str) -> str:
+def decode_text(content: bytes, what: str) -> str:
     """UTF-8 bytes as text."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise WireError(f"{what} is no UTF-8 text") from error
+        raise WireError(f"{what} is not UTF-8 text") from error

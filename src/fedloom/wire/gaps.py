@@ -1,9 +1,9 @@
 """Gaps between positions as one byte each, plus a few extra bits where the gap is large.
 
-A gap (the number of absent elements before a present one) below 16 is its own symbol. A larger one keeps its four
-leading bits, as a floating-point number would: symbol 8 w + (gap >> w), where w extra bits, the low ones, follow
-in a bit stream, lowest bit first. Gaps of independent positions are geometric at any density, and so nearly flat
-within one symbol: the extra bits cannot be packed further, and the symbols pack to their entropy.
+A gap is the number of absent elements before a present one. Below 16 it is its own symbol. A larger gap keeps its four
+leading bits, as a floating-point number would: its symbol is 8 w + (gap >> w). The other w bits follow in a bit stream,
+lowest bit first. Gaps of independent positions have a geometric distribution at any density, which is nearly flat
+within one symbol. So the extra bits cannot be packed further, and the symbols pack to their entropy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedloom.errors import WireError
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-LARGE = 16
+LARGE = 16  # four leading bits: larger gaps have extra bits
 LAST_SYMBOL = 8 * 27 + 15
 """The symbol of gaps up to 2³¹ − 1."""
 
@@ -31,7 +31,8 @@ def to_symbols(gaps: Ints) -> tuple[Bytes, Ints, Bytes]:
     symbols = gaps.astype(np.uint8)
     where = np.flatnonzero(gaps >= LARGE)
     large = gaps[where]
-    widths = (large.astype(np.float64).view(np.int64) >> 52) - 1026  # by the exponent of the number as a float
+    # The exponent of a float64 is biased by 1023; three bits below the leading one stay in the symbol.
+    widths = (large.astype(np.float64).view(np.int64) >> 52) - 1026
     leading = large >> widths
     symbols[where] = 8 * widths + leading
     return symbols, large - (leading << widths), widths.astype(np.uint8)
@@ -44,7 +45,7 @@ def from_symbols(symbols: Bytes, bits: BitSource) -> Ints:
     if where.size:
         large = symbols[where]
         if large.max() > LAST_SYMBOL:
-            raise WireError(f"{large.max()} is no gap symbol: expected at most {LAST_SYMBOL}")
+            raise WireError(f"{large.max()} is not a gap symbol: expected at most {LAST_SYMBOL}")
         gaps[where] += bits.take(_WIDTHS[large])
     return gaps
 
@@ -83,7 +84,7 @@ class BitSink:
         if other._used:
             self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
 
-    def packed(self) -> Bytes:
+    def to_bytes(self) -> Bytes:
         """All bits, the last byte filled up with zeros."""
         tail = np.frombuffer(self._tail.to_bytes(4, "little"), dtype=np.uint8)[: (self._used + 7) // 8]
         return np.concatenate([*(piece.astype("<u4").view(np.uint8) for piece in self.pieces), tail])
@@ -111,7 +112,7 @@ class BitSource:
         return numbers & _MASKS[widths]
 
     def end(self) -> None:
-        """Raises WireError unless all bits but the zeros that fill the last byte were taken."""
+        """Raises WireError unless all bits were taken, except zeros that fill up the last byte."""
         left = self._size - self._at
         if left >= 8 or (left and int(self._words[self._at >> 3]) >> (self._at & 7)):
             raise WireError(f"{left:,} of the extra bits belong to no gap")

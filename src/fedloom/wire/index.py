@@ -10,7 +10,7 @@ from fedloom.compress.entries import count
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
 from fedloom.wire.cells import MOST_CLASSES, matrix_shape
-from fedloom.wire.fields import FieldReader, FieldWriter, text
+from fedloom.wire.fields import FieldReader, FieldWriter, decode_text
 from fedloom.wire.limits import Limits
 from fedloom.wire.message import Header
 from fedloom.wire.positions import FIRST_GAPS, MOST_GAP_STREAMS, Cell, Cells
@@ -26,7 +26,7 @@ ELEMENTS_END = 2**31
 _DIGEST = re.compile("(?:[0-9a-f]{32})?")
 
 
-def too_large(shape: tuple[int, ...]) -> bool:
+def is_too_large(shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape cannot travel. Sizes of 0 count as 1, so that no other size can be absurd."""
     return count(tuple(max(size, 1) for size in shape)) >= ELEMENTS_END
 
@@ -76,7 +76,7 @@ class Item:
 
 
 @dataclass(slots=True)
-class Asked:
+class Demand:
     """What the tensors of a message ask of a reader, one after the other."""
 
     tensors: int = 0
@@ -116,28 +116,28 @@ def write_header(out: FieldWriter, header: Header) -> None:
     if len(method) > MOST_METHOD:
         raise WireError(f"a method's name of {len(method)} bytes cannot be sent: expected at most {MOST_METHOD}")
     out.byte(KINDS.index(header.kind))
-    out.counted(method)
+    out.sized_bytes(method)
     for number in (header.round, header.base_version, header.num_examples):
         out.varint(number)
     for digest in (header.base_digest, header.result_digest):
         if not _DIGEST.fullmatch(digest):
             raise WireError(f"the digest {digest!r} cannot be sent: expected 32 lower-case hex digits, or none")
-        out.counted(bytes.fromhex(digest))
+        out.sized_bytes(bytes.fromhex(digest))
 
 
 def read_header_fields(fields: FieldReader) -> Header:
     """The header at the front."""
     kind = fields.byte("the message's kind")
     if kind >= len(KINDS):
-        raise WireError(f"{kind} is no kind of message: expected 0 to {len(KINDS) - 1}")
-    method = text(fields.counted("the method's name", MOST_METHOD), "the method's name")
+        raise WireError(f"{kind} is not a kind of message: expected 0 to {len(KINDS) - 1}")
+    method = decode_text(fields.sized_bytes("the method's name", MOST_METHOD), "the method's name")
     round_, version, examples = (fields.varint(what) for what in ("the round", "the base version", "num_examples"))
     base, result = (_digest(fields, what) for what in ("the base digest", "the result digest"))
     return Header(KINDS[kind], method, round_, version, base, result, examples)  # type: ignore[arg-type]
 
 
 def _digest(fields: FieldReader, what: str) -> str:
-    digest = fields.counted(what, 16)
+    digest = fields.sized_bytes(what, 16)
     if len(digest) not in (0, 16):
         raise WireError(f"{what} has {len(digest)} bytes: expected 16 or none")
     return digest.hex()
@@ -152,7 +152,7 @@ def write_index(items: Sequence[Item], streams: Sequence[Stream]) -> bytes:
         name = item.name.encode()
         shared = _shared_prefix(before, name)
         out.varint(shared)
-        out.counted(name[shared:])
+        out.sized_bytes(name[shared:])
         before = name
     for item in items:
         _write_item(out, item)
@@ -198,7 +198,7 @@ def read_index(raw: memoryview, limits: Limits) -> tuple[list[Item], list[Stream
     number = fields.varint("the number of tensors", limits.max_tensors)
     names = _read_names(fields, number)
     items: list[Item] = []
-    asked = Asked()
+    asked = Demand()
     for name in names:
         try:
             item = _read_item(fields, name)
@@ -218,10 +218,10 @@ def _read_names(fields: FieldReader, number: int) -> list[str]:
     before: bytes | None = None
     for _ in range(number):
         shared = fields.varint("a name's shared prefix", len(before or b""))
-        name = (before or b"")[:shared] + fields.counted("a name", MOST_NAME - shared)
+        name = (before or b"")[:shared] + fields.sized_bytes("a name", MOST_NAME - shared)
         if before is not None and name <= before:
             raise WireError(f"the name {name!r} does not come after {before!r}: names must increase")
-        names.append(text(name, "a tensor's name"))
+        names.append(decode_text(name, "a tensor's name"))
         before = name
     return names
 
@@ -235,7 +235,7 @@ def _read_item(fields: FieldReader, name: str) -> Item:
         fields.varint("one of its sizes", ELEMENTS_END - 1)
         for _ in range(fields.varint("the number of its dimensions", MOST_DIMENSIONS))
     )
-    if too_large(shape):
+    if is_too_large(shape):
         raise WireError(f"shape {shape} has too many elements: fewer than {ELEMENTS_END:,} are allowed")
     numel = count(shape)
     block = fields.varint("its block", MOST_BLOCK) if coding.bits else 0

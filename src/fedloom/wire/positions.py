@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.errors import WireError
-from fedloom.wire.cells import Grid, Lines, best_grid, matrix_shape
+from fedloom.wire.cells import CellGrid, LineClasses, best_grid, matrix_shape
 from fedloom.wire.gaps import BitSink, BitSource, Bytes, Ints, from_symbols, to_symbols
 from fedloom.wire.streams import Sink, Sources
 
 CLASSES, BITMAPS, EXTRA, FIRST_GAPS = 0, 1, 2, 32
 """Roles of streams: the gap streams are FIRST_GAPS, FIRST_GAPS + 1, …"""
-MOST_GAP_STREAMS = 64
+MOST_GAP_STREAMS = 64  # half octaves of density: 2³¹ elements have 62 of them
 _STREAM_BITS = 8 * 90  # about what one more stream costs: its Huffman code, its frame, its line in the index
 _STEP = 65536  # positions handled at a time
 _NOTHING = np.empty(0, dtype=np.uint8)
@@ -78,6 +78,7 @@ class PositionSink:
         for number, (count, size) in enumerate(zip(counts.tolist(), sizes.tolist(), strict=True)):
             part = inner[end : end + count]
             end += count
+            # Above a quarter, gaps take about as many bits as a bitmap, and a bitmap is faster to read.
             bitmap = 4 * count > size
             if bitmap:
                 self.bitmaps.add(_bitmap(part, size))
@@ -119,7 +120,7 @@ class PositionSink:
         self._code()
         streams = _shared_streams(self.tensors)
         sinks = {CLASSES: self.classes, BITMAPS: self.bitmaps, EXTRA: Sink()}
-        sinks[EXTRA].add(self.extra.packed())
+        sinks[EXTRA].add(self.extra.to_bytes())
         layouts = []
         for coded in self.tensors:
             cells = []
@@ -139,12 +140,12 @@ def _bitmap(positions: Ints, size: int) -> Bytes:
 
 
 def _density_bin(count: int, size: int) -> int:
-    """Half octaves of size / count, from the exact binary length of its square."""
+    """Twice the binary logarithm of size / count, as a whole number: integers alone, so that all machines agree."""
     return (size * size // (count * count)).bit_length()
 
 
 def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
-    """Density bin → number of its stream, from 1: neighbours share one until apart they would be smaller."""
+    """Density bin → number of its stream, from 1. Neighbouring bins share a stream where that saves bytes."""
     symbols: dict[int, list[Bytes]] = {}
     for coded in tensors:
         for bin_, of_cell in zip(coded.bins, coded.symbols, strict=True):
@@ -185,6 +186,7 @@ class PositionSource:
         self._need(layouts)
         total = sum(layout.count for layout in layouts)
         extra = sources[EXTRA]
+        # A gap is below 2³¹, so its extra bits fill less than four bytes.
         if extra.left > 4 * total:
             raise WireError(f"{extra.left:,} bytes of extra bits are more than {total:,} positions can need")
         self._extra = BitSource(extra.take(extra.left))
@@ -204,7 +206,7 @@ class PositionSource:
     def take(self, shape: tuple[int, ...], layout: Cells) -> Ints:
         """One tensor's positions. Raises WireError unless they increase and lie within `shape`."""
         rows, columns = matrix_shape(shape)
-        grid = Grid(self._lines(rows, layout.row_classes), self._lines(columns, layout.column_classes))
+        grid = CellGrid(self._lines(rows, layout.row_classes), self._lines(columns, layout.column_classes))
         sizes = grid.sizes(layout.row_classes, layout.column_classes)
         counts = np.array([cell.count for cell in layout.cells], dtype=np.int64)
         if (counts > sizes).any():
@@ -228,13 +230,13 @@ class PositionSource:
         """Raises WireError if extra bits are left over."""
         self._extra.end()
 
-    def _lines(self, count: int, classes: int) -> Lines:
+    def _lines(self, count: int, classes: int) -> LineClasses:
         if classes == 1:
-            return Lines(count, None)
+            return LineClasses(count, None)
         numbers = self._sources[CLASSES].take(count)
         if count and int(numbers.max()) >= classes:
             raise WireError(f"a line is in class {numbers.max()} of {classes}")
-        return Lines(count, numbers)
+        return LineClasses(count, numbers)
 
     def _gaps(self, out: Ints, size: int, stream: int) -> None:
         """The positions of one cell, of any number."""

@@ -29,9 +29,10 @@ CHUNK = 2**17
 MOST_EXPANSION = 2**16
 """Unpacked bytes that a packed one can stand for, at most: an RLE block of Zstandard makes 128 KiB of 4."""
 
-_INLINE = 2**18  # below this many bytes threads cost more than they save
+_INLINE = 2**18  # bytes: below, starting a thread costs more than it saves
 
-# Literals only: of what these streams hold, matches rarely pay and Huffman coding nearly always does.
+# Literals only: in these streams matches rarely pay, and Huffman coding nearly always does. The smallest
+# tables and the longest least match keep Zstandard from looking for matches.
 _LITERALS = zstandard.ZstdCompressionParameters(
     window_log=17,
     chain_log=6,
@@ -78,7 +79,7 @@ def unpack(coded: memoryview, size: int, what: str) -> memoryview:
             raise WireError(f"{what}: the frame does not announce the {size:,} bytes that the index does")
         raw: bytes = _local.unpacker.decompress(coded, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise WireError(f"{what} is no valid Zstandard frame: {error}") from error
+        raise WireError(f"{what} is not a valid Zstandard frame: {error}") from error
     if len(raw) != size:
         raise WireError(f"{what}: {len(raw):,} bytes where the index announces {size:,}")
     return memoryview(raw)
@@ -170,8 +171,8 @@ class Sources:
             source.end()
 
 
-def side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
-    """The results of both; at the same time where `size` bytes of work make that pay."""
+def run_side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
+    """Both results. The two run at the same time where `size`, the bytes of work, is worth a thread."""
     if size < _INLINE:
         return left(), right()
     with ThreadPoolExecutor(1) as pool:

@@ -21,7 +21,7 @@ from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
-from fedloom.model.tokens import Prepared, tokenize
+from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
@@ -33,7 +33,7 @@ from fedloom.records.configfile import dump
 from fedloom.records.ledger import Run
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
-from fedloom.workspace.clients import Site, split_trained
+from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Setup:
     model: PeftModel
     adapter: Adapter
     initial: LoraState
-    sites: Mapping[str, Site]
-    heldout: Mapping[str, Prepared]
+    sites: Mapping[str, LocalClient]
+    heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
 
@@ -69,7 +69,7 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         return [*(note for note in (other, advice) if note), *cut]
 
-    def described(self) -> Run:
+    def describe(self) -> Run:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
         held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
@@ -124,34 +124,36 @@ class Setup:
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
         peft_bridge.configure(self.model, self.adapter)
-        peft_bridge.write(self.model, state.adapter)
+        peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
         return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
 
 
-def prepare(config: Config, method: Method | None = None) -> Setup:
+def load_setup(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
     texts, manifest = client_examples(config)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return assemble(config, texts, heldout_examples(config.data), manifest, method)
+    return build_setup(config, texts, heldout_examples(config.data), manifest, method)
 
 
-def assemble(
+def build_setup(
     config: Config,
     texts: Mapping[str, Sequence[Example]],
     heldout: Mapping[str, Sequence[Example]],
     manifest: Manifest | None = None,
     method: Method | None = None,
 ) -> Setup:
-    """The same from examples by client. A client without any trains elsewhere: only its ranks are of interest here."""
+    """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
     set_threads(config)
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
     plan = plan_job(linear_modules(base), config, texts, method)
     data = config.data
     tokens = {
-        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}") if held else Prepared((), 0)
+        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
+        if held
+        else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
     scored = {
@@ -164,15 +166,15 @@ def assemble(
         initial=plan.initial,
         model=peft_bridge.attach(base, plan.shared),
         adapter=plan.shared,
-        sites={name: Site(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
+        sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
     )
 
 
-def assemble_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
-    """The same around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
+def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
+    """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
     plan = plan_job(peft_bridge.linear_beneath(model), config, clients, choose_method(config, None))
     return Setup(
@@ -181,7 +183,7 @@ def assemble_around(config: Config, model: PeftModel, clients: Collection[str]) 
         initial=plan.initial,
         model=model,
         adapter=plan.shared,
-        sites={name: Site(adapter, Prepared((), 0)) for name, adapter in plan.adapters.items()},
+        sites={name: LocalClient(adapter, TokenizedExamples((), 0)) for name, adapter in plan.adapters.items()},
         heldout={},
         manifest=None,
         fingerprint=fingerprint(config, {name: [] for name in clients}),
@@ -195,7 +197,7 @@ def set_threads(config: Config) -> None:
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
-    """Who trains on what: a file or folder each, or everything pooled, shuffled and split, with a manifest."""
+    """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
     settings, federation = config.data, config.federation
     if settings.partitioner == "files":
         found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}
@@ -204,7 +206,7 @@ def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest 
                 f"federation.num_clients is {federation.num_clients}, but {settings.source} holds data for {len(found)}"
             )
         return found, None
-    pooled = [example for path in sources(settings.source).values() for example in load_examples(path)]
+    pooled = [example for path in sources_by_client(settings.source).values() for example in load_examples(path)]
     manifest = partition(pooled, settings, federation)
     return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
 
@@ -236,11 +238,11 @@ def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
     if name is None:
         return {}
     if "{client}" in name or Path(name).exists():
-        return {domain: load_examples(path) for domain, path in sources(name).items()}
-    return {domain: load_examples(path, name) for domain, path in sources(settings.source).items()}
+        return {domain: load_examples(path) for domain, path in sources_by_client(name).items()}
+    return {domain: load_examples(path, name) for domain, path in sources_by_client(settings.source).items()}
 
 
-def sources(source: str) -> dict[str, Path | str]:
+def sources_by_client(source: str) -> dict[str, Path | str]:
     """One source per client where the text has {client} in it, otherwise the source itself under its own name."""
     return dict(client_sources(source)) if "{client}" in source else {Path(source).stem: source}
 

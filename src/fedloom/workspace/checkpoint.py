@@ -29,7 +29,7 @@ _FORMAT = "fedloom-checkpoint-3"
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownSite:
     """What a server knows of a site elsewhere: the version and digest of the global state that it holds, and the last
     round in which an update of it was averaged (0: none).
     """
@@ -52,10 +52,10 @@ class Snapshot:
     archive: Mapping[int, bytes] = field(default_factory=dict)
     ledger_rows: int = 0
     fingerprint: str = ""
-    known: Mapping[str, Known] = field(default_factory=dict)
+    known: Mapping[str, KnownSite] = field(default_factory=dict)
 
 
-def save(folder: Path, snapshot: Snapshot) -> Path:
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
     shelves = _Shelves()
     meta = {
@@ -76,17 +76,17 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     _sync(partial)
     os.replace(partial, path)
     _sync(folder)
-    for old in checkpoints(folder)[:-KEEP]:
+    for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a run, oldest first."""
     return sorted(folder.glob("round-*.safetensors"))
 
 
-def load(path: Path) -> Snapshot:
+def load_checkpoint(path: Path) -> Snapshot:
     """Read a checkpoint back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -97,7 +97,7 @@ def load(path: Path) -> Snapshot:
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
     if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this version of fedloom (expected format {_FORMAT})")
+        raise CheckpointError(f"{path} is not a checkpoint of this version of fedloom (expected format {_FORMAT})")
     for key, tensor in tensors.items():
         if _key(tensor) != key:
             raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
@@ -119,7 +119,7 @@ def load(path: Path) -> Snapshot:
         archive={int(name): tensor.numpy().tobytes() for name, tensor in shelves[meta["archive"]].items()},
         ledger_rows=meta["ledger_rows"],
         fingerprint=meta["fingerprint"],
-        known={name: Known(**facts) for name, facts in meta["known"].items()},
+        known={name: KnownSite(**facts) for name, facts in meta["known"].items()},
     )
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, narrow, stack
 from fedloom.methods.method import Method, State
-from fedloom.model.placement import Adapter, Linear, keep_fitting_patterns, place, target_names
-from fedloom.model.tokens import Prepared
+from fedloom.model.placement import Adapter, LinearModule, keep_fitting_patterns, place_adapter, target_names
+from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import ClientSettings, Config
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Site:
+class LocalClient:
     """One client: its adapter, and its examples in tokens."""
 
     adapter: Adapter
-    data: Prepared
+    data: TokenizedExamples
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -26,7 +26,7 @@ class Site:
         return self.adapter.ranks
 
 
-def place_client(linear: Mapping[str, Linear], config: Config, client: str) -> Adapter:
+def place_client(linear: Mapping[str, LinearModule], config: Config, client: str) -> Adapter:
     """One client's adapter: [lora] with what [clients.<name>] sets over it.
 
     Patterns that it takes over from [lora] may name modules that it does not train; its own may not.
@@ -36,19 +36,19 @@ def place_client(linear: Mapping[str, Linear], config: Config, client: str) -> A
         fitting = keep_fitting_patterns(lora, target_names(linear, lora))
         inherited = {key for key in ("rank_pattern", "alpha_pattern") if getattr(own, key) is None}
         lora = lora.model_copy(update={key: getattr(fitting, key) for key in inherited})
-    return place(linear, lora)
+    return place_adapter(linear, lora)
 
 
-def place_shared(linear: Mapping[str, Linear], common: Adapter, modules: Collection[str]) -> Adapter:
+def place_shared(linear: Mapping[str, LinearModule], common: Adapter, modules: Collection[str]) -> Adapter:
     """The server's adapter: [lora] on every module that some client trains. `common` is [lora] as it stands."""
     if common.modules.keys() == set(modules):
         return common
     lora = common.lora.model_copy(update={"target_modules": tuple(sorted(modules))})
-    return place(linear, keep_fitting_patterns(lora, modules))
+    return place_adapter(linear, keep_fitting_patterns(lora, modules))
 
 
 def split_trained(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:
-    """What a client trains, with an empty pair for every other module; and what its model has beside that."""
+    """(what a client trains, with an empty pair for every other module; what its model has besides)."""
     others = LoraState({module: pair for module, pair in state.adapter.items() if module not in modules})
     empty = narrow(others, dict.fromkeys(others, 0))
     return LoraState({**state.adapter, **empty}), stack([state.fixed, others])

@@ -7,23 +7,23 @@ from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
 from fedloom.records.events import RunSummary
-from fedloom.report import Report, write
+from fedloom.report import Report, write_report
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
 
 
-def finish(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
+def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
     """Write adapter/, curve.png and report.html into the run folder."""
-    state, lost = exported(server, setup.config.output.max_rank)
+    state, lost = export_adapter(server, setup.config.output.max_rank)
     save_adapter(state, setup.config.model.path, setup.adapter.settings, folder.path / "adapter")
     folder.ledger.sync()
-    report = write(folder.path)
+    report = write_report(folder.path)
     return RunSummary(
         out=folder.path,
         method=setup.job.method.name,
         num_rounds=setup.config.federation.num_rounds,
-        before=scores(report, 0),
-        after=scores(report, -1),
+        before=scores_at(report, 0),
+        after=scores_at(report, -1),
         bytes_up=report.totals.bytes_up,
         bytes_down=report.totals.bytes_down,
         seconds=seconds,
@@ -31,12 +31,12 @@ def finish(setup: Setup, folder: RunFolder, server: State, seconds: float) -> Ru
     )
 
 
-def scores(report: Report, at: int) -> dict[str, float]:
+def scores_at(report: Report, at: int) -> dict[str, float]:
     """Domain → exact match at the first (0) or last (-1) evaluation."""
     return {domain: report.score(domain, at) for domain in report.domains} if report.points else {}
 
 
-def exported(server: State, max_rank: int | None) -> tuple[LoraState, float]:
+def export_adapter(server: State, max_rank: int | None) -> tuple[LoraState, float]:
     """The server's whole change as one adapter, and the share of ‖ΔW‖² that a cap on the rank costs.
 
     Merged increments are folded in; no module's rank exceeds min(m, n), which loses nothing.

@@ -25,7 +25,7 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump, parse
-from fedloom.records.ledger import Direction, Ledger, Transfer, read
+from fedloom.records.ledger import Direction, Ledger, Transfer, read_rows
 from fedloom.records.serverlog import ServerLog
 from fedloom.records.text import file_name
 from fedloom.report import metrics
@@ -75,18 +75,18 @@ class RunFolder:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
-        checkpoint.save(self.path / "checkpoints", snapshot)
+        checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
         partial = self.path / f"{metrics.FILE}.partial"
-        partial.write_text(metrics.prometheus(read(self.ledger.path)), encoding="utf-8")
+        partial.write_text(metrics.prometheus_text(read_rows(self.ledger.path)), encoding="utf-8")
         os.replace(partial, self.path / metrics.FILE)
 
     def restore(self, fingerprint: str) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
-        saved = checkpoint.checkpoints(self.path / "checkpoints")
+        saved = checkpoint.list_checkpoints(self.path / "checkpoints")
         if not saved:
             self.ledger.truncate_to(0)
             return None
-        snapshot = checkpoint.load(saved[-1])
+        snapshot = checkpoint.load_checkpoint(saved[-1])
         if snapshot.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{saved[-1]} was made with another base model, other data or other settings: resume with those"

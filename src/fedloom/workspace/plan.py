@@ -13,8 +13,9 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
 from fedloom.methods.table import build
-from fedloom.model.placement import Adapter, Linear, place
-from fedloom.records.config import Config, FederationSettings, parse_budget
+from fedloom.model.placement import Adapter, LinearModule, place_adapter
+from fedloom.records.config import Config, FederationSettings
+from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
@@ -38,9 +39,9 @@ def choose_method(config: Config, method: Method | None) -> Method:
     return method
 
 
-def plan_job(linear: Mapping[str, Linear], config: Config, clients: Collection[str], method: Method) -> Plan:
+def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collection[str], method: Method) -> Plan:
     """Where everybody's adapter sits, and the job: arithmetic on dictionaries, after one walk of the model."""
-    common = place(linear, config.lora)
+    common = place_adapter(linear, config.lora)
     adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in clients}
     client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
     ranks = top_ranks(method, client_ranks)
@@ -57,7 +58,7 @@ def plan_job(linear: Mapping[str, Linear], config: Config, clients: Collection[s
         module_weighting=federation.module_weighting,
         consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
         num_rounds=federation.num_rounds,
-        downloads=download_share(initial, client_ranks, federation.asked(len(clients))),
+        downloads=download_share(initial, client_ranks, federation.clients_per_round(len(clients))),
         caps=caps_of(federation, clients),
         ranks=client_ranks,
     )

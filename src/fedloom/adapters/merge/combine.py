@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.adapters.settings import at_least_one
-from fedloom.compress.entries import dense
+from fedloom.adapters.settings import pad_to_rank_one
+from fedloom.compress.entries import dense_entry
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.lowrank import frobenius_norm, truncate
 from fedloom.lora.pair import LoraPair, LoraState, stack, stack_pairs
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import FROZEN, Context, Method, State, Update
-from fedloom.methods.shared.components import received
-from fedloom.methods.table import METHODS, build, entry_of, offline_methods
+from fedloom.methods.shared.components import read_pairs
+from fedloom.methods.table import METHODS, build, method_entry, offline_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Recipe:
 
     def build(self) -> Method:
         """The method, with its preset for this use where it has one."""
-        preset = {"preset": "offline"} if "offline" in entry_of(self.method).presets else {}
+        preset = {"preset": "offline"} if "offline" in method_entry(self.method).presets else {}
         energy = {} if self.energy is None else {"tau": self.energy}
         return build(self.method, {**preset, **energy})
 
@@ -74,7 +74,9 @@ class Costs:
     rounding: float
 
 
-def combine(recipe: Recipe, module: str, pairs: Sequence[LoraPair], shares: Sequence[float]) -> tuple[LoraPair, Costs]:
+def combine_module(
+    recipe: Recipe, module: str, pairs: Sequence[LoraPair], shares: Sequence[float]
+) -> tuple[LoraPair, Costs]:
     """The pair to store, of type recipe.dtype, and its costs.
 
     pairs: the module in those adapters that have it; shares: their p_k, which sum to less than 1 where some lack it.
@@ -89,48 +91,48 @@ def combine(recipe: Recipe, module: str, pairs: Sequence[LoraPair], shares: Sequ
             "use florist, flexlora, flora or fedit"
         )
     whole = server_step(method, module, pairs, shares, recipe.rank or max(ranks))
-    kept = capped(whole, recipe.max_rank)
-    stored = balanced(at_least_one(kept))
+    kept = cap_rank(whole, recipe.max_rank)
+    stored = balance_exactly(pad_to_rank_one(kept))
     stored = LoraPair(stored.A.to(recipe.dtype), stored.B.to(recipe.dtype))
     if not all(bool(torch.isfinite(stored.part(part)).all()) for part in "AB"):
         raise NumericError(f"module {module} is too large for {recipe.dtype}: store it as bf16 or fp32")
     exact = [LoraPair(pair.A, pair.B.double() * share) for pair, share in zip(pairs, shares, strict=True)]
     return stored, Costs(
         exact=frobenius_norm(stack_pairs(exact)),
-        error=distance(exact, stored),
-        cap=0.0 if recipe.max_rank is None or kept is whole else distance([whole], kept),
-        rounding=0.0 if recipe.dtype == torch.float32 else distance([kept], stored),
+        error=distance_to_sum(exact, stored),
+        cap=0.0 if recipe.max_rank is None or kept is whole else distance_to_sum([whole], kept),
+        rounding=0.0 if recipe.dtype == torch.float32 else distance_to_sum([kept], stored),
     )
 
 
 def server_step(method: Method, module: str, pairs: Sequence[LoraPair], shares: Sequence[float], rank: int) -> LoraPair:
-    """All that the method would broadcast in a first round, as one pair; the server's adapter is zeros of `rank`.
+    """All that the method would broadcast in a first round, as one pair. The server's adapter is zeros of `rank`.
 
-    The method sees shares that sum to 1. Their true sum scales its result, so that a mean of factors is scaled once,
-    not in A and in B.
+    The method sees shares that sum to 1, and their true sum scales its result. So a mean of factors is scaled once, not
+    once in A and once in B.
     """
     m, n = pairs[0].shape
     present = sum(shares)
     server = State(LoraState({module: LoraPair(torch.zeros(rank, n), torch.zeros(m, rank))}))
     updates = [
-        Update(str(k), share / present, {f"{module}/{part}": dense(pair.part(part)) for part in "AB"})
+        Update(str(k), share / present, {f"{module}/{part}": dense_entry(pair.part(part)) for part in "AB"})
         for k, (pair, share) in enumerate(zip(pairs, shares, strict=True))
     ]
     entries = method.aggregate(server, updates, Context(1, 0, _unrounded)).entries
-    result = stack([received(entries), received(entries, FROZEN)])[module]
+    result = stack([read_pairs(entries), read_pairs(entries, FROZEN)])[module]
     return LoraPair(result.A, result.B * present)
 
 
-def capped(pair: LoraPair, max_rank: int | None) -> LoraPair:
-    """The best approximation of rank max_rank and min(m, n) at most; the latter loses nothing."""
+def cap_rank(pair: LoraPair, max_rank: int | None) -> LoraPair:
+    """The best approximation of at most rank max_rank and min(m, n). The second bound loses nothing."""
     cap = min(*pair.shape, max_rank or pair.rank)
     return pair if pair.rank <= cap else truncate(pair, rank=cap).pair
 
 
-def balanced(pair: LoraPair) -> LoraPair:
-    """The same product, bit for bit, with both factors of one size, so that neither underflows in half precision.
+def balance_exactly(pair: LoraPair) -> LoraPair:
+    """The pair with its factors brought to about one size, so that neither underflows in half precision.
 
-    Components are scaled by powers of two.
+    Components are scaled by powers of two, so the product is the same, bit for bit.
     """
     size_a, size_b = pair.A.norm(dim=1), pair.B.norm(dim=0)
     live = (size_a > 0) & (size_b > 0)
@@ -138,7 +140,7 @@ def balanced(pair: LoraPair) -> LoraPair:
     return LoraPair(pair.A * power[:, None], pair.B / power)
 
 
-def distance(terms: Sequence[LoraPair], pair: LoraPair) -> float:
+def distance_to_sum(terms: Sequence[LoraPair], pair: LoraPair) -> float:
     """‖Σ terms − pair‖_F."""
     return frobenius_norm(stack_pairs([*terms, LoraPair(pair.A, -pair.B)]))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters.folder import AdapterFolder
-from fedloom.adapters.merge.combine import Costs, Recipe, combine
+from fedloom.adapters.merge.combine import Costs, Recipe, combine_module
 from fedloom.adapters.settings import WEIGHTS_FILE, AdapterSettings, Layout, write_config
 from fedloom.adapters.tensor_file import TensorFile
 from fedloom.errors import ConfigError, ModelError
@@ -27,7 +27,7 @@ PLACING_KEYS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MergedModule:
     """One module's outcome. ranks: of the adapters that have it. values: number in both factors."""
 
     module: str
@@ -60,7 +60,7 @@ class Inputs:
         return [(a, p) for a, p in zip(self.adapters, self.shares, strict=True) if module in a.layouts]
 
 
-def opened(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inputs:
+def open_folders(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inputs:
     """Open the folders; weights are numbers of examples or any other sizes, equal if left out.
 
     Raises ConfigError for wrong weights, ModelError for folders that are damaged, cannot be merged, or do not belong
@@ -76,17 +76,17 @@ def opened(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inputs:
     return Inputs(adapters, shares, _layouts(adapters), _whole(adapters))
 
 
-def merge(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Row]:
+def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[MergedModule]:
     """Combine module by module, writing each as it is made; the folder is complete when the iterator ends.
 
-    Every module's scale is 1, also for readers that know no patterns: r and lora_alpha are the largest rank there is.
+    r and lora_alpha are both the largest rank, so that every module's scale is 1, even for readers without patterns.
     """
     names = [name for module, layout in inputs.layouts.items() for name in layout.names(module)]
     ranks = {}
     with TensorFile(folder / WEIGHTS_FILE, [*names, *inputs.whole]) as file:
         for row, pair in _combined(inputs, recipe):
             layout = inputs.layouts[row.module]
-            for name, tensor in zip(layout.names(row.module), layout.stored(pair), strict=True):
+            for name, tensor in zip(layout.names(row.module), layout.stored_factors(pair), strict=True):
                 file.add(name, tensor)
             ranks[row.module] = row.rank
             yield row
@@ -95,17 +95,20 @@ def merge(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Row]:
     _describe(inputs, ranks, folder)
 
 
-def rehearse(inputs: Inputs, recipe: Recipe) -> Iterator[Row]:
-    """The rows of `merge`, and nothing written."""
+def rehearse_merge(inputs: Inputs, recipe: Recipe) -> Iterator[MergedModule]:
+    """The rows of `merge_folders`; nothing is written."""
     return (row for row, _ in _combined(inputs, recipe))
 
 
-def _combined(inputs: Inputs, recipe: Recipe) -> Iterator[tuple[Row, LoraPair]]:
+def _combined(inputs: Inputs, recipe: Recipe) -> Iterator[tuple[MergedModule, LoraPair]]:
     for module in inputs.layouts:
         held = inputs.holders(module)
         pairs = [adapter.pair(module) for adapter, _ in held]
-        pair, costs = combine(recipe, module, pairs, [share for _, share in held])
-        yield Row(module, tuple(p.rank for p in pairs), pair.rank, pair.A.numel() + pair.B.numel(), costs), pair
+        pair, costs = combine_module(recipe, module, pairs, [share for _, share in held])
+        yield (
+            MergedModule(module, tuple(p.rank for p in pairs), pair.rank, pair.A.numel() + pair.B.numel(), costs),
+            pair,
+        )
 
 
 def _mean(inputs: Inputs, name: str) -> Tensor:
@@ -132,7 +135,7 @@ def _describe(inputs: Inputs, ranks: Mapping[str, int], folder: Path) -> None:
 
 
 def _targets(adapters: Sequence[AdapterFolder]) -> list[str]:
-    """Last parts of module names, where the adapters sit on all modules of those names; else the full names."""
+    """The last parts of module names where the adapters sit on all modules of such names; otherwise the full names."""
     everywhere = all(
         adapter.modules == adapters[0].modules
         and not (isinstance(adapter.settings.target_modules, str) and adapter.settings.target_modules != "all-linear")
@@ -144,7 +147,7 @@ def _targets(adapters: Sequence[AdapterFolder]) -> list[str]:
 
 
 def _layouts(adapters: Sequence[AdapterFolder]) -> dict[str, Layout]:
-    """Those of all modules, by name. Raises ModelError naming the two adapters that differ."""
+    """Module → layout, by sorted name. Raises ModelError that names two adapters which differ."""
     found: dict[str, tuple[Layout, AdapterFolder]] = {}
     for adapter in adapters:
         for module, layout in adapter.layouts.items():

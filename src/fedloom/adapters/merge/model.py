@@ -25,7 +25,7 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergedModel:
     """What was written: tensors in all and those changed, bytes of weights, and ‖rounding‖_F / ‖ΔW‖_F.
 
     The base's own type is kept, and may be too coarse for a small change. left_out: names of the base's other files
@@ -40,7 +40,7 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseFolder:
     """A base model's folder: where each tensor lies, and its config.json."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Base:
         return tensor
 
 
-def open_base(folder: Path) -> Base:
+def open_base(folder: Path) -> BaseFolder:
     """The base model in a folder of transformers'. Raises ModelError where its weights cannot be changed."""
     path = folder / "config.json"
     if not path.is_file():
@@ -82,7 +82,7 @@ def open_base(folder: Path) -> Base:
     files = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
     if config.get("quantization_config"):
         raise ModelError(f"--base-model {folder} is quantised, and cannot take up a change: give the full model")
-    return Base(folder, {name: _contents(folder, name) for name in files}, config)
+    return BaseFolder(folder, {name: _contents(folder, name) for name in files}, config)
 
 
 def _shards(index: Path) -> list[str]:
@@ -109,13 +109,13 @@ def _contents(folder: Path, shard: str) -> tuple[str, ...]:
     return tuple(sorted(types, key=lambda name: (-widths[types[name]], name)))
 
 
-def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
+def merge_into(base: BaseFolder, adapter: AdapterFolder, out: Path) -> MergedModel:
     """Write the base with the adapter merged into it, under the same file names, and its configuration and tokenizer.
 
     Raises ModelError where a module or whole tensor of the adapter has no weight of its own in the base, or a file of
     the base leads out of its folder.
     """
-    modules, whole = places(base, adapter)
+    modules, whole = find_places(base, adapter)
     left_out = copy_companions(base.folder, out, {*base.shards})
     size, lost, change = 0, 0.0, 0.0
     for shard, names in base.shards.items():
@@ -130,10 +130,10 @@ def merge_into(base: Base, adapter: AdapterFolder, out: Path) -> Merged:
                 target.add(name, tensor)
         size += target.size
     rounding = (lost / change) ** 0.5 if change else 0.0
-    return Merged(len(base.names()), len({*modules, *whole}), size, rounding, left_out)
+    return MergedModel(len(base.names()), len({*modules, *whole}), size, rounding, left_out)
 
 
-def places(base: Base, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:
+def find_places(base: BaseFolder, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:
     """Name of a weight in the base → the adapter's module; and → the adapter's whole tensor that replaces it.
 
     Raises ModelError where one of them has no place in the base, another shape, or a second use there.
@@ -154,7 +154,7 @@ def places(base: Base, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str
     return modules, whole
 
 
-def _place(base: Base, name: str) -> str:
+def _place(base: BaseFolder, name: str) -> str:
     """The tensor's name in the base, which is shorter where it was saved without its language-model head."""
     names = base.names()
     fits = [name] if name in names else [known for known in names if name.endswith(f".{known}")]

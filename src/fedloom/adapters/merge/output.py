@@ -1,4 +1,4 @@
-"""A folder that is whole or not there."""
+"""An output folder that is either complete or absent."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def check_free(out: Path, inputs: Iterable[Path], *, force: bool) -> None:
 
 
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place at the end; after an error nothing is left of it."""
+def replace_whole(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes the place of `out` at the end. After an error nothing of it is left."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:

@@ -10,24 +10,24 @@ from tempfile import TemporaryDirectory
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge import output
 from fedloom.adapters.merge.combine import Recipe
-from fedloom.adapters.merge.folders import Inputs, Row, merge, rehearse
-from fedloom.adapters.merge.model import Base, merge_into
+from fedloom.adapters.merge.folders import Inputs, MergedModule, merge_folders, rehearse_merge
+from fedloom.adapters.merge.model import BaseFolder, merge_into
 
-Watch = Callable[[Iterable[Row]], Iterable[Row]]
+Watch = Callable[[Iterable[MergedModule]], Iterable[MergedModule]]
 
 
-def save(
-    inputs: Inputs, recipe: Recipe, base: Base | None, out: Path | None, watch: Watch = iter
-) -> tuple[list[Row], dict[str, object] | None]:
+def save_merge(
+    inputs: Inputs, recipe: Recipe, base: BaseFolder | None, out: Path | None, watch: Watch = iter
+) -> tuple[list[MergedModule], dict[str, object] | None]:
     """The rows, and what was written of a merged model; nothing is written where `out` is None.
 
     watch: wraps the rows as they are made, to show how far the merge is.
     """
     if out is None:
-        return list(watch(rehearse(inputs, recipe))), None
-    with output.whole(out) as folder:
+        return list(watch(rehearse_merge(inputs, recipe))), None
+    with output.replace_whole(out) as folder:
         if base is None:
-            return list(watch(merge(inputs, recipe, folder))), None
+            return list(watch(merge_folders(inputs, recipe, folder))), None
         with TemporaryDirectory(dir=folder) as scratch:
-            rows = list(watch(merge(inputs, recipe, Path(scratch))))
+            rows = list(watch(merge_folders(inputs, recipe, Path(scratch))))
             return rows, asdict(merge_into(base, AdapterFolder(scratch), folder))

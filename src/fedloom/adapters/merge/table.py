@@ -18,7 +18,7 @@ from fedloom.records.text import LONG, cell
 
 if TYPE_CHECKING:
     from fedloom.adapters.merge.combine import Recipe
-    from fedloom.adapters.merge.folders import Inputs, Row
+    from fedloom.adapters.merge.folders import Inputs, MergedModule
 
 Record = Mapping[str, Any]
 Show = Callable[[Sequence[Record]], str]
@@ -27,7 +27,9 @@ LONGEST = 16
 MIB = 2**20
 
 
-def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row], base: Path | None = None) -> dict[str, Any]:
+def build_record(
+    inputs: Inputs, recipe: Recipe, rows: Sequence[MergedModule], base: Path | None = None
+) -> dict[str, Any]:
     """{"method", "adapters", "modules", "whole", "total", "notes"}: errors are relative to ‖Σ p_k ΔW_k‖_F.
 
     base: the base model's folder where the adapters are merged into one. "whole": name → number of values of each whole
@@ -57,7 +59,7 @@ def record(inputs: Inputs, recipe: Recipe, rows: Sequence[Row], base: Path | Non
     }
 
 
-def _figures(rows: Sequence[Row], recipe: Recipe) -> dict[str, float | int]:
+def _figures(rows: Sequence[MergedModule], recipe: Recipe) -> dict[str, float | int]:
     """Of one module, or of several taken as one vector. kept_energy: 1 − error², what Σσ² the result explains."""
     exact = _norm(row.costs.exact for row in rows)
     error = _share(_norm(row.costs.error for row in rows), exact)
@@ -98,7 +100,7 @@ def _notes(inputs: Inputs, base: Path | None) -> list[str]:
     return [*notes, other] if other else notes
 
 
-def shown(told: Record) -> RenderableType:
+def render_record(told: Record) -> RenderableType:
     """The record for a terminal: a row a module, or a kind of modules where there are many; totals; notes."""
     rows, count = told["modules"], len(told["adapters"])
     table = Table(box=box.SIMPLE_HEAD, title=cell(f"{told['method']} over {count} adapter{'s' * (count > 1)}", "bold"))

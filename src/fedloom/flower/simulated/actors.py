@@ -20,12 +20,12 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, assemble, client_examples, select_participants
+from fedloom.workspace.assemble import Setup, build_setup, client_examples, select_participants
 
 log = logging.getLogger("fedloom.worker")
 
 
-def ask(cast: Cast, name: str, parcel: Parcel) -> Parcel:
+def ask_site(cast: Cast, name: str, parcel: Parcel) -> Parcel:
     """A site's reply. Who asks while another process is being the same site waits for its turn."""
     desk = _desk(cast, name)
     with _locked(Path(desk.site.state)):
@@ -36,7 +36,7 @@ def ask(cast: Cast, name: str, parcel: Parcel) -> Parcel:
             desk.close()
 
 
-def site(cast: Cast, name: str) -> SiteConfig:
+def site_config(cast: Cast, name: str) -> SiteConfig:
     """What the site would say in its SITE.toml. Raises pydantic's ValidationError where the name is none for a site."""
     return SiteConfig(
         name=name,
@@ -67,15 +67,15 @@ def _log_to(path: Path) -> None:
 
 @cache
 def _desk(cast: Cast, name: str) -> Desk:
-    return Desk(site(cast, name), lambda config: everybody(dump(config)))
+    return Desk(site_config(cast, name), lambda config: load_everybody(dump(config)))
 
 
 @cache
-def everybody(settings: str) -> Setup:
+def load_everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
     texts, _ = client_examples(config)
-    setup = assemble(config, select_participants(texts, config.federation.participants), {})
+    setup = build_setup(config, select_participants(texts, config.federation.participants), {})
     for text in setup.warnings():
         log.warning(text)
     return setup

@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedloom.flower.relay import Ask, relay
-from fedloom.flower.settings import shared
+from fedloom.flower.settings import shared_settings
 from fedloom.records.config import Config
 
 
@@ -33,7 +33,7 @@ class DirectGrid:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # as Flower's runtime would
         self.nodes = [DirectNode(number, name) for number, name in enumerate(sites, start=2)]
         self.asks = dict(zip((node.node_id for node in self.nodes), sites.values(), strict=True))
-        self.settings = shared(config)
+        self.settings = shared_settings(config)
         self.replies: dict[str, Message] = {}
 
     def get_nodes(self) -> Iterable[DirectNode]:

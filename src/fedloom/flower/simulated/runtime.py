@@ -30,7 +30,7 @@ def build_app(cast: Cast) -> ClientApp:
     def ask(parcel: Parcel, context: Context) -> Parcel:
         from fedloom.flower.simulated import actors  # loads torch, which this process does not need
 
-        return actors.ask(cast, cast.names[int(context.node_config["partition-id"])], parcel)
+        return actors.ask_site(cast, cast.names[int(context.node_config["partition-id"])], parcel)
 
     def answer(message: Message, context: Context) -> Message:
         run_config: Any = {"settings": cast.settings}
@@ -43,7 +43,7 @@ def build_app(cast: Cast) -> ClientApp:
     return app
 
 
-def main(descriptor: int) -> None:
+def play_sites(descriptor: int) -> None:
     """Play what is read from the pipe until its other end says so or is gone.
 
     What goes wrong is told there, in the place of an answer.

@@ -27,10 +27,10 @@ from pydantic import ValidationError
 from fedloom.errors import ConfigError, RoundError
 from fedloom.flower.fleet import Node
 from fedloom.flower.launch import QUIET
-from fedloom.flower.settings import check, shared
+from fedloom.flower.settings import check_flower_settings, shared_settings
 from fedloom.flower.simulated import actors
 from fedloom.flower.simulated.cast import Cast
-from fedloom.flower.sites import serve
+from fedloom.flower.sites import run_federation
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
 from fedloom.records.events import Observer
@@ -47,7 +47,7 @@ RAY = {
 }
 
 
-def run(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
+def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
     """Play the run with processes of this machine as its sites; what a site holds is in `out`/sites/NAME.
 
     Without federation.participants all clients that there are data for take part. Raises ConfigError, DataError or
@@ -55,9 +55,9 @@ def run(config: Config, out: Path, *, resume: bool = False, observer: Observer |
     """
     config = with_participants(config)
     share = gpu_share(config)
-    everybody = cast(config, out, share)
-    with Runtime(everybody, backend(config, len(everybody.names), share)) as runtime:
-        serve(runtime, config, out, resume=resume, observer=observer)
+    everybody = build_cast(config, out, share)
+    with Runtime(everybody, ray_backend(config, len(everybody.names), share)) as runtime:
+        run_federation(runtime, config, out, resume=resume, observer=observer)
 
 
 def with_participants(config: Config) -> Config:
@@ -67,7 +67,7 @@ def with_participants(config: Config) -> Config:
     names = tuple(select_participants(texts, config.federation.participants))
     federation = config.federation.model_copy(update={"participants": config.federation.participants or names})
     config = config.model_copy(update={"federation": federation})
-    check(config)
+    check_flower_settings(config)
     return config
 
 
@@ -80,20 +80,20 @@ def gpu_share(config: Config) -> float:
     return float(there and config.model.device != "cpu") if share is None else share
 
 
-def cast(config: Config, out: Path, share: float) -> Cast:
+def build_cast(config: Config, out: Path, share: float) -> Cast:
     """All sites, for the processes that play them. Raises ConfigError where a client's name is none for a site."""
     names = tuple(sorted(config.federation.participants or ()))
     device = "cuda" if share else "cpu"
-    cast = Cast(names, shared(config), config.model.path, device, str(out.absolute() / "sites"))
+    cast = Cast(names, shared_settings(config), config.model.path, device, str(out.absolute() / "sites"))
     try:
         for name in names:
-            actors.site(cast, name)
+            actors.site_config(cast, name)
     except ValidationError as error:
         raise ConfigError(f"engine flower-sim: {explain(error)}") from None
     return cast
 
 
-def backend(config: Config, sites: int, share: float) -> dict[str, Any]:
+def ray_backend(config: Config, sites: int, share: float) -> dict[str, Any]:
     """How Flower is to start Ray: on this machine, reachable from nowhere else, silent."""
     cpus = config.flower.sim_cpus or os.cpu_count() or 1
     init = {
@@ -149,7 +149,7 @@ class Runtime:
         self._folder.cleanup()
 
     def _start(self) -> None:
-        code = f"from fedloom.flower.simulated.runtime import main; main({self._far.fileno()})"
+        code = f"from fedloom.flower.simulated.runtime import play_sites; play_sites({self._far.fileno()})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[self._far.fileno()],

@@ -12,20 +12,20 @@ inverse.py (the pseudo-inverse of a tall factor), sparse.py and compiled.py (pro
 No function here forms an m × n matrix while the stacked rank is below min(m, n).
 """
 
-from fedloom.lora.lowrank.change import Change, ProductChange
-from fedloom.lora.lowrank.norms import frobenius_norm, inner, relative_error
-from fedloom.lora.lowrank.parallel import over_modules
+from fedloom.lora.lowrank.change import FactorChange, ProductChange
+from fedloom.lora.lowrank.norms import frobenius_norm, inner_product, relative_error
+from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.lowrank.product_sum import ProductSum, streaming_cap
 from fedloom.lora.lowrank.truncation import Truncation, truncate, truncate_all
 
 __all__ = [
-    "Change",
+    "FactorChange",
     "ProductChange",
     "ProductSum",
     "Truncation",
     "frobenius_norm",
-    "inner",
-    "over_modules",
+    "inner_product",
+    "map_modules",
     "relative_error",
     "streaming_cap",
     "truncate",

@@ -25,13 +25,21 @@ from fedloom.errors import ShapeError
 from fedloom.lora.lowrank.gram import core, gram
 from fedloom.lora.lowrank.inverse import inverse
 from fedloom.lora.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
-from fedloom.lora.lowrank.sparse import Change as TallChange
-from fedloom.lora.lowrank.sparse import Tall, absorb, compiled_for, cross, project, spread, tall
+from fedloom.lora.lowrank.sparse import (
+    Tall,
+    TallChange,
+    absorb,
+    compiled_for,
+    cross_products,
+    project,
+    spread,
+    tall_change,
+)
 from fedloom.lora.pair import LoraPair
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Change:
+class FactorChange:
     """The change of one factor.
 
     delta: float32, r × n for side A (the transpose of a contiguous n × r), m × r for side B; clients added later may
@@ -46,7 +54,7 @@ class Change:
     condition: float
 
 
-class Held(NamedTuple):
+class ClientChange(NamedTuple):
     """One client's change of the kept and the moving factor, its weight w, and w (P + F⁺ΔF)ᵀ."""
 
     kept: TallChange
@@ -85,7 +93,7 @@ class ProductChange:
         self._mixing = -self._shrink
         self._total = torch.zeros_like(self._moving, memory_format=torch.contiguous_format)
         self._clients = 0
-        self._held: list[Held] = []
+        self._held: list[ClientChange] = []
         self._spilled: ProductSum | None = None
 
     def add(self, delta_b: Entry, delta_a: Entry, weight: float) -> None:
@@ -94,23 +102,24 @@ class ProductChange:
         self._check(entries)
         self._clients += 1
         kept_side = "B" if self.side == "A" else "A"
-        kept = tall(entries[kept_side], turned=kept_side == "A")
-        moving = tall(entries[self.side], turned=self.side == "A")
+        kept = tall_change(entries[kept_side], turned=kept_side == "A")
+        moving = tall_change(entries[self.side], turned=self.side == "A")
         sums = self._mixing, self._total
         if self.rank is None and absorb(self._inverse.basis, self._left, self._shrink, weight, kept, moving, *sums):
             return
-        found = project(self._inverse.basis, kept, quick=self._quick)
+        found = project(self._inverse.basis, kept, quick=self._quick)  # (r, r)
         seen = torch.addmm(self._shrink, found.T, self._inverse.left.T, beta=weight, alpha=weight)
         if self.rank is None:
             self._mixing.add_(seen)
             spread(self._total, moving, seen)
             return
-        self._held.append(Held(kept, moving, weight, seen))
+        self._held.append(ClientChange(kept, moving, weight, seen))
+        # From here on the Gram matrices of all pairs of clients cost more than one sum with dense factors.
         if self._held_rank() > HELD_RANK:
             self._spilled, self._held = self._as_sum(self.rank), []
 
-    def solve(self) -> Change:
-        """The change that the clients added so far amount to; zero if there were none."""
+    def solve(self) -> FactorChange:
+        """The change of the factor that the clients so far make together; zero before the first."""
         if not self._clients:
             return self._changed(torch.zeros_like(self._total), 0, 0.0, 0.0)
         lost = 0.0
@@ -125,8 +134,8 @@ class ProductChange:
     def _quick(self) -> bool:
         return self.rank is None and self._inverse.quick
 
-    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> Change:
-        return Change(total.T if self.side == "A" else total, kept, lost, condition)
+    def _changed(self, total: Tensor, kept: int, lost: float, condition: float) -> FactorChange:
+        return FactorChange(total.T if self.side == "A" else total, kept, lost, condition)
 
     def _by_gram(self, rank: int) -> tuple[Tensor, Tensor, float] | None:
         """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ, energy lost) by Gram matrices of sparse changes; None where they do not serve."""
@@ -137,15 +146,16 @@ class ProductChange:
             return None
         weights = self._total.new_tensor([held.weight for held in self._held], dtype=torch.float64)
         scale = weights.repeat_interleave(self._fixed.shape[1])
-        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]
+        left = stacked_gram(self._fixed, self._gram, kept) * scale * scale[:, None]  # (K r, K r)
         moving_factor = self._moving.contiguous()
         right = stacked_gram(moving_factor, gram(moving_factor.T), moving)
         found = core(left, right)
         if found is None:
             return None
         keep = min(rank, int((found.energies > found.noise).sum()))
-        lead = found.right(keep)
-        seen = torch.cat([held.seen for held in self._held])
+        lead = found.right(keep)  # (K r, keep)
+        seen = torch.cat([held.seen for held in self._held])  # (K r, r)
+        # Π applied to the stack of the w (P + F⁺ΔF)ᵀ: K pieces of (r, r), one Z_kᵀ a client.
         pieces = (lead @ ((lead / found.energies[:keep]).T @ (right @ seen))).chunk(len(self._held))
         total = torch.zeros_like(self._total)
         for held, piece in zip(self._held, pieces, strict=True):
@@ -154,7 +164,7 @@ class ProductChange:
         return total, torch.stack(pieces).sum(0) - self._inverse.shrink.T, lost
 
     def _by_sum(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """The same with dense factors: for many clients, dense changes, other devices, and where numba is not there."""
+        """The same from dense factors: for many clients, dense changes, other devices, or without numba."""
         cut = self._as_sum(rank).truncate(rank=rank)
         seen = self._inverse.left @ project(self._inverse.basis, cut.pair.B)
         return (cut.pair.A.T @ seen.T.to(cut.pair.A.dtype)).float(), -self._inverse.shrink.T, cut.lost_energy
@@ -166,8 +176,8 @@ class ProductChange:
         if self._spilled is not None:
             total.add(self._spilled.factors(), 1.0)
         for held in self._held:
-            b = self._fixed.to(dtype) + whole(held.kept)
-            a = self._moving.to(dtype) + whole(held.moving)
+            b = self._fixed.to(dtype) + as_dense(held.kept)
+            a = self._moving.to(dtype) + as_dense(held.moving)
             total.add(LoraPair(a.T, b), held.weight)
         return total
 
@@ -191,7 +201,7 @@ def all_sparse(changes: Sequence[TallChange]) -> TypeGuard[Sequence[Tall]]:
     return all(isinstance(change, Tall) for change in changes)
 
 
-def whole(change: TallChange) -> Tensor:
+def as_dense(change: TallChange) -> Tensor:
     """The change as a dense d × r tensor."""
     return change.to_dense() if isinstance(change, Tall) else change
 
@@ -200,4 +210,9 @@ def stacked_gram(factor: Tensor, own: Tensor, changes: Sequence[Tall]) -> Tensor
     """SᵀS of S = [F + ΔF_1 | F + ΔF_2 | …] from FᵀF (`own`), FᵀΔF_k and ΔF_jᵀΔF_k."""
     count = len(changes)
     mixed = torch.cat([project(factor, change) for change in changes], dim=1)
-    return cross(changes).add_(own.repeat(count, count)).add_(mixed.repeat(count, 1)).add_(mixed.T.repeat(1, count))
+    return (
+        cross_products(changes)
+        .add_(own.repeat(count, count))
+        .add_(mixed.repeat(count, 1))
+        .add_(mixed.T.repeat(1, count))
+    )

@@ -23,7 +23,7 @@ SOUND, UNORDERED, NOT_FINITE = 0, 1, 2
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def verdict(positions: Array, values: Array, numel: int) -> int:
+def judge_elements(positions: Array, values: Array, numel: int) -> int:
     """SOUND, or UNORDERED unless 0 ≤ positions[0] < … < numel, or NOT_FINITE where a value is NaN or infinite."""
     if not _increasing(positions, numel):
         return UNORDERED
@@ -45,7 +45,7 @@ def _increasing(positions: Array, numel: int) -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
-def project(
+def project_sparse(
     positions: Array, values: Array, width: int, turned: bool, factor: Array, rows: int, part: Array, out: Array
 ) -> None:
     """out[c, :] += Σ factor[d, :] · value over the elements (d, c) of the tall matrix.
@@ -91,7 +91,7 @@ def _flush(part: Array, out: Array) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
 def _gather(positions: Array, values: Array, begin: int, end: int, base: int, rows: Array, target: Array) -> None:
-    """Target += Σ value · rows[position − base, :], two elements at a time."""
+    """target += Σ value · rows[position − base, :], two elements at a time."""
     q = begin
     while q + 2 <= end:
         row, next_row = rows[positions[q] - base], rows[positions[q + 1] - base]
@@ -106,7 +106,7 @@ def _gather(positions: Array, values: Array, begin: int, end: int, base: int, ro
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
-def spread(positions: Array, values: Array, width: int, turned: bool, mixing: Array, total: Array) -> None:
+def spread_sparse(positions: Array, values: Array, width: int, turned: bool, mixing: Array, total: Array) -> None:
     """total[d, :] += value · mixing[c, :] over the elements (d, c) of the tall matrix."""
     if turned:
         _spread_turned(positions, values, width, mixing, total)
@@ -140,7 +140,7 @@ def _spread_turned(positions: Array, values: Array, width: int, mixing: Array, t
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[misc, unused-ignore]
-def absorb(
+def absorb_sparse(
     kept_positions: Array, kept_values: Array, kept_width: int, kept_turned: bool, rows: int,
     positions: Array, values: Array, width: int, turned: bool,
     basis: Array, left: Array, shrink: Array, weight: float, mixing: Array, total: Array,
@@ -151,7 +151,7 @@ def absorb(
     """
     part = np.zeros_like(left)
     found = np.zeros(left.shape)
-    project(kept_positions, kept_values, kept_width, kept_turned, basis, rows, part, found)
+    project_sparse(kept_positions, kept_values, kept_width, kept_turned, basis, rows, part, found)
     coefficients = np.empty(left.shape, np.float32)
     for i in range(left.shape[0]):
         line = part[i]  # zeros again
@@ -163,11 +163,11 @@ def absorb(
             share = weight * (shrink[i, j] + line[j])
             mixing[i, j] += share
             coefficients[i, j] = share
-    spread(positions, values, width, turned, coefficients, total)
+    spread_sparse(positions, values, width, turned, coefficients, total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def place(
+def place_elements(
     positions: Array, values: Array, width: int, turned: bool, offset: int, ends: Array, columns: Array, sorted_: Array
 ) -> None:
     """Append every element to its tall row's list, whose end, ends[d], moves on by one."""
@@ -186,7 +186,7 @@ def place(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def tally(positions: Array, width: int, turned: bool, counts: Array) -> None:
+def tally_rows(positions: Array, width: int, turned: bool, counts: Array) -> None:
     """counts[d] += 1 for every element of tall row d."""
     first = 0
     end = width
@@ -198,7 +198,7 @@ def tally(positions: Array, width: int, turned: bool, counts: Array) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def outer(ends: Array, columns: Array, values: Array, out: Array) -> None:
+def add_outer_products(ends: Array, columns: Array, values: Array, out: Array) -> None:
     """out[c, c'] += half of value · value' over the pairs of one row, each pair once, so that out + outᵀ is SᵀS."""
     begin = 0
     for d in range(ends.size):

@@ -14,8 +14,11 @@ from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
 _CHUNK_VALUES = 2**18
+"""Values converted at a time: 2 MiB of float64 stay in the cache between conversion and product."""
 _BLOCK = 64
+"""Columns of the result at a time, at least: narrower products would not keep BLAS busy."""
 _QUICK_ROWS = 1024
+"""Rows whose products are summed in float32: few enough for the error that QUICK_ERROR states."""
 QUICK_ERROR = 4e-7
 """Frobenius norm of the error of a Gram matrix of float32 products over its own; 5e-8 to 2e-7 were measured."""
 
@@ -56,8 +59,8 @@ def quick_gram(tall: Tensor) -> Tensor:
 class Core:
     """The singular value decomposition of W = L Rᵀ in terms of the columns of L and R, or the leading part of it.
 
-    energies: squared singular values, descending, float64. beyond: the sum of those that were not computed. noise: what
-    an energy may be off by; those below are not told apart from zero. root, vectors: float64; their product holds the
+    energies: squared singular values, descending, float64. beyond: the sum of those that were not computed. noise: the
+    error of an energy; an energy below it counts as zero. root, vectors: float64; their product holds the
     right singular vectors, times their singular values, as combinations of R's columns.
     """
 
@@ -85,16 +88,18 @@ def core(gram_left: Tensor, gram_right: Tensor) -> Core | None:
     scale = ratio.pow(0.25)
     left = gram_left * scale * scale[:, None]
     right = gram_right / scale / scale[:, None]
+    # (R, R), shifted by about the rounding of its elements, so that a singular matrix still has a Cholesky factor.
     shift = 4 * EPS * torch.linalg.matrix_norm(left)
     noise = float(shift * torch.linalg.matrix_norm(right))
     root, info = torch.linalg.cholesky_ex(left + torch.diag(shift.expand(left.shape[0])))
-    if int(info):
+    if int(info):  # rounding made it indefinite all the same: one wider shift, then give up
         root, info = torch.linalg.cholesky_ex(left + torch.diag((64 * shift).expand(left.shape[0])))
         noise *= 64
         if int(info):
             return None
     energies, vectors = torch.linalg.eigh(root.T @ right @ root)
     energies, vectors = energies.flip(0).clamp_min(0.0), vectors.flip(1)
+    # Below this ratio not even the leading component has four digits: QR must decide. Not <=, so that NaN fails too.
     if not float(energies[0]) > 1e4 * noise:
         return None
     return Core(energies, 0.0, noise, root / scale[:, None], vectors)

@@ -23,7 +23,8 @@ class Inverse:
 
     left: r × r, float64, as is shrink. basis: d × r, F itself or, in float64, an orthonormal basis of it. shrink: F⁺F,
     the identity but for cut-off and ridge. kept: number of singular values inverted. condition: largest over smallest
-    of them, 0 where there is none. amplification: what a relative error of FᵀF or FᵀX grows by in F⁺X.
+    of them, 0 where there is none. amplification: factor by which
+    a relative error of FᵀF or FᵀX grows in F⁺X.
     """
 
     left: Tensor
@@ -42,9 +43,9 @@ class Inverse:
 def inverse(factor: Tensor, ridge: float, rcond: float, gram_factor: Tensor | None = None) -> Inverse:
     """σ becomes σ / (σ² + ridge σ_max²), or 0 where σ ≤ rcond σ_max. A factor of zeros has the inverse zero.
 
-    gram_factor: FᵀF in float64, where it is known. Else a quick Gram matrix is tried first, which serves where the
-    inverse amplifies its error little. A Gram matrix squares the condition number, so it serves where that is small or
-    the ridge bounds it.
+    gram_factor: FᵀF in float64, where it is known. Otherwise a quick Gram matrix is tried first; it serves where the
+    inverse amplifies its error little. Any Gram matrix squares the condition number, so it serves only where that is
+    small or the ridge bounds it. Elsewhere QR in float64 takes over.
     """
     if gram_factor is None:
         found = _benign(factor, ridge, rcond)
@@ -55,6 +56,7 @@ def inverse(factor: Tensor, ridge: float, rcond: float, gram_factor: Tensor | No
     top = float(energies[-1]) if energies.numel() else 0.0
     if top and (float(energies[0]) > GRAM_LIMIT * top or ridge > GRAM_LIMIT):
         return _inverse(energies.clamp_min(0.0).sqrt(), vectors, None, factor, ridge, rcond)
+    # (d, r) and (r, r): QR does not square the condition number.
     basis, upper = torch.linalg.qr(factor.double())
     left_vectors, sigma, vt = torch.linalg.svd(upper)
     return _inverse(sigma, vt.T, left_vectors, basis, ridge, rcond)

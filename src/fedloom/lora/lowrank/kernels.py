@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fedloom.lora.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
-from fedloom.lora.lowrank.leading import holding, leading, pays
+from fedloom.lora.lowrank.leading import core_holding_energy, leading_core, subspace_pays
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
 MAX_GROWTH = 16.0
-"""Largest growth of the square of a rounding error for which orthonormal rows are formed in float32."""
+"""Rows of V are formed in float32 where the squared rounding error grows by this factor at most: two bits lost."""
 
 
 class Wanted(NamedTuple):
@@ -50,12 +50,12 @@ class Spectrum:
 Find = Callable[..., Core | None]
 
 
-def floor(top: float, noise: float, dtype: torch.dtype) -> float:
-    """The energy that a product of factors of this type may have by rounding alone."""
+def noise_floor(top: float, noise: float, dtype: torch.dtype) -> float:
+    """The energy up to which a component may be rounding alone: an error of four units in the last place, squared."""
     return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
 
 
-def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
+def spectrum_by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
     """Two R × R Gram matrices and the components that are wanted of their core, or all of them.
 
     For float32 factors and R < min(m, n). Where few components are wanted, or a share of the energy, Gram matrices of
@@ -79,18 +79,19 @@ def by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:
         found = core(gram_b, gram_a)
     if found is None:
         return None
-    low = floor(float(found.energies[0]), found.noise, torch.float32)
+    low = noise_floor(float(found.energies[0]), found.noise, torch.float32)
     expand = partial(_expand_gram, stack, gram_a, weights, found)
     return Spectrum(found.energies, found.beyond, low, expand)
 
 
 def _stages(stacked: int, rank: int | None, wanted: Wanted) -> Sequence[tuple[torch.dtype, float, Find]]:
     """How to look for the leading components alone: the type of the products, their error, and the algorithm."""
-    if rank and pays(stacked, rank):
-        find = partial(leading, rank=rank)
+    if rank and subspace_pays(stacked, rank):
+        find = partial(leading_core, rank=rank)
+        # float32 first: it is faster, and `find` sees whether its error could matter.
         return (torch.float32, QUICK_ERROR, find), (torch.float64, 4 * EPS, find)
     if wanted.rank is None and wanted.energy is not None:
-        return ((torch.float32, QUICK_ERROR, partial(holding, energy=wanted.energy)),)
+        return ((torch.float32, QUICK_ERROR, partial(core_holding_energy, energy=wanted.energy)),)
     return ()
 
 
@@ -134,16 +135,18 @@ def _expand_gram(stack: Stack, gram_a: Tensor, weights: Tensor, found: Core, kee
     return LoraPair(vt, wv)
 
 
-def by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
+def spectrum_by_qr(stack: Stack, wanted: Wanted) -> Spectrum:
     """QR of both factors and an SVD of the core, all in float64: for float64 factors, and where Gram gives up."""
     dtype, pair = stack.dtype, stack.pair()
     a, b = pair.A, pair.B
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
     u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    noise = float(torch.linalg.matrix_norm(rb) * torch.linalg.matrix_norm(ra)) * 16 * EPS
+    noise = (
+        float(torch.linalg.matrix_norm(rb) * torch.linalg.matrix_norm(ra)) * 16 * EPS
+    )  # some units for each of three factorisations
 
     def expand(keep: int) -> LoraPair:
         return LoraPair((vt[:keep] @ qa.T).to(dtype), (qb @ (u[:, :keep] * s[:keep])).to(dtype))
 
-    return Spectrum(s * s, 0.0, floor(float(s[0]) ** 2, noise**2, dtype), expand)
+    return Spectrum(s * s, 0.0, noise_floor(float(s[0]) ** 2, noise**2, dtype), expand)

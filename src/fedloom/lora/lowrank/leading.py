@@ -10,24 +10,27 @@ from torch import Tensor
 from fedloom.lora.lowrank.gram import Core, core
 
 OVERSAMPLING = 16
+"""Directions beyond the rank: they make the last wanted one converge as fast as the spectrum falls behind them."""
 QUICK_STEPS = 2
-"""Steps in float32 before those that can tell how good the subspace is; these cost four times as much."""
+"""First steps, in float32. The steps after them measure how good the subspace is and cost four times as much."""
 MAX_STEPS = 8
+"""Beyond so many steps all components cost less."""
 MAX_EXCESS = 1e-8
-"""What a better subspace could still gain, over the energy that is left out."""
+"""Largest share of the energy left out that a better subspace could still gain."""
 SMALLEST_TAIL = 1e-8
-"""Share of the energy below which what is left out is not a difference of two sums, but wants all components."""
+"""Where the share of energy left out is smaller, a difference of two sums is rounding: all components are computed."""
 
 
-def pays(stacked: int, rank: int) -> bool:
+def subspace_pays(stacked: int, rank: int) -> bool:
     """Whether a subspace of this rank is small enough in a core of R × R."""
+    # A step costs 4 R² (rank + 16) operations, all components several R³: above a third of R steps do not pay.
     return 3 * (rank + OVERSAMPLING) <= stacked
 
 
-def holding(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) -> Core | None:
+def core_holding_energy(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) -> Core | None:
     """The first components of W = L Rᵀ that hold the share `energy` of all, from LᵀL and RᵀR.
 
-    None where the error of these, see `leading`, could cost more than MAX_EXCESS of the energy left out.
+    None where the error of these, see `leading_core`, could cost more than MAX_EXCESS of the energy left out.
     """
     whole = core(gram_left, gram_right)
     if whole is None:
@@ -40,7 +43,7 @@ def holding(gram_left: Tensor, gram_right: Tensor, energy: float, error: float) 
     return Core(whole.energies[:rank], float(tails[rank]), noise, whole.root, whole.vectors[:, :rank])
 
 
-def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
+def leading_core(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> Core | None:
     """The first `rank` components of W = L Rᵀ from LᵀL and RᵀR; None where all are needed to be sure.
 
     error: of either Gram matrix, in Frobenius norm over its own. Spread over the R directions it couples one direction
@@ -97,12 +100,12 @@ def leading(gram_left: Tensor, gram_right: Tensor, rank: int, error: float) -> C
 
 
 def _unit(gram: Tensor) -> Tensor:
-    """The same with elements that no type overflows with."""
+    """The matrix divided by its largest diagonal element, so that powers of it overflow no type."""
     return gram / gram.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
 
 
 def _coupling(gram_left: Tensor, gram_right: Tensor, error: float) -> float:
-    """δ, see `leading`."""
+    """δ, see `leading_core`."""
     norms = torch.linalg.matrix_norm(gram_left) * torch.linalg.matrix_norm(gram_right)
     return error * float(norms) / math.sqrt(gram_left.shape[0])
 

@@ -9,7 +9,7 @@ import torch
 from fedloom.lora.pair import LoraPair, stack_pairs
 
 
-def inner(first: LoraPair, second: LoraPair) -> float:
+def inner_product(first: LoraPair, second: LoraPair) -> float:
     """⟨B1 A1, B2 A2⟩ = Σ (B1ᵀ B2) ∘ (A1 A2ᵀ)."""
     left = first.B.double().T @ second.B.double()
     right = first.A.double() @ second.A.double().T

@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 _busy = threading.Lock()
 
 
-def over_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_modules(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """[function(item) for item in items], computed by as many threads as torch may use, in the order of the items.
 
     Every call runs on one thread with one BLAS thread, so results do not depend on how many there are. An exception
     is that of the first item that raised one. Nested and concurrent calls run in the calling thread.
     """
-    work = list(items)
+    work = list(items)  # the length decides whether threads pay
     threads = torch.get_num_threads()
     if not _busy.acquire(blocking=False):
         return [function(item) for item in work]

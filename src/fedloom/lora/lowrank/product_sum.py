@@ -11,7 +11,7 @@ from fedloom.lora.lowrank.truncation import Truncation, truncate_stack
 from fedloom.lora.pair import LoraPair
 
 HELD_RANK = 512
-"""Stacked rank that is always held as it came; beyond, what is held may be recompressed."""
+"""A sum up to this stacked rank keeps its terms as they came; a larger one may be recompressed."""
 
 
 def streaming_cap(rank: int) -> int:
@@ -22,10 +22,10 @@ def streaming_cap(rank: int) -> int:
 class ProductSum:
     """Σ w_k B_k A_k of one module of `shape` (m, n), in memory that does not grow with the number of clients.
 
-    The pairs are held as they come, not copied: do not change their tensors before the sum is done with. Beyond a
-    stacked rank of 2 min(m, n) they are recompressed to min(m, n) at most, which loses nothing but rounding. With a
-    `cap` they are recompressed to the leading `cap` components beyond a stacked rank of 2 cap: what that loses adds up
-    in `lost` and is part of the energy that `truncate` reports as lost.
+    The pairs are held, not copied: leave their tensors unchanged until the sum is no longer used. Where the stacked
+    rank exceeds 2 min(m, n), the pairs are recompressed to rank min(m, n), which loses nothing but rounding. With a
+    `cap`, pairs whose stacked rank exceeds 2 cap are recompressed to the leading `cap` components. That loss adds up in
+    `lost`, and `truncate` counts it in the energy that it reports as lost.
     """
 
     def __init__(self, shape: tuple[int, int], *, cap: int | None = None) -> None:
@@ -47,6 +47,7 @@ class ProductSum:
         self._widest = max(self._widest, pair.rank)
         for first in range(0, pair.rank, self.limit):
             piece = LoraPair(pair.A[first : first + self.limit], pair.B[:, first : first + self.limit])
+            # Twice the limit: each recompression then makes room for as much again, so the cost per client is bounded.
             if self.rank + piece.rank > 2 * self.limit:
                 self._recompress()
             self._terms.append((piece, weight))

@@ -23,9 +23,11 @@ from fedloom.compress.masks import seeded_mask
 from fedloom.errors import NumericError, ShapeError
 
 _CHUNK = 4096
+"""Rows of a dense change that are converted to float64 at a time, so that they stay in the cache."""
 _TERMS = 512
-"""Elements of a column that are summed in float32, on the mean."""
+"""Elements of a column that are summed in float32, on the mean; the partial sums are added in float64."""
 _hidden = False
+"""Whether `torch_only` hides numba."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,11 +81,11 @@ class Tall:
         return places, starts, values
 
 
-Change = Tall | Tensor
+TallChange = Tall | Tensor
 """What a client adds to a tall factor: sparse, or a dense d × r tensor in any layout."""
 
 
-def tall(entry: Entry, turned: bool) -> Change:
+def tall_change(entry: Entry, turned: bool) -> TallChange:
     """The entry of B (turned = False) or of A (turned = True) as a change of the tall factor.
 
     Raises ShapeError for positions that do not increase or lie outside, NumericError for NaN and infinity.
@@ -108,7 +110,7 @@ def _check(positions: Tensor, values: Tensor, numel: int, turned: bool) -> None:
     """Raise unless memory may be indexed by the positions, from 0 to below numel, and the values are finite."""
     kernels = compiled_for(positions)
     if kernels is not None:
-        verdict = kernels.verdict(positions.numpy(), values.numpy(), numel)
+        verdict = kernels.judge_elements(positions.numpy(), values.numpy(), numel)
         ordered, finite = verdict != kernels.UNORDERED, verdict != kernels.NOT_FINITE
     else:
         inside = not positions.numel() or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
@@ -124,7 +126,7 @@ def _not_finite(turned: bool) -> NumericError:
     return NumericError(f"a change of {'A' if turned else 'B'} holds NaN or infinity: leave that client out")
 
 
-def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
+def project(factor: Tensor, change: TallChange, *, quick: bool = False) -> Tensor:
     """factorᵀ @ change, r × r in float64, of a contiguous d × r factor.
 
     quick: sums of some hundred terms in float32, which leaves a relative error of about 1e-7.
@@ -137,7 +139,7 @@ def project(factor: Tensor, change: Change, *, quick: bool = False) -> Tensor:
         return parts.view(-1, change.rank, factor.shape[1]).sum(0, dtype=torch.float64).T
     out = torch.zeros(change.rank, factor.shape[1], dtype=torch.float64)
     part = torch.zeros_like(out, dtype=torch.float32 if quick else torch.float64)
-    kernels.project(*change.arrays(), factor.numpy(), change.block, part.numpy(), out.numpy())
+    kernels.project_sparse(*change.arrays(), factor.numpy(), change.block, part.numpy(), out.numpy())
     return out.T
 
 
@@ -148,7 +150,7 @@ def _dense_project(factor: Tensor, change: Tensor) -> Tensor:
     return out
 
 
-def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
+def spread(total: Tensor, change: TallChange, mixing: Tensor) -> None:
     """Add change @ mixing to `total`, in place; total is contiguous float32, d × r, mixing is r × r."""
     mixing = mixing.to(torch.float32, memory_format=torch.contiguous_format)
     if not isinstance(change, Tall):
@@ -158,12 +160,12 @@ def spread(total: Tensor, change: Change, mixing: Tensor) -> None:
     if kernels is None:
         total.add_(_gathered(change.lines(by_row=True), mixing))
         return
-    kernels.spread(*change.arrays(), mixing.numpy(), total.numpy())
+    kernels.spread_sparse(*change.arrays(), mixing.numpy(), total.numpy())
 
 
 def absorb(
     basis: Tensor, left: Tensor, shrink: Tensor, weight: float,
-    kept: Change, moving: Change, mixing: Tensor, total: Tensor,
+    kept: TallChange, moving: TallChange, mixing: Tensor, total: Tensor,
 ) -> bool:  # fmt: skip
     """Add S = weight · (shrink + (basisᵀ @ kept)ᵀ @ left) to mixing and moving @ S to total if numba can; else False.
 
@@ -174,7 +176,7 @@ def absorb(
         return False
     matrices = (tensor.numpy() for tensor in (basis, left, shrink))
     sums = mixing.numpy(), total.numpy()
-    kernels.absorb(*kept.arrays(), kept.block, *moving.arrays(), *matrices, weight, *sums)
+    kernels.absorb_sparse(*kept.arrays(), kept.block, *moving.arrays(), *matrices, weight, *sums)
     return True
 
 
@@ -191,16 +193,17 @@ def _order(keys: Tensor, bound: int) -> Tensor:
     """The stable order of keys from 0 to below `bound`; numpy sorts those that fit 16 bits by their digits."""
     if keys.device.type != "cpu":
         return keys.argsort(stable=True)
+    # numpy sorts 8 and 16 bits by radix, in linear time.
     return torch.from_numpy(keys.numpy().astype(np.min_scalar_type(bound)).argsort(kind="stable"))
 
 
-def cross(changes: Sequence[Tall]) -> Tensor:
+def cross_products(changes: Sequence[Tall]) -> Tensor:
     """SᵀS in float64 of S = [S_1 | S_2 | …], row by row: at 5 % density 1/400 of the dense products. Needs numba."""
     kernels = compiled_for(changes[0].values)
     assert kernels is not None, "callers ask compiled_for first"
     counts = torch.zeros(changes[0].size + 1, dtype=torch.int64)
     for change in changes:
-        kernels.tally(change.positions.numpy(), change.width, change.turned, counts[1:].numpy())
+        kernels.tally_rows(change.positions.numpy(), change.width, change.turned, counts[1:].numpy())
     ends = counts.cumsum(0)[:-1].contiguous()
     width = sum(change.rank for change in changes)
     elements = sum(change.values.numel() for change in changes)
@@ -208,10 +211,10 @@ def cross(changes: Sequence[Tall]) -> Tensor:
     values = torch.empty(elements, dtype=torch.float32)
     offset = 0
     for change in changes:
-        kernels.place(*change.arrays(), offset, ends.numpy(), columns.numpy(), values.numpy())
+        kernels.place_elements(*change.arrays(), offset, ends.numpy(), columns.numpy(), values.numpy())
         offset += change.rank
     out = torch.zeros(width, width, dtype=torch.float64)
-    kernels.outer(ends.numpy(), columns.numpy(), values.numpy(), out.numpy())
+    kernels.add_outer_products(ends.numpy(), columns.numpy(), values.numpy(), out.numpy())
     return out + out.T
 
 
@@ -222,7 +225,7 @@ def compiled_for(tensor: Tensor) -> ModuleType | None:
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """As if numba were not installed, for all threads, to measure and test what remains."""
+    """Within this context no thread uses numba, so that the code without it can be measured and tested."""
     global _hidden
     _hidden = True
     try:

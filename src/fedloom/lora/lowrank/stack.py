@@ -11,8 +11,9 @@ from torch import Tensor
 from fedloom.lora.pair import LoraPair
 
 _CHUNK_ROWS = 1536
-"""Rows that are copied side by side at a time: few enough to be used from the cache, and not from fresh memory."""
+"""Rows copied side by side at a time: few enough that the copy is still in the cache when it is used."""
 _CHUNK_BYTES = 2**22
+"""Bytes of such a copy at most: in a stack of high rank it has fewer rows."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
-from fedloom.lora.lowrank.kernels import Spectrum, Wanted, by_gram, by_qr
-from fedloom.lora.lowrank.parallel import over_modules
+from fedloom.lora.lowrank.kernels import Spectrum, Wanted, spectrum_by_gram, spectrum_by_qr
+from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
-KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": by_gram, "qr": by_qr}
+KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": spectrum_by_gram, "qr": spectrum_by_qr}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,19 +38,19 @@ def truncate(
 ) -> Truncation:
     """The best approximation of B A of at most `rank`, or the least rank that holds the share `energy` of Σσ².
 
-    With neither, or with energy = 1, all that is not zero to rounding. The kernel is chosen by `plan`, unless one is
+    With neither, or with energy = 1, all that is not zero to rounding. `plan_kernels` chooses the kernel, unless one is
     named. Raises NumericError where a factor holds NaN or infinity, ConfigError for a rank or energy out of range.
     """
     return truncate_stack(Stack(pair.shape, ((pair, 1.0),)), Wanted(rank, energy), kernel)
 
 
 def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> Truncation:
-    """The same of a sum that is kept as its terms."""
+    """`truncate` for a sum that is kept as its terms."""
     _check(stack, wanted)
     if wanted.energy == 1.0:
         wanted = wanted._replace(energy=None)
     stack = _folded(stack)
-    names = plan(stack.dtype) if kernel is None else (kernel, "qr")
+    names = plan_kernels(stack.dtype) if kernel is None else (kernel, "qr")
     for name in names:
         spectrum = KERNELS[name](stack, wanted) if stack.rank and all(stack.shape) else _nothing(stack)
         if spectrum is not None:
@@ -58,7 +58,7 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     raise AssertionError("the QR kernel answers always")
 
 
-def plan(dtype: torch.dtype) -> tuple[str, ...]:
+def plan_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels to try, the cheapest first; each but the last checks itself.
 
     float64 factors have more digits than Gram matrices keep. For float32 they are always the cheaper: R² (m + n)
@@ -71,7 +71,7 @@ def truncate_all(
     pairs: Mapping[str, LoraPair], *, rank: int | None = None, energy: float | None = None
 ) -> dict[str, Truncation]:
     """`truncate` for every module, as many at a time as torch may use threads."""
-    cuts = over_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values())
+    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values())
     return dict(zip(pairs, cuts, strict=True))
 
 
@@ -82,6 +82,7 @@ def _check(stack: Stack, wanted: Wanted) -> None:
         raise ConfigError(f"rank is {wanted.rank}: expected 0 or more")
     for pair, _ in stack.terms:
         for name, factor in (("A", pair.A), ("B", pair.B)):
+            # The sum is a quick first look; finite elements may add up to infinity, so a second look decides.
             if not bool(torch.isfinite(factor.sum())) and not bool(torch.isfinite(factor).all()):
                 raise NumericError(
                     f"{name} of a pair of shape {pair.shape} holds NaN or infinity: leave that client out"
@@ -89,7 +90,7 @@ def _check(stack: Stack, wanted: Wanted) -> None:
 
 
 def _folded(stack: Stack) -> Stack:
-    """The stack; where R exceeds min(m, n), the product and an identity, which are smaller than it."""
+    """The stack itself or, where R exceeds min(m, n), its product and an identity: together they are smaller."""
     m, n = stack.shape
     if stack.rank <= min(m, n):
         return stack

@@ -1,7 +1,7 @@
 """What methods share that average: dense factors up, and the two sums over clients.
 
-`weighted_mean` is Σ p_k T_k of every tensor that was sent: factors, their changes, or what a method reads of them.
-`product_sums` is Σ p_k B_k A_k of every module, held as the factors that came.
+`weighted_mean` is Σ p_k T_k of every tensor that was sent, be it a factor, a change, or what a method makes of them.
+`product_sums` is Σ p_k B_k A_k of every module, in factored form.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedloom.compress.budget import Filled, Made, Room, fill_budget, value_bits
-from fedloom.compress.entries import Dense, Entry, dense, to_dense
+from fedloom.compress.budget import BudgetFill, Made, Room, fill_budget, value_bits
+from fedloom.compress.entries import Dense, Entry, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
 from fedloom.lora.pair import LoraPair, LoraState, from_tensors
 from fedloom.methods.method import Aggregate, Context, Entries, State, Update
-from fedloom.methods.shared.components import received
+from fedloom.methods.shared.components import read_pairs
 
 Parts = Callable[[int], tuple[str, ...]]
 """Round → the factors that are trained and sent in it."""
@@ -30,12 +30,12 @@ def only_b(round: int) -> tuple[str, ...]:
     return ("B",)
 
 
-def alternating(round: int) -> tuple[str, ...]:
+def alternating_factors(round: int) -> tuple[str, ...]:
     """B in odd rounds, A in even ones: at the start B = 0, and a change of A would change nothing."""
     return ("B",) if round % 2 else ("A",)
 
 
-def coded(name: str, tensor: Tensor, context: Context) -> Dense:
+def code_dense(name: str, tensor: Tensor, context: Context) -> Dense:
     """A whole tensor, its values coded as the run says."""
     seed = derived_seed(context.seed, "dense", context.round, name)
     return Dense(tuple(tensor.shape), context.quantize(tensor.reshape(-1), seed))
@@ -43,14 +43,16 @@ def coded(name: str, tensor: Tensor, context: Context) -> Dense:
 
 def dense_entries(adapter: LoraState, context: Context, prefix: str = "") -> dict[str, Entry]:
     """Both factors of every module."""
-    return {name: coded(name, tensor, context) for name, tensor in adapter.tensors(prefix).items()}
+    return {name: code_dense(name, tensor, context) for name, tensor in adapter.tensors(prefix).items()}
 
 
-def send(parts: Parts, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
+def send_factors(
+    parts: Parts, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], Entries]:
     """The trained factors as they are after training, dense."""
     sent = parts(context.round)
     return state.memory, {
-        f"{module}/{part}": coded(f"{module}/{part}", pair.part(part), context)
+        f"{module}/{part}": code_dense(f"{module}/{part}", pair.part(part), context)
         for module, pair in after.items()
         for part in sent
     }
@@ -58,8 +60,8 @@ def send(parts: Parts, state: State, after: LoraState, context: Context) -> tupl
 
 def average(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k of every factor that was sent, at the rank of the server's adapter."""
-    means = weighted_mean(updates, read=lambda entries: padded(entries, state.adapter))
-    return Aggregate({name: coded(name, tensor, context) for name, tensor in means.items()})
+    means = weighted_mean(updates, read=lambda entries: pad_factors(entries, state.adapter))
+    return Aggregate({name: code_dense(name, tensor, context) for name, tensor in means.items()})
 
 
 def read_dense(entries: Entries) -> dict[str, Tensor]:
@@ -67,7 +69,7 @@ def read_dense(entries: Entries) -> dict[str, Tensor]:
     return {name: to_dense(entry) for name, entry in entries.items()}
 
 
-def share(update: Update, name: str) -> float:
+def client_share(update: Update, name: str) -> float:
     """The client's share p_k of the round, the same for all of its tensors."""
     return update.weight
 
@@ -77,7 +79,7 @@ def weighted_mean(
     *,
     start: Mapping[str, Tensor] | None = None,
     read: Callable[[Entries], Mapping[str, Tensor]] = read_dense,
-    weight: Callable[[Update, str], float] = share,
+    weight: Callable[[Update, str], float] = client_share,
 ) -> dict[str, Tensor]:
     """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
 
@@ -110,21 +112,21 @@ def product_sums(
     caps = {module: streaming_cap(pair.rank) if capped else None for module, pair in adapter.items()}
     sums = {module: ProductSum(pair.shape, cap=caps[module]) for module, pair in adapter.items()}
     for update in updates:
-        for module, pair in received(update.entries).items():
+        for module, pair in read_pairs(update.entries).items():
             sums[module].add(pair, update.weight)
             if beside is not None:
                 sums[module].add(beside(module, pair.rank), update.weight)
     return sums
 
 
-def within_budget(
+def fill_within_budget(
     state: State,
     tensors: int,
     entries_at: Callable[[float], Mapping[str, Made]],
     context: Context,
     *,
     positions: bool = True,
-) -> Filled[Made]:
+) -> BudgetFill[Made]:
     """The entries that fill `context.budget`, for a method whose density is one number (see `budget.fill_budget`).
 
     entries_at: density → the entries of so many `tensors`. Raises ConfigError where not even those of density 0 fit.
@@ -141,10 +143,11 @@ def within_budget(
     return done
 
 
-def padded(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
-    """Factors at the server's rank, with the same product: zero columns for B, and for A the rows the server has.
+def pad_factors(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
+    """Factors padded to the server's rank without a change of their product.
 
-    Rows of zeros in A would never train, since B's gradient through them vanishes.
+    B is padded with columns of zeros, A with the server's own rows: a row of zeros in A would never train, since the
+    gradient of its column of B vanishes.
     """
     tensors = {name: to_dense(entry) for name, entry in entries.items()}
     for name, tensor in tensors.items():
@@ -158,7 +161,7 @@ def padded(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
 
 
 def replace_factors(state: State, entries: Entries, context: Context) -> State:
-    """The broadcast factors take the place of the old ones; a factor that was not sent stays."""
+    """Replace the old factors by the broadcast ones; a factor that was not sent stays."""
     received = {name: to_dense(entry) for name, entry in entries.items()}
     return replace(state, adapter=from_tensors(state.adapter.tensors() | received))
 
@@ -182,5 +185,5 @@ def narrow_factors(entries: Entries, ranks: Mapping[str, int]) -> Entries:
         tensor = to_dense(entry)
         rank = ranks.get(module)
         keep = tensor[:rank] if part.endswith("A") else tensor[:, :rank]
-        cut[name] = entry if keep.shape == tensor.shape else dense(keep)
+        cut[name] = entry if keep.shape == tensor.shape else dense_entry(keep)
     return entries if all(cut[name] is entry for name, entry in entries.items()) else cut

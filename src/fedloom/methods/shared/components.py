@@ -24,23 +24,25 @@ def components(pair: LoraPair, first: int, last: int | None = None) -> LoraPair:
 
 def restart(state: State, entries: Entries, context: Context) -> State:
     """Merge what was broadcast, and begin a fresh adapter, the same seeded one for all."""
-    merged, start = received(entries, FROZEN), fresh(state, context)
+    merged, start = read_pairs(entries, FROZEN), draw_fresh(state, context)
     adapter = LoraState({module: start[module] if module in merged else pair for module, pair in state.adapter.items()})
-    return replace(state, adapter=adapter, frozen=merge(state.frozen, merged))
+    return replace(state, adapter=adapter, frozen=merge_increment(state.frozen, merged))
 
 
 def go_on(state: State, entries: Entries, context: Context) -> State:
-    """Train on from the leading components up to the own rank, drop the others; merge the increments, if any."""
-    lead, start = received(entries), fresh(state, context)
-    taken = {module: filled(pair, start[module]) for module, pair in lead.items()}
+    """Go on from the leading components up to the own rank, drop the others, and merge any increments."""
+    lead, start = read_pairs(entries), draw_fresh(state, context)
+    taken = {module: fill_rank(pair, start[module]) for module, pair in lead.items()}
     return replace(
-        state, adapter=LoraState({**state.adapter, **taken}), frozen=merge(state.frozen, received(entries, FROZEN))
+        state,
+        adapter=LoraState({**state.adapter, **taken}),
+        frozen=merge_increment(state.frozen, read_pairs(entries, FROZEN)),
     )
 
 
 def go_on_warm(state: State, entries: Entries, context: Context) -> State:
-    """As `go_on`, but the components beyond the own rank stay in use, as the tail."""
-    return with_tail(go_on(state, entries, context), received(entries))
+    """`go_on`, with the components beyond the own rank kept in use as the tail."""
+    return with_tail(go_on(state, entries, context), read_pairs(entries))
 
 
 def adopt_warm(state: State, adapter: LoraState, frozen: LoraState) -> State:
@@ -54,34 +56,34 @@ def with_tail(state: State, adapter: LoraState) -> State:
     Components that add nothing are left out, so that a full state, whose adapter was filled up, gives the same bits.
     """
     ranks = state.adapter.ranks()
-    beyond = {module: effective(components(pair, ranks[module])) for module, pair in adapter.items()}
+    beyond = {module: used_components(components(pair, ranks[module])) for module, pair in adapter.items()}
     return replace(state, tail=LoraState({**state.tail, **beyond}))
 
 
-def effective(pair: LoraPair) -> LoraPair:
+def used_components(pair: LoraPair) -> LoraPair:
     """The components whose column of B is not zero."""
     used = pair.B.any(dim=0)
     return LoraPair(pair.A[used], pair.B[:, used])
 
 
-def received(entries: Entries, prefix: str = "") -> LoraState:
+def read_pairs(entries: Entries, prefix: str = "") -> LoraState:
     """The pairs among the entries."""
     return from_tensors({name: to_dense(entry) for name, entry in entries.items()}, prefix)
 
 
-def fresh(state: State, context: Context) -> LoraState:
+def draw_fresh(state: State, context: Context) -> LoraState:
     """A start like the first one (B = 0), of the participant's own ranks, drawn from the seed and the round."""
     seed = derived_seed(context.seed, "fresh", context.round)
     return initial_state(state.adapter.shapes(), state.adapter.ranks(), seed)
 
 
-def filled(pair: LoraPair, start: LoraPair) -> LoraPair:
-    """The leading components at the rank of `start`; missing ones get its A and a zero B, so that they can train."""
+def fill_rank(pair: LoraPair, start: LoraPair) -> LoraPair:
+    """The pair cut or filled to the rank of `start`. New components get its A and a B of zeros: they can train."""
     missing = max(start.rank - pair.rank, 0)
     a = torch.cat([pair.A[: start.rank], start.A[start.rank - missing :]])
     return LoraPair(a, torch.nn.functional.pad(pair.B[:, : start.rank], (0, missing)))
 
 
-def merge(frozen: LoraState, increment: LoraState) -> LoraState:
-    """The merged increments with one more; kept at rank min(m, n) at most, which loses nothing but rounding."""
+def merge_increment(frozen: LoraState, increment: LoraState) -> LoraState:
+    """The merged increments with one more. Above rank min(m, n) they are truncated to it: only rounding is lost."""
     return stack([frozen, increment]).map(lambda pair: truncate(pair).pair if pair.rank > min(pair.shape) else pair)

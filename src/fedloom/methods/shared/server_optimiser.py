@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.compress.entries import to_dense
 from fedloom.errors import ConfigError
 from fedloom.methods.method import Aggregate, Context, Method, State, Update
-from fedloom.methods.shared.averaging import coded
+from fedloom.methods.shared.averaging import code_dense
 
 Memory = dict[str, Tensor]
 
@@ -43,14 +43,14 @@ class ServerOptimiser:
 
 
 def _fedavgm(settings: ServerOptimiser, name: str, change: Tensor, memory: Memory) -> Tensor:
-    """V ← β v + Δ, step η v (Hsu et al., arXiv 1909.06335)."""
+    """v ← β v + Δ, step η v (Hsu et al., arXiv 1909.06335)."""
     first = settings.server_momentum * memory.get(f"m/{name}", torch.zeros_like(change)) + change
     memory[f"m/{name}"] = first
     return settings.server_learning_rate * first
 
 
 def _fedadam(settings: ServerOptimiser, name: str, change: Tensor, memory: Memory) -> Tensor:
-    """M ← β1 m + (1 − β1) Δ, v ← β2 v + (1 − β2) Δ², step η m / (√v + τ)."""
+    """m ← β1 m + (1 − β1) Δ, v ← β2 v + (1 − β2) Δ², step η m / (√v + τ)."""
     beta1, beta2 = settings.server_momentum, settings.server_beta2
     first = beta1 * memory.get(f"m/{name}", torch.zeros_like(change)) + (1 - beta1) * change
     second = beta2 * memory.get(f"v/{name}", torch.zeros_like(change)) + (1 - beta2) * change.square()
@@ -64,7 +64,7 @@ _STEPS: Mapping[str, Callable[[ServerOptimiser, str, Tensor, Memory], Tensor]] =
 }
 
 
-def optimised(method: Method, optimiser: ServerOptimiser) -> Method:
+def optimise_mean(method: Method, optimiser: ServerOptimiser) -> Method:
     """The method with a server optimiser over its mean. Raises ConfigError for a method that broadcasts no mean."""
     if method.facts.broadcasts not in ("factors", "change"):
         raise ConfigError(
@@ -85,5 +85,5 @@ def _optimise(
     memory, now, entries = dict(state.memory), state.adapter.tensors(), {}
     for name, entry in plain.entries.items():
         start = now[name] if method.facts.broadcasts == "factors" else torch.zeros_like(now[name])
-        entries[name] = coded(name, start + optimiser.step(name, to_dense(entry) - start, memory), context)
+        entries[name] = code_dense(name, start + optimiser.step(name, to_dense(entry) - start, memory), context)
     return Aggregate(entries, memory, plain.stats)

@@ -13,10 +13,10 @@ from rich.table import Table
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
 from fedloom.records.config import Config
-from fedloom.records.text import cell, printable
-from fedloom.studies.compare import changed, expanded
-from fedloom.studies.estimate.presets import preset_named, shapes
-from fedloom.studies.estimate.published import MIB, Figure, figures
+from fedloom.records.text import cell, to_printable
+from fedloom.studies.compare import apply_overrides, expand_variant
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
+from fedloom.studies.estimate.published import MIB, Figure, list_figures
 from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, Ranks, equal_ranks, predict
 
 DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fedsrd-e")
@@ -54,20 +54,20 @@ def preset_case(
     held = list(ranks) if ranks else [chosen.rank if rank is None else rank] * clients
     if not held or min(held) < 1:
         raise ConfigError(f"ranks {held}: expected at least one client, and ranks of 1 or more")
-    layout = shapes(chosen, modules)
+    layout = preset_shapes(chosen, modules)
     return Case(preset, layout, equal_ranks(layout, held))
 
 
 def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
     from fedloom.model.base import empty_base
-    from fedloom.model.placement import linear_modules, place
-    from fedloom.studies.compare import clients
+    from fedloom.model.placement import linear_modules, place_adapter
+    from fedloom.studies.compare import client_names
     from fedloom.workspace.clients import place_client
 
     linear = linear_modules(empty_base(config.model.path))
-    ranks = {client: place_client(linear, config, client).ranks for client in clients(config)}
-    shapes = place(linear, config.lora).shapes
+    ranks = {client: place_client(linear, config, client).ranks for client in client_names(config)}
+    shapes = place_adapter(linear, config.lora).shapes
     return Case(config.model.path, shapes, ranks, config.federation.num_rounds, config.wire.values)
 
 
@@ -78,7 +78,7 @@ def variant_of(config: Config) -> str:
     return ":".join([config.method.name, *([",".join([*preset, *own])] if preset or own else [])])
 
 
-def run(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = False) -> dict[str, Any]:
+def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = False) -> dict[str, Any]:
     """{"case": …, "rows": [a Prediction as a dictionary and its totals], "published": [a Figure and what we send]}.
 
     methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one client by
@@ -90,8 +90,8 @@ def run(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = Fals
     for variant in methods:
         if variant in ("alone", "pooled"):
             raise ConfigError(f"{variant!r} sends nothing that an estimate could be made of; give methods")
-        for label, overrides in expanded(Config(), variant).items():
-            chosen = changed(Config(), overrides).method
+        for label, overrides in expand_variant(Config(), variant).items():
+            chosen = apply_overrides(Config(), overrides).method
             method = build(chosen.name, chosen.settings)
             built[label] = method if case.coding == "auto" else replace(method, values=case.coding)
     rows = predict(built, case.layout, case.ranks, seed=seed, whole=whole)
@@ -109,7 +109,9 @@ def run(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = Fals
         },
         "rows": [_row(told, case) for told in rows],
         "published": [
-            {**asdict(figure), "ours": _ours(figure, case, rows)} for figure in figures() if figure.preset == case.name
+            {**asdict(figure), "ours": _ours(figure, case, rows)}
+            for figure in list_figures()
+            if figure.preset == case.name
         ],
     }
 
@@ -137,7 +139,7 @@ def _ours(figure: Figure, case: Case, rows: Sequence[Prediction]) -> dict[str, f
 
     None where the estimate is of another rank, other modules or another number of clients, or lacks the method.
     """
-    same = equal_ranks(shapes(preset_named(figure.preset), figure.modules), [figure.rank] * figure.clients)
+    same = equal_ranks(preset_shapes(preset_named(figure.preset), figure.modules), [figure.rank] * figure.clients)
     told = next((row for row in rows if row.method == figure.method), None)
     if told is None or list(case.ranks.values()) != list(same.values()):
         return None
@@ -147,8 +149,8 @@ def _ours(figure: Figure, case: Case, rows: Sequence[Prediction]) -> dict[str, f
     return {coding: sum(way[coding] for way in ways) / MIB for coding in (PAPER, *CODINGS)}
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """What `run` returned, for a terminal."""
+def estimate_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What `run_estimate` returned, for a terminal."""
     return [_round_table(result), *([_published_table(result)] if result["published"] else [])]
 
 
@@ -156,7 +158,7 @@ def _round_table(result: Mapping[str, Any]) -> Table:
     case = result["case"]
     ranks = ", ".join(map(str, case["ranks"]))
     title = (
-        f"{printable(case['name'], 100)}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
+        f"{to_printable(case['name'], 100)}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
         f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates"
     )
     table = Table(

@@ -36,7 +36,7 @@ class Rates:
     bytes: float
 
 
-def check(device: str) -> None:
+def check_device(device: str) -> None:
     """Raise ConfigError unless this machine can compute on "cpu", "cuda" or "cuda:<number>", whichever `device` is."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
@@ -45,29 +45,31 @@ def check(device: str) -> None:
         raise ConfigError(f"device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
 
 
-def rates(device: str = "cpu", repeats: int = 3) -> Rates:
+def measure_rates(device: str = "cpu", repeats: int = 3) -> Rates:
     """The best of several trials with all threads that torch may use."""
     size = 1024
     flops = {}
     for dtype in (torch.float32, torch.float64):
         matrix = torch.rand(size, size, dtype=dtype, device=device)
         out = torch.empty_like(matrix)
-        flops[dtype] = 2 * size**3 / best(lambda m=matrix, o=out: torch.mm(m, m, out=o), repeats)  # type: ignore[misc]
+        flops[dtype] = 2 * size**3 / best_seconds(lambda m=matrix, o=out: torch.mm(m, m, out=o), repeats)  # type: ignore[misc]
     source = torch.rand(2**24, device=device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
-    return Rates(flops[torch.float32], flops[torch.float64], moved / best(lambda: target.copy_(source), repeats))
+    return Rates(
+        flops[torch.float32], flops[torch.float64], moved / best_seconds(lambda: target.copy_(source), repeats)
+    )
 
 
-def median(trials: Sequence[Rates]) -> Rates:
+def median_rates(trials: Sequence[Rates]) -> Rates:
     """The median of each rate."""
     return Rates(*(statistics.median(column) for column in zip(*map(astuple, trials), strict=True)))
 
 
-def best(call: Callable[[], object], repeats: int) -> float:
-    """The least seconds of several calls, after one to warm up."""
+def best_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one to warm up."""
     call()
-    return min(seconds(call) for _ in range(repeats))
+    return min(time_call(call) for _ in range(repeats))
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def processor_time() -> Iterator[None]:
         _now = time.perf_counter
 
 
-def seconds(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     """Wall-clock seconds of one call (see `processor_time`), until the GPU has finished where one was used."""
     start = _now()
     call()
@@ -158,7 +160,7 @@ def tensor_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def description(measured: Rates, device: str = "cpu") -> dict[str, object]:
+def describe_machine(measured: Rates, device: str = "cpu") -> dict[str, object]:
     """The machine as the JSON of a benchmark names it."""
     name = platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(measured)}

@@ -54,7 +54,7 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
-def shapes(
+def preset_shapes(
     preset: Preset, modules: Sequence[str] | None = None, layers: int | None = None
 ) -> dict[str, tuple[int, int]]:
     """{"layers.0.q_proj": (m, n), …} for the module kinds asked for (all by default) in the first `layers` layers.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.studies.estimate.presets import preset_named, shapes
+from fedloom.studies.estimate.presets import preset_named, preset_shapes
 
 MIB = 2**20
 UPLOAD_DENSITY = 0.0523
@@ -39,26 +39,29 @@ class Figure:
     formula: str
 
 
-def parameters(preset: str, rank: int, modules: Sequence[str] | None = None) -> int:
+def count_parameters(preset: str, rank: int, modules: Sequence[str] | None = None) -> int:
     """Values of an adapter of one rank on all linear modules of a model, or on those kinds."""
-    return rank * sum(m + n for m, n in shapes(preset_named(preset), modules).values())
+    return rank * sum(m + n for m, n in preset_shapes(preset_named(preset), modules).values())
 
 
-def masked(elements: float, density: float) -> float:
+def masked_bytes(elements: float, density: float) -> float:
     """Bytes of sparse tensors in the paper's format: a bit an element, four bytes a value that is sent."""
     return elements / 8 + 4 * density * elements
 
 
 def fedsrd_figures(preset: str, rank: int, published: Sequence[tuple[str, str, float]]) -> list[Figure]:
     """The figures (method, way, MiB) of FedSRD's appendix for one model, with what our arithmetic gives."""
-    n = parameters(preset, rank)
+    n = count_parameters(preset, rank)
     union = 1 - (1 - DARE_DENSITY) ** 4
-    up, down = masked(n, UPLOAD_DENSITY), masked(n / 2, DOWNLOAD_DENSITY)
+    up, down = masked_bytes(n, UPLOAD_DENSITY), masked_bytes(n / 2, DOWNLOAD_DENSITY)
     rules = {
         ("fedit", "up"): (4 * n, "4 N"),
         ("fedit", "both"): (8 * n, "2 · 4 N"),
         ("ffa", "up"): (2 * n, "4 N / 2: half of the values, although B and A differ in size"),
-        ("fed-dare", "both"): (masked(n, DARE_DENSITY) + masked(n, union), "N/4 + 4 N (0.1 + 1 − 0.9⁴): masks united"),
+        ("fed-dare", "both"): (
+            masked_bytes(n, DARE_DENSITY) + masked_bytes(n, union),
+            "N/4 + 4 N (0.1 + 1 − 0.9⁴): masks united",
+        ),
         ("fedsrd", "up"): (up, "N/8 + 4 N · 0.0523"),
         ("fedsrd", "down"): (down, "N/16 + 4 N/2 · 0.2: one factor"),
         ("fedsrd", "both"): (up + down, "the two"),
@@ -72,7 +75,7 @@ def fedsrd_figures(preset: str, rank: int, published: Sequence[tuple[str, str, f
 def florist_figures() -> list[Figure]:
     """Efficiencies of TinyLlama with equal ranks: 22 layers × (q_proj, v_proj) = 44 modules, rank 16, 8 clients."""
     modules, rank, clients = ("q_proj", "v_proj"), 16, 8
-    count = len(shapes(preset_named("tinyllama"), modules))
+    count = len(preset_shapes(preset_named("tinyllama"), modules))
     rules = {
         "fedit": (14.2e-4, count * rank, "1 / (44 · 16)"),
         "flora": (1.78e-4, count * rank * clients, "1 / (44 · 16 · 8): the stack of 8 clients"),
@@ -84,7 +87,7 @@ def florist_figures() -> list[Figure]:
     ]
 
 
-def figures() -> list[Figure]:
+def list_figures() -> list[Figure]:
     """Every published figure that this module knows the arithmetic of."""
     llama = [
         ("fedit", "up", 371.0),

@@ -30,6 +30,7 @@ CODINGS = ("fp32", "bf16", "int8", "int4")
 PAPER = "paper"
 """The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
 ROUNDS = 3
+"""Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
 Ranks = Mapping[str, int]
 Sizes = Mapping[str, float]
 
@@ -88,7 +89,7 @@ class Play(Federation):
         return turn
 
 
-def sample(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
+def sample_modules(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
     """One module of each kind: of those that share the last part of the name, the shape and every client's rank.
 
     With `whole` every module.
@@ -115,11 +116,11 @@ def predict(
     One module of each kind is played, with `whole` every one. Raises ConfigError where a method cannot combine unequal
     ranks.
     """
-    chosen = sample(layout, ranks, whole=whole)
+    chosen = sample_modules(layout, ranks, whole=whole)
     held = {client: {module: rank[module] for module in chosen.shapes} for client, rank in ranks.items()}
     played = [_predict(name, method, chosen, held, seed) for name, method in methods.items()]
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
-    return [replace(told, memory=memory(play, chosen) if with_memory else None) for told, play in played]
+    return [replace(told, memory=measure_memory(play, chosen) if with_memory else None) for told, play in played]
 
 
 def _predict(
@@ -130,18 +131,18 @@ def _predict(
         raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
     job = Job(method, seed, quantize("fp32"))
     begin = initial_state(chosen.shapes, top, seed)
-    play, train = Play(job, begin, held), made_up(method)
+    play, train = Play(job, begin, held), train_made_up(method)
     up, down = [], []
     for _ in range(ROUNDS):
         result = play.round(train)
         up.append(sizes_of(list(result.uploads.values()), chosen, method.values))
-        received = [play.addressed(client, result.broadcast) for client in play.clients]
+        received = [play.broadcast_for(client, result.broadcast) for client in play.clients]
         down.append(sizes_of(received, chosen, method.values))
     play.clients.clear()
     told = Prediction(
         name,
-        mean(up[1:]),
-        mean(down[1:]),
+        mean_sizes(up[1:]),
+        mean_sizes(down[1:]),
         len(held) * (up[0][method.values] + down[0][method.values]),
         method.values,
         efficiency(decode(result.broadcast).entries, chosen),
@@ -150,7 +151,7 @@ def _predict(
     return told, play
 
 
-def made_up(method: Method) -> Train:
+def train_made_up(method: Method) -> Train:
     """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
 
     def train(state: State, round: int, seed: int) -> Trained:
@@ -161,17 +162,17 @@ def made_up(method: Method) -> Train:
         for module, pair in state.adapter.items():
             a, b = pair.A, pair.B
             if module in core:
-                a = a + noise((pair.rank, pair.rank), generator) @ core[module].A
+                a = a + draw_noise((pair.rank, pair.rank), generator) @ core[module].A
             else:
-                a = a + noise(tuple(a.shape), generator) if "A" in parts else a
-                b = b + noise(tuple(b.shape), generator) if "B" in parts else b
+                a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
+                b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
             pairs[module] = LoraPair(a, b)
         return Trained(LoraState(pairs), num_examples=1, loss=0.0)
 
     return train
 
 
-def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal values whose standard deviation is log-normal, about 1e-3."""
     scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
     return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
@@ -185,18 +186,18 @@ def sizes_of(payloads: Sequence[bytes], chosen: Sample, auto: str) -> dict[str, 
     for message in map(decode, payloads):
         alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
         if alike not in known:
-            known[alike] = {coding: scaled(recoded(message, coding), chosen) for coding in codings}
+            known[alike] = {coding: scaled_bytes(recode(message, coding), chosen) for coding in codings}
             known[alike][PAPER] = paper_bytes(message.entries, chosen)
         found.append(known[alike])
-    return mean(found)
+    return mean_sizes(found)
 
 
-def mean(sizes: Sequence[Sizes]) -> dict[str, float]:
+def mean_sizes(sizes: Sequence[Sizes]) -> dict[str, float]:
     """The mean of each coding."""
     return {coding: sum(size[coding] for size in sizes) / len(sizes) for coding in sizes[0]}
 
 
-def recoded(message: Message, coding: str) -> bytes:
+def recode(message: Message, coding: str) -> bytes:
     """The same message with its values in another form."""
     entries = {
         name: replace(entry, values=quantize(coding)(floats(entry.values), seed))
@@ -205,12 +206,13 @@ def recoded(message: Message, coding: str) -> bytes:
     return encode(Message(message.header, entries))
 
 
-def scaled(payload: bytes, chosen: Sample) -> float:
+def scaled_bytes(payload: bytes, chosen: Sample) -> float:
     """Bytes of a payload if every module were in it as often as in the model."""
     told = describe(payload)
     index = told.parts["index"] / max(len(told.tensors), 1)
     tensors = sum(
-        times(tensor.name, chosen) * (tensor.position_bytes + tensor.value_bytes + index) for tensor in told.tensors
+        occurrences(tensor.name, chosen) * (tensor.position_bytes + tensor.value_bytes + index)
+        for tensor in told.tensors
     )
     return told.parts["header"] + told.parts["checksum"] + tensors
 
@@ -218,13 +220,13 @@ def scaled(payload: bytes, chosen: Sample) -> float:
 def paper_bytes(entries: Mapping[str, Entry], chosen: Sample) -> float:
     """The same in the papers' coding."""
     return sum(
-        times(name, chosen)
+        occurrences(name, chosen)
         * (4 * entry.values.numel() if isinstance(entry, Dense) else len(paper_encode({name: entry})))
         for name, entry in entries.items()
     )
 
 
-def times(name: str, chosen: Sample) -> int:
+def occurrences(name: str, chosen: Sample) -> int:
     """How often the module of a tensor is in the model."""
     return chosen.counts[name.rpartition("/")[0]]
 
@@ -234,13 +236,13 @@ def efficiency(entries: Mapping[str, Entry], chosen: Sample) -> float | None:
     if any(not isinstance(entry, Dense) or name.endswith("/R") for name, entry in entries.items()):
         return None
     ranks = sum(
-        times(name, chosen) * (entry.shape[0] if name.endswith("A") else entry.shape[-1]) / 2
+        occurrences(name, chosen) * (entry.shape[0] if name.endswith("A") else entry.shape[-1]) / 2
         for name, entry in entries.items()
     )
     return 1 / ranks if ranks else None
 
 
-def memory(play: Play, chosen: Sample) -> float | None:
+def measure_memory(play: Play, chosen: Sample) -> float | None:
     """Peak of the last server turn above what was held before, scaled to the model, and the payloads that it reads."""
     peak = extra_bytes(lambda: server_turn(play.job, play.before, play.uploads, ROUNDS))
     held = sum(map(len, play.uploads.values()))
