@@ -111,10 +111,10 @@ def test_the_sites_order_noise_and_time_hold(tmp_path):
     assert ordered.payloads and ordered.payloads != plain.payloads
     noisy = made(tmp_path / "noisy", trainer, privacy=Privacy(clip_norm=1.0, noise_multiplier=2.0))
     said = ask(noisy, "turn")
-    assert said.facts["loss"] is None and noisy.trail.spent(JOB, 1).mu_squared > 0
+    assert said.facts["loss"] is None and noisy.trail.count_spent(JOB, 1).mu_squared > 0
     slow = made(tmp_path / "slow", trainer, max_seconds_round=1e-9)
     assert "max_seconds_round is over" in str(ask(slow, "turn").facts["error"])
-    assert not slow.trail.spent(JOB, 1).bytes_round
+    assert not slow.trail.count_spent(JOB, 1).bytes_round
 
 
 @pytest.mark.parametrize(
