@@ -46,7 +46,7 @@ DENSE_UP_TO = 2**20  # elements of a tensor that is made dense, which is the rec
 def corpus() -> list[Parent]:
     """The golden payloads, and one whose stream ends a byte beyond a chunk."""
     payloads = [bytes.fromhex(path.read_text()) for path in sorted(GOLDEN.glob("*.hex"))]
-    beyond = Dense((CHUNK + 1,), quantize(torch.zeros(CHUNK + 1), "int8", 0))
+    beyond = Dense((CHUNK + 1,), quantize("int8")(torch.zeros(CHUNK + 1), 0))
     payloads.append(encode(Message(Header("state", "fedit", 1, 0, ""), {"m/A": beyond})))
     return [opened(payload) for payload in payloads]
 

@@ -80,9 +80,9 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
         crossed["up"] += len(turn.payload)
         return turn
 
-    def counted_server(job, state, payloads, round):
+    def counted_server(job, state, payloads, round, **options):
         crossed["heard"] += sum(map(len, payloads.values()))
-        return server_turn(job, state, payloads, round)
+        return server_turn(job, state, payloads, round, **options)
 
     patch.setattr(Roster, "receive", counted_receive)
     patch.setattr(local, "client_turn", counted_client)

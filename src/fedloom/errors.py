@@ -19,7 +19,10 @@ A message names the file, key, module or client, says what was expected, and wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class FedloomError(Exception):

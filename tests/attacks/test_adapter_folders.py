@@ -20,9 +20,9 @@ from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.companions import copy_companions
 from fedloom.adapters.merge.folders import open_folders
 from fedloom.adapters.merge.model import open_base
+from fedloom.adapters.merge.save import save_merge
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.cli import inspect as inspection
-from fedloom.cli.merge import perform
 from fedloom.errors import FedloomError, ModelError
 from fedloom.lora.pair import LoraPair, LoraState
 
@@ -61,7 +61,7 @@ def attempt(folder: Path) -> set[str]:
     found = set()
     for name, command in {
         "inspect": lambda: inspection.adapter_table(folder),
-        "aggregate": lambda: perform(open_folders([folder, folder]), Recipe(), None, None),
+        "aggregate": lambda: save_merge(open_folders([folder, folder]), Recipe(), None, None),
     }.items():
         try:
             command()

@@ -76,7 +76,7 @@ ATTACKS = {
     "continued": (PLAIN + b"\x00", "damaged or cut"),
     "too long a payload": (bytes(2**20 + 1), "more than the 1,048,576"),
     # header
-    "an unknown kind": (sealed(b"FLOM\x02\x09" + bytes(30)), "9 is no kind"),
+    "an unknown kind": (sealed(b"FLOM\x02\x09" + bytes(30)), "9 is not a kind"),
     "a method that is no text": (sealed(b"FLOM\x02\x00\x02\xff\xfe" + bytes(30)), "not UTF-8"),
     "a method longer than the payload": (sealed(b"FLOM\x02\x00\x7fabc"), "ends inside the method"),
     "a round above 2^63": (sealed(b"FLOM\x02\x00\x00" + b"\xff" * 9 + b"\x01" + bytes(9)), "not below"),
@@ -137,7 +137,7 @@ ATTACKS = {
         ),
         "outside its cell",
     ),
-    "a symbol that is no gap": (forged([sparse_item((1, 1))], [*words(1), (GAPS, 1, b"\xe8")]), "232 is no gap"),
+    "a symbol that is no gap": (forged([sparse_item((1, 1))], [*words(1), (GAPS, 1, b"\xe8")]), "232 is not a gap"),
     "extra bits that are not there": (forged([sparse_item((1, 1))], [*words(1), (GAPS, 1, b"\x12")]), "extra bits"),
     "extra bits of no gap": (
         forged([sparse_item((1, 1))], [(EXTRA, 1, b"\x01"), *words(1), (GAPS, 1, b"\x00")]),

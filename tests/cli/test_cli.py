@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedloom.cli import funnel
 from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import DataError, FedloomError
@@ -62,7 +63,7 @@ class Engine:
 def engine(monkeypatch, tmp_path):
     engine = Engine()
     module = types.ModuleType("fedloom.server.local")
-    module.run = engine.run
+    module.run_local = engine.run
     monkeypatch.setitem(sys.modules, "fedloom.server.local", module)
     monkeypatch.setattr("fedloom.server.local", module, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -77,7 +78,8 @@ def call(monkeypatch):
         screen, complaints = io.StringIO(), io.StringIO()
         for module in (cli, commands):
             monkeypatch.setattr(module, "screen", Console(file=screen, width=width))
-        monkeypatch.setattr(cli, "complaints", Console(file=complaints, width=width))
+        monkeypatch.setattr(funnel, "complaints", Console(file=complaints, width=width))
+        monkeypatch.setattr(cli, "complaints", funnel.complaints)
         result = CliRunner().invoke(cli.app, list(map(str, arguments)))
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -96,7 +98,7 @@ def test_version_and_help(call):
     assert (code, out.split()[0]) == (0, "fedloom")
     code, out, _ = call("--help")
     assert code == 0
-    assert all(name in out for name in ("demo", "run", "methods", "inspect", "init", "bench"))
+    assert all(name in out for name in ("demo", "run", "methods", "inspect", "init", "compare"))
 
 
 def test_init_writes_a_file_that_loads_to_the_defaults(call, tmp_path, monkeypatch):
@@ -138,7 +140,7 @@ def test_demo_uses_the_built_in_file_with_what_is_asked(call, engine):
     assert call("demo", "--rounds", 1)[0] == 0
     config, folder, _ = engine.calls[0]
     assert (config.method.name, config.federation.num_rounds, config.federation.seed) == ("fedit", 2, 7)
-    assert (config.model.path.endswith("/testbed/model"), config.lora.r) == (True, 16)
+    assert (config.model.path.endswith("/testbeds/model"), config.lora.r) == (True, 16)
     assert [folder.as_posix() for _, folder, _ in engine.calls] == ["runs/demo", "runs/demo-2"]
 
 
@@ -319,47 +321,6 @@ def test_an_estimate_prints_tables_or_json(call):
     assert code == 0 and "flor" in out and "MiB of one client" in out
     code, _, err = call("estimate", "--preset", "tinyllama", "--ranks", "4,2", "--methods", "fedsrd")
     assert code == 2 and "needs equal ranks" in err
-
-
-def test_the_kernel_bench_prints_tables_or_json(call):
-    options = ("bench", "aggregate", "--preset", "tinyllama", "--modules", "k_proj", "--ranks", "4,4", "--repeats", 1)
-    code, out, _ = call(*options, "--methods", "fedit", "--json")
-    assert code == 0
-    result = json.loads(out, parse_constant=pytest.fail)
-    assert [row["method"] for row in result["rows"]] == ["fedit"]
-    assert {"machine"} <= set(result)
-    code, out, _ = call(*options, "--methods", "fedit")
-    assert code == 0
-    assert "fedit" in out
-
-
-def test_the_wire_bench_prints_json(call):
-    options = ("bench", "wire", "--preset", "tinyllama", "--layers", 1, "--rank", 2, "--repeats", 1)
-    code, out, _ = call(*options, "--json")
-    assert code == 0
-    rows = json.loads(out, parse_constant=pytest.fail)["rows"]
-    assert {"fp32", "bf16", "int8", "int4", "paper"} == {row["values"] for row in rows}
-
-
-def test_the_wire_bench_says_what_a_folder_lacks(call, tmp_path):
-    code, _, err = call("bench", "wire", "--recorded", tmp_path)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "no payload of an update" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--preset", "gpt-9"), "preset 'gpt-9' is unknown; known: "),
-        (("--ranks", "4,x"), "--ranks 4,x: expected whole numbers"),
-        (("--methods", "magic"), "method 'magic' has no kernel"),
-        (("--modules", "q"), "llama-3.2-3b has no module 'q'"),
-    ],
-)
-def test_mistakes_in_a_bench(call, options, message):
-    code, _, err = call("bench", "aggregate", *options)
-    assert (code, err.count("\n")) == (2, 1)
-    assert message in err
 
 
 def played(observer, rounds=4):

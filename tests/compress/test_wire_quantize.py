@@ -8,9 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import Quantized, floats
-from fedloom.compress.quantize import quantize
+from fedloom.compress.quantize import VALUE_KINDS, quantize
 from fedloom.errors import ConfigError, NumericError
-from fedloom.wire import VALUE_KINDS
 
 INTEGERS = [kind for kind in VALUE_KINDS if kind.startswith("int")]
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)

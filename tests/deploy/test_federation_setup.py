@@ -227,7 +227,7 @@ def test_a_value_stands_in_toml_as_it_was_given(tmp_path, value):
     write_federation(tmp_path / "fed", ASKED.model_copy(update={"model": value, "data": f"{value}/{{site}}"}), ["lab"])
     tree = tomllib.loads((tmp_path / "fed" / "sites" / "lab" / "SITE.toml").read_text())
     assert (tree["name"], tree["model"], tree["data"]) == ("lab", value, f"{value}/lab")
-    assert (tree["state"], tree["policy"]) == ("./state", {"scrub_errors": True})
+    assert (tree["state"], tree["policy"]) == ("./state", {"order": "site", "scrub_errors": True})
     run = tomllib.loads((tmp_path / "fed" / "server" / "run.toml").read_text())
     assert run["model"] == {"path": value} and set(run) == {"model", "federation", "training", "method", "flower"}
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as command
 from experiments import front, picture
+from fedloom import testbeds
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
 from fedloom.records.ledger import Evaluation, Ledger, Run, Training, Transfer
 from fedloom.studies import compare
-from fedloom.testbeds import testbed_folder
 
 LISTS = """
 [demo]
@@ -31,7 +31,7 @@ SCORES |= {"loom": 0.9, "fedsrd": 0.7}
 def made(tmp_path, monkeypatch):
     """Finished runs of `LISTS`, two seeds each: 2 rounds of one client that sends 40 bytes a value and a turn."""
     for name in ("demo.toml", "model", "data"):
-        (tmp_path / name).symlink_to(testbed_folder() / name)
+        (tmp_path / name).symlink_to(testbeds.testbed_folder() / name)
     (tmp_path / "front.toml").write_text(LISTS)
     monkeypatch.setattr(front, "LISTS", tmp_path / "front.toml")
     found = front.entries(tmp_path, ["demo"], range(2), tmp_path / "runs", [])
@@ -116,7 +116,7 @@ def test_an_unknown_testbed_is_named(made, tmp_path):
 
 
 def test_every_shipped_entry_is_a_valid_setting(tmp_path):
-    found = front.entries(testbed_folder(), ["demo", "many"], range(300, 301), tmp_path, [])
+    found = front.entries(testbeds.testbed_folder(), ["demo", "many"], range(300, 301), tmp_path, [])
     budgets = {(entry.testbed, entry.budget) for entry in found}
     assert {("demo", "1%"), ("many", "1%")} <= budgets
     for testbed_name in ("demo", "many"):

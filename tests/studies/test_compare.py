@@ -17,7 +17,7 @@ from fedloom.studies import compare
 PARENT = textwrap.dedent(
     """
     import os, sys, time
-    from fedloom import compare
+    from fedloom.studies import compare
 
     if __name__ == "__main__":
         pool = compare._pool(1)

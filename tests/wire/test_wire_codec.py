@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import Dense, Quantized, Seeded, Sparse, floats
-from fedloom.compress.quantize import quantize
+from fedloom.compress.quantize import VALUE_KINDS, quantize
 from fedloom.errors import WireError
-from fedloom.wire import VALUE_KINDS, Header, Message, decode, describe, encode, read_header
+from fedloom.wire import Header, Message, decode, describe, encode, read_header
 from fedloom.wire.gaps import BitSink, BitSource, from_symbols, to_symbols
 from fedloom.wire.streams import Sink
 from fedloom.wire.values import put_words

@@ -101,11 +101,6 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
     )
 
 
-def packed_size(message: Message) -> int:
-    """Bytes of the payload when all is packed, even where `encode` packs less for readers to accept it."""
-    return len(_unpacked(message).payload()[0])
-
-
 def _unpacked(message: Message) -> UnpackedMessage:
     """The message checked and as streams. Raises WireError that names the entry that cannot travel."""
     names = sorted(message.entries, key=lambda name: name.encode(errors="surrogatepass"))
