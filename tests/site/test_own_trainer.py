@@ -74,7 +74,8 @@ def made(folder: Path, trainer: PatchedTrainer, **policy: object) -> Desk:
 
 
 def ask(desk: Desk, what: str, round: int = 1, payloads: tuple[bytes, ...] = (), config=CONFIG, **facts) -> Parcel:
-    asked = {"ask": what, "job": JOB, "settings": shared_settings(config), "round": round, "base": base_digest(desk.site.model)}
+    base = base_digest(desk.site.model)
+    asked = {"ask": what, "job": JOB, "settings": shared_settings(config), "round": round, "base": base}
     return desk.answer(Parcel({**asked, **facts}, payloads))
 
 
