@@ -12,6 +12,10 @@ from .face.merge import Merge as Merge
 from .face.picture import Picture as Picture
 from .records.config import Config as Config
 
+# Who has a training script keeps it: a transformers Trainer as a site's training step.
+from .model.patch import patch as patch
+from .face.site import serve_site as serve_site
+
 # Payloads: what travelled, what its bytes are spent on, what it says.
 from .wire import describe as describe
 from .wire import Description as Description

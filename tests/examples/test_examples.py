@@ -17,6 +17,7 @@ SAID = {
     "own_method.py": r"\| run \|[^\n]*\n[^\n]*\n\| fedit \|[^\n]*\n\| halves \|",
     "one_round_by_hand.py": r"bytes up\nupdate of method 'fedsrd' in round 1[^?]*same bits: True\nsame payloads: True",
     "merging.py": r"Merge\(2 adapters, shares 0.6, 0.4, 4 modules, florist\)\n.*ranks=\(8, 4\), rank=12.*\nexact: True",
+    "own_trainer.py": r"bank: loss \d+\.\d\d, then .*\nlab: loss .*\n\d+ bytes up",
 }
 
 

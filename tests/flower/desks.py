@@ -28,7 +28,8 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import LocalClient, Setup, caps_of
+from fedloom.workspace.assemble import LocalClient, Setup
+from fedloom.workspace.plan import caps_of
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SITES = ("bank", "depot", "lab")

@@ -22,7 +22,7 @@ from fedloom.methods.table import build
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.turns import Draft, Job, client_turn, server_turn, start
 from fedloom.wire import Header, Message, encode
-from fedloom.workspace.assemble import download_share
+from fedloom.workspace.plan import download_share
 from toy import step
 
 SHAPES = {"a.q_proj": (96, 160), "b.down": (160, 240)}

@@ -162,7 +162,9 @@ def test_adapters_of_a_coarse_base_are_float32() -> None:
     peft_bridge.set_frozen(model, state)
     assert digest(peft_bridge.read_adapter(model)) == digest(state)
     kinds = {(name.split(".lora_")[-1], weight.dtype) for name, weight in model.named_parameters() if "lora" in name}
-    assert kinds == {(f"{part}.{slot}.weight", torch.float32) for part in "AB" for slot in ("default", "frozen")}
+    assert kinds == {
+        (f"{part}.{slot}.weight", torch.float32) for part in "AB" for slot in ("default", peft_bridge.FROZEN)
+    }
     assert logits(model).isfinite().all()
 
 

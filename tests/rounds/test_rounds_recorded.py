@@ -17,8 +17,8 @@ from fedloom.records.ledger import Note, read_rows
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import ClientTurn, Train, client_turn
 from fedloom.wire import Message, decode, encode
-from fedloom.workspace.assemble import caps_of
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.plan import caps_of
 from toy import initial
 from toy_run import simulation, toy_setup
 

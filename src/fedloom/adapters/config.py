@@ -120,8 +120,8 @@ WHOLE: Plain = {
 """The same, of what is stored beside the factors as whole tensors."""
 
 
-def refuse_other_kinds(folder: Path, config: Mapping[str, Any], table: Plain) -> None:
-    """Raise ModelError where a key of the table has a value that is not plain."""
+def refuse_other_kinds(folder: Path | str, config: Mapping[str, Any], table: Plain) -> None:
+    """Raise ModelError where a key of the table has a value that is not plain; `folder` names the adapter."""
     for key, (plain, reason) in table.items():
         if key in config and config[key] not in plain or key == "peft_type" and key not in config:
             raise ModelError(f"{folder} cannot be used: {key} = {ascii(config.get(key))[:120]}; {reason}")

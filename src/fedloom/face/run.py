@@ -23,6 +23,7 @@ from fedloom.report.numbers import Report, human_bytes, summarise
 
 if TYPE_CHECKING:
     from fedloom.lora.pair import LoraState
+    from fedloom.rounds.turns import Train
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    trainers: Mapping[str, Train] | None = None,
 ) -> Run:
     """Simulate a federation on this machine and return what came of it.
 
@@ -42,6 +44,7 @@ def run(
     "package.module:builder") or a `Method` value; num_rounds, seed and settings (dotted keys) change single settings.
     out: the run's folder; if left out, a temporary one that lives as long as the result. resume: go on with the run
     that was interrupted in `out`. progress: show the live view.
+    trainers: client → a training step of its own, such as `fedloom.patch(trainer)`; the others train as `config` says.
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds other
     files or, with `resume`, a run of other settings or of another method.
     """
@@ -59,7 +62,9 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
-        local.run_local(changed(config, own, method), folder, resume=resume, observer=observer, method=value)
+        local.run_local(
+            changed(config, own, method), folder, resume=resume, observer=observer, method=value, trainers=trainers
+        )
     return Run(folder, scratch)
 
 

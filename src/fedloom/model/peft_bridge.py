@@ -1,13 +1,14 @@
 """PEFT models ⇄ LoraState. The only file that imports peft.
 
 A model is wrapped once (`attach`); after that tensors are only swapped. It has two slots: the adapter that is trained,
-and, on demand, a frozen one for merged increments; the model in use is W0 + frozen + trained.
+and, on demand, a frozen one for merged increments; the model in use is W0 + frozen + trained. A model that somebody
+else has wrapped may have another name for the trained slot (`slot`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -24,11 +25,12 @@ from fedloom.adapters.patterns import literal_pattern
 from fedloom.adapters.settings import lora_scale
 from fedloom.errors import ModelError, ShapeError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState, core_matrix
-from fedloom.model.placement import Adapter, Placement
+from fedloom.model.placement import Adapter, LinearModule, Placement, linear_modules
 from fedloom.records.config import LoraSettings
 
 TRAINED = "default"
-FROZEN = "frozen"
+FROZEN = "fedloom_frozen"
+"""No name that somebody would give an adapter of a model that he has wrapped himself."""
 
 
 def attach(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
@@ -83,6 +85,58 @@ def configure(model: peft.PeftModel, adapter: Adapter) -> None:
         layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
+def active_slot(model: object) -> str:
+    """The name of the adapter in use, in a model that somebody else has wrapped.
+
+    Raises ModelError where the model is no PeftModel, or uses none, several, or merged ones.
+    """
+    if not isinstance(model, peft.PeftModel):
+        raise ModelError(
+            f"the trainer's model is a {type(model).__name__} without an adapter: wrap it with peft.get_peft_model, or "
+            "give TRL's trainer a peft_config"
+        )
+    active = [name for name in model.active_adapters if name != FROZEN]
+    if len(active) != 1:
+        raise ModelError(f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one")
+    merged = next((name for name, layer in lora_layers(model) if layer.merged), None)
+    if merged is not None:
+        raise ModelError(f"module {merged}: the adapter is merged into the base; call unmerge_adapter() before")
+    return active[0]
+
+
+def placements(model: peft.PeftModel, slot: str) -> dict[str, Placement]:
+    """Where a slot sits: module → shape, rank and alpha, in the model's order."""
+    return {
+        name: Placement(_size(layer), layer.r[slot], float(layer.lora_alpha[slot]))
+        for name, layer in _slotted(model, slot)
+    }
+
+
+def uses_rslora(model: peft.PeftModel, slot: str) -> bool:
+    """Whether a slot's scale is alpha / √rank."""
+    return any(layer.use_rslora[slot] for _, layer in _slotted(model, slot))
+
+
+def linear_beneath(model: peft.PeftModel) -> dict[str, LinearModule]:
+    """`placement.linear_modules` of the base model, as if it were not wrapped."""
+    wrapped = {name for name, _ in lora_layers(model)}
+    base = cast(PreTrainedModel, model.get_base_model())
+    found: dict[str, LinearModule] = {}
+    for name, linear in linear_modules(base).items():
+        plain = name.removesuffix(".base_layer")
+        if plain == name and name.partition(".lora_")[0] in wrapped:
+            continue  # a factor of an adapter
+        found[plain] = linear
+    return found
+
+
+def widen_factors(model: peft.PeftModel, slot: str) -> None:
+    """Hold the factors in float32: in bfloat16 most steps of a usual learning rate would round to nothing."""
+    for _, layer in _slotted(model, slot):
+        for factor in _factors(layer, slot):
+            factor.weight.data = factor.weight.data.float()
+
+
 def lora_layers(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Module name in the base model, and its LoRA layer."""
     for name, module in model.get_base_model().named_modules():
@@ -100,31 +154,36 @@ def _factors(layer: LoraLayer, slot: str) -> tuple[nn.Linear, nn.Linear]:
     return cast(nn.Linear, layer.lora_A[slot]), cast(nn.Linear, layer.lora_B[slot])
 
 
-def live_adapter(model: peft.PeftModel) -> LoraState:
+def _slotted(model: peft.PeftModel, slot: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that have this slot: in a model of somebody else's, a layer may have the frozen one alone."""
+    return ((name, layer) for name, layer in lora_layers(model) if slot in layer.lora_A)
+
+
+def live_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     """The trained adapter as the live parameters (B times the scale), for a penalty that gradients flow through."""
     pairs = {}
-    for name, layer in lora_layers(model):
-        down, up = _factors(layer, TRAINED)
-        pairs[name] = LoraPair(down.weight, up.weight * layer.scaling[TRAINED])
+    for name, layer in _slotted(model, slot):
+        down, up = _factors(layer, slot)
+        pairs[name] = LoraPair(down.weight, up.weight * layer.scaling[slot])
     return LoraState(pairs)
 
 
-def read_adapter(model: peft.PeftModel) -> LoraState:
+def read_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     """A copy of the trained adapter, float32 on the CPU, the scale folded into B."""
     with torch.no_grad():
-        return live_adapter(model).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
+        return live_adapter(model, slot).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
 
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def write_adapter(model: peft.PeftModel, state: LoraState) -> None:
+def write_adapter(model: peft.PeftModel, state: LoraState, slot: str = TRAINED) -> None:
     """Put a state into the trained slot, in place; ranks may differ from the slot's.
 
     The scale of a module follows from its alpha and the rank written. Raises ShapeError if the modules differ.
     """
-    found = dict(lora_layers(model))
+    found = dict(_slotted(model, slot))
     odd = sorted(set(found) ^ set(state))
     if odd:
         where = "model" if odd[0] in state else "adapter"
@@ -132,8 +191,8 @@ def write_adapter(model: peft.PeftModel, state: LoraState) -> None:
             f"the {where} lacks module {odd[0]}: the adapter belongs to another base model or other targets"
         )
     for name, layer in found.items():
-        scale = lora_scale(layer.lora_alpha[TRAINED], state[name].rank, layer.use_rslora[TRAINED])
-        _fill(name, layer, TRAINED, state[name], scale)
+        scale = lora_scale(layer.lora_alpha[slot], state[name].rank, layer.use_rslora[slot])
+        _fill(name, layer, slot, state[name], scale)
 
 
 def _fill(name: str, layer: LoraLayer, slot: str, pair: LoraPair, scale: float) -> None:
@@ -159,20 +218,20 @@ def _fill_linear(linear: nn.Linear, values: Tensor) -> None:
     linear.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
 
-def set_trainable(model: peft.PeftModel, parts: Sequence[str]) -> None:
+def set_trainable(model: peft.PeftModel, parts: Sequence[str], slot: str = TRAINED) -> None:
     """Let gradients reach only these factors ("A", "B") of the trained adapter."""
-    for _, layer in lora_layers(model):
-        for part, factor in zip(PARTS, _factors(layer, TRAINED), strict=True):
+    for _, layer in _slotted(model, slot):
+        for part, factor in zip(PARTS, _factors(layer, slot), strict=True):
             factor.weight.requires_grad_(part in parts)
 
 
 @contextmanager
-def training_core(model: peft.PeftModel, core: LoraState) -> Iterator[None]:
+def training_core(model: peft.PeftModel, core: LoraState, slot: str = TRAINED) -> Iterator[None]:
     """While it lasts, A of each module in `core` is R V with V the core's A, and only the matrix R (r × r) trains.
 
     An empty core changes nothing.
     """
-    downs = [(_factors(layer, TRAINED)[0], core[name].A) for name, layer in lora_layers(model) if core]
+    downs = [(_factors(layer, slot)[0], core[name].A) for name, layer in _slotted(model, slot) if core]
     for down, rows in downs:
         held = _Between(rows.to(down.weight.device, down.weight.dtype))
         parametrize.register_parametrization(down, "weight", held, unsafe=True)
@@ -200,7 +259,7 @@ class _Between(nn.Module):
         return core_matrix(a, cast(Tensor, self.rows))
 
 
-def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
+def set_frozen(model: peft.PeftModel, state: LoraState | None, slot: str = TRAINED) -> None:
     """Add these fixed increments to the base (None or empty: none). A module may be absent; ranks are free.
 
     Both factors of the trained slot are trainable afterwards.
@@ -210,11 +269,8 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
     if set(state) - set(found):
         raise ShapeError(f"the model has no adapter on {min(set(state) - set(found))}, which the increments change")
     if state and FROZEN not in model.peft_config:
-        with _undisturbed():
-            # Rank and alpha are made up: `_fill` gives every module its own, with a scale of 1.
-            empty = {name: Placement(_size(layer), 1, 1.0) for name, layer in found.items()}
-            model.add_adapter(FROZEN, _lora_config(Adapter(LoraSettings(r=1, lora_alpha=1.0), empty)))
-    wanted = [TRAINED, FROZEN] if state else [TRAINED]
+        _add_frozen(model, {name: _size(layer) for name, layer in found.items()})
+    wanted = [slot, FROZEN] if state else [slot]
     tuner = cast(BaseTuner, model.base_model)
     if tuner.active_adapters != wanted:
         tuner.set_adapter(wanted)
@@ -223,7 +279,27 @@ def set_frozen(model: peft.PeftModel, state: LoraState | None) -> None:
         _fill(name, layer, FROZEN, state.get(name) or LoraPair(torch.zeros(0, n), torch.zeros(m, 0)), 1.0)
         for factor in _factors(layer, FROZEN):
             factor.weight.requires_grad_(False)
-    set_trainable(model, PARTS)
+    set_trainable(model, PARTS, slot)
+
+
+def add_layers(model: peft.PeftModel, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Have a frozen slot on these modules too, for what others train there. Raises ModelError where there is none."""
+    found = {name: _size(layer) for name, layer in lora_layers(model)}
+    if shapes.keys() <= found.keys():
+        return
+    linear = linear_beneath(model)
+    for name in sorted(shapes.keys() - linear.keys()):
+        raise ModelError(f"the run adapts module {name}, which the trainer's base model does not have as a linear one")
+    if FROZEN in model.peft_config:
+        model.delete_adapter(FROZEN)
+    _add_frozen(model, {**found, **shapes})
+
+
+def _add_frozen(model: peft.PeftModel, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """The frozen slot on these modules. Rank and alpha are made up: `_fill` gives each its own, with a scale of 1."""
+    empty = {name: Placement(shape, 1, 1.0) for name, shape in shapes.items()}
+    with _undisturbed():
+        model.add_adapter(FROZEN, _lora_config(Adapter(LoraSettings(r=1, lora_alpha=1.0), empty)))
 
 
 def add_weighted(

@@ -202,24 +202,33 @@ class _LocalTrainer(Trainer):
 
 
 @contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Leave the random state of Python, numpy and torch as it was found."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(min(torch.cuda.device_count(), 1))):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
 def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
     """Leave random state as it was, and the model as it is used between trainings.
 
     Accelerate collects garbage before every training, and the optimiser's state must not outlive it; with all older
     objects set aside, collecting takes no time.
     """
-    states = random.getstate(), np.random.get_state()
     base = cast(PreTrainedModel, model.get_base_model())
     cache = base.config.use_cache
     gc.freeze()
-    with torch.random.fork_rng(range(min(torch.cuda.device_count(), 1))):
+    with keep_random_state():
         try:
             yield
         finally:
             gc.collect()
             gc.unfreeze()
-            random.setstate(states[0])
-            np.random.set_state(states[1])
             base.config.use_cache = cache
             base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
             model.eval()

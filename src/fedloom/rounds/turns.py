@@ -8,15 +8,15 @@ The training step is an argument. The server applies the decoded broadcast, as e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Entries, State
+from fedloom.methods.method import FROZEN, Entries, Method, State
 from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
@@ -40,6 +40,36 @@ class Train(Protocol):
     """(state, round, seed) → the adapter trained from state.adapter on top of state.fixed."""
 
     def __call__(self, state: State, round: int, seed: int) -> Trained: ...
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Task:
+    """What a run asks of a client's training, beside state, round and seed. What is not known is left out.
+
+    ranks and alphas: of the modules that the client trains. steps: of the optimiser, in a round. num_rounds: 0 where
+    that is not known. `interrupt` is to be called before every forward pass, and may end the training by raising.
+    """
+
+    method: Method | None = None
+    num_rounds: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    steps: int = 0
+    interrupt: Callable[[], None] | None = None
+
+
+@runtime_checkable
+class TrainForTask(Train, Protocol):
+    """A training step that has to know the run that it is used in."""
+
+    def for_task(self, task: Task) -> Train:
+        """The step for this run. Raises ConfigError or ModelError where the two do not go together."""
+
+
+def fit_to_task(train: Train, task: Task) -> Train:
+    """The training step for a run, where it asks for one; else as it is."""
+    return train.for_task(task) if isinstance(train, TrainForTask) else train
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -101,6 +131,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     """Apply what was broadcast, train, and say what changed. Raises NumericError where training diverged."""
     for payload in payloads:
         state = accept(job, state, payload)
+    train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
     for name, tensor in trained.adapter.tensors().items():
         if not all_finite(tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from fedloom.methods.method import Method, State
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Training
-from fedloom.rounds.turns import ClientTurn, client_turn
+from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.loop import Attendance, Rounds, Updates
 from fedloom.server.roster import Roster
-from fedloom.workspace.assemble import Setup, load_setup
+from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
 
@@ -26,16 +26,18 @@ def run_local(
     resume: bool = False,
     observer: Observer | None = None,
     method: Method | None = None,
+    trainers: Mapping[str, Train] | None = None,
 ) -> RunSummary:
     """Simulate the whole federation that `config` describes, leaving its results in the folder `out`.
 
     method: takes the place of the one that `config` names. Its settings are bound in it and are not checked on resume.
+    trainers: client → its training step, such as `patch` makes; the other clients train as `config` says.
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
     another run or, with `resume`, nothing to go on from.
     """
     with RunFolder.open(out, config, resume=resume) as folder:
         setup = load_setup(config, method)
-        return Rounds(setup, folder, observer or Silent(), LocalSites(setup)).play(resume)
+        return Rounds(setup, folder, observer or Silent(), LocalSites(setup, trainers=trainers)).play(resume)
 
 
 Look = Callable[[int, str, State, ClientTurn], None]
@@ -43,11 +45,17 @@ Look = Callable[[int, str, State, ClientTurn], None]
 
 
 class LocalSites:
-    """Every client of a simulation, played one after the other on the one model."""
+    """Every client of a simulation, played one after the other on the one model.
 
-    def __init__(self, setup: Setup, look: Look | None = None) -> None:
+    trainers: client → a training step of its own. Raises ConfigError for a client that there is not.
+    """
+
+    def __init__(self, setup: Setup, look: Look | None = None, *, trainers: Mapping[str, Train] | None = None) -> None:
+        trainers = trainers or {}
+        check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
         self.look = look
+        self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -65,9 +73,9 @@ class LocalSites:
         if vanishes:
             rounds.folder.ledger.note(rounds.round, f"client {client} dropped out after the download")
             return None
-        state = self.roster[client]
+        state, step = self.roster[client], self.steps.get(client) or self.setup.train(client)
         try:
-            turn = client_turn(self.setup.job, client, state, [], self.setup.train(client), rounds.round)
+            turn = client_turn(self.setup.job, client, state, [], step, rounds.round)
         except NumericError as error:
             rounds.folder.ledger.note(rounds.round, str(error))
             return None

@@ -26,6 +26,7 @@ from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
 from fedloom.model.examples import load_examples
+from fedloom.model.patch import PatchedTrainer
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
 from fedloom.records.ledger import Row, Training
@@ -47,7 +48,7 @@ from fedloom.site.policy import (
 from fedloom.site.protocol import Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, build_setup
+from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter
 from fedloom.workspace.folder import transfer_row
 
@@ -70,12 +71,16 @@ class Place:
 class Desk:
     """Answers requests, one at a time. The model stays loaded from one to the next, until `release`.
 
-    assembled: the run's settings → model and examples, where several sites of one process share them.
+    assembled: the run's settings → model and examples, where several sites of one process share them. own: the site's
+    own trainer, which trains in place of fedloom's, on its own model and examples; SITE.toml's `data` is not read then.
     """
 
-    def __init__(self, site: SiteConfig, assembled: Callable[[Config], Setup] | None = None) -> None:
+    def __init__(
+        self, site: SiteConfig, assembled: Callable[[Config], Setup] | None = None, own: PatchedTrainer | None = None
+    ) -> None:
         self.site = site
-        self.assembled = assembled or self.build_own_setup
+        self.own_trainer = own
+        self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
         self.trail = AuditTrail(Path(site.state) / "audit")
         self.place: Place | None = None
         self.held: TurnRecord | None = None
@@ -153,7 +158,10 @@ class Desk:
                 seed = own_seed(Path(self.site.state), asked.job, round)
             return step(state, round, seed)
 
-        step = place.setup.train(self.site.name, limit_time(policy))
+        if self.own_trainer is None:
+            step = place.setup.train(self.site.name, limit_time(policy))
+        else:
+            step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
         return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
@@ -215,10 +223,12 @@ class Desk:
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
         setup = self.assembled(config)
-        data = setup.sites[self.site.name].data
-        check_job(
-            self.site.policy, setup.job.method.name, tuple(setup.initial), len(data), count_drawn(setup.config.training)
-        )
+        examples, draws = len(setup.sites[self.site.name].data), count_drawn(setup.config.training)
+        if self.own_trainer is not None:
+            self.own_trainer.for_task(setup.task(self.site.name))  # what does not go together is said before a round
+            examples = self.own_trainer.num_examples
+            draws = self.own_trainer.count_drawn(setup.config.training.max_steps)
+        check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
@@ -232,6 +242,19 @@ class Desk:
         for text in setup.warnings():
             log.warning(text)
         return setup
+
+    def build_setup_around_trainer(self, config: Config) -> Setup:
+        """The job around the model of the site's own trainer. Raises SiteError where that is another base model."""
+        assert self.own_trainer is not None
+        folder = self.own_trainer.base_folder
+        if folder is not None and base_digest(folder) != self._base:
+            raise SiteError(
+                f"the trainer's model was loaded from {folder}, which is not the base model in {self.site.model}: "
+                "load it from there"
+            )
+        if folder is None:
+            log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
+        return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
 
     def own_settings(self, text: str) -> Config:
         """The run's settings with this site's own model, device and threads; what the server says there means nothing.

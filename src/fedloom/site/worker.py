@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedloom.errors import SiteError
+from fedloom.model.patch import PatchedTrainer
 from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
@@ -37,8 +38,11 @@ class _Stop(BaseException):
     """The system asked the process to end."""
 
 
-def serve_site(site: SiteConfig) -> None:
-    """Answer requests until the process is told to end. Raises SiteError where another worker serves this site."""
+def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
+    """Answer requests until the process is told to end. Raises SiteError where another worker serves this site.
+
+    own: the site's own trainer, in place of fedloom's training.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -55,7 +59,7 @@ def serve_site(site: SiteConfig) -> None:
         with _listening(path, site.socket_group) as listener:
             door = Door(listener, token)
             try:
-                _loop(door, Desk(site), 60 * site.idle_minutes)
+                _loop(door, Desk(site, own=own), 60 * site.idle_minutes)
             except _Stop:
                 log.info("the worker ends")
             finally:

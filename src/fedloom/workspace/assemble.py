@@ -11,37 +11,30 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedloom.adapters.folder import AdapterFolder, load_adapter, other_base_note
-from fedloom.compress.budget import Budget
-from fedloom.compress.quantize import quantize
-from fedloom.compress.seeds import derived_seed
-from fedloom.errors import ConfigError, ModelError
-from fedloom.lora.pair import LoraState, initial_state, subset
+from fedloom.adapters.folder import AdapterFolder, other_base_note
+from fedloom.errors import ConfigError
+from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
-from fedloom.methods.table import build
 from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
-from fedloom.model.placement import Adapter, linear_modules, place_adapter
+from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
     DataSettings,
-    FederationSettings,
     FlowerSettings,
     OutputSettings,
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
-from fedloom.records.quantities import parse_budget
-from fedloom.rounds.caps import Caps
-from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Train, Trained
-from fedloom.workspace.clients import LocalClient, place_client, place_shared, split_trained, top_ranks
+from fedloom.rounds.turns import Task, Train, Trained
+from fedloom.workspace.clients import LocalClient, split_trained
+from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,6 +108,19 @@ class Setup:
 
         return step
 
+    def task(self, client: str, interrupt: Callable[[], None] | None = None) -> Task:
+        """What a training step of the client's own has to know; `interrupt` as for `train`."""
+        adapter = self.sites[client].adapter
+        return Task(
+            method=self.job.method,
+            num_rounds=self.config.federation.num_rounds,
+            ranks=adapter.ranks,
+            alphas={module: placed.alpha for module, placed in adapter.modules.items()},
+            use_rslora=adapter.lora.use_rslora,
+            steps=self.config.training.max_steps,
+            interrupt=interrupt,
+        )
+
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
         peft_bridge.configure(self.model, self.adapter)
@@ -139,22 +145,11 @@ def build_setup(
     method: Method | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
-    if config.model.threads:
-        torch.set_num_threads(config.model.threads)
-    method = method or build(config.method.name, config.method.settings)
-    budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
-    check_method_takes(method, config)
+    set_threads(config)
+    method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
-
-    # Where everybody's adapter sits: the model is walked once, the rest is arithmetic on dictionaries.
-    linear = linear_modules(base)
-    common = place_adapter(linear, config.lora)
-    adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in texts}
-    client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
-    ranks = top_ranks(method, client_ranks)
-    shared = place_shared(linear, common, ranks)
-
-    data, federation = config.data, config.federation
+    plan = plan_job(linear_modules(base), config, texts, method)
+    data = config.data
     tokens = {
         name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
         if held
@@ -165,87 +160,40 @@ def build_setup(
         domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
         for domain, held in heldout.items()
     }
-    initial = first_adapter(config, shared.shapes, ranks)
-    job = Job(
-        method=method,
-        seed=federation.seed,
-        quantize=quantize(method.form(budget) if config.wire.values == "auto" else config.wire.values),
-        weighting=federation.weighting,
-        budget=budget,
-        module_weighting=federation.module_weighting,
-        consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
-        num_rounds=federation.num_rounds,
-        downloads=download_share(initial, client_ranks, federation.clients_per_round(len(texts))),
-        caps=caps_of(federation, texts),
-        ranks=client_ranks,
-    )
     return Setup(
         config=config,
-        job=job,
-        initial=initial,
-        model=peft_bridge.attach(base, shared),
-        adapter=shared,
-        sites={name: LocalClient(adapter, tokens[name]) for name, adapter in adapters.items()},
+        job=plan.job,
+        initial=plan.initial,
+        model=peft_bridge.attach(base, plan.shared),
+        adapter=plan.shared,
+        sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
     )
 
 
-def check_method_takes(method: Method, config: Config) -> None:
-    """Raises ConfigError for a setting outside [method] that does nothing with this method."""
-    if config.wire.budget and not method.takes_budget:
-        raise ConfigError(
-            f"wire.budget does not work with method {method.name!r}, which always sends all that it trains; unset it"
-        )
-    if config.federation.consolidate_every and not method.merges:
-        raise ConfigError(
-            f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
-        )
+def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
+    """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
+    set_threads(config)
+    plan = plan_job(peft_bridge.linear_beneath(model), config, clients, choose_method(config, None))
+    return Setup(
+        config=config,
+        job=plan.job,
+        initial=plan.initial,
+        model=model,
+        adapter=plan.shared,
+        sites={name: LocalClient(adapter, TokenizedExamples((), 0)) for name, adapter in plan.adapters.items()},
+        heldout={},
+        manifest=None,
+        fingerprint=fingerprint(config, {name: [] for name in clients}),
+    )
 
 
-def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
-    """What one client may count for. Raises ConfigError where federation.client_examples is about nobody."""
-    for name in federation.client_examples:
-        if name not in clients:
-            raise ConfigError(
-                f"federation.client_examples has a number for {name!r}, which takes no part; there are "
-                f"{', '.join(sorted(clients)[:9])}"
-            )
-    return Caps(federation.max_share, federation.client_examples, federation.max_norm, federation.max_norm_ratio)
-
-
-def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
-    """How many values a client of these ranks holds."""
-    return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
-
-
-def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int) -> float:
-    """Values that go down in a turn, where everything is sent that was missed, over the values that a client holds.
-
-    adapter: the server's. client_ranks: client → module → rank. asked: clients in a round.
-    """
-    # Of K clients, `asked` turn in each round, so one turns every K / asked rounds and receives as many broadcasts,
-    # each of all the server's values. A client holds held / K values on the mean. So the share is
-    # (values · K / asked) / (held / K) = values · K² / (held · asked).
-    held = sum(values_of(adapter, ranks) for ranks in client_ranks.values())
-    return adapter.numel() * len(client_ranks) ** 2 / (held * asked) if held else 1.0
-
-
-def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> LoraState:
-    """The seeded start, or the adapter that model.adapter names. Raises ModelError if that is for another model."""
-    if config.model.adapter is None:
-        return initial_state(shapes, ranks, derived_seed(config.federation.seed, "start"))
-    state, folder = load_adapter(config.model.adapter)
-    for module in sorted({*shapes, *state}):
-        wanted = (shapes[module], ranks[module]) if module in shapes else None
-        found = (state[module].shape, state[module].rank) if module in state else None
-        if wanted != found:
-            raise ModelError(
-                f"{folder.folder} does not fit {config.model.path}: module {module} has (shape, rank) {found} in the "
-                f"adapter and {wanted} in the run; it is for another base model, or [lora] differs"
-            )
-    return state
+def set_threads(config: Config) -> None:
+    """Have torch use model.threads from now on."""
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
 
 
 def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
@@ -273,13 +221,15 @@ def select_participants(texts: dict[str, list[Example]], wanted: Sequence[str] |
     return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
 
 
-def check_clients_exist(settings: Collection[str], clients: Collection[str]) -> None:
-    """Raises ConfigError where [clients.<name>] is about a client that there is not."""
+def check_clients_exist(
+    settings: Collection[str], clients: Collection[str], what: str = "[clients.{name}] has settings"
+) -> None:
+    """Raises ConfigError where [clients.<name>], or `what` else goes by name, is about a client that there is not."""
     for name in settings:
         if name not in clients:
             near = get_close_matches(name, clients, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
-            raise ConfigError(f"[clients.{name}] has settings for a client without data; {hint}")
+            raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
 
 
 def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:

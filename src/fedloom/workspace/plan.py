@@ -1,0 +1,121 @@
+"""What follows from a run's settings and its base model's modules: the job, and where everybody's adapter sits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from fedloom.adapters.folder import load_adapter
+from fedloom.compress.budget import Budget
+from fedloom.compress.quantize import quantize
+from fedloom.compress.seeds import derived_seed
+from fedloom.errors import ConfigError, ModelError
+from fedloom.lora.pair import LoraState, initial_state
+from fedloom.methods.method import Method
+from fedloom.methods.table import build
+from fedloom.model.placement import Adapter, LinearModule, place_adapter
+from fedloom.records.config import Config, FederationSettings
+from fedloom.records.quantities import parse_budget
+from fedloom.rounds.caps import Caps
+from fedloom.rounds.consolidation import Consolidation
+from fedloom.rounds.job import Job
+from fedloom.workspace.clients import place_client, place_shared, top_ranks
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """What follows from the settings and the base model's modules alone: `shared` is the server's adapter."""
+
+    job: Job
+    initial: LoraState
+    shared: Adapter
+    adapters: Mapping[str, Adapter]
+
+
+def choose_method(config: Config, method: Method | None) -> Method:
+    """The method given, or the one that the settings name. Raises ConfigError where it does not go with others."""
+    method = method or build(config.method.name, config.method.settings)
+    check_method_takes(method, config)
+    return method
+
+
+def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collection[str], method: Method) -> Plan:
+    """Where everybody's adapter sits, and the job: arithmetic on dictionaries, after one walk of the model."""
+    common = place_adapter(linear, config.lora)
+    adapters = {name: place_client(linear, config, name) if name in config.clients else common for name in clients}
+    client_ranks = {name: adapter.ranks for name, adapter in adapters.items()}
+    ranks = top_ranks(method, client_ranks)
+    shared = place_shared(linear, common, ranks)
+    initial = first_adapter(config, shared.shapes, ranks)
+    federation = config.federation
+    budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
+    job = Job(
+        method=method,
+        seed=federation.seed,
+        quantize=quantize(method.form(budget) if config.wire.values == "auto" else config.wire.values),
+        weighting=federation.weighting,
+        budget=budget,
+        module_weighting=federation.module_weighting,
+        consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
+        num_rounds=federation.num_rounds,
+        downloads=download_share(initial, client_ranks, federation.clients_per_round(len(clients))),
+        caps=caps_of(federation, clients),
+        ranks=client_ranks,
+    )
+    return Plan(job, initial, shared, adapters)
+
+
+def check_method_takes(method: Method, config: Config) -> None:
+    """Raises ConfigError for a setting outside [method] that does nothing with this method."""
+    if config.wire.budget and not method.takes_budget:
+        raise ConfigError(
+            f"wire.budget does not work with method {method.name!r}, which always sends all that it trains; unset it"
+        )
+    if config.federation.consolidate_every and not method.merges:
+        raise ConfigError(
+            f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
+        )
+
+
+def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
+    """What one client may count for. Raises ConfigError where federation.client_examples is about nobody."""
+    for name in federation.client_examples:
+        if name not in clients:
+            raise ConfigError(
+                f"federation.client_examples has a number for {name!r}, which takes no part; there are "
+                f"{', '.join(sorted(clients)[:9])}"
+            )
+    return Caps(federation.max_share, federation.client_examples, federation.max_norm, federation.max_norm_ratio)
+
+
+def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
+    """How many values a client of these ranks holds."""
+    return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
+
+
+def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int) -> float:
+    """Values that go down in a turn, where everything is sent that was missed, over the values that a client holds.
+
+    adapter: the server's. client_ranks: client → module → rank. asked: clients in a round.
+    """
+    # Of K clients, `asked` turn in each round, so one turns every K / asked rounds and receives as many broadcasts,
+    # each of all the server's values. A client holds held / K values on the mean. So the share is
+    # (values · K / asked) / (held / K) = values · K² / (held · asked).
+    held = sum(values_of(adapter, ranks) for ranks in client_ranks.values())
+    return adapter.numel() * len(client_ranks) ** 2 / (held * asked) if held else 1.0
+
+
+def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> LoraState:
+    """The seeded start, or the adapter that model.adapter names. Raises ModelError if that is for another model."""
+    if config.model.adapter is None:
+        return initial_state(shapes, ranks, derived_seed(config.federation.seed, "start"))
+    state, folder = load_adapter(config.model.adapter)
+    for module in sorted({*shapes, *state}):
+        wanted = (shapes[module], ranks[module]) if module in shapes else None
+        found = (state[module].shape, state[module].rank) if module in state else None
+        if wanted != found:
+            raise ModelError(
+                f"{folder.folder} does not fit {config.model.path}: module {module} has (shape, rank) {found} in the "
+                f"adapter and {wanted} in the run; it is for another base model, or [lora] differs"
+            )
+    return state
