@@ -21,7 +21,7 @@ from fedloom.records.configfile import load_config
 from fedloom.workspace.assemble import load_setup as set_up
 from tiny_models import CHAT, llama, tokenizer
 
-TESTBED = Path(fedloom.__file__).parents[1] / "testbed"
+TESTBED = Path(fedloom.__file__).parent / "testbeds"
 
 
 @pytest.fixture(scope="module")

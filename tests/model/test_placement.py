@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedModel
 
-from fedloom import testbeds as testbed
+from fedloom import testbeds
 from fedloom.errors import ModelError
 from fedloom.model.placement import LinearModule, Placement, keep_fitting_patterns, linear_modules, place_adapter
 from fedloom.records.config import Config, LoraSettings
@@ -106,9 +106,8 @@ def test_a_setup_walks_the_base_model_once(monkeypatch: pytest.MonkeyPatch) -> N
         return linear_modules(base)
 
     monkeypatch.setattr(setup, "linear_modules", counted)
-    with testbed.testbed() as folder:
-        overrides = ["method.name=flora", "clients.lab.r=4", "clients.bank.target_modules=['q_proj']"]
-        made = setup.load_setup(load_config(folder / "demo.toml", overrides))
+    overrides = ["method.name=flora", "clients.lab.r=4", "clients.bank.target_modules=['q_proj']"]
+    made = setup.load_setup(load_config(testbeds.testbed_folder() / "demo.toml", overrides))
     assert walks == 1
     assert made.sites["clinic"].adapter is made.sites["depot"].adapter is made.adapter, "alike, so computed once"
     assert set(made.sites["lab"].ranks.values()) == {4} and len(made.sites["bank"].ranks) < len(made.adapter.ranks)

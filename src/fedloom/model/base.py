@@ -24,6 +24,8 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from fedloom.errors import ConfigError, ModelError
+from fedloom.model.foreign import raise_in_one_line
+from fedloom.model.size import check_config, check_parameters
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -57,15 +59,14 @@ def load_base(
     where = _device(device)
     options = _options(dtype, quantization, where)
     _check_folder(path)
-    try:
+    check_config(path)
+    with raise_in_one_line(ModelError, f"{path} cannot be loaded as a causal language model"):
+        check_parameters(path, (tensor.numel() for tensor in _build_empty(path).parameters()), WEIGHTS)
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except Exception as error:  # transformers lets through whatever its parsers and the file system raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{path} cannot be loaded as a causal language model: {reason}") from None
     model, facts = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     odd = [*facts["missing_keys"], *(key for key, *_ in facts["mismatched_keys"])]
     if odd:
@@ -79,14 +80,16 @@ def load_base(
 
 def empty_base(path: str | Path) -> PreTrainedModel:
     """The model's modules and their shapes, without weights. Raises ModelError where its config.json cannot be read."""
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-            return cast(PreTrainedModel, model)
-    except Exception as error:  # transformers lets through whatever its parsers and the file system raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{path} holds no config.json of a causal language model: {reason}") from None
+    check_config(path)
+    with raise_in_one_line(ModelError, f"{path} holds no config.json of a causal language model"):
+        return _build_empty(path)
+
+
+def _build_empty(path: str | Path) -> PreTrainedModel:
+    with quiet_transformers(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        return cast(PreTrainedModel, model)
 
 
 def base_digest(path: str | Path) -> str:
