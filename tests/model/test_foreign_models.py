@@ -167,7 +167,7 @@ def test_steps_of_other_files_are_free_and_the_trace_is_put_back() -> None:
 def test_a_start_on_another_base_is_noted(tmp_path: Path) -> None:
     first = set_up(load_config(TESTBED / "demo.toml", []))
     assert not [note for note in first.warnings() if "trained on" in note]
-    save_adapter(first.initial, "some/other-base", first.adapter, tmp_path)
+    save_adapter(first.initial, "some/other-base", first.adapter.settings, tmp_path)
     again = set_up(load_config(TESTBED / "demo.toml", [f"model.adapter={tmp_path}"]))
     notes = [note for note in again.warnings() if "trained on some/other-base" in note]
     assert len(notes) == 1 and again.config.model.path in notes[0]
