@@ -330,7 +330,7 @@ def test_a_site_whose_update_makes_the_round_fail_is_named_and_not_counted(toy_f
     monkeypatch.setattr(Group, "__iter__", stumble)
     federation, _ = toy_federation("method.name=fedit", "federation.num_rounds=1")
     assert "client lab refused: the round fails with its update: IndexError" in notes(tmp_path)
-    assert [federation.counted(site) for site in SITES] == [1, 1, 0]
+    assert [federation.sites.known[site].counted for site in SITES] == [1, 1, 0]
     stumbling.clear()
     overrides = ("method.name=fedit", "federation.num_rounds=1")
     assert state(federation.server) == state(local(tmp_path, *overrides, absent={1: ("lab",)}).server)

@@ -58,11 +58,12 @@ class Witness(Silent):
     """Notes at the end of each round which processes there are, and where they listen."""
 
     def __init__(self) -> None:
+        self.before = set(psutil.Process().children(recursive=True))  # of other tests in this process
         self.processes: set[psutil.Process] = set()
         self.addresses: set[str] = set()
 
     def round_finished(self, *facts: object) -> None:
-        children = psutil.Process().children(recursive=True)
+        children = set(psutil.Process().children(recursive=True)) - self.before
         opened = [connection for child in children for connection in child.net_connections()]
         self.processes.update(children)
         self.addresses |= {connection.laddr.ip for connection in opened if connection.status == psutil.CONN_LISTEN}

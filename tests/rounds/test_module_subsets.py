@@ -143,7 +143,9 @@ def test_an_update_about_no_module_is_refused():
     payloads["cyd"] = encode(replace(cyd, entries={}))
     payloads["bob"] = encode(replace(bob, entries={f"other.{name}": e for name, e in bob.entries.items()}))
     refused = server_turn(federation.job, federation.server, payloads, 1).refused
-    assert set(refused) == {"bob", "cyd"} and all("no module" in reason for reason in refused.values())
+    assert set(refused) == {"bob", "cyd"} and all(
+        "none of this adapter's modules" in reason for reason in refused.values()
+    )
 
 
 SETTINGS = [
