@@ -10,7 +10,7 @@ from pathlib import Path
 from fedloom.errors import ConfigError
 from fedloom.face.picture import Picture
 from fedloom.face.scratch import Scratch
-from fedloom.face.settings import Settings, changed
+from fedloom.face.settings import Settings, apply_changes
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.text import to_printable
@@ -54,7 +54,7 @@ def compare(
     folder = scratch.path if scratch else Path(str(out))
     tried = range(first_seed, first_seed + seeds)
     own = {**({} if num_rounds is None else {"federation.num_rounds": num_rounds}), **(settings or {})}
-    made = studies.plan_runs(changed(config, own, None), methods, tried, folder)
+    made = studies.plan_runs(apply_changes(config, own, None), methods, tried, folder)
 
     def tell(run: studies.Trial, seconds: float) -> None:
         if finished is not None:

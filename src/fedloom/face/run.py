@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, overload
 from fedloom.errors import ConfigError
 from fedloom.face.picture import Picture
 from fedloom.face.scratch import Scratch
-from fedloom.face.settings import Settings, changed
+from fedloom.face.settings import Settings, apply_changes
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
@@ -63,7 +63,12 @@ def run(
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
         local.run_local(
-            changed(config, own, method), folder, resume=resume, observer=observer, method=value, trainers=trainers
+            apply_changes(config, own, method),
+            folder,
+            resume=resume,
+            observer=observer,
+            method=value,
+            trainers=trainers,
         )
     return Run(folder, scratch)
 

@@ -35,7 +35,7 @@ def testbed(name: str = "demo", settings: Settings | None = None) -> Config:
     return load(folder / f"{name}.toml", settings)
 
 
-def changed(config: Config | str | Path, settings: Settings | None, method: str | Method | None) -> Config:
+def apply_changes(config: Config | str | Path, settings: Settings | None, method: str | Method | None) -> Config:
     """The settings with changes over them; another method drops the settings of the one before."""
     known = load(config) if isinstance(config, str | Path) else config
     given = as_overrides(settings)
