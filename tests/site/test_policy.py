@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 import toy
 from fedloom.compress.entries import dense_entry, floats
 from fedloom.errors import DataError, NumericError, PolicyRefusal, SiteError
+from fedloom.lora.pair import subset
 from fedloom.methods.table import build
 from fedloom.records.configfile import parse
 from fedloom.rounds.turns import Trained, client_turn, start
@@ -412,3 +414,16 @@ def test_the_sites_own_order_is_the_same_for_a_round_and_nobody_elses(tmp_path):
     key.write_bytes(b"short")
     with pytest.raises(SiteError, match="expected 32"):
         own_seed(tmp_path / "a", "0" * 16, 1)
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(max_update_norm=1e3), NOISY])
+def test_a_site_that_trains_some_modules_sends_those_alone(policy):
+    method = build("fedit")
+    some = sorted(toy.SHAPES)[:1]
+
+    def train(state, round, seed):
+        trained = toy.trainer(method)(state, round, seed)
+        return replace(trained, adapter=subset(trained.adapter, some))
+
+    _, done = turn(policy, "fedit", train=train)
+    assert {name.rpartition("/")[0] for name in decode(done.payload).entries} == set(some)

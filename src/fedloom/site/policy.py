@@ -182,14 +182,16 @@ def guard_training(
     def step(state: State, round: int, seed: int) -> Trained:
         trained = train(state, round, seed)
         before, after = state.adapter.tensors(), trained.adapter.tensors()
-        names = [name for name in before if name.rpartition("/")[2] in parts(round)]
+        # A site may train some of the modules only: what it did not train is not in `after`, and nothing of it leaves.
+        names = [name for name in after if name.rpartition("/")[2] in parts(round)]
         change = {name: after[name].detach().cpu() - before[name] for name in names}
         if policy.privacy is None:
             _check_norm(policy, change)
         else:
             charge()
             noisy = release_change(change, policy.privacy)
-            adapter = from_tensors(before | {name: before[name] + noisy[name] for name in names})
+            untouched = {name: before[name] for name in after}
+            adapter = from_tensors(untouched | {name: before[name] + noisy[name] for name in names})
             trained = replace(trained, adapter=adapter, loss=math.nan)
         return replace(trained, num_examples=policy.declared_examples or trained.num_examples)
 
