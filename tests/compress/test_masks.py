@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.compress import masks
 from fedloom.compress.masks import seeded_count, seeded_mask, seeded_uniform
 from fedloom.errors import ConfigError
 
@@ -59,3 +60,11 @@ def test_uniform_numbers_are_the_same_stream():
 def test_other_densities_are_refused(density):
     with pytest.raises(ConfigError, match="multiple of 1/65536"):
         seeded_mask(10, density, 0)
+
+
+def test_a_count_is_that_of_the_mask_whichever_is_drawn_first(monkeypatch):
+    monkeypatch.setattr(masks, "_MOST_COUNTS", 3)
+    for seed in range(9):
+        counted = masks.seeded_count(1001, 0.25, seed)
+        assert counted == int(masks.seeded_mask(1001, 0.25, seed).sum()) == masks.seeded_count(1001, 0.25, seed)
+        assert len(masks._COUNTS) <= 3

@@ -118,7 +118,7 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, loads, monkeypatch):
 
     desk = made(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("fedloom.site.store.checkpoint.save_checkpoint", full)
+        patch.setattr("fedloom.site.store.save_contents", full)
         refused(ask(desk, "hello"), "could not take its turn: OSError")
     assert jobs(desk) == []
     assert "error" not in ask(desk, "hello").facts

@@ -21,6 +21,9 @@ STEPS = 65536
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WORDS = 16384  # words drawn at a time: 128 KiB, so that every pass stays in the cache
+_COUNTS: dict[tuple[int, int, int], int] = {}
+"""(numel, threshold, seed) → elements kept, of masks drawn before: a sender draws a mask that the wire then counts."""
+_MOST_COUNTS = 4096  # some tensors of some clients; a few hundred KiB
 
 
 def seeded_mask(numel: int, density: float, seed: int) -> Tensor:
@@ -33,6 +36,7 @@ def seeded_mask(numel: int, density: float, seed: int) -> Tensor:
     out = mask.numpy()
     for start, numbers in _numbers(numel, seed):
         np.less(numbers, limit, out=out[start : start + numbers.size])
+    _remember((numel, limit, seed), int(np.count_nonzero(out)))
     return mask
 
 
@@ -42,7 +46,18 @@ def seeded_count(numel: int, density: float, seed: int) -> int:
     # A mask of none or of all elements needs no numbers.
     if limit in (0, STEPS):
         return numel if limit else 0
-    return sum(int(np.count_nonzero(numbers < limit)) for _, numbers in _numbers(numel, seed))
+    key = (numel, limit, seed)
+    known = _COUNTS.get(key)  # asked once: another thread may clear the table
+    if known is not None:
+        return known
+    return _remember(key, sum(int(np.count_nonzero(numbers < limit)) for _, numbers in _numbers(numel, seed)))
+
+
+def _remember(key: tuple[int, int, int], kept: int) -> int:
+    if len(_COUNTS) >= _MOST_COUNTS:
+        _COUNTS.clear()
+    _COUNTS[key] = kept
+    return kept
 
 
 def seeded_uniform(numel: int, seed: int) -> Tensor:

@@ -24,8 +24,7 @@ from torch import Tensor
 from fedloom.errors import SiteError
 from fedloom.methods.method import State
 from fedloom.records.ledger import Ledger, Row
-from fedloom.workspace import checkpoint
-from fedloom.workspace.checkpoint import Snapshot
+from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_contents, save_contents
 
 LEDGER = "ledger.jsonl"
 
@@ -68,21 +67,27 @@ class Store:
 
     def exists(self) -> bool:
         """Whether anything was saved of the job."""
-        return bool(checkpoint.list_checkpoints(self.folder))
+        return bool(list_checkpoints(self.folder))
 
     def load(self) -> TurnRecord | None:
         """The record saved last, or None; the ledger is cut back to it. Raises SiteError where the seal differs."""
-        saved = checkpoint.list_checkpoints(self.folder)
-        snapshot = checkpoint.load_checkpoint(saved[-1]) if saved else None
-        if snapshot is None:
+        saved = list_checkpoints(self.folder)
+        if not saved:
             if (self.folder / LEDGER).exists():
                 self._opened().truncate_to(0)
             return None
-        if snapshot.fingerprint != self.seal:
+        held = load_contents(saved[-1])
+        if held.facts["seal"] != self.seal:
             raise SiteError(f"{self.folder} belongs to the same job with another base model or other settings")
-        self._opened().truncate_to(snapshot.ledger_rows)
-        facts, payload, charge = (snapshot.archive.get(place, b"") for place in range(3))
-        return TurnRecord(snapshot.round, snapshot.server, snapshot.clients["after"], facts, payload, charge.decode())
+        self._opened().truncate_to(held.facts["ledger_rows"])
+        return TurnRecord(
+            round=held.facts["round"],
+            before=held.states["before"],
+            after=held.states["after"],
+            facts=held.blobs.get("facts", b""),
+            payload=held.blobs.get("payload", b""),
+            charge=held.facts["charge"],
+        )
 
     def save(self, held: TurnRecord, rows: Iterable[Row] = ()) -> None:
         """Have it on disk, whole, with these rows at the end of the ledger. A first save that fails leaves nothing."""
@@ -100,16 +105,15 @@ class Store:
         ledger = self._opened()
         for row in rows:
             ledger.append(row)
-        for later in checkpoint.list_checkpoints(self.folder):
+        for later in list_checkpoints(self.folder):
             # A server that went back rounds ago asks anew for one that is over; the newest file counts.
             if int(later.stem.rpartition("-")[2]) > held.round:
                 later.unlink()
-        contents = (held.facts, held.payload, held.charge.encode())
-        archive = {place: content for place, content in enumerate(contents) if content}
-        states = {"after": held.after}
-        checkpoint.save_checkpoint(
-            self.folder, Snapshot(held.round, held.before, states, archive, ledger.sync(), self.seal)
-        )
+        blobs = {"facts": held.facts, "payload": held.payload}
+        facts = {"round": held.round, "seal": self.seal, "charge": held.charge, "ledger_rows": ledger.sync()}
+        states = {"before": held.before, "after": held.after}
+        kept = {name: blob for name, blob in blobs.items() if blob}
+        save_contents(self.folder, held.round, Contents(states, kept, facts))
 
     def close(self) -> None:
         """Close the ledger."""

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,11 @@ from fedloom.methods.method import State
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
 
-_FORMAT = "fedloom-checkpoint-3"
+_FORMAT = "fedloom-checkpoint-4"
+SERVER = "server"
+"""The name of the server's state in a checkpoint."""
+CLIENT = "client/"
+"""Before a client's name: no client can take the server's place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +60,64 @@ class Snapshot:
     known: Mapping[str, KnownSite] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Contents:
+    """What a file of states holds: states and blobs by name, and facts that are plain JSON."""
+
+    states: Mapping[str, State]
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
+    return save_contents(
+        folder,
+        snapshot.round,
+        Contents(
+            states={SERVER: snapshot.server} | {CLIENT + name: state for name, state in snapshot.clients.items()},
+            blobs={str(version): payload for version, payload in snapshot.archive.items()},
+            facts={
+                "round": snapshot.round,
+                "ledger_rows": snapshot.ledger_rows,
+                "fingerprint": snapshot.fingerprint,
+                "known": {name: asdict(known) for name, known in snapshot.known.items()},
+            },
+        ),
+    )
+
+
+def load_checkpoint(path: Path) -> Snapshot:
+    """Read a checkpoint back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
+    held = load_contents(path)
+    return Snapshot(
+        round=held.facts["round"],
+        server=held.states[SERVER],
+        clients={name.removeprefix(CLIENT): held.states[name] for name in held.states if name != SERVER},
+        archive={int(version): payload for version, payload in held.blobs.items()},
+        ledger_rows=held.facts["ledger_rows"],
+        fingerprint=held.facts["fingerprint"],
+        known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a run, oldest first."""
+    return sorted(folder.glob("round-*.safetensors"))
+
+
+def save_contents(folder: Path, round: int, contents: Contents) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
     shelves = _Shelves()
     meta = {
         "format": _FORMAT,
-        "round": snapshot.round,
-        "ledger_rows": snapshot.ledger_rows,
-        "fingerprint": snapshot.fingerprint,
-        "server": shelves.party(snapshot.server),
-        "clients": {name: shelves.party(state) for name, state in snapshot.clients.items()},
-        "known": {name: asdict(known) for name, known in snapshot.known.items()},
-        "archive": shelves.put({str(v): _bytes(payload) for v, payload in snapshot.archive.items()}),
+        "states": {name: shelves.party(state) for name, state in contents.states.items()},
+        "blobs": shelves.put({name: _bytes(blob) for name, blob in contents.blobs.items()}),
+        "facts": dict(contents.facts),
         "shelves": shelves.names,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round-{snapshot.round:05d}.safetensors"
+    path = folder / f"round-{round:05d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
     _sync(partial)
@@ -81,13 +128,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     return path
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a run, oldest first."""
-    return sorted(folder.glob("round-*.safetensors"))
-
-
-def load_checkpoint(path: Path) -> Snapshot:
-    """Read a checkpoint back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
+def load_contents(path: Path) -> Contents:
+    """Read such a file back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("fedloom", "{}"))
@@ -112,14 +154,10 @@ def load_checkpoint(path: Path) -> Snapshot:
     def party(version: int, digest: str, adapter: int, frozen: int, tail: int, memory: int) -> State:
         return State(lora(adapter), lora(frozen), lora(tail), shelves[memory], version, digest)
 
-    return Snapshot(
-        round=meta["round"],
-        server=party(*meta["server"]),
-        clients={name: party(*facts) for name, facts in meta["clients"].items()},
-        archive={int(name): tensor.numpy().tobytes() for name, tensor in shelves[meta["archive"]].items()},
-        ledger_rows=meta["ledger_rows"],
-        fingerprint=meta["fingerprint"],
-        known={name: KnownSite(**facts) for name, facts in meta["known"].items()},
+    return Contents(
+        states={name: party(*parts) for name, parts in meta["states"].items()},
+        blobs={name: tensor.numpy().tobytes() for name, tensor in shelves[meta["blobs"]].items()},
+        facts=meta["facts"],
     )
 
 
