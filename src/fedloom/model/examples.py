@@ -1,9 +1,10 @@
 """Examples from files or the Hub.
 
-A row has one of three forms, told apart by its columns:
+A row has one of four forms, told apart by its columns:
     instruction, output, and perhaps input      (Alpaca)
     prompt, completion
     messages: [{"role": …, "content": …}, …]    (chat; the last message, the assistant's, is what is learnt)
+    text                                        (plain text; all of it is learnt)
 Other columns are kept: a partitioner may read a label or an id there.
 """
 
@@ -23,13 +24,17 @@ Row: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One instruction (with an input, and turns before it, where there are any) and the answer to learn."""
+    """One instruction (with an input, and turns before it, where there are any) and the answer to learn.
+
+    form: of the row that it was: "instruction", "prompt", "messages" or "text". Plain text is all answer.
+    """
 
     instruction: str
     output: str
     input: str = ""
     history: tuple[tuple[str, str], ...] = ()
     columns: Mapping[str, object] = field(default_factory=dict)
+    form: str = "instruction"
 
 
 def to_example(row: Row) -> Example:
@@ -39,7 +44,7 @@ def to_example(row: Row) -> Example:
             return read(row)
     raise DataError(
         f"columns {', '.join(sorted(row)) or '(none)'} make no example: expected instruction and output (and perhaps "
-        "input), or prompt and completion, or messages"
+        "input), or prompt and completion, or messages, or text"
     )
 
 
@@ -51,7 +56,7 @@ def _from_alpaca(row: Row) -> Example:
 
 
 def _from_prompt(row: Row) -> Example:
-    return Example(_text(row, "prompt"), _text(row, "completion"), columns=row)
+    return Example(_text(row, "prompt"), _text(row, "completion"), columns=row, form="prompt")
 
 
 def _from_messages(row: Row) -> Example:
@@ -62,13 +67,18 @@ def _from_messages(row: Row) -> Example:
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         roles = ", ".join(role for role, _ in turns) or "none"
         raise DataError(f"messages must end with a user's and then the assistant's, found roles: {roles}")
-    return Example(turns[-2][1], turns[-1][1], "", turns[:-2], row)
+    return Example(turns[-2][1], turns[-1][1], "", turns[:-2], row, "messages")
+
+
+def _from_text(row: Row) -> Example:
+    return Example("", _text(row, "text"), columns=row, form="text")
 
 
 _FORMS: Mapping[tuple[str, ...], Callable[[Row], Example]] = {
     ("instruction", "output"): _from_alpaca,
     ("prompt", "completion"): _from_prompt,
     ("messages",): _from_messages,
+    ("text",): _from_text,
 }
 
 

@@ -1,0 +1,78 @@
+"""[federation]: rounds, attendance, weights, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedloom.records.quantities import MOST_CLIENTS, MOST_COUNT, MOST_STEPS, Examples, Name, Probability
+from fedloom.records.sections.section import Section
+
+
+class FederationSettings(Section):
+    """Rounds and attendance, with the names of Flower."""
+
+    num_rounds: int = Field(20, ge=1, le=MOST_STEPS, description="Rounds of the run.")
+    num_clients: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CLIENTS,
+        description="Clients; needed to split one source, otherwise as many as are found.",
+        examples=[4],
+    )
+    participants: Annotated[tuple[Name, ...], Field(strict=False, min_length=1, max_length=MOST_CLIENTS)] | None = (
+        Field(
+            None,
+            description="Clients that take part, by name; otherwise all that are found.",
+            examples=[["bank", "lab"]],
+        )
+    )
+    fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
+    drop_out: Probability = Field(0.0, description="Probability that a sampled client does not answer.")
+    weighting: Literal["examples", "uniform"] = Field("examples", description="Weight of a client in the average.")
+    module_weighting: Literal["holders", "all"] = Field(
+        "holders",
+        description="Average of a module that some clients do not train: over the clients that do, or over all, those "
+        "that do not with the weights they have.",
+    )
+    consolidate_every: int = Field(
+        0,
+        ge=0,
+        le=MOST_COUNT,
+        description="Rounds between recompressions of the merged increments; everyone then receives the full state. "
+        "Saves bytes where clients miss many rounds; 0 for never.",
+    )
+    consolidate_energy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the squared singular values that a recompression keeps, module by module.",
+    )
+    max_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the average that one client may have, however many examples it says it has; the others "
+        "get what is over. Of K clients each may have 1/K at least.",
+    )
+    client_examples: Examples = Field(
+        {}, description="Client → its number of examples, where you know better than to take what it says."
+    )
+    max_norm: float = Field(1e6, gt=0, description="An update is refused whose norm is over this.")
+    max_norm_ratio: float = Field(
+        100.0,
+        gt=1,
+        description="An update is refused whose norm is over so many times the round's median, in a round of three "
+        "updates or more.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Fixes everything random: split, sampling, masks, order of examples."
+    )
+    eval_every: int = Field(
+        1, ge=0, le=MOST_COUNT, description="Rounds between evaluations; 0 evaluates at the start and end only."
+    )
+
+    def clients_per_round(self, clients: int) -> int:
+        """How many of so many clients are asked in a round."""
+        return max(1, int(self.fraction_train * clients + 0.5))
