@@ -70,7 +70,7 @@ def step(
 
     def moved(module: str, pair: LoraPair) -> LoraPair:
         if core:
-            change = size * torch.randn(pair.rank, pair.rank, generator=generator)
+            change = size * torch.randn(pair.rank, core[module].rank, generator=generator)
             return LoraPair(pair.A + change @ core[module].A, pair.B)
         noise = {part: size * torch.randn(pair.part(part).shape, generator=generator) for part in ("A", "B")}
         return LoraPair(*(pair.part(part) + noise[part] * (part in parts) for part in ("A", "B")))

@@ -49,10 +49,12 @@ def test_an_update_of_the_wrong_form_is_refused_and_the_others_are_averaged(name
     federation = Federation(job(build(name)))
     payloads = uploads(federation)
     first = min(decode(payloads["bob"]).entries)
+    if spoil == "mixed ranks" and f"{MODULE}/A" not in decode(payloads["bob"]).entries:
+        pytest.skip("one factor alone has one rank, and a lower one is a client's own affair")
     bad = {
         "scalar": lambda p: changed(p, {first: Dense((), torch.ones(1))}),
         "vector": lambda p: changed(p, {first: Dense((4,), torch.ones(4))}),
-        "mixed ranks": lambda p: ranked(p, 4, 3) if f"{MODULE}/B" in decode(p).entries else ranked(p, 3, 3),
+        "mixed ranks": lambda p: ranked(p, 4, 3),
         "rank 0": lambda p: ranked(p, 0, 0),
         "rank 5": lambda p: ranked(p, 5, 5),
     }[spoil](payloads["bob"])

@@ -205,10 +205,11 @@ def test_patterns_of_modules_that_a_client_does_not_train_are_its_own_mistake_on
         load_setup(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.lab.alpha_pattern.down_proj=3"]))
 
 
-def test_unequal_ranks_are_named_with_the_module():
-    wanted = [*SETTINGS, "method.name=fedsrd", "clients.lab.r=4"]
+def test_a_method_that_needs_equal_ranks_names_the_module_that_has_others():
+    plain = build("fedit")
+    equal = replace(plain, facts=replace(plain.facts, unequal_ranks=False))
     with pytest.raises(ConfigError, match=r"client 'lab' has rank 4 in .*q_proj where another has 16"):
-        load_setup(load_config(TESTBED / "demo.toml", wanted))
+        load_setup(load_config(TESTBED / "demo.toml", [*SETTINGS, "clients.lab.r=4"]), equal)
 
 
 def test_settings_for_a_client_that_is_not_there_are_named():

@@ -17,7 +17,8 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import add_change, code_dense, fill_within_budget, weighted_mean
+from fedloom.methods.shared.averaging import code_dense, fill_within_budget, weighted_mean, zero_change
+from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:
@@ -28,13 +29,15 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
         name="fed-dare",
         facts=Facts(
             paper="DARE (arXiv 2311.03099)",
+            unequal_ranks=True,
             sends="random elements of ΔA and ΔB",
             receives="the mean change, sparse where that is shorter",
             broadcasts="change",
         ),
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,
-        receive=add_change,
+        receive=add_to_whole,
+        adopt=adopt_whole,
         takes_budget=True,
     )
 
@@ -68,8 +71,9 @@ def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context)
 
 
 def mean_change(state: State, updates: Iterable[Update], context: Context) -> Aggregate:
-    """Σ p_k Δ_k of what arrived."""
-    return Aggregate({name: shorter_entry(name, tensor, context) for name, tensor in weighted_mean(updates).items()})
+    """Σ p_k Δ_k of what arrived; a client of lower rank has changed nothing beyond its rank."""
+    means = weighted_mean(updates, start=zero_change(state.adapter))
+    return Aggregate({name: shorter_entry(name, tensor, context) for name, tensor in means.items()})
 
 
 def shorter_entry(name: str, tensor: Tensor, context: Context) -> Entry:

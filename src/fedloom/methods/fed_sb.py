@@ -19,6 +19,9 @@ them once. Where this deviates from the paper:
 With keep = "leading" the r leading components are broadcast and what lies beyond them is lost in round 1, once; every
 later round is exact. With "all" round 1 is exact too, and its broadcast has the sum of all ranks, as FLoRA's has in
 every round.
+
+A client of lower rank q trains the first q rows of R: its adapter is the first q columns of U with those rows between
+them and V. It uses the other rows as they are, so Σ p_k R_k is exact for unequal ranks as well.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch import Tensor
 
 from fedloom.compress.entries import to_dense
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraPair, LoraState, core_matrix
+from fedloom.lora.pair import LoraPair, LoraState, core_matrix, module_of
 from fedloom.methods.method import (
     CORE,
     FROZEN,
@@ -48,6 +51,7 @@ from fedloom.methods.method import (
 )
 from fedloom.methods.shared.averaging import code_dense, dense_entries, product_sums, send_factors, weighted_mean
 from fedloom.methods.shared.components import merge_increment, read_pairs
+from fedloom.methods.shared.whole import adopt_whole, whole_rank
 
 Keep = Literal["leading", "all"]
 Core = Callable[[State], LoraState]
@@ -63,6 +67,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
         facts=Facts(
             paper="Fed-SB (arXiv 2502.15371)",
             exact=keep == "all",
+            unequal_ranks=True,
             sends="R, r × r; A and B in round 1",
             receives="R, r × r; components in round 1",
             keeps="the resting pair",
@@ -71,6 +76,7 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
         compress=partial(send_core, core),
         aggregate=partial(mean_core, core, keep),
         receive=partial(take_up, core),
+        adopt=adopt_whole,
         core=core,
         module_subsets=False,
     )
@@ -79,10 +85,12 @@ def fed_sb(*, keep: Keep = "leading", scale: float = 16.0) -> Method:
 def resting_factors(scale: float, state: State) -> LoraState:
     """U and V: the leading components of what round 1 merged, their singular values replaced by `scale`; empty before.
 
-    A direction that round 1 did not use is zero in both, and stays unused.
+    They have the rank of the server's adapter, whatever the participant's own. A direction that round 1 did not use is
+    zero in both, and stays unused.
     """
-    ranks = state.adapter.ranks()
-    return LoraState({module: _resized(pair, ranks[module], scale) for module, pair in state.frozen.items()})
+    return LoraState(
+        {module: _resized(pair, whole_rank(state, module), scale) for module, pair in state.frozen.items()}
+    )
 
 
 def _resized(pair: LoraPair, rank: int, scale: float) -> LoraPair:
@@ -93,7 +101,7 @@ def _resized(pair: LoraPair, rank: int, scale: float) -> LoraPair:
 
 
 def send_core(core: Core, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
-    """R_k of every module; A and B as long as nothing rests."""
+    """R_k of every module, one row for every component that is trained; A and B as long as nothing rests."""
     pairs = core(state)
     if not pairs:
         return send_factors(both_factors, state, after, context)
@@ -103,9 +111,21 @@ def send_core(core: Core, state: State, after: LoraState, context: Context) -> t
 
 def mean_core(core: Core, keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ p_k R_k; at first the singular components of Σ p_k B_k A_k, to be merged."""
-    if not core(state):
+    resting = core(state)
+    if not resting:
         return first_components(keep, state, updates, context)
-    return Aggregate({name: code_dense(name, mean, context) for name, mean in weighted_mean(updates).items()})
+    means = weighted_mean(updates, read=partial(whole_core, state.adapter, resting))
+    return Aggregate({name: code_dense(name, mean, context) for name, mean in means.items()})
+
+
+def whole_core(adapter: LoraState, resting: LoraState, entries: Entries) -> dict[str, Tensor]:
+    """R_k as its client uses it: the rows that it sent, then those of the server's `adapter`."""
+    whole = {}
+    for name, entry in entries.items():
+        module, sent = module_of(name), to_dense(entry)
+        beyond = adapter[module].A[len(sent) :]
+        whole[name] = torch.cat([sent, core_matrix(beyond, resting[module].A)]) if len(beyond) else sent
+    return whole
 
 
 def first_components(keep: Keep, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
@@ -127,4 +147,4 @@ def take_up(core: Core, state: State, entries: Entries, context: Context) -> Sta
     for module, pair in core(state).items():
         matrix = torch.zeros(pair.rank, pair.rank) if increments else to_dense(entries[f"{module}/{CORE}"])
         pairs[module] = LoraPair(matrix @ pair.A, pair.B)
-    return replace(state, adapter=LoraState(pairs))
+    return adopt_whole(state, LoraState(pairs), state.frozen)

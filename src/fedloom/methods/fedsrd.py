@@ -31,7 +31,8 @@ from fedloom.lora.lowrank import ProductChange, map_modules
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.fed_dare import drop_and_rescale
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import add_change, alternating_factors, fill_within_budget
+from fedloom.methods.shared.averaging import alternating_factors, fill_within_budget
+from fedloom.methods.shared.whole import add_to_whole, adopt_whole, widen_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ def fedsrd(
         name="fedsrd" if decompose else "fedsrd-e",
         facts=Facts(
             paper="FedSRD (arXiv 2510.04601)" if decompose else "FedSRD-e (arXiv 2510.04601)",
+            unequal_ranks=True,
             sends="important elements of ΔA and ΔB",
             receives="one sparse factor, B and A in turn",
             keeps="residuals, where asked for",
@@ -113,7 +115,8 @@ def fedsrd(
         ),
         compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
-        receive=add_change,
+        receive=add_to_whole,
+        adopt=adopt_whole,
         takes_budget=True,
         values="int4",
         wider={0.12: "int8"},  # four bits a value are an eighth of dense fp32: above that, wider values use the budget
@@ -179,7 +182,7 @@ def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[
         for module, pair in state.adapter.items()
     }
     for update in updates:
-        add = partial(add_to, changes, update)
+        add = partial(add_to, changes, state.adapter.ranks(), update)
         map_modules(add, changes)
     entries: dict[str, Entry] = {}
     memory = dict(state.memory)
@@ -194,9 +197,10 @@ def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[
     return Aggregate(entries, memory, {"mean_directions_kept": sum(kept) / max(len(kept), 1)})
 
 
-def add_to(changes: Mapping[str, ProductChange], update: Update, module: str) -> None:
-    """Add one client's change of one module."""
-    changes[module].add(update.entries[f"{module}/B"], update.entries[f"{module}/A"], update.weight)
+def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], update: Update, module: str) -> None:
+    """Add one client's change of one module. Its model has the whole pair, of which it may train a part only."""
+    delta = {part: widen_change(update.entries[f"{module}/{part}"], part, ranks[module]) for part in PARTS}
+    changes[module].add(delta["B"], delta["A"], update.weight)
 
 
 def thin_change(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:

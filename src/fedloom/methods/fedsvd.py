@@ -11,8 +11,9 @@ from functools import partial
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import average, dense_entries, only_b, replace_factors, send_factors
+from fedloom.methods.shared.averaging import dense_entries, only_b, send_factors
 from fedloom.methods.shared.components import fill_rank
+from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
 
 
 def fedsvd() -> Method:
@@ -22,11 +23,13 @@ def fedsvd() -> Method:
         facts=Facts(
             paper="FedSVD (arXiv 2505.12805)",
             exact=True,
+            unequal_ranks=True,
             sends="B, dense",
         ),
         compress=partial(send_factors, only_b),
         aggregate=turn_product,
-        receive=replace_factors,
+        receive=replace_whole,
+        adopt=adopt_whole,
         trainable=only_b,
     )
 
@@ -36,6 +39,6 @@ def turn_product(state: State, updates: Iterable[Update], context: Context) -> A
 
     Directions that B̄ does not use keep rows of the old A, so that they can still train.
     """
-    means = replace_factors(state, average(state, updates, context).entries, context).adapter
+    means = replace_whole(state, average_whole(state, updates, context).entries, context).adapter
     turn = {module: fill_rank(truncate(pair).pair, pair) for module, pair in means.items()}
     return Aggregate(dense_entries(LoraState(turn), context))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 from fedloom.methods.method import Facts, Method
-from fedloom.methods.shared.averaging import average, only_b, replace_factors, send_factors
+from fedloom.methods.shared.averaging import only_b, send_factors
+from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
 
 
 def ffa() -> Method:
@@ -18,11 +19,13 @@ def ffa() -> Method:
         facts=Facts(
             paper="FFA-LoRA (arXiv 2403.12313)",
             exact=True,
+            unequal_ranks=True,
             sends="B, dense",
             receives="B, dense",
         ),
         compress=partial(send_factors, only_b),
-        aggregate=average,
-        receive=replace_factors,
+        aggregate=average_whole,
+        receive=replace_whole,
+        adopt=adopt_whole,
         trainable=only_b,
     )

@@ -17,8 +17,9 @@ from fedloom.compress.sparsify import kept_count, split
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import fill_within_budget, replace_factors, weighted_mean
+from fedloom.methods.shared.averaging import fill_within_budget, weighted_mean, zero_change
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
+from fedloom.methods.shared.whole import adopt_whole, replace_whole
 
 
 def flasc(
@@ -42,6 +43,7 @@ def flasc(
         name="flasc",
         facts=Facts(
             paper="FLASC (arXiv 2406.05233)",
+            unequal_ranks=True,
             sends="largest elements of ΔA and ΔB",
             receives="largest elements of A and B",
             keeps="server: all of A and B, moments",
@@ -49,7 +51,8 @@ def flasc(
         ),
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
-        receive=replace_factors,
+        receive=replace_whole,
+        adopt=adopt_whole,
         takes_budget=True,
     )
 
@@ -85,7 +88,7 @@ def adam_step(
     """θ moves by FedAdam on the mean change; its largest elements are broadcast."""
     memory = dict(state.memory)
     start = {name: memory.get(f"theta/{name}", tensor) for name, tensor in state.adapter.tensors().items()}
-    means = weighted_mean(updates)
+    means = weighted_mean(updates, start=zero_change(state.adapter))
     entries: dict[str, Entry] = {}
     for name, theta in start.items():
         memory[f"theta/{name}"] = theta + adam.step(name, means[name], memory)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import dense_entries, replace_factors, send_factors
-from fedloom.methods.shared.components import read_pairs
+from fedloom.methods.shared.averaging import dense_entries, send_factors
+from fedloom.methods.shared.whole import adopt_whole, read_whole_pairs, replace_whole
 
 
 def flora_na(*, sweeps: int = 20) -> Method:
@@ -24,17 +24,19 @@ def flora_na(*, sweeps: int = 20) -> Method:
         name="flora-na",
         facts=Facts(
             paper="FLoRA-NA (arXiv 2509.26399)",
+            unequal_ranks=True,
             stateless=True,
         ),
         compress=partial(send_factors, both_factors),
         aggregate=partial(nearest_factors, sweeps),
-        receive=replace_factors,
+        receive=replace_whole,
+        adopt=adopt_whole,
     )
 
 
 def nearest_factors(sweeps: int, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Σ u_k B_k and Σ v_k A_k of every module."""
-    held = [(read_pairs(update.entries), update.weight) for update in updates]
+    held = [(read_whole_pairs(update.entries, state.adapter), update.weight) for update in updates]
     shares = torch.tensor([weight for _, weight in held], dtype=torch.float64)
     pairs: dict[str, LoraPair] = {}
     for module in state.adapter:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import (
     FROZEN,
     Aggregate,
@@ -36,7 +36,14 @@ from fedloom.methods.method import (
     both_factors,
 )
 from fedloom.methods.shared.averaging import dense_entries, product_sums, send_factors
-from fedloom.methods.shared.components import adopt_warm, components, go_on, go_on_warm, restart
+from fedloom.methods.shared.components import (
+    adopt_warm,
+    components,
+    components_beyond,
+    go_on,
+    go_on_warm,
+    restart,
+)
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 
@@ -88,8 +95,3 @@ def leading_components(
     ranks = [cut.pair.rank for cut in cuts.values()]
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
     return Aggregate(broadcast, {}, {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost})
-
-
-def components_beyond(adapter: LoraState, module: str, rank: int) -> LoraPair:
-    """The server's components that a client of this rank does not train: its `tail`, which counts as its own."""
-    return components(adapter[module], rank)

@@ -17,7 +17,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import frobenius_norm
 from fedloom.lora.pair import LoraState, module_of
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import code_dense, narrow_factors, replace_factors, send_factors, weighted_mean
+from fedloom.methods.shared.averaging import code_dense, narrow_factors, replace_factors, send_factors, weighted_mean, zero_change
 from fedloom.methods.shared.components import read_pairs
 
 
@@ -54,8 +54,7 @@ def weigh_by_norm(state: State, updates: Iterable[Update], context: Context) -> 
         module = module_of(name)
         return norms[update.client][module] / sums[module] if sums[module] else update.weight
 
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.adapter.tensors().items()}
-    means = weighted_mean(updates, start=zeros, weight=weight)
+    means = weighted_mean(updates, start=zero_change(state.adapter), weight=weight)
     return Aggregate({name: code_dense(name, tensor, context) for name, tensor in means.items()})
 
 

@@ -21,10 +21,10 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import LoraState, from_tensors, stack
-from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, adopt_leading
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
-from fedloom.methods.shared.components import components
+from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
@@ -98,8 +98,8 @@ def loom(
         ),
         compress=partial(send_signs, dial, step, importance),
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
-        receive=add_to_all,
-        adopt=adopt_all,
+        receive=add_to_whole,
+        adopt=adopt_whole,
         advise=partial(advise_on_budget, dial),
         takes_budget=True,
         default_budget=_BUDGET,
@@ -255,17 +255,3 @@ def fill_payload(
     lists.hold(room.first_guess(state.memory))
     done = fill_budget(room, lists.entries, context.size, state.memory)
     return done.memory, done.entries
-
-
-def add_to_all(state: State, entries: Entries, context: Context) -> State:
-    """Add the decoded change to the whole global pair. A client of lower rank trains its leading part."""
-    whole = stack([state.adapter, state.tail]).tensors()
-    whole |= {name: whole[name] + to_dense(entry) for name, entry in entries.items()}
-    return adopt_all(state, from_tensors(whole), state.frozen)
-
-
-def adopt_all(state: State, adapter: LoraState, frozen: LoraState) -> State:
-    """Train the leading components up to the own rank and keep the others beside them, so that nobody loses any."""
-    ranks = state.adapter.ranks()
-    beyond = {module: components(pair, ranks[module]) for module, pair in adapter.items() if pair.rank > ranks[module]}
-    return replace(adopt_leading(state, adapter, frozen), tail=LoraState(beyond))

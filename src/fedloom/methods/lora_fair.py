@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import average, code_dense, replace_factors, send_factors, weighted_mean
+from fedloom.methods.shared.averaging import code_dense, send_factors, weighted_mean
 from fedloom.methods.shared.components import read_pairs
+from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole_pairs, replace_whole
 
 
 def lora_fair(*, ridge: float = 0.01) -> Method:
@@ -25,24 +26,26 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
         name="lora-fair",
         facts=Facts(
             paper="LoRA-FAIR (arXiv 2411.14961)",
+            unequal_ranks=True,
             stateless=True,
         ),
         compress=partial(send_factors, both_factors),
         aggregate=partial(correct_mean, ridge),
-        receive=replace_factors,
+        receive=replace_whole,
+        adopt=adopt_whole,
     )
 
 
 def correct_mean(ridge: float, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """Ā and B̄ + ΔB, in float64 on r × r and m × r matrices only."""
-    mean = dict(average(state, updates, context).entries)
+    mean = dict(average_whole(state, updates, context).entries)
     means = read_pairs(mean)
 
     def projected(entries: Entries) -> dict[str, Tensor]:
         """B_k (A_k Āᵀ), m × r: the order of the products keeps m × n matrices away."""
         return {
             module: pair.B.double() @ (pair.A.double() @ means[module].A.double().T)
-            for module, pair in read_pairs(entries).items()
+            for module, pair in read_whole_pairs(entries, state.adapter).items()
         }
 
     onto = weighted_mean(updates, read=projected)  # ΔW* Āᵀ

@@ -188,8 +188,9 @@ class Method:
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
     some of the modules only. advise(first adapter, context): what a user should know of the settings, or "".
 
-    core(state) is empty, or the resting pairs (V, U) between which an r × r matrix R is trained instead of the factors:
-    the adapter is A = R V and B = U, the rows of V orthonormal (or zero).
+    core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
+    adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter; a
+    participant of rank q has q rows of R (q × r) and the first q columns of U.
     """
 
     name: str

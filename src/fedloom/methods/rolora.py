@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 from fedloom.methods.method import Facts, Method
-from fedloom.methods.shared.averaging import alternating_factors, average, replace_factors, send_factors
+from fedloom.methods.shared.averaging import alternating_factors, send_factors
+from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
 
 
 def rolora() -> Method:
@@ -18,11 +19,13 @@ def rolora() -> Method:
         facts=Facts(
             paper="RoLoRA (arXiv 2502.01755)",
             exact=True,
+            unequal_ranks=True,
             sends="B or A in turn, dense",
             receives="the same factor, dense",
         ),
         compress=partial(send_factors, alternating_factors),
-        aggregate=average,
-        receive=replace_factors,
+        aggregate=average_whole,
+        receive=replace_whole,
+        adopt=adopt_whole,
         trainable=alternating_factors,
     )

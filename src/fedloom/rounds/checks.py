@@ -17,6 +17,7 @@ from fedloom.compress.entries import Quantized, Values, all_finite, floats
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
 from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
+from fedloom.methods.shared.whole import adopt_whole, whole_rank
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import DEFAULT, Header, Limits, decode
 
@@ -98,10 +99,10 @@ def _check_shapes(
     rank = pair.rank if own is None else own[module]
     if own is None and job.method.facts.unequal_ranks:
         first = entries[f"{module}/{parts[0]}"].shape
-        sent = first[0 if parts[0] == "A" else -1] if len(first) == 2 else rank
+        sent = first[-1 if parts[0] == "B" else 0] if len(first) == 2 else rank
         rank = min(max(sent, 1), rank)
     for part in parts:
-        shape, wanted = entries[f"{module}/{part}"].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, rank)}[part]
+        shape, wanted = entries[f"{module}/{part}"].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part]
         if shape != wanted:
             raise ShapeError(f"{module}/{part} has shape {shape}, expected {wanted}: rank {rank}, at most {pair.rank}")
 
@@ -185,18 +186,24 @@ def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *,
     inner = -1 if len(shape) != 2 else shape[0] if part.endswith("A") else shape[1]
     wanted = {"A": (inner, n), "B": (m, inner), CORE: (inner, inner)}[part.removeprefix(FROZEN)]
     most = _merged_rank(job, state, module) if part.startswith(FROZEN) else _top_rank(job, state, module)
-    least = pair.rank if whole and not part.startswith(FROZEN) else 0
+    least = 0 if part.startswith(FROZEN) else most if _holds_whole(job) else pair.rank if whole else 0
     if shape != wanted or not least <= inner <= most:
         raise ShapeError(f"{name} has shape {shape}, expected {wanted} of a rank from {least} to {most}")
 
 
 def _top_rank(job: Job, state: State, module: str) -> int:
     """The largest rank that the server's adapter may have in a module, as far as a receiver knows."""
-    pair = state.adapter[module]
+    pair, held = state.adapter[module], whole_rank(state, module)
+    if _holds_whole(job):
+        return held
     if job.ranks:
         return max(pair.rank, job.tops.get(module, 0))
-    beyond = state.tail[module].rank if module in state.tail else 0
-    return max(pair.rank + beyond, *pair.shape) if job.method.facts.unequal_ranks else pair.rank
+    return max(held, *pair.shape) if job.method.facts.unequal_ranks else pair.rank
+
+
+def _holds_whole(job: Job) -> bool:
+    """Whether every participant holds the whole of the server's adapter, so that every broadcast has its rank."""
+    return job.method.adopt is adopt_whole
 
 
 def _merged_rank(job: Job, state: State, module: str) -> int:

@@ -56,10 +56,13 @@ def inverse(factor: Tensor, ridge: float, rcond: float, gram_factor: Tensor | No
     top = float(energies[-1]) if energies.numel() else 0.0
     if top and (float(energies[0]) > GRAM_LIMIT * top or ridge > GRAM_LIMIT):
         return _inverse(energies.clamp_min(0.0).sqrt(), vectors, None, factor, ridge, rcond)
+    size, rank = factor.shape
+    # Rows of zeros make the triangle square where the rank exceeds the module's size; they add nothing to the products.
+    tall = torch.nn.functional.pad(factor.double(), (0, 0, 0, max(rank - size, 0)))
     # (d, r) and (r, r): QR does not square the condition number.
-    basis, upper = torch.linalg.qr(factor.double())
+    basis, upper = torch.linalg.qr(tall)
     left_vectors, sigma, vt = torch.linalg.svd(upper)
-    return _inverse(sigma, vt.T, left_vectors, basis, ridge, rcond)
+    return _inverse(sigma, vt.T, left_vectors, basis[:size], ridge, rcond)
 
 
 def _benign(factor: Tensor, ridge: float, rcond: float) -> Inverse | None:

@@ -69,6 +69,11 @@ def read_dense(entries: Entries) -> dict[str, Tensor]:
     return {name: to_dense(entry) for name, entry in entries.items()}
 
 
+def zero_change(adapter: LoraState) -> dict[str, Tensor]:
+    """Where a sum of changes of the factors begins."""
+    return {name: torch.zeros_like(tensor) for name, tensor in adapter.tensors().items()}
+
+
 def client_share(update: Update, name: str) -> float:
     """The client's share p_k of the round, the same for all of its tensors."""
     return update.weight
@@ -164,14 +169,6 @@ def replace_factors(state: State, entries: Entries, context: Context) -> State:
     """Replace the old factors by the broadcast ones; a factor that was not sent stays."""
     received = {name: to_dense(entry) for name, entry in entries.items()}
     return replace(state, adapter=from_tensors(state.adapter.tensors() | received))
-
-
-def add_change(state: State, entries: Entries, context: Context) -> State:
-    """The old factors plus the decoded change: the same single addition on the server and on every client."""
-    tensors = state.adapter.tensors()
-    for name, entry in entries.items():
-        tensors[name] = tensors[name] + to_dense(entry)
-    return replace(state, adapter=from_tensors(tensors))
 
 
 def narrow_factors(entries: Entries, ranks: Mapping[str, int]) -> Entries:

@@ -22,6 +22,11 @@ def components(pair: LoraPair, first: int, last: int | None = None) -> LoraPair:
     return LoraPair(pair.A[first:last], pair.B[:, first:last])
 
 
+def components_beyond(adapter: LoraState, module: str, rank: int) -> LoraPair:
+    """The server's components that a client of this rank does not train: its `tail`, which counts as its own."""
+    return components(adapter[module], rank)
+
+
 def restart(state: State, entries: Entries, context: Context) -> State:
     """Merge what was broadcast, and begin a fresh adapter, the same seeded one for all."""
     merged, start = read_pairs(entries, FROZEN), draw_fresh(state, context)

@@ -162,7 +162,7 @@ def train_made_up(method: Method) -> Train:
         for module, pair in state.adapter.items():
             a, b = pair.A, pair.B
             if module in core:
-                a = a + draw_noise((pair.rank, pair.rank), generator) @ core[module].A
+                a = a + draw_noise((pair.rank, core[module].rank), generator) @ core[module].A
             else:
                 a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
                 b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
