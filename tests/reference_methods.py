@@ -68,3 +68,43 @@ def fedsrd_change(before: Pair, sent: list[Pair], shares: list[float], part: str
         total = (u[:, :rank] * s[:rank]) @ vt[:rank]
     delta = total - b @ a
     return delta @ np.linalg.pinv(a, rcond=1e-6) if part == "B" else np.linalg.pinv(b, rcond=1e-6) @ delta
+
+
+# --- clients of lower rank than the server ------------------------------------------------------------------------
+
+
+def held(server: Pair, sent: Pair) -> Pair:
+    """The factors that a client's model has, component by component: its own as far as they go, then the server's."""
+    a, b = np.array(server[0]), np.array(server[1])
+    for component in range(len(sent[0])):
+        a[component, :], b[:, component] = sent[0][component], sent[1][:, component]
+    return a, b
+
+
+def widened(server: Pair, change: Pair) -> Pair:
+    """A client's change as one of the server's factors: nothing beyond its own components."""
+    a, b = np.zeros_like(server[0]), np.zeros_like(server[1])
+    for component in range(len(change[0])):
+        a[component, :], b[:, component] = change[0][component], change[1][:, component]
+    return a, b
+
+
+def lora_fair(after: list[Pair], shares: list[float], ridge: float) -> Pair:
+    """Ā and the B that minimises ‖B Ā − ΔW*‖² + λ ‖B − B̄‖², by the normal equations of the stacked problem."""
+    a, b = fedit(after, shares)
+    strength = ridge * np.linalg.norm(a @ a.T, 2)
+    left = np.concatenate([a.T, math.sqrt(strength) * np.eye(len(a))])
+    right = np.concatenate([(product(after, shares) - b @ a).T, np.zeros((len(a), len(b)))])
+    return a, b + np.linalg.lstsq(left, right, rcond=None)[0].T
+
+
+def flora_na(after: list[Pair], shares: list[float], sweeps: int) -> np.ndarray:
+    """(Σ u_k B_k)(Σ v_k A_k) nearest to ΔW*, by alternating least squares on m × n matrices."""
+    target, u, v = product(after, shares).ravel(), np.array(shares), np.array(shares)
+    for _ in range(sweeps):
+        a = sum(x * pair[0] for x, pair in zip(v, after, strict=True))
+        u = np.linalg.lstsq(np.stack([(pair[1] @ a).ravel() for pair in after], axis=1), target, rcond=None)[0]
+        b = sum(x * pair[1] for x, pair in zip(u, after, strict=True))
+        v = np.linalg.lstsq(np.stack([(b @ pair[0]).ravel() for pair in after], axis=1), target, rcond=None)[0]
+    a = sum(x * pair[0] for x, pair in zip(v, after, strict=True))
+    return b @ a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,14 +20,13 @@ from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 from fedloom.adapters.tensor_file import DTYPES, TensorFile
 from fedloom.errors import ConfigError, ModelError, NumericError
 from fedloom.lora.pair import LoraPair, LoraState
-from fedloom.methods.table import offline_methods
+from fedloom.methods.table import build, offline_methods
 from fedloom.studies.estimate import machine
 from reference import best_rank
 
 OFFLINE = offline_methods()
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SHAPES = {"layers.0.k_proj": (24, 80), "layers.0.up_proj": (96, 80), "layers.1.k_proj": (24, 80)}
-UNEQUAL = ("florist", "flora", "flexlora", "fedit", "hetlora")
 
 
 def adapter(folder: Path, rank: int, seed: int, modules=SHAPES, **config) -> Path:
@@ -82,7 +82,9 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("recipe", [Recipe("florist", energy=1.0), Recipe("flora"), Recipe("flexlora", rank=96)])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("florist", energy=1.0), Recipe("flora"), Recipe("fedex"), Recipe("flexlora", rank=96)]
+)
 def test_exact_methods_give_the_weighted_sum_at_unequal_ranks(tmp_path: Path, recipe: Recipe, use_rslora: bool) -> None:
     paths = several(tmp_path, use_rslora=use_rslora)
     weights = [float(k + 1) for k in range(len(paths))]
@@ -129,7 +131,7 @@ def test_the_costs_told_are_those_of_the_files(tmp_path: Path, method: str, dtyp
 
 @pytest.mark.parametrize("method", OFFLINE)
 def test_the_order_of_adapters_does_not_matter(tmp_path: Path, method: str) -> None:
-    paths = several(tmp_path, ranks=(8, 4, 2) if method in UNEQUAL else (4, 4, 4))
+    paths = several(tmp_path, ranks=(8, 4, 2))
     recipe = Recipe(method)
     merged(paths, tmp_path / "one", recipe, [3.0, 2.0, 1.0])
     merged(paths[::-1], tmp_path / "two", recipe, [1.0, 2.0, 3.0])
@@ -327,10 +329,12 @@ def test_senseless_recipes_are_refused(arguments: dict, reason: str) -> None:
         Recipe(**arguments)
 
 
-@pytest.mark.parametrize("method", sorted(set(OFFLINE) - set(UNEQUAL)))
-def test_methods_of_equal_ranks_say_so(tmp_path: Path, method: str) -> None:
+def test_a_method_that_needs_equal_ranks_says_so(tmp_path: Path, monkeypatch) -> None:
+    plain = build("fedit")
+    equal = replace(plain, facts=replace(plain.facts, unequal_ranks=False))
+    monkeypatch.setattr("fedloom.adapters.merge.combine.build", lambda *given: equal)
     with pytest.raises(ConfigError, match=r"equal rank, and module layers.0.k_proj has ranks 4, 2; use florist"):
-        merged(several(tmp_path, ranks=(4, 2)), tmp_path / "out", Recipe(method))
+        merged(several(tmp_path, ranks=(4, 2)), tmp_path / "out", Recipe("fedit"))
 
 
 def test_output_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -121,6 +121,17 @@ def test_a_factor_short_of_its_rank_is_cut_off_and_reported(backend):
     assert deviation(found, lame, "A", changes, [0.5, 0.5]) < 2e-5
 
 
+@pytest.mark.parametrize("rank", [None, 12])
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize(("m", "n"), [(6, 40), (40, 6), (6, 7)])
+def test_a_rank_above_the_size_of_the_module_is_no_obstacle(backend, m, n, side, rank):
+    pair = LoraPair(0.1 * torch.randn(12, n), torch.randn(m, 12))
+    changes = updates(m, n, 12, 3, density=0.5)
+    found = solved(pair, side, changes, [0.2, 0.3, 0.5], rank=rank)
+    assert found.kept == min(12, m if side == "A" else n)
+    assert deviation(found, pair, side, changes, [0.2, 0.3, 0.5], rank=rank) < 1e-4
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_zero_factor_gives_a_zero_change(backend, rank):
     pair = LoraPair(torch.randn(4, 30), torch.zeros(20, 4))

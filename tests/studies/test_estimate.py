@@ -1,6 +1,7 @@
 """`fedloom estimate`: the published arithmetic, and bytes that a real round then takes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,10 @@ def test_published_figures_stand_beside_ours():
 
 def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():
     case = estimate.preset_case("tinyllama", ranks=[8, 4], modules=["k_proj"])
+    plain = build("fedsrd")
+    equal = replace(plain, facts=replace(plain.facts, unequal_ranks=False))
     with pytest.raises(ConfigError, match="needs equal ranks"):
-        estimate.run_estimate(case, ["fedsrd"])
+        predict({"own": equal}, case.layout, case.ranks)
     (row,) = estimate.run_estimate(case, ["florist"])["rows"]
     dense = [4 * rank * sum(map(sum, preset_shapes(preset_named("tinyllama"), ["k_proj"]).values())) for rank in (8, 4)]
     assert row["up_bytes"]["paper"] == pytest.approx(sum(dense) / 2)

@@ -17,7 +17,14 @@ from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import frobenius_norm
 from fedloom.lora.pair import LoraState, module_of
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
-from fedloom.methods.shared.averaging import code_dense, narrow_factors, replace_factors, send_factors, weighted_mean, zero_change
+from fedloom.methods.shared.averaging import (
+    code_dense,
+    narrow_factors,
+    replace_factors,
+    send_factors,
+    weighted_mean,
+    zero_change,
+)
 from fedloom.methods.shared.components import read_pairs
 
 

@@ -102,7 +102,10 @@ def _check_shapes(
         sent = first[-1 if parts[0] == "B" else 0] if len(first) == 2 else rank
         rank = min(max(sent, 1), rank)
     for part in parts:
-        shape, wanted = entries[f"{module}/{part}"].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part]
+        shape, wanted = (
+            entries[f"{module}/{part}"].shape,
+            {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part],
+        )
         if shape != wanted:
             raise ShapeError(f"{module}/{part} has shape {shape}, expected {wanted}: rank {rank}, at most {pair.rank}")
 
