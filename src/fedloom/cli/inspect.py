@@ -25,14 +25,18 @@ MethodRow = Mapping[str, Any]
 
 
 def method_rows() -> list[MethodRow]:
-    """Each method: its name, the facts of `method.Facts`, its settings with their defaults, its presets."""
-    from fedloom.methods.table import METHODS, build, method_options
+    """Each method: its name, the facts of `method.Facts`, its settings with their defaults, its presets.
+
+    server_options: those of a server optimiser, where the method takes one; "server_optimizer" is None, that is off.
+    """
+    from fedloom.methods.table import METHODS, build, method_options, server_options
 
     return [
         {
             "name": name,
             **asdict(build(name).facts),
             "settings": _plain(method_options(name)),
+            "server_options": _plain(server_options(name)),
             "presets": {preset: _plain(settings) for preset, settings in entry.presets.items()},
         }
         for name, entry in METHODS.items()
@@ -46,12 +50,44 @@ def method_table(rows: Sequence[MethodRow]) -> RenderableType:
         table.add_column(name, style="bold" if name == "method" else "", overflow="fold")
     settings = Table(box=None, show_header=False, title="Settings: --set method.KEY=VALUE", title_justify="left")
     for row in rows:
-        flags = ["yes" if row[key] else "no" for key in ("exact", "unequal_ranks")]
-        table.add_row(row["name"], row["paper"], *flags, row["sends"], row["receives"], row["keeps"])
+        exact = "yes" if row["exact"] else "no"
+        ranks = "no" if not row["unequal_ranks"] else "own part" if row["own_part"] else "whole"
+        table.add_row(row["name"], row["paper"], exact, ranks, row["sends"], row["receives"], row["keeps"])
         shown = [f"{key} = {_toml(value)}" for key, value in row["settings"].items()]
+        shown += ["server_optimizer (below)"] * bool(row["server_options"])
         presets = f"  (presets: {', '.join(row['presets'])})" if row["presets"] else ""
         settings.add_row(row["name"], (", ".join(shown) or "none") + presets)
-    return Group(table, settings)
+    legend = (
+        "unequal ranks, what a client of lower rank trains on: the whole adapter of the server, of which it trains the "
+        "first components; or its own part of it, the first components alone\n"
+    )
+    return Group(table, legend, settings, *_server_optimisers(rows), *_other_names())
+
+
+def _server_optimisers(rows: Sequence[MethodRow]) -> list[str]:
+    """What a server optimiser is, its settings, and the methods that take one."""
+    from fedloom.methods.table import SERVER_OPTIMISERS
+
+    taking = {row["name"]: row["server_options"] for row in rows if row["server_options"]}
+    if not taking:
+        return []
+    more = {key: value for key, value in next(iter(taking.values())).items() if key != "server_optimizer"}
+    return [
+        "",
+        f"Server optimiser, off unless set: method.server_optimizer = {' or '.join(map(_quoted, SERVER_OPTIMISERS))}",
+        f"  with {', '.join(f'{key} = {_toml(value)}' for key, value in more.items())}",
+        f"  over the mean of {', '.join(taking)}; docs/methods/index.md explains it",
+    ]
+
+
+def _other_names() -> list[str]:
+    from fedloom.methods.table import ALIASES
+
+    return ["", *(f"{other} is another name of {name}: {what}" for other, (name, what) in ALIASES.items())]
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def describe_path(path: Path) -> RenderableType:

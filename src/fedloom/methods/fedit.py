@@ -18,6 +18,7 @@ def fedit() -> Method:
         facts=Facts(
             paper="FedIT (arXiv 2305.05644)",
             unequal_ranks=True,
+            own_part=True,
             stateless=True,
         ),
         compress=partial(send_factors, both_factors),

@@ -24,6 +24,7 @@ def flexlora() -> Method:
         facts=Facts(
             paper="FlexLoRA (arXiv 2402.11505)",
             unequal_ranks=True,
+            own_part=True,
             receives="A and B of its own rank, dense",
             broadcasts="components",
             stateless=True,

@@ -58,6 +58,7 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
             paper="FLoRIST (arXiv 2506.09199)",
             exact=tau == 1.0 and client_init != "continue",
             unequal_ranks=True,
+            own_part=client_init == "continue",
             receives="singular components up to the energy tau",
             keeps="merged increments",
             broadcasts="components",

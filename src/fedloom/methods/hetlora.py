@@ -37,6 +37,7 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
         facts=Facts(
             paper="HetLoRA (arXiv 2401.06432)",
             unequal_ranks=True,
+            own_part=True,
             sends="A and B of its own rank, dense",
             receives="the first rows and columns, dense",
             stateless=True,

@@ -103,7 +103,8 @@ class Facts:
     """The row of a method in the table that `fedloom methods` prints; the defaults are FedAvg's.
 
     paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
-    rank. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+    rank. own_part: a client of lower rank uses the leading components of the server's adapter alone, so that its model
+    is not that of the others; else all use the whole of it. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
 
     broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
     which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
@@ -116,6 +117,7 @@ class Facts:
     paper: str
     exact: bool = False
     unequal_ranks: bool = False
+    own_part: bool = False
     sends: str = "A and B, dense"
     receives: str = "A and B, dense"
     keeps: str = "nothing"
@@ -189,8 +191,8 @@ class Method:
     some of the modules only. advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
-    adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter; a
-    participant of rank q has q rows of R (q × r) and the first q columns of U.
+    adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
+    A participant of rank q has q rows of R (q × r) and the first q columns of U.
     """
 
     name: str

@@ -31,13 +31,17 @@ from fedloom.methods.loom import loom
 from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
-from fedloom.methods.shared.server_optimiser import ServerOptimiser, optimise_mean
+from fedloom.methods.shared.server_optimiser import ServerOptimiser, broadcasts_mean, optimise_mean
 
 Settings = Mapping[str, object]
 Found = TypeVar("Found")
 Built = TypeVar("Built")
 SERVER_KEYS = inspect.signature(ServerOptimiser).parameters
 """Settings that any averaging method takes beside its own."""
+SERVER_OPTIMISERS = ("fedavgm", "fedadam")
+"""The choices of method.server_optimizer."""
+ALIASES: Mapping[str, tuple[str, str]] = {"fedavg": ("fedit", "FedAvg of the two LoRA factors")}
+"""Another name of a method → its name here, and what it is."""
 MOVED = {
     "budget": 'use wire.budget, for any method that chooses how much it sends. A share ("1%") means what it meant; '
     "bytes are those of one payload now, the mean of both ways: half of what method.budget was"
@@ -101,6 +105,8 @@ def build(method: str | Method, settings: Settings | None = None) -> Method:
         if settings:
             raise ConfigError(f"method {method.name!r} is built already: give {', '.join(settings)} to its builder")
         return method
+    if method_name(method) != method:
+        return _build_alias(method, settings)
     entry = method_entry(method)
     given = dict(settings or {})
     preset = given.pop("preset", "default")
@@ -120,9 +126,33 @@ def build(method: str | Method, settings: Settings | None = None) -> Method:
     return optimise_mean(built, _checked(method, lambda: TypeAdapter(ServerOptimiser).validate_python(server)))
 
 
+def method_name(text: str) -> str:
+    """The name in METHODS that a text means: in any case, with _ for -, or one of ALIASES. Other texts stay as given."""
+    plain = text.strip().lower().replace("_", "-")
+    name = ALIASES[plain][0] if plain in ALIASES else plain
+    return name if name in METHODS else text
+
+
+def _build_alias(text: str, settings: Settings | None) -> Method:
+    """The method that another name or spelling stands for. Where the name is another one, the run says so."""
+    built = build(method_name(text), settings)
+    plain = text.strip().lower()
+    if plain not in ALIASES:
+        return built
+    note = f"method {plain!r} is {built.name!r} here: {ALIASES[plain][1]}"
+    return replace(built, advise=lambda adapter, context: note)
+
+
 def method_entry(name: str) -> MethodEntry:
     """The row of METHODS, or a new one for a builder of another package. Raises ConfigError for an unknown name."""
-    return MethodEntry(load_builder(name)) if is_foreign(name) else _known("method.name", name, METHODS)
+    if is_foreign(name):
+        return MethodEntry(load_builder(name))
+    if name.lower() in SERVER_OPTIMISERS:
+        raise ConfigError(
+            f"method.name {name!r} is unknown: it is a server optimiser, which works over a method. Use "
+            f'method.name = "fedit" and method.server_optimizer = "{name.lower()}"'
+        )
+    return _known("method.name", method_name(name), METHODS)
 
 
 def offline_methods() -> list[str]:
@@ -154,9 +184,18 @@ def method_options(name: str) -> dict[str, object]:
     return {**defaults, **entry.presets.get("default", {})}
 
 
+def server_options(name: str) -> dict[str, object]:
+    """The settings of a server optimiser and their defaults, where the method takes one; else nothing."""
+    if "server_tau" in method_options(name) or not broadcasts_mean(build(name)):
+        return {}
+    return {key: None if found.default is found.empty else found.default for key, found in SERVER_KEYS.items()}
+
+
 def _known(what: str, key: str, table: Mapping[str, Found]) -> Found:
     if key in table:
         return table[key]
-    near = difflib.get_close_matches(key, table, n=1)
+    near = difflib.get_close_matches(key.lower(), table, n=3)
+    # Two letters that have changed places are the likeliest slip; to difflib another letter is as near.
+    near.sort(key=lambda name: sorted(name) != sorted(key.lower()))
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ConfigError(f"{what} {key!r} is unknown{hint} Known: {', '.join(sorted(table))}")

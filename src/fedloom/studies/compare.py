@@ -24,7 +24,7 @@ from fedloom.errors import ConfigError, RoundError
 from fedloom.methods.fingerprint import fingerprint
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import Method
-from fedloom.methods.table import METHODS
+from fedloom.methods.table import METHODS, method_name
 from fedloom.records.config import Config
 from fedloom.records.configfile import merge_trees, override, parse
 from fedloom.records.ledger import read_rows
@@ -111,7 +111,8 @@ def variant_overrides(variant: str) -> list[str]:
 
 def split_variant(variant: str) -> tuple[str, str]:
     """(method, what follows it after a colon). "package.module:builder" is the method's name as a whole."""
-    head, _, rest = variant.partition(":")
+    text, _, rest = variant.partition(":")
+    head = method_name(text)
     builder, _, settings = rest.partition(":")
     known = head in METHODS or head in ("alone", "pooled")
     foreign = not known and is_foreign(variant) and builder.isidentifier()

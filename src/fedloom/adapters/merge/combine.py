@@ -16,7 +16,7 @@ from fedloom.lora.pair import LoraPair, LoraState, stack, stack_pairs
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import FROZEN, Context, Method, State, Update
 from fedloom.methods.shared.components import read_pairs
-from fedloom.methods.table import METHODS, build, method_entry, offline_methods
+from fedloom.methods.table import METHODS, build, method_entry, method_name, offline_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Recipe:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        known = self.method in METHODS or is_foreign(self.method)
+        known = method_name(self.method) in METHODS or is_foreign(self.method)
         if not known or not build(self.method).facts.stateless:
             raise ConfigError(
                 f"--method {self.method} is unknown, or its server step needs the state of earlier rounds; "

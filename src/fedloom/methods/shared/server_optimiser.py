@@ -64,9 +64,14 @@ _STEPS: Mapping[str, Callable[[ServerOptimiser, str, Tensor, Memory], Tensor]] =
 }
 
 
+def broadcasts_mean(method: Method) -> bool:
+    """Whether an optimiser can be put over what the method broadcasts."""
+    return method.facts.broadcasts in ("factors", "change")
+
+
 def optimise_mean(method: Method, optimiser: ServerOptimiser) -> Method:
     """The method with a server optimiser over its mean. Raises ConfigError for a method that broadcasts no mean."""
-    if method.facts.broadcasts not in ("factors", "change"):
+    if not broadcasts_mean(method):
         raise ConfigError(
             f"method {method.name!r} does not broadcast a mean, so method.server_optimizer cannot be used with it"
         )

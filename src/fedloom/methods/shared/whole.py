@@ -1,8 +1,8 @@
 """What the methods share in which everybody holds the server's whole adapter, whatever its own rank.
 
 A client of rank q trains the first q components of the server's pair and uses the others as they are: they are its
-`State.tail`. So all have the same model, and the model of client k is W0 + B_k A_k, where B_k and A_k begin with what it
-has trained and go on with what the server has.
+`State.tail`. So all begin a round with the same model. What client k ends it with is W0 + B_k A_k, where B_k and A_k
+begin with what it has trained and go on with what the server has.
 
 Averages are taken over these whole factors. A component moves by the shares of those that train it, and what nobody
 trains stays where it is. So Σ p_k B_k A_k is the mean of the models as they are, whatever the ranks, and a method that
