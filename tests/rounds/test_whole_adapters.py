@@ -18,6 +18,8 @@ from fedloom.methods.shared.whole import adopt_whole, read_whole, whole_adapter
 from fedloom.methods.table import METHODS, build, method_options
 from fedloom.model import peft_bridge
 from fedloom.rounds.turns import Trained, accept, full_state
+from fedloom.site.policy import check_may_leave
+from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Message, decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedloom.workspace.clients import split_trained
@@ -144,6 +146,17 @@ def test_a_budget_is_kept_at_every_rank(name: str, budget: str, share: float | N
             assert len(payload) <= (share * dense if share else 500), client
         if share and name != "loom":  # loom keeps to it on the mean of both ways
             assert len(federation.uploads["ada"]) > 2 * len(federation.uploads["cyd"])
+
+
+def test_a_site_of_lower_rank_may_send_its_rows_of_a_matrix_between_two_factors():
+    federation = Federation(job(build("fed-sb")), CASTS["4, 2, 1"])
+    federation.play()
+    federation.settle()
+    held = {client: state.adapter for client, state in federation.clients.items()}
+    federation.play()
+    for client, payload in federation.uploads.items():
+        check_may_leave(Policy(), payload, held[client], Spending(), ("R",))
+        assert decode(payload).entries[f"{K}/R"].shape == (CASTS["4, 2, 1"][client], 4)
 
 
 def test_what_a_client_has_not_sent_is_the_servers():

@@ -99,7 +99,7 @@ def nothing(project: Path) -> None:
         (nothing, ["method.ridge=-1"], ["ridge", "-1"]),
         (nothing, ["federation.participants=['bnak']"], ["bnak", "bank, lab"]),
         (nothing, ["federation.num_clients=3"], ["num_clients is 3", "2"]),
-        (nothing, ["clients.lab.r=4"], ["fedsrd", "equal ranks", "lab"]),
+        (nothing, ["method.name=fed-sb", "clients.lab.target_modules=['q_proj']"], ["fed-sb", "same modules", "lab"]),
         (nothing, ["data.template=alpcaa"], ["alpcaa", "alpaca"]),
         (nothing, ["data.max_length=8"], ["max_length", "8"]),
         (nothing, ["model.quantization=4bit"], ["4bit", "GPU"]),

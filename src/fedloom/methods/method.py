@@ -104,7 +104,8 @@ class Facts:
 
     paper: name and source. exact: the aggregate is Σ p_k B_k A_k, nothing lost. unequal_ranks: clients may differ in
     rank. own_part: a client of lower rank uses the leading components of the server's adapter alone, so that its model
-    is not that of the others; else all use the whole of it. sends, receives, keeps: in words, what a client sends and receives, and what is kept between rounds.
+    is not that of the others; else all use the whole of it. sends, receives, keeps: in words, what a client sends and
+    receives, and what is kept between rounds.
 
     broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
     which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum

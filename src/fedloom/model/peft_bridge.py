@@ -227,7 +227,7 @@ def set_trainable(model: peft.PeftModel, parts: Sequence[str], slot: str = TRAIN
 
 @contextmanager
 def training_core(model: peft.PeftModel, core: LoraState, slot: str = TRAINED) -> Iterator[None]:
-    """While it lasts, A of each module in `core` is R V with V the core's A, and only the matrix R (r × r) trains.
+    """While it lasts, A of each module in `core` is R V with V the core's A, and only the matrix R trains.
 
     An empty core changes nothing.
     """

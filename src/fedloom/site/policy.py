@@ -152,7 +152,7 @@ def check_may_leave(
     """Raises PolicyRefusal unless this payload may leave: an update of allowed modules, within the bytes allowed.
 
     before: the adapter that training began with; nothing may leave that is not one of its `parts` (`Method.parts`):
-    its factors, or the r × r matrix between two that rest.
+    its factors, or its rows of the matrix between two that rest.
     """
     _check_bytes(policy, len(payload), spent)
     message = decode(payload, Limits(max_values=4 * before.numel()))
@@ -163,7 +163,9 @@ def check_may_leave(
         if module not in before or part not in parts:
             raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
         pair = before[module]
-        if math.prod(entry.shape) > (pair.rank**2 if part == CORE else pair.part(part).numel()):
+        # A site of rank q sends q rows of the matrix, as long as the server's rank: no more than it has of A.
+        most = max(pair.rank**2, pair.A.numel()) if part == CORE else pair.part(part).numel()
+        if math.prod(entry.shape) > most:
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
     _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
