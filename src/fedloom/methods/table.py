@@ -127,7 +127,7 @@ def build(method: str | Method, settings: Settings | None = None) -> Method:
 
 
 def method_name(text: str) -> str:
-    """The name in METHODS that a text means: in any case, with _ for -, or one of ALIASES. Other texts stay as given."""
+    """The name in METHODS that a text means: in any case, with _ for -, or one of ALIASES. Other texts stay as is."""
     plain = text.strip().lower().replace("_", "-")
     name = ALIASES[plain][0] if plain in ALIASES else plain
     return name if name in METHODS else text

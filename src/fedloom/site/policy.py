@@ -163,9 +163,9 @@ def check_may_leave(
         if module not in before or part not in parts:
             raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
         pair = before[module]
-        # A site of rank q sends q rows of the matrix, as long as the server's rank: no more than it has of A.
+        # Of the matrix a site of rank q sends q rows, as long as the server's rank: no more than it has of A.
         most = max(pair.rank**2, pair.A.numel()) if part == CORE else pair.part(part).numel()
-        if math.prod(entry.shape) > most:
+        if math.prod(entry.shape) > most or (part == CORE and entry.shape[:1] != (pair.rank,)):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
     _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
