@@ -19,9 +19,9 @@ from pathlib import Path
 from scripts.method_picture import TOY, picture
 
 import fedloom
-from fedloom.errors import ConfigError
+from fedloom.methods.method import Facts
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
-from fedloom.methods.table import METHODS, build, method_options
+from fedloom.methods.table import METHODS, build, method_options, server_options
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = DOCS / "methods"
@@ -77,9 +77,9 @@ def facts(name: str) -> list[tuple[str, str]]:
         ("a client receives", known.receives),
         ("kept between rounds", known.keeps),
         ("exact: the result is Σ p s B A", "yes" if known.exact else "no"),
-        ("clients of unequal rank", yes(known.unequal_ranks)),
+        ("clients of unequal rank", f"[{held(known)}](index.md#clients-of-unequal-rank)"),
         ("clients that train some modules only", yes(method.module_subsets)),
-        ("server optimiser (FedAvgM, FedAdam)", yes(takes_optimiser(name))),
+        ("[server optimiser](index.md#a-server-optimiser-over-a-method)", yes(bool(server_options(name)))),
         ("a byte limit on each update (`wire.budget`)", yes(method.takes_budget)),
         ('values under `wire.values = "auto"`', CODING[method.values]),
     ]
@@ -90,20 +90,17 @@ def yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
+def held(known: Facts) -> str:
+    """What a client of lower rank trains on."""
+    return "no" if not known.unequal_ranks else "own part" if known.own_part else "whole"
+
+
 def paper(text: str) -> str:
     """The paper's name as a link to it."""
     found = re.search(r"arXiv (\d+\.\d+)", text)
     if not found:
         return text.replace("docs/loom.md", "[how it works](../loom.md)")
     return text.replace(found[0], f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})")
-
-
-def takes_optimiser(name: str) -> bool:
-    """Whether the server's mean may go through an optimiser."""
-    try:
-        return "server_optimizer" not in method_options(name) and bool(build(name, {"server_optimizer": "fedavgm"}))
-    except ConfigError:
-        return False
 
 
 def caption(name: str) -> str:
@@ -191,7 +188,7 @@ def index() -> str:
     for name in METHODS:
         method = build(name)
         known, link = method.facts, f"[{text_of(name)[0]}]({name}.md)"
-        exact, unequal = yes(known.exact), yes(known.unequal_ranks)
+        exact, unequal = yes(known.exact), held(known)
         rows.append((link, f"`{name}`", known.sends, known.receives, exact, unequal))
     head = ("method", "name", "a client sends", "a client receives", "exact", "unequal ranks")
     text = (PAGES / "text" / "index.md").read_text(encoding="utf-8")
