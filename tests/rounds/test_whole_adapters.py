@@ -10,11 +10,11 @@ from peft import PeftModel
 from test_methods_contract import lossless, room
 
 from fedloom.adapters.settings import save_adapter
-from fedloom.compress.entries import dense_entry
+from fedloom.compress.entries import Sparse, dense_entry, to_dense
 from fedloom.errors import ShapeError
-from fedloom.lora.pair import digest
+from fedloom.lora.pair import LoraState, digest
 from fedloom.methods.method import State
-from fedloom.methods.shared.whole import adopt_whole, read_whole, whole_adapter
+from fedloom.methods.shared.whole import adopt_whole, read_whole, whole_adapter, widen_change
 from fedloom.methods.table import METHODS, build, method_options
 from fedloom.model import peft_bridge
 from fedloom.rounds.turns import Trained, accept, full_state
@@ -24,7 +24,7 @@ from fedloom.wire import Message, decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedloom.workspace.clients import split_trained
 from tiny_models import llama, placed
-from toy import SHAPES, Federation, delta, job, random_state, step
+from toy import SHAPES, Federation, client_seed, delta, job, random_state, step
 
 K, Q, DOWN = sorted(SHAPES)
 CASTS = {
@@ -102,6 +102,27 @@ def test_a_round_in_which_nobody_moves_leaves_every_component(name: str):
         assert (change - before[module]).norm() <= 1e-5 * before[module].norm(), module
 
 
+@pytest.mark.parametrize("name", sorted(n for n in METHODS if build(n, lossless(n)).facts.exact and n != "fed-sb"))
+@pytest.mark.parametrize("module_weighting", ["holders", "all"])
+def test_exact_methods_stay_exact_where_ranks_and_modules_differ(name: str, module_weighting: str):
+    """Σ p_k of the models of those who count: each with what it trained, and the server's other components."""
+    cast = {"ada": {K: 4, Q: 2, DOWN: 8}, "bob": {K: 1, Q: 4}, "cyd": {Q: 3}}
+    federation = Federation(job(build(name, lossless(name)), module_weighting=module_weighting), cast)
+    for round in range(1, 4):
+        federation.settle()
+        old, models, shares = delta(federation.server.total), {}, {}
+        for client, state in federation.clients.items():
+            trained = federation.training(client)(state, round, client_seed(federation.job, client, round))
+            whole_state = replace(state, adapter=LoraState({**state.adapter, **trained.adapter}))
+            models[client], shares[client] = delta(whole_state.total), trained.num_examples
+        federation.play()
+        for module, after in delta(federation.server.total).items():
+            counted = {c: shares[c] for c in cast if module_weighting == "all" or module in cast[c]}
+            ideal = sum(s * (models[c] if module in cast[c] else old)[module] for c, s in counted.items())
+            wanted = ideal / sum(counted.values())
+            assert (after - wanted).norm() <= 1e-5 * wanted.norm(), (round, module)
+
+
 @whole
 @casts
 def test_a_client_sends_and_receives_what_its_ranks_allow(name: str, cast: str):
@@ -157,6 +178,22 @@ def test_a_site_of_lower_rank_may_send_its_rows_of_a_matrix_between_two_factors(
     for client, payload in federation.uploads.items():
         check_may_leave(Policy(), payload, held[client], Spending(), ("R",))
         assert decode(payload).entries[f"{K}/R"].shape == (CASTS["4, 2, 1"][client], 4)
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_change_is_widened_by_zeros_and_sparse_ones_stay_sparse(part: str, density: float, rank: int):
+    shape, wide = ((rank, 7), (5, 7)) if part == "A" else ((7, rank), (7, 5))
+    change = torch.randn(shape) * (torch.rand(shape) < density)
+    expected = torch.zeros(wide)
+    expected[: shape[0], : shape[1]] = change
+    positions = change.flatten().nonzero().squeeze(1)
+    for entry in (dense_entry(change), Sparse(shape, positions, change.flatten()[positions])):
+        found = widen_change(entry, part, 5)
+        assert type(found) is type(entry) and torch.equal(to_dense(found), expected)
+        if isinstance(found, Sparse):
+            assert bool((found.positions.diff() > 0).all())
 
 
 def test_what_a_client_has_not_sent_is_the_servers():
