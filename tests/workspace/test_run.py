@@ -199,8 +199,9 @@ def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path):
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] <= 6
 
 
-def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path):
-    config = settings(*TWO, "method.name=florist", "clients.lab.r=4", "clients.bank.lora_alpha=8")
+@pytest.mark.parametrize("method", ["florist", "fed-sb"])
+def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path, method: str):
+    config = settings(*TWO, f"method.name={method}", "clients.lab.r=4", "clients.bank.lora_alpha=8")
     summary = run_local(config, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
     up = {
