@@ -1,7 +1,7 @@
 """Fed-DARE: random elements of the change, rescaled so that the mean is right (Yu et al., ICML 2024, arXiv 2311.03099).
 
 Unbiased, with a variance of q / (1 − q) times the square of each element. The mask follows from a seed and costs
-no bytes.
+no bytes. A client of lower rank has changed nothing beyond its own components (`shared.whole`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """FedEx-LoRA: FedAvg of the factors, and its error sent along to be merged.
 
 (Singhal et al., ACL 2025, arXiv 2410.09432)
+
+What the averages miss is sent, however they are taken. For unequal ranks they are those of whole factors
+(`shared.whole`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Clients send the important elements of ΔA and ΔB. The server rebuilds Σ p_k B_k A_k, takes its best rank-r
 approximation (FedSRD) or leaves it as it is (FedSRD-e), and expresses the change in one factor alone, B and A
 in turn. It begins with B: at the start B = 0, and a change of A would change nothing.
+
+The aggregate is one of products, so ranks may differ: a client of rank q sends changes of the first q components, and
+its B_k A_k has the server's other components as they are (`shared.whole`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """FedSVD: B is trained and averaged, then both factors are turned so that the rows of A are orthonormal.
 
 (Lee et al., NeurIPS 2025, arXiv 2505.12805)
+
+The turn sorts the components by size, so that a client of lower rank trains the leading ones. It uses the others as
+they are (`shared.whole`).
 """
 
 from __future__ import annotations

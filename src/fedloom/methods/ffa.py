@@ -1,6 +1,7 @@
 """FFA-LoRA: A stays at its seeded start, only B is trained and averaged (Sun et al., ICLR 2024, arXiv 2403.12313).
 
-With A shared, the average of the products is the product with the average: exact.
+With A shared, the average of the products is the product with the average: exact. That holds for unequal ranks as
+well: a client of rank q trains the first q columns of B and uses the others as they are (`shared.whole`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FLASC: sparse both ways, with an Adam step on the server (Kuo et al., 2024, arXiv 2406.05233).
 
 The server keeps the whole adapter θ to itself and broadcasts its largest elements. Clients train all elements from
-there, and send the largest of their change from what they received.
+there, and send the largest of their change from what they received. A client of lower rank trains the first
+components of what it received, and has changed nothing beyond them (`shared.whole`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FLoRA-NA: the combination of factors whose product is nearest to the ideal (Nguyen et al., 2025, arXiv 2509.26399).
 
 min over u, v ∈ R^K of ‖(Σ u_i B_i)(Σ v_j A_j) − Σ p_k B_k A_k‖_F, by alternating least squares. All of it rests on the
-inner products ⟨B_i A_j, B_k A_l⟩ = Σ (B_iᵀ B_k) ∘ (A_j A_lᵀ), so nothing larger than K² r × r matrices is needed.
+inner products ⟨B_i A_j, B_k A_l⟩ = Σ (B_iᵀ B_k) ∘ (A_j A_lᵀ), so nothing larger than K² r × r matrices is needed. The
+factors of a client of lower rank go on with the server's components (`shared.whole`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """LoRA-FAIR: FedAvg with a corrected B (Bian et al., ICCV 2025, arXiv 2411.14961).
 
 B̄ + ΔB with ΔB = argmin ‖(B̄ + ΔB) Ā − ΔW*‖² + λ ‖ΔB‖², so ΔB = (ΔW* − B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹; λ → ∞ is FedIT.
+The factors of a client of lower rank go on with the server's components (`shared.whole`), so that ΔW* is the mean of
+the models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """RoLoRA: B and A trained and averaged in turn (Chen et al., NeurIPS 2025, arXiv 2502.01755).
 
-The factor that rests is the same everywhere, so every round is exact.
+The factor that rests is the same everywhere, so every round is exact, for unequal ranks as well: a client of rank q
+trains the first q columns of B or rows of A and uses the others as they are (`shared.whole`).
 """
 
 from __future__ import annotations
