@@ -25,8 +25,8 @@ from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
-from fedloom.model.examples import load_examples
 from fedloom.model.patch import PatchedTrainer
+from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
 from fedloom.records.ledger import Row, Training
@@ -236,9 +236,11 @@ class Desk:
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
-        mine = load_examples(self.site.data)
+        notes: list[str] = []
+        mine = load_examples(self.site.data, settings=self.site.reading(), tell=notes.append)
         names = sorted(config.federation.participants or ())
-        setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
+        texts = {name: mine if name == self.site.name else [] for name in names}
+        setup = build_setup(config, texts, {}, notes=notes)
         for text in setup.warnings():
             log.warning(text)
         return setup

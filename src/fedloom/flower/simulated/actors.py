@@ -20,7 +20,8 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, build_setup, client_examples, select_participants
+from fedloom.workspace.assemble import Setup, build_setup, select_participants
+from fedloom.workspace.data import client_examples
 
 log = logging.getLogger("fedloom.worker")
 
@@ -74,8 +75,9 @@ def _desk(cast: Cast, name: str) -> Desk:
 def load_everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
-    texts, _ = client_examples(config)
-    setup = build_setup(config, select_participants(texts, config.federation.participants), {})
+    notes: list[str] = []
+    texts, _ = client_examples(config, notes.append)
+    setup = build_setup(config, select_participants(texts, config.federation.participants), {}, notes=notes)
     for text in setup.warnings():
         log.warning(text)
     return setup
