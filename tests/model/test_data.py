@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fedloom.errors import DataError
 from fedloom.model.examples import Example
-from fedloom.model.sources import client_sources, load_examples
 from fedloom.model.partition import PARTITIONERS, Manifest, data_digest, load_manifest, partition, save_manifest
+from fedloom.model.sources import client_sources, load_examples
 from fedloom.records.config import DataSettings, FederationSettings
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
