@@ -70,9 +70,7 @@ def test_a_form_is_told_by_its_columns(row, expected):
     assert found == Example(expected.instruction, expected.output, expected.input, expected.history, row, expected.form)
 
 
-UNLONG = [said("system", "s"), said("user", "1"), said("gpt", "2"), said("human", "q"), said("assistant", "a")]
-CHOSEN, REJECTED = [user("q"), assistant("a")], [user("q"), assistant("b")]
-READ = [
+UNREAD = [
     ({"question": "q"}, "columns question make no example: .*question and answer.*docs/data.md"),
     ({"question": "q", "answer": ["a"]}, "column answer is list, not text"),
     ({"question": "q", "answer": "a", "context": "c", "input": "d"}, "context and input both have a text"),
