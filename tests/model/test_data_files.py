@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,55 +17,13 @@ from fedloom.model import datafiles
 from fedloom.model.datafiles import READERS, iterate_rows
 from fedloom.model.sources import client_sources, load_examples
 from fedloom.records.config import DataSettings
+from written_data import PACKED, arrow, lines, parquet, table, written
 
 ROWS = [
     {"instruction": "add", "input": "1 2", "output": "3"},
     {"instruction": 'greet "her",\nthen; him', "input": "", "output": "hei, døgn ☃"},
 ]
 SKIPPING = DataSettings(skip_bad_rows=True)
-
-
-def table(rows: list[dict[str, str]], separator: str = ",") -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), delimiter=separator)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def lines(rows: list[dict[str, str]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def arrow(rows: list[dict[str, str]]) -> bytes:
-    sink, data = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(rows)
-    with pyarrow.ipc.new_stream(sink, data.schema) as stream:
-        stream.write_table(data)
-    return sink.getvalue().to_pybytes()
-
-
-def parquet(rows: list[dict[str, str]]) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-    return sink.getvalue().to_pybytes()
-
-
-TEXTS = {
-    ".jsonl": lines,
-    ".ndjson": lines,
-    ".json": lambda rows: json.dumps(rows, indent=1).encode(),
-    ".csv": table,
-    ".tsv": lambda rows: table(rows, "\t"),
-}
-PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
-
-
-def written(kind: str, rows: list[dict[str, str]]) -> bytes:
-    """A file of that kind."""
-    if kind in (".parquet", ".arrow"):
-        return {".parquet": parquet, ".arrow": arrow}[kind](rows)
-    text = next(text for text in TEXTS if kind in [text + end for end in PACKED])
-    return PACKED[kind.removeprefix(text)](TEXTS[text](rows))
 
 
 def expected() -> list[tuple[str, str, str]]:
@@ -119,10 +73,10 @@ def test_tables_of_spreadsheets(tmp_path):
     ("data", "reason"),
     [
         (b"a,b\n1,2\n", "line 2: columns a, b make no example"),
-        (b'instruction,output\n"x\ny",1\nz\n', "line 4: has 1 fields, the header row names 2"),
+        (b'instruction,output\n"x\ny",1\nz\n', "line 4: 1 fields under 2 names of the header row"),
         (b'instruction,output\n"x"y,1\n', "line 2: not valid CSV"),
         (b"instruction,output\nx,\xff\n", "line 2: not UTF-8 text"),
-        (b"instruction,output\na,b\nc,d,e\n", "line 3: has 3 fields"),
+        (b"instruction,output\na,b\nc,d,e\n", "line 3: 3 fields under 2 names"),
         (b'instruction,output\na,b\nc,"d\ne,f\n', "line 3: a quote is opened and never closed"),
         (b'instruction,"output\na,b\n', "line 1: a quote is opened and never closed"),
         (b'"instruction"x,output\na,b\n', "line 1: not a header row"),

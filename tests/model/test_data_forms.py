@@ -178,8 +178,8 @@ def test_a_bad_example_of_a_named_label_is_not_learnt(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"instrction": "F"}, r"data\.columns.*'instrction' is none; did you mean 'instruction'\?"),
-        ({"Frage": "instruction"}, r"'Frage' is none; there are instruction, output"),
+        ({"instrction": "F"}, r"data\.columns.*'instrction' is none of them; did you mean 'instruction'\?"),
+        ({"Frage": "instruction"}, r"'Frage' is none of them; there are instruction, output"),
         ({"instruction": "F", "completion": "A"}, "no form has instruction and completion"),
         ({"instruction": 3}, r"data\.columns is 3, a whole number; expected a string"),
     ],

@@ -90,7 +90,7 @@ def test_a_site_reads_its_data_under_its_own_names(config, tmp_path, caplog):
         setup = Desk(site).build_own_setup(config.model_copy(update={**of_server, **named}))
     assert len(setup.sites["ada"].data) == 3, "what the run says of columns means nothing here"
     assert caplog.messages[0].startswith(expected(tmp_path)) and caplog.messages[1] == "examples: ada 3"
-    with pytest.raises(ConfigError, match="'outptu' is none; did you mean 'output'"):
+    with pytest.raises(ConfigError, match="'outptu' is none of them; did you mean 'output'"):
         (tmp_path / "SITE.toml").write_text('name = "a"\nmodel = "m"\ndata = "d"\n[columns]\noutptu = "A"\n')
         load_site_config(tmp_path / "SITE.toml")
     plain = SiteConfig(name="a", model="m", data="d").reading()

@@ -170,7 +170,7 @@ def _header(fields: list[str]) -> list[str]:
 def _named(header: list[str], fields: list[str]) -> object:
     """The row, or the DataError about it."""
     if len(fields) != len(header):
-        return DataError(f"has {len(fields)} fields, the header row names {len(header)}")
+        return DataError(f"{len(fields)} fields under {len(header)} names of the header row")
     try:
         "".join(fields).encode()
     except UnicodeEncodeError:  # a half surrogate, see above

@@ -30,7 +30,7 @@ def _checked_columns(columns: dict[str, str]) -> dict[str, str]:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"expected names that fedloom reads = yours; {name!r} is none; {hint}")
+            raise ValueError(f"expected names that fedloom reads, each with yours; {name!r} is none of them; {hint}")
     if columns and not any(columns.keys() <= set(form) for form in READ_COLUMNS):
         raise ValueError(
             f"expected the columns of one form of example; no form has {' and '.join(columns)} (docs/data.md has all)"
