@@ -236,11 +236,9 @@ class Desk:
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
-        notes: list[str] = []
-        mine = load_examples(self.site.data, settings=self.site.reading(), tell=notes.append)
+        mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
         names = sorted(config.federation.participants or ())
-        texts = {name: mine if name == self.site.name else [] for name in names}
-        setup = build_setup(config, texts, {}, notes=notes)
+        setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
         for text in setup.warnings():
             log.warning(text)
         return setup

@@ -75,9 +75,8 @@ def _desk(cast: Cast, name: str) -> Desk:
 def load_everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
-    notes: list[str] = []
-    texts, _ = client_examples(config, notes.append)
-    setup = build_setup(config, select_participants(texts, config.federation.participants), {}, notes=notes)
+    texts, _ = client_examples(config, log.warning)
+    setup = build_setup(config, select_participants(texts, config.federation.participants), {})
     for text in setup.warnings():
         log.warning(text)
     return setup
