@@ -131,6 +131,8 @@ def test_scores_on_what_is_trained_on_are_refused(config, tmp_path):
     with pytest.raises(DataError, match="is one file and has no split 'test'"):
         heldout_examples(load_config(tmp_path / "my.toml", one).data)
     checked(*one, f"data.heldout={tmp_path}/data/{{client}}/test.jsonl")
+    with pytest.raises(DataError, match=rf"no data at {tmp_path}/nowhere\.jsonl"):
+        heldout_examples(load_config(tmp_path / "my.toml", [f"data.heldout={tmp_path}/nowhere.jsonl"]).data)
 
 
 def test_natural_clients_are_as_many_as_there_are_values():

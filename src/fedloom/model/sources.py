@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedloom.errors import DataError
 from fedloom.model.datafiles import READERS, iterate_rows, kind_of, stem_of
@@ -16,6 +16,13 @@ from fedloom.records.config import DataSettings
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which a folder of datasets' `save_to_disk` is known: of a Dataset, of a DatasetDict."""
+
+Tell: TypeAlias = Callable[[str], object]
+"""Takes a sentence that the user should read before the first round."""
+
+
+def ignore(note: str) -> None:
+    """For who wants the examples only."""
 
 
 @dataclass(slots=True)
@@ -36,7 +43,7 @@ def load_examples(
     source: str | Path,
     split: str = "train",
     settings: DataSettings | None = None,
-    tell: Callable[[str], object] = lambda note: None,
+    tell: Tell = ignore,
 ) -> list[Example]:
     """All examples of a file, of a folder's `split` (`split_files`), or of a Hub data set, named owner/name.
 
@@ -107,7 +114,7 @@ def locate_files(source: str | Path, split: str = "train") -> list[Path]:
     path = Path(source)
     if path.is_file():
         if split != "train":
-            raise DataError(f"{path} is one file and has no split {split!r}: give a file for it")
+            raise DataError(f"{path} is one file and has no split {split!r}: name a file of held-out examples")
         return [path]
     if path.is_dir():
         return split_files(path, split)

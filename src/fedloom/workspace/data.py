@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedloom.errors import ConfigError, DataError
 from fedloom.model.examples import Example
 from fedloom.model.partition import Manifest, partition
-from fedloom.model.sources import client_sources, load_examples, locate_files
+from fedloom.model.sources import Tell, client_sources, ignore, load_examples, locate_files
 from fedloom.records.config import Config, DataSettings
 
 MOST_NAMED = 12
 """Clients whose numbers of examples are told one by one."""
 
-Tell = Callable[[str], object]
-"""Takes a sentence that the user should read before the first round."""
 
-
-def _ignore(note: str) -> None:
-    """For who wants the examples only."""
-
-
-def client_examples(config: Config, tell: Tell = _ignore) -> tuple[dict[str, list[Example]], Manifest | None]:
+def client_examples(config: Config, tell: Tell = ignore) -> tuple[dict[str, list[Example]], Manifest | None]:
     """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
     settings, federation = config.data, config.federation
     if settings.partitioner == "files":
@@ -39,7 +32,7 @@ def client_examples(config: Config, tell: Tell = _ignore) -> tuple[dict[str, lis
     return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
 
 
-def heldout_examples(settings: DataSettings, tell: Tell = _ignore) -> dict[str, list[Example]]:
+def heldout_examples(settings: DataSettings, tell: Tell = ignore) -> dict[str, list[Example]]:
     """Domain → examples to score. The setting names a split beside the training data, or files of their own."""
     return {
         domain: load_examples(source, split, settings, tell)
@@ -52,7 +45,7 @@ def _heldout_sources(settings: DataSettings) -> dict[str, tuple[Path | str, str]
     name = settings.heldout
     if name is None:
         return {}
-    if "{client}" in name or Path(name).exists():
+    if "{client}" in name or Path(name).is_absolute() or Path(name).exists():
         return {domain: (path, "train") for domain, path in sources_by_client(name).items()}
     return {domain: (path, name) for domain, path in sources_by_client(settings.source).items()}
 

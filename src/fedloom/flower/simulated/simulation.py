@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from fedloom.flower.settings import check_flower_settings, shared_settings
 from fedloom.flower.simulated import actors
 from fedloom.flower.simulated.cast import Cast
 from fedloom.flower.sites import run_federation
+from fedloom.model.sources import Tell, ignore
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
 from fedloom.records.events import Observer
@@ -62,7 +63,7 @@ def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: 
         run_federation(runtime, config, out, resume=resume, observer=observer, notes=notes)
 
 
-def with_participants(config: Config, tell: Callable[[str], object] = lambda note: None) -> Config:
+def with_participants(config: Config, tell: Tell = ignore) -> Config:
     """The settings with the name of everybody who takes part, checked like those of a real federation.
 
     tell: called with what is worth knowing of their data.
