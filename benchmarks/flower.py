@@ -101,12 +101,12 @@ def _ask(place: Path, parcel: Parcel, context: object) -> Parcel:
 COLD = """
 from pathlib import Path
 from benchmarks.flower import settings
-from fedloom.model.examples import load_examples
-from fedloom.workspace.assemble import assemble
+from fedloom.model.sources import load_examples
+from fedloom.workspace.assemble import build_setup
 import fedloom.flower.relay
 testbed = Path({testbed!r})
 mine = load_examples(testbed / "data" / "bank")
-assemble(settings(testbed), {{"bank": mine, "depot": []}}, {{}})
+build_setup(settings(testbed), {{"bank": mine, "depot": []}}, {{}})
 """
 """What a ClientApp without a worker would do before it could train: libraries, base model, examples in tokens."""
 

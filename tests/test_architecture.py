@@ -30,7 +30,7 @@ DOORS = {
     "ray": {"flower"},
     "matplotlib": {"report/figure.py"},
     "typer": {"cli"},
-    "datasets": {"model/examples.py"},
+    "datasets": {"model/sources.py"},
     "re2": {"adapters/patterns.py"},
 }
 """Library → the only files that may import it."""

@@ -143,7 +143,7 @@ def test_what_keeps_ray_from_starting_is_told(tmp_path: Path):
         (["federation.drop_out=0.5"], "drop_out is for simulations"),
         (["clients.nobody.r=3"], "nobody"),
         (
-            ["data.partitioner=natural", "data.id_column=instruction", "data.source=./b.jsonl"],
+            ["data.partitioner=natural", "data.id_column=instruction", "data.source=./b.jsonl", "data.heldout=null"],
             "expected up to 64 letters",
         ),
     ],

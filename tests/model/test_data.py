@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import DataError
-from fedloom.model.examples import Example, client_sources, load_examples
+from fedloom.model.examples import Example
 from fedloom.model.partition import PARTITIONERS, Manifest, data_digest, load_manifest, partition, save_manifest
+from fedloom.model.sources import client_sources, load_examples
 from fedloom.records.config import DataSettings, FederationSettings
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -67,7 +68,7 @@ BAD_LINES = {
     b"3": "a int, expected an object",
     b"null": "expected an object",
     b"{}": r"columns \(none\) make no example",
-    b'{"question": "a", "answer": "b"}': "columns answer, question make no example: expected instruction and output",
+    b'{"frage": "a", "antwort": "b"}': "columns antwort, frage make no example: expected instruction and output",
     b'{"instruction": "a", "output": 3}': "column output is int, not text",
     b'{"instruction": null, "output": "b"}': "column instruction is NoneType, not text",
     b'{"prompt": "a", "completion": ["b"]}': "column completion is list",
@@ -99,7 +100,7 @@ def test_bad_files(tmp_path: Path) -> None:
     refused(tmp_path / "missing.jsonl", r"no data at .*missing\.jsonl")
     refused("data/missing.jsonl", "no data at data/missing.jsonl")
     refused(write(tmp_path / "empty.jsonl", []), "holds no examples")
-    refused(write(tmp_path / "table.csv", []), "unknown kind of file; expected .jsonl")
+    refused(write(tmp_path / "table.xlsx", []), "unknown kind of file; expected .jsonl")
     (tmp_path / "object.json").write_text("{}")
     refused(tmp_path / "object.json", "holds a dict, expected a list")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
@@ -107,12 +108,12 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda name, split: ROWS if split == "train" else [])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, subset, split: ROWS if split == "train" else [])
     assert [example.output for example in load_examples("owner/name")] == [row["output"] for row in ROWS]
     with pytest.raises(DataError, match="owner/name, split 'test', holds no examples"):
         load_examples("owner/name", "test")
 
-    def offline(name: str, split: str) -> None:
+    def offline(name: str, subset: None, split: str) -> None:
         raise ConnectionError("cannot reach the Hub\nwith details")
 
     monkeypatch.setattr("datasets.load_dataset", offline)

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 import fedloom
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.base import load_base
-from fedloom.model.examples import load_examples
+from fedloom.model.sources import load_examples
 from fedloom.model.tokens import tokenize
 from small_testbed import small_testbed
 

@@ -56,7 +56,7 @@ def with_a_broken_line(project: Path) -> None:
 
 
 def with_other_columns(project: Path) -> None:
-    (project / "data" / "lab" / "train.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    (project / "data" / "lab" / "train.jsonl").write_text(json.dumps({"frage": "a", "antwort": "b"}) + "\n")
 
 
 def with_other_files(project: Path) -> None:

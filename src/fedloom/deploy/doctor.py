@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -13,6 +14,9 @@ from fedloom.deploy import machine
 from fedloom.deploy.check import Check, fail, ok, try_check, warn
 from fedloom.deploy.federation import RECORD, FederationPlan, parse_endpoint, read_plan
 from fedloom.errors import ConfigError, FedloomError
+
+if TYPE_CHECKING:
+    from fedloom.site.config import SiteConfig
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "cryptography")
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -44,11 +48,7 @@ def check_site(path: Path, online: bool) -> list[Check]:
     found.append(ok(path.name, f"site {config.name}, policy: {_limits(config.policy.model_dump(exclude_none=True))}"))
     told = _told(folder)
     found.append(try_check("model", "put the base model there", lambda: check_base_model(config.model, told)))
-    found.append(
-        try_check(
-            "data", "put the examples there", lambda: check_examples(Path(config.data), config.policy.min_examples)
-        )
-    )
+    found.append(try_check("data", "put the examples there", lambda: check_examples(config)))
     found.append(try_check("audit", "find out who touched it before going on", lambda: check_audit(Path(config.state))))
     found.append(machine.check_disk(Path(config.state)))
     ask_again = "ask the federation's operator for this site's files"
@@ -109,14 +109,16 @@ def check_base_model(path: str, told: FederationPlan | None) -> Check:
     return ok("model", f"{path}, digest {digest}, as the federation's")
 
 
-def check_examples(path: Path, fewest: int) -> Check:
+def check_examples(site: SiteConfig) -> Check:
     """The site's training examples, read as the worker reads them."""
-    from fedloom.model.examples import load_examples
+    from fedloom.model.sources import load_examples
 
-    count = len(load_examples(path))
+    notes: list[str] = []
+    count = len(load_examples(site.data, settings=site.reading(), tell=notes.append))
+    found, fewest = f"{count} examples in {site.data}", site.policy.min_examples
     if count < fewest:
-        return fail("data", f"{count} examples in {path}", f"policy.min_examples is {fewest}")
-    return ok("data", f"{count} examples in {path}")
+        return fail("data", found, f"policy.min_examples is {fewest}")
+    return warn("data", found, "; ".join(notes)) if notes else ok("data", found)
 
 
 def check_audit(state: Path) -> Check:

@@ -30,8 +30,9 @@ from fedloom.rounds.checks import check_update
 from fedloom.server.loop import Attendance, Rounds, Updates
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, build_setup, heldout_examples
+from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
+from fedloom.workspace.data import heldout_examples
 from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
@@ -39,14 +40,21 @@ UNKNOWN = -1
 
 
 def run_federation(
-    grid: Grid, config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None
+    grid: Grid,
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Play the run with the sites that `grid` reaches, leaving its results in `out`."""
+    """Play the run with the sites that `grid` reaches, leaving its results in `out`. notes: known of their data."""
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume) as folder:
-        setup = build_setup(
-            config, {name: [] for name in sorted(config.federation.participants or ())}, heldout_examples(config.data)
-        )
+        told = [*notes]
+        heldout = heldout_examples(config.data, told.append)
+        nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
+        setup = build_setup(config, nothing, heldout, notes=told)
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)

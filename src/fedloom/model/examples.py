@@ -1,25 +1,28 @@
-"""Examples from files or the Hub.
+"""One row of data → one example.
 
-A row has one of four forms, told apart by its columns:
+The form of a row is told by its columns (`FORMS`), or by those that a mapping gives names to:
     instruction, output, and perhaps input      (Alpaca)
-    prompt, completion
+    prompt, completion                          (texts, or lists of messages; with label = false it is left out, KTO)
     messages: [{"role": …, "content": …}, …]    (chat; the last message, the assistant's, is what is learnt)
+    instruction, response, perhaps context      (Dolly)
+    question, answer, perhaps context
+    conversations: [{"from": …, "value": …}, …] (ShareGPT)
+    chosen, and perhaps prompt                  (preferences; what is rejected is not used)
     text                                        (plain text; all of it is learnt)
 Other columns are kept: a partitioner may read a label or an id there.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fedloom.errors import DataError
 
 Row: TypeAlias = Mapping[str, object]
+Turn: TypeAlias = tuple[str, str]
+"""Role and content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +40,54 @@ class Example:
     form: str = "instruction"
 
 
-def to_example(row: Row) -> Example:
-    """Raises DataError (without saying where) for a row of no known form."""
-    for needed, read in _FORMS.items():
-        if all(column in row for column in needed):
-            return read(row)
+class UndesiredError(DataError):
+    """A whole row whose answer is marked as one not to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of rows. needs: the columns that tell it; takes: those that are read where they are there.
+
+    preference: beside what is learnt such a row has an answer that is not used.
+    """
+
+    needs: tuple[str, ...]
+    read: Callable[[Row], Example]
+    takes: tuple[str, ...] = ()
+    preference: bool = False
+
+
+def to_example(row: Row, columns: Mapping[str, str] | None = None) -> Example:
+    """Raises DataError (without saying where) for a row of no known form, UndesiredError for one marked as bad.
+
+    columns: name that is read → name in the row, for rows whose columns have names of their own.
+    """
+    return read_row(row, columns or {})[0]
+
+
+def read_row(row: Row, columns: Mapping[str, str]) -> tuple[Example, Form]:
+    """`to_example`, and the form that the row had."""
+    named = _renamed(row, columns) if columns else row
+    for form in FORMS:
+        if all(column in named for column in form.needs) and columns.keys() <= {*form.needs, *form.takes}:
+            example = form.read(named)
+            return (replace(example, columns=row) if columns else example), form
+    forms = [" and ".join(form.needs) for form in FORMS if not columns or columns.keys() <= {*form.needs, *form.takes}]
+    given = f" (with data.columns: {', '.join(sorted(named))})" if columns else ""
     raise DataError(
-        f"columns {', '.join(sorted(row)) or '(none)'} make no example: expected instruction and output (and perhaps "
-        "input), or prompt and completion, or messages, or text"
+        f"columns {', '.join(map(str, sorted(row))) or '(none)'}{given} make no example: expected "
+        f"{', or '.join(forms)}; data.columns gives names to others (docs/data.md)"
     )
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under the names that are read. A column that was renamed is not there under its old name too."""
+    for name, own in columns.items():
+        if own not in row:
+            found = ", ".join(map(str, sorted(row))) or "(none)"
+            raise DataError(f"there is no column {own!r}, which columns.{name} names; found {found}")
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**kept, **{name: row[own] for name, own in columns.items()}}
 
 
 def _from_alpaca(row: Row) -> Example:
@@ -55,31 +97,84 @@ def _from_alpaca(row: Row) -> Example:
     )
 
 
+def _from_dolly(row: Row) -> Example:
+    return Example(_text(row, "instruction"), _text(row, "response"), _given(row), (), row)
+
+
+def _from_question(row: Row) -> Example:
+    return Example(_text(row, "question"), _text(row, "answer"), _given(row), (), row)
+
+
+def _given(row: Row) -> str:
+    """What an instruction is about: the context, or the input."""
+    filled = [column for column in ("context", "input") if row.get(column) not in (None, "")]
+    if len(filled) > 1:
+        raise DataError("columns context and input both have a text; one of them is expected")
+    return _text(row, filled[0]) if filled else ""
+
+
 def _from_prompt(row: Row) -> Example:
+    label = row.get("label")
+    if label is False or (isinstance(label, str) and label.lower() == "false"):  # as a CSV file writes it
+        raise UndesiredError("label is false: the answer is one not to give")
+    if isinstance(row["prompt"], list):
+        return _from_turns([*_turns(row, "prompt"), *_turns(row, "completion")], row)
     return Example(_text(row, "prompt"), _text(row, "completion"), columns=row, form="prompt")
 
 
 def _from_messages(row: Row) -> Example:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise DataError('column messages must be a list of {"role": …, "content": …}')
-    turns = tuple((_text(turn, "role"), _text(turn, "content")) for turn in messages)
-    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
-        roles = ", ".join(role for role, _ in turns) or "none"
-        raise DataError(f"messages must end with a user's and then the assistant's, found roles: {roles}")
-    return Example(turns[-2][1], turns[-1][1], "", turns[:-2], row, "messages")
+    return _from_turns(_turns(row, "messages"), row)
+
+
+def _from_conversations(row: Row) -> Example:
+    return _from_turns(_turns(row, "conversations"), row, "conversations")
+
+
+def _from_chosen(row: Row) -> Example:
+    """What is chosen is a text, the messages that answer the prompt, or a whole conversation."""
+    prompt = row.get("prompt")
+    if not isinstance(row["chosen"], list):
+        if prompt is None:
+            raise DataError("column chosen is no list of messages, so that it needs a column prompt beside it")
+        return Example(_text(row, "prompt"), _text(row, "chosen"), columns=row, form="prompt")
+    turns = _turns(row, "chosen")
+    if isinstance(prompt, list):
+        turns = [*_turns(row, "prompt"), *turns]
+    elif prompt is not None and all(role != "user" for role, _ in turns):
+        turns = [("user", _text(row, "prompt")), *turns]
+    return _from_turns(turns, row, "chosen")
 
 
 def _from_text(row: Row) -> Example:
     return Example("", _text(row, "text"), columns=row, form="text")
 
 
-_FORMS: Mapping[tuple[str, ...], Callable[[Row], Example]] = {
-    ("instruction", "output"): _from_alpaca,
-    ("prompt", "completion"): _from_prompt,
-    ("messages",): _from_messages,
-    ("text",): _from_text,
-}
+def _from_turns(turns: Sequence[Turn], row: Row, column: str = "messages") -> Example:
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        roles = ", ".join(role for role, _ in turns) or "none"
+        raise DataError(f"{column} must end with a user's and then the assistant's, found roles: {roles}")
+    return Example(turns[-2][1], turns[-1][1], "", tuple(turns[:-2]), row, "messages")
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names for them; others are as everywhere."""
+
+
+def _turns(row: Row, column: str) -> list[Turn]:
+    """The messages in a column, with keys role and content, or from and value."""
+    messages = row[column]
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        keys = '{"from": …, "value": …}' if column == "conversations" else '{"role": …, "content": …}'
+        raise DataError(f"column {column} must be a list of {keys}")
+    return [_turn(turn) for turn in messages]
+
+
+def _turn(turn: Row) -> Turn:
+    role, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    who = _text(turn, role)
+    if turn.get(content, "") is None:
+        raise DataError(f"a message of role {who} has no text ({content} is null): tool calls are not read")
+    return _ROLES.get(who, who) if role == "from" else who, _text(turn, content)
 
 
 def _text(row: Row, column: str) -> str:
@@ -90,140 +185,14 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def load_examples(source: str | Path, split: str = "train") -> list[Example]:
-    """All examples of a file, of a folder's `split` (<split>.jsonl, .json or .parquet, or a file of that very name),
-    or of a Hub data set, named owner/name.
-
-    Raises DataError that names file and line where something is missing, empty or of no known form.
-    """
-    path = Path(source)
-    if path.is_file():
-        return read_file(path)
-    if path.is_dir():
-        return read_file(split_file(path, split))
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in READERS:
-        return _from_hub(str(source), split)
-    raise DataError(
-        f"no data at {source}: expected a JSONL or Parquet file, a folder, or a Hub name such as owner/name"
-    )
-
-
-def split_file(folder: Path, split: str) -> Path:
-    """The file of a folder that holds a split. Raises DataError if there is none."""
-    names = [split, *(f"{split}{ending}" for ending in READERS)]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise DataError(f"{folder} holds no split {split!r}: expected {' or '.join(names[1:])}, found {held}")
-
-
-def client_sources(source: str | Path) -> dict[str, Path]:
-    """Client → its file or folder, where every client has one.
-
-    `source` is a folder (each sub-folder, else each data file in it, is a client), or a path with {client} in it.
-    """
-    text = str(source)
-    if "{client}" not in text:
-        folder = Path(source)
-        if not folder.is_dir():
-            raise DataError(f"{source} is not a folder: expected one with a sub-folder or a data file for each client")
-        found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        found = found or [path for path in folder.iterdir() if path.suffix in READERS]
-        clients = {path.name if path.is_dir() else path.stem: path for path in found}
-    else:
-        head, tail = text.split("{client}", 1)
-        above, start = (Path(head), "") if head.endswith("/") else (Path(head).parent, Path(head).name)
-        inner, _, below = tail.partition("/")
-        names = [path.name for path in (above.iterdir() if above.is_dir() else ())]
-        fits = [name for name in names if name.startswith(start) and name.endswith(inner) and not name.startswith(".")]
-        clients = {name[len(start) : len(name) - len(inner)]: above / name / below for name in fits}
-        clients = {name: path for name, path in clients.items() if name and path.exists()}
-    if not clients:
-        raise DataError(f"{source}: no client's file or folder found there")
-    return dict(sorted(clients.items()))
-
-
-def read_file(path: Path) -> list[Example]:
-    """All examples of one file. Raises DataError naming file and line."""
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; expected {', '.join(READERS)}")
-    examples = list(_located(path, reader(path)))
-    if not examples:
-        raise DataError(f"{path} holds no examples")
-    return examples
-
-
-def _located(path: Path | str, rows: Iterable[tuple[str, object]]) -> Iterator[Example]:
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {place}: a {type(row).__name__}, expected an object with named columns")
-        try:
-            yield to_example(row)
-        except DataError as error:
-            raise DataError(f"{path}, {place}: {error}") from None
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"line {number}", _parse(path, f"line {number}", line)
-
-
-def _json(path: Path) -> Iterator[tuple[str, object]]:
-    rows = _parse(path, "the file", path.read_bytes())
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path} holds a {type(rows).__name__}, expected a list of objects; name it .jsonl if it is one a line"
-        )
-    for number, row in enumerate(rows, start=1):
-        yield f"entry {number}", row
-
-
-def _parse(path: Path, place: str, data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{path}, {place}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, {place}: not valid JSON ({error})") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-}
-"""Ending of a file's name → what reads its rows."""
-
-
-def _from_hub(name: str, split: str) -> list[Example]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"no file or folder {name}; to read it from the Hub: pip install 'fedloom[hub]'") from None
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library lets through whatever its network stack raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"no file or folder {name}, and no split {split!r} of a Hub data set of that name ({reason})"
-        ) from None
-    examples = list(_located(name, ((f"row {number}", dict(row)) for number, row in enumerate(rows, start=1))))
-    if not examples:
-        raise DataError(f"Hub data set {name}, split {split!r}, holds no examples")
-    return examples
+FORMS: tuple[Form, ...] = (
+    Form(("instruction", "output"), _from_alpaca, ("input",)),
+    Form(("prompt", "completion"), _from_prompt, ("label",)),
+    Form(("messages",), _from_messages),
+    Form(("instruction", "response"), _from_dolly, ("context", "input")),
+    Form(("question", "answer"), _from_question, ("context", "input")),
+    Form(("conversations",), _from_conversations),
+    Form(("chosen",), _from_chosen, ("prompt", "rejected"), preference=True),
+    Form(("text",), _from_text),
+)
+"""The first whose columns are all there is a row's. `records.sections.data.READ_COLUMNS` has the same columns."""

@@ -23,7 +23,7 @@ SHARDS_PER_CLIENT = 2
 class SplitSettings:
     """What a split depends on beside the examples: partitioner, clients, seed, the column read, the Dirichlet's alpha.
 
-    "natural" takes as many clients as there are ids, whatever num_clients says.
+    "natural" takes as many clients as there are ids; num_clients says nothing there.
     """
 
     partitioner: str

@@ -71,6 +71,11 @@ class Config(Section):
         for section, key in _NEEDED.get(self.data.partitioner, ()):
             if getattr(getattr(self, section), key) is None:
                 raise ValueError(f"{section}.{key} is missing: data.partitioner = {self.data.partitioner!r} needs it")
+        if self.data.partitioner == "natural" and self.federation.num_clients is not None:
+            raise ValueError(
+                "federation.num_clients and data.partitioner = 'natural' exclude each other: there are as many clients "
+                "as data.id_column has values; leave num_clients out, or choose some with federation.participants"
+            )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
         return self

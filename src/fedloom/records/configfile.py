@@ -56,7 +56,7 @@ _LOCATED = (
     ("output", "dir"),
     ("flower", "root_certificates"),
 )
-"""Settings that may be paths: "./x" counts from the folder of the file that says it."""
+"""Settings that may be paths: "./x" counts from the folder of the file that says it, "~" is the user's home."""
 
 
 _CLIENTS = """
@@ -70,7 +70,8 @@ _CLIENTS = """
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a TOML file with overrides such as "training.max_steps=20" over them.
 
-    Paths that begin with ./ or ../ are made absolute: from the file's folder, or for overrides from the working folder.
+    Paths that begin with ./ or ../ are made absolute: from the file's folder, or for overrides from the working folder;
+    those that begin with ~ are in the user's home.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -126,12 +127,12 @@ def merge_trees(tree: Tree, above: Mapping[str, Any]) -> None:
 
 
 def resolve_paths(tree: Tree, folder: Path) -> Tree:
-    """The tree with explicitly relative paths (./ and ../) made absolute from `folder`; changed in place."""
+    """The tree with explicitly relative paths (./ and ../) made absolute from `folder`, and ~ expanded; in place."""
     for section, key in _LOCATED:
         table = tree.get(section)
         value = table.get(key) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(value, str) and value.startswith(("./", "../")):
-            table[key] = os.path.normpath(folder.absolute() / value)
+        if isinstance(table, dict) and isinstance(value, str) and value.startswith(("./", "../", "~")):
+            table[key] = os.path.normpath(folder.absolute() / os.path.expanduser(value))
     return tree
 
 

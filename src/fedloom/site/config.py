@@ -10,9 +10,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Section
+from fedloom.records.config import DataSettings, Section
 from fedloom.records.configfile import explain
 from fedloom.records.quantities import Bytes
+from fedloom.records.sections.data import Columns
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")
@@ -24,7 +25,16 @@ class SiteConfig(Section):
 
     name: str = Field(description="Name of the site, as the server's operator registered it.", examples=["bank"])
     model: str = Field(description="Base model: a Hugging Face folder; every site and the server hold the same one.")
-    data: str = Field(description="Training examples: a JSONL or Parquet file, or a folder with train.jsonl.")
+    data: str = Field(
+        description="Training examples: a file (JSONL, CSV, Parquet …), or a folder with train.jsonl; docs/data.md "
+        "lists what is read."
+    )
+    columns: Columns = Field(
+        {}, description="This site's names for the columns that are read; what a run says in data.columns is not used."
+    )
+    skip_bad_rows: bool = Field(
+        False, description="Leave out rows that cannot be read, and log how many, where and why, in place of an error."
+    )
     device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of torch; a small model is fastest with 1.", examples=[1]
@@ -52,6 +62,10 @@ class SiteConfig(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise ValueError(f"{name!r} is not a name; expected up to 64 letters, digits, dots, dashes or underscores")
         return name
+
+    def reading(self) -> DataSettings:
+        """How the site's data are read. A run has no say in it: it could have another column learnt."""
+        return DataSettings(columns=self.columns, skip_bad_rows=self.skip_bad_rows)
 
 
 def load_site_config(path: Path) -> SiteConfig:

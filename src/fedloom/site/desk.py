@@ -25,8 +25,8 @@ from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
-from fedloom.model.examples import load_examples
 from fedloom.model.patch import PatchedTrainer
+from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
 from fedloom.records.ledger import Row, Training
@@ -236,7 +236,7 @@ class Desk:
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
-        mine = load_examples(self.site.data)
+        mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
         names = sorted(config.federation.participants or ())
         setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
         for text in setup.warnings():

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +17,13 @@ from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
-from fedloom.model.examples import Example, client_sources, load_examples
-from fedloom.model.partition import Manifest, data_digest, partition
+from fedloom.model.examples import Example
+from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
-    DataSettings,
     FlowerSettings,
     OutputSettings,
 )
@@ -34,6 +32,7 @@ from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
+from fedloom.workspace.data import check_unseen, client_examples, describe_examples, heldout_examples
 from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
@@ -42,7 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on."""
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on.
+
+    notes: what was said while the data were read.
+    """
 
     config: Config
     job: Job
@@ -53,6 +55,7 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -67,7 +70,7 @@ class Setup:
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*(note for note in (other, advice) if note), *cut]
+        return [*self.notes, *(note for note in (other, advice) if note), *cut]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -131,10 +134,12 @@ class Setup:
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
-    texts, manifest = client_examples(config)
+    notes: list[str] = []
+    check_unseen(config.data)
+    texts, manifest = client_examples(config, notes.append)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return build_setup(config, texts, heldout_examples(config.data), manifest, method)
+    return build_setup(config, texts, heldout_examples(config.data, notes.append), manifest, method, notes)
 
 
 def build_setup(
@@ -143,8 +148,13 @@ def build_setup(
     heldout: Mapping[str, Sequence[Example]],
     manifest: Manifest | None = None,
     method: Method | None = None,
+    notes: Sequence[str] = (),
 ) -> Setup:
-    """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
+    """`load_setup` from examples by client. Of a client without examples only the ranks are used.
+
+    notes: what was said while they were read.
+    """
+    notes = (*notes, *describe_examples(texts, heldout))
     set_threads(config)
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
@@ -170,6 +180,7 @@ def build_setup(
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
+        notes=notes,
     )
 
 
@@ -196,21 +207,6 @@ def set_threads(config: Config) -> None:
         torch.set_num_threads(config.model.threads)
 
 
-def client_examples(config: Config) -> tuple[dict[str, list[Example]], Manifest | None]:
-    """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
-    settings, federation = config.data, config.federation
-    if settings.partitioner == "files":
-        found = {client: load_examples(path) for client, path in client_sources(settings.source).items()}
-        if federation.num_clients not in (None, len(found)):
-            raise ConfigError(
-                f"federation.num_clients is {federation.num_clients}, but {settings.source} holds data for {len(found)}"
-            )
-        return found, None
-    pooled = [example for path in sources_by_client(settings.source).values() for example in load_examples(path)]
-    manifest = partition(pooled, settings, federation)
-    return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
-
-
 def select_participants(texts: dict[str, list[Example]], wanted: Sequence[str] | None) -> dict[str, list[Example]]:
     """The clients that federation.participants names, or all. Raises ConfigError for a name without data."""
     unknown = sorted(set(wanted or ()) - set(texts))
@@ -230,21 +226,6 @@ def check_clients_exist(
             near = get_close_matches(name, clients, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
             raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
-
-
-def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
-    """Domain → examples to score. The setting names a split beside the training data, or files of their own."""
-    name = settings.heldout
-    if name is None:
-        return {}
-    if "{client}" in name or Path(name).exists():
-        return {domain: load_examples(path) for domain, path in sources_by_client(name).items()}
-    return {domain: load_examples(path, name) for domain, path in sources_by_client(settings.source).items()}
-
-
-def sources_by_client(source: str) -> dict[str, Path | str]:
-    """One source per client where the text has {client} in it, otherwise the source itself under its own name."""
-    return dict(client_sources(source)) if "{client}" in source else {Path(source).stem: source}
 
 
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:

@@ -20,7 +20,8 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, build_setup, client_examples, select_participants
+from fedloom.workspace.assemble import Setup, build_setup, select_participants
+from fedloom.workspace.data import client_examples
 
 log = logging.getLogger("fedloom.worker")
 
@@ -74,7 +75,7 @@ def _desk(cast: Cast, name: str) -> Desk:
 def load_everybody(settings: str) -> Setup:
     """Base model and examples of all sites, for settings as TOML."""
     config = parse(tomllib.loads(settings), "the run's settings")
-    texts, _ = client_examples(config)
+    texts, _ = client_examples(config, log.warning)
     setup = build_setup(config, select_participants(texts, config.federation.participants), {})
     for text in setup.warnings():
         log.warning(text)

@@ -31,10 +31,12 @@ from fedloom.flower.settings import check_flower_settings, shared_settings
 from fedloom.flower.simulated import actors
 from fedloom.flower.simulated.cast import Cast
 from fedloom.flower.sites import run_federation
+from fedloom.model.sources import Tell, ignore
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
 from fedloom.records.events import Observer
-from fedloom.workspace.assemble import check_clients_exist, client_examples, select_participants
+from fedloom.workspace.assemble import check_clients_exist, select_participants
+from fedloom.workspace.data import check_unseen, client_examples, describe_examples
 
 STORE_BYTES = 256 * 2**20
 """Memory through which Ray hands messages over; what does not fit goes over files."""
@@ -53,18 +55,26 @@ def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: 
     Without federation.participants all clients that there are data for take part. Raises ConfigError, DataError or
     ModelError for what the user can mend, RoundError where Ray fails.
     """
-    config = with_participants(config)
+    notes: list[str] = []
+    config = with_participants(config, notes.append)
     share = gpu_share(config)
     everybody = build_cast(config, out, share)
     with Runtime(everybody, ray_backend(config, len(everybody.names), share)) as runtime:
-        run_federation(runtime, config, out, resume=resume, observer=observer)
+        run_federation(runtime, config, out, resume=resume, observer=observer, notes=notes)
 
 
-def with_participants(config: Config) -> Config:
-    """The settings with the name of everybody who takes part, checked like those of a real federation."""
-    texts, _ = client_examples(config)
+def with_participants(config: Config, tell: Tell = ignore) -> Config:
+    """The settings with the name of everybody who takes part, checked like those of a real federation.
+
+    tell: called with what is worth knowing of their data.
+    """
+    check_unseen(config.data)
+    texts, _ = client_examples(config, tell)
     check_clients_exist(config.clients, texts)
-    names = tuple(select_participants(texts, config.federation.participants))
+    texts = select_participants(texts, config.federation.participants)
+    for note in describe_examples(texts, {}):
+        tell(note)
+    names = tuple(texts)
     federation = config.federation.model_copy(update={"participants": config.federation.participants or names})
     config = config.model_copy(update={"federation": federation})
     check_flower_settings(config)

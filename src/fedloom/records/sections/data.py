@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from difflib import get_close_matches
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedloom.records.quantities import Name, Text
 from fedloom.records.sections.section import Section
+
+READ_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("instruction", "output", "input"),
+    ("prompt", "completion", "label"),
+    ("messages",),
+    ("instruction", "response", "context", "input"),
+    ("question", "answer", "context", "input"),
+    ("conversations",),
+    ("chosen", "prompt", "rejected"),
+    ("text",),
+)
+"""The columns that are read of a row, form by form (`model.examples.FORMS`)."""
+
+
+def _checked_columns(columns: dict[str, str]) -> dict[str, str]:
+    """Raises ValueError for names that no form reads, or no single one."""
+    known = list(dict.fromkeys(name for form in READ_COLUMNS for name in form))
+    for name in columns:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"expected names that fedloom reads, each with yours; {name!r} is none of them; {hint}")
+    if columns and not any(columns.keys() <= set(form) for form in READ_COLUMNS):
+        raise ValueError(
+            f"expected the columns of one form of example; no form has {' and '.join(columns)} (docs/data.md has all)"
+        )
+    return columns
+
+
+Columns: TypeAlias = Annotated[dict[Name, Text], Field(max_length=16), AfterValidator(_checked_columns)]
+"""Name that fedloom reads → name of the column in the data."""
+
+
+def _checked_heldout(split: str | None) -> str | None:
+    if split == "train":
+        raise ValueError("expected a split that is not trained on: a score on train says nothing about new examples")
+    return split
+
+
+Unseen: TypeAlias = Annotated[Text | None, AfterValidator(_checked_heldout)]
 
 
 class DataSettings(Section):
@@ -15,8 +56,17 @@ class DataSettings(Section):
 
     source: Text = Field(
         "./data/{client}",
-        description="Folder, JSONL or Parquet file, or Hub name. {client} stands for each client's name. A path that "
-        "begins with ./ or ../ counts from the folder of this file.",
+        description="Folder, file (JSONL, JSON, CSV, Parquet …) or Hub name; docs/data.md lists what is read. {client} "
+        "stands for each client's name. A path that begins with ./ or ../ counts from the folder of this file.",
+    )
+    subset: Text | None = Field(None, description="Configuration of a Hub data set that has several.", examples=["en"])
+    columns: Columns = Field(
+        {},
+        description='Your names for the columns that are read, such as { instruction = "Frage", output = "Antwort" }; '
+        "without them the usual names are recognised (docs/data.md).",
+    )
+    skip_bad_rows: bool = Field(
+        False, description="Leave out rows that cannot be read, and say how many, where and why, in place of an error."
     )
     template: Name = Field("alpaca", description="How an example becomes a prompt and a completion.")
     max_length: int = Field(512, ge=8, le=2**20, description="Tokens of an example, at most; longer ones are cut.")
@@ -30,11 +80,11 @@ class DataSettings(Section):
         None, description="Column that dirichlet and shards split by.", examples=["topic"]
     )
     id_column: Text | None = Field(None, description="Column whose values are the natural clients.", examples=["site"])
-    heldout: Text | None = Field(
+    heldout: Unseen = Field(
         None,
         description="Split that scores are taken on, such as heldout for heldout.jsonl in each client's folder.",
         examples=["heldout"],
     )
-    validation: Text | None = Field(
+    validation: Unseen = Field(
         None, description="Split for choosing settings, never for scores.", examples=["validation"]
     )
