@@ -154,3 +154,21 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     assert "client <bob> dropped out" in parsed.text
     assert cost_sentence(report) in parsed.text
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def losses_of(*losses):
+    """A run of one client whose held-out loss was this, from round 0 on."""
+    yield RunRow("fedit", "model", ("ada",), len(losses) - 1, VALUES, 0)
+    for round, loss in enumerate(losses):
+        if round:
+            yield Training(round, "ada", loss, 10, 100, 0.1)
+            yield Transfer(round, "ada", "up", "update", 300)
+        yield Evaluation(round, "bank", 0.0, loss, examples=50, tokens=400, bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("losses", "worse"),
+    [((5.0, 4.0), False), ((5.0, 5.0), False), ((5.0, 4.0, 5.1), True), ((5.0, math.nan), True), ((5.0,), False)],
+)
+def test_a_run_that_ends_with_a_higher_loss_than_it_began_has_ended_worse(losses, worse):
+    assert summarise(list(losses_of(*losses))).ended_worse is worse
