@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -19,12 +19,16 @@ class Scores:
     """How well held-out examples are answered.
 
     exact_match: fraction of them that greedy decoding answers token for token, the end included. loss: mean over all
-    completion tokens, in nats.
+    completion tokens, in nats. tokens: how many these are; bytes: of the answers' text in UTF-8, 0 where it is not
+    known. metrics: further scores of generated answers, from 0 to 1.
     """
 
     exact_match: float
     loss: float
     examples: int
+    tokens: int = 0
+    bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
         loss += float(functional.cross_entropy(chosen, wanted, reduction="none").double().sum())
         tokens += len(wanted)
     model.train(training)
-    return Scores(matches / len(data), loss / tokens, len(data))
+    return Scores(matches / len(data), loss / tokens, len(data), tokens)
 
 
 def lm_eval_tasks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
@@ -76,8 +76,12 @@ class Report:
 
     def score_at(self, round: int) -> float:
         """Mean exact match at the last evaluation up to a round; NaN where there was none."""
-        scores = [point.scores[MEAN] for point in self.points if point.round <= round]
-        return scores[-1] if scores else math.nan
+        return self.value_at("exact_match", round)
+
+    def value_at(self, measure: str, round: int) -> float:
+        """The mean over domains of a measure at the last evaluation up to a round; NaN where it was not taken."""
+        found = [point.values.get(measure, {}).get(MEAN, math.nan) for point in self.points if point.round <= round]
+        return found[-1] if found else math.nan
 
     def score(self, domain: str, at: int = -1) -> float:
         """Exact match at the first (0) or last (-1) evaluation; NaN where there was none."""

@@ -22,7 +22,9 @@ from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import Aggregation, Evaluation, Training
+from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
+from fedloom.report.numbers import summarise
+from fedloom.report.scores import worse_sentence
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
@@ -196,12 +198,33 @@ class Rounds:
         """The payload that brings anybody to the server's state."""
         return full_state(self.setup.job, self.server, self.round)
 
-    def evaluate(self, round: int) -> dict[str, float]:
-        """Held-out exact match of the server's model, by domain, recorded."""
-        scores = self.setup.evaluate(self.server)
-        for domain, score in scores.items():
-            self.folder.ledger.append(Evaluation(round, domain, score.exact_match, score.loss))
-        return {domain: score.exact_match for domain, score in scores.items()}
+    def evaluate(self, round: int) -> dict[str, Evaluation]:
+        """What the server's model scores on the held-out examples, by domain, recorded."""
+        found = {
+            domain: Evaluation(
+                round,
+                domain,
+                score.exact_match,
+                score.loss,
+                examples=score.examples,
+                tokens=score.tokens,
+                bytes=score.bytes,
+                metrics=score.metrics,
+            )
+            for domain, score in self.setup.evaluate(self.server).items()
+        }
+        for row in found.values():
+            self.folder.ledger.append(row)
+        if found and round == self.setup.config.federation.num_rounds:
+            self.note_if_worse(round)
+        return found
+
+    def note_if_worse(self, round: int) -> None:
+        """Say in the ledger where the run ended with a higher held-out loss than it began with."""
+        self.folder.ledger.sync()
+        worse = worse_sentence(summarise(read_rows(self.folder.ledger.path)))
+        if worse:
+            self.folder.ledger.note(round, worse)
 
     def save(self) -> None:
         """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""

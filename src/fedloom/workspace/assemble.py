@@ -17,17 +17,20 @@ from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
-from fedloom.model.evaluate import Scores, exact_match_and_loss
+from fedloom.model.evaluate import Scores
 from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
+from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
     DataSettings,
+    EvaluationSettings,
     FlowerSettings,
     OutputSettings,
+    Section,
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
@@ -53,6 +56,7 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    scorer: Scorer = Scorer()
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -126,7 +130,7 @@ class Setup:
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
-        return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
+        return self.scorer.score(self.model)
 
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
@@ -170,6 +174,7 @@ def build_setup(
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
+        scorer=build_scorer(scored, tokenizer, config.evaluation),
     )
 
 
@@ -250,7 +255,12 @@ def sources_by_client(source: str) -> dict[str, Path | str]:
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
     """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(dump(config.model_copy(update={"output": OutputSettings(), "flower": FlowerSettings()})).encode())
+    beside: dict[str, Section] = {  # what changes nothing of the outcome
+        "output": OutputSettings(),
+        "flower": FlowerSettings(),
+        "evaluation": EvaluationSettings(),
+    }
+    hasher.update(dump(config.model_copy(update=beside)).encode())
     hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())
