@@ -1,4 +1,4 @@
-"""Metrics of generated answers: what is generated is what greedy decoding gives, and own functions are held to [0, 1]."""
+"""Metrics of generated answers: generated is what greedy decoding gives, and own functions are held to [0, 1]."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def test_a_metric_of_a_library_is_that_of_the_library_and_says_what_to_install(n
 def outside(tmp_path, monkeypatch):
     """A module of the user's."""
     (tmp_path / "myscores.py").write_text(
-        "def length(predictions, references):\n    return [1.0 if len(p) == len(r) else 0 for p, r in zip(predictions, references)]\n"
+        "def length(predictions, references):\n"
+        "    return [1.0 if len(p) == len(r) else 0 for p, r in zip(predictions, references)]\n"
         "def big(predictions, references):\n    return [2.0] * len(predictions)\n"
         "def few(predictions, references):\n    return [0.5]\n"
         "def none(predictions, references):\n    return [float('nan')] * len(predictions)\n"

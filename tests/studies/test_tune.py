@@ -110,7 +110,12 @@ def test_where_exact_match_is_0_for_all_the_loss_decides_and_it_is_said():
 
 
 def test_e_is_the_cheapest_of_those_whose_loss_matches():
-    groups = {"k=1": [free(6, 4.9, size=5)], "k=2": [free(6, 4.0, size=9)], "fedit": [free(6, 5.0)], "ffa": [free(6, 5.5)]}
+    groups = {
+        "k=1": [free(6, 4.9, size=5)],
+        "k=2": [free(6, 4.0, size=9)],
+        "fedit": [free(6, 5.0)],
+        "ffa": [free(6, 5.5)],
+    }
     choice = tune.choose(groups, "k", ["1", "2"])
     assert (choice.best.value, choice.efficient.value, choice.matched) == ("2", "1", 5.0)
 

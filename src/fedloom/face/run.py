@@ -125,7 +125,9 @@ class Run:
 
         The names are "exact_match", "loss", "bits_per_byte" and those of evaluation.metrics.
         """
-        return {name: dict(found) for name, found in self.report.points[-1].values.items()} if self.report.points else {}
+        return (
+            {name: dict(found) for name, found in self.report.points[-1].values.items()} if self.report.points else {}
+        )
 
     @property
     def bytes(self) -> int:

@@ -12,8 +12,8 @@ from fedloom.records.config import Config, EvaluationSettings, FlowerSettings, O
 from fedloom.records.configfile import dump, parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
-"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and scores
-are taken at the server."""
+"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
+scores are taken at the server."""
 
 
 def check_installed(extra: str, *libraries: str) -> None:

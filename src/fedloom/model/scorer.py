@@ -14,6 +14,7 @@ from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.metrics import Metric, find_metrics, mean_of
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import EvaluationSettings
+from fedloom.records.ledger import Evaluation
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,4 +56,18 @@ def build_scorer(
         metrics=find_metrics(settings.metrics) if heldout else {},
         tokenizer=tokenizer,
         settings=settings,
+    )
+
+
+def evaluation_row(round: int, domain: str, scores: Scores) -> Evaluation:
+    """One domain's scores as the ledger has them."""
+    return Evaluation(
+        round,
+        domain,
+        scores.exact_match,
+        scores.loss,
+        examples=scores.examples,
+        tokens=scores.tokens,
+        bytes=scores.bytes,
+        metrics=scores.metrics,
     )

@@ -20,6 +20,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
+from fedloom.model.scorer import evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
@@ -200,19 +201,8 @@ class Rounds:
 
     def evaluate(self, round: int) -> dict[str, Evaluation]:
         """What the server's model scores on the held-out examples, by domain, recorded."""
-        found = {
-            domain: Evaluation(
-                round,
-                domain,
-                score.exact_match,
-                score.loss,
-                examples=score.examples,
-                tokens=score.tokens,
-                bytes=score.bytes,
-                metrics=score.metrics,
-            )
-            for domain, score in self.setup.evaluate(self.server).items()
-        }
+        scores = self.setup.evaluate(self.server)
+        found = {domain: evaluation_row(round, domain, score) for domain, score in scores.items()}
         for row in found.values():
             self.folder.ledger.append(row)
         if found and round == self.setup.config.federation.num_rounds:

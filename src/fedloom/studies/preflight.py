@@ -37,7 +37,9 @@ def check_trials(made: Sequence[Trial]) -> None:
         raise ConfigError(next(iter(wrong.values())))
     if wrong:
         lines = [f"{label}: {reason}" for label, reason in wrong.items()]
-        raise ConfigError("\n  ".join([f"{len(wrong)} of {labels} variants cannot be played, so none was begun:", *lines]))
+        raise ConfigError(
+            "\n  ".join([f"{len(wrong)} of {labels} variants cannot be played, so none was begun:", *lines])
+        )
 
 
 def _linear(path: str) -> Mapping[str, LinearModule]:

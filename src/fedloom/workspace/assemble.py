@@ -41,6 +41,7 @@ from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -160,10 +161,7 @@ def build_setup(
         else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
-    scored = {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
-        for domain, held in heldout.items()
-    }
+    scored = tokenize_heldout(heldout, tokenizer, data)
     return Setup(
         config=config,
         job=plan.job,
@@ -245,6 +243,16 @@ def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
     if "{client}" in name or Path(name).exists():
         return {domain: load_examples(path) for domain, path in sources_by_client(name).items()}
     return {domain: load_examples(path, name) for domain, path in sources_by_client(settings.source).items()}
+
+
+def tokenize_heldout(
+    heldout: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, data: DataSettings
+) -> dict[str, TokenizedExamples]:
+    """Domain → its examples in tokens."""
+    return {
+        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
+        for domain, held in heldout.items()
+    }
 
 
 def sources_by_client(source: str) -> dict[str, Path | str]:
