@@ -35,7 +35,7 @@ def generate_answers(
     wrapped = getattr(model, "get_base_model", None)
     model = wrapped() if wrapped else model  # PEFT's wrapper would hand its own copy of the settings of generation down
     training = model.training
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     order = sorted(range(len(data)), key=lambda index: data[index].prompt)
     answers = [""] * len(data)
     failed = "the model cannot generate answers, which evaluation.metrics asks for"

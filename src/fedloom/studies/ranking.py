@@ -3,7 +3,7 @@
 1.  A setting is out if a run of it ended with a held-out loss that is no finite number, or with a higher one than it
     began with while exact match did not rise.
 2.  One measure decides for all: evaluation.metric. With "auto" that is exact match where the settings differ in it by
-    more than chance explains, otherwise the held-out loss. So on free text, where exact match is 0 for all, it is the loss.
+    more than chance explains, otherwise the held-out loss: so on free text, where exact match is 0 for all.
 3.  Where two are equal in it, the lower loss is better, and then the fewer bytes.
 
 Chance: the 95 % interval of the difference between two shares of the same N held-out examples, 1.96 √(2 p (1 − p) / N).
