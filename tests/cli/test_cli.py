@@ -214,7 +214,7 @@ def test_inspect_shows_a_run(call, engine, tmp_path):
     call("run", settings_file(tmp_path), "--out", "r")
     code, out, _ = call("inspect", "r")
     assert code == 0
-    assert "Held-out scores" in out and "exact match (%)" in out
+    assert "Held-out scores" in out and "exact match %" in out
     assert "12.0 KiB in all" in out
 
 
@@ -361,6 +361,23 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     assert rows["ada"] == ["ada", "1.000", "2.0", "KiB", "1.0", "KiB"]
     assert rows["all"] == ["all", "3.0", "KiB", "1.5", "KiB"]
+
+
+@pytest.mark.parametrize("kind", [LiveView, LineView])
+def test_on_free_text_the_loss_is_shown_first(kind):
+    console = Console(file=io.StringIO(), width=120)
+    view = kind(console) if kind is LineView else kind()
+    view.run_started(RunFacts("fedsrd", "model", CLIENTS, 1, 1000, "runs/x"))
+    for round, loss in enumerate((6.36, 4.74)):
+        row = Evaluation(round, "bank", 0.0, loss, examples=9, tokens=90, bytes=300, metrics={"chrf": 0.125})
+        view.round_finished(round, 1, {"bank": row}, 0, 0, 1.0)
+    if kind is LiveView:
+        console.print(view)
+    text = console.file.getvalue()
+    at = [text.rindex(words) for words in ("loss 4.740 nats a token", "bits a byte 2.052", "chrf 12.5 %", "exact match 0.0 %")]
+    assert at == sorted(at)
+    if kind is LiveView:
+        assert "(at first 6.360 nats a token)" in text and "loss: bank 4.740" in text
 
 
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedloom.records.text import to_printable
-from fedloom.report.measures import TRAINING_LOSS, Measure, list_pictured
+from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_pictured
 from fedloom.report.numbers import MEAN, Point, Report, human_bytes, interval
 
 MIB = 2**20
@@ -68,6 +68,7 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
                     axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label, color=colour, marker=marker)
                 ys = [_shown_value(point, measure, MEAN) for point in points]
                 axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
+            _begin_at_0(panels[0], measure)
         left, right = rows[0][1]
         left.set_title(f"{legend_label(report.run.method)}, {len(report.run.clients)} clients")
         right.set_title(sent)
@@ -88,6 +89,7 @@ def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[by
                 stretches = _over_seeds(reports, measure)
                 _overlay(left, [(float(s.round), s) for s in stretches], name, number)
                 _overlay(right, [(s.mib, s) for s in stretches if s.mib > 0], name, number)
+            _begin_at_0(left, measure)
             if right.lines:  # a logarithm needs a number
                 right.set_xscale("log")
                 right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -100,6 +102,12 @@ def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[by
         if left.lines:
             figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
         save_figure(figure, target, form)
+
+
+def _begin_at_0(axes: Axes, measure: Measure) -> None:
+    """The scale of a metric of the user's, once its lines are drawn: from 0 up to what it reaches."""
+    if measure.unit == "%" and measure != EXACT_MATCH:
+        axes.set_ylim(bottom=0)
 
 
 def _overlay(axes: Axes, along: Sequence[tuple[float, _Stretch]], name: str, number: int) -> None:
@@ -177,7 +185,7 @@ def _panels(measures: Sequence[Measure]) -> tuple[Figure, list[tuple[Measure, li
     for measure, (left, right) in zip(measures, grid, strict=True):
         held_out = "" if measure == TRAINING_LOSS else "held-out "
         left.set_ylabel(f"{held_out}{to_printable(measure.title, _LABEL)}")
-        if measure.unit == "%":
+        if measure == EXACT_MATCH:
             left.set_ylim(0, 101)
         rows.append((measure, [left, right]))
     grid[-1][0].set_xlabel("round")

@@ -23,21 +23,37 @@ def score_table(report: Report) -> Table | Text:
     """Every measure by domain, before and after, the leading one first; in words where nothing was held out."""
     if not report.points:
         return Text(NO_SCORE)
-    measures, worse = list_measures([report]), worse_sentence(report)
+    measures, worse = _telling(list_measures([report])), worse_sentence(report)
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="Held-out scores, before → after",
+        title=f"Held-out scores, before → after (loss in nats a token{_nothing(measures)})",
         title_justify="left",
         title_style="bold",
         caption=cell(worse, "yellow", LONG) if worse else None,
         caption_justify="left",
     )
     table.add_column("domain")
-    for name in score_head(measures):
-        table.add_column(name, justify="right")
+    for name in (_short(measures[0]), "change", *map(_short, measures[1:])):
+        table.add_column(cell(name), justify="right")
     for domain in [*report.domains, MEAN]:
         table.add_row(cell(domain), *score_cells(report, measures, domain), style="bold" if domain == MEAN else "")
     return table
+
+
+def score_title(reports: Sequence[Report], split: str) -> str:
+    """What a table of several runs' scores is called. split: what they were taken on, "Held-out" or "Validation"."""
+    measures = _telling(list_measures(reports))
+    return f"{split} scores, mean over domains{_nothing(measures)}" if measures else NO_SCORE
+
+
+def _telling(measures: Sequence[Measure]) -> list[Measure]:
+    """Without exact match where it does not lead: it is 0 throughout there, and columns are dear."""
+    return [measure for measure in measures if measure != EXACT_MATCH or measure == measures[0]]
+
+
+def _nothing(measures: Sequence[Measure]) -> str:
+    """What is to be said of exact match where it has no column."""
+    return "" if EXACT_MATCH in measures else "; exact match is 0 throughout"
 
 
 def score_head(measures: Sequence[Measure]) -> list[str]:
@@ -72,7 +88,7 @@ def score_rows(groups: Groups) -> list[dict[str, str]]:
     Means over seeds with 95 % intervals. Differences and shares are taken on equal seeds.
     """
     reports = [report for runs in groups.values() for report in runs]
-    measures = list_measures(reports)
+    measures = _telling(list_measures(reports))
     if not measures:
         return [{"run": label, "seeds": str(len(runs)), **_trained(runs)} for label, runs in groups.items()]
     lead, first = measures[0], next(iter(groups))
@@ -81,7 +97,7 @@ def score_rows(groups: Groups) -> list[dict[str, str]]:
     for label, runs in groups.items():
         row = {"run": label, "seeds": str(len(runs)), **_scored(runs, measures)}
         if len(groups) > 1:
-            row[f"{lead.name} against {first}"] = "" if label == first else _difference(runs, groups[first], lead)
+            row[f"{lead.name} against the first"] = "" if label == first else _difference(runs, groups[first], lead)
         if fedit is not None and len(groups) > 1:
             row[f"of {fedit}'s gain"] = _share_of_gain(runs, groups[fedit], lead)
         rows.append(row)
@@ -91,8 +107,6 @@ def score_rows(groups: Groups) -> list[dict[str, str]]:
 def _scored(runs: Sequence[Report], measures: Sequence[Measure]) -> dict[str, str]:
     """The leading measure halfway and at the end, the others at the end."""
     lead = measures[0]
-    if lead != EXACT_MATCH:
-        measures = [measure for measure in measures if measure != EXACT_MATCH]  # 0 throughout, or it would lead
     names = [_short(measure) for measure in measures]
     halves = {"halfway %" if lead == EXACT_MATCH else f"halfway {names[0]}": _halfway(runs, lead)}
     names[0] = "end %" if lead == EXACT_MATCH else names[0]

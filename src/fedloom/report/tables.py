@@ -13,9 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.records.text import cell, to_printable
-from fedloom.report.measures import EXACT_MATCH, list_measures
 from fedloom.report.numbers import Report, human_bytes
-from fedloom.report.scores import NO_SCORE, score_rows, score_table
+from fedloom.report.scores import score_rows, score_table, score_title
 
 _SHORT = 20
 """Characters of a run's label up to which its column is not wrapped."""
@@ -85,9 +84,7 @@ def comparison_tables(groups: Mapping[str, Sequence[Report]], split: str = "Held
     """
     runs, scores = [{"run": label} for label in groups], score_rows(groups)
     costs = [{**run, **_compared(reports)} for run, reports in zip(runs, groups.values(), strict=True)]
-    measures = list_measures(report for reports in groups.values() for report in reports)
-    nothing = "; exact match is 0 throughout" if measures and measures[0] != EXACT_MATCH else ""
-    title = f"{split} scores, mean over domains{nothing}" if measures else NO_SCORE
+    title = score_title([report for reports in groups.values() for report in reports], split)
     return Group(comparison_table(scores, title), "", comparison_table(costs, "Bytes and seconds"), "")
 
 
