@@ -374,7 +374,10 @@ def test_on_free_text_the_loss_is_shown_first(kind):
     if kind is LiveView:
         console.print(view)
     text = console.file.getvalue()
-    at = [text.rindex(words) for words in ("loss 4.740 nats a token", "bits a byte 2.052", "chrf 12.5 %", "exact match 0.0 %")]
+    at = [
+        text.rindex(words)
+        for words in ("loss 4.740 nats a token", "bits a byte 2.052", "chrf 12.5 %", "exact match 0.0 %")
+    ]
     assert at == sorted(at)
     if kind is LiveView:
         assert "(at first 6.360 nats a token)" in text and "loss: bank 4.740" in text

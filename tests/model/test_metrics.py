@@ -13,8 +13,8 @@ from test_training import resident
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge
-from fedloom.model.answers import generate_answers, reference_texts
 from fedloom.model.examples import Example
+from fedloom.model.generation import generate_answers, reference_texts
 from fedloom.model.metrics import find_metrics
 from fedloom.model.scorer import build_scorer
 from fedloom.model.tokens import tokenize

@@ -185,8 +185,8 @@ def test_a_run_that_ended_worse_says_so_below_its_scores_and_on_its_page(tmp_pat
 def test_where_exact_match_is_0_throughout_the_loss_leads_tables_page_and_picture():
     report = summarise(list(losses_of(6.0, 5.0)))
     lines = [line.split() for line in printed(closing_tables(report), 120).splitlines()]
-    assert "domain loss change bits a byte".split() in lines
-    assert ["bank", *"6.000 → 5.000 -1.000".split(), "3.462", "→", "2.885"] in lines  # 6 · 400 / 1000 / ln 2
+    assert ["domain", "loss", "change", "bits", "a", "byte"] in lines
+    assert ["bank", *["6.000", "→", "5.000", "-1.000"], "3.462", "→", "2.885"] in lines  # 6 · 400 / 1000 / ln 2
     drawn = draw_svg(report)
     assert drawn.count('id="axes_') == 2
     parsed = Page()

@@ -97,15 +97,17 @@ def test_where_exact_match_is_0_for_all_the_loss_decides_and_it_is_said():
         "k=1e-2": [free(6.4, 4.74)],
         "k=1": [free(6.4, 8.0, size=1)],
         "k=9": [free(6.4, float("nan"), size=1)],
+        "k=1e30": [free(6.4, 6.4, size=0)],
         "fedit": [free(6.4, 5.0, size=90)],
     }
-    for values in (["1e-5", "1e-2", "1", "9"], ["9", "1", "1e-2", "1e-5"]):
-        choice = tune.choose(groups, "k", values)
+    for values in ("1e-5 1e-2 1 9 1e30", "1e30 9 1 1e-2 1e-5"):
+        choice = tune.choose(groups, "k", values.split())
         assert (choice.best.value, choice.efficient.value) == ("1e-2", "1e-2")
         assert (choice.measure.key, choice.matched) == ("loss", 5.0)
         said = " ".join(choice.notes)
         assert "Exact match is 0 for all: the held-out loss decides." in said
         assert "k = 1 is not chosen: it ended worse than it began, 6.400 → 8.000 nats a token." in said
+        assert "k = 1e30 is not chosen: it learnt nothing, its loss is still 6.400 nats a token." in said
         assert "k = 9 is not chosen: its loss is no finite number at the end." in said
 
 

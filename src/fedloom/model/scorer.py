@@ -9,8 +9,8 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.model.answers import generate_answers, reference_texts
 from fedloom.model.evaluate import Scores, exact_match_and_loss
+from fedloom.model.generation import generate_answers, reference_texts
 from fedloom.model.metrics import Metric, find_metrics, mean_of
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import EvaluationSettings

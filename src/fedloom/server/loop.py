@@ -23,9 +23,7 @@ from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
-from fedloom.report.numbers import summarise
-from fedloom.report.scores import worse_sentence
+from fedloom.records.ledger import Aggregation, Evaluation, Training
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
@@ -205,16 +203,7 @@ class Rounds:
         found = {domain: evaluation_row(round, domain, score) for domain, score in scores.items()}
         for row in found.values():
             self.folder.ledger.append(row)
-        if found and round == self.setup.config.federation.num_rounds:
-            self.note_if_worse(round)
         return found
-
-    def note_if_worse(self, round: int) -> None:
-        """Say in the ledger where the run ended with a higher held-out loss than it began with."""
-        self.folder.ledger.sync()
-        worse = worse_sentence(summarise(read_rows(self.folder.ledger.path)))
-        if worse:
-            self.folder.ledger.note(round, worse)
 
     def save(self) -> None:
         """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""

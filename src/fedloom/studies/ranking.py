@@ -1,7 +1,7 @@
 """Which of several settings is best: one rule, for whatever chooses.
 
 1.  A setting is out if a run of it ended with a held-out loss that is no finite number, or with a higher one than it
-    began with while exact match did not rise.
+    began with while exact match did not rise, or with the very same one, as where all training diverged.
 2.  One measure decides for all: evaluation.metric. With "auto" that is exact match where the settings differ in it by
     more than chance explains, otherwise the held-out loss: so on free text, where exact match is 0 for all.
 3.  Where two are equal in it, the lower loss is better, and then the fewer bytes.
@@ -48,6 +48,8 @@ class Candidate:
                 return "its loss is no finite number at the end" if report.points else "it was not scored"
             if report.ended_worse and not report.value(EXACT_MATCH.key) > report.value(EXACT_MATCH.key, at=0):
                 return f"it ended worse than it began, {LOSS.show(before)} → {LOSS.phrase(after)}"
+            if len(report.points) > 1 and after == before:  # to the last bit: the model is the one that it began with
+                return f"it learnt nothing, its loss is still {LOSS.phrase(after)}"
         return ""
 
     def rank(self, measure: Measure) -> tuple[float, float, float]:
