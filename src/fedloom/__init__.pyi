@@ -7,6 +7,8 @@ from .face.run import run as run
 from .face.run import Run as Run
 from .face.compare import compare as compare
 from .face.compare import Comparison as Comparison
+from .face.evaluate import evaluate as evaluate
+from .studies.evaluation import Evaluated as Evaluated
 from .face.merge import merge as merge
 from .face.merge import Merge as Merge
 from .face.picture import Picture as Picture

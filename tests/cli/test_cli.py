@@ -40,7 +40,7 @@ class Engine:
         with Ledger(out / "ledger.jsonl") as ledger:
             ledger.append(RunRow(config.method.name, config.model.path, CLIENTS, rounds, 1000, config.federation.seed))
             ledger.append(Evaluation(0, "bank", 0.25, 1.0))
-            observer.round_finished(0, rounds, {"bank": 0.25}, 0, 0, 0.1)
+            observer.round_finished(0, rounds, scored(0, bank=0.25), 0, 0, 0.1)
             for round in range(1, rounds + 1):
                 if self.failure and round == 2:
                     raise self.failure
@@ -56,7 +56,11 @@ class Engine:
             ledger.append(Transfer(round, client, "up", "update", 2048))
             observer.client_finished(round, client, 1.5, 2048, 0)
         ledger.append(Evaluation(round, "bank", 0.75, 1.0))
-        observer.round_finished(round, rounds, {"bank": 0.75}, 4096, 0, 1.25)
+        observer.round_finished(round, rounds, scored(round, bank=0.75), 4096, 0, 1.25)
+
+
+def scored(round, **exact_match):
+    return {domain: Evaluation(round, domain, value, 1.0) for domain, value in exact_match.items()}
 
 
 @pytest.fixture
@@ -118,7 +122,10 @@ def test_a_run_prints_one_plain_line_a_round_and_closes_with_tables(call, engine
     assert "\x1b" not in out
     lines = out.splitlines()
     assert lines[0] == "fedsrd: 2 clients, 3 rounds, 1,000 values, in runs/try"
-    assert lines[2] == "round 1/3  loss 1.500  up 4.0 KiB, down 0 B  exact match 75.0 %  1.2 s"
+    assert (
+        lines[2]
+        == "round 1/3  training loss 1.500  up 4.0 KiB, down 0 B  exact match 75.0 %  loss 1.000 nats a token  1.2 s"
+    )
     assert len([line for line in lines if line.startswith("round ")]) == 4
     assert "25.6 % of the 46.9 KiB that dense fp32 FedIT" in " ".join(out.split())
     config, folder, resume = engine.calls[0]
@@ -207,7 +214,7 @@ def test_inspect_shows_a_run(call, engine, tmp_path):
     call("run", settings_file(tmp_path), "--out", "r")
     code, out, _ = call("inspect", "r")
     assert code == 0
-    assert "Held-out exact match" in out
+    assert "Held-out scores" in out and "exact match %" in out
     assert "12.0 KiB in all" in out
 
 
@@ -291,9 +298,10 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
     assert lines[2] == "fedit, seed 0: 60 s; about 5 min left"
     assert "taken: 0.0 min, where 3.0 were stated" in lines
     assert len([line for line in lines if "min left" in line]) == 6
-    row = next(line.split() for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
-    turns = ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]
-    assert row[1:] == ["3", "10.0", "±", "0.0", "60.0", "±", "24.8", *turns]
+    scores, costs = (line.split()[1:] for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
+    paired = "+0.0 ± 0.0 100.0 %"  # the same scores as FedIT's, seed by seed
+    assert scores == f"3 10.0 ± 0.0 60.0 ± 24.8 1.000 ± 0.000 {paired}".split()
+    assert costs == ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]
     assert (
         "| florist:tau=1.0,client_init=warm | 3 | 10.0 ± 0.0 | 60.0 ± 24.8 |" in (tmp_path / "c/compare.md").read_text()
     )
@@ -326,14 +334,14 @@ def test_an_estimate_prints_tables_or_json(call):
 def played(observer, rounds=4):
     """A run that stands in its second round."""
     observer.run_started(RunFacts("fedsrd", "model", CLIENTS, rounds, 1000, "runs/x", warnings=("ada has little",)))
-    observer.round_finished(0, rounds, {"bank": 0.1, "lab": 0.3}, 0, 0, 0.5)
+    observer.round_finished(0, rounds, scored(0, bank=0.1, lab=0.3), 0, 0, 0.5)
     for round in (1, 2):
         observer.client_started(round, "ada")
         observer.client_finished(round, "ada", 2.0 / round, 1024, 512)
         observer.client_started(round, "bob")
         if round == 1:
             observer.client_finished(round, "bob", 1.0, 1024, 512)
-            observer.round_finished(1, rounds, {"bank": 0.5, "lab": 0.7}, 2048, 1024, 10.0)
+            observer.round_finished(1, rounds, scored(1, bank=0.5, lab=0.7), 2048, 1024, 10.0)
 
 
 def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
@@ -353,6 +361,26 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     assert rows["ada"] == ["ada", "1.000", "2.0", "KiB", "1.0", "KiB"]
     assert rows["all"] == ["all", "3.0", "KiB", "1.5", "KiB"]
+
+
+@pytest.mark.parametrize("kind", [LiveView, LineView])
+def test_on_free_text_the_loss_is_shown_first(kind):
+    console = Console(file=io.StringIO(), width=120)
+    view = kind(console) if kind is LineView else kind()
+    view.run_started(RunFacts("fedsrd", "model", CLIENTS, 1, 1000, "runs/x"))
+    for round, loss in enumerate((6.36, 4.74)):
+        row = Evaluation(round, "bank", 0.0, loss, examples=9, tokens=90, bytes=300, metrics={"chrf": 0.125})
+        view.round_finished(round, 1, {"bank": row}, 0, 0, 1.0)
+    if kind is LiveView:
+        console.print(view)
+    text = console.file.getvalue()
+    at = [
+        text.rindex(words)
+        for words in ("loss 4.740 nats a token", "bits a byte 2.052", "chrf 12.5 %", "exact match 0.0 %")
+    ]
+    assert at == sorted(at)
+    if kind is LiveView:
+        assert "(at first 6.360 nats a token)" in text and "loss: bank 4.740" in text
 
 
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():

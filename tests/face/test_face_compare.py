@@ -18,9 +18,14 @@ def compared(small, tmp_path_factory):
 def test_scores_are_one_a_seed_and_rows_have_their_interval(compared):
     assert set(compared.scores) == {"fedsrd:paper", "mine"}
     assert [report.run.seed for report in compared.reports["mine"]] == [5, 6]
+    assert not any(sum(scores) for scores in compared.scores.values())  # after one step, so that the loss leads
     for row in compared.rows:
-        mean, half = interval([100 * score for score in compared.scores[row["run"]]])
-        assert row["end %"] == f"{mean:.1f} ± {half:.1f}" and row["seeds"] == "2"
+        mean, half = interval(compared.losses[row["run"]])
+        assert row["loss"] == f"{mean:.3f} ± {half:.3f}" and row["seeds"] == "2"
+    first, second = compared.losses.values()
+    mean, half = interval([b - a for a, b in zip(first, second, strict=True)])
+    told = [row["loss against the first"] for row in compared.rows]
+    assert told == ["", f"{mean:+.3f} ± {half:.3f}"]
 
 
 def test_a_comparison_shows_itself(compared):

@@ -84,7 +84,7 @@ def test_the_adapter_is_the_one_that_peft_opens(played):
 
 
 def test_a_run_shows_itself(played, tmp_path):
-    assert repr(played).startswith("Run(fedsrd, 2 rounds, mean score 0.")
+    assert repr(played).startswith("Run(fedsrd, 2 rounds, loss 8.")
     html = played._repr_html_()
     assert all(f"<td>{domain}</td>" in html for domain in (*DOMAINS, "mean")) and "KiB up" in html
     picture = played.plot()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -88,14 +90,26 @@ def test_dropout_is_off_while_scoring() -> None:
 
 
 def test_tasks_are_handed_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    harness, wrapper = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
-    wrapper.HFLM = lambda pretrained, tokenizer, batch_size: (pretrained, tokenizer, batch_size)
-    results = {"results": {"arc": {"alias": "arc", "acc,none": 0.5}}}
-    harness.simple_evaluate = lambda model, tasks: results if (model[2], tasks) == (8, ["arc"]) else None
-    monkeypatch.setitem(sys.modules, "lm_eval", harness)
-    monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", wrapper)
-    assert lm_eval_tasks(resident()[0], tokenizer(), ("arc",)) == {"arc": {"acc,none": 0.5}}
+    made = {
+        name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+    }
+    made["lm_eval.models.huggingface"].HFLM = lambda pretrained, tokenizer, batch_size: (pretrained, batch_size)
+    made["lm_eval.tasks"].TaskManager = lambda include_path: ("tasks of", include_path)
+    asked = []
+
+    def play(**given: object) -> dict[str, object]:
+        random.seed(0)
+        asked.append((given["model"][1], given["tasks"], given["task_manager"], given["limit"]))
+        return {"results": {"arc": {"alias": "arc", "acc,none": 0.5}}}
+
+    made["lm_eval"].simple_evaluate = play
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    before, model = random.getstate(), resident()[0]
+    assert lm_eval_tasks(model, tokenizer(), ("arc",)) == {"arc": {"acc,none": 0.5}}
+    lm_eval_tasks(model, tokenizer(), ["arc"], 4, include_path=Path("mine"), limit=3)
+    assert asked == [(8, ["arc"], ("tasks of", None), None), (4, ["arc"], ("tasks of", "mine"), 3)]
+    assert random.getstate() == before
 
 
 def test_tasks_need_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def live(name: str, text: str) -> LiveView:
     seen.client_started(1, name)
     seen.client_finished(1, name, 0.5, 300, 0)
     seen.client_started(1, name)
-    seen.round_finished(1, 2, {name: 0.4}, 300, 0, 1.0)
+    seen.round_finished(1, 2, {name: Evaluation(1, name, 0.4, 1.0)}, 300, 0, 1.0)
     return seen
 
 
@@ -111,7 +111,7 @@ def test_plain_lines_are_tame(name: str, text: str):
     console = Console(file=io.StringIO(), width=120)
     lines = LineView(console)
     lines.run_started(RunFacts(name, name, (name,), 2, 1000, Path("run"), warnings=(text,)))
-    lines.round_finished(1, 2, {name: 0.4}, 300, 0, 1.0)
+    lines.round_finished(1, 2, {name: Evaluation(1, name, 0.4, 1.0)}, 300, 0, 1.0)
     assert is_tame(console.file.getvalue()) and console.file.getvalue().count("\n") == 3
 
 

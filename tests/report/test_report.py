@@ -15,7 +15,7 @@ from fedloom.report import summarise, write_report
 from fedloom.report.figure import draw_comparison, draw_curve, draw_svg
 from fedloom.report.numbers import MEAN, human_bytes, interval
 from fedloom.report.page import page
-from fedloom.report.tables import closing_tables, cost_sentence
+from fedloom.report.tables import closing_tables, comparison_rows, cost_sentence
 
 VALUES = 1000
 CLIENTS = ("ada", "bob")
@@ -67,7 +67,7 @@ def test_dense_fedit_itself_has_ratio_one():
 def test_the_closing_table_says_what_the_ledger_says():
     text = printed(closing_tables(summarise(list(rows()))))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
-    assert lines["mean"] == ["mean", "20.0", "65.0", "+45.0"]
+    assert lines["mean"] == ["mean", *["20.0", "→", "65.0", "+45.0", "1.000", "→", "1.000"]]
     assert lines["ada"] == ["ada", "3", "300", "B", "467", "B", "2.2", "KiB", "0.667"]
     assert lines["all"] == ["all", "6", "300", "B", "467", "B", "4.5", "KiB"]
 
@@ -111,7 +111,7 @@ def test_pictures_are_drawn_and_are_the_same_for_the_same_report(tmp_path):
     draw_curve(report, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
-        assert image.width > 2 * image.height
+        assert image.width > image.height
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
     assert draw_svg(report) == draw_svg(report)
 
@@ -123,7 +123,7 @@ def test_runs_are_overlaid_by_label(tmp_path):
     }
     draw_comparison(groups, tmp_path / "c.svg", form="svg")
     drawn = (tmp_path / "c.svg").read_text()
-    assert drawn.count("FillBetweenPolyCollection") == 4
+    assert drawn.count("FillBetweenPolyCollection") == 8  # two labels; exact match and loss; rounds and bytes
     assert "#0072b2" in drawn.lower()
 
 
@@ -154,3 +154,74 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     assert "client <bob> dropped out" in parsed.text
     assert cost_sentence(report) in parsed.text
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def losses_of(*losses):
+    """A run of one client whose held-out loss was this, from round 0 on."""
+    yield RunRow("fedit", "model", ("ada",), len(losses) - 1, VALUES, 0)
+    for round, loss in enumerate(losses):
+        if round:
+            yield Training(round, "ada", loss, 10, 100, 0.1)
+            yield Transfer(round, "ada", "up", "update", 300)
+        yield Evaluation(round, "bank", 0.0, loss, examples=50, tokens=400, bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("losses", "worse"),
+    [((5.0, 4.0), False), ((5.0, 5.0), False), ((5.0, 4.0, 5.1), True), ((5.0, math.nan), True), ((5.0,), False)],
+)
+def test_a_run_that_ends_with_a_higher_loss_than_it_began_has_ended_worse(losses, worse):
+    assert summarise(list(losses_of(*losses))).ended_worse is worse
+
+
+def test_a_run_that_ended_worse_says_so_below_its_scores_and_on_its_page(tmp_path):
+    report = summarise(list(losses_of(5.348, 4.7, 6.069)))
+    told = "ended worse than it began: held-out loss 5.348 nats a token before, 6.069 nats a token after."
+    assert told in " ".join(printed(closing_tables(report), 200).split()) and told in page(report)
+    fine = summarise(list(losses_of(5.348, 4.7)))
+    assert "worse" not in printed(closing_tables(fine)) and '<p class="worse">' not in page(fine)
+
+
+def test_where_exact_match_is_0_throughout_the_loss_leads_tables_page_and_picture():
+    report = summarise(list(losses_of(6.0, 5.0)))
+    lines = [line.split() for line in printed(closing_tables(report), 120).splitlines()]
+    assert ["domain", "loss", "change", "bits", "a", "byte"] in lines
+    assert ["bank", *["6.000", "→", "5.000", "-1.000"], "3.462", "→", "2.885"] in lines  # 6 · 400 / 1000 / ln 2
+    drawn = draw_svg(report)
+    assert drawn.count('id="axes_') == 2
+    parsed = Page()
+    parsed.feed(page(report))
+    assert parsed.text.index("loss (nats a token)") < parsed.text.index("exact match (%)")
+
+
+def test_a_page_and_a_picture_of_a_run_without_held_out_data_show_the_training_loss():
+    report = summarise([row for row in rows() if not isinstance(row, Evaluation)])
+    assert [point.values["training_loss"][MEAN] for point in report.training] == pytest.approx([2.0, 1.0, 2 / 3])
+    assert [point.bytes for point in report.training] == [600, 2600, 4600]
+    parsed = Page()
+    parsed.feed(page(report))
+    assert "svg" in parsed.tags and "Nothing is held out" in parsed.text and "training loss" in parsed.text
+    (row,) = comparison_rows({"fedsrd": [report]})
+    assert (row["training loss"], row["up / turn"]) == ("0.667", "300 B")
+    draw_comparison({"fedsrd": [report]}, io.BytesIO())  # a logarithm of bytes alone
+    draw_comparison({"fedsrd": [summarise([RunRow("fedit", "m", (), 1, 10, 0)])]}, io.BytesIO())  # of nothing at all
+
+
+def seeded(seed, before, after):
+    rows = [Evaluation(0, "bank", 0.0, before), Evaluation(1, "bank", 0.0, after)]
+    return summarise([RunRow("m", "model", ("ada",), 1, VALUES, seed), *rows])
+
+
+def test_differences_are_paired_on_equal_seeds_and_gains_are_shares_of_fedit_s():
+    """Seeds differ by a nat, methods by a tenth: intervals of the means overlap, that of the differences does not."""
+    groups = {
+        "loom": [seeded(s, 6.0, 4.1 + s) for s in (0, 1, 2)],
+        "fedit:wire.values=fp32": [seeded(s, 6.0, 4.0 + s) for s in (2, 1, 0)],
+        "fedsrd": [seeded(s, 6.0, 4.3 + s) for s in (0, 1)],
+        "ffa": [seeded(9, 6.0, 5.0)],
+    }
+    rows = {row["run"]: row for row in comparison_rows(groups)}
+    assert [row["loss against the first"] for row in rows.values()] == ["", "-0.100 ± 0.000", "+0.200 ± 0.000", "–"]
+    shares = [row["of fedit:wire.values=fp32's gain"] for row in rows.values()]
+    assert shares == ["90.0 %", "100.0 %", "80.0 %", "–"]  # 0.9 of 1.0; 1.2 of 1.5 on seeds 0 and 1; no equal seed
+    assert rows["loom"]["loss"] == "5.100 ± 2.484"

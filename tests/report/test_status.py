@@ -91,6 +91,17 @@ def test_names_that_would_break_a_line_are_escaped():
     assert len(set(told)) == 2 and all('client="a\\"b\\\\c\\\\nd' in labels for labels in told)
 
 
+def test_every_held_out_score_is_a_metric():
+    row = Evaluation(2, "bank", 0.0, 2.0, examples=5, tokens=30, bytes=60, metrics={"chrf": 0.25})
+    lines = prometheus_text([*LOCAL, row]).splitlines()
+    where = 'method="fedsrd",domain="bank"'
+    assert f"fedloom_exact_match{{{where}}} 0" in lines
+    assert f"fedloom_heldout_loss{{{where}}} 2" in lines
+    assert f"fedloom_heldout_bits_per_byte{{{where}}} {row.bits_per_byte!r}" in lines
+    assert f'fedloom_heldout_metric{{{where},metric="chrf"}} 0.25' in lines
+    assert not any("heldout_metric" in line for line in prometheus_text(LOCAL).splitlines())
+
+
 def test_a_ledger_without_a_run_has_no_metrics():
     with pytest.raises(CheckpointError, match="first row"):
         prometheus_text(LOCAL[1:])

@@ -1,5 +1,6 @@
 """The processes that `compare` plays its runs in."""
 
+import io
 import os
 import signal
 import subprocess
@@ -8,11 +9,18 @@ import textwrap
 import time
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from fedloom.cli import main as cli
+from fedloom.cli import studies as commands
 from fedloom.errors import ConfigError, RoundError
 from fedloom.records.config import Config
-from fedloom.records.configfile import parse
+from fedloom.records.configfile import dump, load_config, parse
+from fedloom.report.scores import NO_SCORE
 from fedloom.studies import compare
+from fedloom.studies.preflight import check_trials
+from small_testbed import small_testbed
 
 PARENT = textwrap.dedent(
     """
@@ -65,6 +73,46 @@ def test_after_a_run_that_fails_those_that_wait_are_not_begun(monkeypatch, tmp_p
     with pytest.raises(ConfigError, match="seed 0"):
         compare.play_runs(made, 1, lambda run, seconds: None)
     assert not (tmp_path / "19").exists()
+
+
+def test_what_cannot_be_played_is_refused_before_anything_is(small_demo, tmp_path):
+    """A misspelt method, a wrong setting, modules that there are not, a budget that does nothing, an unknown metric."""
+    others = ["lora.target_modules=['nothing']", "wire.budget=1%", "evaluation.metrics=['bleu']"]
+    variants = ["fedit", "fedsdr", "florist:tau=x", *(f"fedit:{setting}" for setting in others)]
+    made = compare.plan_runs(small_demo, variants, [0, 1], tmp_path)
+    with pytest.raises(ConfigError) as told:
+        check_trials(made)
+    first, *lines = str(told.value).splitlines()
+    assert first == "5 of 6 variants cannot be played, so none was begun:"
+    expected = ["fedsrd", "tau", "nothing", "wire.budget", "chrf, rouge_l, token_f1"]
+    assert [word in line for word, line in zip(expected, lines, strict=True)] == [True] * 5
+    check_trials([run for run in made if run.label == "fedit"])
+    with pytest.raises(ConfigError, match=r"\A[^\n]*fedsdr[^\n]*\Z"):
+        check_trials([run for run in made if run.label == "fedsdr"])
+
+
+def test_without_a_held_out_set_it_is_said_first_and_tables_show_training_loss(small_demo, tmp_path, monkeypatch):
+    """The whole command; its runs are played in this process."""
+    (tmp_path / "free.toml").write_text(dump(small_demo), encoding="utf-8")
+    monkeypatch.setattr(compare, "play_runs", lambda made, jobs, finished: compare.play_here(made, finished))
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 1.0)
+    monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=120))
+    out = str(tmp_path / "out")
+    sets = [part for text in ("data.heldout=null", "federation.num_rounds=1") for part in ("--set", text)]
+    command = ["compare", str(tmp_path / "free.toml"), "--methods", "fedit,ffa", "--seeds", "1", "--out", out, *sets]
+    assert CliRunner().invoke(cli.app, command, catch_exceptions=False).exit_code == 0
+    first, *rest = commands.screen.file.getvalue().splitlines()
+    assert first.startswith("note: Nothing is held out (data.heldout is not set), so there is no score.")
+    assert any("training loss" in line for line in rest) and any("up / turn" in line for line in rest)
+    head, fedit, ffa = (tmp_path / "out" / "compare.csv").read_text().splitlines()
+    assert head.split(",")[:3] == ["run", "seeds", "training loss"] and float(fedit.split(",")[2]) > 0
+    assert ffa.startswith("ffa,1,") and (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+    assert NO_SCORE in (tmp_path / "out" / "fedit" / "seed-0" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    return load_config(small_testbed(tmp_path_factory.mktemp("testbed")) / "demo.toml", ["lora.r=2"])
 
 
 def fail_at_first(run: compare.Trial) -> float:

@@ -82,6 +82,77 @@ def test_a_search_needs_a_split_of_its_own(override: str, message: str):
         tune.plan_search(config, "method.tau", ["0.8"], [], [100], Path("unused"))
 
 
+def free(*losses: float, exact: tuple[float, ...] = (0.0,), size: int = 10, examples: int = 0):
+    """A run with this held-out loss round by round, and this exact match (the last one holds on)."""
+    rows = [RunRow("m", "m", ("a",), len(losses) - 1, 10, 0), Transfer(1, "a", "up", "update", size)]
+    matches = [*exact, *[exact[-1]] * len(losses)]
+    pairs = enumerate(zip(losses, matches, strict=False))
+    return summarise([*rows, *(Evaluation(at, "d", match, loss, examples=examples) for at, (loss, match) in pairs)])
+
+
+def test_where_exact_match_is_0_for_all_the_loss_decides_and_it_is_said():
+    """As on free text: 1e-5 learns nothing and costs less, 1e-2 learns, 1 is worse than the start, 9 has diverged."""
+    groups = {
+        "k=1e-5": [free(6.4, 6.36, size=5)],
+        "k=1e-2": [free(6.4, 4.74)],
+        "k=1": [free(6.4, 8.0, size=1)],
+        "k=9": [free(6.4, float("nan"), size=1)],
+        "k=1e30": [free(6.4, 6.4, size=0)],
+        "fedit": [free(6.4, 5.0, size=90)],
+    }
+    for values in ("1e-5 1e-2 1 9 1e30", "1e30 9 1 1e-2 1e-5"):
+        choice = tune.choose(groups, "k", values.split())
+        assert (choice.best.value, choice.efficient.value) == ("1e-2", "1e-2")
+        assert (choice.measure.key, choice.matched) == ("loss", 5.0)
+        said = " ".join(choice.notes)
+        assert "Exact match is 0 for all: the held-out loss decides." in said
+        assert "k = 1 is not chosen: it ended worse than it began, 6.400 → 8.000 nats a token." in said
+        assert "k = 1e30 is not chosen: it learnt nothing, its loss is still 6.400 nats a token." in said
+        assert "k = 9 is not chosen: its loss is no finite number at the end." in said
+
+
+def test_e_is_the_cheapest_of_those_whose_loss_matches():
+    groups = {
+        "k=1": [free(6, 4.9, size=5)],
+        "k=2": [free(6, 4.0, size=9)],
+        "fedit": [free(6, 5.0)],
+        "ffa": [free(6, 5.5)],
+    }
+    choice = tune.choose(groups, "k", ["1", "2"])
+    assert (choice.best.value, choice.efficient.value, choice.matched) == ("2", "1", 5.0)
+
+
+@pytest.mark.parametrize(("examples", "best", "measure"), [(20, "2", "loss"), (20_000, "1", "exact_match")])
+def test_exact_match_within_chance_is_a_tie(examples, best, measure):
+    one, two = free(6, 5, exact=(0, 0.55), examples=examples), free(6, 4, exact=(0, 0.5), examples=examples)
+    choice = tune.choose({"k=1": [one], "k=2": [two]}, "k", ["1", "2"])
+    assert (choice.best.value, choice.measure.key) == (best, measure)
+    assert any("a tie, so the held-out loss decides" in note for note in choice.notes) == (measure == "loss")
+
+
+def test_a_run_whose_loss_rose_while_exact_match_rose_may_be_chosen():
+    groups = {"k=1": [free(6, 7, exact=(0, 0.9))], "k=2": [free(6, 5, exact=(0, 0.1))]}
+    assert tune.choose(groups, "k", ["1", "2"]).best.value == "1"
+    assert tune.choose(groups, "k", ["1", "2"], by="loss").best.value == "2"
+
+
+def test_where_no_value_is_fit_none_is_chosen():
+    groups = {"k=1": [free(6, 7)], "k=2": [free(6, float("inf"))]}
+    with pytest.raises(ConfigError, match=r"no value of k can be chosen\. k = 1 is not chosen: it ended worse.*k = 2"):
+        tune.choose(groups, "k", ["1", "2"])
+
+
+def test_values_that_score_the_same_are_named():
+    choice = tune.choose({"k=1": [free(6, 5, size=9)], "k=2": [free(6, 5, size=8)]}, "k", ["1", "2"])
+    assert choice.best.value == "2" and "k = 1 and 2 score the same: the fewest bytes decide." in choice.notes
+
+
+def test_a_metric_that_is_not_measured_cannot_decide(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"evaluation\.metric is 'chrf', which is not measured: expected auto"):
+        load_config(TESTBED / "demo.toml", ["evaluation.metric=chrf"])
+    assert load_config(TESTBED / "demo.toml", ["evaluation.metric=chrf", "evaluation.metrics=['chrf']"])
+
+
 def test_a_value_without_a_run_is_named():
     with pytest.raises(ConfigError, match=r"k=2 has no complete run"):
         tune.choose({"k=1": [report(0.5, 1)]}, "k", ["1", "2"])
@@ -108,4 +179,4 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
     assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
     taus = [load_config(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
     assert taus == [0.99, 0.9]
-    assert "O: method.tau = 0.99, 99.0 % on validation" in commands.screen.file.getvalue()
+    assert "O: method.tau = 0.99, exact match 99.0 % on validation" in commands.screen.file.getvalue()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
@@ -168,7 +169,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, estimate, compare, tune):
+for command in (aggregate, estimate, compare, tune, evaluate):
     app.command()(command)
 
 

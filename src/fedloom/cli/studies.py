@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from fedloom.cli.options import AsJson, Jobs, Set, print_result, split_numbers, split_words
-from fedloom.records.text import cell
+from fedloom.records.text import LONG, cell
+from fedloom.report.scores import NO_SCORE
 from fedloom.testbeds import testbed_folder
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def compare(
     figure.draw_comparison(groups, out / "compare.png")
     rows = table.comparison_rows(groups)
     (out / "compare.md").write_text(table.to_markdown(rows), encoding="utf-8")
-    screen.print(table.comparison_table(rows))
+    (out / "compare.csv").write_text(table.to_csv(rows), encoding="utf-8")
+    screen.print(table.comparison_tables(groups))
+    screen.print(f"in {out}: compare.md, compare.csv, compare.png", markup=False, highlight=False, soft_wrap=True)
 
 
 def tune(
@@ -98,6 +101,13 @@ def tune(
     against: Annotated[list[str] | None, typer.Option(help="Methods that E has to match, as for compare.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every value.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Score that decides: exact_match, loss, or one of evaluation.metrics; auto is exact match where it "
+            "tells the values apart, otherwise the loss. If left out, evaluation.metric of the settings, which is auto."
+        ),
+    ] = None,
     jobs: Jobs = 1,
     sets: Set = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of the chosen settings.")] = Path("runs/tune"),
@@ -108,24 +118,34 @@ def tune(
     from fedloom.studies import compare, tune
 
     folder = testbed_folder()
-    settings = load_config(config or folder / "demo.toml", sets or [])
+    own = [] if by is None else [f"evaluation.metric={by}"]
+    settings = load_config(config or folder / "demo.toml", [*(sets or []), *own])
     others = compare.parse_variants(against or ["fedit"])
     made = tune.plan_search(settings, key, split_words(values), others, range(first_seed, first_seed + seeds), out)
     play_all(made, jobs)
     groups = compare.read_reports(made)
-    choice = tune.choose(groups, key, split_words(values))
+    (out / "tune.md").write_text(table.to_markdown(table.comparison_rows(groups)), encoding="utf-8")
+    screen.print(table.comparison_tables(groups, "Validation"))
+    choice = tune.choose(groups, key, split_words(values), settings.evaluation.metric)
     files = tune.write_choice(settings, key, choice, out)
-    rows = table.comparison_rows(groups)
-    (out / "tune.md").write_text(table.to_markdown(rows), encoding="utf-8")
-    screen.print(table.comparison_table(rows))
+    for note in choice.notes:
+        screen.print(cell(note, "yellow", LONG))
     for name, found in (("O", choice.best), ("E", choice.efficient)):
-        screen.print(cell(f"{name}: {key} = {found.value}, {100 * found.score:.1f} % on validation; {files[name]}"))
+        score = f"{choice.measure.name} {choice.measure.phrase(found.score(choice.measure))}"
+        screen.print(cell(f"{name}: {key} = {found.value}, {score} on validation; {files[name]}"))
 
 
 def play_all(made: Sequence[Trial], jobs: int) -> None:
-    """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took."""
-    from fedloom.studies import compare
+    """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took.
 
+    What cannot be played is refused before anything is.
+    """
+    from fedloom.studies import compare
+    from fedloom.studies.preflight import check_trials
+
+    check_trials(made)
+    if all(run.config.data.heldout is None for run in made):
+        screen.print(f"note: {NO_SCORE} The tables will show training loss and bytes.", highlight=False, soft_wrap=True)
     todo = len(compare.runs_left(made))
     screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
     stated, began = compare.expected_seconds(made, jobs), time.monotonic()

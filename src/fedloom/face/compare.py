@@ -17,6 +17,7 @@ from fedloom.records.text import to_printable
 from fedloom.report.numbers import Report
 from fedloom.report.tables import comparison_rows, to_markdown
 from fedloom.studies import compare as studies
+from fedloom.studies.preflight import check_trials
 
 
 def compare(
@@ -38,7 +39,8 @@ def compare(
     "package.module:builder") and `Method` values. jobs: with 1 all runs are played in this process; with more, each in
     a process of its own, where a `Method` value cannot go: name it as "package.module:builder".
     finished(label, seed, seconds) is called after each run. Complete runs in `out` are kept.
-    Raises ConfigError where two methods have one name, or where a run in `out` has other settings or another method.
+    Raises ConfigError where two methods have one name, where one cannot be played (before any is), or where a run in
+    `out` has other settings or another method.
     """
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"seeds is {seeds} and jobs is {jobs}: expected at least 1 of each")
@@ -55,6 +57,7 @@ def compare(
     tried = range(first_seed, first_seed + seeds)
     own = {**({} if num_rounds is None else {"federation.num_rounds": num_rounds}), **(settings or {})}
     made = studies.plan_runs(apply_changes(config, own, None), methods, tried, folder)
+    check_trials(made)
 
     def tell(run: studies.Trial, seconds: float) -> None:
         if finished is not None:
@@ -82,13 +85,21 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """One row a method: score halfway and at the end with 95 % intervals over seeds, bytes, seconds."""
+        """One row a method: scores and differences to the first with 95 % intervals over seeds, bytes, seconds.
+
+        The leading score is exact match, or the loss where exact match is 0 throughout.
+        """
         return comparison_rows(self.reports)
 
     @property
     def scores(self) -> Mapping[str, Sequence[float]]:
         """Label → mean exact match after the last round, a fraction, one a seed."""
         return {label: [report.score("mean") for report in made] for label, made in self.reports.items()}
+
+    @property
+    def losses(self) -> Mapping[str, Sequence[float]]:
+        """Label → mean held-out loss after the last round in nats a token, one a seed."""
+        return {label: [report.value("loss") for report in made] for label, made in self.reports.items()}
 
     def plot(self) -> Picture:
         """Score against rounds and against bytes, with intervals over seeds."""

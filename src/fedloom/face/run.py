@@ -19,7 +19,9 @@ from fedloom.records.config import Config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Transfer, payload_name, read_rows
 from fedloom.records.text import to_printable
-from fedloom.report.numbers import Report, human_bytes, summarise
+from fedloom.report.measures import list_measures
+from fedloom.report.numbers import MEAN, Report, human_bytes, summarise
+from fedloom.report.scores import score_cells, score_head
 
 if TYPE_CHECKING:
     from fedloom.lora.pair import LoraState
@@ -118,6 +120,16 @@ class Run:
         return {point.round: dict(point.losses) for point in self.report.points}
 
     @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """Every measure after the last round: name → domain (and their "mean") → value.
+
+        The names are "exact_match", "loss", "bits_per_byte" and those of evaluation.metrics.
+        """
+        return (
+            {name: dict(found) for name, found in self.report.points[-1].values.items()} if self.report.points else {}
+        )
+
+    @property
     def bytes(self) -> int:
         """Bytes of all payloads, both ways."""
         return self.report.totals.bytes
@@ -159,22 +171,24 @@ class Run:
 
     def __repr__(self) -> str:
         facts = self.report.run
-        mean = f", mean score {self.scores['mean']:.3f}" if self.scores else ""
+        lead = next(iter(list_measures([self.report])), None)
+        mean = f", {lead.name} {lead.phrase(self.report.value(lead.key))}" if lead else ""
         method = to_printable(facts.method)
         return f"Run({method}, {facts.num_rounds} rounds{mean}, {human_bytes(self.bytes)}, {self.folder})"
 
     def _repr_html_(self) -> str:
-        before = self.report.points[0].scores if self.report.points else {}
-        rows = "".join(
-            f"<tr><td>{escape(to_printable(domain))}</td><td>{100 * before[domain]:.1f}</td>"
-            f"<td>{100 * after:.1f}</td></tr>"
-            for domain, after in self.scores.items()
-        )
+        measures = list_measures([self.report])
+        names = [*self.report.domains, MEAN] if measures else []
+        rows = "".join(_row("td", [name, *score_cells(self.report, measures, name)]) for name in names)
         facts = self.report.run
         head = f"{to_printable(facts.method)}, {facts.num_rounds} rounds, {len(facts.clients)} clients"
         sent = f"{human_bytes(self.bytes_up)} up, {human_bytes(self.bytes_down)} down"
-        table = f"<table><tr><th>exact match</th><th>before (%)</th><th>after (%)</th></tr>{rows}</table>"
-        return f"<p>{escape(head)}: {sent}</p>{table if rows else ''}"
+        table = f"<table>{_row('th', ['domain', *score_head(measures)])}{rows}</table>" if rows else ""
+        return f"<p>{escape(head)}: {sent}</p>{table}"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(to_printable(cell))}</{tag}>" for cell in cells) + "</tr>"
 
 
 class Payloads(Sequence[bytes]):

@@ -8,11 +8,12 @@ from importlib.util import find_spec
 import tomli_w
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, FlowerSettings, OutputSettings
+from fedloom.records.config import Config, EvaluationSettings, FlowerSettings, OutputSettings
 from fedloom.records.configfile import dump, parse
 
-SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings()}
-"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts."""
+SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
+"""Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
+scores are taken at the server."""
 
 
 def check_installed(extra: str, *libraries: str) -> None:

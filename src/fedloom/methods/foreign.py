@@ -35,7 +35,7 @@ def load_builder(name: str) -> Callable[..., Method]:
         raise ConfigError(
             f'method.name is {name!r}: expected "package.module:builder", such as "mypackage.halves:halves"'
         )
-    module = _imported(path, name)
+    module = import_named(path, f"method.name is {name!r}", " (A preset of a method goes into method.preset.)")
     builder = getattr(module, attribute, None)
     if builder is None:
         near = difflib.get_close_matches(attribute, vars(module), n=1)
@@ -57,19 +57,19 @@ def load_builder(name: str) -> Callable[..., Method]:
     return found
 
 
-def _imported(path: str, name: str) -> ModuleType:
-    """The module. What goes wrong inside it is told in one line, with the error's own text."""
+def import_named(path: str, where: str, hint: str = "") -> ModuleType:
+    """The module `path` that a setting names. where: the setting and its value, as an error begins; hint: its end.
+
+    Raises ConfigError. What goes wrong inside the module is told in one line, with the error's own text.
+    """
     try:
         return import_module(path)
     except ModuleNotFoundError as error:
         # Either the named module is not there, or it is and imports one that is not.
         own = error.name is not None and (path == error.name or path.startswith(f"{error.name}."))
-        where = f"there is no module {error.name!r}" if own else f"its module needs {error.name!r}, which is missing"
+        lacks = f"there is no module {error.name!r}" if own else f"its module needs {error.name!r}, which is missing"
         raise ConfigError(
-            f"method.name is {name!r}, but {where}: install it in {sys.prefix}, or put its folder on PYTHONPATH. "
-            "(A preset of a method goes into method.preset.)"
+            f"{where}, but {lacks}: install it in {sys.prefix}, or put its folder on PYTHONPATH.{hint}"
         ) from error
     except Exception as error:  # whatever a module does while it is imported
-        raise ConfigError(
-            f"method.name is {name!r}, but importing {path} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"{where}, but importing {path} failed: {type(error).__name__}: {error}") from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.errors import ConfigError
+from fedloom.model.foreign import raise_in_one_line
 from fedloom.model.tokens import IGNORED, TokenizedExamples
 
 
@@ -19,12 +25,16 @@ class Scores:
     """How well held-out examples are answered.
 
     exact_match: fraction of them that greedy decoding answers token for token, the end included. loss: mean over all
-    completion tokens, in nats.
+    completion tokens, in nats. tokens: how many these are; bytes: of the answers' text in UTF-8, 0 where it is not
+    known. metrics: further scores of generated answers, from 0 to 1.
     """
 
     exact_match: float
     loss: float
     examples: int
+    tokens: int = 0
+    bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -53,21 +63,48 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
         loss += float(functional.cross_entropy(chosen, wanted, reduction="none").double().sum())
         tokens += len(wanted)
     model.train(training)
-    return Scores(matches / len(data), loss / tokens, len(data))
+    return Scores(matches / len(data), loss / tokens, len(data), tokens)
 
 
 def lm_eval_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    batch_size: int = 8,
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
 ) -> dict[str, Mapping[str, float]]:
-    """Task → its metrics, by the lm-evaluation-harness. Raises ConfigError where that is not installed."""
+    """Task → its metrics, by the lm-evaluation-harness.
+
+    include_path: a folder with tasks of one's own (YAML); limit: examples of a task, at most. Raises ConfigError where
+    the harness is not installed, does not know a task or fails at it.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("evaluation tasks need the lm-evaluation-harness: pip install 'fedloom[eval]'") from None
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    results = simple_evaluate(model=wrapped, tasks=list(tasks))["results"]
+    failed = f"the lm-evaluation-harness cannot play {', '.join(tasks)}"
+    with raise_in_one_line(ConfigError, failed), _kept_random_states(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the harness and what it loads warn of themselves
+        known = TaskManager(include_path=None if include_path is None else str(include_path))
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=known, limit=limit)["results"]
     return {
         task: {name: value for name, value in metrics.items() if isinstance(value, float)}
-        for task, metrics in results.items()
+        for task, metrics in found.items()
     }
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """The harness seeds every generator of the process."""
+    own, numpys = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(range(min(torch.cuda.device_count(), 1))):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            numpy.random.set_state(numpys)

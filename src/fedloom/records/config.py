@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fedloom.records.quantities import MOST_CLIENTS, Name
 from fedloom.records.sections.data import DataSettings
+from fedloom.records.sections.evaluation import EvaluationSettings
 from fedloom.records.sections.federation import FederationSettings
 from fedloom.records.sections.flower import FlowerSettings
 from fedloom.records.sections.method import MethodSettings, Values, WireSettings
@@ -25,6 +26,7 @@ __all__ = [
     "ClientSettings",
     "Config",
     "DataSettings",
+    "EvaluationSettings",
     "FederationSettings",
     "FlowerSettings",
     "LoraSettings",
@@ -52,6 +54,7 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     method: MethodSettings = MethodSettings()
@@ -75,6 +78,12 @@ class Config(Section):
             raise ValueError(
                 "federation.num_clients and data.partitioner = 'natural' exclude each other: there are as many clients "
                 "as data.id_column has values; leave num_clients out, or choose some with federation.participants"
+            )
+        decided = self.evaluation.metric
+        if decided not in ("auto", "exact_match", "loss", *self.evaluation.metrics):
+            raise ValueError(
+                f"evaluation.metric is {decided!r}, which is not measured: expected auto, exact_match, loss, or one of "
+                f"evaluation.metrics ({', '.join(self.evaluation.metrics) or 'none'})"
             )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-Scores = Mapping[str, float]
-"""Domain → held-out exact match, a fraction from 0 to 1."""
+from fedloom.records.ledger import Evaluation
+
+Scores = Mapping[str, Evaluation]
+"""Domain → what its held-out examples were scored, as it stands in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a finished run amounts to: scores before the first and after the last round, bytes, seconds, lost energy.
+    """What a finished run amounts to: held-out exact match (0 … 1) by domain before the first and after the last round,
+    bytes, seconds, lost energy.
 
     `lost_energy` is the share of ‖ΔW‖² that the exported adapter lacks where its rank was capped, otherwise 0.
     """
@@ -38,8 +41,8 @@ class RunSummary:
     out: Path
     method: str
     num_rounds: int
-    before: Scores = field(default_factory=dict)
-    after: Scores = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0

@@ -77,7 +77,11 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The global model on one domain's held-out examples: exact match (0 … 1) and mean loss. Round 0 is the start."""
+    """The global model on one domain's held-out examples: exact match (0 … 1) and mean loss. Round 0 is the start.
+
+    loss: nats a token of the answers. examples, tokens, bytes: how many were scored, and the length of their answers;
+    0 in ledgers that do not say. metrics: the scores (0 … 1) that evaluation.metrics asks for beside these.
+    """
 
     __pydantic_config__ = _FORBID
     row: Literal["evaluation"] = field(default="evaluation", kw_only=True)
@@ -86,6 +90,18 @@ class Evaluation:
     exact_match: Number
     loss: Number
     seconds: Number = 0.0
+    examples: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    metrics: Mapping[str, Number] = field(default_factory=dict)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits a byte of the answers' UTF-8 text, comparable between tokenizers; None if not known.
+
+        The end-of-sequence token counts among the nats: an answer that is told without its end is not told.
+        """
+        return self.loss * self.tokens / self.bytes / math.log(2) if self.bytes else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,13 @@
-"""Held-out score against rounds and against bytes: one run with its domains, or several runs with intervals."""
+"""Held-out scores against rounds and against bytes: one run with its domains, or several runs with intervals.
+
+Every measure has a row of panels, the leading one on top (`measures`). Where nothing was held out, the training loss is
+drawn.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedloom.records.text import to_printable
-from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_pictured
+from fedloom.report.numbers import MEAN, Point, Report, human_bytes, interval
 
 MIB = 2**20
 INK = "#222222"
@@ -47,46 +53,73 @@ STYLE: Any = {
 
 
 def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -> None:
-    """Draw one run: the mean in bold, every domain thin. `form` is "png" or "svg"."""
+    """Draw one run: the mean in bold, every domain thin; a row of panels a measure. `form` is "png" or "svg"."""
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels()
+        figure, rows = _panels(_pictured([report]))
         sent = f"{human_bytes(report.totals.bytes)} in all; dense fp32 FedIT: {human_bytes(report.dense_bytes)}"
-        for axes, xs in zip(panels, _axes_of(report), strict=True):
-            for number, domain in enumerate(report.domains):
-                colour, marker = line_style(number)
-                ys = [100 * point.scores.get(domain, float("nan")) for point in report.points]
-                axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=legend_label(domain), color=colour, marker=marker)
-            ys = [100 * point.scores[MEAN] for point in report.points]
-            axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
-        panels[0].set_title(f"{legend_label(report.run.method)}, {len(report.run.clients)} clients")
-        panels[1].set_title(sent)
-        panels[0].legend(loc="best", fontsize=9)
+        for measure, panels in rows:
+            points = _points_of(report, measure)
+            axes_of = ([float(p.round) for p in points], [p.bytes / MIB for p in points])
+            for axes, xs in zip(panels, axes_of, strict=True):
+                for number, domain in enumerate(report.domains):
+                    colour, marker = line_style(number)
+                    ys = [_shown_value(point, measure, domain) for point in points]
+                    label = legend_label(domain)
+                    axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label, color=colour, marker=marker)
+                ys = [_shown_value(point, measure, MEAN) for point in points]
+                axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
+            _begin_at_0(panels[0], measure)
+        left, right = rows[0][1]
+        left.set_title(f"{legend_label(report.run.method)}, {len(report.run.clients)} clients")
+        right.set_title(sent)
+        if report.domains:
+            left.legend(loc="best", fontsize=9)
         save_figure(figure, target, form)
 
 
 def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[bytes], *, form: str = "png") -> None:
-    """Overlay several runs: label → its runs, one a seed. Lines are means over seeds, bands their 95 % intervals."""
+    """Overlay several runs: label → its runs, one a seed; a row of panels for every measure.
+
+    Lines are means over seeds, bands their 95 % intervals.
+    """
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels()
-        for number, (name, reports) in enumerate(groups.items()):
-            stretches, (colour, marker) = _over_seeds(reports), line_style(number)
-            for axes, along in zip(panels, ("round", "mib"), strict=True):
-                shown = [s for s in stretches if along == "round" or s.mib > 0]
-                xs = [getattr(s, along) for s in shown]
-                means = [s.mean for s in shown]
-                line = LINES[number // len(COLOURS)]
-                axes.plot(xs, means, line, lw=1.8, ms=4, label=legend_label(name), color=colour, marker=marker)
-                low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
-                axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
-        panels[0].set_title("mean over domains; bands: 95 % intervals over seeds")
-        panels[1].set_title("the same against bytes, both ways")
-        if any(report.points for reports in groups.values() for report in reports):  # a logarithm needs a number
-            panels[1].set_xscale("log")
-            panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            panels[1].xaxis.set_minor_formatter(NullFormatter())
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+        figure, rows = _panels(_pictured([report for reports in groups.values() for report in reports]))
+        for measure, (left, right) in rows:
+            for number, (name, reports) in enumerate(groups.items()):
+                stretches = _over_seeds(reports, measure)
+                _overlay(left, [(float(s.round), s) for s in stretches], name, number)
+                _overlay(right, [(s.mib, s) for s in stretches if s.mib > 0], name, number)
+            _begin_at_0(left, measure)
+            if right.lines:  # a logarithm needs a number
+                right.set_xscale("log")
+                right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                right.xaxis.set_minor_formatter(NullFormatter())
+        left, right = rows[0][1]
+        over = "clients; nothing was held out" if rows[0][0] == TRAINING_LOSS else "domains"
+        left.set_title(f"mean over {over}; bands: 95 % intervals over seeds")
+        right.set_title("the same against bytes, both ways")
+        if left.lines:
+            figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
         save_figure(figure, target, form)
+
+
+def _begin_at_0(axes: Axes, measure: Measure) -> None:
+    """The scale of a metric of the user's, once its lines are drawn: from 0 up to what it reaches."""
+    if measure.unit == "%" and measure != EXACT_MATCH:
+        axes.set_ylim(bottom=0)
+
+
+def _overlay(axes: Axes, along: Sequence[tuple[float, _Stretch]], name: str, number: int) -> None:
+    """One label's line and band; nothing where no seed has a point."""
+    if not along:
+        return
+    colour, marker = line_style(number)
+    xs, shown = [x for x, _ in along], [stretch for _, stretch in along]
+    line = LINES[number // len(COLOURS) % len(LINES)]
+    axes.plot(xs, [s.mean for s in shown], line, lw=1.8, ms=4, label=legend_label(name), color=colour, marker=marker)
+    low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
+    axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
 def draw_svg(report: Report) -> str:
@@ -97,14 +130,24 @@ def draw_svg(report: Report) -> str:
     return text[text.index("<svg") :]
 
 
-def _axes_of(report: Report) -> tuple[list[float], list[float]]:
-    """Rounds, and MiB sent by then."""
-    return [float(p.round) for p in report.points], [p.bytes / MIB for p in report.points]
+def _pictured(reports: Sequence[Report]) -> list[Measure]:
+    """What the picture shows: the measures, or the training loss where nothing was held out."""
+    return list_pictured(reports) or [TRAINING_LOSS]
+
+
+def _points_of(report: Report, measure: Measure) -> Sequence[Point]:
+    return report.training if measure == TRAINING_LOSS else report.points
+
+
+def _shown_value(point: Point, measure: Measure, domain: str) -> float:
+    """The value in the measure's own units; NaN, which leaves a gap, where it was not taken or is infinite."""
+    value = measure.factor * point.values.get(measure.key, {}).get(domain, math.nan)
+    return value if math.isfinite(value) else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Several runs after one round: mean score and half its interval (percent), mean MiB sent by then."""
+    """Several runs after one round: mean of a measure and half its interval, mean MiB sent by then."""
 
     round: int
     mib: float
@@ -112,13 +155,13 @@ class _Stretch:
     half: float
 
 
-def _over_seeds(reports: Sequence[Report]) -> list[_Stretch]:
-    """One stretch for each round that all runs evaluated."""
-    by_round = [{point.round: point for point in report.points} for report in reports]
+def _over_seeds(reports: Sequence[Report], measure: Measure) -> list[_Stretch]:
+    """One stretch for each round of which all runs have a value."""
+    by_round = [{point.round: point for point in _points_of(report, measure)} for report in reports]
     stretches = []
     for round in sorted(set.intersection(*(set(points) for points in by_round))):
         mib = sum(points[round].bytes for points in by_round) / len(by_round) / MIB
-        mean, half = interval([100 * points[round].scores[MEAN] for points in by_round])
+        mean, half = interval([_shown_value(points[round], measure, MEAN) for points in by_round])
         stretches.append(_Stretch(round, mib, mean, half))
     return stretches
 
@@ -134,15 +177,21 @@ def legend_label(name: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def _panels() -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(10.5, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set_xlabel("round")
-    left.set_ylabel("held-out exact match (%)")
-    right.set_xlabel("sent so far, both ways (MiB)")
-    left.set_ylim(0, 101)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    return figure, [left, right]
+def _panels(measures: Sequence[Measure]) -> tuple[Figure, list[tuple[Measure, list[Axes]]]]:
+    """A row of two panels for every measure: against rounds, and against bytes."""
+    figure = Figure(figsize=(10.5, 1.2 + 2.8 * len(measures)), layout="constrained")
+    grid = figure.subplots(len(measures), 2, sharey="row", sharex="col", squeeze=False)
+    rows = []
+    for measure, (left, right) in zip(measures, grid, strict=True):
+        held_out = "" if measure == TRAINING_LOSS else "held-out "
+        left.set_ylabel(f"{held_out}{to_printable(measure.title, _LABEL)}")
+        if measure == EXACT_MATCH:
+            left.set_ylim(0, 101)
+        rows.append((measure, [left, right]))
+    grid[-1][0].set_xlabel("round")
+    grid[-1][1].set_xlabel("sent so far, both ways (MiB)")
+    grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, rows
 
 
 def save_figure(figure: Figure, target: Path | IO[bytes], form: str) -> None:

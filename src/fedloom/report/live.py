@@ -16,7 +16,8 @@ from rich.text import Text
 
 from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
 from fedloom.records.text import LONG, cell, to_printable
-from fedloom.report.numbers import human_bytes
+from fedloom.report.measures import order_measures, phrase_scores
+from fedloom.report.numbers import MEAN, Point, human_bytes, values_of
 
 
 @contextmanager
@@ -49,8 +50,7 @@ class EventKeeper:
     training: str = ""
     tallies: dict[str, Tally] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
-    first: Scores = field(default_factory=dict)
-    scores: Scores = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     round_began: float = 0.0
 
@@ -80,8 +80,7 @@ class EventKeeper:
         """Remember the scores; round 0 is the evaluation before the first round."""
         self.round, self.training = round, ""
         if scores:
-            self.first = self.first or scores
-            self.scores = scores
+            self.points.append(Point(round, values_of(scores), bytes_up + bytes_down))
         if round:
             self.seconds.append(seconds)
 
@@ -109,10 +108,11 @@ class LineView(EventKeeper):
         super().round_finished(round, num_rounds, scores, bytes_up, bytes_down, seconds)
         parts = [f"round {round}/{num_rounds}"]
         if self.losses and round:
-            parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
+            parts.append(f"training loss {sum(self.losses) / len(self.losses):.3f}")
         parts.append(f"up {human_bytes(bytes_up)}, down {human_bytes(bytes_down)}")
         if scores:
-            parts.append(f"exact match {mean_percent(scores):.1f} %")
+            now = self.points[-1].values
+            parts += [f"{m.name} {m.phrase(now[m.key][MEAN])}" for m in order_measures(self.points)]
         self._say("  ".join([*parts, f"{seconds:.1f} s"]))
 
     def _say(self, text: str) -> None:
@@ -164,17 +164,13 @@ class LiveView(EventKeeper):
         table.add_row("  all", "", human_bytes(up), human_bytes(down), style="bold")
         return table
 
-    def _score(self) -> Text:
-        if not self.scores:
+    def _score(self) -> RenderableType:
+        if not self.points:
             return Text("")
-        by_domain = "   ".join(f"{domain} {100 * score:.0f}" for domain, score in sorted(self.scores.items()))
-        mean = f"exact match {mean_percent(self.scores):.1f} % (at first {mean_percent(self.first):.1f} %)"
-        return cell(f"{mean}   {by_domain}", limit=LONG)
-
-
-def mean_percent(scores: Scores) -> float:
-    """The mean score over domains, in percent."""
-    return 100 * sum(scores.values()) / len(scores)
+        lead, now = order_measures(self.points)[0], self.points[-1].values
+        domains = [(domain, value) for domain, value in sorted(now[lead.key].items()) if domain != MEAN]
+        by_domain = f"{lead.name}: " + "   ".join(f"{domain} {lead.show(value)}" for domain, value in domains)
+        return Group(*(cell(text, limit=LONG) for text in [*phrase_scores(self.points), by_domain]))
 
 
 def _headline(facts: RunFacts) -> str:

@@ -51,7 +51,7 @@ def prometheus_text(rows: Sequence[Row]) -> str:
         for client, both in sums.by_client.items()
         for direction, size in zip(("up", "down"), both, strict=True)
     ]
-    scores = report.points[-1].scores if report.points else {}
+    taken = report.points[-1].values if report.points else {}
     losses = [({**base, "client": client}, held[-1]) for client, held in report.losses.items() if held]
     metrics = (
         Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, run.num_rounds)]),
@@ -64,16 +64,37 @@ def prometheus_text(rows: Sequence[Row]) -> str:
         Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, tries)]),
         Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, notes)]),
         Metric("fedloom_training_loss", "gauge", "Mean loss of a client's last training.", losses),
-        Metric(
-            "fedloom_exact_match",
-            "gauge",
-            "Held-out exact match, 0 to 1, at the last evaluation.",
-            [({**base, "domain": domain}, score) for domain, score in scores.items() if domain != MEAN],
-        ),
+        *_scores(base, taken),
         Metric("fedloom_server_seconds_total", "counter", "Seconds of aggregation.", [(base, report.server_seconds)]),
         Metric("fedloom_training_seconds_total", "counter", "Seconds of training.", [(base, report.train_seconds)]),
     )
     return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
+
+
+_SCORES = {
+    "exact_match": ("fedloom_exact_match", "Held-out exact match, 0 to 1, at the last evaluation."),
+    "loss": ("fedloom_heldout_loss", "Held-out loss in nats a token at the last evaluation."),
+    "bits_per_byte": ("fedloom_heldout_bits_per_byte", "Held-out loss in bits a byte of text at the last evaluation."),
+}
+
+
+def _scores(base: Labels, taken: Mapping[str, Mapping[str, float]]) -> list[Metric]:
+    """A gauge for each of fedloom's own measures, and one for all others, with the measure as a label."""
+    own = [
+        Metric(name, "gauge", help, [({**base, "domain": domain}, value) for domain, value in _domains(taken.get(key))])
+        for key, (name, help) in _SCORES.items()
+    ]
+    others = [
+        ({**base, "domain": domain, "metric": key}, value)
+        for key in taken
+        if key not in _SCORES
+        for domain, value in _domains(taken[key])
+    ]
+    return [*own, Metric("fedloom_heldout_metric", "gauge", "What evaluation.metrics asks for, 0 to 1.", others)]
+
+
+def _domains(by_domain: Mapping[str, float] | None) -> list[tuple[str, float]]:
+    return [(domain, value) for domain, value in (by_domain or {}).items() if domain != MEAN]
 
 
 def _of(base: Labels, tallies: Mapping[str, object], key: str) -> list[tuple[Labels, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
@@ -19,19 +19,33 @@ _Z_95 = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The global model after a round: exact match and loss by domain (and their mean), bytes sent so far, both ways."""
+    """The global model after a round, and the bytes sent by then, both ways.
+
+    values: measure ("exact_match", "loss", "bits_per_byte", or one of the user's) → domain (and their mean) → value.
+    """
 
     round: int
-    scores: Mapping[str, float]
+    values: Mapping[str, Mapping[str, float]]
     bytes: int
-    losses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Exact match by domain, and the mean."""
+        return self.values["exact_match"]
+
+    @property
+    def losses(self) -> Mapping[str, float]:
+        """Held-out loss by domain in nats a token, and the mean."""
+        return self.values["loss"]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
 
-    `train_seconds` and `server_seconds` are sums over all turns and over all rounds.
+    `training` holds the mean training loss of every round that had turns, with the bytes sent by then. `examples`
+    counts the held-out examples of an evaluation, 0 where the ledger does not say. `train_seconds` and
+    `server_seconds` are sums over all turns and over all rounds.
     """
 
     run: RunRow
@@ -41,6 +55,8 @@ class Report:
     notes: tuple[Note, ...]
     train_seconds: float = 0.0
     server_seconds: float = 0.0
+    training: tuple[Point, ...] = ()
+    examples: int = 0
 
     @property
     def domains(self) -> list[str]:
@@ -60,12 +76,28 @@ class Report:
 
     def score_at(self, round: int) -> float:
         """Mean exact match at the last evaluation up to a round; NaN where there was none."""
-        scores = [point.scores[MEAN] for point in self.points if point.round <= round]
-        return scores[-1] if scores else math.nan
+        return self.value_at("exact_match", round)
+
+    def value_at(self, measure: str, round: int) -> float:
+        """The mean over domains of a measure at the last evaluation up to a round; NaN where it was not taken."""
+        found = [point.values.get(measure, {}).get(MEAN, math.nan) for point in self.points if point.round <= round]
+        return found[-1] if found else math.nan
 
     def score(self, domain: str, at: int = -1) -> float:
         """Exact match at the first (0) or last (-1) evaluation; NaN where there was none."""
-        return self.points[at].scores.get(domain, math.nan) if self.points else math.nan
+        return self.value("exact_match", domain, at)
+
+    def value(self, measure: str, domain: str = MEAN, at: int = -1) -> float:
+        """A measure at the first (0) or last (-1) evaluation; NaN where it was not taken."""
+        return self.points[at].values.get(measure, {}).get(domain, math.nan) if self.points else math.nan
+
+    @property
+    def ended_worse(self) -> bool:
+        """Whether the mean held-out loss was higher at the end than at the start, or no longer a finite number."""
+        if len(self.points) < 2:
+            return False
+        before, after = self.value("loss", at=0), self.value("loss")
+        return math.isfinite(before) and not after <= before  # a NaN is no better than anything
 
 
 def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
@@ -74,21 +106,19 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
     sums = totals(rows)
-    rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation))]) + 1)
+    rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation | Training))]) + 1)
     sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))
-    scores: dict[int, dict[str, float]] = {}
-    heldout: dict[int, dict[str, float]] = {}
+    evaluations: dict[int, dict[str, Evaluation]] = {}
     losses: dict[str, list[float]] = {}
+    trained: dict[int, list[float]] = {}
     for row in rows:
         if isinstance(row, Evaluation):
-            scores.setdefault(row.round, {})[row.domain] = row.exact_match
-            heldout.setdefault(row.round, {})[row.domain] = row.loss
+            evaluations.setdefault(row.round, {})[row.domain] = row
         elif isinstance(row, Training):
             losses.setdefault(row.client, []).append(row.loss)
-    points = [
-        Point(round, _with_mean(found), sent[round], _with_mean(heldout[round]))
-        for round, found in sorted(scores.items())
-    ]
+            trained.setdefault(row.round, []).append(row.loss)
+    points = [Point(round, values_of(found), sent[round]) for round, found in sorted(evaluations.items())]
+    last = evaluations[max(evaluations)] if evaluations else {}
     return Report(
         run=run,
         points=tuple(points),
@@ -97,7 +127,23 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         notes=tuple(row for row in rows if isinstance(row, Note)),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
+        training=tuple(
+            Point(round, {"training_loss": {MEAN: sum(found) / len(found)}}, sent[round])
+            for round, found in sorted(trained.items())
+        ),
+        examples=sum(row.examples for row in last.values()),
     )
+
+
+def values_of(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, float]]:
+    """Measure → domain (and their mean) → value, of one evaluation of every domain."""
+    found: dict[str, dict[str, float]] = {}
+    for domain, row in evaluations.items():
+        own = {"exact_match": row.exact_match, "loss": row.loss}
+        bits = row.bits_per_byte
+        for measure, value in {**own, **({} if bits is None else {"bits_per_byte": bits}), **row.metrics}.items():
+            found.setdefault(measure, {})[domain] = value
+    return {measure: _with_mean(by_domain) for measure, by_domain in found.items()}
 
 
 def _with_mean(by_domain: Mapping[str, float]) -> dict[str, float]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.figure import draw_svg
+from fedloom.report.measures import TRAINING_LOSS, list_measures
 from fedloom.report.numbers import MEAN, Report, human_bytes
+from fedloom.report.scores import NO_SCORE, score_cells, score_head, worse_sentence
 from fedloom.report.tables import cost_sentence
 
 _STYLE = """
@@ -19,6 +22,7 @@ svg { width: 100%; height: auto; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid #e4e4e4; }
 th:first-child, td:first-child { text-align: left; } tr:last-child.total td { font-weight: 600; }
+p.worse { color: #9a3412; }
 """
 
 
@@ -38,15 +42,15 @@ def page(report: Report) -> str:
         f"<h1>fedloom run: {_shown(run.method)}</h1>",
         f'<p class="facts">{_shown(facts)}</p>',
         f'<p class="sum">{_shown(cost_sentence(report))}</p>',
-        draw_svg(report) if report.points else "",
-        "<h2>Held-out exact match (%)</h2>",
-        _table(("domain", "before", "after", "change"), _scores(report), total=True),
+        draw_svg(report) if report.points or report.training else "",
+        "<h2>Held-out scores, before → after</h2>",
+        _score_section(report),
         "<h2>Bytes sent, by client</h2>",
         _table(("client", "turns", "up", "down", "in all"), _clients(report), total=True),
         "<h2>Bytes sent, by part of the payload</h2>",
         _table(("part", "bytes"), [(part, human_bytes(size)) for part, size in report.totals.by_part.items()]),
         "<h2>Bytes sent, by round</h2>",
-        _table(("round", "up", "down", "mean score (%)"), _rounds(report)),
+        _rounds(report),
     ]
     if report.notes:
         sections.append("<h2>Notes</h2>")
@@ -60,10 +64,14 @@ def page(report: Report) -> str:
     )
 
 
-def _scores(report: Report) -> list[tuple[str, ...]]:
-    names = [*report.domains, MEAN] if report.points else []
-    pairs = [(name, 100 * report.score(name, 0), 100 * report.score(name)) for name in names]
-    return [(name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}") for name, before, after in pairs]
+def _score_section(report: Report) -> str:
+    """Every measure by domain; what to say of a run that ended worse stands below."""
+    measures, worse = list_measures([report]), worse_sentence(report)
+    rows = [(domain, *score_cells(report, measures, domain)) for domain in [*report.domains, MEAN]] if measures else []
+    if not rows:
+        return f"<p>{_shown(NO_SCORE)}</p>"
+    table = _table(("domain", *score_head(measures)), rows, total=True)
+    return f'{table}\n<p class="worse">{_shown(worse)}</p>' if worse else table
 
 
 def _clients(report: Report) -> list[tuple[str, ...]]:
@@ -78,12 +86,23 @@ def _clients(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-def _rounds(report: Report) -> list[tuple[str, ...]]:
-    scores = {point.round: f"{100 * point.scores[MEAN]:.1f}" for point in report.points}
-    return [
-        (str(round), human_bytes(up), human_bytes(down), scores.get(round, "–"))
+def _rounds(report: Report) -> str:
+    """Bytes by round, beside them the mean of every measure, or the training loss where nothing was held out."""
+    measures = list_measures([report]) or [TRAINING_LOSS]
+    points = {point.round: point for point in (report.points or report.training)}
+    rows = [
+        (
+            str(round),
+            human_bytes(up),
+            human_bytes(down),
+            *(
+                m.show(points[round].values.get(m.key, {}).get(MEAN, math.nan)) if round in points else "–"
+                for m in measures
+            ),
+        )
         for round, (up, down) in report.totals.by_round.items()
     ]
+    return _table(("round", "up", "down", *(measure.title for measure in measures)), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, total: bool = False) -> str:

@@ -17,7 +17,8 @@ from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Roll, Row, read_rows
 from fedloom.records.text import LONG, cell
 from fedloom.report.answers import Answers, count_answers
-from fedloom.report.numbers import MEAN, Report, human_bytes, summarise
+from fedloom.report.measures import phrase_scores
+from fedloom.report.numbers import Report, human_bytes, summarise
 
 LOOK_SECONDS = 1.0
 NOTES = 6
@@ -85,8 +86,7 @@ def _clients(report: Report, tallies: dict[str, Answers]) -> Table:
 def _closing(report: Report) -> list[Text]:
     said = []
     if report.points:
-        first, last = report.points[0].scores[MEAN], report.points[-1].scores[MEAN]
-        said.append(Text(f"exact match {100 * last:.1f} % (at first {100 * first:.1f} %)"))
+        said.append(cell(";  ".join(phrase_scores(report.points)), limit=LONG))
     return said + [cell(f"round {note.round}: {note.text}", "yellow", LONG) for note in report.notes[-NOTES:]]
 
 

@@ -13,7 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.records.text import cell, to_printable
-from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+from fedloom.report.numbers import Report, human_bytes
+from fedloom.report.scores import score_rows, score_table, score_title
 
 _SHORT = 20
 """Characters of a run's label up to which its column is not wrapped."""
@@ -27,19 +28,6 @@ _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 def closing_tables(report: Report) -> RenderableType:
     """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
     return Group(score_table(report), "", traffic_table(report), "", cost_sentence(report), "")
-
-
-def score_table(report: Report) -> Table:
-    """Held-out exact match by domain, in percent."""
-    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match (%)", title_justify="left", title_style="bold")
-    table.add_column("domain")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
-    for domain in [*report.domains, MEAN] if report.points else []:
-        before, after = 100 * report.score(domain, 0), 100 * report.score(domain)
-        style = "bold" if domain == MEAN else ""
-        table.add_row(cell(domain), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", style=style)
-    return table
 
 
 def traffic_table(report: Report) -> Table:
@@ -71,19 +59,16 @@ def cost_sentence(report: Report) -> str:
 
 
 def comparison_rows(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
-    """Several runs, one row a label: score halfway and at the end (mean over seeds, 95 % interval), bytes, seconds."""
-    return [_compared(label, reports) for label, reports in groups.items()]
+    """Several runs, one row a label: scores (`score_rows`), bytes, seconds."""
+    costs = [_compared(reports) for reports in groups.values()]
+    return [{**scores, **cost} for scores, cost in zip(score_rows(groups), costs, strict=True)]
 
 
-def _compared(label: str, reports: Sequence[Report]) -> dict[str, str]:
+def _compared(reports: Sequence[Report]) -> dict[str, str]:
     turns, rounds = sum(r.turns for r in reports), sum(r.run.num_rounds for r in reports)
     sent, dense = sum(r.totals.bytes for r in reports), sum(r.dense_bytes for r in reports)
     up, down = sum(r.totals.bytes_up for r in reports), sum(r.totals.bytes_down for r in reports)
     return {
-        "run": label,
-        "seeds": str(len(reports)),
-        "halfway %": _scored([r.score_at(r.run.num_rounds // 2) for r in reports]),
-        "end %": _scored([r.score(MEAN) for r in reports]),
         "up / turn": _mean(up, turns),
         "down / turn": _mean(down, turns),
         "of dense fp32": f"{100 * sent / dense:.2f} %" if dense else "–",
@@ -92,18 +77,24 @@ def _compared(label: str, reports: Sequence[Report]) -> dict[str, str]:
     }
 
 
-def _scored(values: Sequence[float]) -> str:
-    mean, half = interval([100 * value for value in values])
-    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+def comparison_tables(groups: Mapping[str, Sequence[Report]], split: str = "Held-out") -> RenderableType:
+    """`comparison_rows` for a terminal, which is narrow: the scores first, then bytes and seconds.
+
+    split: what the scores were taken on, as the title begins.
+    """
+    runs, scores = [{"run": label} for label in groups], score_rows(groups)
+    costs = [{**run, **_compared(reports)} for run, reports in zip(runs, groups.values(), strict=True)]
+    title = score_title([report for reports in groups.values() for report in reports], split)
+    return Group(comparison_table(scores, title), "", comparison_table(costs, "Bytes and seconds"), "")
 
 
-def comparison_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """The rows of `comparison_rows` for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="Held-out exact match, mean over domains", title_style="bold")
+def comparison_table(rows: Sequence[Mapping[str, str]], title: str = "Scores, bytes and seconds") -> Table:
+    """Rows of texts that all have the same keys, for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold")
     for name in rows[0] if rows else ():
         # Numbers may wrap; a short name broken in two is hard to find.
         whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
+        table.add_column(cell(name), justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*map(cell, row.values()))
     return table

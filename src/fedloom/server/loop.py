@@ -20,6 +20,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
+from fedloom.model.scorer import evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import Aggregation, Evaluation, Training
@@ -196,12 +197,13 @@ class Rounds:
         """The payload that brings anybody to the server's state."""
         return full_state(self.setup.job, self.server, self.round)
 
-    def evaluate(self, round: int) -> dict[str, float]:
-        """Held-out exact match of the server's model, by domain, recorded."""
+    def evaluate(self, round: int) -> dict[str, Evaluation]:
+        """What the server's model scores on the held-out examples, by domain, recorded."""
         scores = self.setup.evaluate(self.server)
-        for domain, score in scores.items():
-            self.folder.ledger.append(Evaluation(round, domain, score.exact_match, score.loss))
-        return {domain: score.exact_match for domain, score in scores.items()}
+        found = {domain: evaluation_row(round, domain, score) for domain, score in scores.items()}
+        for row in found.values():
+            self.folder.ledger.append(row)
+        return found
 
     def save(self) -> None:
         """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""

@@ -7,6 +7,8 @@ This is how FLoRIST's share of energy τ is meant to be searched (Ramesh & Dass,
     E   of those values that score at least as well as the methods to match, the one with the fewest bytes (for τ the
         lowest); O itself where none does
 
+What the best score is, `ranking` says: exact match where it tells the values apart, otherwise the loss.
+
 The search is free of leakage: its runs take the validation split in place of the held-out one and never learn where the
 latter is, with seeds of their own. The chosen settings are written with the held-out split back in its place.
 """
@@ -16,32 +18,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from fedloom.errors import ConfigError
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.text import file_name
-from fedloom.report.numbers import MEAN, Report
+from fedloom.report.measures import Measure
+from fedloom.report.numbers import Report
 from fedloom.studies.compare import Trial, apply_overrides, plan_runs
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What one value came to: mean score over seeds, mean bytes of a run."""
-
-    value: str
-    score: float
-    bytes: float
+from fedloom.studies.ranking import Candidate, at_least, deciding_measure
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The two values, and the score that E had to reach (None where no method was to be matched)."""
+    """The two values, and the score that E had to reach (None where no method was to be matched).
+
+    measure: what decided. notes: in words, where there was a tie, and who was left out and why.
+    """
 
     best: Candidate
     efficient: Candidate
     matched: float | None
+    measure: Measure
+    notes: tuple[str, ...] = ()
 
 
 def hide_heldout(config: Config) -> Config:
@@ -74,23 +73,31 @@ def plan_search(
     return [*made, *plan_runs(base, against, seeds, out)]
 
 
-def choose(groups: Mapping[str, Sequence[Report]], key: str, values: Sequence[str]) -> Choice:
-    """O and E from the finished runs. Raises ConfigError where the runs of a value are not complete."""
+def choose(groups: Mapping[str, Sequence[Report]], key: str, values: Sequence[str], by: str = "auto") -> Choice:
+    """O and E from the finished runs. by: the measure that decides, as evaluation.metric.
+
+    Raises ConfigError where the runs of a value are not complete, and where no value may be chosen.
+    """
     found = []
     for value in values:
         reports = groups.get(f"{key}={value}")
         if not reports:
             raise ConfigError(f"{key}={value} has no complete run; start the search again to go on with it")
-        found.append(Candidate(value, _score(reports), fmean(report.totals.bytes for report in reports)))
-    others = [_score(reports) for label, reports in groups.items() if label.partition("=")[0] != key]
-    best = max(found, key=lambda one: (one.score, -one.bytes))
-    matching = [one for one in found if one.score >= max(others, default=best.score)]
+        found.append(Candidate(value, tuple(reports)))
+    others = [Candidate(name, tuple(runs)) for name, runs in groups.items() if name.partition("=")[0] != key]
+    left_out = [f"{key} = {one.value} is not chosen: {one.unfit}." for one in found if one.unfit]
+    fit, rivals = ([one for one in some if not one.unfit] for some in (found, others))
+    if not fit:
+        raise ConfigError(f"no value of {key} can be chosen. {' '.join(left_out)}")
+    measure, tie = deciding_measure(by, [*fit, *rivals])
+    best = min(fit, key=lambda one: one.rank(measure))
+    target = min(rivals, key=lambda one: one.rank(measure), default=best).score(measure)
+    matching = [one for one in fit if at_least(one, target, measure)]
     efficient = min(matching, key=lambda one: one.bytes, default=best)
-    return Choice(best, efficient, max(others, default=None))
-
-
-def _score(reports: Sequence[Report]) -> float:
-    return fmean(report.score(MEAN) for report in reports)
+    equal = [one.value for one in fit if one.rank(measure)[:2] == best.rank(measure)[:2]]
+    shared = f"{key} = {' and '.join(equal)} score the same: the fewest bytes decide." if len(equal) > 1 else ""
+    notes = (note for note in (*left_out, tie, shared) if note)
+    return Choice(best, efficient, target if rivals else None, measure, tuple(notes))
 
 
 def write_choice(config: Config, key: str, choice: Choice, out: Path) -> dict[str, Path]:

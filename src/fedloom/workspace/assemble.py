@@ -16,16 +16,20 @@ from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
-from fedloom.model.evaluate import Scores, exact_match_and_loss
+from fedloom.model.evaluate import Scores
 from fedloom.model.examples import Example
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.placement import Adapter, linear_modules
+from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
+    DataSettings,
+    EvaluationSettings,
     FlowerSettings,
     OutputSettings,
+    Section,
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
@@ -37,6 +41,7 @@ from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,6 +61,7 @@ class Setup:
     manifest: Manifest | None
     fingerprint: str
     notes: tuple[str, ...] = ()
+    scorer: Scorer = Scorer()
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -129,7 +135,7 @@ class Setup:
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
-        return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
+        return self.scorer.score(self.model)
 
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
@@ -166,10 +172,7 @@ def build_setup(
         else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
-    scored = {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
-        for domain, held in heldout.items()
-    }
+    scored = tokenize_heldout(heldout, tokenizer, data)
     return Setup(
         config=config,
         job=plan.job,
@@ -181,6 +184,7 @@ def build_setup(
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
         notes=notes,
+        scorer=build_scorer(scored, tokenizer, config.evaluation),
     )
 
 
@@ -228,10 +232,25 @@ def check_clients_exist(
             raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
 
 
+def tokenize_heldout(
+    heldout: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, data: DataSettings
+) -> dict[str, TokenizedExamples]:
+    """Domain → its examples in tokens."""
+    return {
+        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
+        for domain, held in heldout.items()
+    }
+
+
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
     """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(dump(config.model_copy(update={"output": OutputSettings(), "flower": FlowerSettings()})).encode())
+    beside: dict[str, Section] = {  # what changes nothing of the outcome
+        "output": OutputSettings(),
+        "flower": FlowerSettings(),
+        "evaluation": EvaluationSettings(),
+    }
+    hasher.update(dump(config.model_copy(update=beside)).encode())
     hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())

@@ -1,0 +1,32 @@
+"""[evaluation]: what held-out answers are scored by, and which score decides."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from fedloom.records.quantities import Name
+from fedloom.records.sections.section import Section
+
+MOST_METRICS = 16
+Metrics: TypeAlias = Annotated[tuple[Name, ...], Field(strict=False, max_length=MOST_METRICS)]
+
+
+class EvaluationSettings(Section):
+    """What held-out answers are scored by. Exact match and the loss, which need no generation, are always taken."""
+
+    metrics: Metrics = Field(
+        (),
+        description="Scores of freely generated answers, beside exact match and loss: chrf, rouge_l, token_f1, or your "
+        'own function as "package.module:function" (texts of predictions, texts of references → a score from 0 to 1 '
+        "for each). Every evaluation then generates an answer to every held-out example.",
+        examples=[["chrf"]],
+    )
+    metric: Name = Field(
+        "auto",
+        description="Score that decides where a setting is chosen, as by `fedloom tune`: exact_match, loss, or one of "
+        "evaluation.metrics; auto is exact match where it tells the trials apart, otherwise the loss.",
+    )
+    max_new_tokens: int = Field(128, ge=1, le=2**16, description="Tokens of a generated answer, at most.")
+    batch_size: int = Field(64, ge=1, le=2**16, description="Held-out examples in a forward pass.")
