@@ -95,7 +95,7 @@ class Setup:
                 trained,
                 fixed,
                 site.data,
-                self.config.training,
+                self.config.training_of(client),
                 round=round,
                 num_rounds=self.config.federation.num_rounds,
                 seed=seed,
@@ -110,14 +110,15 @@ class Setup:
 
     def task(self, client: str, interrupt: Callable[[], None] | None = None) -> Task:
         """What a training step of the client's own has to know; `interrupt` as for `train`."""
-        adapter = self.sites[client].adapter
+        adapter, training = self.sites[client].adapter, self.config.training_of(client)
         return Task(
             method=self.job.method,
             num_rounds=self.config.federation.num_rounds,
             ranks=adapter.ranks,
             alphas={module: placed.alpha for module, placed in adapter.modules.items()},
             use_rslora=adapter.lora.use_rslora,
-            steps=self.config.training.max_steps,
+            steps=training.max_steps or 0,
+            epochs=training.num_train_epochs or 0.0,
             interrupt=interrupt,
         )
 

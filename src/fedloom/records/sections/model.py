@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedloom.records.quantities import Alpha, Alphas, Name, Probability, Rank, Ranks, TargetModules, Text
+from fedloom.records.quantities import (
+    Alpha,
+    Alphas,
+    Batch,
+    Epochs,
+    Name,
+    Probability,
+    Rank,
+    Ranks,
+    Rate,
+    Steps,
+    TargetModules,
+    Text,
+)
 from fedloom.records.sections.section import Section
 
 
@@ -44,7 +57,7 @@ class LoraSettings(Section):
 
 
 class ClientSettings(Section):
-    """What one client has otherwise than [lora] says."""
+    """What one client has otherwise than [lora] and [training] say."""
 
     r: Rank | None = None
     lora_alpha: Alpha | None = None
@@ -53,3 +66,12 @@ class ClientSettings(Section):
     use_rslora: bool | None = None
     rank_pattern: Ranks | None = None
     alpha_pattern: Alphas | None = None
+    learning_rate: Rate | None = None
+    max_steps: Steps | None = None
+    num_train_epochs: Epochs | None = None
+    per_device_train_batch_size: Batch | None = None
+    gradient_accumulation_steps: Batch | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
