@@ -98,7 +98,7 @@ def base_digest(path: str | Path) -> str:
     A Hub name stands for the files that were downloaded for it. Raises ModelError where there are none, or where one
     cannot be read.
     """
-    folder = _folder(path)
+    folder = base_folder(path)
     names = {file.relative_to(folder).as_posix() for file in chain(*map(folder.glob, SHARED)) if file.is_file()}
     hasher = hashlib.blake2b(digest_size=16)
     try:
@@ -110,7 +110,7 @@ def base_digest(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
-def _folder(path: str | Path) -> Path:
+def base_folder(path: str | Path) -> Path:
     """The folder itself, or that of the Hub's cache for a Hub name; nothing is downloaded."""
     if Path(path).is_dir():
         return Path(path)

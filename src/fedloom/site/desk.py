@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from fedloom.adapters.base_identity import digest_weights
 from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
-from fedloom.model.base import base_digest
+from fedloom.model.base import base_digest, base_folder
 from fedloom.model.examples import load_examples
 from fedloom.model.patch import PatchedTrainer
 from fedloom.records.config import Config
@@ -187,7 +188,8 @@ class Desk:
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
         settings = place.setup.sites[self.site.name].adapter.settings
-        save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
+        base = digest_weights(base_folder(self.site.model))
+        save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter", base_digest=base)
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:

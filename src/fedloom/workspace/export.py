@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from fedloom.adapters.base_identity import digest_weights
 from fedloom.adapters.settings import save_adapter
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
+from fedloom.model.base import base_folder
 from fedloom.records.events import RunSummary
 from fedloom.report import Report, write_report
 from fedloom.workspace.assemble import Setup
@@ -15,7 +19,7 @@ from fedloom.workspace.folder import RunFolder
 def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
     """Write adapter/, curve.png and report.html into the run folder."""
     state, lost = export_adapter(server, setup.config.output.max_rank)
-    save_adapter(state, setup.config.model.path, setup.adapter.settings, folder.path / "adapter")
+    write_adapter(setup, state, folder.path / "adapter")
     folder.ledger.sync()
     report = write_report(folder.path)
     return RunSummary(
@@ -29,6 +33,12 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -
         seconds=seconds,
         lost_energy=lost,
     )
+
+
+def write_adapter(setup: Setup, state: LoraState, out: Path) -> None:
+    """An adapter folder that says on which base model it was trained."""
+    path = setup.config.model.path
+    save_adapter(state, path, setup.adapter.settings, out, base_digest=digest_weights(base_folder(path)))
 
 
 def scores_at(report: Report, at: int) -> dict[str, float]:

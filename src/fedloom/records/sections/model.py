@@ -30,6 +30,7 @@ class ModelSettings(Section):
     adapter: Text | None = Field(
         None, description="PEFT adapter folder to go on from, instead of a fresh adapter.", examples=["./adapter"]
     )
+    any_base: bool = Field(False, description="Take model.adapter even if it was trained on another base model.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
     threads: int | None = Field(
