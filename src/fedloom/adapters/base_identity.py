@@ -89,12 +89,11 @@ def check_one_base(adapters: Iterable[AdapterFolder], leave: str) -> None:
             )
 
 
-def check_same_base(adapters: Iterable[AdapterFolder], folder: Path, name: str, leave: str) -> None:
-    """Raises ModelError where an adapter was trained on a base model of other weights than the one in `folder`.
+def check_same_base(adapters: Iterable[AdapterFolder], here: str, name: str, leave: str) -> None:
+    """Raises ModelError where an adapter was trained on a base model of other weights than those of digest `here`.
 
     name: what the user calls that base; leave: how to go on nevertheless.
     """
-    here = digest_weights(folder)
     for adapter in adapters:
         if here and adapter.base_digest and adapter.base_digest != here:
             raise ModelError(

@@ -46,7 +46,7 @@ def aggregate(
     """Merge adapters of any ranks, alphas and modules into one, without loading a model."""
     import torch
 
-    from fedloom.adapters.base_identity import check_same_base
+    from fedloom.adapters.base_identity import check_same_base, digest_weights
     from fedloom.adapters.merge import output, table
     from fedloom.adapters.merge.combine import Recipe
     from fedloom.adapters.merge.folders import open_folders
@@ -63,7 +63,7 @@ def aggregate(
     inputs = open_folders(adapters, _numbers(weights), any_base=any_base)
     base = open_base(base_model) if base_model else None
     if base and not any_base:
-        check_same_base(inputs.adapters, base.folder, f"--base-model {base.folder}", "--any-base")
+        check_same_base(inputs.adapters, digest_weights(base.folder), f"--base-model {base.folder}", "--any-base")
     for adapter in inputs.adapters:
         if base:
             find_places(base, adapter)

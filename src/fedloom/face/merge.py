@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fedloom.adapters.base_identity import check_same_base
+from fedloom.adapters.base_identity import check_same_base, digest_weights
 from fedloom.adapters.merge import output
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, open_folders, rehearse_merge
@@ -61,7 +61,7 @@ class Merge:
         folder, base = Path(out), open_base(Path(base_model)) if base_model else None
         read = [adapter.folder for adapter in self.inputs.adapters] + ([Path(base_model)] if base_model else [])
         if base and not self.any_base:
-            check_same_base(self.inputs.adapters, base.folder, str(base_model), "any_base=True")
+            check_same_base(self.inputs.adapters, digest_weights(base.folder), str(base_model), "any_base=True")
         output.check_free(folder, read, force=force)
         save_merge(self.inputs, self.recipe, base, folder)
         return folder

@@ -30,7 +30,7 @@ from fedloom.rounds.checks import check_update
 from fedloom.server.loop import Attendance, Rounds, Updates
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, build_setup, heldout_examples
+from fedloom.workspace.assemble import Setup, build_setup, heldout_examples, validation_examples
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
 from fedloom.workspace.folder import RunFolder
 
@@ -45,7 +45,10 @@ def run_federation(
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume) as folder:
         setup = build_setup(
-            config, {name: [] for name in sorted(config.federation.participants or ())}, heldout_examples(config.data)
+            config,
+            {name: [] for name in sorted(config.federation.participants or ())},
+            heldout_examples(config.data),
+            validation=validation_examples(config),
         )
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from fedloom.adapters.base_identity import digest_weights
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.foreign import raise_in_one_line
 from fedloom.model.size import check_config, check_parameters
@@ -108,6 +109,14 @@ def base_digest(path: str | Path) -> str:
     except OSError as error:
         raise ModelError(f"{folder / name} cannot be read: {error.strerror}") from None
     return hasher.hexdigest()
+
+
+def weights_digest(path: str | Path) -> str:
+    """`digest_weights` of a folder or Hub name; empty where nothing is there: no run shall fail for it at its end."""
+    try:
+        return digest_weights(base_folder(path))
+    except ModelError:
+        return ""
 
 
 def base_folder(path: str | Path) -> Path:

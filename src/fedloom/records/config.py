@@ -59,6 +59,19 @@ def _check_steps(config: Config) -> None:
         raise ValueError("training.max_steps is missing: give it, or training.num_train_epochs")
 
 
+def _check_validation(config: Config) -> None:
+    """Raises ValueError where a run shall be judged on a validation split that there is not, or that is not scored."""
+    federation = config.federation
+    if not federation.validates:
+        return
+    early = federation.early_stopping_patience is not None
+    asking = f"federation.{'early_stopping_patience' if early else 'load_best_model_at_end'}"
+    if config.data.validation is None:
+        raise ValueError(f"data.validation is missing: {asking} needs a split to choose on that no score is taken on")
+    if not federation.eval_every:
+        raise ValueError(f"federation.eval_every is 0: {asking} needs evaluations on the way; set it to 1 or more")
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -98,4 +111,5 @@ class Config(Section):
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
         _check_steps(self)
+        _check_validation(self)
         return self

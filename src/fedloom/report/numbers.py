@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.records.ledger import Aggregation, Ending, Evaluation, Note, Row, RunRow, Totals, Training, totals
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -73,6 +73,9 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     run = next((row for row in rows if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
+    ending = next((row for row in rows if isinstance(row, Ending)), None)
+    if ending is not None:  # it may have stopped early
+        run = replace(run, num_rounds=ending.round)
     sums = totals(rows)
     rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation))]) + 1)
     sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))

@@ -21,11 +21,9 @@ from pathlib import Path
 
 import torch
 
-from fedloom.adapters.base_identity import digest_weights
-from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
-from fedloom.model.base import base_digest, base_folder
+from fedloom.model.base import base_digest
 from fedloom.model.examples import load_examples
 from fedloom.model.patch import PatchedTrainer
 from fedloom.records.config import Config
@@ -51,7 +49,7 @@ from fedloom.site.protocol import Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
-from fedloom.workspace.export import export_adapter
+from fedloom.workspace.export import export_adapter, write_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
@@ -187,9 +185,9 @@ class Desk:
         adapter, _ = export_adapter(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
-        settings = place.setup.sites[self.site.name].adapter.settings
-        base = digest_weights(base_folder(self.site.model))
-        save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter", base_digest=base)
+        write_adapter(
+            adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
+        )
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on."""
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on, `validation` to those
+    that a round is chosen on.
+    """
 
     config: Config
     job: Job
@@ -53,11 +55,13 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
         held = {f"client {name}": site.data for name, site in self.sites.items()}
         held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
+        held |= {f"validation set {name}": data for name, data in self.validation.items()}
         limit = self.config.data.max_length
         cut = [
             f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
@@ -67,7 +71,9 @@ class Setup:
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*(note for note in (other, advice) if note), *cut]
+        both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
+        leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
+        return [*(note for note in (other, advice, both and leak) if note), *cut]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -124,10 +130,17 @@ class Setup:
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
+        return self._score(state, self.heldout)
+
+    def validate(self, state: State) -> dict[str, Scores]:
+        """The same on every domain's validation examples."""
+        return self._score(state, self.validation)
+
+    def _score(self, state: State, split: Mapping[str, TokenizedExamples]) -> dict[str, Scores]:
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
-        return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
+        return {domain: exact_match_and_loss(self.model, data) for domain, data in split.items()}
 
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
@@ -135,7 +148,9 @@ def load_setup(config: Config, method: Method | None = None) -> Setup:
     texts, manifest = client_examples(config)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return build_setup(config, texts, heldout_examples(config.data), manifest, method)
+    return build_setup(
+        config, texts, heldout_examples(config.data), manifest, method, validation=validation_examples(config)
+    )
 
 
 def build_setup(
@@ -144,6 +159,8 @@ def build_setup(
     heldout: Mapping[str, Sequence[Example]],
     manifest: Manifest | None = None,
     method: Method | None = None,
+    *,
+    validation: Mapping[str, Sequence[Example]] | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used."""
     set_threads(config)
@@ -157,9 +174,12 @@ def build_setup(
         else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
-    scored = {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
-        for domain, held in heldout.items()
+    splits = {
+        split: {
+            domain: tokenize(held, tokenizer, data.template, data.max_length, f"{split} set {domain!r}")
+            for domain, held in sets.items()
+        }
+        for split, sets in (("held-out", heldout), ("validation", validation or {}))
     }
     return Setup(
         config=config,
@@ -168,9 +188,10 @@ def build_setup(
         model=peft_bridge.attach(base, plan.shared),
         adapter=plan.shared,
         sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
-        heldout=scored,
+        heldout=splits["held-out"],
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
+        validation=splits["validation"],
     )
 
 
@@ -235,7 +256,16 @@ def check_clients_exist(
 
 def heldout_examples(settings: DataSettings) -> dict[str, list[Example]]:
     """Domain → examples to score. The setting names a split beside the training data, or files of their own."""
-    name = settings.heldout
+    return split_examples(settings, settings.heldout)
+
+
+def validation_examples(config: Config) -> dict[str, list[Example]]:
+    """Domain → examples to choose a round on; none where no setting asks for that."""
+    return split_examples(config.data, config.data.validation) if config.federation.validates else {}
+
+
+def split_examples(settings: DataSettings, name: str | None) -> dict[str, list[Example]]:
+    """Domain → examples of a split beside the training data, or of files of their own."""
     if name is None:
         return {}
     if "{client}" in name or Path(name).exists():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedloom.adapters.base_identity import digest_weights
 from fedloom.adapters.settings import save_adapter
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
-from fedloom.model.base import base_folder
+from fedloom.model.base import weights_digest
+from fedloom.model.placement import Adapter
 from fedloom.records.events import RunSummary
 from fedloom.report import Report, write_report
 from fedloom.workspace.assemble import Setup
@@ -19,13 +19,13 @@ from fedloom.workspace.folder import RunFolder
 def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
     """Write adapter/, curve.png and report.html into the run folder."""
     state, lost = export_adapter(server, setup.config.output.max_rank)
-    write_adapter(setup, state, folder.path / "adapter")
+    write_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
     folder.ledger.sync()
     report = write_report(folder.path)
     return RunSummary(
         out=folder.path,
         method=setup.job.method.name,
-        num_rounds=setup.config.federation.num_rounds,
+        num_rounds=report.run.num_rounds,
         before=scores_at(report, 0),
         after=scores_at(report, -1),
         bytes_up=report.totals.bytes_up,
@@ -35,10 +35,9 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -
     )
 
 
-def write_adapter(setup: Setup, state: LoraState, out: Path) -> None:
-    """An adapter folder that says on which base model it was trained."""
-    path = setup.config.model.path
-    save_adapter(state, path, setup.adapter.settings, out, base_digest=digest_weights(base_folder(path)))
+def write_adapter(state: LoraState, base: str, adapter: Adapter, out: Path) -> None:
+    """An adapter folder that says on which base model it was trained, by name and by the digest of its weights."""
+    save_adapter(state, base, adapter.settings, out, base_digest=weights_digest(base))
 
 
 def scores_at(report: Report, at: int) -> dict[str, float]:

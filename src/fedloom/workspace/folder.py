@@ -7,6 +7,7 @@ out/
   metrics.prom     rounds, bytes, failures after each round, for Prometheus
   checkpoints/     all that is needed to go on
   payloads/        the bytes themselves, if output.keep_payloads
+  adapters/        the model after some of the rounds, if output.save_every
   adapter/         the result, as a PEFT adapter
   curve.png        score against rounds and against bytes
   report.html      the same and the tables, in one file

@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
 from fedloom.methods.table import build
-from fedloom.model.base import base_folder
+from fedloom.model.base import weights_digest
 from fedloom.model.placement import Adapter, LinearModule, place_adapter
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.quantities import parse_budget
@@ -113,7 +113,8 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
         return initial_state(shapes, ranks, derived_seed(config.federation.seed, "start"))
     state, folder = load_adapter(config.model.adapter)
     if not config.model.any_base:
-        check_same_base([folder], base_folder(config.model.path), config.model.path, "model.any_base = true")
+        here = weights_digest(config.model.path)
+        check_same_base([folder], here, config.model.path, "model.any_base = true")
     for module in sorted({*shapes, *state}):
         wanted = (shapes[module], ranks[module]) if module in shapes else None
         found = (state[module].shape, state[module].rank) if module in state else None
