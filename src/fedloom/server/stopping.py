@@ -48,7 +48,7 @@ class Course:
         self.gains[round] = gain = -math.inf if math.isnan(gain) else gain
         if gain > before:
             self.best = round
-        better = gain > before + self.settings.early_stopping_threshold
+        better = gain > before and gain - before > self.settings.early_stopping_threshold
         self.stale = 0 if better else self.stale + 1
 
     @property
