@@ -47,7 +47,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 run, data = sys.argv[1:]
 base = json.load(open(f"{run}/adapter/adapter_config.json"))["base_model_name_or_path"]
-tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+tokenizer = AutoTokenizer.from_pretrained(f"{run}/adapter", padding_side="left")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{run}/adapter").eval()
 rows = [json.loads(line) for line in open(data)]
 hits = 0

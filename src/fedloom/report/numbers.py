@@ -29,7 +29,8 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
+    """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order. `exported` is
+    the round whose model the run leaves, where it was chosen on the validation split; then the last point is its too.
 
     `train_seconds` and `server_seconds` are sums over all turns and over all rounds.
     """
@@ -41,6 +42,7 @@ class Report:
     notes: tuple[Note, ...]
     train_seconds: float = 0.0
     server_seconds: float = 0.0
+    exported: int | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -100,6 +102,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         notes=tuple(row for row in rows if isinstance(row, Note)),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
+        exported=None if ending is None else ending.exported,
     )
 
 

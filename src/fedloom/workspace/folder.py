@@ -8,7 +8,7 @@ out/
   checkpoints/     all that is needed to go on
   payloads/        the bytes themselves, if output.keep_payloads
   adapters/        the model after some of the rounds, if output.save_every
-  adapter/         the result, as a PEFT adapter
+  adapter/         the result, as a PEFT adapter, with the base model's tokenizer and a model card
   curve.png        score against rounds and against bytes
   report.html      the same and the tables, in one file
 """
