@@ -100,7 +100,12 @@ def test_epochs_are_held_to_a_sites_steps_and_tell_nothing_of_its_examples(toy_f
     step = toy.trainer(build("fedsrd"))
     train = lambda state, round, seed: replace(step(state, round, seed), steps=3)  # noqa: E731
     monkeypatch.setattr("desks.ToySetup.train", lambda setup, client, interrupt=None: train)
-    epochs = ["training.max_steps=null", "training.num_train_epochs=3.0", "federation.num_rounds=1", "flower.grace=0.02"]
+    epochs = [
+        "training.max_steps=null",
+        "training.num_train_epochs=3.0",
+        "federation.num_rounds=1",
+        "flower.grace=0.02",
+    ]
     policies = {"lab": Policy(order="run", max_steps=2), "bank": Policy(order="run", declared_examples=9)}
     toy_federation(*epochs, policies=policies)
     told = [row.text.split("(reference")[0] for row in rows(tmp_path) if isinstance(row, Note)]

@@ -6,6 +6,7 @@ import dataclasses
 import tomllib
 
 import pytest
+from test_peft_bridge import random_state
 from test_training import LORA, SETTINGS, changed, client
 from test_training import update as train
 
@@ -19,7 +20,6 @@ from fedloom.records.sections.training import count_steps
 from fedloom.rounds.turns import Task
 from fedloom.site.policy import check_epochs, check_settings
 from fedloom.site.rules import Policy
-from test_peft_bridge import random_state
 from tiny_models import MODELS, placed
 
 
@@ -62,7 +62,10 @@ def test_a_client_has_its_own_steps_and_rates():
 @pytest.mark.parametrize(
     ("tree", "told"),
     [
-        ({"training": {"max_steps": 3, "num_train_epochs": 1.0}}, "training.max_steps and training.num_train_epochs are"),
+        (
+            {"training": {"max_steps": 3, "num_train_epochs": 1.0}},
+            "training.max_steps and training.num_train_epochs are",
+        ),
         ({"clients": {"lab": {"max_steps": 3, "num_train_epochs": 1.0}}}, "clients.lab.max_steps and clients.lab.num"),
         ({"training": {"num_train_epochs": 0.0}}, "training.num_train_epochs is 0.0; expected more than 0"),
         ({"clients": {"lab": {"learning_rate": -1.0}}}, "clients.lab.learning_rate is -1.0; expected more than 0"),

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
-from fedloom.records.ledger import Ending, Evaluation, Row, RunRow, Training, Transfer
+from fedloom.records.ledger import Choice, Evaluation, Row, RunRow, Training, Transfer
 from fedloom.report.card import CardFacts, hub_name, model_card
 from fedloom.report.numbers import summarise
 
@@ -21,7 +21,7 @@ def rows(method: str = "fedsrd") -> list[Row]:
     scores = [Evaluation(at, name, 0.5, 2.0 - at / 4) for at in (0, 4) for name in CLIENTS]
     turns = [Training(1, name, 1.0, 5, 80) for name in CLIENTS]
     sent = [Transfer(1, name, "up", "update", 2048) for name in CLIENTS]
-    return [RunRow(method, "/home/me/secret/model", CLIENTS, 9, 100, 7), *scores, *turns, *sent, Ending(4, 3)]
+    return [RunRow(method, "/home/me/secret/model", CLIENTS, 9, 100, 7), *scores, *turns, *sent, Choice(4, 3)]
 
 
 def config(path: str, **training: object) -> Config:
@@ -73,5 +73,7 @@ def test_the_hubs_name_of_a_base_model(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_who_chooses_on_the_heldout_split_is_told_so():
-    leaky = config("some/base").model_copy(update={"data": config("b").data.model_copy(update={"validation": "heldout"})})
+    leaky = config("some/base").model_copy(
+        update={"data": config("b").data.model_copy(update={"validation": "heldout"})}
+    )
     assert "the numbers are too good" in model_card(summarise(rows()), leaky, FACTS)

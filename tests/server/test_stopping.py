@@ -17,7 +17,7 @@ from fedloom.methods.method import State
 from fedloom.model.evaluate import Scores
 from fedloom.records.config import FederationSettings
 from fedloom.records.configfile import load_config
-from fedloom.records.ledger import Ending, Evaluation, Note, Validation, read_rows, totals
+from fedloom.records.ledger import Choice, Evaluation, Note, Validation, read_rows, totals
 from fedloom.report.numbers import summarise
 from fedloom.report.status import is_finished
 from fedloom.server.stopping import Course
@@ -52,7 +52,9 @@ class Judged(ToySetup):
 
 def judged(*overrides: str, method: str = "fedsrd") -> Judged:
     config = load_config(TESTBED / "demo.toml", ["federation.num_rounds=7", "federation.eval_every=1", *overrides])
-    setup = toy_setup(config.model_copy(update={"method": config.method.model_copy(update={"name": method})}), 3, initial())
+    setup = toy_setup(
+        config.model_copy(update={"method": config.method.model_copy(update={"name": method})}), 3, initial()
+    )
     return Judged(**vars(setup))
 
 
@@ -63,7 +65,7 @@ BEST = [*PATIENT, "federation.load_best_model_at_end=true"]
 def ended(folder: Path) -> tuple[object, ...]:
     """What must not depend on interruptions."""
     rows = read_rows(folder / "ledger.jsonl")
-    said = [row for row in rows if isinstance(row, Note | Validation | Evaluation | Ending)]
+    said = [row for row in rows if isinstance(row, Note | Validation | Evaluation | Choice)]
     files = {path.relative_to(folder): path.read_bytes() for path in folder.glob("adapter*/**/*") if path.is_file()}
     return files, totals(rows), said
 
@@ -73,7 +75,7 @@ def test_a_run_stops_once_the_validation_loss_stands_still(tmp_path: Path):
         summary = run.play(resume=False)
     rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     assert [row.round for row in rows if isinstance(row, Validation) and row.domain == "lab"] == [0, 1, 2, 3, 4, 5]
-    assert [row for row in rows if isinstance(row, Ending)] == [Ending(5, 5)]
+    assert [row for row in rows if isinstance(row, Choice)] == [Choice(5, 5)]
     assert run.server.version == 5 and is_finished(rows) and summarise(rows).run.num_rounds == 5
     said = [row.text for row in rows if isinstance(row, Note)]
     assert any("no better for 3 evaluations: best validation loss of 3 after round 2" in text for text in said)
@@ -94,7 +96,7 @@ def test_the_best_rounds_model_is_delivered_and_exported(tmp_path: Path, method:
         assert (state.version, state.digest) == (run.server.version, run.server.digest) == (6, run.server.digest)
         assert [digest(state.adapter), digest(state.frozen)] == [digest(two.server.adapter), digest(two.server.frozen)]
     rows = read_rows(tmp_path / "best" / "ledger.jsonl")
-    assert [row for row in rows if isinstance(row, Ending)] == [Ending(5, 2)]
+    assert [row for row in rows if isinstance(row, Choice)] == [Choice(5, 2)]
     last = summarise(rows).points[-1]
     assert (last.round, last.losses["bank"]) == (5, 30.0), "the scores at the end are those of the exported model"
 
@@ -147,7 +149,7 @@ def test_who_does_not_ask_for_it_scores_no_validation_split(tmp_path: Path):
     with simulation(judged(), tmp_path / "run") as run:
         run.play(resume=False)
     rows = read_rows(tmp_path / "run" / "ledger.jsonl")
-    assert not any(isinstance(row, Validation | Ending) for row in rows) and run.round == 7
+    assert not any(isinstance(row, Validation | Choice) for row in rows) and run.round == 7
 
 
 @pytest.mark.parametrize("change", ["data.validation=null", "federation.eval_every=0"])

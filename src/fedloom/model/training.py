@@ -136,7 +136,7 @@ def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> 
         arguments = TrainingArguments(
             output_dir=tempfile.gettempdir(),  # must exist; nothing is written
             learning_rate=settings.learning_rate,
-            max_steps=settings.steps,
+            max_steps=settings.max_steps or -1,  # transformers' word for none
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             activation_checkpointing=settings.gradient_checkpointing,

@@ -101,11 +101,11 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How a run that is judged on the validation split ended: its last round, and the round whose model it leaves."""
+class Choice:
+    """What the validation split decided: the round in which the run ended, and the round whose model it leaves."""
 
     __pydantic_config__ = _FORBID
-    row: Literal["ending"] = field(default="ending", kw_only=True)
+    row: Literal["choice"] = field(default="choice", kw_only=True)
     round: int
     exported: int
 
@@ -148,7 +148,7 @@ class Note:
     text: str
 
 
-Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Ending
+Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice
 _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 
 

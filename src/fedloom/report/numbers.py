@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Ending, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.records.ledger import Aggregation, Choice, Evaluation, Note, Row, RunRow, Totals, Training, totals
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -75,9 +75,9 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     run = next((row for row in rows if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
-    ending = next((row for row in rows if isinstance(row, Ending)), None)
-    if ending is not None:  # it may have stopped early
-        run = replace(run, num_rounds=ending.round)
+    choice = next((row for row in reversed(rows) if isinstance(row, Choice)), None)
+    if choice is not None:  # it may have stopped early
+        run = replace(run, num_rounds=choice.round)
     sums = totals(rows)
     rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation))]) + 1)
     sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))
@@ -102,7 +102,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         notes=tuple(row for row in rows if isinstance(row, Note)),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
-        exported=None if ending is None else ending.exported,
+        exported=None if choice is None else choice.exported,
     )
 
 

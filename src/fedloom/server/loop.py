@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
@@ -22,11 +22,11 @@ from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import Aggregation, Ending, Evaluation, Training, Validation, read_rows
+from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
-from fedloom.server.stopping import Course, go_back
+from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.checkpoint import Snapshot
@@ -125,7 +125,7 @@ class Rounds:
             self.play_round(self.round)
             save_milestone(self.setup, self.folder.path, self.server, self.round)
             if self.is_over:
-                self.choose()
+                choose_model(self)
                 self.sites.deliver(self)
             self.save()
         summary = finish_run(self.setup, self.folder, self.server, time.perf_counter() - began)
@@ -213,41 +213,8 @@ class Rounds:
         for domain, score in scores.items():
             self.folder.ledger.append(Evaluation(round, domain, score.exact_match, score.loss))
         if self.setup.config.federation.validates:
-            self.validate(round)
+            validate(self, round)
         return {domain: score.exact_match for domain, score in scores.items()}
-
-    def validate(self, round: int) -> None:
-        """Score the server's model on the validation split, recorded; keep it where it is the best so far."""
-        rows = [
-            Validation(round, domain, score.exact_match, score.loss)
-            for domain, score in self.setup.validate(self.server).items()
-        ]
-        for row in rows:
-            self.folder.ledger.append(row)
-        self.course.take(rows)
-        if self.course.best == round and self.setup.config.federation.load_best_model_at_end:
-            self.best = self.server
-
-    def choose(self) -> None:
-        """Say how a run ends that is judged on the validation split; where the settings ask for it, with the best
-        round's model in place of the last one's. Its held-out scores are recorded once more, as those of the end.
-        """
-        federation, ledger, last = self.setup.config.federation, self.folder.ledger, self.round
-        if not federation.validates:
-            return
-        why = f"no better for {self.course.stale} evaluations" if self.course.is_over else "the last round"
-        back = self.best is not None and self.course.best != last
-        ledger.append(Ending(last, self.course.best if back else last))
-        left = f"the model of round {self.course.best if back else last} is delivered and exported"
-        ledger.note(last, f"ended after round {last}, {why}: best validation {self.course.describe()}; {left}")
-        if self.best is None or not back:
-            return
-        self.server = go_back(self.server, self.best)
-        self.sites.advance(self, self.full_state(), ())
-        ledger.sync()
-        for row in read_rows(ledger.path):
-            if isinstance(row, Evaluation) and row.round == self.course.best:
-                ledger.append(replace(row, round=last))
 
     def save(self) -> None:
         """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""

@@ -9,10 +9,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fedloom.methods.method import State
 from fedloom.records.config import FederationSettings
-from fedloom.records.ledger import Row, Validation
+from fedloom.records.ledger import Choice, Evaluation, Row, Validation, read_rows
+
+if TYPE_CHECKING:
+    from fedloom.server.loop import Rounds
 
 GAINS: Mapping[str, Callable[[Validation], float]] = {
     "loss": lambda row: -row.loss,
@@ -62,6 +66,41 @@ class Course:
         metric = self.settings.metric_for_best_model
         gain = self.gains[self.best]
         return f"{metric.replace('_', ' ')} of {-gain if metric == 'loss' else gain:.4g} after round {self.best}"
+
+
+def validate(rounds: Rounds, round: int) -> None:
+    """Score the server's model on the validation split, recorded; keep it where it is the best so far."""
+    rows = [
+        Validation(round, domain, score.exact_match, score.loss)
+        for domain, score in rounds.setup.validate(rounds.server).items()
+    ]
+    for row in rows:
+        rounds.folder.ledger.append(row)
+    rounds.course.take(rows)
+    if rounds.course.best == round and rounds.setup.config.federation.load_best_model_at_end:
+        rounds.best = rounds.server
+
+
+def choose_model(rounds: Rounds) -> None:
+    """Say how a run ends that is judged on the validation split; where the settings ask for it, with the best round's
+    model in place of the last one's. Its held-out scores are recorded once more, as those of the end.
+    """
+    ledger, course, last = rounds.folder.ledger, rounds.course, rounds.round
+    if not rounds.setup.config.federation.validates:
+        return
+    why = f"no better for {course.stale} evaluations" if course.is_over else "the last round"
+    exported = last if rounds.best is None else course.best
+    ledger.append(Choice(last, exported))
+    left = f"the model of round {exported} is delivered and exported"
+    ledger.note(last, f"ended after round {last}, {why}: best validation {course.describe()}; {left}")
+    if rounds.best is None or exported == last:
+        return
+    rounds.server = go_back(rounds.server, rounds.best)
+    rounds.sites.advance(rounds, rounds.full_state(), ())
+    ledger.sync()
+    for row in read_rows(ledger.path):
+        if isinstance(row, Evaluation) and row.round == exported:
+            ledger.append(replace(row, round=last))
 
 
 def go_back(server: State, best: State) -> State:

@@ -80,7 +80,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         folder,
         snapshot.round,
         Contents(
-            states={SERVER: snapshot.server} | best | {CLIENT + name: state for name, state in snapshot.clients.items()},
+            states={SERVER: snapshot.server}
+            | best
+            | {CLIENT + name: state for name, state in snapshot.clients.items()},
             blobs={str(version): payload for version, payload in snapshot.archive.items()},
             facts={
                 "round": snapshot.round,
