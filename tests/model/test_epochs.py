@@ -1,4 +1,4 @@
-"""How long a client trains in a round: steps, or passes over its own examples; and what it has otherwise than others."""
+"""How long a client trains in a round: steps, or passes over its own examples; and what it has of its own."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Judged(ToySetup):
-    """Scores by version instead of a model: on the validation split as in LOSSES, on the held-out one ten times that."""
+    """Scores by version instead of a model: LOSSES on the validation split, ten times that on the held-out one."""
 
     def validate(self, state: State) -> dict[str, Scores]:
         loss = LOSSES[state.version]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KEY = "fedloom_base"
 """The key in the metadata."""
 SAMPLE = 2**16
-"""Bytes of each tensor that are read. A training changes all of a weight, and the whole of a large model takes minutes."""
+"""Bytes read of each tensor. Training changes all of a weight, and to read all of a large model takes minutes."""
 MOST_HEADER = 100 * 2**20
 """Bytes of a header; what safetensors itself allows."""
 
@@ -97,7 +97,7 @@ def check_same_base(adapters: Iterable[AdapterFolder], here: str, name: str, lea
     for adapter in adapters:
         if here and adapter.base_digest and adapter.base_digest != here:
             raise ModelError(
-                f"{adapter.folder} was trained on other weights than those of {name} (digest {adapter.base_digest[:8]}, "
-                f"here {here[:8]}): give the base model that it names, {adapter.base_model}; {leave} goes on with this "
-                "one, such as the same model in another type"
+                f"{adapter.folder} was trained on other weights than those of {name} (digest "
+                f"{adapter.base_digest[:8]}, here {here[:8]}): give the base model that it names, {adapter.base_model}; "
+                f"{leave} goes on with this one, such as the same model in another type"
             )

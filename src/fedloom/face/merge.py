@@ -27,8 +27,9 @@ def merge(
 
     weights: a number for each adapter, such as its examples; equal if left out. method: florist, or flexlora where a
     rank is given. rank: of the best approximation (flexlora). energy: share of Σσ² to keep (florist); 1 is exact.
-    max_rank: cap on every module's rank. any_base: also where adapters were trained on base models of other weights than
-    each other's, or than the one that they are merged into. Raises ConfigError or ModelError for folders that cannot be merged.
+    max_rank: cap on every module's rank. any_base: also where adapters were trained on base models of other weights
+    than each other's, or than the one that they are merged into. Raises ConfigError or ModelError for folders that
+    cannot be merged.
     """
     chosen = method or ("florist" if rank is None else "flexlora")
     inputs = open_folders([Path(folder) for folder in adapters], weights, any_base=any_base)

@@ -43,9 +43,9 @@ def model_card(report: Report, config: Config, facts: CardFacts) -> str:
     rows = "".join(f"| {key} | {value} |\n" for key, value in _rows(report, config, facts, base).items())
     return (
         f"---\n{_yaml(header)}---\n\n# LoRA adapter on {_quoted(base)}, trained in a federation\n\n"
-        f"{len(facts.examples)} clients trained this adapter together with fedloom {version('fedloom')}. Their examples "
-        f"stayed with them: what they sent is counted below.\n\n| | |\n| --- | --- |\n{rows}\n{_scores(report, config)}\n"
-        f"{_use(hub)}"
+        f"{len(facts.examples)} clients trained this adapter together with fedloom {version('fedloom')}. Their "
+        "examples stayed with them: what they sent is counted below.\n\n"
+        f"| | |\n| --- | --- |\n{rows}\n{_scores(report, config)}\n{_use(hub)}"
     )
 
 

@@ -47,7 +47,8 @@ class Task:
     """What a run asks of a client's training, beside state, round and seed. What is not known is left out.
 
     ranks and alphas: of the modules that the client trains. steps: of the optimiser, in a round; epochs: passes over
-    the client's examples, in place of steps. num_rounds: 0 where that is not known. `interrupt` is to be called before every forward pass, and may end the training by raising.
+    the client's examples, in place of steps. num_rounds: 0 where that is not known. `interrupt` is to be called before
+    every forward pass, and may end the training by raising.
     """
 
     method: Method | None = None

@@ -104,6 +104,6 @@ def choose_model(rounds: Rounds) -> None:
 
 
 def go_back(server: State, best: State) -> State:
-    """The best round's model as the newest version of all: no broadcast leads there, so everybody gets the full state."""
+    """The best round's model as the newest version: no broadcast leads there, so everybody gets the full state."""
     digest = hashlib.blake2b(f"{server.digest} back to {best.digest}".encode(), digest_size=16).hexdigest()
     return replace(best, version=server.version + 1, digest=digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fedloom.records.quantities import (
     Alpha,
@@ -23,6 +23,16 @@ from fedloom.records.quantities import (
 from fedloom.records.sections.section import Section
 
 
+def _refuse_float16(value: object) -> object:
+    """Say why there is no float16: it is what many checkpoints are stored in, and is tried first."""
+    if value in ("float16", "fp16"):
+        raise ValueError(
+            "expected 'bfloat16', which is as small (in float16 gradients vanish without loss scaling, which leaves "
+            "out steps by chance), or 'float32'"
+        )
+    return value
+
+
 class ModelSettings(Section):
     """The frozen base model."""
 
@@ -31,8 +41,12 @@ class ModelSettings(Section):
         None, description="PEFT adapter folder to go on from, instead of a fresh adapter.", examples=["./adapter"]
     )
     any_base: bool = Field(False, description="Take model.adapter even if it was trained on another base model.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
-    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_refuse_float16)] = Field(
+        "float32", description="Type of the base weights."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="Base weights in 8 or 4 bits, with the extra `quantized`."
+    )
     threads: int | None = Field(
         None,
         ge=1,
