@@ -98,6 +98,6 @@ def check_same_base(adapters: Iterable[AdapterFolder], here: str, name: str, lea
         if here and adapter.base_digest and adapter.base_digest != here:
             raise ModelError(
                 f"{adapter.folder} was trained on other weights than those of {name} (digest "
-                f"{adapter.base_digest[:8]}, here {here[:8]}): give the base model that it names, {adapter.base_model}; "
-                f"{leave} goes on with this one, such as the same model in another type"
+                f"{adapter.base_digest[:8]}, here {here[:8]}): give the base model that it names, "
+                f"{adapter.base_model}; {leave} goes on with this one, such as the same model in another type"
             )
