@@ -52,14 +52,15 @@ def repeat(setup: Setup, client: str, state: State) -> dict[str, float]:
 
 def bare_steps(setup: Setup, client: str) -> float:
     """Seconds of a plain loop over one turn's batches."""
-    training, data = setup.config.training, setup.sites[client].data
+    data = setup.sites[client].data
+    training = setup.config.training_of(client).for_examples(len(data))
     peft_bridge.write_adapter(setup.model, setup.initial)
     peft_bridge.set_frozen(setup.model, None)
     factors = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
     setup.model.train()
     begun = time.perf_counter()
     optimizer = torch.optim.AdamW(factors, lr=training.learning_rate, weight_decay=training.weight_decay)
-    for step in range(training.max_steps * training.gradient_accumulation_steps):
+    for step in range(training.steps * training.gradient_accumulation_steps):
         first = step * training.per_device_train_batch_size
         batch = [data[(first + i) % len(data)] for i in range(training.per_device_train_batch_size)]
         setup.model(**data.collate(batch)).loss.backward()

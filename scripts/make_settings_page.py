@@ -42,7 +42,8 @@ def page() -> str:
         if name != "clients" and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             parts.append(section(f"[{name}]", field.annotation))
     parts.append(
-        "\n## [clients.NAME]\n\nWhat one client has otherwise than `[lora]` says, as in `[clients.lab]` with `r = 4`: "
+        "\n## [clients.NAME]\n\nWhat one client has otherwise than `[lora]` and `[training]` say, as in "
+        "`[clients.lab]` with `r = 4`: "
         + ", ".join(f"`{key}`" for key in Config.model_fields["clients"].annotation.__args__[1].model_fields)
         + ".\n"
     )

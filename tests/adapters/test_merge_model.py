@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fedloom.adapters.folder import AdapterFolder, load_adapter
 from fedloom.adapters.merge import folders, table
 from fedloom.adapters.merge.combine import Recipe
+from fedloom.adapters.merge.companions import copy_tokenizer
 from fedloom.adapters.merge.model import INDEX, merge_into, open_base
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.cli import main as cli
@@ -323,3 +324,15 @@ def test_the_table_folds_many_modules_and_names_few(tmp_path: Path) -> None:
     )
     text = runner.invoke(cli.app, ["aggregate", str(big), "--out", str(tmp_path / "o"), "--dry-run"]).stdout
     assert "up × 20" in text and "all 20" in text and "nothing written" in text
+
+
+def test_a_tokenizer_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    """A link out of the folder is no part of it: what it leads to would be published with the adapter."""
+    (tmp_path / "elsewhere").write_text("a secret")
+    for folder in ("base", "out"):
+        (tmp_path / folder).mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json", "notes.txt", "model.safetensors"):
+        (tmp_path / "base" / name).write_text(name)
+    (tmp_path / "base" / "vocab.txt").symlink_to(tmp_path / "elsewhere")
+    copy_tokenizer(tmp_path / "base", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["chat_template.jinja", "tokenizer.json"]

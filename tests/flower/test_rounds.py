@@ -12,6 +12,7 @@ from desks import LATE, LOST, SITES, DeskGrid, assemble, settings
 from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import digest
+from fedloom.model.evaluate import Scores
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Roll, RunRow, Transfer, read_rows, totals
 from fedloom.server.local import LocalSites
@@ -346,3 +347,21 @@ def test_a_round_with_too_few_updates_that_can_be_averaged_stops_the_run(toy_fed
     monkeypatch.setattr(Group, "__iter__", stumble)
     with pytest.raises(RoundError, match="1 usable update from 3 clients .* 2 needed"):
         toy_federation("method.name=fedit", "federation.num_rounds=1")
+
+
+@pytest.mark.parametrize("method", ["fedsrd", "flora"])
+def test_both_engines_stop_alike_and_leave_the_best_rounds_model(toy_federation, tmp_path: Path, monkeypatch, method):
+    """The server scores the validation split, so that its sites need not know; round 1 of 6 is the best one."""
+    scores = lambda setup, state: {"bank": Scores(0.0, abs(state.version - 1.25), 1)}  # noqa: E731
+    monkeypatch.setattr("desks.ToySetup.validate", scores)
+    judged = [f"method.name={method}", "federation.num_rounds=6", "federation.load_best_model_at_end=true"]
+    judged += ["federation.early_stopping_patience=2", "federation.eval_every=1"]
+    federation, grid = toy_federation(*judged)
+    simulation = local(tmp_path, *judged)
+    assert federation.round == 3 and federation.course.best == 1 and federation.server.version == 4
+    assert state(federation.server) == state(simulation.server)
+    first = local(tmp_path, f"method.name={method}", "federation.num_rounds=1", out="first")
+    assert state(federation.server)[2:] == state(first.server)[2:]
+    assert {state(grid.node(name).desk.held.after) for name in SITES} == {state(federation.server)}
+    sums = [totals(read_rows(tmp_path / out / "ledger.jsonl")) for out in ("run", "local")]
+    assert sums[0] == sums[1]

@@ -1,12 +1,15 @@
 """A site's policy in whole runs: what the server sees, what the site keeps on record, what a repeated request costs."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import toy
 from fedloom.flower.payload import pack_parcel, unpack_parcel
-from fedloom.records.ledger import Roll, Training, Transfer, read_rows
+from fedloom.methods.table import build
+from fedloom.records.ledger import Note, Roll, Training, Transfer, read_rows
 from fedloom.site.audit import AuditTrail
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel
@@ -90,3 +93,23 @@ def test_a_byte_budget_ends_a_sites_part_whatever_the_job(toy_federation, tmp_pa
     told = [row for row in read_rows(tmp_path / "second" / "ledger.jsonl") if isinstance(row, Roll)]
     assert ["lab" in roll.answered for roll in told] == [True, False, False]
     assert "max_bytes_day is used up" in told[-1].failed["lab"]
+
+
+def test_epochs_are_held_to_a_sites_steps_and_tell_nothing_of_its_examples(toy_federation, tmp_path, monkeypatch):
+    """Three examples in batches of 16: an epoch is a step. Who allows two of them refuses three, without the reason."""
+    step = toy.trainer(build("fedsrd"))
+    train = lambda state, round, seed: replace(step(state, round, seed), steps=3)  # noqa: E731
+    monkeypatch.setattr("desks.ToySetup.train", lambda setup, client, interrupt=None: train)
+    epochs = [
+        "training.max_steps=null",
+        "training.num_train_epochs=3.0",
+        "federation.num_rounds=1",
+        "flower.grace=0.02",
+    ]
+    policies = {"lab": Policy(order="run", max_steps=2), "bank": Policy(order="run", declared_examples=9)}
+    toy_federation(*epochs, policies=policies)
+    told = [row.text.split("(reference")[0] for row in rows(tmp_path) if isinstance(row, Note)]
+    assert any("refused by the site's policy" in text for text in told)
+    assert not any("steps" in text or "epochs" in text for text in told)
+    steps = {(row.client, row.steps) for row in rows(tmp_path) if isinstance(row, Training)}
+    assert steps == {("bank", 0), ("depot", 3)}

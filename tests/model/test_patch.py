@@ -391,4 +391,4 @@ def test_the_base_beneath_an_adapter_is_that_of_the_plain_model():
 
 def test_a_patched_trainer_says_what_it_draws(tmp_path):
     step = patch(trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3))
-    assert isinstance(step, PatchedTrainer) and (step.num_examples, step.count_drawn(4)) == (8, 24)
+    assert isinstance(step, PatchedTrainer) and (step.num_examples, step.count_drawn(Task(steps=4))) == (8, 24)

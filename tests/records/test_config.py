@@ -36,6 +36,7 @@ def test_the_commented_file_shows_every_key_and_its_meaning():
 def test_examples_of_unset_keys_are_valid():
     lines = [line.removeprefix("# ") for line in settings_template().splitlines()]
     tree = tomllib.loads("\n".join(line for line in lines if re.match(r"\[[\w.]+\]$|\w+ = ", line)))
+    del tree["training"]["max_steps"]  # num_train_epochs is in its place
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
     assert (config.output.max_rank, config.clients["NAME"].r) == (64, 8)
@@ -127,6 +128,7 @@ def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
         ("[lora]\nlearning_rate = 1.0", "did you mean 'training.learning_rate'"),
         ("r = 4", "unknown key 'r' .* did you mean 'lora.r'"),
         ("[modle]\npath = 'x'", "unknown key 'modle' .* did you mean 'model'"),
+        ('[model]\ndtype = "float16"', r"model.dtype is .float16.; expected 'bfloat16', which is as small"),
         ("[training]\nlr = 1.0", "unknown key 'training.lr' .* has learning_rate, max_steps"),
         ("[clients.a]\nlora_alph = 1", "unknown key 'clients.a.lora_alph' .*'clients.a.lora_alpha'"),
         ("[lora]\nr = 'four'", 'lora.r is "four", a string; expected a whole number .*a.toml'),

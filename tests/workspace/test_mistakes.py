@@ -102,7 +102,7 @@ def nothing(project: Path) -> None:
         (nothing, ["method.name=fed-sb", "clients.lab.target_modules=['q_proj']"], ["fed-sb", "same modules", "lab"]),
         (nothing, ["data.template=alpcaa"], ["alpcaa", "alpaca"]),
         (nothing, ["data.max_length=8"], ["max_length", "8"]),
-        (nothing, ["model.quantization=4bit"], ["4bit", "GPU"]),
+        (nothing, ["model.quantization=5bit"], ["5bit", "'4bit'"]),
         (with_other_files, [], ["out", "holds other files", "--out"]),
         (with_an_adapter_of_another_model, ["model.adapter=./first/adapter"], ["q_proj", "another base model"]),
         (nothing, ["model.adapter=./nowhere"], ["nowhere", "PEFT adapter folder"]),

@@ -19,6 +19,7 @@ from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Evaluation, Note, Training, Transfer, read_rows, totals
+from fedloom.records.sections.training import count_steps
 from fedloom.server.local import LocalSites, run_local
 from fedloom.server.loop import Rounds
 from fedloom.workspace.assemble import load_setup
@@ -46,7 +47,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 run, data = sys.argv[1:]
 base = json.load(open(f"{run}/adapter/adapter_config.json"))["base_model_name_or_path"]
-tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+tokenizer = AutoTokenizer.from_pretrained(f"{run}/adapter", padding_side="left")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{run}/adapter").eval()
 rows = [json.loads(line) for line in open(data)]
 hits = 0
@@ -209,3 +210,17 @@ def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path, method
     }
     assert up["lab"] < up["bank"] / 3 and summary.lost_energy == 0.0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_epochs_and_a_clients_own_settings_reach_its_training(tmp_path: Path):
+    """A client with a rate of its own sends what it would send if all had that rate; the other one does not."""
+    epochs = ["training.max_steps=null", "training.num_train_epochs=0.05", "federation.num_rounds=1"]
+    common = [*TWO, *epochs, "clients.bank.max_steps=1", "output.keep_payloads=true", "data.heldout=null"]
+    run_local(settings(*common, "clients.lab.learning_rate=1e-3"), tmp_path / "own")
+    run_local(settings(*common, "training.learning_rate=1e-3"), tmp_path / "all")
+    files = [sorted((tmp_path / out / "payloads").glob("*-up-*")) for out in ("own", "all")]
+    same = {a.name.split("-")[1]: a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True)}
+    assert same == {"bank": False, "lab": True}
+    steps = {row.client: row.steps for row in read_rows(tmp_path / "own/ledger.jsonl") if isinstance(row, Training)}
+    held = len((TESTBED / "data/lab/train.jsonl").read_text(encoding="utf-8").splitlines())
+    assert steps == {"bank": 1, "lab": count_steps(0.05, held, 16)} and steps["lab"] > 1

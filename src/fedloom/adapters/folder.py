@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedloom.adapters.base_identity import read_digest
 from fedloom.adapters.config import REFUSED, WHOLE, read_config, read_settings, refuse_other_kinds
 from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
 from fedloom.errors import ModelError
@@ -33,7 +34,8 @@ class AdapterFolder:
     """An adapter folder opened for reading, one module at a time; only its list of tensors is held in memory.
 
     layouts: module → how its factors are stored, by sorted names. whole: name → shape of the tensors that are stored as
-    they are, not as a change (modules_to_save, biases, trained tokens). Raises ModelError for another kind of folder,
+    they are, not as a change (modules_to_save, biases, trained tokens). base_digest: of the base model's weights, where
+    fedloom wrote the adapter, else empty. Raises ModelError for another kind of folder,
     for files that do not fit together, and for a change that is not B A.
     """
 
@@ -43,7 +45,8 @@ class AdapterFolder:
         refuse_other_kinds(self.folder, self.config, REFUSED)
         self.settings = read_settings(self.folder, self.config)
         self.base_model = str(self.config.get("base_model_name_or_path") or "")
-        shapes = _shapes(self.folder)
+        shapes, metadata = _shapes(self.folder)
+        self.base_digest = read_digest(metadata)
         self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
         factors = set(self._keys.values())
         self.whole = {name: shape for name, shape in shapes.items() if name not in factors}
@@ -143,8 +146,8 @@ def _base_name(path: str) -> str:
     return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name of every tensor in the file → its shape."""
+def _shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str] | None]:
+    """Name of every tensor in the file → its shape; and the file's metadata."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         other = " (it holds adapter_model.bin: save it again with safe_serialization=True)"
@@ -152,6 +155,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            metadata = file.metadata()
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {ascii(str(error))[1:-1][:300]}") from None
     for name in shapes:
@@ -159,7 +163,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             raise ModelError(
                 f"{path} holds a tensor called {ascii(name)[:80]}: expected at most {LONGEST_NAME} printable characters"
             )
-    return shapes
+    return shapes, metadata
 
 
 def _keys(path: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedloom.adapters.base_identity import metadata_of
 from fedloom.adapters.patterns import Patterns, spell_out
 from fedloom.adapters.tensor_file import TensorFile
 from fedloom.errors import ConfigError
@@ -112,16 +113,19 @@ def save_adapter(
     settings: AdapterSettings,
     out_dir: str | Path,
     dtype: torch.dtype = torch.float32,
+    base_digest: str = "",
 ) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` opens; the same state gives the same bytes.
 
     Ranks are those of the state. PEFT has no rank 0, so an empty pair is written as rank 1 of zeros.
+    base_digest: of the base model's weights (`base_identity.digest_weights`), where it is known.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     state = state.map(pad_to_rank_one)
     layouts = {module: Layout(m, (n,)) for module, (m, n) in state.shapes().items()}
-    with TensorFile(folder / WEIGHTS_FILE, [name for m, layout in layouts.items() for name in layout.names(m)]) as file:
+    names = [name for module, layout in layouts.items() for name in layout.names(module)]
+    with TensorFile(folder / WEIGHTS_FILE, names, metadata_of(base_digest)) as file:
         for module, pair in state.items():
             unscaled = LoraPair(pair.A, pair.B / settings.scale(module, pair.rank))
             for name, tensor in zip(

@@ -34,15 +34,17 @@ class TensorFile:
 
     The format begins with a header that tells each tensor's type, shape and offsets. Room for it is left at the start
     and filled at the end; what remains of it is blank, as the format allows. Equal tensors give equal bytes.
+    metadata: further words for the header.
     """
 
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
+    def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.size = 0
         """Bytes of tensor data so far."""
         self._names = list(names)
-        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        room = len(json.dumps(self._names)) + _ENTRY * (len(self._names) + 1)
+        told = {"format": "pt", **(metadata or {})}
+        self._header: dict[str, object] = {"__metadata__": told}
+        room = len(json.dumps(self._names)) + len(json.dumps(metadata or {})) + _ENTRY * (len(self._names) + 1)
         self._room = -room % 8 + room
 
     def __enter__(self) -> TensorFile:

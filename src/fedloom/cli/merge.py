@@ -36,6 +36,9 @@ def aggregate(
     base_model: Annotated[
         Path | None, typer.Option(help="Write this base model with the adapters merged in, instead of an adapter.")
     ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Also where adapters were trained on base models of other weights.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and print all, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the adapter or model in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -43,6 +46,7 @@ def aggregate(
     """Merge adapters of any ranks, alphas and modules into one, without loading a model."""
     import torch
 
+    from fedloom.adapters.base_identity import check_same_base, digest_weights
     from fedloom.adapters.merge import output, table
     from fedloom.adapters.merge.combine import Recipe
     from fedloom.adapters.merge.folders import open_folders
@@ -56,8 +60,10 @@ def aggregate(
         raise ConfigError(f"--dtype {dtype} is unknown: expected fp32, fp16 or bf16")
     chosen = method or ("florist" if rank is None else "flexlora")
     recipe = Recipe(chosen, rank, energy, max_rank, getattr(torch, DTYPES[dtype]))
-    inputs = open_folders(adapters, _numbers(weights))
+    inputs = open_folders(adapters, _numbers(weights), any_base=any_base)
     base = open_base(base_model) if base_model else None
+    if base and not any_base:
+        check_same_base(inputs.adapters, digest_weights(base.folder), f"--base-model {base.folder}", "--any-base")
     for adapter in inputs.adapters:
         if base:
             find_places(base, adapter)

@@ -32,7 +32,7 @@ from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
-from fedloom.workspace.data import heldout_examples
+from fedloom.workspace.data import heldout_examples, validation_examples
 from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
@@ -54,7 +54,7 @@ def run_federation(
         told = [*notes]
         heldout = heldout_examples(config.data, told.append)
         nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
-        setup = build_setup(config, nothing, heldout, notes=told)
+        setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +15,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from fedloom.adapters.base_identity import digest_weights
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.foreign import raise_in_one_line
+from fedloom.model.quantized import QUANTIZATIONS, keep_differentiable, quantization_options
 from fedloom.model.size import check_config, check_parameters
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -32,12 +32,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-QUANTIZATIONS: Mapping[str, Mapping[str, object]] = {
-    "none": {},
-    "8bit": {"load_in_8bit": True},
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-}
-"""model.quantization → arguments of transformers.BitsAndBytesConfig."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SHARED = (
     *WEIGHTS,
@@ -73,6 +67,7 @@ def load_base(
         raise ModelError(f"{path}: the weights of {min(odd)} are missing or of another shape than its config.json says")
     if quantization == "none":
         model.to(where)  # type: ignore[arg-type]
+    keep_differentiable(model)
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
@@ -98,7 +93,7 @@ def base_digest(path: str | Path) -> str:
     A Hub name stands for the files that were downloaded for it. Raises ModelError where there are none, or where one
     cannot be read.
     """
-    folder = _folder(path)
+    folder = base_folder(path)
     names = {file.relative_to(folder).as_posix() for file in chain(*map(folder.glob, SHARED)) if file.is_file()}
     hasher = hashlib.blake2b(digest_size=16)
     try:
@@ -110,7 +105,15 @@ def base_digest(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
-def _folder(path: str | Path) -> Path:
+def weights_digest(path: str | Path) -> str:
+    """`digest_weights` of a folder or Hub name; empty where nothing is there: no run shall fail for it at its end."""
+    try:
+        return digest_weights(base_folder(path))
+    except ModelError:
+        return ""
+
+
+def base_folder(path: str | Path) -> Path:
     """The folder itself, or that of the Hub's cache for a Hub name; nothing is downloaded."""
     if Path(path).is_dir():
         return Path(path)
@@ -141,20 +144,7 @@ def _options(dtype: str, quantization: str, device: torch.device) -> dict[str, A
             raise ConfigError(f"model.{key} {value!r} is unknown: expected {', '.join(table)}")
     if quantization == "none":
         return {"dtype": DTYPES[dtype]}
-    if device.type != "cuda":
-        raise ConfigError(f'model.quantization = {quantization!r} needs a GPU: use "none" on this machine')
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"model.quantization = {quantization!r} needs the package bitsandbytes: pip install bitsandbytes"
-        )
-    settings = dict(QUANTIZATIONS[quantization])
-    if quantization == "4bit":
-        settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
-    return {
-        "dtype": DTYPES[dtype],
-        "quantization_config": BitsAndBytesConfig(**settings),  # type: ignore[no-untyped-call]
-        "device_map": {"": 0},
-    }
+    return {"dtype": DTYPES[dtype], **quantization_options(quantization, DTYPES[dtype], device)}
 
 
 def _check_folder(path: str | Path) -> None:

@@ -25,6 +25,7 @@ from fedloom.methods.method import State
 from fedloom.model import peft_bridge
 from fedloom.model.trainer_checks import check_fits, check_gradients, check_trainer
 from fedloom.model.training import keep_random_state
+from fedloom.records.sections.training import count_steps
 from fedloom.rounds.turns import Task, Train, Trained
 
 if TYPE_CHECKING:
@@ -66,10 +67,19 @@ class PatchedTrainer:
         path = self.model.peft_config[self.slot].base_model_name_or_path
         return Path(path) if path and Path(path).is_dir() else None
 
-    def count_drawn(self, steps: int) -> int:
-        """How many rows so many steps draw."""
+    def count_steps(self, task: Task) -> int:
+        """Optimiser steps of a round: as many as the run asks for, else as the trainer's own max_steps says."""
         arguments = self.trainer.args
-        return steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        if task.epochs:
+            batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+            return count_steps(task.epochs, self.num_examples, batch, accumulation)
+        return int(task.steps or arguments.max_steps)
+
+    def count_drawn(self, task: Task) -> int:
+        """How many rows a round draws."""
+        arguments = self.trainer.args
+        drawn = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        return self.count_steps(task) * int(drawn)
 
     def for_task(self, task: Task) -> Train:
         """The training step of one run. Raises ModelError where its modules, ranks or alphas are not the adapter's."""
@@ -95,7 +105,7 @@ class PatchedTrainer:
             changes.callback(peft_bridge.set_trainable, self.model, PARTS, self.slot)
             changes.enter_context(peft_bridge.training_core(self.model, core, self.slot))
             changes.enter_context(keep_random_state())
-            changes.enter_context(_settings_of_round(self.trainer, task, round, seed))
+            changes.enter_context(_settings_of_round(self.trainer, task, self.count_steps(task), round, seed))
             penalty = changes.enter_context(self.add_penalty(task, before))
             outcome = self.trainer.train()
             after = peft_bridge.read_adapter(self.model, self.slot)
@@ -178,13 +188,12 @@ class _Interrupt(TrainerCallback):
 
 
 @contextmanager
-def _settings_of_round(trainer: Trainer, task: Task, round: int, seed: int) -> Iterator[None]:
+def _settings_of_round(trainer: Trainer, task: Task, steps: int, round: int, seed: int) -> Iterator[None]:
     """The trainer as this round needs it; afterwards as it was.
 
     Nothing is saved: the site keeps its state itself, and "checkpoint-10" of one round would be that of the next.
     """
     arguments, model = trainer.args, cast("peft.PeftModel", trainer.model)
-    steps = task.steps or arguments.max_steps
     if steps < 1:
         raise ConfigError("nobody says how many steps a round has: set max_steps in the trainer's arguments")
     own: dict[str, object] = {"max_steps": steps, "seed": seed % 2**32, "data_seed": None}

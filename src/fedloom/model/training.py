@@ -65,8 +65,8 @@ def rate_at(settings: TrainingSettings, round: int, num_rounds: int, step: int) 
     It falls from round to round along lr_scheduler_type and is the same within a round, but for the first warmup_steps
     (or the share warmup_ratio of all steps of all rounds), in which it rises.
     """
-    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_rounds * settings.max_steps)
-    rising = ((round - 1) * settings.max_steps + step + 1) / warmup if warmup else 1.0
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_rounds * settings.steps)
+    rising = ((round - 1) * settings.steps + step + 1) / warmup if warmup else 1.0
     return settings.learning_rate * SCHEDULES[settings.lr_scheduler_type]((round - 1) / num_rounds) * min(1.0, rising)
 
 
@@ -87,6 +87,7 @@ def local_update(
 ) -> tuple[LoraState, TrainStats]:
     """Train `state`, on top of W0 and `frozen`, for one round; the factors not named in `trainable` keep their bits.
 
+    How many steps that takes is settings.max_steps, or follows from num_train_epochs and the examples of `data`.
     With a `core` the matrix R of A = R V is trained, V being the core's A, and neither factor by itself.
     penalty(before, now) is added to the loss of every step. `interrupt` is called before every forward pass; what it
     raises ends the training. Same arguments, same bits (on one thread).
@@ -95,6 +96,7 @@ def local_update(
     peft_bridge.write_adapter(model, state)
     peft_bridge.set_frozen(model, frozen)
     peft_bridge.set_trainable(model, () if core else trainable)
+    settings = settings.for_examples(len(data))
     rates = partial(rate_at, settings, round, num_rounds)
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live_adapter(model))
     with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet_transformers():
@@ -134,7 +136,7 @@ def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> 
         arguments = TrainingArguments(
             output_dir=tempfile.gettempdir(),  # must exist; nothing is written
             learning_rate=settings.learning_rate,
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps or -1,  # transformers' word for none
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             activation_checkpointing=settings.gradient_checkpointing,

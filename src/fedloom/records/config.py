@@ -7,7 +7,7 @@ nowhere else: `fedloom init`, `--set` and every error message read them from the
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -46,6 +46,32 @@ _NEEDED = {
     "natural": (("data", "id_column"),),
 }
 """Partitioner → the settings that it cannot do without."""
+_STEPS = ("max_steps", "num_train_epochs")
+"""Settings of which one says how long a client trains in a round."""
+
+
+def _check_steps(config: Config) -> None:
+    """Raises ValueError where both of the two are set, or none."""
+    tables: dict[str, TrainingSettings | ClientSettings] = {"training": config.training}
+    for place, table in (tables | {f"clients.{name}": own for name, own in config.clients.items()}).items():
+        steps, epochs = (f"{place}.{key}" for key in _STEPS)
+        if table.max_steps is not None and table.num_train_epochs is not None:
+            raise ValueError(f"{steps} and {epochs} are both set; give one of them (--set {steps}=null unsets a key)")
+    if config.training.max_steps is None and config.training.num_train_epochs is None:
+        raise ValueError("training.max_steps is missing: give it, or training.num_train_epochs")
+
+
+def _check_validation(config: Config) -> None:
+    """Raises ValueError where a run shall be judged on a validation split that there is not, or that is not scored."""
+    federation = config.federation
+    if not federation.validates:
+        return
+    early = federation.early_stopping_patience is not None
+    asking = f"federation.{'early_stopping_patience' if early else 'load_best_model_at_end'}"
+    if config.data.validation is None:
+        raise ValueError(f"data.validation is missing: {asking} needs a split to choose on that no score is taken on")
+    if not federation.eval_every:
+        raise ValueError(f"federation.eval_every is 0: {asking} needs evaluations on the way; set it to 1 or more")
 
 
 class Config(Section):
@@ -65,8 +91,19 @@ class Config(Section):
 
     def lora_of(self, client: str) -> LoraSettings:
         """The adapter settings of one client: [lora] with what [clients.<name>] sets over it."""
-        own = self.clients.get(client, ClientSettings())
-        return self.lora.model_copy(update=own.model_dump(exclude_none=True))
+        return self.lora.model_copy(update=self._own(client, LoraSettings))
+
+    def training_of(self, client: str) -> TrainingSettings:
+        """The training settings of one client: [training] with what [clients.<name>] sets over it."""
+        own = self._own(client, TrainingSettings)
+        # One of the two in place of the other, whichever [training] has.
+        unset = dict.fromkeys(_STEPS) if own.keys() & set(_STEPS) else {}
+        return self.training.model_copy(update={**unset, **own})
+
+    def _own(self, client: str, section: type[Section]) -> dict[str, Any]:
+        """What [clients.<name>] says of the keys of a section."""
+        own = self.clients.get(client, ClientSettings()).model_dump(exclude_none=True)
+        return {key: value for key, value in own.items() if key in section.model_fields}
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:
@@ -87,4 +124,6 @@ class Config(Section):
             )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
+        _check_steps(self)
+        _check_validation(self)
         return self

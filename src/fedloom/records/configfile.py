@@ -150,7 +150,8 @@ def settings_template() -> str:
             parts += ["# " + line for line in textwrap.wrap(field.description or "", 100)]
             parts.append(_line(key, field))
     parts.append(
-        "\n# What one client has otherwise than [lora] says:\n# [clients.NAME]\n# r = 8\n# lora_alpha = 16.0\n"
+        "\n# What one client has otherwise than [lora] and [training] say:\n# [clients.NAME]\n# r = 8\n"
+        "# lora_alpha = 16.0\n# learning_rate = 0.0001\n"
     )
     return "\n".join(parts)
 

@@ -105,6 +105,28 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Validation:
+    """The global model on one domain's validation examples, on which a round is chosen; no score of the run."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["validation"] = field(default="validation", kw_only=True)
+    round: int
+    domain: str
+    exact_match: Number
+    loss: Number
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the validation split decided: the round in which the run ended, and the round whose model it leaves."""
+
+    __pydantic_config__ = _FORBID
+    row: Literal["choice"] = field(default="choice", kw_only=True)
+    round: int
+    exported: int
+
+
+@dataclass(frozen=True, slots=True)
 class Aggregation:
     """The server's part of a round, with the method's own numbers."""
 
@@ -142,7 +164,7 @@ class Note:
     text: str
 
 
-Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Aggregation | Roll | Note
+Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice
 _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 
 

@@ -33,6 +33,10 @@ TargetModules: TypeAlias = (
 )
 Ranks: TypeAlias = Annotated[dict[Pattern, Rank], Field(max_length=MOST_PATTERNS)]
 Alphas: TypeAlias = Annotated[dict[Pattern, Alpha], Field(max_length=MOST_PATTERNS)]
+Rate: TypeAlias = Annotated[float, Field(gt=0)]
+Steps: TypeAlias = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Epochs: TypeAlias = Annotated[float, Field(gt=0, le=1000)]
+Batch: TypeAlias = Annotated[int, Field(ge=1, le=2**16)]
 Examples: TypeAlias = Annotated[dict[Name, Annotated[int, Field(ge=1, le=MOST_COUNT)]], Field(max_length=MOST_CLIENTS)]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.records.ledger import Aggregation, Choice, Evaluation, Note, Row, RunRow, Totals, Training, totals
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -41,7 +41,8 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
+    """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order. `exported` is
+    the round whose model the run leaves, where it was chosen on the validation split; then the last point is its too.
 
     `training` holds the mean training loss of every round that had turns, with the bytes sent by then. `examples`
     counts the held-out examples of an evaluation, 0 where the ledger does not say. `train_seconds` and
@@ -57,6 +58,7 @@ class Report:
     server_seconds: float = 0.0
     training: tuple[Point, ...] = ()
     examples: int = 0
+    exported: int | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -105,6 +107,9 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     run = next((row for row in rows if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
+    choice = next((row for row in reversed(rows) if isinstance(row, Choice)), None)
+    if choice is not None:  # it may have stopped early
+        run = replace(run, num_rounds=choice.round)
     sums = totals(rows)
     rounds = range(max([0, *sums.by_round, *(row.round for row in rows if isinstance(row, Evaluation | Training))]) + 1)
     sent = list(accumulate(sum(sums.by_round.get(round, (0, 0))) for round in rounds))
@@ -132,6 +137,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
             for round, found in sorted(trained.items())
         ),
         examples=sum(row.examples for row in last.values()),
+        exported=None if choice is None else choice.exported,
     )
 
 

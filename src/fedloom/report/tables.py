@@ -27,7 +27,14 @@ _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 
 def closing_tables(report: Report) -> RenderableType:
     """Score of each domain before and after; bytes of each client by turn and in all; the ratio to dense FedIT."""
-    return Group(score_table(report), "", traffic_table(report), "", cost_sentence(report), "")
+    return Group(score_table(report), "", traffic_table(report), "", *_choice(report), cost_sentence(report), "")
+
+
+def _choice(report: Report) -> list[str]:
+    """Which round's model the run leaves, where that was chosen."""
+    if report.exported is None:
+        return []
+    return [f"Ended after round {report.run.num_rounds}; adapter/ is the model after round {report.exported}."]
 
 
 def traffic_table(report: Report) -> Table:

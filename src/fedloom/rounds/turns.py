@@ -46,8 +46,9 @@ class Train(Protocol):
 class Task:
     """What a run asks of a client's training, beside state, round and seed. What is not known is left out.
 
-    ranks and alphas: of the modules that the client trains. steps: of the optimiser, in a round. num_rounds: 0 where
-    that is not known. `interrupt` is to be called before every forward pass, and may end the training by raising.
+    ranks and alphas: of the modules that the client trains. steps: of the optimiser, in a round; epochs: passes over
+    the client's examples, in place of steps. num_rounds: 0 where that is not known. `interrupt` is to be called before
+    every forward pass, and may end the training by raising.
     """
 
     method: Method | None = None
@@ -56,6 +57,7 @@ class Task:
     alphas: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     steps: int = 0
+    epochs: float = 0.0
     interrupt: Callable[[], None] | None = None
 
 

@@ -23,15 +23,17 @@ from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import Aggregation, Evaluation, Training
+from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
+from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.export import finish_run
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.milestones import save_milestone
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,13 @@ class Rounds:
         self.server: State = start(setup.job, setup.initial)
         self.archive = Archive()
         self.round = 0
+        self.course = Course(setup.config.federation)
+        self.best: State | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last round was played, or the run has been stopped."""
+        return self.round >= self.setup.config.federation.num_rounds or self.course.is_over
 
     def play(self, resume: bool) -> RunSummary:
         """All rounds that are left, then the exports and the report."""
@@ -112,10 +121,12 @@ class Rounds:
         )
         if snapshot is None:
             self.begin()
-        while self.round < config.federation.num_rounds:
+        while not self.is_over:
             self.round += 1
             self.play_round(self.round)
-            if self.round == config.federation.num_rounds:
+            save_milestone(self.setup, self.folder.path, self.server, self.round)
+            if self.is_over:
+                choose_model(self)
                 self.sites.deliver(self)
             self.save()
         summary = finish_run(self.setup, self.folder, self.server, time.perf_counter() - began)
@@ -203,6 +214,8 @@ class Rounds:
         found = {domain: evaluation_row(round, domain, score) for domain, score in scores.items()}
         for row in found.values():
             self.folder.ledger.append(row)
+        if self.setup.config.federation.validates:
+            validate(self, round)
         return found
 
     def save(self) -> None:
@@ -216,6 +229,7 @@ class Rounds:
                     archive=self.archive.payloads,
                     ledger_rows=rows,
                     fingerprint=self.setup.fingerprint,
+                    best=self.best,
                 )
             )
         )
@@ -223,7 +237,8 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive = Archive(snapshot.archive)
+        self.archive, self.best = Archive(snapshot.archive), snapshot.best
+        self.course.take(read_rows(self.folder.ledger.path))
         self.sites.restore(self, snapshot)
 
 

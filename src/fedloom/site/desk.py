@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
@@ -35,6 +34,7 @@ from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (
+    check_epochs,
     check_job,
     check_may_leave,
     check_room,
@@ -49,7 +49,7 @@ from fedloom.site.protocol import Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
-from fedloom.workspace.export import export_adapter
+from fedloom.workspace.export import export_adapter, write_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
@@ -156,8 +156,12 @@ class Desk:
         def ordered(state: State, round: int, seed: int) -> Trained:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
-            return step(state, round, seed)
+            trained = step(state, round, seed)
+            # The steps of an epoch tell how many examples there are.
+            return replace(trained, steps=0) if hidden else trained
 
+        epochs = place.setup.config.training_of(self.site.name).num_train_epochs
+        hidden = policy.declared_examples is not None and epochs is not None
         if self.own_trainer is None:
             step = place.setup.train(self.site.name, limit_time(policy))
         else:
@@ -181,8 +185,9 @@ class Desk:
         adapter, _ = export_adapter(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
-        settings = place.setup.sites[self.site.name].adapter.settings
-        save_adapter(adapter, self.site.model, settings, place.store.folder / "adapter")
+        write_adapter(
+            adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
+        )
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
@@ -214,6 +219,8 @@ class Desk:
             self.release()
             place, held = self.load_place(asked, config), None
             self.place = place
+        else:
+            check_epochs(self.site.policy, config, self.site.name, self.count_steps(place.setup), asked.round)
         self.held = held = held or place.store.load() or initial_record(self.site.name, place)
         return place, held
 
@@ -223,16 +230,25 @@ class Desk:
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
         setup = self.assembled(config)
-        examples, draws = len(setup.sites[self.site.name].data), count_drawn(setup.config.training)
+        examples = len(setup.sites[self.site.name].data)
+        draws = count_drawn(setup.config.training_of(self.site.name).for_examples(examples))
         if self.own_trainer is not None:
-            self.own_trainer.for_task(setup.task(self.site.name))  # what does not go together is said before a round
-            examples = self.own_trainer.num_examples
-            draws = self.own_trainer.count_drawn(setup.config.training.max_steps)
+            task = setup.task(self.site.name)
+            self.own_trainer.for_task(task)  # what does not go together is said before a round
+            examples, draws = self.own_trainer.num_examples, self.own_trainer.count_drawn(task)
+        check_epochs(self.site.policy, config, self.site.name, self.count_steps(setup), asked.round)
         check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         return Place(asked.job, asked.settings, setup, Store(Path(self.site.state) / "jobs" / asked.job, seal))
+
+    def count_steps(self, setup: Setup) -> int:
+        """Optimiser steps of a round here."""
+        if self.own_trainer is not None:
+            return self.own_trainer.count_steps(setup.task(self.site.name))
+        examples = len(setup.sites[self.site.name].data)
+        return setup.config.training_of(self.site.name).for_examples(examples).steps
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""

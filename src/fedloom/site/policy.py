@@ -2,6 +2,7 @@
 
     check_method   first of all: a method may be code of another package
     check_settings before a model is loaded: method, modules, ranks, steps, batch, lengths, optimiser, learning rates
+    check_epochs   once the examples are loaded: steps and learning rates, where the settings say epochs
     check_job      before anything is kept: the modules that there are, examples, what an update would rest on
     check_left     before training: bytes and ε that are left
     limit_time     while training: the time that it takes
@@ -42,35 +43,51 @@ REFUSED = "refused by the site's policy"
 
 
 def check_settings(policy: Policy, config: Config, site: str, round: int) -> None:
-    """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it."""
-    training = config.training
+    """Raises PolicyRefusal where the settings of a job ask for more than this site gives, in this round of it.
+
+    What follows from num_train_epochs and the site's own examples is not known yet: see `check_epochs`.
+    """
+    training = config.training_of(site)
     check_method_allowed(policy, config.method.name)
     if policy.optimizers is not None:
         _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
     _check_targets(policy, config.lora_of(site))
-    rates = _rates(config, round)
-    for asked, value, key, least, most in (
+    batch, length = training.per_device_train_batch_size, config.data.max_length
+    _check_ranges(
         ("a rank", max(_ranks(config)), "max_rank", None, policy.max_rank),
-        ("training.max_steps", training.max_steps, "max_steps", None, policy.max_steps),
-        ("per_device_train_batch_size", training.per_device_train_batch_size, "max_batch", None, policy.max_batch),
-        ("data.max_length", config.data.max_length, "min_length", policy.min_length, None),
-        ("data.max_length", config.data.max_length, "max_length", None, policy.max_length),
+        ("per_device_train_batch_size", batch, "max_batch", None, policy.max_batch),
+        ("data.max_length", length, "min_length", policy.min_length, None),
+        ("data.max_length", length, "max_length", None, policy.max_length),
+    )
+    if training.num_train_epochs is None:
+        check_steps(policy, config, training, round)
+
+
+def check_steps(policy: Policy, config: Config, training: TrainingSettings, round: int) -> None:
+    """Raises PolicyRefusal where a site with these training settings takes more steps in a round than it gives, or at
+    learning rates that it does not allow. `training` is the site's own, with its steps counted.
+    """
+    rates, least = _rates(training, config.federation.num_rounds, round), policy.min_examples_update
+    _check_ranges(
+        ("training.max_steps", training.steps, "max_steps", None, policy.max_steps),
         ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
         ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
-        (
-            "batch · accumulation · steps",
-            count_drawn(training),
-            "min_examples_update",
-            policy.min_examples_update,
-            None,
-        ),
-    ):
-        if (least is not None and value < least) or (most is not None and value > most):
-            limit = least if most is None else most
-            raise PolicyRefusal(
-                f"{asked} is {value:g}; policy.{key} is {limit:g}",
-                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
-            )
+        ("batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None),
+    )
+
+
+def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: int) -> None:
+    """`check_steps` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
+    nothing: it is told no more than that there was a reason. Does nothing where the settings give the steps.
+    """
+    training = config.training_of(site)
+    if training.num_train_epochs is None:
+        return
+    counted = training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
+    try:
+        check_steps(policy, config, counted, round)
+    except PolicyRefusal as refusal:
+        raise PolicyRefusal(f"num_train_epochs = {training.num_train_epochs:g} here: {refusal}") from None
 
 
 def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int, draws: int) -> None:
@@ -143,7 +160,7 @@ def limit_time(policy: Policy) -> Callable[[], None]:
 
 def count_drawn(training: TrainingSettings) -> int:
     """The number of examples that training draws in a round."""
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.max_steps
+    return training.batch * training.steps
 
 
 def check_may_leave(
@@ -235,11 +252,21 @@ def _ranks(config: Config) -> Iterator[int]:
         yield from (table.rank_pattern or {}).values()
 
 
-def _rates(config: Config, round: int) -> tuple[float, float]:
+def _check_ranges(*limits: tuple[str, float, str, float | None, float | None]) -> None:
+    """Raises PolicyRefusal for the first value outside its limits: (what is asked, value, key, least, most)."""
+    for asked, value, key, least, most in limits:
+        if (least is not None and value < least) or (most is not None and value > most):
+            limit = least if most is None else most
+            raise PolicyRefusal(
+                f"{asked} is {value:g}; policy.{key} is {limit:g}",
+                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
+            )
+
+
+def _rates(training: TrainingSettings, rounds: int, round: int) -> tuple[float, float]:
     """The learning rates of a round's first step and of its last; those between lie between."""
-    rounds, steps = config.federation.num_rounds, config.training.max_steps
     place = min(max(round, 1), rounds)
-    first, last = (rate_at(config.training, place, rounds, step) for step in (0, steps - 1))
+    first, last = (rate_at(training, place, rounds, step) for step in (0, training.steps - 1))
     return first, last
 
 

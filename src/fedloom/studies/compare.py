@@ -140,9 +140,10 @@ def _toml(value: Sequence[str]) -> str:
 
 def _pooled(config: Config) -> dict[str, list[str]]:
     """One client that holds everything and takes as many steps as all clients together."""
-    steps = config.training.max_steps * len(client_names(config))
     split = ["data.partitioner=iid", "federation.num_clients=1", "federation.participants=null"]
-    return {"pooled": ["method.name=fedit", *split, f"training.max_steps={steps}"]}
+    if config.training.max_steps is not None:  # epochs over all examples are as many steps by themselves
+        split.append(f"training.max_steps={config.training.max_steps * len(client_names(config))}")
+    return {"pooled": ["method.name=fedit", *split]}
 
 
 def client_names(config: Config) -> list[str]:

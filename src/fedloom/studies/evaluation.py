@@ -19,7 +19,7 @@ from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Evaluation
 from fedloom.report.numbers import values_of
 from fedloom.studies.compare import apply_overrides
-from fedloom.workspace.assemble import set_threads, tokenize_heldout
+from fedloom.workspace.assemble import set_threads, tokenize_split
 from fedloom.workspace.data import heldout_examples
 
 
@@ -109,7 +109,7 @@ def evaluate_target(
         raise ConfigError("there is nothing to score on: name held-out data (data.heldout), or tasks of the harness")
     settings = config.model
     model, tokenizer = load_base(target.model, settings.dtype, settings.quantization, settings.device)
-    scorer = build_scorer(tokenize_heldout(heldout, tokenizer, config.data), tokenizer, config.evaluation)
+    scorer = build_scorer(tokenize_split("held-out", heldout, tokenizer, config.data), tokenizer, config.evaluation)
     if target.adapter is not None:
         _check_weights(target.adapter)
         with raise_in_one_line(ModelError, f"{target.adapter} does not fit {target.model}"), quiet_transformers():

@@ -53,7 +53,9 @@ def hide_heldout(config: Config) -> Config:
         raise ConfigError("data.validation is missing: a setting is chosen on a split that no score is taken on")
     if data.validation == data.heldout:
         raise ConfigError(f"data.validation and data.heldout are both {data.heldout!r}: choosing on it would leak")
-    return config.model_copy(update={"data": data.model_copy(update={"heldout": data.validation, "validation": None})})
+    # A run that stops by the validation split does so in a search too.
+    kept = data.validation if config.federation.validates else None
+    return config.model_copy(update={"data": data.model_copy(update={"heldout": data.validation, "validation": kept})})
 
 
 def plan_search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
-from fedloom.model.evaluate import Scores
+from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.placement import Adapter, linear_modules
@@ -36,7 +36,13 @@ from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
-from fedloom.workspace.data import check_unseen, client_examples, describe_examples, heldout_examples
+from fedloom.workspace.data import (
+    check_unseen,
+    client_examples,
+    describe_examples,
+    heldout_examples,
+    validation_examples,
+)
 from fedloom.workspace.plan import choose_method, plan_job, values_of
 
 if TYPE_CHECKING:
@@ -46,7 +52,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on.
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on, `validation` to those
+    that a round is chosen on.
 
     notes: what was said while the data were read.
     """
@@ -62,11 +69,13 @@ class Setup:
     fingerprint: str
     notes: tuple[str, ...] = ()
     scorer: Scorer = Scorer()
+    validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
         held = {f"client {name}": site.data for name, site in self.sites.items()}
         held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
+        held |= {f"validation set {name}": data for name, data in self.validation.items()}
         limit = self.config.data.max_length
         cut = [
             f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
@@ -76,7 +85,9 @@ class Setup:
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*self.notes, *(note for note in (other, advice) if note), *cut]
+        both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
+        leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
+        return [*self.notes, *(note for note in (other, advice, both and leak) if note), *cut]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -104,7 +115,7 @@ class Setup:
                 trained,
                 fixed,
                 site.data,
-                self.config.training,
+                self.config.training_of(client),
                 round=round,
                 num_rounds=self.config.federation.num_rounds,
                 seed=seed,
@@ -119,23 +130,32 @@ class Setup:
 
     def task(self, client: str, interrupt: Callable[[], None] | None = None) -> Task:
         """What a training step of the client's own has to know; `interrupt` as for `train`."""
-        adapter = self.sites[client].adapter
+        adapter, training = self.sites[client].adapter, self.config.training_of(client)
         return Task(
             method=self.job.method,
             num_rounds=self.config.federation.num_rounds,
             ranks=adapter.ranks,
             alphas={module: placed.alpha for module, placed in adapter.modules.items()},
             use_rslora=adapter.lora.use_rslora,
-            steps=self.config.training.max_steps,
+            steps=training.max_steps or 0,
+            epochs=training.num_train_epochs or 0.0,
             interrupt=interrupt,
         )
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
+        return self.scorer.score(self._model_of(state))
+
+    def validate(self, state: State) -> dict[str, Scores]:
+        """The same on every domain's validation examples; exact match and loss alone."""
+        model, size = self._model_of(state), self.config.evaluation.batch_size
+        return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
+
+    def _model_of(self, state: State) -> PeftModel:
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
-        return self.scorer.score(self.model)
+        return self.model
 
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
@@ -145,7 +165,8 @@ def load_setup(config: Config, method: Method | None = None) -> Setup:
     texts, manifest = client_examples(config, notes.append)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return build_setup(config, texts, heldout_examples(config.data, notes.append), manifest, method, notes)
+    heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
+    return build_setup(config, texts, heldout, manifest, method, notes, validation=validation)
 
 
 def build_setup(
@@ -155,6 +176,8 @@ def build_setup(
     manifest: Manifest | None = None,
     method: Method | None = None,
     notes: Sequence[str] = (),
+    *,
+    validation: Mapping[str, Sequence[Example]] | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used.
 
@@ -172,7 +195,7 @@ def build_setup(
         else TokenizedExamples((), 0)
         for name, held in texts.items()
     }
-    scored = tokenize_heldout(heldout, tokenizer, data)
+    scored = tokenize_split("held-out", heldout, tokenizer, data)
     return Setup(
         config=config,
         job=plan.job,
@@ -185,6 +208,7 @@ def build_setup(
         fingerprint=fingerprint(config, texts),
         notes=notes,
         scorer=build_scorer(scored, tokenizer, config.evaluation),
+        validation=tokenize_split("validation", validation or {}, tokenizer, data),
     )
 
 
@@ -232,13 +256,13 @@ def check_clients_exist(
             raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
 
 
-def tokenize_heldout(
-    heldout: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, data: DataSettings
+def tokenize_split(
+    split: str, sets: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> dict[str, TokenizedExamples]:
-    """Domain → its examples in tokens."""
+    """Domain → its examples in tokens. `split` is for errors."""
     return {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
-        for domain, held in heldout.items()
+        domain: tokenize(held, tokenizer, data.template, data.max_length, f"{split} set {domain!r}")
+        for domain, held in sets.items()
     }
 
 

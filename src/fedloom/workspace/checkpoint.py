@@ -29,6 +29,8 @@ KEEP = 2
 _FORMAT = "fedloom-checkpoint-4"
 SERVER = "server"
 """The name of the server's state in a checkpoint."""
+BEST = "best"
+"""The name of the best round's state."""
 CLIENT = "client/"
 """Before a client's name: no client can take the server's place."""
 
@@ -48,7 +50,8 @@ class KnownSite:
 class Snapshot:
     """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
 
-    clients: the states of clients in this process; known: what is known of sites elsewhere.
+    clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
+    after the round with the best score on the validation split, where the run shall end with it.
     """
 
     round: int
@@ -58,6 +61,7 @@ class Snapshot:
     ledger_rows: int = 0
     fingerprint: str = ""
     known: Mapping[str, KnownSite] = field(default_factory=dict)
+    best: State | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,11 +75,14 @@ class Contents:
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
+    best = {} if snapshot.best is None else {BEST: snapshot.best}
     return save_contents(
         folder,
         snapshot.round,
         Contents(
-            states={SERVER: snapshot.server} | {CLIENT + name: state for name, state in snapshot.clients.items()},
+            states={SERVER: snapshot.server}
+            | best
+            | {CLIENT + name: state for name, state in snapshot.clients.items()},
             blobs={str(version): payload for version, payload in snapshot.archive.items()},
             facts={
                 "round": snapshot.round,
@@ -93,11 +100,12 @@ def load_checkpoint(path: Path) -> Snapshot:
     return Snapshot(
         round=held.facts["round"],
         server=held.states[SERVER],
-        clients={name.removeprefix(CLIENT): held.states[name] for name in held.states if name != SERVER},
+        clients={name.removeprefix(CLIENT): state for name, state in held.states.items() if name.startswith(CLIENT)},
         archive={int(version): payload for version, payload in held.blobs.items()},
         ledger_rows=held.facts["ledger_rows"],
         fingerprint=held.facts["fingerprint"],
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
+        best=held.states.get(BEST),
     )
 
 

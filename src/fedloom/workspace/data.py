@@ -33,16 +33,25 @@ def client_examples(config: Config, tell: Tell = ignore) -> tuple[dict[str, list
 
 
 def heldout_examples(settings: DataSettings, tell: Tell = ignore) -> dict[str, list[Example]]:
-    """Domain → examples to score. The setting names a split beside the training data, or files of their own."""
+    """Domain → examples to score."""
+    return _split_examples(settings, settings.heldout, tell)
+
+
+def validation_examples(config: Config, tell: Tell = ignore) -> dict[str, list[Example]]:
+    """Domain → examples to choose a round on; none where no setting asks for that."""
+    return _split_examples(config.data, config.data.validation, tell) if config.federation.validates else {}
+
+
+def _split_examples(settings: DataSettings, name: str | None, tell: Tell) -> dict[str, list[Example]]:
+    """Domain → examples of a split beside the training data, or of files of their own."""
     return {
         domain: load_examples(source, split, settings, tell)
-        for domain, (source, split) in _heldout_sources(settings).items()
+        for domain, (source, split) in _split_sources(settings, name).items()
     }
 
 
-def _heldout_sources(settings: DataSettings) -> dict[str, tuple[Path | str, str]]:
+def _split_sources(settings: DataSettings, name: str | None) -> dict[str, tuple[Path | str, str]]:
     """Domain → source and split."""
-    name = settings.heldout
     if name is None:
         return {}
     if "{client}" in name or Path(name).is_absolute() or Path(name).exists():
@@ -54,7 +63,7 @@ def check_unseen(settings: DataSettings) -> None:
     """Raises ConfigError where a file is both trained on and scored on."""
     sources = (client_sources if settings.partitioner == "files" else sources_by_client)(settings.source)
     trained = {file.resolve() for source in sources.values() for file in locate_files(source)}
-    for source, split in _heldout_sources(settings).values():
+    for source, split in _split_sources(settings, settings.heldout).values():
         for file in locate_files(source, split):
             if file.resolve() in trained:
                 raise ConfigError(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
+from fedloom.adapters.merge.companions import copy_tokenizer
 from fedloom.adapters.settings import save_adapter
+from fedloom.errors import ModelError
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
+from fedloom.model.base import base_folder, weights_digest
+from fedloom.model.placement import Adapter
 from fedloom.records.events import RunSummary
 from fedloom.report import Report, write_report
+from fedloom.report.card import CardFacts, model_card
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
 
@@ -15,13 +23,14 @@ from fedloom.workspace.folder import RunFolder
 def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
     """Write adapter/, curve.png and report.html into the run folder."""
     state, lost = export_adapter(server, setup.config.output.max_rank)
-    save_adapter(state, setup.config.model.path, setup.adapter.settings, folder.path / "adapter")
+    write_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
     folder.ledger.sync()
     report = write_report(folder.path)
+    write_companions(setup, folder, state, report)
     return RunSummary(
         out=folder.path,
         method=setup.job.method.name,
-        num_rounds=setup.config.federation.num_rounds,
+        num_rounds=report.run.num_rounds,
         before=scores_at(report, 0),
         after=scores_at(report, -1),
         bytes_up=report.totals.bytes_up,
@@ -29,6 +38,24 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -
         seconds=seconds,
         lost_energy=lost,
     )
+
+
+def write_adapter(state: LoraState, base: str, adapter: Adapter, out: Path) -> None:
+    """An adapter folder that says on which base model it was trained, by name and by the digest of its weights."""
+    save_adapter(state, base, adapter.settings, out, base_digest=weights_digest(base))
+
+
+def write_companions(setup: Setup, folder: RunFolder, state: LoraState, report: Report) -> None:
+    """What adapter/ holds beside the adapter: the base model's tokenizer, and a model card."""
+    out, base = folder.path / "adapter", setup.config.model.path
+    with suppress(ModelError):  # the base is no longer there: a run that is over shall not fail for it
+        copy_tokenizer(base_folder(base), out)
+    facts = CardFacts(
+        rank=max(state.ranks().values(), default=0),
+        examples=tuple(folder.ledger.examples.values()),
+        digest=weights_digest(base),
+    )
+    (out / "README.md").write_text(model_card(report, setup.config, facts), encoding="utf-8")
 
 
 def scores_at(report: Report, at: int) -> dict[str, float]:

@@ -7,7 +7,8 @@ out/
   metrics.prom     rounds, bytes, failures after each round, for Prometheus
   checkpoints/     all that is needed to go on
   payloads/        the bytes themselves, if output.keep_payloads
-  adapter/         the result, as a PEFT adapter
+  adapters/        the model after some of the rounds, if output.save_every
+  adapter/         the result, as a PEFT adapter, with the base model's tokenizer and a model card
   curve.png        score against rounds and against bytes
   report.html      the same and the tables, in one file
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from fedloom.adapters.base_identity import check_same_base
 from fedloom.adapters.folder import load_adapter
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
@@ -13,6 +14,7 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
 from fedloom.methods.table import build
+from fedloom.model.base import weights_digest
 from fedloom.model.placement import Adapter, LinearModule, place_adapter
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.quantities import parse_budget
@@ -110,6 +112,9 @@ def first_adapter(config: Config, shapes: Mapping[str, tuple[int, int]], ranks: 
     if config.model.adapter is None:
         return initial_state(shapes, ranks, derived_seed(config.federation.seed, "start"))
     state, folder = load_adapter(config.model.adapter)
+    if not config.model.any_base:
+        here = weights_digest(config.model.path)
+        check_same_base([folder], here, config.model.path, "model.any_base = true")
     for module in sorted({*shapes, *state}):
         wanted = (shapes[module], ranks[module]) if module in shapes else None
         found = (state[module].shape, state[module].rank) if module in state else None

@@ -9,11 +9,16 @@ from pathlib import Path
 
 from fedloom.errors import ModelError
 
-COPIED = (
-    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
-    *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+    *("chat_template.json", "chat_template.jinja"),
+)
+"""What makes a tokenizer and its chat template."""
+COPIED = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *TOKENIZER,
+    *("preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """What transformers reads beside weights, and what a licence asks to hand on. Code of auto_map is not among them."""
@@ -40,6 +45,13 @@ def copy_companions(folder: Path, out: Path, shards: Collection[str]) -> tuple[s
             )
         shutil.copyfile(file, out / file.name)
     return tuple(left_out)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the files of a model folder that make its tokenizer; a link to elsewhere is left out."""
+    for name in TOKENIZER:
+        if (folder / name).is_file() and _belongs((folder / name).resolve(), folder.resolve()):
+            shutil.copyfile(folder / name, out / name)
 
 
 def _belongs(target: Path, folder: Path) -> bool:

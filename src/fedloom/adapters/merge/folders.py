@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedloom.adapters.base_identity import check_one_base, common_digest, metadata_of
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge.combine import Costs, Recipe, combine_module
 from fedloom.adapters.settings import WEIGHTS_FILE, AdapterSettings, Layout, write_config
@@ -60,8 +61,10 @@ class Inputs:
         return [(a, p) for a, p in zip(self.adapters, self.shares, strict=True) if module in a.layouts]
 
 
-def open_folders(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inputs:
+def open_folders(folders: Sequence[Path], weights: Sequence[float] = (), *, any_base: bool = False) -> Inputs:
     """Open the folders; weights are numbers of examples or any other sizes, equal if left out.
+
+    any_base: also adapters that say of themselves that they were trained on base models of different weights.
 
     Raises ConfigError for wrong weights, ModelError for folders that are damaged, cannot be merged, or do not belong
     to one base model.
@@ -71,6 +74,8 @@ def open_folders(folders: Sequence[Path], weights: Sequence[float] = ()) -> Inpu
     if weights and (len(weights) != len(folders) or not all(w > 0 and isfinite(w) for w in weights)):
         raise ConfigError(f"--weights {list(weights)}: expected {len(folders)} numbers above 0, one an adapter")
     adapters = tuple(AdapterFolder(folder) for folder in folders)
+    if not any_base:
+        check_one_base(adapters, "--any-base (any_base=True)")
     sizes = list(weights) or [1.0] * len(adapters)
     shares = tuple(size / sum(sizes) for size in sizes)
     return Inputs(adapters, shares, _layouts(adapters), _whole(adapters))
@@ -83,7 +88,8 @@ def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Merg
     """
     names = [name for module, layout in inputs.layouts.items() for name in layout.names(module)]
     ranks = {}
-    with TensorFile(folder / WEIGHTS_FILE, [*names, *inputs.whole]) as file:
+    metadata = metadata_of(common_digest(inputs.adapters))
+    with TensorFile(folder / WEIGHTS_FILE, [*names, *inputs.whole], metadata) as file:
         for row, pair in _combined(inputs, recipe):
             layout = inputs.layouts[row.module]
             for name, tensor in zip(layout.names(row.module), layout.stored_factors(pair), strict=True):

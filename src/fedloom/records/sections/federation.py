@@ -72,6 +72,28 @@ class FederationSettings(Section):
     eval_every: int = Field(
         1, ge=0, le=MOST_COUNT, description="Rounds between evaluations; 0 evaluates at the start and end only."
     )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_COUNT,
+        description="Evaluations in a row without a better score on data.validation after which the run ends; "
+        "otherwise it plays all rounds.",
+        examples=[3],
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="A score is better by more than this only.")
+    metric_for_best_model: Literal["loss", "exact_match"] = Field(
+        "loss", description="Score on data.validation that stops a run and finds its best round; mean over domains."
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="End with the model of the round with the best score on data.validation: all clients receive it, "
+        "and adapter/ is it.",
+    )
+
+    @property
+    def validates(self) -> bool:
+        """Whether the validation split is scored at all: that takes time."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
 
     def clients_per_round(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from fedloom.records.quantities import Alpha, Alphas, Name, Probability, Rank, Ranks, TargetModules, Text
+from fedloom.records.quantities import (
+    Alpha,
+    Alphas,
+    Batch,
+    Epochs,
+    Name,
+    Probability,
+    Rank,
+    Ranks,
+    Rate,
+    Steps,
+    TargetModules,
+    Text,
+)
 from fedloom.records.sections.section import Section
+
+
+def _refuse_float16(value: object) -> object:
+    """Say why there is no float16: it is what many checkpoints are stored in, and is tried first."""
+    if value in ("float16", "fp16"):
+        raise ValueError(
+            "expected 'bfloat16', which is as small (in float16 gradients vanish without loss scaling, which leaves "
+            "out steps by chance), or 'float32'"
+        )
+    return value
 
 
 class ModelSettings(Section):
@@ -17,8 +40,13 @@ class ModelSettings(Section):
     adapter: Text | None = Field(
         None, description="PEFT adapter folder to go on from, instead of a fresh adapter.", examples=["./adapter"]
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the base weights.")
-    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="Base weights in 8 or 4 bits (GPU).")
+    any_base: bool = Field(False, description="Take model.adapter even if it was trained on another base model.")
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_refuse_float16)] = Field(
+        "float32", description="Type of the base weights."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="Base weights in 8 or 4 bits, with the extra `quantized`."
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -44,7 +72,7 @@ class LoraSettings(Section):
 
 
 class ClientSettings(Section):
-    """What one client has otherwise than [lora] says."""
+    """What one client has otherwise than [lora] and [training] say."""
 
     r: Rank | None = None
     lora_alpha: Alpha | None = None
@@ -53,3 +81,12 @@ class ClientSettings(Section):
     use_rslora: bool | None = None
     rank_pattern: Ranks | None = None
     alpha_pattern: Alphas | None = None
+    learning_rate: Rate | None = None
+    max_steps: Steps | None = None
+    num_train_epochs: Epochs | None = None
+    per_device_train_batch_size: Batch | None = None
+    gradient_accumulation_steps: Batch | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from fedloom.records.quantities import MOST_COUNT
 from fedloom.records.sections.section import Section
 
 
@@ -14,6 +15,12 @@ class OutputSettings(Section):
         None, description="Run folder; otherwise runs/<name of this file>.", examples=["runs/first-try"]
     )
     keep_payloads: bool = Field(False, description="Keep every payload, for `fedloom inspect`.")
+    save_every: int = Field(
+        0, ge=0, le=MOST_COUNT, description="Rounds between adapters saved in adapters/ on the way; 0 for none."
+    )
+    save_total_limit: int | None = Field(
+        None, ge=1, le=MOST_COUNT, description="So many of them are kept, the newest; otherwise all.", examples=[3]
+    )
     max_rank: int | None = Field(
         None, ge=1, description="Rank of the exported adapter, at most; the energy lost is reported.", examples=[64]
     )
