@@ -19,9 +19,11 @@ from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
+from fedloom.model.limits import limits_of
+from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
-from fedloom.model.tokens import TokenizedExamples, tokenize
+from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
@@ -35,6 +37,7 @@ from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.plan import choose_method, plan_job, values_of
+from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_heldout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,18 +59,12 @@ class Setup:
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
-        held = {f"client {name}": site.data for name, site in self.sites.items()}
-        held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
-        limit = self.config.data.max_length
-        cut = [
-            f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
-            for name, data in held.items()
-            if data.cut or data.dropped
-        ]
+        held = {name: site.data for name, site in self.sites.items()}
+        notes = rendering_notes(held, self.heldout, self.config.data.max_length)
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*(note for note in (other, advice) if note), *cut]
+        return [*(note for note in (other, advice) if note), *notes]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -149,17 +146,11 @@ def build_setup(
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
     plan = plan_job(linear_modules(base), config, texts, method)
-    data = config.data
-    tokens = {
-        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
-        if held
-        else TokenizedExamples((), 0)
-        for name, held in texts.items()
-    }
-    scored = {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
-        for domain, held in heldout.items()
-    }
+    limits = limits_of(base)
+    tokens = tokenize_clients(texts, config.data, tokenizer, limits)
+    scored = tokenize_heldout(heldout, config.data, tokenizer, limits)
+    if config.data.packing and any(texts.values()):
+        check_packs(base, limits.rows)
     return Setup(
         config=config,
         job=plan.job,
