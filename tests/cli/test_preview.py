@@ -1,4 +1,4 @@
-"""`fedloom preview` says what a run would train on, of settings and of a SITE.toml, in any form and split of the data."""
+"""`fedloom preview` says what a run would train on, of settings or of a SITE.toml, in any form and split of data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from fedloom import testbeds
 from fedloom.cli import main as cli
 from fedloom.cli import preview as command
-from fedloom.model.tokens import tokenize
 from fedloom.model.base import load_tokenizer
 from fedloom.model.examples import load_examples
+from fedloom.model.tokens import tokenize
 
 MODEL = Path(testbeds.testbed_folder()) / "model"
 TALK = [

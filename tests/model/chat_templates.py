@@ -19,10 +19,12 @@ CHATML = (
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %}{% generation %} {{ m['content'] }} </s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{% generation %} {{ m['content'] }} </s>{% endgeneration %}"
+    "{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<start_of_turn>model\n{% generation %}"
     "{{ m['content'] | trim }}<end_of_turn>{% endgeneration %}\n{% else %}<start_of_turn>{{ m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
@@ -35,9 +37,10 @@ PHI = (
 )
 # Only the last answer keeps its thoughts, empty ones too; earlier turns are told without them.
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}{% generation %}"
-    "<think>\n\n</think>\n\n{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% elif m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "{% generation %}<think>\n\n</think>\n\n{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% elif m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKED = {"chatml": CHATML, "llama2": LLAMA2, "gemma": GEMMA, "phi": PHI, "thinking": THINKING}

@@ -7,10 +7,10 @@ from chat_templates import MARKED, tokenizer_of
 
 from fedloom.errors import DataError
 from fedloom.model.examples import Example
+from fedloom.model.limits import ModelLimits
 from fedloom.model.tokens import IGNORED, TokenizedExamples, Tokens, tokenize
 from fedloom.records.config import DataSettings
 from fedloom.workspace.tokenized import tokenize_clients, tokenize_heldout
-from fedloom.model.limits import ModelLimits
 from tiny_models import tokenizer
 
 HISTORY = (("user", "1+1?"), ("assistant", "Two."), ("user", "sure?"), ("assistant", "Yes: user."))

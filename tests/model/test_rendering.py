@@ -101,7 +101,9 @@ class Slow(PreTrainedTokenizer):
 @pytest.mark.parametrize("make", [adding, Slow])
 @pytest.mark.parametrize("template", ["alpaca", "plain", "raw", "turns"])
 def test_no_end_token_stands_between_prompt_and_answer(make: type, template: str) -> None:
-    data = tokenize([to_example(ROWS["instruction"]), to_example({"prompt": "", "completion": "a"})], make(), template, 999)
+    data = tokenize(
+        [to_example(ROWS["instruction"]), to_example({"prompt": "", "completion": "a"})], make(), template, 999
+    )
     for tokens in data.examples:
         ids = tokens.ids.tolist()
         assert (ids.count(1), ids.count(2), ids[0], ids[-1]) == (1, 1, 1, 2)
@@ -139,7 +141,9 @@ def test_a_pad_token_beyond_the_model_is_not_asked_for() -> None:
 def test_more_tokens_than_positions_is_refused_where_there_is_a_table_and_noted_elsewhere() -> None:
     data = tokenize([to_example({"prompt": "a" * 300, "completion": "b"})], tokenizer(), "plain", 512)
     short = tokenize([to_example(ROWS["instruction"])], tokenizer(), "plain", 512)
-    with pytest.raises(ConfigError, match="client 1 has an example of 303 tokens, .*256 positions: set data.max_length"):
+    with pytest.raises(
+        ConfigError, match="client 1 has an example of 303 tokens, .*256 positions: set data.max_length"
+    ):
         check_readable(data, limits_of(MODELS["gpt2"]()), "client 1")
     assert check_readable(short, limits_of(MODELS["gpt2"]()), "client 1") is short
     (note,) = check_readable(data, limits_of(MODELS["llama"]()), "client 1").notes

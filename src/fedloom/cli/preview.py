@@ -131,9 +131,7 @@ def _legend(colours: bool) -> Text:
     return Text(f"{MARKS[0]}learnt{MARKS[1]}, all else is given; a dot stands for a space in a token")
 
 
-def _example(
-    client: str, number: int, example: ShownExample, colours: bool, width: int
-) -> Iterator[RenderableType]:
+def _example(client: str, number: int, example: ShownExample, colours: bool, width: int) -> Iterator[RenderableType]:
     learnt = sum(label >= 0 for label in example.labels)
     cut = ", cut at data.max_length" if example.cut else ""
     yield Text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom.errors import ConfigError, ModelError
@@ -43,8 +43,9 @@ def limits_of(model: PreTrainedModel) -> ModelLimits:
 
 
 def _rows(embedding: nn.Module) -> int:
-    count = getattr(embedding, "num_embeddings", None)
-    return count if isinstance(count, int) else int(embedding.weight.shape[0])  # type: ignore[union-attr,operator]
+    count, weight = getattr(embedding, "num_embeddings", None), embedding.weight
+    assert isinstance(weight, Tensor)
+    return count if isinstance(count, int) else int(weight.shape[0])
 
 
 def _table_rows(model: nn.Module, embedding: nn.Module) -> Iterator[int]:
@@ -68,9 +69,9 @@ def check_readable(data: TokenizedExamples, limits: ModelLimits, name: str) -> T
     largest = max(int(tokens.ids.max()) for tokens in data.examples)
     if largest >= limits.rows:
         raise ModelError(
-            f"{name}: the tokenizer gives token {largest}, but the model's embedding has {limits.rows} rows, for tokens "
-            f"0 to {limits.rows - 1}: take the tokenizer that belongs to the model, or resize the model's embedding and "
-            "train it before (fedloom does neither)"
+            f"{name}: the tokenizer gives token {largest}, but the model's embedding has {limits.rows} rows, for "
+            f"tokens 0 to {limits.rows - 1}: take the tokenizer that belongs to the model, or resize the model's "
+            "embedding and train it before (fedloom does neither)"
         )
     # Padding is seen by nobody and learnt by nobody, so any token will do; many tokenizers have a pad token added.
     fitting = data if data.pad < limits.rows else replace(data, pad=0)

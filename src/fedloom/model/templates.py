@@ -115,8 +115,8 @@ TEMPLATES: Mapping[str, Template] = {
     "plain": Template(_plain),
     "raw": Template(_raw),
 }
-"""alpaca: Stanford Alpaca's text; chat: the tokenizer's own; turns: a conversation in plain text, for tokenizers without
-a chat template; plain: instruction, line break, output; raw: nothing added."""
+"""alpaca: Stanford Alpaca's text; chat: the tokenizer's own; turns: a conversation in plain text, for tokenizers that
+have no chat template; plain: instruction, line break, output; raw: nothing added."""
 
 _BY_FORM = {"messages": "turns", "text": "raw"}
 """What "auto" takes for a form of example, where the tokenizer has no say; "alpaca" for all others."""

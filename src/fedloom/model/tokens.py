@@ -231,7 +231,7 @@ def _crop(row: _Row, learnt: Spans, max_length: int) -> Tokens | None:
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the end-of-sequence token, which `tokenize` has looked for."""
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    return int(tokenizer.eos_token_id)
 
 
 def _start_of_nothing(tokenizer: PreTrainedTokenizerBase) -> list[int]:

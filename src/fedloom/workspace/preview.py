@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -96,7 +97,7 @@ def _preview_client(data: TokenizedExamples, tokenizer: PreTrainedTokenizerBase,
 def _show(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> ShownExample:
     ids = tuple(tokens.ids.tolist())
     borders = [0, *(place for span in tokens.spans for place in span), len(ids)]
-    parts = [(ids[start:end], bool(place % 2)) for place, (start, end) in enumerate(zip(borders, borders[1:]))]
+    parts = [(ids[start:end], place % 2 == 1) for place, (start, end) in enumerate(pairwise(borders))]
     return ShownExample(
         template=tokens.template,
         text=tuple(Piece(_decode(tokenizer, part), learnt) for part, learnt in parts if part),
