@@ -38,8 +38,8 @@ PHI = (
 # Only the last answer keeps its thoughts, empty ones too; earlier turns are told without them.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
-    "{% generation %}<think>\n\n</think>\n\n{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% elif m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% generation %}<think>\n\n</think>\n\n{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% elif m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
     "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

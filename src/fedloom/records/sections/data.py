@@ -21,8 +21,8 @@ class DataSettings(Section):
     template: Name = Field(
         "auto",
         description="How an example becomes a prompt and a completion: alpaca, chat (the tokenizer's own), turns, "
-        "plain or raw; auto takes chat for messages (turns, where the tokenizer has no chat template), raw for text, else "
-        "alpaca (docs/rendering.md).",
+        "plain or raw; auto takes chat for messages (turns, where the tokenizer has no chat template), raw for text, "
+        "else alpaca (docs/rendering.md).",
     )
     max_length: int = Field(512, ge=8, le=2**20, description="Tokens of an example, at most; longer ones are cut.")
     completion_only_loss: bool = Field(
