@@ -75,6 +75,7 @@ KEYS = [
     *("lora.r", "lora.lora_alpha", "lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern"),
     *("lora.lora_dropout", "lora.use_rslora"),
     *("data.source", "data.template", "data.max_length", "data.partitioner", "data.heldout"),
+    *("data.packing", "data.assistant_only_loss", "data.completion_only_loss"),
     *("federation.num_rounds", "federation.num_clients", "federation.participants", "federation.seed"),
     *("federation.weighting", "federation.consolidate_every", "federation.fraction_train"),
     *("training.learning_rate", "training.max_steps", "training.per_device_train_batch_size", "training.optim"),

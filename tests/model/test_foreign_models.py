@@ -13,9 +13,10 @@ import fedloom
 from fedloom.adapters.settings import save_adapter
 from fedloom.errors import DataError, FedloomError, ModelError, NumericError
 from fedloom.model.base import empty_base, load_base
+from fedloom.model.chat import LONGEST_TEMPLATE
 from fedloom.model.examples import Example
 from fedloom.model.foreign import LONGEST, MOST_STEPS, limit_steps, raise_in_one_line
-from fedloom.model.templates import LONGEST_TEMPLATE, TEMPLATES
+from fedloom.model.templates import TEMPLATES
 from fedloom.model.tokens import tokenize
 from fedloom.records.configfile import load_config
 from fedloom.workspace.assemble import load_setup as set_up

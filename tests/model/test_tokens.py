@@ -48,7 +48,7 @@ def test_templates_without_a_place() -> None:
             tokenize([TURNS], TOKENIZER, template, 99, "client 1")
     with pytest.raises(DataError, match="no chat template"):
         tokenize([PLAIN], tokenizer(chat=False), "chat", 99)
-    with pytest.raises(ConfigError, match="'vicuna' is unknown: expected alpaca, chat, plain, raw"):
+    with pytest.raises(ConfigError, match="'vicuna' is unknown: expected auto, alpaca, chat, turns, plain, raw"):
         tokenize([PLAIN], TOKENIZER, "vicuna", 99)
 
 

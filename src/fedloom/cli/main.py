@@ -24,6 +24,7 @@ from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Set
+from fedloom.cli.preview import preview
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.errors import ConfigError
 from fedloom.testbeds import testbed_folder
@@ -169,7 +170,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, estimate, compare, tune, evaluate):
+for command in (aggregate, preview, estimate, compare, tune, evaluate):
     app.command()(command)
 
 

@@ -73,6 +73,12 @@ def load_base(
     return model, tokenizer
 
 
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises ModelError in one line where there is none."""
+    with raise_in_one_line(ModelError, f"{path} holds no tokenizer that can be loaded"), quiet_transformers():
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+
 def empty_base(path: str | Path) -> PreTrainedModel:
     """The model's modules and their shapes, without weights. Raises ModelError where its config.json cannot be read."""
     check_config(path)

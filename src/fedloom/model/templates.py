@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedloom.errors import DataError, NumericError
+from fedloom.errors import ConfigError, DataError
+from fedloom.model.chat import Spans, Turns, find_earlier_answers, split_last_answer
 from fedloom.model.examples import Example
-from fedloom.model.foreign import limit_steps, raise_in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-JINJA_FILE = "<template>"
-"""What Jinja calls the code that it makes of a template."""
-LONGEST_TEMPLATE = 2**18
-"""Characters; the longest chat templates in use have about 30,000."""
-LARGEST_NUMBER = 1_000_000
-"""In a chat template, where numbers count turns and levels of indentation."""
+AUTO = "auto"
+"""The value of data.template that takes a template for every form of example."""
+
+
+def _no_answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> Spans:
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """text(example, tokenizer) → prompt and completion, without the end-of-sequence token.
 
+    answers(example, tokenizer) → where earlier answers stand in the prompt, in characters, with what ends them.
     adds_special says whether the tokenizer puts its own start token before the prompt.
     """
 
     text: Callable[[Example, PreTrainedTokenizerBase], tuple[str, str]]
+    answers: Callable[[Example, PreTrainedTokenizerBase], Spans] = _no_answers
     adds_special: bool = True
 
 
@@ -55,64 +56,49 @@ def _raw(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str
 
 def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not tokenizer.chat_template:
-        raise DataError('the tokenizer has no chat template: set data.template to "alpaca" or "plain"')
-    turns = [*example.history, ("user", _question(example, alone=False))]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    prompt = _rendered(tokenizer, messages, answering=True)
-    messages.append({"role": "assistant", "content": example.output})
-    whole = _rendered(tokenizer, messages, answering=False)
-    completion = whole.removeprefix(prompt) if whole.startswith(prompt) else example.output
-    end = completion.rstrip()
-    return prompt, end.removesuffix(tokenizer.eos_token) if end.endswith(tokenizer.eos_token) else completion
+        raise DataError('the tokenizer has no chat template: set data.template to "turns", "alpaca" or "plain"')
+    return split_last_answer(tokenizer, _turns_of(example))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, answering: bool) -> str:
-    """The conversation in the tokenizer's template, which comes with the model, from a stranger perhaps.
-
-    transformers renders it in Jinja's sandbox; here its work is limited too. Raises DataError.
-    """
-    check_template(str(tokenizer.chat_template))
-    given = sum(len(message["content"]) for message in messages)
-    failed = "the tokenizer's chat template cannot be used"
-    try:
-        with raise_in_one_line(DataError, failed), limit_steps(JINJA_FILE, given):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-    except NumericError as error:
-        raise DataError(f'{failed}: {error}; set data.template to "alpaca" or "plain"') from None
-    return str(text)
+def _chat_answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> Spans:
+    return find_earlier_answers(tokenizer, _turns_of(example))
 
 
-@lru_cache(maxsize=16)
-def check_template(source: str) -> None:
-    """Raise DataError for a chat template with operations of which a single one may run for hours.
-
-    Those are powers, and repetitions by large numbers. Jinja computes constants while it compiles a template, before
-    its steps can be counted.
-    """
-    failed = "the tokenizer's chat template cannot be used"
-    if len(source) > LONGEST_TEMPLATE:
-        raise DataError(f"{failed}: it has {len(source):,} characters, expected at most {LONGEST_TEMPLATE:,}")
-    with raise_in_one_line(DataError, failed):
-        from jinja2 import Environment
-
-        tokens = [(kind, value) for _, kind, value in Environment().lex(source)]
-    for kind, value in tokens:
-        if kind == "operator" and value == "**":
-            raise DataError(f"{failed}: it computes powers")
-        # Over twenty digits are over the limit, whatever they are: their value need not be computed.
-        if kind in ("integer", "float") and (len(value) > 20 or _number(value) > LARGEST_NUMBER):
-            raise DataError(f"{failed}: it holds the number {value[:20]}, expected at most {LARGEST_NUMBER:,}")
+def _heading(role: str) -> str:
+    return f"### {role.capitalize()}:\n"
 
 
-def _number(text: str) -> float:
-    """The value of a number in Jinja."""
-    return float(text.replace("_", "")) if text[:2].lower() not in ("0x", "0o", "0b") else float(int(text, 0))
+def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    text = "".join(part for part, _ in _turn_parts(example, tokenizer))
+    return text + _heading("assistant"), example.output
+
+
+def _turns_answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> Spans:
+    spans, place = [], 0
+    for part, learnt in _turn_parts(example, tokenizer):
+        if learnt:
+            spans.append((place, place + len(part)))
+        place += len(part)
+    return tuple(spans)
+
+
+def _turn_parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterable[tuple[str, bool]]:
+    """All before the last answer, in parts; True for an earlier answer with the token that ends it."""
+    for role, content in _turns_of(example)[:-1]:
+        yield _heading(role), False
+        yield (f"{content}{tokenizer.eos_token}", True) if role == "assistant" else (content, False)
+        yield "\n\n", False
+
+
+def _turns_of(example: Example) -> Turns:
+    return [*example.history, ("user", _question(example, alone=False)), ("assistant", example.output)]
 
 
 def _alone(example: Example) -> str:
     if example.history:
         raise DataError(
-            'the messages have a system prompt or earlier turns: only data.template = "chat" has a place for them'
+            "the messages have a system prompt or earlier turns: only data.template = "
+            '"chat" or "turns" has a place for them'
         )
     return example.instruction
 
@@ -124,8 +110,41 @@ def _question(example: Example, alone: bool = True) -> str:
 
 TEMPLATES: Mapping[str, Template] = {
     "alpaca": Template(_alpaca),
-    "chat": Template(_chat, adds_special=False),
+    "chat": Template(_chat, _chat_answers, adds_special=False),
+    "turns": Template(_turns, _turns_answers),
     "plain": Template(_plain),
     "raw": Template(_raw),
 }
-"""alpaca: Stanford Alpaca's text; chat: the tokenizer's; plain: instruction, line break, output; raw: nothing added."""
+"""alpaca: Stanford Alpaca's text; chat: the tokenizer's own; turns: a conversation in plain text, for tokenizers that
+have no chat template; plain: instruction, line break, output; raw: nothing added."""
+
+_BY_FORM = {"messages": "turns", "text": "raw"}
+"""What "auto" takes for a form of example, where the tokenizer has no say; "alpaca" for all others."""
+
+
+def choose_template(setting: str, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the template for an example of this form. Raises ConfigError for a setting that names none."""
+    if setting in TEMPLATES:
+        return setting
+    if setting != AUTO:
+        raise ConfigError(f"data.template {setting!r} is unknown: expected {AUTO}, {', '.join(TEMPLATES)}")
+    return "chat" if form == "messages" and tokenizer.chat_template else _BY_FORM.get(form, "alpaca")
+
+
+def note_on_template(setting: str, forms: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to know about how conversations are rendered; None where there are none, or nothing to say."""
+    if "messages" not in forms:
+        return None
+    if setting == AUTO and tokenizer.chat_template:
+        return 'data.template = "auto": conversations are rendered by the tokenizer\'s own chat template ("chat")'
+    if setting == AUTO:
+        return (
+            'data.template = "auto": conversations are rendered as plain text with headings ("turns"), since the '
+            "tokenizer has no chat template"
+        )
+    if setting != "chat" and tokenizer.chat_template:
+        return (
+            f'data.template = "{setting}" does not use the chat template that the tokenizer has: set it to "chat", or '
+            'leave it at "auto", if the model is to be used in chats'
+        )
+    return None

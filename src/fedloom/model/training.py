@@ -27,6 +27,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
+from fedloom.model.packing import training_rows, without_mask
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 
@@ -96,7 +97,7 @@ def local_update(
     peft_bridge.write_adapter(model, state)
     peft_bridge.set_frozen(model, frozen)
     peft_bridge.set_trainable(model, () if core else trainable)
-    settings = settings.for_examples(len(data))
+    settings = settings.for_examples(data.num_rows)  # an epoch draws every row once
     rates = partial(rate_at, settings, round, num_rounds)
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live_adapter(model))
     with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet_transformers():
@@ -119,7 +120,8 @@ def _fit(
     interrupt: Callable[[], None] | None,
 ) -> tuple[float, int, int]:
     """Train in place. Returns mean loss, steps and tokens; the trainer and its optimiser are garbage afterwards."""
-    trainer = _LocalTrainer(model=model, args=arguments, data_collator=data.collate, train_dataset=data)
+    rows = training_rows(data)
+    trainer = _LocalTrainer(model=model, args=arguments, data_collator=rows.collate, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
     trainer.train()
@@ -192,7 +194,7 @@ class _LocalTrainer(Trainer):
         if self.interrupt is not None:
             self.interrupt()
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            loss = super().compute_loss(model, without_mask(inputs), num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
         parts = self.current_gradient_accumulation_steps
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None

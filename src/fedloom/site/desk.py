@@ -230,8 +230,9 @@ class Desk:
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
         setup = self.assembled(config)
-        examples = len(setup.sites[self.site.name].data)
-        draws = count_drawn(setup.config.training_of(self.site.name).for_examples(examples))
+        data = setup.sites[self.site.name].data
+        # A packed row holds one example at least, so these are no fewer than said.
+        examples, draws = len(data), count_drawn(setup.config.training_of(self.site.name).for_examples(data.num_rows))
         if self.own_trainer is not None:
             task = setup.task(self.site.name)
             self.own_trainer.for_task(task)  # what does not go together is said before a round
@@ -247,8 +248,8 @@ class Desk:
         """Optimiser steps of a round here."""
         if self.own_trainer is not None:
             return self.own_trainer.count_steps(setup.task(self.site.name))
-        examples = len(setup.sites[self.site.name].data)
-        return setup.config.training_of(self.site.name).for_examples(examples).steps
+        rows = setup.sites[self.site.name].data.num_rows
+        return setup.config.training_of(self.site.name).for_examples(rows).steps
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""

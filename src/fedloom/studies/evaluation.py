@@ -13,14 +13,16 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.model.base import load_base, quiet_transformers
 from fedloom.model.evaluate import lm_eval_tasks
 from fedloom.model.foreign import raise_in_one_line
+from fedloom.model.limits import limits_of
 from fedloom.model.scorer import build_scorer, evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Evaluation
 from fedloom.report.numbers import values_of
 from fedloom.studies.compare import apply_overrides
-from fedloom.workspace.assemble import set_threads, tokenize_split
+from fedloom.workspace.assemble import set_threads
 from fedloom.workspace.data import heldout_examples
+from fedloom.workspace.tokenized import tokenize_scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ def evaluate_target(
         raise ConfigError("there is nothing to score on: name held-out data (data.heldout), or tasks of the harness")
     settings = config.model
     model, tokenizer = load_base(target.model, settings.dtype, settings.quantization, settings.device)
-    scorer = build_scorer(tokenize_split("held-out", heldout, tokenizer, config.data), tokenizer, config.evaluation)
+    scored = tokenize_scored("held-out", heldout, config.data, tokenizer, limits_of(model))
+    scorer = build_scorer(scored, tokenizer, config.evaluation)
     if target.adapter is not None:
         _check_weights(target.adapter)
         with raise_in_one_line(ModelError, f"{target.adapter} does not fit {target.model}"), quiet_transformers():

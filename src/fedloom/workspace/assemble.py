@@ -18,14 +18,15 @@ from fedloom.model import peft_bridge
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
+from fedloom.model.limits import limits_of
+from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.scorer import Scorer, build_scorer
-from fedloom.model.tokens import TokenizedExamples, tokenize
+from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import local_update
 from fedloom.records.config import (
     Config,
-    DataSettings,
     EvaluationSettings,
     FlowerSettings,
     OutputSettings,
@@ -44,10 +45,10 @@ from fedloom.workspace.data import (
     validation_examples,
 )
 from fedloom.workspace.plan import choose_method, plan_job, values_of
+from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,18 +77,13 @@ class Setup:
         held = {f"client {name}": site.data for name, site in self.sites.items()}
         held |= {f"held-out set {name}": data for name, data in self.heldout.items()}
         held |= {f"validation set {name}": data for name, data in self.validation.items()}
-        limit = self.config.data.max_length
-        cut = [
-            f"{name}: {data.cut} examples cut and {data.dropped} dropped at data.max_length = {limit}"
-            for name, data in held.items()
-            if data.cut or data.dropped
-        ]
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
         leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
-        return [*self.notes, *(note for note in (other, advice, both and leak) if note), *cut]
+        said = [note for note in (other, advice, both and leak) if note]
+        return [*self.notes, *said, *rendering_notes(held, self.config.data.max_length)]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -188,14 +184,11 @@ def build_setup(
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
     plan = plan_job(linear_modules(base), config, texts, method)
-    data = config.data
-    tokens = {
-        name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
-        if held
-        else TokenizedExamples((), 0)
-        for name, held in texts.items()
-    }
-    scored = tokenize_split("held-out", heldout, tokenizer, data)
+    data, limits = config.data, limits_of(base)
+    tokens = tokenize_clients(texts, data, tokenizer, limits)
+    scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
+    if data.packing and any(texts.values()):
+        check_packs(base, limits.rows)
     return Setup(
         config=config,
         job=plan.job,
@@ -208,7 +201,7 @@ def build_setup(
         fingerprint=fingerprint(config, texts),
         notes=notes,
         scorer=build_scorer(scored, tokenizer, config.evaluation),
-        validation=tokenize_split("validation", validation or {}, tokenizer, data),
+        validation=tokenize_scored("validation", validation or {}, data, tokenizer, limits),
     )
 
 
@@ -254,16 +247,6 @@ def check_clients_exist(
             near = get_close_matches(name, clients, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
             raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
-
-
-def tokenize_split(
-    split: str, sets: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, data: DataSettings
-) -> dict[str, TokenizedExamples]:
-    """Domain → its examples in tokens. `split` is for errors."""
-    return {
-        domain: tokenize(held, tokenizer, data.template, data.max_length, f"{split} set {domain!r}")
-        for domain, held in sets.items()
-    }
 
 
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:

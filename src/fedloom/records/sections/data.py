@@ -68,8 +68,24 @@ class DataSettings(Section):
     skip_bad_rows: bool = Field(
         False, description="Leave out rows that cannot be read, and say how many, where and why, in place of an error."
     )
-    template: Name = Field("alpaca", description="How an example becomes a prompt and a completion.")
+    template: Name = Field(
+        "auto",
+        description="How an example becomes a prompt and a completion: alpaca, chat (the tokenizer's own), turns, "
+        "plain or raw; auto takes chat for messages (turns, where the tokenizer has no chat template), raw for text, "
+        "else alpaca (docs/rendering.md).",
+    )
     max_length: int = Field(512, ge=8, le=2**20, description="Tokens of an example, at most; longer ones are cut.")
+    completion_only_loss: bool = Field(
+        True, description="Learn the completion alone; with false the prompt is learnt too."
+    )
+    assistant_only_loss: bool = Field(
+        False, description="Learn every turn of the assistant in a conversation, and no other; else its last one."
+    )
+    packing: bool = Field(
+        False,
+        description="Put several short examples into one row of a batch, max_length tokens at most; they do not see "
+        "each other.",
+    )
     partitioner: Literal["files", "iid", "dirichlet", "shards", "natural"] = Field(
         "files",
         description="Who holds which examples: one file or folder a client, or one source that is shuffled and split: "
