@@ -70,7 +70,7 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, name: str, use_rslor
     model = peft.get_peft_model(MODELS[name](), config)
     model.save_pretrained(tmp_path)
     state, folder = load_adapter(tmp_path)
-    layers = dict(peft_bridge.lora_layers(model))
+    layers = {held.names[0]: held.layer for held in peft_bridge.lora_layers(model)}
     assert set(layers) == set(state) == set(folder.modules)
     assert sorted(set(state.ranks().values())) == [2, 4]
     for module, layer in layers.items():

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from fedloom import testbeds
 from fedloom.errors import ModelError
-from fedloom.model.placement import LinearModule, Placement, keep_fitting_patterns, linear_modules, place_adapter
+from fedloom.model.peft_bridge import linear_modules
+from fedloom.model.placement import LinearModule, Placement, keep_fitting_patterns, place_adapter
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.configfile import load_config
 from fedloom.workspace import assemble as setup

@@ -20,7 +20,8 @@ from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
-from fedloom.model.placement import Adapter, linear_modules
+from fedloom.model.peft_bridge import linear_modules
+from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
 from fedloom.records.config import (
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on."""
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on.
+
+    left_out: a note on places of the model that could be adapted and are not.
+    """
 
     config: Config
     job: Job
@@ -53,6 +57,7 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    left_out: str | None = None
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -67,7 +72,7 @@ class Setup:
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*(note for note in (other, advice) if note), *cut]
+        return [*(note for note in (other, self.left_out, advice) if note), *cut]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -148,7 +153,8 @@ def build_setup(
     set_threads(config)
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
-    plan = plan_job(linear_modules(base), config, texts, method)
+    linear = linear_modules(base)
+    plan = plan_job(linear, config, texts, method)
     data = config.data
     tokens = {
         name: tokenize(held, tokenizer, data.template, data.max_length, f"client {name!r}")
@@ -170,6 +176,7 @@ def build_setup(
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
+        left_out=untrained_note(linear, plan.shared),
     )
 
 

@@ -1,0 +1,82 @@
+"""A tiny configuration of every architecture that transformers loads as a causal language model.
+
+Sizes are set by the names that configurations give them; what an architecture needs besides stands in `TWEAKS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+VOCABULARY = 96
+SIZES: Mapping[str, int | None] = {
+    r"vocab_size|vocab_size_per_layer_input": VOCABULARY,
+    r"hidden_size|d_model|n_embd|embedding_size|embed_dim|emb_dim|dim|model_dim|dim_model": 32,
+    r"intermediate_size|d_ff|d_inner|n_inner|inner_dim|ffn_dim|ffn_hidden_size|ffn_hidden_dim|filter_size|dim_ff"
+    r"|decoder_ffn_dim|encoder_ffn_dim|intermediate_size_mlp|dense_intermediate_size|feed_forward_size": 48,
+    r"moe_intermediate_size|expert_ffn_hidden_size|shared_intermediate_size|shared_expert_intermediate_size"
+    r"|moe_ffn_hidden_size|mlp_intermediate_size|moe_shared_expert_intermediate_size": 24,
+    r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_decoder_layers|depth"
+    r"|num_encoder_layers|num_blocks": 2,
+    r"num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads"
+    r"|num_decoder_attention_heads|num_encoder_attention_heads|swa_num_attention_heads|linear_num_attention_heads": 4,
+    r"num_key_value_heads|n_head_kv|num_kv_heads|kv_n_heads|swa_num_key_value_heads": 2,
+    r"head_dim|global_head_dim|swa_head_dim|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|swa_v_head_dim|attention_head_dim"
+    r"|kv_channels|rotary_dim|qk_head_dim|index_head_dim|dim_head": 8,
+    r"kv_lora_rank|q_lora_rank|o_lora_rank|dt_rank|time_step_rank|low_rank": 16,
+    r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts": 4,
+    r"num_experts_per_tok|experts_per_token|moe_k|moe_topk|top_k_experts|num_experts_per_token|moe_top_k|router_top_k": 2,
+    r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace"
+    r"|num_dense_layers|n_groups|mamba_n_groups|ngroups": 1,
+    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length": 256,
+    r"sliding_window|attention_window_size|window_size": 64,
+    r"state_size|mamba_d_state|ssm_state_size|d_state": 8,
+    r"mamba_n_heads|mamba_num_heads|n_mamba_heads": 4,
+    r"mamba_d_head|mamba_head_dim|mamba_headdim": 16,
+    r"linear_key_head_dim|linear_value_head_dim": 8,
+    r"linear_num_key_heads": 2,
+    r"linear_num_value_heads": 4,
+    r"pad_token_id": 0,
+    r"bos_token_id": 1,
+    r"eos_token_id": 2,
+    r"image_size": 16,
+    r"patch_size": 8,
+    r"layer_types|mlp_layer_types|layers_block_type|hybrid_override_pattern|layer_type_list": None,
+}
+"""Pattern for the whole name of a key → its value; None leaves it to the configuration, which derives it."""
+TWEAKS: Mapping[str, Mapping[str, object]] = {}
+"""Type → what it needs besides."""
+
+
+def families() -> list[str]:
+    """The types of all architectures with a text of their own, sorted."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """The smallest sensible configuration of a family; whatever transformers raises is passed on."""
+    return _shrink(CONFIG_MAPPING[family], dict(TWEAKS.get(family, {})))
+
+
+def _shrink(kind: type[PretrainedConfig], tweaks: dict[str, object]) -> PretrainedConfig:
+    known = kind().to_dict()
+    chosen: dict[str, Any] = {}
+    for key, value in known.items():
+        sub = kind.sub_configs.get(key)
+        if sub is not None and isinstance(value, dict):
+            own = tweaks.pop(key, {})
+            real = sub if sub.model_type else CONFIG_MAPPING[value["model_type"]]
+            chosen[key] = _shrink(real, dict(own)).to_dict()  # type: ignore[call-overload]
+            continue
+        pattern = next((pattern for pattern in SIZES if re.fullmatch(pattern, key)), None)
+        if pattern is not None and (isinstance(value, int) or value is None or SIZES[pattern] is None):
+            if SIZES[pattern] is not None and not (value is None and key != "pad_token_id"):
+                chosen[key] = SIZES[pattern]
+    return kind(**{**chosen, **tweaks})
