@@ -9,14 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 VOCABULARY = 96
-SIZES: Mapping[str, int | None] = {
+ALWAYS = ("pad_token_id", "head_dim", "num_key_value_heads")
+"""Keys that are set where a configuration leaves them open, too."""
+SIZES: Mapping[str, int] = {
     r"vocab_size|vocab_size_per_layer_input": VOCABULARY,
     r"hidden_size|d_model|n_embd|embedding_size|embed_dim|emb_dim|dim|model_dim|dim_model": 32,
     r"intermediate_size|d_ff|d_inner|n_inner|inner_dim|ffn_dim|ffn_hidden_size|ffn_hidden_dim|filter_size|dim_ff"
@@ -48,9 +50,8 @@ SIZES: Mapping[str, int | None] = {
     r"eos_token_id": 2,
     r"image_size": 16,
     r"patch_size": 8,
-    r"layer_types|mlp_layer_types|layers_block_type|hybrid_override_pattern|layer_type_list": None,
 }
-"""Pattern for the whole name of a key → its value; None leaves it to the configuration, which derives it."""
+"""Pattern for the whole name of a key → its value. Lists are left out, since configurations derive them."""
 TWEAKS: Mapping[str, Mapping[str, object]] = {}
 """Type → what it needs besides."""
 
@@ -72,11 +73,18 @@ def _shrink(kind: type[PretrainedConfig], tweaks: dict[str, object]) -> Pretrain
         sub = kind.sub_configs.get(key)
         if sub is not None and isinstance(value, dict):
             own = tweaks.pop(key, {})
-            real = sub if sub.model_type else CONFIG_MAPPING[value["model_type"]]
+            real = CONFIG_MAPPING[value["model_type"]] if sub is AutoConfig else sub
             chosen[key] = _shrink(real, dict(own)).to_dict()  # type: ignore[call-overload]
-            continue
-        pattern = next((pattern for pattern in SIZES if re.fullmatch(pattern, key)), None)
-        if pattern is not None and (isinstance(value, int) or value is None or SIZES[pattern] is None):
-            if SIZES[pattern] is not None and not (value is None and key != "pad_token_id"):
-                chosen[key] = SIZES[pattern]
+        elif key in ALWAYS or value is not None:
+            chosen |= _sized(key, value)
+    if "qk_rope_head_dim" in known and "head_dim" in chosen:
+        chosen["head_dim"] = 16  # that of a key: the part with positions and the part without
     return kind(**{**chosen, **tweaks})
+
+
+def _sized(key: str, value: object) -> dict[str, Any]:
+    if re.search(r"dropout|pdrop|layerdrop|drop_rate|jitter", key) and isinstance(value, float):
+        return {key: 0.0}  # so that two trainings can be compared
+    pattern = next((pattern for pattern in SIZES if re.fullmatch(pattern, key)), None)
+    size = SIZES[pattern] if pattern else None
+    return {} if size is None or not isinstance(value, int | None) else {key: size}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
@@ -214,6 +214,18 @@ def keep_random_state() -> Iterator[None]:
 
 
 @contextmanager
+def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
+    """Leave use_cache as it was: the Trainer sets it, also where a configuration of several parts has none of its own."""
+    before = vars(config).get("use_cache")
+    try:
+        yield
+    finally:
+        vars(config).pop("use_cache", None)
+        if before is not None:
+            config.use_cache = before
+
+
+@contextmanager
 def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
     """Leave random state as it was, and the model as it is used between trainings.
 
@@ -221,14 +233,12 @@ def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
     objects set aside, collecting takes no time.
     """
     base = cast(PreTrainedModel, model.get_base_model())
-    cache = base.config.use_cache
     gc.freeze()
-    with keep_random_state():
+    with keep_random_state(), keep_use_cache(base.config):
         try:
             yield
         finally:
             gc.collect()
             gc.unfreeze()
-            base.config.use_cache = cache
             base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
             model.eval()

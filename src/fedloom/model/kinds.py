@@ -1,0 +1,57 @@
+"""Which of transformers' classes loads a model, and whether it predicts the next token and sees none after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from fedloom.errors import ModelError
+
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+"""Types that transformers loads as causal models too, and that are so where is_decoder says it alone."""
+TWO_WAY = {
+    "xlm": ("causal", True),
+    "xlnet": ("attn_type", "uni"),
+    "cpmant": ("", None),
+}
+"""Other types that see later tokens, and the key and value of config.json under which they do not; "" where none is."""
+AutoClass: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
+
+
+def choose_class(path: str | Path, config: PretrainedConfig) -> AutoClass:
+    """The class that loads this model: of a model that sees images too, its language model is trained.
+
+    Raises ModelError, in one line, for a model that is no causal language model.
+    """
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        named = ", ".join(config.architectures or ()) or "no architecture named"
+        raise ModelError(
+            f"{path} cannot be loaded as a causal language model: its config.json is of type {config.model_type} "
+            f"({named}); take a model that predicts the next token, such as Llama, Qwen or GPT-2"
+        )
+    reason = two_way_reason(config)
+    if reason:
+        raise ModelError(f"{path} cannot be trained as a causal language model: {reason}")
+    return AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def two_way_reason(config: PretrainedConfig) -> str | None:
+    """Why a model is no causal one although transformers loads it as such: its tokens see those after them."""
+    kind = str(config.model_type)
+    seen = f"its {kind} is an encoder, in which every token sees those after it"
+    if kind in TWO_WAY:
+        key, value = TWO_WAY[kind]
+        if not key:
+            return f"a {kind} model's tokens see those after them"
+        return None if getattr(config, key, None) == value else f"{seen}; one trained otherwise says {key} = {value!r}"
+    if kind in ENCODERS and not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
+        return f'{seen}; one trained as a decoder says "is_decoder": true in config.json'
+    return None
