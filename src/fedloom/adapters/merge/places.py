@@ -165,6 +165,7 @@ def _conversions(base: BaseFolder) -> dict[str, dict[str, list[str]]]:
     text = config.get("text_config")
     kinds = [*(config.get("architectures") or ()), config.get("model_type")]
     kinds += [text.get("model_type")] if isinstance(text, dict) else []
+    kinds += ["legacy"]  # what transformers does with every model's names, after all else
     rules: Sequence[WeightTransform] = [
         rule for kind in dict.fromkeys(kinds) if isinstance(kind, str) for rule in get_checkpoint_conversion_mapping(kind) or ()
     ]
