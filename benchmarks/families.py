@@ -20,8 +20,14 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.tiny_configs import VOCABULARY, families, tiny_config
 from fedloom.adapters.merge.base import open_base
@@ -35,6 +41,7 @@ from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge
 from fedloom.model.base import load_base, quiet_transformers
 from fedloom.model.foreign import error_reason
+from fedloom.model.kinds import refusal
 from fedloom.model.placement import LinearModule, parameter_ends, place_adapter
 from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.model.training import local_update
@@ -45,7 +52,7 @@ RATE = 1e-2
 LENGTH = 12
 CLOSE = 1e-4
 """Errors of losses and logits that are rounding, relative to the loss and to what the adapter changes."""
-LARGEST = 4_000_000
+LARGEST = 25_000_000
 """Parameters of a model that is still tiny."""
 SHOWN = 110
 """Characters of a remark."""
@@ -53,7 +60,7 @@ SHOWN = 110
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of a family: "yes", "no", or "" where it was not tried. remark: the reason, in one line."""
+    """What became of a family: "yes", "no", "refused", or "" where it was not tried. remark: the reason, in one line."""
 
     family: str
     runs: str = ""
@@ -69,7 +76,7 @@ def run(only: Sequence[str] | None = None) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # libraries' advice about sizes that nobody would choose
         rows = [try_family(family) for family in only or families()]
     outcomes = ("runs", "plain", "merge", "experts")
-    total = {key: {word: sum(asdict(row)[key] == word for row in rows) for word in ("yes", "no")} for key in outcomes}
+    total = {key: {word: sum(asdict(row)[key] == word for row in rows) for word in ("yes", "no", "refused", "")} for key in outcomes}
     return {"rows": [asdict(row) for row in rows], "total": total}
 
 
@@ -78,7 +85,11 @@ def try_family(family: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "base"
         try:
-            write_base(tiny_config(family), folder)
+            config = tiny_config(family)
+            reason = refusal(config)
+            if reason:
+                return Row(family, runs="refused", remark=_short(reason))
+            write_base(config, folder)
         except Exception as error:  # of every kind: a configuration that is not one of a tiny model
             return Row(family, remark=_short(f"no tiny model: {error_reason(error)}"))
         row = Row(family)
@@ -88,7 +99,7 @@ def try_family(family: str) -> Row:
             if any(bundle_of(name, module.parameter) for name, module in linear.items()):
                 row = replace(row, **_with_experts(folder, Path(scratch) / "experts", linear))
         except FedloomError as error:
-            return replace(row, runs="no", remark=_short(str(error).replace(str(folder), "it")))
+            return replace(row, runs="refused", remark=_short(str(error).replace(str(folder), "it")))
         except Exception as error:  # what a user would see as a traceback
             return replace(row, runs="no", remark=_short(f"fails: {type(error).__name__}: {error_reason(error)}"))
         return row
@@ -108,18 +119,16 @@ def _with_experts(folder: Path, scratch: Path, linear: Mapping[str, LinearModule
 
 def write_base(config: PretrainedConfig, folder: Path) -> None:
     """A model of random weights, the same each time, and a tokenizer with a token for each number."""
-    loader = next(
-        mapping[type(config)]
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-        if type(config) in mapping
-    )
+    loader: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     with torch.device("meta"):
-        size = sum(tensor.numel() for tensor in loader(config).parameters())
+        size = sum(tensor.numel() for tensor in loader.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"its smallest has {size:,} parameters")
     torch.manual_seed(0)
-    model = loader(config)
+    model = loader.from_config(config)
     model.save_pretrained(folder)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and loader is AutoModelForCausalLM:
+        config.save_pretrained(folder)  # the text part of a model of several parts, which is loaded by the whole's type
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {str(number): number for number in range(3, VOCABULARY)}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -31,7 +31,7 @@ SIZES: Mapping[str, int] = {
     r"|num_decoder_attention_heads|num_encoder_attention_heads|swa_num_attention_heads|linear_num_attention_heads": 4,
     r"num_key_value_heads|n_head_kv|num_kv_heads|kv_n_heads|swa_num_key_value_heads": 2,
     r"head_dim|global_head_dim|swa_head_dim|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|swa_v_head_dim|attention_head_dim"
-    r"|kv_channels|rotary_dim|qk_head_dim|index_head_dim|dim_head": 8,
+    r"|kv_channels|rotary_dim|index_head_dim|dim_head": 8,
     r"kv_lora_rank|q_lora_rank|o_lora_rank|dt_rank|time_step_rank|low_rank": 16,
     r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts": 4,
     r"num_experts_per_tok|experts_per_token|moe_k|moe_topk|top_k_experts|num_experts_per_token|moe_top_k|router_top_k": 2,
@@ -52,7 +52,23 @@ SIZES: Mapping[str, int] = {
     r"patch_size": 8,
 }
 """Pattern for the whole name of a key → its value. Lists are left out, since configurations derive them."""
-TWEAKS: Mapping[str, Mapping[str, object]] = {}
+TWEAKS: Mapping[str, Mapping[str, object]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+    "mpt": {"attn_config": {}},
+    "deepseek_v4": {"head_dim": 16, "qk_rope_head_dim": 8},
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
+    "roc_bert": {"is_decoder": False},
+    "xmod": {"is_decoder": False},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
+}
 """Type → what it needs besides."""
 
 
@@ -77,8 +93,9 @@ def _shrink(kind: type[PretrainedConfig], tweaks: dict[str, object]) -> Pretrain
             chosen[key] = _shrink(real, dict(own)).to_dict()  # type: ignore[call-overload]
         elif key in ALWAYS or value is not None:
             chosen |= _sized(key, value)
-    if "qk_rope_head_dim" in known and "head_dim" in chosen:
-        chosen["head_dim"] = 16  # that of a key: the part with positions and the part without
+    if "qk_rope_head_dim" in known:
+        chosen.pop("head_dim", None)  # derived from the parts of a key, of which every head has its own
+        chosen |= {"num_key_value_heads": 4} if "num_key_value_heads" in chosen else {}
     return kind(**{**chosen, **tweaks})
 
 

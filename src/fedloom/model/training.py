@@ -215,14 +215,21 @@ def keep_random_state() -> Iterator[None]:
 
 @contextmanager
 def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
-    """Leave use_cache as it was: the Trainer sets it, also where a configuration of several parts has none of its own."""
-    before = vars(config).get("use_cache")
+    """Have nothing kept for generation while training, and use_cache left as it was.
+
+    The Trainer sets it for a model, also where the configuration has none of its own, but not for the model's parts.
+    """
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    before = [vars(part).get("use_cache") for part in parts]
     try:
+        for part in parts:
+            part.use_cache = False
         yield
     finally:
-        vars(config).pop("use_cache", None)
-        if before is not None:
-            config.use_cache = before
+        for part, value in zip(parts, before, strict=True):
+            vars(part).pop("use_cache", None)
+            if value is not None:
+                part.use_cache = value
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fedloom.adapters.folder import AdapterFolder
@@ -44,8 +45,8 @@ def find_places(base: BaseFolder, adapter: AdapterFolder) -> tuple[dict[str, lis
     search = _Search(base, adapter)
     changes: dict[str, list[Change]] = defaultdict(list)
     for module, layout in adapter.layouts.items():
-        if not layout.parameter:
-            changes[search.place(f"{module}.weight")].append(Change(module, transposed=search.turned(module)))
+        for tensor, change in search.module(module) if not layout.parameter else ():
+            changes[tensor].append(change)
     groups = group_matrices(list(adapter.layouts), adapter.settings.target_parameters)
     for parameter, names in groups.items():
         for tensor, held in search.matrices(parameter, names).items():
@@ -78,22 +79,36 @@ class _Search:
         fits = [known for known in self.shapes if name.endswith(f".{known}")]
         return fits[0] if len(fits) == 1 else None
 
+    def module(self, module: str) -> list[tuple[str, Change]]:
+        """The tensors of a module's weight, and what is added to each: where there are several, the next rows."""
+        pieces = self._pieces(f"{module}.weight") if self.find(f"{module}.weight") is None else {}
+        if len(pieces) < 2 or any(len(held) != 1 for held in pieces.values()):
+            return [(self.place(f"{module}.weight"), Change(module, transposed=self.turned(module)))]
+        names = [held[0] for held in pieces.values()]
+        return [(name, Change(module, rows)) for name, rows in zip(names, self._rows(names), strict=True)]
+
+    def _rows(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """From which row to which each tensor has, where they are laid upon each other."""
+        ends = list(accumulate(self.shapes[name][0] for name in names))
+        return list(zip([0, *ends], ends, strict=False))
+
     def place(self, name: str) -> str:
         """`find`, or the one tensor that becomes it when the base is loaded."""
-        found = self.find(name)
+        found = self.find(name) or self._renamed(name)
         if found is not None:
             return found
-        pieces = self._pieces(name)
-        if len(pieces) == 1 and all(len(held) == 1 for held in pieces.values()):
-            return next(iter(pieces.values()))[0]
         raise ModelError(
             f"{self.base.folder} holds no tensor {name}, which the adapters change: their base is another, or the weight "
             "is shared with another module's or stored in another form there"
         )
 
+    def _renamed(self, name: str) -> str | None:
+        held = [tensor for tensors in self._pieces(name).values() for tensor in tensors]
+        return held[0] if len(held) == 1 else None
+
     def matrices(self, parameter: str, names: Sequence[str]) -> dict[str, list[Change]]:
         """Tensor → its changes, for a parameter of which `names` are the matrices."""
-        found = self.find(parameter)
+        found = self.find(parameter) or self._renamed(parameter)
         if found is None:
             return self._divided(parameter, names)
         if len(self.shapes[found]) == 2:
@@ -113,10 +128,10 @@ class _Search:
                 f"{self.base.folder} holds no tensor {parameter}, nor {len(names)} that are made into it: the adapters' "
                 "base is another, or is stored in a form that adapters cannot be merged into"
             )
-        rows = self.adapter.layouts[names[0]].outputs // len(pieces)
+        rows = self._rows([held[0] for held in pieces.values()])
         return {
-            tensor: [Change(name, (part * rows, (part + 1) * rows) if len(pieces) > 1 else None)]
-            for part, held in enumerate(pieces.values())
+            tensor: [Change(name, part if len(pieces) > 1 else None)]
+            for part, held in zip(rows, pieces.values(), strict=True)
             for name, tensor in zip(names, held, strict=True)
         }
 
@@ -186,5 +201,5 @@ def _conversions(base: BaseFolder) -> dict[str, dict[str, list[str]]]:
 def _lies_by_rows(rule: WeightConverter) -> bool:
     """Whether a conversion collects matrices and lays them upon each other by rows: no more is known to be undone."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-    merge, join = ("MergeModulelist", 0), ("Concatenate", 1)
-    return len(rule.target_patterns) == 1 and steps in ([merge], [merge, join])
+    merge, join, alone = ("MergeModulelist", 0), ("Concatenate", 1), ("Concatenate", 0)
+    return len(rule.target_patterns) == 1 and steps in ([merge], [merge, join], [alone])

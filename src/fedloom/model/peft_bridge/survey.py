@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import cast
@@ -18,6 +19,8 @@ from fedloom.model.placement import LinearModule
 
 _MATRIX_OWNERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, LoraLayer)
 """Modules whose parameters are adapted as the module, or not at all."""
+_ROUTED = re.compile(r"expert|moe|router|gate|topk", re.IGNORECASE)
+"""In the name of a module, or of its class, that belongs to a mixture: its own parameters are matrices."""
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, LinearModule]:
@@ -33,7 +36,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, LinearModule]:
         module = modules[name]
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = _describe(name, module, module is output)
-        elif not isinstance(module, _MATRIX_OWNERS):
+        elif not isinstance(module, _MATRIX_OWNERS) and _ROUTED.search(f"{name} {type(module).__name__}"):
             found |= _matrices(name, module)
     return _marked(model, found, modules)
 
@@ -90,12 +93,13 @@ def _marked(
     beside = Counter(name.rpartition(".")[2] for name in modules.keys() - found.keys())
     moved = _moved_ends(model)
     reasons = {end: _refusal(model, end) for end in set(ends.values())}
+    odd = {name: _not_linear(modules[name]) for name, place in found.items() if not place.parameter}
     return {
         name: replace(
             place,
             moved=not place.parameter and ends[name] in moved,
             shared_end=bool(beside[ends[name]]),
-            refused="" if place.parameter else reasons[ends[name]],
+            refused="" if place.parameter else odd[name] or reasons[ends[name]],
         )
         for name, place in found.items()
     }
@@ -109,6 +113,14 @@ def _moved_ends(model: PreTrainedModel) -> set[str]:
     """
     kind = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(model.config, "model_type", ""))
     return set(conversion._MOE_TARGET_MODULE_MAPPING.get(kind or "", {}))
+
+
+def _not_linear(module: nn.Module) -> str:
+    """Why a module is linear in name only; "" where it is. Some routers return more than a product."""
+    kind = type(module)
+    if kind.forward is nn.Linear.forward or not re.search("router|topk", kind.__name__, re.IGNORECASE):
+        return ""
+    return f"PEFT adapts no {kind.__name__}, which chooses experts and is linear in name only"
 
 
 def _refusal(model: PreTrainedModel, end: str) -> str:
