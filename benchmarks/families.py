@@ -1,7 +1,7 @@
 """Every architecture that transformers loads as a causal language model: does fedloom train, export and merge it?
 
-Each gets a tiny model of random weights. Two steps of fedloom's training are held to two steps in plain PEFT with a loop
-of its own; the exported adapter, opened by PEFT, to the model that was trained; and the merged folder to PEFT's merge.
+Each gets a tiny model of random weights. Two steps of fedloom's training are held to two steps in plain PEFT, with a
+loop of its own; the exported adapter, opened by PEFT, to the model that was trained; and the merged folder to PEFT's merge.
 A mixture is trained a second time on its experts alone, by target_parameters.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from rich import box
 from rich.table import Table
@@ -60,7 +61,7 @@ SHOWN = 110
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of a family: "yes", "no", "refused", or "" where it was not tried. remark: the reason, in one line."""
+    """What became of a family: "yes", "no", "refused", or "" where it was not tried. remark: why, in one line."""
 
     family: str
     runs: str = ""
@@ -76,7 +77,10 @@ def run(only: Sequence[str] | None = None) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # libraries' advice about sizes that nobody would choose
         rows = [try_family(family) for family in only or families()]
     outcomes = ("runs", "plain", "merge", "experts")
-    total = {key: {word: sum(asdict(row)[key] == word for row in rows) for word in ("yes", "no", "refused", "")} for key in outcomes}
+    total = {
+        key: {word: sum(asdict(row)[key] == word for row in rows) for word in ("yes", "no", "refused", "")}
+        for key in outcomes
+    }
     return {"rows": [asdict(row) for row in rows], "total": total}
 
 
@@ -132,7 +136,9 @@ def write_base(config: PretrainedConfig, folder: Path) -> None:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {str(number): number for number in range(3, VOCABULARY)}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     made.save_pretrained(folder)
 
 
@@ -176,7 +182,9 @@ def compare(folder: Path, scratch: Path, row: Row, lora: LoraSettings) -> Row:
     )
 
 
-def _merged(folder: Path, scratch: Path, error: Callable[[PreTrainedModel], float], faults: list[str]) -> dict[str, str]:
+def _merged(
+    folder: Path, scratch: Path, error: Callable[[PreTrainedModel], float], faults: list[str]
+) -> dict[str, str]:
     """The columns of merging and of remarks."""
     try:
         recipe = Recipe(method="florist", energy=1.0)
@@ -198,10 +206,8 @@ def logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return answer.double()
 
 
-def open_plainly(folder: Path, adapter: Path, trainable: bool = False) -> Any:
+def open_plainly(folder: Path, adapter: Path, trainable: bool = False) -> peft.PeftModel:
     """The base as transformers loads it, and the adapter as PEFT opens it."""
-    import peft
-
     base, _ = load_base(folder, device="cpu")
     return peft.PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
 

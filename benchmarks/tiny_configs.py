@@ -34,7 +34,7 @@ SIZES: Mapping[str, int] = {
     r"|kv_channels|rotary_dim|index_head_dim|dim_head": 8,
     r"kv_lora_rank|q_lora_rank|o_lora_rank|dt_rank|time_step_rank|low_rank": 16,
     r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts": 4,
-    r"num_experts_per_tok|experts_per_token|moe_k|moe_topk|top_k_experts|num_experts_per_token|moe_top_k|router_top_k": 2,
+    r"num_experts_per_tok|experts_per_token|moe_k|moe_topk|top_k_experts|num_experts_per_token|moe_top_k": 2,
     r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace"
     r"|num_dense_layers|n_groups|mamba_n_groups|ngroups": 1,
     r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length": 256,
@@ -53,7 +53,10 @@ SIZES: Mapping[str, int] = {
 }
 """Pattern for the whole name of a key → its value. Lists are left out, since configurations derive them."""
 TWEAKS: Mapping[str, Mapping[str, object]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "mpt": {"attn_config": {}},
     "deepseek_v4": {"head_dim": 16, "qk_rope_head_dim": 8},
     "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},

@@ -125,7 +125,7 @@ def test_modules_are_read_one_at_a_time(tmp_path: Path) -> None:
         ("trainable_token_indices", [1], "embeddings"),
         ("init_lora_weights", "pissa", "weights of the base"),
         ("layer_replication", [[0, 1]], "layers of the base"),
-        ("target_parameters", ["experts.up"], "bare parameters"),
+        ("target_parameters", ["experts.up"], "no tensor is a factor of such"),
         ("r", "many", "not valid"),
         ("r", 0, "r is 0: input should be greater than or equal to 1"),
         ("rank_pattern", [3], "not valid"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from test_peft_bridge import IDS, logits, random_state
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -37,7 +38,6 @@ from fedloom.records.config import Config
 from fedloom.rounds.federation import Federation
 from fedloom.workspace.assemble import build_setup
 from fedloom.workspace.export import export_adapter
-from test_peft_bridge import IDS, logits, random_state
 from tiny_models import CHARACTERS, SPECIAL, placed, tokenizer
 
 SIZES = {
@@ -135,7 +135,9 @@ def test_the_model_in_use_is_base_plus_frozen_plus_trained(name: str) -> None:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_folder_opens_in_peft_and_merges(name: str, tmp_path: Path) -> None:
     base = save(MIXTURES[name](), tmp_path / "base")
-    more = {} if name == "square" else {"rank_pattern": {"o_proj": 3, "down_proj": 4}, "alpha_pattern": {"up_proj": 5.0}}
+    more = (
+        {} if name == "square" else {"rank_pattern": {"o_proj": 3, "down_proj": 4}, "alpha_pattern": {"up_proj": 5.0}}
+    )
     if name in ("mixtral", "gpt_oss"):
         more["alpha_pattern"] = {"gate_up_proj": 5.0}
     targets = {"target_modules": []} if name == "square" else {}
@@ -167,7 +169,9 @@ def nothing() -> object:
 def test_an_adapter_that_peft_has_trained_is_read(tmp_path: Path) -> None:
     """PEFT turns all-linear into parameters by a mapping of its own, and writes ends of names in any order."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS[::-1], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS[::-1], init_lora_weights=False
+    )
     model = peft.get_peft_model(mixtral(), config)
     model.save_pretrained(tmp_path)
     state, opened = load_adapter(tmp_path)
@@ -197,7 +201,7 @@ def test_stacking_is_undone_bit_by_bit() -> None:
     for found, pair in zip(split_pair(join_pairs(uneven), 3), uneven, strict=True):
         assert found.rank == 3 and torch.equal(found.B @ found.A, pair.B @ pair.A)
     assert matrix_names("a.weight", 1) == ["a"] and matrix_names("a.b", 2) == ["a.b.0", "a.b.1"]
-    assert resolve_parameters(["m.q_proj"], ["q_proj"], ["down_proj"]) == {}
+    assert resolve_parameters(["m.q_proj", "m.x"], ["q_proj"], ["down_proj"]) == {"m.x": "m.x.down_proj"}
 
 
 def test_what_all_linear_leaves_out_is_noted(folder: Path) -> None:

@@ -98,7 +98,11 @@ def _complaint(error: ValidationError) -> str:
 Plain = Mapping[str, tuple[tuple[object, ...], str]]
 REFUSED: Plain = {
     "peft_type": (("LORA",), "only LoRA adapters can be combined"),
-    "use_dora": ((False, None), "DoRA rescales the base weights, so its change is not B A"),
+    "use_dora": (
+        (False, None),
+        "DoRA rescales the base weights, so its change is not B A: train with use_dora = False, or merge it into its "
+        "base with PEFT and start from that model",
+    ),
     "lora_bias": ((False, None), "B has a bias of its own, so its change is not B A"),
     "layer_replication": ((None, []), "it changes the layers of the base model"),
     "alora_invocation_tokens": ((None, []), "the adapter is active on some tokens only"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedloom.adapters.config import REFUSED, WHOLE, read_config, read_settings, refuse_other_kinds
 from fedloom.adapters.parameters import index_matrices, parameter_stem, resolve_parameters, split_pair
 from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
-from fedloom.errors import ModelError
+from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 
 SPARE_RANK = 1024
@@ -50,7 +50,10 @@ class AdapterFolder:
         factors = set(self._keys.values())
         self.whole = {name: shape for name, shape in shapes.items() if name not in factors}
         paths = dict.fromkeys(path for path, _ in self._keys)
-        named = resolve_parameters(paths, self.settings.target_modules, self.settings.target_parameters)
+        try:
+            named = resolve_parameters(paths, self.settings.target_modules, self.settings.target_parameters)
+        except (ModelError, ConfigError) as error:
+            raise ModelError(f"{self.folder} cannot be used: {error}") from None
         self.settings = replace(self.settings, target_parameters=tuple(named.values()))
         counts = {parameter: self._count(path, parameter, shapes) for path, parameter in named.items()}
         self._matrices = index_matrices(counts)
@@ -79,7 +82,8 @@ class AdapterFolder:
 
     def _matrices_of(self, parameter: str) -> list[LoraPair]:
         """The pairs of all matrices of a parameter, as stored; the last ones read are kept, since they are asked for
-        one after another."""
+        one after another.
+        """
         if self._joined[0] != parameter:
             a, b = self._read([self._keys[self._paths[parameter], part] for part in PARTS])
             count = a.shape[0] // self.settings.rank(parameter_stem(parameter))
@@ -119,7 +123,8 @@ class AdapterFolder:
 
     def _count(self, path: str, parameter: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many matrices a parameter has: rows of A over the rank that the settings say. 1 where that is no
-        whole number, for `_layout` to complain about."""
+        whole number, for `_layout` to complain about.
+        """
         rows, rank = shapes[self._keys[path, "A"]][0], self.settings.rank(parameter_stem(parameter))
         return rows // rank if rows and rows % rank == 0 else 1
 

@@ -76,15 +76,17 @@ def resolve_parameters(
             )
         order = sorted(fitting, key=lambda name: any(part in name.rpartition(".")[2] for part in _LAST))
         found |= {path: parameter for parameter, path in parameter_paths(order).items()}
+    if target_parameters and not found:
+        raise ModelError(
+            f"target_parameters names {target_parameters[0]}, and no tensor is a factor of such a parameter"
+        )
     return found
 
 
 def _parameters_of(module: str, targets: Sequence[str]) -> list[str]:
     """The parameters of a module that these targets name, in their order."""
     names = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
-    fits = (
-        name for name, target in zip(names, targets, strict=True) if name == target or name.endswith(f".{target}")
-    )
+    fits = (name for name, target in zip(names, targets, strict=True) if name == target or name.endswith(f".{target}"))
     return list(dict.fromkeys(fits))
 
 

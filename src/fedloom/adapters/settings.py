@@ -138,7 +138,9 @@ def save_adapter(
     for module, pair in state.items():
         ranks[settings.place(module)] = max(1, pair.rank, ranks[settings.place(module)])
     layouts = {path: Layout(pair.shape[0], (pair.shape[1],)) for path, pair in stored.items()}
-    with TensorFile(folder / WEIGHTS_FILE, [name for path, layout in layouts.items() for name in layout.names(path)]) as file:
+    with TensorFile(
+        folder / WEIGHTS_FILE, [name for path, layout in layouts.items() for name in layout.names(path)]
+    ) as file:
         for path, pair in stored.items():
             for name, tensor in zip(layouts[path].names(path), layouts[path].stored_factors(pair), strict=True):
                 file.add(name, tensor.to(dtype))
@@ -154,7 +156,9 @@ def _stored_pairs(state: LoraState, settings: AdapterSettings) -> dict[str, Lora
     inside = {name for names in groups.values() for name in names}
     single = {module: pad_to_rank_one(pair) for module, pair in state.items() if module not in inside}
     scales = {module: settings.scale(module, pair.rank) for module, pair in single.items()}
-    scales |= {paths[parameter]: settings.scale(names[0], ranks[paths[parameter]]) for parameter, names in groups.items()}
+    scales |= {
+        paths[parameter]: settings.scale(names[0], ranks[paths[parameter]]) for parameter, names in groups.items()
+    }
     return {path: LoraPair(pair.A, pair.B / scales[path]) for path, pair in sorted({**single, **joined}.items())}
 
 

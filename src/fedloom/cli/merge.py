@@ -44,9 +44,9 @@ def aggregate(
     import torch
 
     from fedloom.adapters.merge import output, table
+    from fedloom.adapters.merge.base import open_base
     from fedloom.adapters.merge.combine import Recipe
     from fedloom.adapters.merge.folders import open_folders
-    from fedloom.adapters.merge.base import open_base
     from fedloom.adapters.merge.places import find_places
     from fedloom.adapters.merge.save import save_merge
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedloom.adapters.merge import output
+from fedloom.adapters.merge.base import open_base
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, open_folders, rehearse_merge
-from fedloom.adapters.merge.base import open_base
 from fedloom.adapters.merge.save import save_merge
 
 

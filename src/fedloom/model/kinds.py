@@ -28,7 +28,18 @@ UNSHIFTED = (
 )
 """Types whose decoder half transformers loads alone. Its loss holds every label to the place before it: whoever trains
 it with labels as causal models have them, teaches it to repeat the last token."""
-SEEING = ("blip", "blip-2", "git", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "pix2struct", "udop", "pi0")
+SEEING = (
+    "blip",
+    "blip-2",
+    "git",
+    "idefics",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "pix2struct",
+    "udop",
+    "pi0",
+)
 """Types that compute nothing from a text alone."""
 AutoClass: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 

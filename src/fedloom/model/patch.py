@@ -207,7 +207,10 @@ def _settings_of_round(trainer: Trainer, task: Task, round: int, seed: int) -> I
 def _unwrapped(trainer: Trainer, model: peft.PeftModel) -> Iterator[None]:
     """Afterwards without the optimiser, and without the cast that accelerate wraps around a model for good."""
     mode = model.training
-    with keep_use_cache(model.config), _replace(trainer, {"model_wrapped": trainer.model_wrapped, "is_in_train": False}):
+    with (
+        keep_use_cache(model.config),
+        _replace(trainer, {"model_wrapped": trainer.model_wrapped, "is_in_train": False}),
+    ):
         before = dict(vars(model))
         try:
             yield

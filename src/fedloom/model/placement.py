@@ -6,13 +6,14 @@ The base model is walked once (`peft_bridge.linear_modules`). All else is arithm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TypeVar
 
 from fedloom.adapters.parameters import bundle_of
-from fedloom.adapters.patterns import Patterns, literal_pattern, matching_name
+from fedloom.adapters.patterns import Patterns, matching_name
 from fedloom.adapters.settings import AdapterSettings
 from fedloom.errors import ConfigError, ModelError
 from fedloom.records.config import LoraSettings
@@ -54,7 +55,7 @@ class Adapter:
     """[lora] as one client or the server has it, and what it comes to on every module, in the model's order.
 
     transposed: some of the modules store their weights transposed (PEFT's fan_in_fan_out). stacked: the parameters that
-    are adapted as such. parameters: what an adapter folder names in target_parameters: these, and the weights of modules
+    are adapted as such. parameters: what an adapter folder names in target_parameters: these, and weights of modules
     that PEFT would take for something else (`LinearModule.moved`). targets: target_modules as a folder has to say it,
     where that is not what [lora] says.
     """
@@ -156,7 +157,9 @@ def target_names(linear: Mapping[str, LinearModule], lora: LoraSettings) -> list
     """
     chosen = {*_named_modules(linear, lora.target_modules), *_named_matrices(linear, lora)}
     if not chosen:
-        raise ModelError('lora.target_modules names no module: name some, or use "all-linear" or lora.target_parameters')
+        raise ModelError(
+            'lora.target_modules names no module: name some, or use "all-linear" or lora.target_parameters'
+        )
     return [name for name in linear if name in chosen]
 
 
@@ -168,8 +171,8 @@ def _named_modules(linear: Mapping[str, LinearModule], targets: Sequence[str] | 
         found = matching_name(targets, modules, "lora.target_modules")
         if not found:
             raise ModelError(
-                f"lora.target_modules = {targets!r} matches the whole name of no linear module: as in PEFT, a text is a "
-                f'regular expression for whole names; for ends of names give a list, ["{targets}"]'
+                f"lora.target_modules = {targets!r} matches the whole name of no linear module: as in PEFT, a text is "
+                f'a regular expression for whole names; for ends of names give a list, ["{targets}"]'
             )
     else:
         for target in targets:
@@ -222,8 +225,8 @@ def untrained_note(linear: Mapping[str, LinearModule], adapter: Adapter) -> str 
         )
     refused = {n: m.refused for n, m in linear.items() if m.refused}
     if refused and adapter.lora.target_modules == "all-linear":
-        ends = sorted({name.rpartition(".")[2] for name in refused})
-        return f"{', '.join(ends)} ({len(refused)} modules) left out of all-linear: {next(iter(refused.values()))}"
+        left = ", ".join(sorted({name.rpartition(".")[2] for name in refused}))
+        return f"{left} ({len(refused)} modules) left out of all-linear: {next(iter(refused.values()))}"
     return None
 
 
@@ -254,4 +257,6 @@ def _check_found(found: bool, target: str, names: Collection[str]) -> None:
     ends = sorted({name.rpartition(".")[2] for name in names})
     near = get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"its linear modules end in {', '.join(ends)}"
+    if re.search("embed|wte|wpe", target.rpartition(".")[2]):
+        hint = "embeddings take no adapter here; adapt the linear modules around them"
     raise ModelError(f"target module {target!r} matches no linear module of the base model: {hint}")

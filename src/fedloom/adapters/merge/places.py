@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightTransform
 
 TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
-"""Types of models whose experts are (experts, in, out). Asked only for square matrices: others show it by their shape."""
+"""Types of models whose experts are (experts, in, out). Asked of square matrices alone: others show it by shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """What one pair adds to a tensor of the base: B A, or its rows from one to another, or the transpose, to the tensor
-    or to the matrix at one place of its first dimension."""
+    or to the matrix at one place of its first dimension.
+    """
 
     module: str
     rows: tuple[int, int] | None = None
@@ -98,8 +99,8 @@ class _Search:
         if found is not None:
             return found
         raise ModelError(
-            f"{self.base.folder} holds no tensor {name}, which the adapters change: their base is another, or the weight "
-            "is shared with another module's or stored in another form there"
+            f"{self.base.folder} holds no tensor {name}, which the adapters change: their base is another, or the "
+            "weight is shared with another module's or stored in another form there"
         )
 
     def _renamed(self, name: str) -> str | None:
@@ -125,8 +126,8 @@ class _Search:
         complete = pieces and all(len(held) == len(names) for held in pieces.values())
         if not complete:
             raise ModelError(
-                f"{self.base.folder} holds no tensor {parameter}, nor {len(names)} that are made into it: the adapters' "
-                "base is another, or is stored in a form that adapters cannot be merged into"
+                f"{self.base.folder} holds no tensor {parameter}, nor {len(names)} that are made into it: the "
+                "adapters' base is another, or is stored in a form that adapters cannot be merged into"
             )
         rows = self._rows([held[0] for held in pieces.values()])
         return {
@@ -181,9 +182,9 @@ def _conversions(base: BaseFolder) -> dict[str, dict[str, list[str]]]:
     kinds = [*(config.get("architectures") or ()), config.get("model_type")]
     kinds += [text.get("model_type")] if isinstance(text, dict) else []
     kinds += ["legacy"]  # what transformers does with every model's names, after all else
-    rules: Sequence[WeightTransform] = [
-        rule for kind in dict.fromkeys(kinds) if isinstance(kind, str) for rule in get_checkpoint_conversion_mapping(kind) or ()
-    ]
+    rules: list[WeightTransform] = []
+    for kind in dict.fromkeys(kinds):
+        rules += (get_checkpoint_conversion_mapping(kind) or ()) if isinstance(kind, str) else ()  # type: ignore[no-untyped-call]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}

@@ -35,7 +35,8 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """PEFT draws starting values that are never used, calls names that transformers has deprecated, and takes a
-    pattern for a parameter to be one that matches nothing."""
+    pattern for a parameter to be one that matches nothing.
+    """
     with torch.random.fork_rng(range(min(torch.cuda.device_count(), 1))), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module", RuntimeWarning)
@@ -149,7 +150,8 @@ def add_frozen(model: peft.PeftModel, more: Collection[str]) -> None:
     """
     modules = {held.names[0] for held in lora_layers(model) if not held.parameter}
     # Every adapter of a model has to name its parameters by the same texts.
-    named = next((config.target_parameters for config in model.peft_config.values() if config.target_parameters), None)
+    told = (getattr(config, "target_parameters", None) for config in model.peft_config.values())
+    named = next((parameters for parameters in told if parameters), None)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=1,

@@ -9,7 +9,7 @@ from typing import cast
 
 import peft
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import transformers_weight_conversion as conversion
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -79,7 +79,7 @@ def _language_names(model: PreTrainedModel, modules: dict[str, nn.Module]) -> li
     """The names of all modules but those of a vision or audio part, in the model's order."""
     if model.config.get_text_config() is model.config:
         return list(modules)
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     inside = next((name for name, module in modules.items() if module is decoder), "")
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return [n for n, m in modules.items() if not inside or n == inside or n.startswith(f"{inside}.") or m is output]
@@ -111,8 +111,9 @@ def _moved_ends(model: PreTrainedModel) -> set[str]:
     It does so for mixtures that transformers has since given one parameter for all experts, and also where a module of
     this name is no expert's: DeepSeek's first layers, and shared experts.
     """
-    kind = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(model.config, "model_type", ""))
-    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(kind or "", {}))
+    known = vars(transformers_weight_conversion)["_MODEL_TO_CONVERSION_PATTERN"]
+    kind = known.get(getattr(model.config, "model_type", ""))
+    return set(transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.get(kind or "", {}))
 
 
 def _not_linear(module: nn.Module) -> str:

@@ -28,7 +28,7 @@ class ModelSettings(Section):
     )
     device: Name = Field(
         "auto",
-        description='"auto" (a GPU where there is one), "cpu" or "cuda"; CUDA_VISIBLE_DEVICES chooses among several GPUs.',
+        description='"auto" (a GPU where there is one), "cpu" or "cuda"; CUDA_VISIBLE_DEVICES chooses a GPU.',
     )
 
 
@@ -44,7 +44,7 @@ class LoraSettings(Section):
     )
     target_parameters: Patterns = Field(
         (),
-        description="Parameters to adapt, by ends of names: the experts of a mixture, each of which has a pair of its own.",
+        description="Parameters to adapt, by ends of names: the experts of a mixture, each with a pair of its own.",
         examples=[["experts.gate_up_proj", "experts.down_proj"]],
     )
     lora_dropout: Probability = Field(0.0, description="Dropout before A, while training.")
