@@ -1,7 +1,7 @@
 """Every architecture that transformers loads as a causal language model: does fedloom train, export and merge it?
 
-Each gets a tiny model of random weights. Two steps of fedloom's training are held to two steps in plain PEFT, with a
-loop of its own; the exported adapter, opened by PEFT, to the model that was trained; and the merged folder to PEFT's merge.
+Each gets a tiny model of random weights. Two steps of fedloom's training are held to two in plain PEFT, by a loop of
+its own; the exported adapter, opened by PEFT, to the model that was trained; and the merged folder to PEFT's merge.
 A mixture is trained a second time on its experts alone, by target_parameters.
 """
 
@@ -11,12 +11,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from rich import box
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -37,7 +37,7 @@ from fedloom.adapters.merge.folders import open_folders
 from fedloom.adapters.merge.save import save_merge
 from fedloom.adapters.parameters import bundle_of
 from fedloom.adapters.settings import save_adapter
-from fedloom.errors import FedloomError
+from fedloom.errors import ConfigError, FedloomError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge
 from fedloom.model.base import load_base, quiet_transformers
@@ -72,10 +72,19 @@ class Row:
 
 
 def run(only: Sequence[str] | None = None) -> dict[str, Any]:
-    """{"rows": one for each family, "total": how many there are of each outcome}. `only`: names of families."""
+    """{"rows": one for each family, "total": how many there are of each outcome}. `only`: names of families.
+
+    Raises ConfigError for a name that transformers does not load as a causal language model.
+    """
+    known = families()
+    for family in only or ():
+        if family not in known:
+            near = get_close_matches(family, known, n=3)
+            raise ConfigError(f"family {family!r} is unknown: expected one such as {', '.join(near or known[:3])}")
+    torch.set_num_threads(1)  # models so small are fastest so
     with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")  # libraries' advice about sizes that nobody would choose
-        rows = [try_family(family) for family in only or families()]
+        rows = [try_family(family) for family in only or known]
     outcomes = ("runs", "plain", "merge", "experts")
     total = {
         key: {word: sum(asdict(row)[key] == word for row in rows) for word in ("yes", "no", "refused", "")}
@@ -235,11 +244,37 @@ def _short(text: str) -> str:
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
 
 
+COLUMNS = {"family": "family", "runs": "runs", "plain": "equals plain PEFT", "merge": "merge equal"} | {
+    key: key for key in ("experts", "remark")
+}
+"""Key of a row → head of its column."""
+
+
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
-    """The rows for a terminal or a page."""
-    table = Table(box=box.MARKDOWN)
-    for name in ("family", "runs", "equals plain PEFT", "merge equal", "experts", "remark"):
-        table.add_column(name, overflow="fold")
+    """The rows for a terminal."""
+    table = Table(title="families of causal language models, tiny and with random weights")
+    for head in COLUMNS.values():
+        table.add_column(head, overflow="fold")
     for row in result["rows"]:
-        table.add_row(*(row[key] for key in ("family", "runs", "plain", "merge", "experts", "remark")))
+        table.add_row(*(row[key] for key in COLUMNS))
     yield table
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """The rows for docs/benchmarks/families.md, and how many families there are of each outcome."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(str(row[key]).replace('|', '/') for key in COLUMNS)} |" for row in result["rows"]]
+    counts = ", ".join(
+        f"{COLUMNS[key]}: {number['yes']} yes, {number['no']} no" for key, number in result["total"].items()
+    )
+    return "\n".join(
+        [*lines, "", f"{len(result['rows'])} families; {counts}; refused: {result['total']['runs']['refused']}."]
+    )
+
+
+def parse_page(text: str) -> dict[str, tuple[str, ...]]:
+    """Family → its outcomes, from the page."""
+    cells = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    )
+    return {row[0]: tuple(row[1:5]) for row in cells if len(row) == len(COLUMNS) and row[0] != "family"}

@@ -73,7 +73,7 @@ class Config(Section):
                 raise ValueError(f"{section}.{key} is missing: data.partitioner = {self.data.partitioner!r} needs it")
         if not self.lora.target_modules and not self.lora.target_parameters:
             raise ValueError(
-                "lora.target_modules is []; expected 'all-linear' or at least 1 name, where lora.target_parameters is unset"
+                "lora.target_modules is []; expected 'all-linear' or at least 1, where lora.target_parameters is unset"
             )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
