@@ -119,7 +119,7 @@ def test_modules_are_read_one_at_a_time(tmp_path: Path) -> None:
     ("key", "value", "reason"),
     [
         ("peft_type", "LOHA", "only LoRA"),
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "DoRA.* train with use_dora = False, or merge"),
         ("modules_to_save", ["lm_head"], "whole modules"),
         ("bias", "lora_only", "biases"),
         ("trainable_token_indices", [1], "embeddings"),
