@@ -139,6 +139,7 @@ def write_base(config: PretrainedConfig, folder: Path) -> None:
         raise ValueError(f"its smallest has {size:,} parameters")
     torch.manual_seed(0)
     model = loader.from_config(config)
+    logits(model, examples().collate(list(examples().examples)))  # sizes that fit each other nowhere fail here
     model.save_pretrained(folder)
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and loader is AutoModelForCausalLM:
         config.save_pretrained(folder)  # the text part of a model of several parts, which is loaded by the whole's type

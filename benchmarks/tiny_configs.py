@@ -52,7 +52,12 @@ SIZES: Mapping[str, int] = {
     r"patch_size": 8,
 }
 """Pattern for the whole name of a key → its value. Lists are left out, since configurations derive them."""
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 TWEAKS: Mapping[str, Mapping[str, object]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga"), {"text_config": _SECTIONS}),
+    "paddleocr_vl": {"text_config": _SECTIONS},
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [1, 0, 1]}}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
