@@ -119,9 +119,9 @@ def _moved_ends(model: PreTrainedModel) -> set[str]:
 def _not_linear(module: nn.Module) -> str:
     """Why a module is linear in name only; "" where it is. Some routers return more than a product."""
     kind = type(module)
-    if kind.forward is nn.Linear.forward or not re.search("router|topk", kind.__name__, re.IGNORECASE):
+    if kind.forward is nn.Linear.forward or not re.search("router|topk|grouped", kind.__name__, re.IGNORECASE):
         return ""
-    return f"PEFT adapts no {kind.__name__}, which chooses experts and is linear in name only"
+    return f"PEFT adapts no {kind.__name__}, whose output is not that of a linear module"
 
 
 def _refusal(model: PreTrainedModel, end: str) -> str:
