@@ -264,3 +264,20 @@ def test_every_method_aggregates_experts(method: str, folder: Path) -> None:
     peft_bridge.set_frozen(setup.model, federation.server.fixed)
     torch.testing.assert_close(logits(setup.model), dense(mixtral(), state), atol=2e-5, rtol=0)
     assert isinstance(federation.server, State) and IDS.dim() == 2
+
+
+def test_a_mixture_that_somebody_else_has_wrapped() -> None:
+    """PEFT's own all-linear reaches experts and routers, at twice the rank where it takes one parameter for two."""
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
+        model = peft.get_peft_model(mixtral(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    placed_there = peft_bridge.placements(model, "default")
+    assert placed_there[f"{GATE_UP}.0"].rank == 4 and placed_there["model.layers.0.mlp.gate"].shape == (3, 16)
+    linear = peft_bridge.linear_beneath(model)
+    assert linear == peft_bridge.linear_modules(mixtral()) and placed_there.keys() < linear.keys()
+    shapes = {name: place.shape for name, place in placed_there.items()}
+    trained, frozen = (random_state(shapes, dict.fromkeys(shapes, rank), rank) for rank in (2, 3))
+    peft_bridge.write_adapter(model, trained)
+    peft_bridge.set_frozen(model, frozen)
+    twin = mixtral()
+    dense(twin, trained)
+    torch.testing.assert_close(logits(model), dense(twin, frozen), atol=1e-5, rtol=0)

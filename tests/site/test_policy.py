@@ -434,5 +434,6 @@ def test_a_pattern_for_a_parameter_is_for_each_of_its_matrices():
     for pattern in ("down_proj", "*.experts.down_proj", "layers.0.mlp.experts.down_proj"):
         check_job(Policy(modules=(pattern,)), "fedit", experts, 5, 5)
     refused(
-        "module layers.0.mlp.experts.down_proj.0", lambda: check_job(Policy(modules=("0",)), "fedit", experts[:1], 5, 5)
+        "module layers.0.mlp.experts.down_proj.0",
+        lambda: check_job(Policy(modules=("up_proj",)), "fedit", experts[:1], 5, 5),
     )

@@ -89,8 +89,10 @@ def _marked(
     model: PreTrainedModel, found: dict[str, LinearModule], modules: dict[str, nn.Module]
 ) -> dict[str, LinearModule]:
     """With what PEFT makes of the names."""
-    ends = {name: name.rpartition(".")[2] for name in found}
-    beside = Counter(name.rpartition(".")[2] for name in modules.keys() - found.keys())
+    # In a model that is wrapped already, by the names that it had before.
+    ends = {name: name.replace(WRAPPED, "").rpartition(".")[2] for name in found}
+    rest = {name for name in modules.keys() - found.keys() if not isinstance(modules[name], LoraLayer)}
+    beside = Counter(name.replace(WRAPPED, "").rpartition(".")[2] for name in rest if ".lora_" not in name)
     moved = _moved_ends(model)
     reasons = {end: _refusal(model, end) for end in set(ends.values())}
     odd = {name: _not_linear(modules[name]) for name, place in found.items() if not place.parameter}
