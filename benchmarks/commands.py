@@ -248,3 +248,19 @@ def catchup_command(
         own = [f"method.name={name}", *([f"method.preset={preset}"] if preset else []), *(settings or [])]
         runs[spec] = load_config(folder / "demo.toml", [f"federation.num_rounds={rounds}", *own])
     print_result(catchup.run(runs, [float(energy) for energy in split_words(energies)]), catchup.tables, as_json)
+
+
+@app.command("families")
+def families_command(
+    only: Annotated[str, typer.Option(help="Families, by transformers' model types: llama,mixtral.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="The rows as the documentation has them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every architecture that transformers loads as a causal LM: trained, exported and merged as in plain PEFT?"""
+    from benchmarks import families
+
+    result = families.run(split_words(only) or None)
+    if markdown:
+        print(families.to_markdown(result))
+    else:
+        print_result(result, families.tables, as_json)

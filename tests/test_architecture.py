@@ -25,7 +25,7 @@ PURE = {room for room, rule in ROWS if rule == "pure "}
 LIGHT = {room for room, rule in ROWS if rule == "light "}
 
 DOORS = {
-    "peft": {"model/peft_bridge.py"},
+    "peft": {"model/peft_bridge/"},
     "flwr": {"flower"},
     "ray": {"flower"},
     "matplotlib": {"report/figure.py"},

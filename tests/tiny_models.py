@@ -18,7 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fedloom.model.placement import Adapter, linear_modules, place_adapter
+from fedloom.model.peft_bridge import linear_modules
+from fedloom.model.placement import Adapter, place_adapter
 from fedloom.records.config import LoraSettings
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

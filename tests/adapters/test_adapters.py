@@ -70,7 +70,7 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, name: str, use_rslor
     model = peft.get_peft_model(MODELS[name](), config)
     model.save_pretrained(tmp_path)
     state, folder = load_adapter(tmp_path)
-    layers = dict(peft_bridge.lora_layers(model))
+    layers = {held.names[0]: held.layer for held in peft_bridge.lora_layers(model)}
     assert set(layers) == set(state) == set(folder.modules)
     assert sorted(set(state.ranks().values())) == [2, 4]
     for module, layer in layers.items():
@@ -119,13 +119,13 @@ def test_modules_are_read_one_at_a_time(tmp_path: Path) -> None:
     ("key", "value", "reason"),
     [
         ("peft_type", "LOHA", "only LoRA"),
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "DoRA.* train with use_dora = False, or merge"),
         ("modules_to_save", ["lm_head"], "whole modules"),
         ("bias", "lora_only", "biases"),
         ("trainable_token_indices", [1], "embeddings"),
         ("init_lora_weights", "pissa", "weights of the base"),
         ("layer_replication", [[0, 1]], "layers of the base"),
-        ("target_parameters", ["experts.up"], "bare parameters"),
+        ("target_parameters", ["experts.up"], "no tensor is a factor of such"),
         ("r", "many", "not valid"),
         ("r", 0, "r is 0: input should be greater than or equal to 1"),
         ("rank_pattern", [3], "not valid"),

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from fedloom.adapters.folder import AdapterFolder, load_adapter
 from fedloom.adapters.merge import folders, table
+from fedloom.adapters.merge.base import INDEX, open_base
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.companions import copy_tokenizer
-from fedloom.adapters.merge.model import INDEX, merge_into, open_base
+from fedloom.adapters.merge.model import merge_into
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.cli import main as cli
 from fedloom.errors import ModelError

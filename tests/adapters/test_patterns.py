@@ -127,10 +127,10 @@ def test_peft_is_given_literal_names_alone() -> None:
     model = peft_bridge.attach(llama(), adapter)
     config = model.peft_config["default"]
     assert isinstance(config, peft.LoraConfig)
-    known = {literal_pattern(name) for name, _ in peft_bridge.lora_layers(model)}
+    known = {literal_pattern(held.names[0]) for held in peft_bridge.lora_layers(model)}
     assert config.rank_pattern and config.rank_pattern.keys() <= known
     assert config.alpha_pattern and config.alpha_pattern.keys() <= known
-    for name, layer in peft_bridge.lora_layers(model):
+    for (name,), layer in ((held.names, held.layer) for held in peft_bridge.lora_layers(model)):
         placement = adapter.modules[name]
         assert (layer.r["default"], layer.lora_alpha["default"]) == (placement.rank, placement.alpha)
 

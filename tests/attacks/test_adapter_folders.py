@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedloom.adapters.folder import AdapterFolder, load_adapter, other_base_note
+from fedloom.adapters.merge.base import open_base
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.companions import copy_companions
 from fedloom.adapters.merge.folders import open_folders
-from fedloom.adapters.merge.model import open_base
 from fedloom.adapters.merge.save import save_merge
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, save_adapter
 from fedloom.cli import inspect as inspection

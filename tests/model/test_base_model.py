@@ -9,9 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    GitConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    PretrainedConfig,
+    ReformerConfig,
+    XLNetConfig,
+)
 
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.base import base_digest, load_base
+from fedloom.model.kinds import choose_class, refusal
 from tiny_models import MODELS, llama, tokenizer
 
 
@@ -95,7 +107,34 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
 def test_a_model_of_another_kind(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    refused(folder, "cannot be loaded as a causal language model")
+    with pytest.raises(ModelError, match=r"its config.json is of type t5 \(LlamaForCausalLM\); take a model") as caught:
+        load_base(folder)
+    assert len(str(caught.value).replace(str(folder), "")) < 250
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BertConfig(), '"is_decoder": true in config.json'),
+        (XLNetConfig(), "attn_type = 'uni'"),
+        (BartConfig(), "decoder half"),
+        (GitConfig(), "needs an image"),
+        (ReformerConfig(is_decoder=True), "no gradient"),
+        (BertConfig(is_decoder=True), None),
+        (XLNetConfig(attn_type="uni"), None),
+        (GPTNeoXConfig(), None),
+        (GPT2Config(), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_that_sees_later_tokens_is_refused(config: PretrainedConfig, reason: str | None) -> None:
+    found = refusal(config)
+    assert found is None if reason is None else reason in str(found)
+    if reason is not None:
+        with pytest.raises(ModelError, match="m cannot be trained as a causal language model: "):
+            choose_class("m", config)
+    else:
+        assert choose_class("m", config) is AutoModelForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -104,6 +143,7 @@ def test_a_model_of_another_kind(folder: Path) -> None:
         ({"dtype": "float8"}, "model.dtype 'float8' is unknown: expected float32"),
         ({"quantization": "2bit"}, "model.quantization '2bit' is unknown"),
         ({"device": "tpu"}, "model.device 'tpu' is unknown.*CUDA_VISIBLE_DEVICES"),
+        ({"device": "cuda:x"}, "model.device 'cuda:x' is unknown"),
     ],
 )
 def test_settings_that_cannot_be(whole: Path, arguments: dict[str, str], reason: str) -> None:
@@ -113,8 +153,9 @@ def test_settings_that_cannot_be(whole: Path, arguments: dict[str, str], reason:
 
 def test_a_gpu_that_is_not_there(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="finds no GPU"):
-        load_base(whole, device="cuda")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match="finds no GPU"):
+            load_base(whole, device=device)
     assert load_base(whole)[0].device.type == "cpu"
 
 

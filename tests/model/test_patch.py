@@ -381,7 +381,7 @@ def test_settings_of_the_adapter_and_of_the_run_must_agree(lora, words, tmp_path
 
 
 def test_the_base_beneath_an_adapter_is_that_of_the_plain_model():
-    from fedloom.model.placement import linear_modules
+    from fedloom.model.peft_bridge import linear_modules
 
     model = wrapped()
     assert peft_bridge.linear_beneath(model) == linear_modules(llama())

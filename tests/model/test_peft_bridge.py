@@ -125,7 +125,7 @@ def test_any_rank_can_be_written_and_keeps_alpha() -> None:
     peft_bridge.configure(model, placed(llama(), r=3, lora_alpha=7, use_rslora=True, lora_dropout=0.5))
     state = random_state(shapes, dict.fromkeys(shapes, 3))
     peft_bridge.write_adapter(model, state)
-    for module, layer in peft_bridge.lora_layers(model):
+    for (module,), layer in ((held.names, held.layer) for held in peft_bridge.lora_layers(model)):
         assert layer.scaling["default"] == 7 / 3**0.5
         assert layer.lora_dropout["default"].p == 0.5
         torch.testing.assert_close(layer.lora_B["default"].weight * 7 / 3**0.5, state[module].B)
@@ -137,7 +137,7 @@ def test_a_penalty_reaches_the_parameters() -> None:
     model, shapes = resident(r=2, lora_alpha=6, target_modules=["q_proj"])
     peft_bridge.write_adapter(model, random_state(shapes, dict.fromkeys(shapes, 2)))
     sum(pair.B.square().sum() for pair in peft_bridge.live_adapter(model).values()).backward()
-    for _, layer in peft_bridge.lora_layers(model):
+    for layer in (held.layer for held in peft_bridge.lora_layers(model)):
         up = layer.lora_B["default"].weight
         torch.testing.assert_close(up.grad, 2 * 3.0**2 * up.detach())
         assert layer.lora_A["default"].weight.grad is None

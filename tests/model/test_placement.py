@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from fedloom import testbeds
 from fedloom.errors import ModelError
-from fedloom.model.placement import LinearModule, Placement, keep_fitting_patterns, linear_modules, place_adapter
+from fedloom.model.peft_bridge import linear_modules
+from fedloom.model.placement import LinearModule, Placement, keep_fitting_patterns, place_adapter
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.configfile import load_config
 from fedloom.workspace import assemble as setup
@@ -64,7 +65,10 @@ def test_rank_and_alpha_are_those_of_the_first_pattern() -> None:
     [
         ({"target_modules": ["q_proj", "qproj"]}, "'qproj' matches no linear module.*did you mean q_proj"),
         ({"target_modules": ["xyzzy"]}, "'xyzzy' matches no linear module.*end in .*down_proj.*q_proj"),
-        ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear module"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "'embed_tokens' matches no linear module.*embeddings take no adapter here",
+        ),
         ({"rank_pattern": {"q_prj": 4}}, "'q_prj' matches no linear module.*q_proj"),
         ({"alpha_pattern": {"lm_head": 4.0}}, "'lm_head' matches no linear module"),
     ],

@@ -427,3 +427,13 @@ def test_a_site_that_trains_some_modules_sends_those_alone(policy):
 
     _, done = turn(policy, "fedit", train=train)
     assert {name.rpartition("/")[0] for name in decode(done.payload).entries} == set(some)
+
+
+def test_a_pattern_for_a_parameter_is_for_each_of_its_matrices():
+    experts = [f"layers.0.mlp.experts.down_proj.{place}" for place in (0, 12)]
+    for pattern in ("down_proj", "*.experts.down_proj", "layers.0.mlp.experts.down_proj"):
+        check_job(Policy(modules=(pattern,)), "fedit", experts, 5, 5)
+    refused(
+        "module layers.0.mlp.experts.down_proj.0",
+        lambda: check_job(Policy(modules=("up_proj",)), "fedit", experts[:1], 5, 5),
+    )

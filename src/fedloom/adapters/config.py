@@ -37,6 +37,7 @@ class AdapterConfig(BaseModel):
     lora_alpha: Alpha
     base_model_name_or_path: Name | None = None
     target_modules: list[Name] | Name | None = None
+    target_parameters: list[ModuleName] | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     use_rslora: bool | None = None
     rank_pattern: dict[str, Rank] | None = None
@@ -71,7 +72,8 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
         return AdapterSettings(
             r=told.r,
             lora_alpha=told.lora_alpha,
-            target_modules=told.target_modules or "all-linear",
+            target_modules=told.target_modules or (() if told.target_parameters else "all-linear"),
+            target_parameters=tuple(told.target_parameters or ()),
             lora_dropout=told.lora_dropout or 0.0,
             use_rslora=bool(told.use_rslora),
             rank_pattern=told.rank_pattern or {},
@@ -96,10 +98,13 @@ def _complaint(error: ValidationError) -> str:
 Plain = Mapping[str, tuple[tuple[object, ...], str]]
 REFUSED: Plain = {
     "peft_type": (("LORA",), "only LoRA adapters can be combined"),
-    "use_dora": ((False, None), "DoRA rescales the base weights, so its change is not B A"),
+    "use_dora": (
+        (False, None),
+        "DoRA rescales the base weights, so its change is not B A: train with use_dora = False, or merge it into its "
+        "base with PEFT and start from that model",
+    ),
     "lora_bias": ((False, None), "B has a bias of its own, so its change is not B A"),
     "layer_replication": ((None, []), "it changes the layers of the base model"),
-    "target_parameters": ((None, []), "adapters of bare parameters are not supported"),
     "alora_invocation_tokens": ((None, []), "the adapter is active on some tokens only"),
     "use_qalora": ((False, None), "QALoRA pools its inputs, so its change is not B A"),
     "use_bdlora": ((None, False), "its factors are block-diagonal and stored in parts"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from fedloom.adapters.base_identity import read_digest
 from fedloom.adapters.config import REFUSED, WHOLE, read_config, read_settings, refuse_other_kinds
+from fedloom.adapters.parameters import index_matrices, parameter_stem, resolve_parameters, split_pair
 from fedloom.adapters.settings import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Layout
-from fedloom.errors import ModelError
+from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 
 SPARE_RANK = 1024
@@ -50,8 +52,22 @@ class AdapterFolder:
         self._keys = _keys(self.folder / WEIGHTS_FILE, shapes)
         factors = set(self._keys.values())
         self.whole = {name: shape for name, shape in shapes.items() if name not in factors}
-        modules = sorted({module for module, _ in self._keys})
-        self.layouts = {module: self._layout(module, shapes) for module in modules}
+        paths = dict.fromkeys(path for path, _ in self._keys)
+        try:
+            named = resolve_parameters(paths, self.settings.target_modules, self.settings.target_parameters)
+        except (ModelError, ConfigError) as error:
+            raise ModelError(f"{self.folder} cannot be used: {error}") from None
+        self.settings = replace(self.settings, target_parameters=tuple(named.values()))
+        counts = {parameter: self._count(path, parameter, shapes) for path, parameter in named.items()}
+        self._matrices = index_matrices(counts)
+        self._paths = {parameter: path for path, parameter in named.items()}
+        self._joined: tuple[str, list[LoraPair]] = ("", [])
+        single = {path: self._layout(path, shapes) for path in paths if path not in named}
+        inside = {
+            name: self._layout(self._paths[parameter], shapes, parameter, counts[parameter])
+            for name, (parameter, _) in self._matrices.items()
+        }
+        self.layouts = dict(sorted({**single, **inside}.items()))
 
     @property
     def modules(self) -> list[str]:
@@ -60,8 +76,22 @@ class AdapterFolder:
 
     def pair(self, module: str) -> LoraPair:
         """One module's pair, float32, the scale folded into B. Raises ModelError where it holds NaN or infinity."""
+        if module in self._matrices:
+            parameter, place = self._matrices[module]
+            pair = self._matrices_of(parameter)[place]
+            return LoraPair(pair.A.clone(), pair.B * self.settings.scale(module))
         a, b = self._read([self._keys[module, part] for part in PARTS])
         return LoraPair(a.flatten(1), b.flatten(1) * self.settings.scale(module))
+
+    def _matrices_of(self, parameter: str) -> list[LoraPair]:
+        """The pairs of all matrices of a parameter, as stored; the last ones read are kept, since they are asked for
+        one after another.
+        """
+        if self._joined[0] != parameter:
+            a, b = self._read([self._keys[self._paths[parameter], part] for part in PARTS])
+            count = a.shape[0] // self.settings.rank(parameter_stem(parameter))
+            self._joined = parameter, split_pair(LoraPair(a, b), count)
+        return self._joined[1]
 
     def tensor(self, name: str) -> Tensor:
         """One of the `whole` tensors, float32. Raises ModelError where it holds NaN or infinity."""
@@ -72,7 +102,7 @@ class AdapterFolder:
         refuse_other_kinds(self.folder, self.config, WHOLE)
         odd = [
             *self.whole,
-            *(self._keys[m, "A"] for m, kind in self.layouts.items() if kind.embedding or kind.inputs[1:]),
+            *(self._keys[m, "A"] for m, kind in self.layouts.items() if kind.embedding or len(kind.inputs) > 1),
         ]
         if odd:
             raise ModelError(
@@ -94,7 +124,17 @@ class AdapterFolder:
                 raise ModelError(f"{self.folder / WEIGHTS_FILE}: {name} holds NaN or infinity; leave this adapter out")
         return tensors
 
-    def _layout(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    def _count(self, path: str, parameter: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many matrices a parameter has: rows of A over the rank that the settings say. 1 where that is no
+        whole number, for `_layout` to complain about.
+        """
+        rows, rank = shapes[self._keys[path, "A"]][0], self.settings.rank(parameter_stem(parameter))
+        return rows // rank if rows and rows % rank == 0 else 1
+
+    def _layout(
+        self, module: str, shapes: Mapping[str, tuple[int, ...]], parameter: str = "", count: int = 1
+    ) -> Layout:
+        """How a module's factors are stored, or those of one of `count` matrices of a parameter."""
         names = [self._keys[module, part] for part in PARTS]
         a, b = (shapes[name] for name in names)
         embedding = [".lora_embedding_" in name for name in names]
@@ -105,15 +145,15 @@ class AdapterFolder:
             )
         if 0 in (*a, *b):
             raise ModelError(f"{where}: A of shape {a} or B of shape {b} is empty: expected at least one value")
-        told = self.settings.rank(module)
-        if a[0] != told:
+        told = self.settings.rank(parameter_stem(parameter) or module)
+        if a[0] != told * count:
             raise ModelError(
                 f"{where}: the tensors have rank {a[0]}, {CONFIG_FILE} says {told}: they do not belong together"
             )
         most = max(SPARE_RANK, 4 * min(b[0], prod(a[1:])))
         if told > most:
             raise ModelError(f"{where}: rank {told:,} adds nothing to a module of shape {b[0]} × {prod(a[1:])}")
-        return Layout(b[0], a[1:], embedding[0])
+        return Layout(b[0], a[1:], embedding[0], parameter)
 
 
 def load_adapter(folder: str | Path) -> tuple[LoraState, AdapterFolder]:

@@ -48,9 +48,10 @@ def aggregate(
 
     from fedloom.adapters.base_identity import check_same_base, digest_weights
     from fedloom.adapters.merge import output, table
+    from fedloom.adapters.merge.base import open_base
     from fedloom.adapters.merge.combine import Recipe
     from fedloom.adapters.merge.folders import open_folders
-    from fedloom.adapters.merge.model import find_places, open_base
+    from fedloom.adapters.merge.places import find_places
     from fedloom.adapters.merge.save import save_merge
 
     output.check_free(out, [*adapters, *([base_model] if base_model else [])], force=force)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fedloom.adapters.base_identity import check_same_base, digest_weights
 from fedloom.adapters.merge import output
+from fedloom.adapters.merge.base import open_base
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, open_folders, rehearse_merge
-from fedloom.adapters.merge.model import open_base
 from fedloom.adapters.merge.save import save_merge
 
 

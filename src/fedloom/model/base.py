@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +23,7 @@ from transformers.utils.hub import cached_file
 from fedloom.adapters.base_identity import digest_weights
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.foreign import raise_in_one_line
+from fedloom.model.kinds import choose_class
 from fedloom.model.quantized import QUANTIZATIONS, keep_differentiable, quantization_options
 from fedloom.model.size import check_config, check_parameters
 
@@ -58,7 +58,8 @@ def load_base(
         check_parameters(path, (tensor.numel() for tensor in _build_empty(path).parameters()), WEIGHTS)
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loader = choose_class(path, AutoConfig.from_pretrained(path, trust_remote_code=False))
+            loaded = loader.from_pretrained(
                 path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     model, facts = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
@@ -89,7 +90,7 @@ def empty_base(path: str | Path) -> PreTrainedModel:
 def _build_empty(path: str | Path) -> PreTrainedModel:
     with quiet_transformers(), torch.device("meta"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model = choose_class(path, config).from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         return cast(PreTrainedModel, model)
 
 
@@ -133,14 +134,17 @@ def base_folder(path: str | Path) -> Path:
 
 
 def _device(device: str) -> torch.device:
-    known = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda"}
-    if device not in known:
-        raise ConfigError(
-            f'model.device {device!r} is unknown: expected "auto", "cpu" or "cuda" (choose among several GPUs with the '
-            "environment variable CUDA_VISIBLE_DEVICES)"
-        )
-    if known[device] == "cuda" and not torch.cuda.is_available():
+    here = torch.cuda.is_available()
+    known = {"auto": "cuda" if here else "cpu", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda"}
+    if re.fullmatch(r"cuda(:\d+)?", device) and not here:
         raise ConfigError(f'model.device is {device!r}, but torch finds no GPU here: use "cpu" or "auto"')
+    if device not in known:
+        # The Trainer takes the first GPU that it sees.
+        number = device.removeprefix("cuda:") if device.startswith("cuda:") else "1"
+        raise ConfigError(
+            f'model.device {device!r} is unknown: expected "auto", "cpu" or "cuda"; among several GPUs the environment '
+            f"variable CUDA_VISIBLE_DEVICES={number} chooses"
+        )
     return torch.device(known[device])
 
 

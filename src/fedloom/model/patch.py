@@ -24,7 +24,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState, stack, subset
 from fedloom.methods.method import State
 from fedloom.model import peft_bridge
 from fedloom.model.trainer_checks import check_fits, check_gradients, check_trainer
-from fedloom.model.training import keep_random_state
+from fedloom.model.training import keep_random_state, keep_use_cache
 from fedloom.records.sections.training import count_steps
 from fedloom.rounds.turns import Task, Train, Trained
 
@@ -215,8 +215,11 @@ def _settings_of_round(trainer: Trainer, task: Task, steps: int, round: int, see
 @contextmanager
 def _unwrapped(trainer: Trainer, model: peft.PeftModel) -> Iterator[None]:
     """Afterwards without the optimiser, and without the cast that accelerate wraps around a model for good."""
-    mode, cache = model.training, model.config.use_cache
-    with _replace(trainer, {"model_wrapped": trainer.model_wrapped, "is_in_train": False}):
+    mode = model.training
+    with (
+        keep_use_cache(model.config),
+        _replace(trainer, {"model_wrapped": trainer.model_wrapped, "is_in_train": False}),
+    ):
         before = dict(vars(model))
         try:
             yield
@@ -229,7 +232,6 @@ def _unwrapped(trainer: Trainer, model: peft.PeftModel) -> Iterator[None]:
                 noise.remove()  # a training that was ended leaves it on
             model.zero_grad()
             model.train(mode)
-            model.config.use_cache = cache
             trainer.optimizer = trainer.lr_scheduler = None
             trainer.accelerator.free_memory()
 

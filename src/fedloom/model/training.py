@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
@@ -218,6 +218,25 @@ def keep_random_state() -> Iterator[None]:
 
 
 @contextmanager
+def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
+    """Have nothing kept for generation while training, and use_cache left as it was.
+
+    The Trainer sets it for a model, also where the configuration has none of its own, but not for the model's parts.
+    """
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    before = [vars(part).get("use_cache") for part in parts]
+    try:
+        for part in parts:
+            part.use_cache = False
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            vars(part).pop("use_cache", None)
+            if value is not None:
+                part.use_cache = value
+
+
+@contextmanager
 def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
     """Leave random state as it was, and the model as it is used between trainings.
 
@@ -225,14 +244,12 @@ def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
     objects set aside, collecting takes no time.
     """
     base = cast(PreTrainedModel, model.get_base_model())
-    cache = base.config.use_cache
     gc.freeze()
-    with keep_random_state():
+    with keep_random_state(), keep_use_cache(base.config):
         try:
             yield
         finally:
             gc.collect()
             gc.unfreeze()
-            base.config.use_cache = cache
             base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
             model.eval()

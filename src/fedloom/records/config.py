@@ -122,6 +122,10 @@ class Config(Section):
                 f"evaluation.metric is {decided!r}, which is not measured: expected auto, exact_match, loss, or one of "
                 f"evaluation.metrics ({', '.join(self.evaluation.metrics) or 'none'})"
             )
+        if not self.lora.target_modules and not self.lora.target_parameters:
+            raise ValueError(
+                "lora.target_modules is []; expected 'all-linear' or at least 1, where lora.target_parameters is unset"
+            )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
         _check_steps(self)

@@ -173,8 +173,25 @@ def _line(key: str, field: FieldInfo) -> str:
     return f"{'# ' if unset else ''}{key} = {text}"
 
 
+UNSUPPORTED: Mapping[str, str] = {
+    "use_dora": "DoRA's change of a weight is no product B A, which the methods average; use lora.use_rslora, or a "
+    "higher lora.r",
+    "modules_to_save": "whole modules are not sent, adapters alone are; add such modules to lora.target_modules",
+    "trainable_token_indices": "embeddings are not trained; use a base model that has the tokens",
+    "bias": "biases are not trained, since they are no product B A; leave it out",
+    "exclude_modules": "name what is adapted instead: lora.target_modules takes a list, or a regular expression",
+    "layers_to_transform": 'lora.target_modules takes a regular expression: ".*layers.(0|1).*q_proj"',
+    "init_lora_weights": "every adapter starts with B = 0, so that the base model is where all clients begin",
+    "task_type": "it is CAUSAL_LM always; leave it out",
+}
+"""Keys of peft.LoraConfig that are no settings here → what to do instead."""
+
+
 def _refuse_unknown(tree: Mapping[str, Any], origin: str) -> None:
     for key in _unknown(tree):
+        table, _, last = key.rpartition(".")
+        if last in UNSUPPORTED and (table == "lora" or table.startswith("clients.")):
+            raise ConfigError(f"{key} in {origin} is not supported: {UNSUPPORTED[last]}")
         near = _nearest(key)
         section = _sections().get(key.partition(".")[0])
         others = f"; [{key.partition('.')[0]}] has {', '.join(section.model_fields)}" if section else ""

@@ -28,9 +28,8 @@ Scalar: TypeAlias = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float 
 Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=MOST_RANK)]
 Alpha: TypeAlias = Annotated[float, Field(gt=0)]
-TargetModules: TypeAlias = (
-    Literal["all-linear"] | Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1, max_length=MOST_PATTERNS)]
-)
+Patterns: TypeAlias = Annotated[tuple[Pattern, ...], Field(strict=False, max_length=MOST_PATTERNS)]
+TargetModules: TypeAlias = Literal["all-linear"] | Patterns | Pattern
 Ranks: TypeAlias = Annotated[dict[Pattern, Rank], Field(max_length=MOST_PATTERNS)]
 Alphas: TypeAlias = Annotated[dict[Pattern, Alpha], Field(max_length=MOST_PATTERNS)]
 Rate: TypeAlias = Annotated[float, Field(gt=0)]

@@ -241,7 +241,7 @@ def _check_targets(policy: Policy, lora: LoraSettings) -> None:
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
-        _check_names(policy, lora.target_modules)
+        _check_names(policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters)))
 
 
 def _ranks(config: Config) -> Iterator[int]:
@@ -280,8 +280,13 @@ def _check_names(policy: Policy, modules: Iterable[str]) -> None:
 
 
 def _matches(module: str, pattern: str) -> bool:
-    """Whether a pattern is for this module: its whole name, its last part, or a shell pattern of either."""
-    return fnmatchcase(module, pattern) or fnmatchcase(module.rpartition(".")[2], pattern)
+    """Whether a pattern is for this module: its whole name, its last part, or a shell pattern of either.
+
+    One matrix of a parameter, experts.down_proj.3, is of the parameter's name too.
+    """
+    whole, _, number = module.rpartition(".")
+    names = [module, whole] if number.isdigit() else [module]
+    return any(fnmatchcase(part, pattern) for name in names for part in (name, name.rpartition(".")[2]))
 
 
 def _check_bytes(policy: Policy, size: int, spent: Spending) -> None:

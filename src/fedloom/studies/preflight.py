@@ -44,7 +44,7 @@ def check_trials(made: Sequence[Trial]) -> None:
 
 def _linear(path: str) -> Mapping[str, LinearModule]:
     from fedloom.model.base import empty_base
-    from fedloom.model.placement import linear_modules
+    from fedloom.model.peft_bridge import linear_modules
 
     return linear_modules(empty_base(path))
 

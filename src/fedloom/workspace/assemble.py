@@ -21,7 +21,8 @@ from fedloom.model.examples import Example
 from fedloom.model.limits import limits_of
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
-from fedloom.model.placement import Adapter, linear_modules
+from fedloom.model.peft_bridge import linear_modules
+from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import local_update
@@ -57,6 +58,7 @@ class Setup:
     that a round is chosen on.
 
     notes: what was said while the data were read.
+    left_out: a note on places of the model that could be adapted and are not.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Setup:
     notes: tuple[str, ...] = ()
     scorer: Scorer = Scorer()
     validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
+    left_out: str | None = None
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -82,7 +85,7 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
         leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
-        said = [note for note in (other, advice, both and leak) if note]
+        said = [note for note in (other, self.left_out, advice, both and leak) if note]
         return [*self.notes, *said, *rendering_notes(held, self.config.data.max_length)]
 
     def describe(self) -> RunRow:
@@ -183,7 +186,8 @@ def build_setup(
     set_threads(config)
     method = choose_method(config, method)
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
-    plan = plan_job(linear_modules(base), config, texts, method)
+    linear = linear_modules(base)
+    plan = plan_job(linear, config, texts, method)
     data, limits = config.data, limits_of(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
@@ -202,6 +206,7 @@ def build_setup(
         notes=notes,
         scorer=build_scorer(scored, tokenizer, config.evaluation),
         validation=tokenize_scored("validation", validation or {}, data, tokenizer, limits),
+        left_out=untrained_note(linear, plan.shared),
     )
 
 

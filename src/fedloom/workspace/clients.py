@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, narrow, stack
 from fedloom.methods.method import Method, State
-from fedloom.model.placement import Adapter, LinearModule, keep_fitting_patterns, place_adapter, target_names
+from fedloom.model.placement import (
+    Adapter,
+    LinearModule,
+    keep_fitting_patterns,
+    pattern_key,
+    place_adapter,
+    target_names,
+)
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import ClientSettings, Config
 
@@ -32,8 +39,8 @@ def place_client(linear: Mapping[str, LinearModule], config: Config, client: str
     Patterns that it takes over from [lora] may name modules that it does not train; its own may not.
     """
     lora, own = config.lora_of(client), config.clients.get(client, ClientSettings())
-    if own.target_modules:
-        fitting = keep_fitting_patterns(lora, target_names(linear, lora))
+    if own.target_modules is not None or own.target_parameters is not None:
+        fitting = keep_fitting_patterns(lora, [pattern_key(name, linear) for name in target_names(linear, lora)])
         inherited = {key for key in ("rank_pattern", "alpha_pattern") if getattr(own, key) is None}
         lora = lora.model_copy(update={key: getattr(fitting, key) for key in inherited})
     return place_adapter(linear, lora)
@@ -43,8 +50,10 @@ def place_shared(linear: Mapping[str, LinearModule], common: Adapter, modules: C
     """The server's adapter: [lora] on every module that some client trains. `common` is [lora] as it stands."""
     if common.modules.keys() == set(modules):
         return common
-    lora = common.lora.model_copy(update={"target_modules": tuple(sorted(modules))})
-    return place_adapter(linear, keep_fitting_patterns(lora, modules))
+    keys = {pattern_key(name, linear) for name in modules}
+    named = {linear[name].parameter for name in modules} - {""}
+    places = {"target_modules": tuple(sorted(keys - named)), "target_parameters": tuple(sorted(named))}
+    return place_adapter(linear, keep_fitting_patterns(common.lora.model_copy(update=places), keys))
 
 
 def split_trained(state: State, modules: Collection[str]) -> tuple[LoraState, LoraState]:

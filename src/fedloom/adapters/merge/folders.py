@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedloom.adapters.base_identity import check_one_base, common_digest, metadata_of
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge.combine import Costs, Recipe, combine_module
+from fedloom.adapters.parameters import group_matrices, join_pairs, parameter_paths
 from fedloom.adapters.settings import WEIGHTS_FILE, AdapterSettings, Layout, write_config
 from fedloom.adapters.tensor_file import TensorFile
 from fedloom.errors import ConfigError, ModelError
@@ -52,6 +54,11 @@ class Inputs:
     whole: tuple[str, ...]
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Full names of all parameters that are adapted as such, those of one module in the model's order."""
+        return tuple(dict.fromkeys(name for adapter in self.adapters for name in adapter.settings.target_parameters))
+
+    @property
     def base_models(self) -> list[str]:
         """Distinct names of the base model, in order."""
         return list(dict.fromkeys(adapter.base_model for adapter in self.adapters))
@@ -85,20 +92,34 @@ def merge_folders(inputs: Inputs, recipe: Recipe, folder: Path) -> Iterator[Merg
     """Combine module by module, writing each as it is made; the folder is complete when the iterator ends.
 
     r and lora_alpha are both the largest rank, so that every module's scale is 1, even for readers without patterns.
+    The matrices of one parameter are written together, and are the most that is in memory.
     """
-    names = [name for module, layout in inputs.layouts.items() for name in layout.names(module)]
-    ranks = {}
-    metadata = metadata_of(common_digest(inputs.adapters))
-    with TensorFile(folder / WEIGHTS_FILE, [*names, *inputs.whole], metadata) as file:
-        for row, pair in _combined(inputs, recipe):
-            layout = inputs.layouts[row.module]
-            for name, tensor in zip(layout.names(row.module), layout.stored_factors(pair), strict=True):
+    paths = parameter_paths(inputs.parameters)
+    stored = {layout.parameter or module: layout for module, layout in inputs.layouts.items()}
+    names = [name for place, layout in stored.items() for name in layout.names(paths.get(place, place))]
+    ranks: dict[str, int] = {}
+    with TensorFile(
+        folder / WEIGHTS_FILE, [*names, *inputs.whole], metadata_of(common_digest(inputs.adapters))
+    ) as file:
+        for place, held in groupby(_combined(inputs, recipe), lambda made: _place(inputs, made[0].module)):
+            pairs: dict[str, LoraPair] = {}
+            for row, pair in held:
+                pairs[row.module] = pair
+                yield row
+            layout = stored[place]
+            (named,) = group_matrices(list(pairs), [place]).values() if layout.parameter else [list(pairs)]
+            pair = join_pairs([pairs[name] for name in named]) if layout.parameter else pairs[place]
+            ranks[place] = pair.rank // len(named)
+            for name, tensor in zip(layout.names(paths.get(place, place)), layout.stored_factors(pair), strict=True):
                 file.add(name, tensor)
-            ranks[row.module] = row.rank
-            yield row
         for name in inputs.whole:
             file.add(name, _mean(inputs, name).to(recipe.dtype))
     _describe(inputs, ranks, folder)
+
+
+def _place(inputs: Inputs, module: str) -> str:
+    """The parameter that a pair is a matrix of, or the module itself."""
+    return inputs.layouts[module].parameter or module
 
 
 def rehearse_merge(inputs: Inputs, recipe: Recipe) -> Iterator[MergedModule]:
@@ -132,6 +153,7 @@ def _describe(inputs: Inputs, ranks: Mapping[str, int], folder: Path) -> None:
         r=most,
         lora_alpha=most,
         target_modules=_targets(inputs.adapters),
+        target_parameters=inputs.parameters,
         alpha_pattern={module: rank for module, rank in ranks.items() if rank != most},
         fan_in_fan_out=any(adapter.settings.fan_in_fan_out for adapter in inputs.adapters),
     )
@@ -145,10 +167,10 @@ def _targets(adapters: Sequence[AdapterFolder]) -> list[str]:
     everywhere = all(
         adapter.modules == adapters[0].modules
         and not (isinstance(adapter.settings.target_modules, str) and adapter.settings.target_modules != "all-linear")
-        and not any(adapter.config.get(key) for key in PLACING_KEYS)
+        and not any(adapter.config.get(key) for key in (*PLACING_KEYS, "target_parameters"))
         for adapter in adapters
     )
-    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    modules = sorted({m for adapter in adapters for m, kind in adapter.layouts.items() if not kind.parameter})
     return sorted({module.rpartition(".")[2] for module in modules}) if everywhere else modules
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedloom.adapters.folder import AdapterFolder
-from fedloom.adapters.json_file import read_json
+from fedloom.adapters.merge.base import BaseFolder
 from fedloom.adapters.merge.companions import copy_companions
-from fedloom.adapters.settings import PREFIX
-from fedloom.adapters.tensor_file import DTYPES, TensorFile
+from fedloom.adapters.merge.places import Change, find_places
+from fedloom.adapters.tensor_file import TensorFile
 from fedloom.errors import ModelError
 from fedloom.lora.pair import LoraPair
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _ROWS = 1024
 
 
@@ -39,76 +35,6 @@ class MergedModel:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BaseFolder:
-    """A base model's folder: where each tensor lies, and its config.json."""
-
-    folder: Path
-    shards: Mapping[str, tuple[str, ...]]
-    config: Mapping[str, Any]
-
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return {name for names in self.shards.values() for name in names}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, read from the headers."""
-        found: dict[str, tuple[int, ...]] = {}
-        for shard, names in self.shards.items():
-            with safe_open(self.folder / shard, framework="pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        return found
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Number of tokens, if the config names it."""
-        text = self.config.get("text_config")
-        sizes = [part.get("vocab_size") for part in (self.config, text) if isinstance(part, dict)]
-        return next((size for size in sizes if isinstance(size, int)), None)
-
-    def tensor(self, shard: str, name: str) -> Tensor:
-        """One tensor. The file is opened anew each time, since what was read stays in memory while it is open."""
-        with safe_open(self.folder / shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-def open_base(folder: Path) -> BaseFolder:
-    """The base model in a folder of transformers'. Raises ModelError where its weights cannot be changed."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"--base-model {folder} holds no config.json: expected a folder with a model of transformers")
-    config = read_json(path)
-    files = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
-    if config.get("quantization_config"):
-        raise ModelError(f"--base-model {folder} is quantised, and cannot take up a change: give the full model")
-    return BaseFolder(folder, {name: _contents(folder, name) for name in files}, config)
-
-
-def _shards(index: Path) -> list[str]:
-    """Names of the files that an index of weights lists."""
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise ModelError(f"{index} is not valid: expected weight_map, the names of tensors and their files")
-    return sorted(set(placed.values()))
-
-
-def _contents(folder: Path, shard: str) -> tuple[str, ...]:
-    """Names of a file's tensors, wider types first, so that every tensor is aligned."""
-    if Path(shard).name != shard or not (folder / shard).is_file():
-        raise ModelError(f"--base-model {folder} lacks {ascii(shard)[1:-1]}: expected its weights as safetensors")
-    try:
-        with safe_open(folder / shard, framework="pt") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / shard} cannot be read: {ascii(str(error))[1:-1][:300]}") from None
-    widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-    for name, told in types.items():
-        if told not in widths:
-            raise ModelError(f"{folder / shard}: {name} is of type {told}, which is not supported")
-    return tuple(sorted(types, key=lambda name: (-widths[types[name]], name)))
-
-
 def merge_into(base: BaseFolder, adapter: AdapterFolder, out: Path) -> MergedModel:
     """Write the base with the adapter merged into it, under the same file names, and its configuration and tokenizer.
 
@@ -125,7 +51,7 @@ def merge_into(base: BaseFolder, adapter: AdapterFolder, out: Path) -> MergedMod
                 if name in whole:
                     tensor = adapter.tensor(whole[name]).to(tensor.dtype)
                 if name in modules:
-                    tensor, squares = _added(tensor, _oriented(adapter, modules[name]))
+                    tensor, squares = _changed(tensor, adapter, modules[name])
                     change, lost = change + squares[0], lost + squares[1]
                 target.add(name, tensor)
         size += target.size
@@ -133,54 +59,22 @@ def merge_into(base: BaseFolder, adapter: AdapterFolder, out: Path) -> MergedMod
     return MergedModel(len(base.names()), len({*modules, *whole}), size, rounding, left_out)
 
 
-def find_places(base: BaseFolder, adapter: AdapterFolder) -> tuple[dict[str, str], dict[str, str]]:
-    """Name of a weight in the base → the adapter's module; and → the adapter's whole tensor that replaces it.
-
-    Raises ModelError where one of them has no place in the base, another shape, or a second use there.
-    """
-    modules = {_place(base, f"{module}.weight"): module for module in adapter.modules}
-    whole = {_place(base, name.removeprefix(PREFIX).replace(".base_layer.", ".")): name for name in adapter.whole}
-    expected = {name: _weight_shape(adapter, module) for name, module in modules.items()}
-    expected |= {name: adapter.whole[own] for name, own in whole.items()}
-    shapes = base.shapes()
-    vocabulary = [name for name, shape in shapes.items() if shape[:1] == (base.vocab_size,)]
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ModelError(
-                f"{name} has shape {shapes[name]} in {base.folder}, and {shape} in the adapters: their base is another"
-            )
-        if vocabulary == [name]:
-            raise ModelError(f"{name} is also the output layer of {base.folder}, which the adapters do not change")
-    return modules, whole
-
-
-def _place(base: BaseFolder, name: str) -> str:
-    """The tensor's name in the base, which is shorter where it was saved without its language-model head."""
-    names = base.names()
-    fits = [name] if name in names else [known for known in names if name.endswith(f".{known}")]
-    if len(fits) != 1:
-        raise ModelError(
-            f"{base.folder} holds no tensor {name}, which the adapters change: their base is another, or the weight is "
-            "shared with another module's or stored in another form there"
-        )
-    return fits[0]
-
-
-def _weight_shape(adapter: AdapterFolder, module: str) -> tuple[int, ...]:
-    layout = adapter.layouts[module]
-    straight = (layout.outputs, *layout.inputs)
-    return straight[::-1] if _transposed(adapter, module) else straight
-
-
-def _transposed(adapter: AdapterFolder, module: str) -> bool:
-    layout = adapter.layouts[module]
-    return layout.embedding or adapter.settings.fan_in_fan_out and len(layout.inputs) == 1
-
-
-def _oriented(adapter: AdapterFolder, module: str) -> LoraPair:
-    """The pair whose product is ΔW as the base stores that weight."""
-    pair = adapter.pair(module)
-    return LoraPair(pair.B.T, pair.A.T) if _transposed(adapter, module) else pair
+def _changed(tensor: Tensor, adapter: AdapterFolder, changes: Sequence[Change]) -> tuple[Tensor, tuple[float, float]]:
+    """The tensor with the changes of its matrices added, and the squared norms of them and of what rounding changed."""
+    change = lost = 0.0
+    if any(each.at is not None for each in changes):
+        tensor = tensor.clone()  # what was read may be a view of the file
+    for each in changes:
+        pair = adapter.pair(each.module)
+        if each.rows:
+            pair = LoraPair(pair.A, pair.B[slice(*each.rows)])
+        oriented = LoraPair(pair.B.T, pair.A.T) if each.transposed else pair
+        if each.at is None:
+            tensor, squares = _added(tensor, oriented)
+        else:
+            tensor[each.at], squares = _added(tensor[each.at], oriented)
+        change, lost = change + squares[0], lost + squares[1]
+    return tensor, (change, lost)
 
 
 def _added(weight: Tensor, pair: LoraPair) -> tuple[Tensor, tuple[float, float]]:

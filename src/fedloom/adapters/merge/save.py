@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge import output
+from fedloom.adapters.merge.base import BaseFolder
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, merge_folders, rehearse_merge
-from fedloom.adapters.merge.model import BaseFolder, merge_into
+from fedloom.adapters.merge.model import merge_into
 
 Watch = Callable[[Iterable[MergedModule]], Iterable[MergedModule]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,8 @@ def _named(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
         return [(name[start:].lstrip("."), [row]) for name, row in zip(names, rows, strict=True)]
     kinds: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        kinds[row["module"].rpartition(".")[2]].append(row)
+        # One expert of many has its place for a last part: experts.down_proj.3.
+        kinds[re.sub(r"\.\d+$", "", row["module"]).rpartition(".")[2]].append(row)
     return [(f"{kind} × {len(group)}", group) for kind, group in sorted(kinds.items())]
 
 

@@ -12,6 +12,7 @@ from fedloom.records.quantities import (
     Batch,
     Epochs,
     Name,
+    Patterns,
     Probability,
     Rank,
     Ranks,
@@ -54,7 +55,10 @@ class ModelSettings(Section):
         description="CPU threads of torch; a small model is fastest with 1. Sites of a federation have their own.",
         examples=[1],
     )
-    device: Name = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+    device: Name = Field(
+        "auto",
+        description='"auto" (a GPU where there is one), "cpu" or "cuda"; CUDA_VISIBLE_DEVICES chooses a GPU.',
+    )
 
 
 class LoraSettings(Section):
@@ -63,7 +67,14 @@ class LoraSettings(Section):
     r: Rank = Field(16, description="Rank of the adapter.")
     lora_alpha: Alpha = Field(32.0, description="Scale of the adapter: ΔW = (lora_alpha / r) B A.")
     target_modules: TargetModules = Field(
-        "all-linear", description='Modules to adapt: "all-linear", or a list such as ["q_proj", "v_proj"].'
+        "all-linear",
+        description='Modules to adapt: "all-linear", a list of ends of names such as ["q_proj", "v_proj"], or a text: '
+        "a regular expression for whole names.",
+    )
+    target_parameters: Patterns = Field(
+        (),
+        description="Parameters to adapt, by ends of names: the experts of a mixture, each with a pair of its own.",
+        examples=[["experts.gate_up_proj", "experts.down_proj"]],
     )
     lora_dropout: Probability = Field(0.0, description="Dropout before A, while training.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.")
@@ -77,6 +88,7 @@ class ClientSettings(Section):
     r: Rank | None = None
     lora_alpha: Alpha | None = None
     target_modules: TargetModules | None = None
+    target_parameters: Patterns | None = None
     lora_dropout: Probability | None = None
     use_rslora: bool | None = None
     rank_pattern: Ranks | None = None

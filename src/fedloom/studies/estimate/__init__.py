@@ -61,7 +61,8 @@ def preset_case(
 def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
     from fedloom.model.base import empty_base
-    from fedloom.model.placement import linear_modules, place_adapter
+    from fedloom.model.peft_bridge import linear_modules
+    from fedloom.model.placement import place_adapter
     from fedloom.studies.compare import client_names
     from fedloom.workspace.clients import place_client
 
