@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import testbeds
 from fedloom.adapters.folder import AdapterFolder
-from fedloom.adapters.merge.model import merge_into, open_base
+from fedloom.adapters.merge.base import open_base
+from fedloom.adapters.merge.model import merge_into
 from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge, quantized
 from fedloom.model.base import load_base
 from fedloom.model.evaluate import exact_match_and_loss
-from fedloom.model.examples import load_examples
+from fedloom.model.sources import load_examples
 from fedloom.model.placement import Adapter
 from fedloom.model.quantized import keep_differentiable
 from fedloom.model.tokens import TokenizedExamples, tokenize
