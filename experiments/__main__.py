@@ -1,4 +1,4 @@
-"""`python -m experiments front`: the runs behind a figure of the docs, made or resumed."""
+"""`python -m experiments`: the runs behind a figure of the docs, and what they are made with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from rich.console import Console
 from fedloom.cli.funnel import Funnel, run_app
 from fedloom.cli.options import Jobs, Set, split_words
 from fedloom.cli.studies import play_all
+from fedloom.errors import ConfigError, DataError
 from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
 
 app = typer.Typer(cls=Funnel, pretty_exceptions_enable=False, help="Experiments that make a figure of the docs.")
 screen = Console()
+
+TESTBEDS = Path(__file__).with_name("testbeds")
+"""The real-text testbeds: settings, and what of their data and model is shipped."""
 
 
 @app.callback()
@@ -51,6 +55,49 @@ def front(
     screen.print(table.comparison_table(lines))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+@app.command()
+def data(
+    testbed: Annotated[str, typer.Argument(help="wordnet or docstrings.")],
+    source: Annotated[
+        Path, typer.Option(help="For wordnet: the folder of WordNet 3.0's data files (Debian: wordnet-base).")
+    ] = Path("/usr/share/wordnet"),
+    out: Annotated[Path, typer.Option(help="Folder that the testbed's folder is written into.")] = TESTBEDS,
+) -> None:
+    """Write the data of a real-text testbed anew; those of wordnet are in the repository already."""
+    from experiments import docstrings, wordnet
+
+    if testbed == "docstrings":
+        counts = docstrings.write_data(out / "docstrings")
+    elif testbed == "wordnet":
+        if not (source / "data.noun").is_file():
+            raise DataError(f"{source} holds no data.noun: give --source, or install Debian's package wordnet-base")
+        counts = wordnet.write_data(source, out / "wordnet")
+    else:
+        raise ConfigError(f"there is no testbed {testbed!r} to write data for: expected wordnet or docstrings")
+    screen.print(f"{sum(counts.values()):,} examples of {len(counts)} clients in {cell(str(out / testbed))}")
+
+
+@app.command()
+def base(
+    work: Annotated[
+        Path, typer.Option(help="Work folder: packages, corpus, checkpoints. A sitting goes on from what is there.")
+    ] = Path("runs/base"),
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of 8,192 tokens in all; may be raised until the last fifth.")
+    ] = 3000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Pre-train the base model of the real-text testbeds, or go on; Ctrl-C loses at most a hundred steps."""
+    import torch
+
+    from experiments.pretrain.base import bits_a_byte, make_base
+
+    torch.set_num_threads(threads)
+    folder = make_base(work, steps, seed, lambda line: screen.print(cell(line)))
+    screen.print(f"{cell(str(folder))}: {bits_a_byte(work):.3f} bits a byte of held-out text")
 
 
 if __name__ == "__main__":
