@@ -70,7 +70,7 @@ class Report:
 
 def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     """The report of one ledger's rows. Raises CheckpointError where the row that says what the run is, is missing."""
-    run = next((row for row in rows if isinstance(row, RunRow)), None)
+    run = next((row for row in reversed(rows) if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
     sums = totals(rows)

@@ -23,18 +23,14 @@ from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
-from fedloom.records.config import (
-    Config,
-    DataSettings,
-    FlowerSettings,
-    OutputSettings,
-)
+from fedloom.records.config import Config, DataSettings
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.plan import choose_method, plan_job, values_of
+from fedloom.workspace.resumption import drop_free
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -248,9 +244,13 @@ def sources_by_client(source: str) -> dict[str, Path | str]:
 
 
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
-    """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
+    """32 hex digits for what a run's outcome depends on: settings, base weights and training data.
+
+    The number of rounds is no part of it: a run may be given more.
+    """
+    federation = config.federation.model_copy(update={"num_rounds": 1})
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(dump(config.model_copy(update={"output": OutputSettings(), "flower": FlowerSettings()})).encode())
+    hasher.update(dump(drop_free(config.model_copy(update={"federation": federation}))).encode())
     hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())

@@ -48,7 +48,8 @@ class KnownSite:
 class Snapshot:
     """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
 
-    clients: the states of clients in this process; known: what is known of sites elsewhere.
+    clients: the states of clients in this process; known: what is known of sites elsewhere. seconds: what the run took
+    up to then, in all its sessions.
     """
 
     round: int
@@ -58,6 +59,7 @@ class Snapshot:
     ledger_rows: int = 0
     fingerprint: str = ""
     known: Mapping[str, KnownSite] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -82,6 +84,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
                 "ledger_rows": snapshot.ledger_rows,
                 "fingerprint": snapshot.fingerprint,
                 "known": {name: asdict(known) for name, known in snapshot.known.items()},
+                "seconds": snapshot.seconds,
             },
         ),
     )
@@ -98,6 +101,7 @@ def load_checkpoint(path: Path) -> Snapshot:
         ledger_rows=held.facts["ledger_rows"],
         fingerprint=held.facts["fingerprint"],
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
+        seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept
     )
 
 

@@ -33,7 +33,7 @@ from fedloom.flower.simulated.cast import Cast
 from fedloom.flower.sites import run_federation
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
-from fedloom.records.events import Observer
+from fedloom.records.events import Observer, RunSummary
 from fedloom.workspace.assemble import check_clients_exist, client_examples, select_participants
 
 STORE_BYTES = 256 * 2**20
@@ -47,7 +47,9 @@ RAY = {
 }
 
 
-def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
+def run_simulated(
+    config: Config, out: Path, *, resume: bool = False, force: bool = False, observer: Observer | None = None
+) -> RunSummary:
     """Play the run with processes of this machine as its sites; what a site holds is in `out`/sites/NAME.
 
     Without federation.participants all clients that there are data for take part. Raises ConfigError, DataError or
@@ -57,7 +59,7 @@ def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: 
     share = gpu_share(config)
     everybody = build_cast(config, out, share)
     with Runtime(everybody, ray_backend(config, len(everybody.names), share)) as runtime:
-        run_federation(runtime, config, out, resume=resume, observer=observer)
+        return run_federation(runtime, config, out, resume=resume, force=force, observer=observer)
 
 
 def with_participants(config: Config) -> Config:
