@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, ConfigDict
 
 FORBID = ConfigDict(extra="forbid", strict=True)
-Ending: TypeAlias = Literal["finished", "failed", "interrupted"]
+EndStatus: TypeAlias = Literal["finished", "failed", "interrupted"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A float; NaN and infinity, which JSON lacks, are written as null and read as NaN."""
 
@@ -56,7 +56,7 @@ class End:
     __pydantic_config__ = FORBID
     row: Literal["end"] = field(default="end", kw_only=True)
     round: int
-    status: Ending
+    status: EndStatus
     reason: str = ""
     seconds: Number = 0.0
     lost_energy: Number = 0.0

@@ -6,20 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.records.ledger import Aggregation, Note, Row
-from fedloom.report.numbers import MEAN, Report, summarise
+from fedloom.records.ledger import Aggregation, Evaluation, Note, Row
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """failure: why nothing was learnt in any round; empty where something was. notes: what went worse than it should."""
+    """failure: why nothing was learnt in any round, or empty. notes: what went worse than it should."""
 
     failure: str = ""
     notes: tuple[str, ...] = ()
 
 
 def judge_run(rows: Sequence[Row], rounds: int) -> Outcome:
-    """What came of a run of so many rounds. Raises CheckpointError where the rows record no run."""
+    """What came of a run of so many rounds."""
     combined = {row.round for row in rows if isinstance(row, Aggregation)}
     empty = [round for round in range(1, rounds + 1) if round not in combined]
     causes = [row for row in rows if isinstance(row, Note) and row.round in empty]
@@ -29,19 +28,25 @@ def judge_run(rows: Sequence[Row], rounds: int) -> Outcome:
         played = "its round" if rounds == 1 else f"any of its {rounds} rounds"
         return Outcome(f"no update could be averaged in {played}, so nothing was learnt and no adapter is left{reason}")
     lost = f"nothing was learnt in {len(empty)} of {rounds} rounds: {name_rounds(empty)}{reason}"
-    return Outcome(notes=tuple(text for text in (lost if empty else "", describe_decline(summarise(rows))) if text))
+    return Outcome(notes=tuple(text for text in (lost if empty else "", describe_decline(rows)) if text))
 
 
-def describe_decline(report: Report) -> str:
+def describe_decline(rows: Sequence[Row]) -> str:
     """That the held-out loss ended above where it began, in words; empty where it did not, or was not measured."""
-    if len(report.points) < 2:
+    scored: dict[int, dict[str, Evaluation]] = {}
+    for row in rows:
+        if isinstance(row, Evaluation):
+            scored.setdefault(row.round, {})[row.domain] = row
+    if len(scored) < 2:
         return ""
-    before, after = report.points[0], report.points[-1]
-    first, last = before.losses.get(MEAN, math.nan), after.losses.get(MEAN, math.nan)
+    before, after = scored[min(scored)].values(), scored[max(scored)].values()
+    first, last = (sum(row.loss for row in found) / len(found) for found in (before, after))
     if not math.isfinite(first) or last <= first:
         return ""
-    better = " although exact match rose" if after.scores[MEAN] > before.scores[MEAN] else ""
-    end = f"rose from {first:.3f} to {last:.3f}{better}" if math.isfinite(last) else f"was {first:.3f} and is not finite"
+    matches = [sum(row.exact_match for row in found) / len(found) for found in (before, after)]
+    end = f"rose from {first:.3f} to {last:.3f}{' although exact match rose' if matches[1] > matches[0] else ''}"
+    if not math.isfinite(last):
+        end = f"was {first:.3f} and is not finite"
     return f"held-out loss {end}: lower training.learning_rate, or take fewer steps or rounds"
 
 

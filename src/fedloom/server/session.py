@@ -14,7 +14,7 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow, read_rows
-from fedloom.records.session import End, Ending, Session
+from fedloom.records.session import End, EndStatus, Session
 from fedloom.records.text import LONG, to_printable
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ def describe_extension(config: Config, before: int, round: int) -> str:
     if old == whole:
         return text
     return (
-        f"{text}; the learning rate goes on as in a run of {now} rounds: {new:.3g} in round {round + 1}, after {old:.3g} "
-        f"in round {round}. A run of {now} rounds from the start ends otherwise"
+        f"{text}; the learning rate goes on as in a run of {now} rounds: {new:.3g} in round {round + 1}, after "
+        f"{old:.3g} in round {round}. A run of {now} rounds from the start ends otherwise"
     )
 
 
 def record_end(rounds: Rounds, error: BaseException) -> None:
-    """Record that a run was interrupted, or failed and why."""
-    status: Ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    reason = "" if status == "interrupted" else to_printable(str(error) or type(error).__name__, LONG)
+    """Record that a run was interrupted, by whoever ends this process, or failed and why."""
+    status: EndStatus = "failed" if isinstance(error, Exception) else "interrupted"
+    reason = to_printable(str(error) or type(error).__name__, LONG) if status == "failed" else ""
     rounds.folder.ledger.append(End(rounds.round, status, reason, rounds.seconds))
     rounds.folder.ledger.sync()

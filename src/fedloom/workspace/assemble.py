@@ -22,14 +22,14 @@ from fedloom.model.examples import Example, client_sources, load_examples
 from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
-from fedloom.model.training import local_update
+from fedloom.model.training import check_optimizer, local_update
 from fedloom.records.config import Config, DataSettings
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
-from fedloom.workspace.plan import choose_method, plan_job, values_of
+from fedloom.workspace.plan import choose_method, describe_excess, plan_job, values_of
 from fedloom.workspace.resumption import drop_free
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Setup:
         advice = self.job.method.advise(self.initial, self.job.context(1))
         start = self.config.model.adapter
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
-        return [*(note for note in (other, advice) if note), *cut]
+        return [*(note for note in (other, advice, describe_excess(self.adapter)) if note), *cut]
 
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
@@ -156,11 +156,14 @@ def build_setup(
         domain: tokenize(held, tokenizer, data.template, data.max_length, f"held-out set {domain!r}")
         for domain, held in heldout.items()
     }
+    model = peft_bridge.attach(base, plan.shared)
+    if any(texts.values()):  # else nobody trains in this process
+        check_optimizer(model, config.training)
     return Setup(
         config=config,
         job=plan.job,
         initial=plan.initial,
-        model=peft_bridge.attach(base, plan.shared),
+        model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
         heldout=scored,

@@ -31,7 +31,15 @@ from fedloom.report import metrics
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
-from fedloom.workspace.occupied import LOCK, Occupant, clear_folder, clear_start, find_occupant, move_aside, read_settings
+from fedloom.workspace.occupied import (
+    LOCK,
+    Occupant,
+    clear_folder,
+    clear_start,
+    find_occupant,
+    move_aside,
+    read_settings,
+)
 from fedloom.workspace.resumption import ROUNDS, find_differences, name_differences
 
 

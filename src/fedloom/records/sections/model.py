@@ -26,7 +26,11 @@ class ModelSettings(Section):
         description="CPU threads of torch; a small model is fastest with 1. Sites of a federation have their own.",
         examples=[1],
     )
-    device: Name = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" …')
+    device: Name = Field(
+        "auto",
+        description='"auto" (a GPU where there is one), "cpu" or "cuda"; the environment variable CUDA_VISIBLE_DEVICES '
+        "chooses among several GPUs.",
+    )
 
 
 class LoraSettings(Section):
