@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.report.facts import Facts, gather_facts
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -31,7 +32,7 @@ class Point:
 class Report:
     """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
 
-    `train_seconds` and `server_seconds` are sums over all turns and over all rounds.
+    `train_seconds` and `server_seconds` are sums over all turns and over all rounds. facts: the run's circumstances.
     """
 
     run: RunRow
@@ -41,6 +42,7 @@ class Report:
     notes: tuple[Note, ...]
     train_seconds: float = 0.0
     server_seconds: float = 0.0
+    facts: Facts = Facts()
 
     @property
     def domains(self) -> list[str]:
@@ -97,6 +99,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         notes=tuple(row for row in rows if isinstance(row, Note)),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
+        facts=gather_facts(rows),
     )
 
 

@@ -25,6 +25,7 @@ from fedloom.model.partition import save_manifest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import About, Aggregation, Evaluation, Training
+from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
@@ -254,6 +255,9 @@ class Rounds:
         scores = self.setup.evaluate(self.server)
         for domain, score in scores.items():
             self.folder.ledger.append(Evaluation(round, domain, score.exact_match, score.loss))
+        if scores and round in (0, self.setup.config.federation.num_rounds):
+            for one in self.setup.answer():
+                self.folder.ledger.append(Answer(round, one.domain, one.prompt, one.expected, one.text))
         return {domain: score.exact_match for domain, score in scores.items()}
 
     def save(self) -> None:

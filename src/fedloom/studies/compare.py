@@ -172,8 +172,8 @@ def _complete(run: Trial) -> bool:
     found = (run.folder / FINISHED).exists()
     if settings.exists() and not holds_settings(settings, run.config):
         raise ConfigError(
-            f"{run.folder} holds {'a complete run' if found else 'a run'} with other settings or another method: choose another folder, or "
-            "remove it"
+            f"{run.folder} holds a {'complete ' if found else ''}run with other settings or another method: choose "
+            "another folder, or remove it"
         )
     return found
 

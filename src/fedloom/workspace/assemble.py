@@ -16,6 +16,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
+from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example, client_sources, load_examples
@@ -34,6 +35,7 @@ from fedloom.workspace.resumption import drop_free
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +51,7 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -124,6 +127,11 @@ class Setup:
         peft_bridge.set_frozen(self.model, state.fixed)
         return {domain: exact_match_and_loss(self.model, data) for domain, data in self.heldout.items()}
 
+    def answer(self) -> list[Answered]:
+        """What the model that was evaluated last answers to a few of the held-out examples."""
+        number = self.config.output.answers
+        return answer_examples(self.model, self.tokenizer, self.heldout, number) if self.tokenizer else []
+
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
@@ -169,6 +177,7 @@ def build_setup(
         heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
+        tokenizer=tokenizer,
     )
 
 
