@@ -50,7 +50,7 @@ def describe_circumstances(facts: Facts) -> list[tuple[str, str]]:
         found.append(("began", first.time.replace("T", " ").replace("+00:00", " UTC") + again))
         if facts.end is not None:
             found.append(("took", human_seconds(facts.end.seconds)))
-        found.append(("machine", ", ".join(f"{key} {value}" for key, value in last.machine.items())))
+        found.append(("machine", ", ".join(last.machine.values())))
         found.append(("versions", ", ".join(f"{name} {version}" for name, version in last.versions.items())))
     return found
 
@@ -60,6 +60,8 @@ def human_seconds(seconds: float) -> str:
     if not 0 <= seconds < float("inf"):
         return "–"
     if seconds < 60:
+        if 0 < seconds < 0.05:
+            return "< 0.1 s"
         return f"{seconds:.1f} s"
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60

@@ -49,7 +49,7 @@ def begin_session(rounds: Rounds) -> tuple[str, ...]:
 
 def describe_machine() -> dict[str, str]:
     """The hardware that a run's seconds depend on, in words."""
-    facts = {"system": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count() or "unknown")}
+    facts = {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count() or 'unknown'} CPUs"}
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         facts["gpus"] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
