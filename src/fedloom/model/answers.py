@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedloom.model.base import quiet_transformers
 from fedloom.model.tokens import TokenizedExamples, Tokens
@@ -39,7 +39,7 @@ def answer_examples(
     An answer ends with the length of the one that is expected, which scoring has shown to fit the model. A model that
     cannot generate gives none: what is only shown must not end a run.
     """
-    turns = zip_longest(*([(domain, tokens) for tokens in data] for domain, data in heldout.items()))
+    turns = zip_longest(*([(domain, tokens) for tokens in data.examples] for domain, data in heldout.items()))
     chosen = list(islice((one for turn in turns for one in turn if one is not None), number))
     training = model.training
     model.eval()
@@ -56,7 +56,7 @@ def _answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, domain: str, t
     ids = tokens.ids.long()
     prompt, expected = ids[: tokens.prompt], ids[tokens.prompt :][:LONGEST]
     given = prompt[None].to(next(model.parameters()).device)
-    made = cast(GenerationMixin, model).generate(
+    made: Tensor = cast(Any, model).generate(
         input_ids=given,
         attention_mask=torch.ones_like(given),
         max_new_tokens=len(expected),

@@ -9,7 +9,8 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.records.ledger import End, Note, Roll, Row, dump_row
+from fedloom.records.ledger import Note, Roll, Row, dump_row
+from fedloom.records.session import End
 from fedloom.records.text import escape_json
 
 FILE = "log.jsonl"

@@ -30,7 +30,7 @@ def begin_session(rounds: Rounds) -> tuple[str, ...]:
     held = [row for row in read_rows(ledger.path) if isinstance(row, RunRow)]
     if not held or held[-1].num_rounds != planned:
         ledger.append(rounds.setup.describe())
-    extension = ()
+    extension: tuple[str, ...] = ()
     if held and held[-1].num_rounds != planned:
         extension = (describe_extension(rounds.setup.config, held[-1].num_rounds, rounds.round),)
         ledger.note(rounds.round, extension[0])
