@@ -115,7 +115,7 @@ def _check_norm(entries: Entries, most: float) -> float:
         total += size * size
     if math.sqrt(total) > most:
         raise NumericError(
-            f"its update has norm {math.sqrt(total):.3g}, federation.max_norm is {most:g}: where its training diverges, "
+            f"its update has norm {math.sqrt(total):.3g}, federation.max_norm is {most:g}: where training diverges, "
             "lower training.learning_rate"
         )
     return math.sqrt(total)

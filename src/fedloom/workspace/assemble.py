@@ -25,13 +25,12 @@ from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import check_optimizer, local_update
 from fedloom.records.config import Config, DataSettings
-from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.plan import choose_method, describe_excess, plan_job, values_of
-from fedloom.workspace.resumption import drop_free
+from fedloom.workspace.resumption import dump_fixed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -260,9 +259,8 @@ def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
 
     The number of rounds is no part of it: a run may be given more.
     """
-    federation = config.federation.model_copy(update={"num_rounds": 1})
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(dump(drop_free(config.model_copy(update={"federation": federation}))).encode())
+    hasher.update(dump_fixed(config).encode())
     hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())

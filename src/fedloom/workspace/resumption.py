@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ def drop_free(config: Config) -> Config:
     federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
     free = {"flower": FlowerSettings(), "output": OutputSettings(), "federation": federation}
     return config.model_copy(update=free)
+
+
+def dump_fixed(config: Config) -> str:
+    """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
+    free = {"flower": True, "output": True, "federation": {"eval_every", "num_rounds"}}
+    return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=free), sort_keys=True)
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:
