@@ -168,7 +168,10 @@ def check_optimizer(model: peft.PeftModel, settings: TrainingSettings) -> None:
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         raise ConfigError(f"training.optim {settings.optim!r} is unknown to transformers; {hint}")
     try:
-        Trainer.get_optimizer_cls_and_kwargs(_arguments(model, settings, 0), cast(PreTrainedModel, model))
+        # A whole trainer, as in training: arguments alone would leave accelerate without the state that they reset.
+        with keep_random_state(), quiet_transformers():
+            trainer = _LocalTrainer(model=model, args=_arguments(model, settings, 0))
+            trainer.get_optimizer_cls_and_kwargs(trainer.args, cast(PreTrainedModel, model))
     except (ImportError, ValueError, RuntimeError) as error:
         raise ConfigError(f"training.optim {settings.optim!r} does not work here: {to_printable(str(error))}") from None
 
