@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic.main import IncEx
+
 from fedloom.records.config import Config, FederationSettings, FlowerSettings, OutputSettings
 
 ROUNDS = "federation.num_rounds"
@@ -22,7 +24,7 @@ def drop_free(config: Config) -> Config:
 
 def dump_fixed(config: Config) -> str:
     """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
-    free = {"flower": True, "output": True, "federation": {"eval_every", "num_rounds"}}
+    free: IncEx = {"flower": True, "output": True, "federation": {"eval_every", "num_rounds"}}
     return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=free), sort_keys=True)
 
 
