@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic.main import IncEx
-
 from fedloom.records.config import Config, FederationSettings, FlowerSettings, OutputSettings
 
 ROUNDS = "federation.num_rounds"
@@ -24,8 +22,9 @@ def drop_free(config: Config) -> Config:
 
 def dump_fixed(config: Config) -> str:
     """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
-    free: IncEx = {"flower": True, "output": True, "federation": {"eval_every", "num_rounds"}}
-    return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=free), sort_keys=True)
+    tree = config.model_dump(mode="json", exclude_none=True, exclude={"flower", "output"})
+    held = {key: value for key, value in tree["federation"].items() if key not in ("eval_every", "num_rounds")}
+    return json.dumps({**tree, "federation": held}, sort_keys=True)
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:
