@@ -49,6 +49,9 @@ class ToySetup:
     def evaluate(self, state: State) -> dict[str, object]:
         return {}
 
+    def answer(self, state: State) -> list[object]:
+        return []
+
 
 def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
     method = build(config.method.name, config.method.settings)
@@ -57,8 +60,10 @@ def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
 
 
 @contextmanager
-def simulation(setup: ToySetup, out: Path, observer: Observer | None = None, resume: bool = False) -> Iterator[Rounds]:
-    with RunFolder.open(out, setup.config, resume=resume) as folder:
+def simulation(
+    setup: ToySetup, out: Path, observer: Observer | None = None, resume: bool = False, force: bool = False
+) -> Iterator[Rounds]:
+    with RunFolder.open(out, setup.config, resume=resume, force=force) as folder:
         yield Rounds(setup, folder, observer or Silent(), LocalSites(setup))
 
 

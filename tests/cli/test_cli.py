@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import shutil
 import sys
 import types
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from fedloom.cli import funnel
 from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
-from fedloom.errors import DataError, FedloomError
+from fedloom.errors import ConfigError, DataError, FedloomError
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.events import RunFacts, RunSummary
@@ -28,10 +30,12 @@ class Engine:
     def __init__(self):
         self.calls = []
         self.failure = None
+        self.reason, self.notes = "", ()
         self.writes_settings = False
 
-    def run(self, config, out, *, resume, observer):
+    def run(self, config, out, *, resume, force, observer):
         self.calls.append((config, out, resume))
+        self.forced = force
         out.mkdir(parents=True)
         if self.writes_settings:
             (out / "config.toml").touch()
@@ -45,7 +49,8 @@ class Engine:
                 if self.failure and round == 2:
                     raise self.failure
                 self.play(round, rounds, ledger, observer)
-        summary = RunSummary(out, config.method.name, rounds)
+        (out / "report.html").touch()
+        summary = RunSummary(out, config.method.name, rounds, failure=self.reason, notes=self.notes)
         observer.run_finished(summary)
         return summary
 
@@ -128,6 +133,7 @@ def test_a_run_prints_one_plain_line_a_round_and_closes_with_tables(call, engine
     )
     assert len([line for line in lines if line.startswith("round ")]) == 4
     assert "25.6 % of the 46.9 KiB that dense fp32 FedIT" in " ".join(out.split())
+    assert lines[-1] == "in runs/try: report.html, ledger.jsonl (every payload)"
     config, folder, resume = engine.calls[0]
     assert (config.lora.r, folder.as_posix(), resume) == (4, "runs/try", False)
 
@@ -185,7 +191,47 @@ def test_an_interrupted_run_says_how_to_go_on(call, engine, tmp_path):
     engine.writes_settings = True
     code, _, err = call("run", settings_file(tmp_path), "--out", "my run")
     assert code == 130
-    assert err == "interrupted; go on with: fedloom run 'my run/config.toml' --out 'my run' --resume\n"
+    file = settings_file(tmp_path)
+    assert err == f"interrupted; go on with: fedloom run {file} --out 'my run' --resume\n"
+
+
+def test_the_command_that_an_interruption_prints_is_the_same_run_word_for_word(call, engine, tmp_path):
+    """With its settings, its folder and its engine, so that a shell and fedloom take it as it is."""
+    engine.failure, engine.writes_settings = KeyboardInterrupt(), True
+    sets = ["federation.participants=['ada', 'bob']", "data.source=./it's/{client}", "lora.r=4"]
+    chosen = [word for text in sets for word in ("--set", text)]
+    err = call("run", settings_file(tmp_path), *chosen, "--force")[2]
+    words = shlex.split(err.partition("go on with: fedloom ")[2])
+    assert words[0] == "run" and words[-1] == "--resume" and "--force" not in words
+    engine.failure = None
+    shutil.rmtree(tmp_path / "runs")
+    assert call(*words)[0] == 0
+    (first, folder, _), (again, same, resumed) = engine.calls
+    assert (first, folder, True) == (again, same, resumed)
+
+
+def test_the_command_names_the_engine(call, monkeypatch, tmp_path):
+    def interrupted(settings, folder, command, **options):
+        raise ConfigError(command)
+
+    monkeypatch.setattr(cli, "simulate", interrupted)
+    err = call("run", settings_file(tmp_path), "--engine", "flower-sim", "--out", tmp_path / "x")[2]
+    assert "--engine flower-sim --resume" in err
+
+
+def test_a_run_that_came_to_nothing_is_an_error_and_shows_no_scores(call, engine, tmp_path):
+    engine.reason = "training diverged; lower training.learning_rate"
+    code, out, err = call("run", settings_file(tmp_path))
+    assert code == 2
+    assert err == "error: the run in runs/try failed: training diverged; lower training.learning_rate\n"
+    assert "Held-out" not in out and out.splitlines()[-1].startswith("in runs/try: report.html")
+
+
+def test_what_should_be_known_of_the_end_is_said_before_the_folder(call, engine, tmp_path):
+    engine.notes = ("held-out loss rose from 1.000 to 2.000",)
+    code, out, _ = call("run", settings_file(tmp_path), "--force")
+    assert code == 0 and engine.forced
+    assert out.splitlines()[-2] == "note: held-out loss rose from 1.000 to 2.000"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +400,6 @@ def test_the_live_view_shows_round_client_loss_bytes_and_time_left():
     console.print(view)
     text = console.file.getvalue()
     assert "round 2/4" in text
-    assert "note: ada has little" in text
     assert "▸ bob" in text
     assert "0:30 left" in text
     assert "exact match 60.0 % (at first 20.0 %)" in text
@@ -381,6 +426,22 @@ def test_on_free_text_the_loss_is_shown_first(kind):
     assert at == sorted(at)
     if kind is LiveView:
         assert "(at first 6.360 nats a token)" in text and "loss: bank 4.740" in text
+
+
+def test_notes_stay_above_the_live_view():
+    """The view itself is wiped in the end: what is to stay must be no part of it."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    view = LiveView(console)
+    played(view)
+    for number in range(5):
+        view.noted(2, f"client {number} dropped out")
+    view.round_finished(2, 4, None, 0, 0, 1.0)
+    lines = console.file.getvalue().splitlines()
+    assert lines[:2] == ["fedsrd: 2 clients, 4 rounds, 1,000 values, in runs/x", "note: ada has little"]
+    assert lines[2:] == [
+        *(f"note, round 2: client {number} dropped out" for number in range(3)),
+        "… and 2 more notes on round 2 in the ledger",
+    ]
 
 
 def test_a_terminal_gets_the_live_view_and_a_pipe_gets_lines():

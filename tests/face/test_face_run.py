@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import fedloom
-from fedloom.errors import CheckpointError, ConfigError
+from fedloom.errors import CheckpointError, ConfigError, RoundError
 from fedloom.records.ledger import Transfer, read_rows
 from fedloom.server import local
 
@@ -146,8 +146,19 @@ def test_a_run_is_not_resumed_with_another_method(bed, tmp_path, monkeypatch, ha
 def test_resuming_needs_a_folder_and_a_fresh_run_an_empty_one(bed, played):
     with pytest.raises(ConfigError, match="resume needs out="):
         fedloom.run(bed, resume=True)
+    with pytest.raises(ConfigError, match="force needs out="):
+        fedloom.run(bed, force=True)
     with pytest.raises(CheckpointError, match="holds another run"):
         fedloom.run(bed, out=played.folder)
+
+
+def test_a_run_that_came_to_nothing_raises_and_the_next_one_takes_its_place(bed, tmp_path):
+    with pytest.raises(RoundError, match=r"run failed: .* lower training\.learning_rate"):
+        fedloom.run(bed, num_rounds=1, settings={"training.learning_rate": 1e30}, out=tmp_path / "run")
+    assert fedloom.Run.open(tmp_path / "run").report.facts.end.status == "failed"
+    assert fedloom.run(bed, num_rounds=1, out=tmp_path / "run").adapter
+    forced = fedloom.run(bed, num_rounds=1, seed=7, out=tmp_path / "run", force=True)
+    assert forced.report.run.seed == 7 and fedloom.Run.open(tmp_path / "run-old").report.run.seed == 0
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge, quantized
 from fedloom.model.base import load_base
 from fedloom.model.evaluate import exact_match_and_loss
-from fedloom.model.sources import load_examples
 from fedloom.model.placement import Adapter
 from fedloom.model.quantized import keep_differentiable
+from fedloom.model.sources import load_examples
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from tiny_models import placed
 

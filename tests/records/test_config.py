@@ -96,6 +96,22 @@ def test_overrides_are_typed_as_toml_and_win(tmp_path):
     assert (config.wire.budget, config.data.source) == (None, "/x/y=z#1")
 
 
+def test_an_empty_table_takes_all_keys_out(tmp_path):
+    """Else --set clients={} would be taken without a word and change nothing."""
+    file = written(tmp_path / "a.toml", "[clients.lab]\nr = 4\n[lora]\nr = 8\nrank_pattern = {q = 2}\n")
+    assert load_config(file).clients.keys() == {"lab"}
+    for text in ("clients={}", "clients=null"):
+        assert load_config(file, [text]).clients == {}
+    config = load_config(file, ["lora.rank_pattern={}"])
+    assert (config.lora.rank_pattern, config.lora.r) == ({}, 8)
+
+
+@pytest.mark.parametrize(("text", "budget"), [("1200", (0.0, 1200)), ("8MiB", (0.0, 8 << 20)), ("1%", (0.01, 0))])
+def test_a_budget_may_be_a_bare_number_of_bytes(tmp_path, text, budget):
+    config = load_config(written(tmp_path / "a.toml", ""), [f"wire.budget={text}"])
+    assert parse_budget(config.wire.budget) == budget
+
+
 def test_an_override_may_supply_what_the_file_lacks(tmp_path):
     file = written(tmp_path / "a.toml", "[data]\npartitioner = 'iid'\n")
     with pytest.raises(ConfigError, match=r"federation\.num_clients is missing.*a\.toml"):

@@ -57,9 +57,7 @@ def test_a_file_name_makes_a_file_in_its_folder(tmp_path_factory, text: str):
     assert name.isascii() and name.isprintable() and name[0] not in "-. " and len(name) <= 200
 
 
-@pytest.mark.parametrize(
-    "name", ["bank", "client-0004", "florist:tau=1.0,client_init=warm", 'fedit:lora.target_modules=["q_proj"]']
-)
+@pytest.mark.parametrize("name", ["bank", "client-0004", "tau=1.0,client_init=warm", "modules=[q_proj] (2)"])
 def test_a_harmless_name_is_its_file(name: str):
     assert file_name(name) == name
 
@@ -73,3 +71,11 @@ def test_escaped_json_says_the_same(value: object):
 def test_a_cell_holds_no_markup():
     shown = cell("[link=https://evil.example]x[/link]", "bold")
     assert shown.plain == "[link=https://evil.example]x[/link]" and not shown.spans
+
+
+def test_a_file_name_is_portable():
+    """Labels of comparisons have colons, which Windows forbids, and stay two where they are two."""
+    names = ["alone:client-00", "alone_client-00", 'alone"client-00', "florist:tau=1.0"]
+    made = [file_name(name) for name in names]
+    assert len(set(made)) == 4 and made[1] == "alone_client-00"
+    assert not any(set('<>:"/\\|?*') & set(name) for name in made)

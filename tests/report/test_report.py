@@ -11,11 +11,13 @@ from rich.console import Console
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Evaluation, Ledger, Note, RunRow, Training, Transfer
+from fedloom.records.session import Answer, End, Session
 from fedloom.report import summarise, write_report
+from fedloom.report.facts import human_seconds
 from fedloom.report.figure import draw_comparison, draw_curve, draw_svg
 from fedloom.report.numbers import MEAN, human_bytes, interval
 from fedloom.report.page import page
-from fedloom.report.tables import closing_tables, comparison_rows, cost_sentence
+from fedloom.report.tables import closing_tables, comparison_rows, cost_sentence, traffic_table
 
 VALUES = 1000
 CLIENTS = ("ada", "bob")
@@ -70,6 +72,60 @@ def test_the_closing_table_says_what_the_ledger_says():
     assert lines["mean"] == ["mean", *["20.0", "→", "65.0", "+45.0", "1.000", "→", "1.000"]]
     assert lines["ada"] == ["ada", "3", "300", "B", "467", "B", "2.2", "KiB", "0.667"]
     assert lines["all"] == ["all", "6", "300", "B", "467", "B", "4.5", "KiB"]
+
+
+def test_of_many_clients_the_closing_table_lists_a_few():
+    ledger = [RunRow("fedit", "m", (), 1, 10, 0)]
+    for number in range(150):
+        ledger += [Training(1, f"c{number:03d}", 1.0, 1, 5), Transfer(1, f"c{number:03d}", "up", "update", 100)]
+    report = summarise(ledger)
+    lines = [line.split() for line in printed(traffic_table(report)).splitlines() if line.split()]
+    listed = [line[0] for line in lines if line[0].startswith("c0") or line[0].startswith("c1")]
+    assert listed == [*(f"c{number:03d}" for number in range(10)), "c148", "c149"]
+    assert ["…", "and", "138", "more", "in", "the", "report"] in lines
+    assert lines[-1] == ["all", "150", "100", "B", "0", "B", "14.6", "KiB"]
+    assert all(f"<td>c{number:03d}</td><td>5</td>" in page(report) for number in range(150))
+
+
+def circumstances():
+    yield Session(0, "2026-01-02T03:04:05+00:00", '[lora]\nr = "<b>"\n', {"torch": "2.9"}, {"cpus": "2 CPUs"})
+    yield Answer(0, "bank", "What is\n<1>?", "one", "two")
+    yield Session(3, "2026-01-03T03:04:05+00:00", '[lora]\nr = "<b>"\n', {"torch": "2.9"}, {"cpus": "8 CPUs"}, 60.0)
+    yield Answer(3, "bank", "What is\n<1>?", "one", "one")
+    yield End(3, "finished", "", 3723.0)
+
+
+def test_the_page_says_when_where_how_long_with_what_and_for_what():
+    text = page(summarise([*rows(), *circumstances()]))
+    parsed = Page()
+    parsed.feed(text)
+    for words in ("2026-01-02 03:04:05 UTC, gone on with 1 times", "1 h 2 min", "8 CPUs", "torch 2.9", 'r = "<b>"'):
+        assert words in parsed.text
+    assert parsed.tags.count("details") == 1 and "script" not in parsed.tags and "b" not in parsed.tags
+    assert "<td>What is\n&lt;1&gt;?</td><td>one</td><td>two</td><td>one</td>" in text
+    assert "<td>ada</td><td>100</td><td>3</td>" in text
+    # 2300 bytes are the busiest client's run: 71.9 ms at 256 kbit/s, 1.8 ms at 10 Mbit/s.
+    assert "<td>256 kbit/s</td><td>&lt; 0.1 s</td><td>&lt; 0.1 s</td><td>0.1 s</td>" in text
+    notes = text[text.index("<h2>Notes</h2>") :]
+    assert '<table class="words">' in notes[: notes.index("</table>")]
+
+
+def test_a_run_that_failed_says_so_on_its_page():
+    text = page(summarise([*rows(), End(3, "failed", "lower <it>", 3.0)]))
+    assert '<p class="failed">This run failed: lower &lt;it&gt;</p>' in text
+    assert "This run failed" not in page(summarise([*rows(), End(3, "finished")]))
+
+
+def test_a_run_that_was_given_more_rounds_is_reported_with_them():
+    ledger = [*rows(rounds=2), RunRow("fedsrd", "model", CLIENTS, 3, VALUES, 0)]
+    assert summarise(ledger).run.num_rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.01, "< 0.1 s"), (2.34, "2.3 s"), (75, "1 min 15 s"), (7261, "2 h 1 min"), (math.nan, "–")]
+)
+def test_lengths_of_time(seconds, text):
+    assert human_seconds(seconds) == text
 
 
 def test_a_run_without_scores_or_bytes_still_has_a_report():

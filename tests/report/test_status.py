@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from fedloom.cli import main as cli
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Evaluation, Ledger, Note, Roll, RunRow, Training, Transfer, read_rows
-from fedloom.records.serverlog import ServerLog
+from fedloom.records.serverlog import ServerLog, log_level
+from fedloom.records.session import End
 from fedloom.report.answers import count_answers
 from fedloom.report.metrics import prometheus_text
 from fedloom.report.status import is_finished, render_folder, render_rows
@@ -130,6 +131,13 @@ def test_the_view_says_who_is_missing():
     text = text_of(render_rows(LOCAL, 12.0))
     assert "finished" in text and "dropped out" in text and "25.0 %" in text
     assert is_finished(LOCAL) and not is_finished(ACROSS)
+
+
+def test_the_view_says_how_a_run_ended():
+    assert "failed: no" in text_of(render_rows([*ACROSS, End(2, "failed", "no updates")], 12.0))
+    assert "interrupted" in text_of(render_rows([*ACROSS, End(2, "interrupted")], 12.0))
+    assert is_finished([*ACROSS, End(2, "failed", "x")]), "who follows a run that failed does not wait for ever"
+    assert log_level(End(2, "failed")) == "error" and log_level(End(2, "finished")) == "info"
 
 
 def test_every_row_is_logged_with_its_time_and_stays_when_the_ledger_is_cut_back(tmp_path):

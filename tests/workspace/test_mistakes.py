@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,16 @@ def test_going_on_from_an_adapter_starts_where_it_ended(project: Path):
     assert digest(setup.initial) == digest(load_adapter(project / "first" / "adapter")[0])
     write_adapter(setup.model, setup.initial)
     assert digest(read_adapter(setup.model)) == digest(setup.initial)
+
+
+def test_every_device_that_the_settings_file_names_is_known():
+    """A device that is not here may be refused, but for that reason."""
+    from fedloom.errors import ConfigError, ModelError
+    from fedloom.model.base import load_base
+    from fedloom.records.config import ModelSettings
+
+    named = re.findall(r'"([^"]+)"', ModelSettings.model_fields["device"].description or "")
+    assert named == ["auto", "cpu", "cuda"]
+    for device in named:
+        with pytest.raises((ModelError, ConfigError), match="no base model at|finds no GPU here"):
+            load_base("./nowhere", device=device)

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from fedloom.cli.closing import run_tables
 from fedloom.errors import ConfigError
 from fedloom.records.text import cell
 
@@ -97,16 +98,6 @@ def describe_path(path: Path) -> RenderableType:
             f"{path}: no such file or folder; expected a payload, or the folder of an adapter, a run or an audit"
         )
     return next(show for fits, show in _KINDS if fits(path))(path)
-
-
-def run_tables(folder: Path) -> RenderableType:
-    """The closing tables of a run folder."""
-    from fedloom.records.ledger import read_rows
-    from fedloom.report import summarise
-    from fedloom.report.tables import closing_tables
-
-    ledger = folder / "ledger.jsonl"
-    return closing_tables(summarise(read_rows(ledger), str(ledger)))
 
 
 def adapter_table(folder: Path) -> RenderableType:

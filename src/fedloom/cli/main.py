@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
@@ -27,10 +28,12 @@ from fedloom.cli.options import AsJson, Set
 from fedloom.cli.preview import preview
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.errors import ConfigError
+from fedloom.records.text import LONG, cell
 from fedloom.testbeds import testbed_folder
 
 if TYPE_CHECKING:
     from fedloom.records.config import Config
+    from fedloom.records.events import RunSummary
 
 
 class Engine(StrEnum):
@@ -89,7 +92,9 @@ def demo(
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     folder = testbed_folder()
     config = load_config(folder / "demo.toml", [*overrides, *(sets or [])])
-    play_local(config, out or free_folder(Path("runs/demo")))
+    folder = out or free_folder(Path("runs/demo"))
+    words = [str(folder / "config.toml"), "--out", str(folder), "--resume"]
+    play_local(config, folder, shlex.join(["fedloom", "run", *words]))
 
 
 @app.command()
@@ -97,7 +102,12 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings; `fedloom init` writes a file.")],
     sets: Set = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, or give a finished one more rounds.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the run in the folder; that one is moved aside, to FOLDER-old.")
+    ] = False,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -111,8 +121,11 @@ def run(
 
     settings = load_config(config, sets or [])
     folder = out or Path(settings.output.dir or Path("runs") / config.stem)
+    chosen = ["--engine", engine.value] if engine is not Engine.local else []
+    words = [str(config), *chain.from_iterable(("--set", text) for text in sets or [])]
+    command = shlex.join(["fedloom", "run", *words, "--out", str(folder), *chosen, "--resume"])
     {Engine.local: play_local, Engine.flower: submit_run, Engine.flower_sim: simulate}[engine](
-        settings, folder, resume=resume
+        settings, folder, command, resume=resume, force=force
     )
 
 
@@ -174,56 +187,62 @@ for command in (aggregate, preview, estimate, compare, tune, evaluate):
     app.command()(command)
 
 
-def play_local(config: Config, folder: Path, *, resume: bool = False) -> None:
-    """Run the local engine with its progress on screen, then print the closing tables."""
+def play_local(config: Config, folder: Path, command: str, *, resume: bool = False, force: bool = False) -> None:
+    """Run the local engine with its progress on screen, then say what came of it. command: the one that goes on."""
     from fedloom.report.live import watch
 
-    with explain_resume(folder), watch(screen) as observer:
+    with explain_resume(folder, command), watch(screen) as observer:
         from fedloom.server import local
 
-        local.run_local(config, folder, resume=resume, observer=observer)
-    from fedloom.cli import inspect as inspection
-
-    screen.print(inspection.run_tables(folder))
+        summary = local.run_local(config, folder, resume=resume, force=force, observer=observer)
+    close_run(summary)
 
 
-def simulate(config: Config, folder: Path, *, resume: bool = False) -> None:
-    """Run the Flower engine with Ray's processes on this machine as its sites, then print the closing tables."""
+def simulate(config: Config, folder: Path, command: str, *, resume: bool = False, force: bool = False) -> None:
+    """Run the Flower engine with Ray's processes on this machine as its sites, then say what came of it."""
     from fedloom.flower.settings import check_installed
     from fedloom.report.live import watch
 
     check_installed("simulation", "flwr", "ray")
-    with explain_resume(folder), watch(screen) as observer:
+    with explain_resume(folder, command), watch(screen) as observer:
         from fedloom.flower.simulated import simulation
 
-        simulation.run_simulated(config, folder, resume=resume, observer=observer)
-    from fedloom.cli import inspect as inspection
-
-    screen.print(inspection.run_tables(folder))
+        summary = simulation.run_simulated(config, folder, resume=resume, force=force, observer=observer)
+    close_run(summary)
 
 
-def submit_run(config: Config, folder: Path, *, resume: bool = False) -> None:
+def submit_run(config: Config, folder: Path, command: str, *, resume: bool = False, force: bool = False) -> None:
     """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
     from fedloom.flower import launch
     from fedloom.flower.settings import check_flower_settings, check_installed
 
     check_installed("flower", "flwr")
     check_flower_settings(config)
-    with screen.status("submitting"), explain_resume(folder):
-        launch.run_on_superlink(config, folder, resume=resume, told=lambda run: screen.print(f"run {run} is submitted"))
+    with screen.status("submitting"), explain_resume(folder, command):
+        launch.run_on_superlink(
+            config, folder, resume=resume, force=force, told=lambda run: screen.print(f"run {run} is submitted")
+        )
     if (folder / "ledger.jsonl").exists():
-        from fedloom.cli import inspect as inspection
+        screen.print(closing.run_tables(folder))
+        closing.print_folder(folder, screen)
 
-        screen.print(inspection.run_tables(folder))
+
+def close_run(summary: RunSummary) -> None:
+    """Print the closing tables, what the user should know, and where everything is. Raises RoundError if it failed."""
+    if not summary.failure:
+        screen.print(closing.run_tables(summary.out))
+    for text in summary.notes:
+        screen.print(cell(f"note: {text}", "yellow", LONG), soft_wrap=True)
+    closing.print_folder(summary.out, screen)
+    summary.check()
 
 
 @contextmanager
-def explain_resume(folder: Path) -> Iterator[None]:
+def explain_resume(folder: Path, command: str) -> Iterator[None]:
     """Say how to go on where the user interrupts a run."""
     try:
         yield
     except KeyboardInterrupt:
-        command = f"fedloom run {shlex.quote(str(folder / 'config.toml'))} --out {shlex.quote(str(folder))} --resume"
         hint = f"; go on with: {command}" if (folder / "config.toml").exists() else " before the run began"
         complaints.print(f"interrupted{hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None

@@ -37,6 +37,7 @@ def run(
     settings: Settings | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = False,
     trainers: Mapping[str, Train] | None = None,
 ) -> Run:
@@ -45,18 +46,20 @@ def run(
     config: settings, or the path of a settings file. method: a name ("fedsrd", "florist:paper", "florist:tau=0.9",
     "package.module:builder") or a `Method` value; num_rounds, seed and settings (dotted keys) change single settings.
     out: the run's folder; if left out, a temporary one that lives as long as the result. resume: go on with the run
-    that was interrupted in `out`. progress: show the live view.
+    that was interrupted in `out`, or give a finished one more rounds. force: replace the run in `out`, which is moved
+    aside. progress: show the live view.
     trainers: client → a training step of its own, such as `fedloom.patch(trainer)`; the others train as `config` says.
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds other
-    files or, with `resume`, a run of other settings or of another method.
+    files or, with `resume`, a run of other settings or of another method; RoundError where the run came to nothing,
+    as when every training diverges.
     """
     from rich.console import Console
 
     from fedloom.report.live import watch
     from fedloom.server import local
 
-    if resume and out is None:
-        raise ConfigError("resume needs out=, the folder of the run that was interrupted")
+    if (resume or force) and out is None:
+        raise ConfigError(f"{'resume' if resume else 'force'} needs out=, the folder of the run that is there")
     chosen = {"federation.num_rounds": num_rounds, "federation.seed": seed, "output.keep_payloads": True}
     own = {**{key: value for key, value in chosen.items() if value is not None}, **(settings or {})}
     scratch = Scratch() if out is None else None
@@ -64,14 +67,16 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as observer:
-        local.run_local(
+        summary = local.run_local(
             apply_changes(config, own, method),
             folder,
             resume=resume,
+            force=force,
             observer=observer,
             method=value,
             trainers=trainers,
         )
+    summary.check()
     return Run(folder, scratch)
 
 

@@ -38,7 +38,12 @@ class RunState:
 
 
 def run_on_superlink(
-    config: Config, out: Path, *, resume: bool = False, told: Callable[[int], None] | None = None
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    told: Callable[[int], None] | None = None,
 ) -> RunState:
     """Submit, wait until the run is over, return how it ended.
 
@@ -46,7 +51,7 @@ def run_on_superlink(
     where the SuperLink cannot be reached, refuses the run, or the run fails.
     """
     with open_control(config) as client:
-        run_id = submit(client, config, out, resume)
+        run_id = submit(client, config, out, resume, force)
         if told:
             told(run_id)
         state = wait_for_end(client, run_id)
@@ -55,7 +60,7 @@ def run_on_superlink(
     return state
 
 
-def build_bundle(config: Config, out: Path, resume: bool) -> bytes:
+def build_bundle(config: Config, out: Path, resume: bool, force: bool = False) -> bytes:
     """The Flower App Bundle: no code, only the names of fedloom's two apps and the settings for them."""
     from flwr.cli.build import build_fab_from_files
 
@@ -64,6 +69,7 @@ def build_bundle(config: Config, out: Path, resume: bool) -> bytes:
         "own": server_settings(config),
         "out": str(out.absolute()),
         "resume": resume,
+        "force": force,
     }
     apps = {"serverapp": "fedloom.flower.sites:app", "clientapp": "fedloom.flower.relay:app"}
     project = {
@@ -108,7 +114,7 @@ def open_control(config: Config) -> Iterator[Any]:
             client.close()
 
 
-def submit(client: Any, config: Config, out: Path, resume: bool) -> int:  # noqa: ANN401 (Flower's client is untyped)
+def submit(client: Any, config: Config, out: Path, resume: bool, force: bool = False) -> int:  # noqa: ANN401 (Flower's)
     """Hand the run in; its number."""
     import hashlib
 
@@ -116,7 +122,7 @@ def submit(client: Any, config: Config, out: Path, resume: bool) -> int:  # noqa
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
-    content = build_bundle(config, out, resume)
+    content = build_bundle(config, out, resume, force)
     response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))))
     if not response.HasField("run_id"):
         raise RoundError(f"the SuperLink at {config.flower.superlink} took no run: {response.note}")

@@ -23,7 +23,7 @@ from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.model.base import base_digest
 from fedloom.records.config import Config
-from fedloom.records.events import Observer, Silent
+from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Training
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import check_update
@@ -45,19 +45,23 @@ def run_federation(
     out: Path,
     *,
     resume: bool = False,
+    force: bool = False,
     observer: Observer | None = None,
     notes: Sequence[str] = (),
-) -> None:
-    """Play the run with the sites that `grid` reaches, leaving its results in `out`. notes: known of their data."""
+) -> RunSummary:
+    """Play the run with the sites that `grid` reaches, leaving its results in `out`. notes: known of their data.
+
+    Sites hold a job to the rounds that it began with: a run cannot be given more.
+    """
     check_flower_settings(config)
-    with RunFolder.open(out, config, resume=resume) as folder:
+    with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
         told = [*notes]
         heldout = heldout_examples(config.data, told.append)
         nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
         setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
-        Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)
+        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -105,7 +109,7 @@ class FlowerSites:
         finally:
             roll, ledger = gathering.roll(), rounds.folder.ledger
             for site, reason in [*roll.failed.items(), *roll.late.items()]:
-                ledger.note(rounds.round, f"client {site}: {reason}")
+                rounds.note(rounds.round, f"client {site}: {reason}")
             ledger.append(roll)
             ledger.sync()
         payloads = {site: answer.payload for site, answer in answers.items()}
@@ -167,7 +171,7 @@ class FlowerSites:
         if asked.ask == "hello":
             reason = self.fleet.introduce(reply)
             if reason:
-                rounds.folder.ledger.note(rounds.round, reason)
+                rounds.note(rounds.round, reason)
             elif reply.parcel is not None and not reply.error:
                 self.locate(rounds, reply.said.name, reply)
             return None
@@ -230,7 +234,7 @@ class FlowerSites:
                     waiting.discard(reply.asked.site)
                 self.take_stray(rounds, reply)
         for site in sorted(waiting | {site for site in self.known if not self.fleet.is_here(site)}):
-            rounds.folder.ledger.note(rounds.round, f"client {site} has not confirmed that it received the result")
+            rounds.note(rounds.round, f"client {site} has not confirmed that it received the result")
 
 
 def digest_of(rounds: Rounds, version: int) -> str:
@@ -248,4 +252,5 @@ app = ServerApp()
 def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
     told, out = context.run_config, Path(str(context.run_config["out"]))
-    run_federation(grid, join_settings(str(told["settings"]), str(told["own"])), out, resume=bool(told["resume"]))
+    settings = join_settings(str(told["settings"]), str(told["own"]))
+    run_federation(grid, settings, out, resume=bool(told["resume"]), force=bool(told.get("force", False))).check()

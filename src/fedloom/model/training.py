@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
@@ -30,6 +32,7 @@ from fedloom.model.base import quiet_transformers
 from fedloom.model.packing import training_rows, without_mask
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
+from fedloom.records.text import to_printable
 
 if TYPE_CHECKING:
     import peft
@@ -159,6 +162,22 @@ def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> 
         raise ConfigError(f"transformers does not accept these [training] settings: {error}") from None
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one model on one device; never nn.DataParallel
     return arguments
+
+
+def check_optimizer(model: peft.PeftModel, settings: TrainingSettings) -> None:
+    """Raises ConfigError where training.optim is unknown or needs a library that is not installed."""
+    known = [name.value for name in OptimizerNames]
+    if settings.optim not in known:
+        near = get_close_matches(settings.optim, known, n=1) or [n for n in known if n.startswith(settings.optim)]
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        raise ConfigError(f"training.optim {settings.optim!r} is unknown to transformers; {hint}")
+    try:
+        # A whole trainer, as in training: arguments alone would leave accelerate without the state that they reset.
+        with keep_random_state(), quiet_transformers():
+            trainer = _LocalTrainer(model=model, args=_arguments(model, settings, 0))
+            trainer.get_optimizer_cls_and_kwargs(trainer.args, cast(PreTrainedModel, model))
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"training.optim {settings.optim!r} does not work here: {to_printable(str(error))}") from None
 
 
 class _LocalTrainer(Trainer):

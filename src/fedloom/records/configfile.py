@@ -115,10 +115,10 @@ def override(text: str) -> Tree:
 
 
 def merge_trees(tree: Tree, above: Mapping[str, Any]) -> None:
-    """Put the keys of `above` into `tree`, table by table; null takes a key out."""
+    """Put the keys of `above` into `tree`, table by table; null takes a key out, and {} all keys of a table."""
     for key, value in above.items():
         below = tree.get(key)
-        if isinstance(value, Mapping) and isinstance(below, dict):
+        if isinstance(value, Mapping) and value and isinstance(below, dict):
             merge_trees(below, value)
         elif value == "null":
             tree.pop(key, None)

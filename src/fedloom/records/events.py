@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from fedloom.errors import RoundError
 from fedloom.records.ledger import Evaluation
 
 Scores = Mapping[str, Evaluation]
@@ -36,6 +37,8 @@ class RunSummary:
     bytes, seconds, lost energy.
 
     `lost_energy` is the share of ‖ΔW‖² that the exported adapter lacks where its rank was capped, otherwise 0.
+    failure: why the run came to nothing and left no adapter; empty where it came to something. notes: what the user
+    should know of how it ended.
     """
 
     out: Path
@@ -47,6 +50,13 @@ class RunSummary:
     bytes_down: int = 0
     seconds: float = 0.0
     lost_energy: float = 0.0
+    failure: str = ""
+    notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises RoundError where the run came to nothing."""
+        if self.failure:
+            raise RoundError(f"the run in {self.out} failed: {self.failure}")
 
 
 class Observer(Protocol):
@@ -60,6 +70,9 @@ class Observer(Protocol):
 
     def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
         """A client has sent its update."""
+
+    def noted(self, round: int, text: str) -> None:
+        """Something went otherwise than it should: who was refused and why, who dropped out."""
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
@@ -80,6 +93,9 @@ class Silent:
         """Nothing."""
 
     def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
+        """Nothing."""
+
+    def noted(self, round: int, text: str) -> None:
         """Nothing."""
 
     def round_finished(

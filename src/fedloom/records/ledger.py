@@ -15,27 +15,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
+from fedloom.records.session import FORBID, Answer, End, Number, Session
 from fedloom.records.text import LONG, escape_json, file_name, to_printable
 
 Direction: TypeAlias = Literal["up", "down"]
-Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float; NaN and infinity, which JSON lacks, are written as null and read as NaN."""
-
-_FORBID = ConfigDict(extra="forbid", strict=True)
+About: TypeAlias = Literal["", "refused", "diverged"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
     """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
 
+    A run that is given another number of rounds has the row once more: the last one holds.
     client_values: client → its values, of clients that hold fewer because of a lower rank or fewer modules.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["run"] = field(default="run", kw_only=True)
     method: str
     model: str
@@ -50,7 +49,7 @@ class RunRow:
 class Transfer:
     """One payload between the server and a client. `bytes` = len(payload), `parts` says what they are spent on."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["transfer"] = field(default="transfer", kw_only=True)
     round: int
     client: str
@@ -65,7 +64,7 @@ class Transfer:
 class Training:
     """One client's local training: mean loss, optimiser steps, examples it holds."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["training"] = field(default="training", kw_only=True)
     round: int
     client: str
@@ -83,7 +82,7 @@ class Evaluation:
     0 in ledgers that do not say. metrics: the scores (0 … 1) that evaluation.metrics asks for beside these.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["evaluation"] = field(default="evaluation", kw_only=True)
     round: int
     domain: str
@@ -108,7 +107,7 @@ class Evaluation:
 class Validation:
     """The global model on one domain's validation examples, on which a round is chosen; no score of the run."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["validation"] = field(default="validation", kw_only=True)
     round: int
     domain: str
@@ -120,7 +119,7 @@ class Validation:
 class Choice:
     """What the validation split decided: the round in which the run ended, and the round whose model it leaves."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["choice"] = field(default="choice", kw_only=True)
     round: int
     exported: int
@@ -130,7 +129,7 @@ class Choice:
 class Aggregation:
     """The server's part of a round, with the method's own numbers."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["aggregation"] = field(default="aggregation", kw_only=True)
     round: int
     stats: Mapping[str, Number] = field(default_factory=dict)
@@ -144,7 +143,7 @@ class Roll:
     tries counts how often the missing were asked: 1 where nobody was missed.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     row: Literal["roll"] = field(default="roll", kw_only=True)
     round: int
     answered: Annotated[tuple[str, ...], Field(strict=False)]
@@ -156,15 +155,21 @@ class Roll:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something worth saying in words: who dropped out, who was refused and why."""
+    """Something worth saying in words: who dropped out, who was refused and why.
 
-    __pydantic_config__ = _FORBID
+    about: what it is about, where programs have to know: an update that was refused, or a training that diverged.
+    """
+
+    __pydantic_config__ = FORBID
     row: Literal["note"] = field(default="note", kw_only=True)
     round: int
     text: str
+    about: About = ""
 
 
-Row: TypeAlias = RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice
+Row: TypeAlias = (
+    RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice | Session | Answer | End
+)
 _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 
 
@@ -280,9 +285,9 @@ class Ledger:
         if self._told:
             self._told(row)
 
-    def note(self, round: int, text: str) -> None:
+    def note(self, round: int, text: str, about: About = "") -> None:
         """Add a row of words, which may quote others'."""
-        self.append(Note(round, to_printable(text, LONG)))
+        self.append(Note(round, to_printable(text, LONG), about))
 
     def sync(self) -> int:
         """Write every row to disk and return how many there are. Call it once a round."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedloom.records.ledger import Note, Roll, Row, dump_row
+from fedloom.records.session import End
 from fedloom.records.text import escape_json
 
 FILE = "log.jsonl"
@@ -37,5 +38,7 @@ class ServerLog:
 
 
 def log_level(row: Row) -> str:
-    """The level "warning" for a row that notes something or says that a site failed or came late; else "info"."""
+    """The level: "error" for the end of a run that failed; "warning" for a note, a site that failed or came late."""
+    if isinstance(row, End) and row.status == "failed":
+        return "error"
     return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"

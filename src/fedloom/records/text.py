@@ -41,9 +41,9 @@ def file_name(text: str) -> str:
     """A name for a file or folder: the text itself where it is harmless, otherwise its harmless part and a digest.
 
     Different texts get different names, on file systems that distinguish upper and lower case. A name is never hidden,
-    empty, an option or a path.
+    empty, an option or a path, and has no character that Windows forbids, such as a colon.
     """
-    kept = re.sub(r"""[^A-Za-z0-9 ._:=,+@()\[\]{}"'-]""", "_", text[:_NAME])
+    kept = re.sub(r"""[^A-Za-z0-9 ._=,+@()\[\]{}'-]""", "_", text[:_NAME])
     return _marked(text, re.sub(r"\A[ .-]|\A\Z|[ .]\Z", "_", kept))
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
-from fedloom.records.text import LONG, cell, to_printable
+from fedloom.records.text import LONG, cell
 from fedloom.report.measures import order_measures, phrase_scores
 from fedloom.report.numbers import MEAN, Point, human_bytes, values_of
 
@@ -26,9 +26,13 @@ def watch(console: Console) -> Iterator[Observer]:
     if not console.is_terminal:
         yield LineView(console)
         return
-    view = LiveView()
+    view = LiveView(console)
     with Live(view, console=console, refresh_per_second=5, transient=True):
         yield view
+
+
+NOTES = 3
+"""Notes of one round that are shown; all of them are in the ledger and the report."""
 
 
 @dataclass(slots=True)
@@ -43,8 +47,9 @@ class Tally:
 
 @dataclass(slots=True)
 class EventKeeper:
-    """An observer that keeps the events, for both views to show."""
+    """An observer that keeps the events, for both views to show. console: where lines go that stay."""
 
+    console: Console | None = None
     facts: RunFacts | None = None
     round: int = 0
     training: str = ""
@@ -53,12 +58,16 @@ class EventKeeper:
     points: list[Point] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     round_began: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def run_started(self, facts: RunFacts) -> None:
-        """Remember what the run is."""
+        """Say what the run is, and remember it."""
         self.facts = facts
         self.round = facts.first_round - 1
         self.tallies = {client: Tally() for client in facts.clients}
+        self._say(f"{_headline(facts)}, in {facts.out}", "bold")
+        for text in facts.warnings:
+            self._say(f"note: {text}", "yellow")
 
     def client_started(self, round: int, client: str) -> None:
         """Remember whose turn it is."""
@@ -74,11 +83,20 @@ class EventKeeper:
         self.losses.append(loss)
         self.training = ""
 
+    def noted(self, round: int, text: str) -> None:
+        """Say it, or count it where a round has many."""
+        self.notes.append(text)
+        if len(self.notes) <= NOTES:
+            self._say(f"note, round {round}: {text}", "yellow")
+
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
     ) -> None:
         """Remember the scores; round 0 is the evaluation before the first round."""
         self.round, self.training = round, ""
+        if len(self.notes) > NOTES:
+            self._say(f"… and {len(self.notes) - NOTES} more notes on round {round} in the ledger", "yellow")
+        self.notes = []
         if scores:
             self.points.append(Point(round, values_of(scores), bytes_up + bytes_down))
         if round:
@@ -87,19 +105,15 @@ class EventKeeper:
     def run_finished(self, summary: RunSummary) -> None:
         """The closing tables say the rest."""
 
+    def _say(self, text: str, style: str) -> None:
+        """A line that stays: above the live view, or in a pipe without colours."""
+        if self.console is not None:
+            line = cell(text, style if self.console.is_terminal else "", LONG)
+            self.console.print(line, highlight=False, soft_wrap=True)
+
 
 class LineView(EventKeeper):
     """A line at the start and one a round, for logs and pipes."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
-
-    def run_started(self, facts: RunFacts) -> None:
-        """Say what the run is."""
-        super().run_started(facts)
-        for text in (f"{_headline(facts)}, in {facts.out}", *(f"note: {text}" for text in facts.warnings)):
-            self._say(text)
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
@@ -113,22 +127,17 @@ class LineView(EventKeeper):
         if scores:
             now = self.points[-1].values
             parts += [f"{m.name} {m.phrase(now[m.key][MEAN])}" for m in order_measures(self.points)]
-        self._say("  ".join([*parts, f"{seconds:.1f} s"]))
-
-    def _say(self, text: str) -> None:
-        self.console.print(to_printable(text, LONG), markup=False, highlight=False, soft_wrap=True)
+        self._say("  ".join([*parts, f"{seconds:.1f} s"]), "")
 
 
 class LiveView(EventKeeper):
-    """The live view; rich asks for it anew several times a second."""
+    """The live view; rich asks for it anew several times a second. What the run is and notes stay above it."""
 
     def __rich__(self) -> RenderableType:
         """The view as it stands."""
         if self.facts is None:
             return Text("loading model and data …", style="dim")
-        notes = (cell(f"note: {text}", "yellow", LONG) for text in self.facts.warnings)
-        headline = cell(_headline(self.facts), "bold")
-        return Group(headline, *notes, self._bar(self.facts), self._clients(), self._score())
+        return Group(self._bar(self.facts), self._clients(), self._score())
 
     def _bar(self, facts: RunFacts) -> Table:
         done = len(self.seconds) + facts.first_round - 1

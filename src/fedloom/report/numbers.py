@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Choice, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.report.facts import Facts, gather_facts
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -46,7 +47,7 @@ class Report:
 
     `training` holds the mean training loss of every round that had turns, with the bytes sent by then. `examples`
     counts the held-out examples of an evaluation, 0 where the ledger does not say. `train_seconds` and
-    `server_seconds` are sums over all turns and over all rounds.
+    `server_seconds` are sums over all turns and over all rounds. facts: the run's circumstances.
     """
 
     run: RunRow
@@ -59,6 +60,7 @@ class Report:
     training: tuple[Point, ...] = ()
     examples: int = 0
     exported: int | None = None
+    facts: Facts = Facts()
 
     @property
     def domains(self) -> list[str]:
@@ -104,10 +106,11 @@ class Report:
 
 def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
     """The report of one ledger's rows. Raises CheckpointError where the row that says what the run is, is missing."""
-    run = next((row for row in rows if isinstance(row, RunRow)), None)
+    run = next((row for row in reversed(rows) if isinstance(row, RunRow)), None)
     if run is None:
         raise CheckpointError(f"{origin} records no run: its first row is missing")
-    choice = next((row for row in reversed(rows) if isinstance(row, Choice)), None)
+    session = rows[rows.index(run) :]  # a run that was given more rounds may have chosen one before
+    choice = next((row for row in reversed(session) if isinstance(row, Choice)), None)
     if choice is not None:  # it may have stopped early
         run = replace(run, num_rounds=choice.round)
     sums = totals(rows)
@@ -138,6 +141,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         ),
         examples=sum(row.examples for row in last.values()),
         exported=None if choice is None else choice.exported,
+        facts=gather_facts(rows),
     )
 
 

@@ -46,8 +46,8 @@ def follow_run(folder: Path, console: Console) -> None:
 
 
 def is_finished(rows: Sequence[Row]) -> bool:
-    """Whether the last round has been aggregated."""
-    return last_round(rows) >= summarise(rows).run.num_rounds
+    """Whether the run has ended, in one way or another; where its ledger does not say: whether all rounds are over."""
+    return summarise(rows).facts.end is not None or last_round(rows) >= summarise(rows).run.num_rounds
 
 
 def last_round(rows: Sequence[Row]) -> int:
@@ -60,8 +60,13 @@ def render_rows(rows: Sequence[Row], quiet: float) -> RenderableType:
     report, tallies, last = summarise(rows), count_answers(rows), last_round(rows)
     run = report.run
     bar = Table.grid(padding=(0, 1))
-    state = "finished" if last >= run.num_rounds else f"last row {quiet:.0f} s ago"
-    bar.add_row(f"round {last}/{run.num_rounds}", ProgressBar(run.num_rounds, last, 32), state)
+    end = report.facts.end
+    state = f"last row {quiet:.0f} s ago"
+    if end is not None:
+        state = ": ".join(filter(None, (end.status, end.reason)))
+    elif last >= run.num_rounds:
+        state = "finished"
+    bar.add_row(f"round {last}/{run.num_rounds}", ProgressBar(run.num_rounds, last, 32), cell(state, limit=LONG))
     head = cell(f"{run.method}: {len(run.clients)} clients, {run.adapter_values:,} values", "bold")
     return Group(head, bar, _clients(report, tallies), *_closing(report), *_roll(rows))
 

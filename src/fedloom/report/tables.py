@@ -16,6 +16,9 @@ from fedloom.records.text import cell, to_printable
 from fedloom.report.numbers import Report, human_bytes
 from fedloom.report.scores import score_rows, score_table, score_title
 
+MOST_CLIENTS = 12
+"""Clients that the closing table lists, the first and the last by name: as many as fit a small terminal."""
+LAST_CLIENTS = 2
 _SHORT = 20
 """Characters of a run's label up to which its column is not wrapped."""
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
@@ -38,12 +41,19 @@ def _choice(report: Report) -> list[str]:
 
 
 def traffic_table(report: Report) -> Table:
-    """Payload bytes by client: the mean of a turn each way, and the whole run."""
+    """Payload bytes by client: the mean of a turn each way, and the whole run. Of many clients a few are listed."""
     table = Table(box=box.SIMPLE_HEAD, title="Bytes sent (payloads)", title_justify="left", title_style="bold")
     table.add_column("client")
     for name in ("turns", "up / turn", "down / turn", "in all", "last loss"):
         table.add_column(name, justify="right")
-    for client, (up, down) in report.totals.by_client.items():
+    clients = list(report.totals.by_client.items())
+    over = len(clients) - MOST_CLIENTS
+    first = len(clients) if over <= 0 else MOST_CLIENTS - LAST_CLIENTS
+    for place, (client, (up, down)) in enumerate(clients):
+        if first <= place < len(clients) - LAST_CLIENTS:
+            if place == first:
+                table.add_row(f"… and {over} more in the report")
+            continue
         losses = report.losses.get(client, [])
         turns = len(losses)
         sizes = (_mean(up, turns), _mean(down, turns), human_bytes(up + down))

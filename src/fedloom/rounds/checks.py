@@ -118,7 +118,10 @@ def _check_norm(entries: Entries, most: float) -> float:
             raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
         total += size * size
     if math.sqrt(total) > most:
-        raise NumericError(f"its update has norm {math.sqrt(total):.3g}; federation.max_norm is {most:g}")
+        raise NumericError(
+            f"its update has norm {math.sqrt(total):.3g}, federation.max_norm is {most:g}: where training diverges, "
+            "lower training.learning_rate"
+        )
     return math.sqrt(total)
 
 

@@ -24,18 +24,20 @@ def run_local(
     out: Path,
     *,
     resume: bool = False,
+    force: bool = False,
     observer: Observer | None = None,
     method: Method | None = None,
     trainers: Mapping[str, Train] | None = None,
 ) -> RunSummary:
     """Simulate the whole federation that `config` describes, leaving its results in the folder `out`.
 
+    resume: go on with the run in `out`; it may be given more rounds. force: move that run aside.
     method: takes the place of the one that `config` names. Its settings are bound in it and are not checked on resume.
     trainers: client → its training step, such as `patch` makes; the other clients train as `config` says.
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
-    another run or, with `resume`, nothing to go on from.
+    another run or, with `resume`, nothing to go on from. A run that came to nothing says why in its summary.
     """
-    with RunFolder.open(out, config, resume=resume) as folder:
+    with RunFolder.open(out, config, resume=resume, force=force) as folder:
         setup = load_setup(config, method)
         return Rounds(setup, folder, observer or Silent(), LocalSites(setup, trainers=trainers)).play(resume)
 
@@ -56,6 +58,7 @@ class LocalSites:
         self.setup = setup
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
+        self.diverged: set[str] = set()  # clients whose training of this round came to nothing
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -63,21 +66,24 @@ class LocalSites:
 
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
+        self.diverged = set()
         turns = {client: self.play(rounds, client, client in present.vanished) for client in present.asked}
-        return Updates({client: payload for client, payload in turns.items() if payload is not None})
+        there = {client: payload for client, payload in turns.items() if payload is not None}
+        return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
 
     def play(self, rounds: Rounds, client: str, vanishes: bool) -> bytes | None:
         """One client's turn, recorded; None where it does not answer."""
         rounds.observer.client_started(rounds.round, client)
         received = self.download(rounds, client)
         if vanishes:
-            rounds.folder.ledger.note(rounds.round, f"client {client} dropped out after the download")
+            rounds.note(rounds.round, f"client {client} dropped out after the download")
             return None
         state, step = self.roster[client], self.steps.get(client) or self.setup.train(client)
         try:
             turn = client_turn(self.setup.job, client, state, [], step, rounds.round)
         except NumericError as error:
-            rounds.folder.ledger.note(rounds.round, str(error))
+            rounds.note(rounds.round, str(error), "diverged")
+            self.diverged.add(client)
             return None
         self.roster.hold(client, turn.state)
         if self.look is not None:

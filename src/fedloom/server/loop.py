@@ -13,20 +13,24 @@ import math
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
+from fedloom.errors import CheckpointError, RoundError
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import Aggregation, Evaluation, Training, read_rows
+from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
+from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
+from fedloom.server.session import begin_session, record_end
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
@@ -34,6 +38,12 @@ from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.export import finish_run
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.milestones import save_milestone
+
+HOPELESS = 3
+"""Rounds after which a run ends in which every training diverged: what the first ones do, the others will do too.
+
+Not the first round: where few clients are asked, it may be one client's data that is at fault.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,15 @@ def draw_attendance(config: Config, clients: Collection[str], round: int) -> Att
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Updates:
-    """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs."""
+    """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
+
+    diverged: whether there are none because every training ended in values that are not finite.
+    """
 
     payloads: Mapping[str, bytes]
     seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
     least: int = 1
+    diverged: bool = False
 
 
 class Sites(Protocol):
@@ -93,6 +107,10 @@ class Rounds:
         self.server: State = start(setup.job, setup.initial)
         self.archive = Archive()
         self.round = 0
+        self.saved = False  # whether there is a checkpoint
+        self.hopeless = False
+        self.began = time.perf_counter()
+        self.before = 0.0  # seconds of earlier sessions
         self.course = Course(setup.config.federation)
         self.best: State | None = None
 
@@ -102,46 +120,73 @@ class Rounds:
         return self.round >= self.setup.config.federation.num_rounds or self.course.is_over
 
     def play(self, resume: bool) -> RunSummary:
-        """All rounds that are left, then the exports and the report."""
-        snapshot = self.folder.restore(self.setup.fingerprint) if resume else None
-        if snapshot:
-            self.restore(snapshot)
-        config, began = self.setup.config, time.perf_counter()
+        """All rounds that are left, then the exports and the report.
+
+        A run in which nothing could be averaged leaves no adapter; its summary says why.
+        """
+        self.began = time.perf_counter()
+        if resume:
+            snapshot = self.folder.restore(self.setup.fingerprint)
+            if snapshot:
+                self.restore(snapshot)
+        try:
+            return self.play_rounds()
+        except BaseException as error:
+            with suppress(OSError, CheckpointError):  # a full disk, say, which is what ends the run
+                record_end(self, error)
+            raise
+
+    def play_rounds(self) -> RunSummary:
+        """Begin or go on, to the end."""
+        config, setup = self.setup.config, self.setup
+        extension = begin_session(self)
         self.observer.run_started(
             RunFacts(
-                method=self.setup.job.method.name,
+                method=setup.job.method.name,
                 model=config.model.path,
                 clients=tuple(self.sites),
                 num_rounds=config.federation.num_rounds,
-                adapter_values=self.setup.initial.numel(),
+                adapter_values=setup.initial.numel(),
                 out=self.folder.path,
                 first_round=self.round + 1,
-                warnings=tuple(self.setup.warnings()),
+                warnings=(*self.folder.notes, *extension, *setup.warnings()),
             )
         )
-        if snapshot is None:
+        if not self.saved:
             self.begin()
-        while not self.is_over:
+        while not self.is_over and not self.hopeless:
             self.round += 1
             self.play_round(self.round)
             save_milestone(self.setup, self.folder.path, self.server, self.round)
             if self.is_over:
                 choose_model(self)
+                self.record_answers()
                 self.sites.deliver(self)
-            self.save()
-        summary = finish_run(self.setup, self.folder, self.server, time.perf_counter() - began)
+            if not self.hopeless:  # so that a run that goes on comes to the same end
+                self.save()
+        summary = finish_run(setup, self.folder, self.server, self.round, self.seconds)
         self.observer.run_finished(summary)
         return summary
 
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, in all its sessions."""
+        return self.before + time.perf_counter() - self.began
+
+    def note(self, round: int, text: str, about: About = "") -> None:
+        """Record something that went otherwise than it should, and show it."""
+        self.folder.ledger.note(round, text, about)
+        self.observer.noted(round, text)
+
     def begin(self) -> None:
-        """Say what the run is, and how good the model is before it."""
+        """Say how good the model is before the run."""
         config, began = self.setup.config, time.perf_counter()
-        self.folder.ledger.append(self.setup.describe())
         for text in self.setup.warnings():
             self.folder.ledger.note(0, text)
         if self.setup.manifest:
             save_manifest(self.folder.path / "split.json", self.setup.manifest)
         scores = self.evaluate(0)
+        self.record_answers()
         self.observer.round_finished(0, config.federation.num_rounds, scores, 0, 0, time.perf_counter() - began)
         self.save()
 
@@ -152,8 +197,11 @@ class Rounds:
         updates = self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
         if updates.payloads:
             self.aggregate(updates, round)
-        else:
-            ledger.note(round, "nobody answered: the round is skipped")
+        elif not updates.diverged:
+            self.note(round, "nobody answered: the round is skipped")
+        elif self.server.version == 0 and round >= HOPELESS:
+            self.note(round, f"every training of {round} rounds diverged: the run is given up", "diverged")
+            self.hopeless = True
         every = self.setup.config.federation.eval_every
         last = round == self.setup.config.federation.num_rounds
         scores = self.evaluate(round) if last or (every and round % every == 0) else None
@@ -171,7 +219,7 @@ class Rounds:
         ledger, budget = self.folder.ledger, self.setup.job.budget
         before = ledger.examples.get(trained.client, trained.examples)
         if before != trained.examples:  # it is what the client counts for
-            ledger.note(
+            self.note(
                 trained.round,
                 f"client {trained.client} says {trained.examples:,} examples, and said {before:,} the last time",
             )
@@ -190,13 +238,21 @@ class Rounds:
         return payloads
 
     def aggregate(self, updates: Updates, round: int) -> None:
-        """The server's turn, recorded."""
+        """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
-        turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+        try:
+            turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+        except RoundError as error:
+            for client, reason in error.refused.items():
+                self.note(round, f"client {client} refused: {reason}", "refused")
+            if updates.least > 1 or not error.refused:
+                raise
+            self.note(round, "no update could be averaged: the round is skipped")
+            return
         for client, reason in turn.refused.items():
-            self.folder.ledger.note(round, f"client {client} refused: {reason}")
+            self.note(round, f"client {client} refused: {reason}", "refused")
         for text in turn.notes:
-            self.folder.ledger.note(round, text)
+            self.note(round, text)
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
@@ -218,6 +274,11 @@ class Rounds:
             validate(self, round)
         return found
 
+    def record_answers(self) -> None:
+        """What the server's model answers to a few held-out examples, for people to read."""
+        for one in self.setup.answer(self.server):
+            self.folder.ledger.append(Answer(self.round, one.domain, one.prompt, one.expected, one.text))
+
     def save(self) -> None:
         """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""
         rows = self.folder.ledger.sync()
@@ -230,15 +291,18 @@ class Rounds:
                     ledger_rows=rows,
                     fingerprint=self.setup.fingerprint,
                     best=self.best,
+                    seconds=self.seconds,
                 )
             )
         )
+        self.saved = True
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
         self.archive, self.best = Archive(snapshot.archive), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
+        self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)
 
 

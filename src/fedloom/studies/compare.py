@@ -173,10 +173,10 @@ def _complete(run: Trial) -> bool:
     """Whether the run is there, whole. A run of other settings is not taken for it."""
     settings = run.folder / "config.toml"
     found = (run.folder / FINISHED).exists()
-    if found and settings.exists() and not holds_settings(settings, run.config):
+    if settings.exists() and not holds_settings(settings, run.config):
         raise ConfigError(
-            f"{run.folder} holds a complete run with other settings or another method: choose another folder, or "
-            "remove it"
+            f"{run.folder} holds a {'complete ' if found else ''}run with other settings or another method: choose "
+            "another folder, or remove it"
         )
     return found
 

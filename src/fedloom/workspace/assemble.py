@@ -15,6 +15,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
+from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
@@ -25,15 +26,8 @@ from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.tokens import TokenizedExamples
-from fedloom.model.training import local_update
-from fedloom.records.config import (
-    Config,
-    EvaluationSettings,
-    FlowerSettings,
-    OutputSettings,
-    Section,
-)
-from fedloom.records.configfile import dump
+from fedloom.model.training import check_optimizer, local_update
+from fedloom.records.config import Config
 from fedloom.records.ledger import RunRow
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
@@ -45,11 +39,13 @@ from fedloom.workspace.data import (
     heldout_examples,
     validation_examples,
 )
-from fedloom.workspace.plan import choose_method, plan_job, values_of
+from fedloom.workspace.plan import choose_method, describe_excess, plan_job, values_of
+from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,6 +70,7 @@ class Setup:
     scorer: Scorer = Scorer()
     validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
     left_out: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -85,7 +82,7 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
         leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
-        said = [note for note in (other, self.left_out, advice, both and leak) if note]
+        said = [note for note in (other, self.left_out, advice, describe_excess(self.adapter), both and leak) if note]
         return [*self.notes, *said, *rendering_notes(held, self.config.data.max_length)]
 
     def describe(self) -> RunRow:
@@ -156,6 +153,13 @@ class Setup:
         peft_bridge.set_frozen(self.model, state.fixed)
         return self.model
 
+    def answer(self, state: State) -> list[Answered]:
+        """What the model that `state` stands for answers to a few of the held-out examples."""
+        number = self.config.output.answers
+        if not self.tokenizer or not self.heldout or not number:
+            return []
+        return answer_examples(self._model_of(state), self.tokenizer, self.heldout, number)
+
 
 def load_setup(config: Config, method: Method | None = None) -> Setup:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
@@ -193,11 +197,14 @@ def build_setup(
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
     if data.packing and any(texts.values()):
         check_packs(base, limits.rows)
+    model = peft_bridge.attach(base, plan.shared)
+    if any(texts.values()):  # else nobody trains in this process
+        check_optimizer(model, config.training)
     return Setup(
         config=config,
         job=plan.job,
         initial=plan.initial,
-        model=peft_bridge.attach(base, plan.shared),
+        model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
         heldout=scored,
@@ -207,6 +214,7 @@ def build_setup(
         scorer=build_scorer(scored, tokenizer, config.evaluation),
         validation=tokenize_scored("validation", validation or {}, data, tokenizer, limits),
         left_out=untrained_note(linear, plan.shared),
+        tokenizer=tokenizer,
     )
 
 
@@ -255,14 +263,12 @@ def check_clients_exist(
 
 
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:
-    """32 hex digits for what a run's outcome depends on: settings, base weights and training data."""
+    """32 hex digits for what a run's outcome depends on: settings, base weights and training data.
+
+    The number of rounds is no part of it: a run may be given more.
+    """
     hasher = hashlib.blake2b(digest_size=16)
-    beside: dict[str, Section] = {  # what changes nothing of the outcome
-        "output": OutputSettings(),
-        "flower": FlowerSettings(),
-        "evaluation": EvaluationSettings(),
-    }
-    hasher.update(dump(config.model_copy(update=beside)).encode())
+    hasher.update(dump_fixed(config).encode())
     hasher.update(base_digest(config.model.path).encode())
     for client, examples in texts.items():
         hasher.update(f"{client} {data_digest(examples)}".encode())

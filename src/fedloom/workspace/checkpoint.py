@@ -51,7 +51,8 @@ class Snapshot:
     """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
 
     clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
-    after the round with the best score on the validation split, where the run shall end with it.
+    after the round with the best score on the validation split, where the run shall end with it. seconds: what the run
+    took up to then, in all its sessions.
     """
 
     round: int
@@ -62,6 +63,7 @@ class Snapshot:
     fingerprint: str = ""
     known: Mapping[str, KnownSite] = field(default_factory=dict)
     best: State | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -89,6 +91,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
                 "ledger_rows": snapshot.ledger_rows,
                 "fingerprint": snapshot.fingerprint,
                 "known": {name: asdict(known) for name, known in snapshot.known.items()},
+                "seconds": snapshot.seconds,
             },
         ),
     )
@@ -106,6 +109,7 @@ def load_checkpoint(path: Path) -> Snapshot:
         fingerprint=held.facts["fingerprint"],
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
         best=held.states.get(BEST),
+        seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept
     )
 
 

@@ -14,19 +14,39 @@ from fedloom.methods.method import State
 from fedloom.model.base import base_folder, weights_digest
 from fedloom.model.placement import Adapter
 from fedloom.records.events import RunSummary
+from fedloom.records.ledger import read_rows
+from fedloom.records.session import End
 from fedloom.report import Report, write_report
 from fedloom.report.card import CardFacts, model_card
+from fedloom.report.outcome import judge_run
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
 
 
-def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -> RunSummary:
-    """Write adapter/, curve.png and report.html into the run folder."""
-    state, lost = export_adapter(server, setup.config.output.max_rank)
-    write_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
-    folder.ledger.sync()
+def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seconds: float) -> RunSummary:
+    """Write adapter/, curve.png and report.html into the run folder; of a run that came to nothing, no adapter.
+
+    rounds: those that were played; seconds: what they took. The ledger says how the run ended.
+    """
+    ledger, lost, state = folder.ledger, 0.0, None
+    ledger.sync()
+    outcome = judge_run(read_rows(ledger.path), rounds)
+    notes = list(outcome.notes)
+    if not outcome.failure:
+        state, lost = export_adapter(server, setup.config.output.max_rank)
+        write_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
+    if lost:
+        notes.append(
+            f"output.max_rank = {setup.config.output.max_rank}: the exported adapter lacks {100 * lost:.2g} % of the "
+            "energy ‖ΔW‖² of the run's own; the scores are those of the whole"
+        )
+    for text in notes:
+        ledger.note(rounds, text)
+    ledger.append(End(rounds, "failed" if outcome.failure else "finished", outcome.failure, seconds, lost))
+    ledger.sync()
     report = write_report(folder.path)
-    write_companions(setup, folder, state, report)
+    if state is not None:
+        write_companions(setup, folder, state, report)
     return RunSummary(
         out=folder.path,
         method=setup.job.method.name,
@@ -37,6 +57,8 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, seconds: float) -
         bytes_down=report.totals.bytes_down,
         seconds=seconds,
         lost_energy=lost,
+        failure=outcome.failure,
+        notes=tuple(notes),
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -25,43 +25,72 @@ from typing import IO, Self
 from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
-from fedloom.records.configfile import dump, parse
+from fedloom.records.configfile import dump
 from fedloom.records.ledger import Direction, Ledger, Transfer, payload_name, read_rows
 from fedloom.records.serverlog import ServerLog
 from fedloom.report import metrics
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
+from fedloom.workspace.occupied import (
+    LOCK,
+    Occupant,
+    clear_folder,
+    clear_start,
+    find_occupant,
+    move_aside,
+    read_settings,
+)
+from fedloom.workspace.resumption import ROUNDS, find_differences, name_differences
 
 
 class RunFolder:
-    """An open run folder, locked against a second process. Use as a context manager."""
+    """An open run folder, locked against a second process. Use as a context manager.
 
-    def __init__(self, path: Path, config: Config, lock: IO[str]) -> None:
+    notes: what the user should know of what was there before.
+    """
+
+    def __init__(self, path: Path, config: Config, lock: IO[str], notes: Sequence[str] = ()) -> None:
         self.path = path
         self.config = config
+        self.notes = tuple(notes)
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
 
     @classmethod
-    def open(cls, path: Path, config: Config, *, resume: bool) -> RunFolder:
-        """Create the folder, or with `resume` take up the run in it.
+    def open(
+        cls, path: Path, config: Config, *, resume: bool = False, force: bool = False, extend: bool = True
+    ) -> RunFolder:
+        """Create the folder, or with `resume` take up the run in it, or with `force` move that one aside.
 
+        A run that has not learnt anything yet makes way by itself. extend: whether the number of rounds may change.
         Raises CheckpointError where the folder holds something else, is in use, or holds nothing to resume.
         """
-        settings, text = path / "config.toml", dump(config)
-        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            what = "another run: add --resume to go on with it, or" if settings.exists() else "other files:"
-            raise CheckpointError(f"{path} holds {what} choose another --out")
-        if resume and not settings.exists():
+        if resume and force:
+            raise ConfigError("--resume goes on with a run, --force replaces it: give one of the two")
+        held = find_occupant(path)
+        if resume and held is None:
             raise CheckpointError(f"{path} holds no run to resume; run without --resume")
-        if resume and not holds_settings(settings, config):
-            raise CheckpointError(f"{settings} differs from the settings given: resume with the settings of that run")
         path.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
-        settings.write_text(text, encoding="utf-8")
-        return cls(path, config, lock)
+        lock, notes = _locked(path), []
+        try:
+            if held and resume:
+                check_resumable(held, config, extend)
+            elif held and held.rounds and not force:
+                raise CheckpointError(
+                    f"{path} holds another run ({held.describe()}): add --resume to go on with it, --force to replace "
+                    "it, or choose another --out"
+                )
+            elif held and held.rounds:
+                notes.append(f"the run that was in {path} is now in {move_aside(path)}")
+            elif held:
+                clear_start(path)
+            write_whole(path / "config.toml", dump(config))
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, config, lock, notes)
 
     def transfer(self, round: int, client: str, direction: Direction, payload: bytes) -> None:
         """Record a payload, and keep it if the settings say so."""
@@ -75,9 +104,7 @@ class RunFolder:
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
         checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
-        partial = self.path / f"{metrics.FILE}.partial"
-        partial.write_text(metrics.prometheus_text(read_rows(self.ledger.path)), encoding="utf-8")
-        os.replace(partial, self.path / metrics.FILE)
+        write_whole(self.path / metrics.FILE, metrics.prometheus_text(read_rows(self.ledger.path)))
 
     def restore(self, fingerprint: str) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
@@ -101,16 +128,40 @@ class RunFolder:
     ) -> None:
         self.ledger.close()
         self._log.close()
+        if error is not None and not self.ledger.rows:  # set-up failed: as if the run had never been asked for
+            clear_folder(self.path)
         self._lock.close()
 
 
+def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
+    """Raises CheckpointError, which names the settings that differ, where a run does not go on with these."""
+    settings = held.path / "config.toml"
+    if held.settings is None:
+        raise CheckpointError(f"{settings} is missing or not of this version of fedloom: the run cannot be resumed")
+    found = find_differences(held.settings, config)
+    rounds = config.federation.num_rounds
+    if found.keys() == {ROUNDS} and extend:
+        if rounds < held.rounds:
+            raise CheckpointError(f"{ROUNDS} is {rounds}, but {held.rounds} rounds of the run in {held.path} are over")
+    elif found:
+        other = "replace it with --force" if held.rounds else "begin anew without --resume (nothing is learnt yet)"
+        raise CheckpointError(
+            f"{settings} differs from the settings given: {name_differences(found)}. Resume with the settings of that "
+            f"run, {other}, or choose another --out"
+        )
+
+
 def holds_settings(settings: Path, config: Config) -> bool:
-    """Whether a run's settings are these. [flower] and [output] may differ: the run itself is the same."""
-    try:
-        held = parse(tomllib.loads(settings.read_text(encoding="utf-8")), str(settings))
-    except (ConfigError, tomllib.TOMLDecodeError):
-        return False
-    return held.model_copy(update={"flower": config.flower, "output": config.output}) == config
+    """Whether a run's settings are these, but for those that its outcome does not rest on."""
+    held = read_settings(settings)
+    return held is not None and not find_differences(held, config)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by one that is whole, whenever the machine stops."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
@@ -120,7 +171,7 @@ def transfer_row(round: int, client: str, direction: Direction, payload: bytes) 
 
 def _locked(path: Path) -> IO[str]:
     """A lock that the system drops when the process ends, however it ends."""
-    lock = (path / ".lock").open("w")
+    lock = (path / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -90,6 +90,19 @@ def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
     return Caps(federation.max_share, federation.client_examples, federation.max_norm, federation.max_norm_ratio)
 
 
+def describe_excess(adapter: Adapter) -> str:
+    """That ranks are above what some modules can have, in words; empty where none is."""
+    shapes = adapter.shapes
+    over = [module for module, rank in adapter.ranks.items() if rank > min(shapes[module])]
+    if not over:
+        return ""
+    m, n = shapes[over[0]]
+    return (
+        f"lora.r is {adapter.ranks[over[0]]} in {over[0]}, which is {m} × {n} and has rank {min(m, n)} at most"
+        f"{f', and too large in {len(over) - 1} more modules' if over[1:] else ''}: what is beyond it costs bytes only"
+    )
+
+
 def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
     """How many values a client of these ranks holds."""
     return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())

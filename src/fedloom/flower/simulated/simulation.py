@@ -34,7 +34,7 @@ from fedloom.flower.sites import run_federation
 from fedloom.model.sources import Tell, ignore
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
-from fedloom.records.events import Observer
+from fedloom.records.events import Observer, RunSummary
 from fedloom.workspace.assemble import check_clients_exist, select_participants
 from fedloom.workspace.data import check_unseen, client_examples, describe_examples
 
@@ -49,7 +49,9 @@ RAY = {
 }
 
 
-def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
+def run_simulated(
+    config: Config, out: Path, *, resume: bool = False, force: bool = False, observer: Observer | None = None
+) -> RunSummary:
     """Play the run with processes of this machine as its sites; what a site holds is in `out`/sites/NAME.
 
     Without federation.participants all clients that there are data for take part. Raises ConfigError, DataError or
@@ -60,7 +62,7 @@ def run_simulated(config: Config, out: Path, *, resume: bool = False, observer: 
     share = gpu_share(config)
     everybody = build_cast(config, out, share)
     with Runtime(everybody, ray_backend(config, len(everybody.names), share)) as runtime:
-        run_federation(runtime, config, out, resume=resume, observer=observer, notes=notes)
+        return run_federation(runtime, config, out, resume=resume, force=force, observer=observer, notes=notes)
 
 
 def with_participants(config: Config, tell: Tell = ignore) -> Config:

@@ -142,8 +142,8 @@ def fill_within_budget(
     done = fill_budget(room, entries_at, context.size, state.memory)
     if done.size > budget:
         raise ConfigError(
-            f"wire.budget is {context.budget}, {budget} bytes for a payload, but one of {tensors} tensors takes at "
-            f"least {done.size}: raise it"
+            f"wire.budget = {context.budget} is {budget} bytes for a payload of a client, but one takes {done.size} at "
+            f"the least, since it has {tensors} tensors: set {done.size} or more, or adapt fewer modules"
         )
     return done
 

@@ -57,7 +57,8 @@ class ModelSettings(Section):
     )
     device: Name = Field(
         "auto",
-        description='"auto" (a GPU where there is one), "cpu" or "cuda"; CUDA_VISIBLE_DEVICES chooses a GPU.',
+        description='"auto" (a GPU where there is one), "cpu" or "cuda"; the environment variable CUDA_VISIBLE_DEVICES '
+        "chooses among several GPUs.",
     )
 
 

@@ -15,6 +15,13 @@ class OutputSettings(Section):
         None, description="Run folder; otherwise runs/<name of this file>.", examples=["runs/first-try"]
     )
     keep_payloads: bool = Field(False, description="Keep every payload, for `fedloom inspect`.")
+    answers: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="Held-out examples whose answers before the first and after the last round are kept in the ledger "
+        "and shown in the report; 0 for none.",
+    )
     save_every: int = Field(
         0, ge=0, le=MOST_COUNT, description="Rounds between adapters saved in adapters/ on the way; 0 for none."
     )

@@ -1,0 +1,32 @@
+"""What closes a run on the terminal: its tables, and the line that says where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+LEFT = {
+    "adapter": "adapter/ (for PEFT)",
+    "report.html": "report.html",
+    "curve.png": "curve.png",
+    "ledger.jsonl": "ledger.jsonl (every payload)",
+    "payloads": "payloads/",
+}
+"""What a person looks for in a run's folder → how the last line names it."""
+
+
+def run_tables(folder: Path) -> RenderableType:
+    """The closing tables of a run folder."""
+    from fedloom.records.ledger import read_rows
+    from fedloom.report import summarise
+    from fedloom.report.tables import closing_tables
+
+    ledger = folder / "ledger.jsonl"
+    return closing_tables(summarise(read_rows(ledger), str(ledger)))
+
+
+def print_folder(folder: Path, console: Console) -> None:
+    """The line that names the folder of a run and what is in it."""
+    held = ", ".join(words for name, words in LEFT.items() if (folder / name).exists())
+    console.print(f"in {folder}: {held}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""A run's sessions: each begins and ends with rows that say when, where, with which settings, and why it ended."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedloom.model.training import rate_at
+from fedloom.records.config import Config
+from fedloom.records.configfile import dump
+from fedloom.records.ledger import RunRow, read_rows
+from fedloom.records.session import End, EndStatus, Session
+from fedloom.records.text import LONG, to_printable
+
+if TYPE_CHECKING:
+    from fedloom.server.loop import Rounds
+
+LIBRARIES = ("fedloom", "torch", "transformers", "peft")
+"""Whose versions a run's numbers may depend on."""
+
+
+def begin_session(rounds: Rounds) -> tuple[str, ...]:
+    """Record that a run begins or goes on; what is to be said where it was given another number of rounds."""
+    ledger, planned = rounds.folder.ledger, rounds.setup.config.federation.num_rounds
+    held = [row for row in read_rows(ledger.path) if isinstance(row, RunRow)]
+    if not held or held[-1].num_rounds != planned:
+        ledger.append(rounds.setup.describe())
+    extension: tuple[str, ...] = ()
+    if held and held[-1].num_rounds != planned:
+        extension = (describe_extension(rounds.setup.config, held[-1].num_rounds, rounds.round),)
+        ledger.note(rounds.round, extension[0])
+    ledger.append(
+        Session(
+            round=rounds.round,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=dump(rounds.setup.config),
+            versions={"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
+            machine=describe_machine(),
+            seconds=rounds.before,
+        )
+    )
+    return extension
+
+
+def describe_machine() -> dict[str, str]:
+    """The hardware that a run's seconds depend on, in words."""
+    facts = {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count() or 'unknown'} CPUs"}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        facts["gpus"] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    return facts
+
+
+def describe_extension(config: Config, before: int, round: int) -> str:
+    """That a run has another number of rounds from `round` + 1 on, and what that does to the learning rate."""
+    training, now = config.training.for_examples(1), config.federation.num_rounds
+    text = f"federation.num_rounds was {before} and is {now} from round {round + 1} on"
+    if not 0 < round < now:
+        return text
+    last = training.steps - 1
+    old, new = rate_at(training, round, before, last), rate_at(training, round + 1, now, 0)
+    whole = rate_at(training, round, now, last)
+    if old == whole:
+        return text
+    return (
+        f"{text}; the learning rate goes on as in a run of {now} rounds: {new:.3g} in round {round + 1}, after "
+        f"{old:.3g} in round {round}. A run of {now} rounds from the start ends otherwise"
+    )
+
+
+def record_end(rounds: Rounds, error: BaseException) -> None:
+    """Record that a run was interrupted, by whoever ends this process, or failed and why."""
+    status: EndStatus = "failed" if isinstance(error, Exception) else "interrupted"
+    reason = to_printable(str(error) or type(error).__name__, LONG) if status == "failed" else ""
+    rounds.folder.ledger.append(End(rounds.round, status, reason, rounds.seconds))
+    rounds.folder.ledger.sync()
