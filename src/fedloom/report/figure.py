@@ -50,7 +50,7 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
     """Draw one run: the mean in bold, every domain thin. `form` is "png" or "svg"."""
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels()
-        sent = f"{human_bytes(report.totals.bytes)} in all; dense fp32 FedIT: {human_bytes(report.dense_bytes)}"
+        sent = f"{human_bytes(report.totals.bytes)} in all; {report.baseline.name}: {human_bytes(report.dense_bytes)}"
         for axes, xs in zip(panels, _axes_of(report), strict=True):
             for number, domain in enumerate(report.domains):
                 colour, marker = line_style(number)

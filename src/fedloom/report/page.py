@@ -34,6 +34,8 @@ def page(report: Report) -> str:
         f"{run.num_rounds} rounds, {len(run.clients)} clients, seed {run.seed}, {run.adapter_values:,} adapter values, "
         f"base model {run.model}"
     )
+    if run.data_bytes:
+        facts += f", the clients' own data {human_bytes(sum(run.data_bytes.values()))} by {run.data_coding}"
     sections = [
         f"<h1>fedloom run: {_shown(run.method)}</h1>",
         f'<p class="facts">{_shown(facts)}</p>',
@@ -42,7 +44,7 @@ def page(report: Report) -> str:
         "<h2>Held-out exact match (%)</h2>",
         _table(("domain", "before", "after", "change"), _scores(report), total=True),
         "<h2>Bytes sent, by client</h2>",
-        _table(("client", "turns", "up", "down", "in all"), _clients(report), total=True),
+        _table(("client", "turns", "up", "down", "delivery", "in all"), _clients(report), total=True),
         "<h2>Bytes sent, by part of the payload</h2>",
         _table(("part", "bytes"), [(part, human_bytes(size)) for part, size in report.totals.by_part.items()]),
         "<h2>Bytes sent, by round</h2>",
@@ -67,14 +69,15 @@ def _scores(report: Report) -> list[tuple[str, ...]]:
 
 
 def _clients(report: Report) -> list[tuple[str, ...]]:
-    rows = [
-        (client, str(len(report.losses.get(client, []))), human_bytes(up), human_bytes(down), human_bytes(up + down))
-        for client, (up, down) in report.totals.by_client.items()
-    ]
     sums = report.totals
+    lines = [
+        (client, len(report.losses.get(client, [])), up, down, sums.delivered.get(client, 0))
+        for client, (up, down) in sums.by_client.items()
+    ]
+    lines.append(("all", report.turns, sums.bytes_up, sums.bytes_down, sum(sums.delivered.values())))
     return [
-        *rows,
-        ("all", str(report.turns), *(human_bytes(size) for size in (sums.bytes_up, sums.bytes_down, sums.bytes))),
+        (client, str(turns), human_bytes(up), human_bytes(down - given), human_bytes(given), human_bytes(up + down))
+        for client, turns, up, down, given in lines
     ]
 
 

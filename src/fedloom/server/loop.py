@@ -169,12 +169,12 @@ class Rounds:
             ledger.note(trained.round, f"client {trained.client}: {describe_choice(payload, budget)}")
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
-    def send_missed(self, client: str, version: int) -> list[bytes]:
-        """What brings a client at `version` in step with the server, recorded as sent."""
+    def send_missed(self, client: str, version: int, *, delivery: bool = False) -> list[bytes]:
+        """What brings a client at `version` in step with the server, recorded as sent; `delivery`: after all rounds."""
         ranks = self.setup.sites[client].ranks
         payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
-        for payload in payloads:
-            self.folder.transfer(self.round, client, "down", payload)
+        for held, payload in enumerate(payloads, start=version):
+            self.folder.transfer(self.round, client, "down", payload, version=held, delivery=delivery)
         return payloads
 
     def aggregate(self, updates: Updates, round: int) -> None:
@@ -185,7 +185,7 @@ class Rounds:
             self.folder.ledger.note(round, f"client {client} refused: {reason}")
         for text in turn.notes:
             self.folder.ledger.note(round, text)
-        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
+        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well

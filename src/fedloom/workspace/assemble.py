@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from fedloom.model.partition import Manifest, data_digest, partition
 from fedloom.model.placement import Adapter, linear_modules
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
+from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import (
     Config,
     DataSettings,
@@ -31,6 +32,7 @@ from fedloom.records.config import (
 )
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow
+from fedloom.report.baseline import group_modules
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
@@ -42,7 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on."""
+    """All that a run works with. `heldout` maps domains to the examples that scores are taken on.
+
+    data: what the clients' examples weigh, where they are at hand.
+    """
 
     config: Config
     job: Job
@@ -53,6 +58,7 @@ class Setup:
     heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
+    data: Volume = Volume()
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -81,6 +87,13 @@ class Setup:
             adapter_values=whole,
             seed=self.config.federation.seed,
             client_values={name: values for name, values in held.items() if values != whole},
+            modules=group_modules(
+                {module: (pair.shape, pair.rank) for module, pair in self.initial.items()},
+                {name: site.ranks for name, site in self.sites.items()},
+            ),
+            baseline_r=self.config.output.baseline_r,
+            data_bytes=self.data.by_client,
+            data_coding=self.data.coding,
         )
 
     def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
@@ -134,7 +147,9 @@ def load_setup(config: Config, method: Method | None = None) -> Setup:
     texts, manifest = client_examples(config)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
-    return build_setup(config, texts, heldout_examples(config.data), manifest, method)
+    return replace(
+        build_setup(config, texts, heldout_examples(config.data), manifest, method), data=weigh_examples(texts)
+    )
 
 
 def build_setup(

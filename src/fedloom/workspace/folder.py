@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -62,9 +63,19 @@ class RunFolder:
         settings.write_text(text, encoding="utf-8")
         return cls(path, config, lock)
 
-    def transfer(self, round: int, client: str, direction: Direction, payload: bytes) -> None:
-        """Record a payload, and keep it if the settings say so."""
-        self.ledger.append(transfer_row(round, client, direction, payload))
+    def transfer(
+        self,
+        round: int,
+        client: str,
+        direction: Direction,
+        payload: bytes,
+        *,
+        version: int | None = None,
+        delivery: bool = False,
+    ) -> None:
+        """Record a payload, and keep it if the settings say so. version, delivery: see `ledger.Transfer`."""
+        row = transfer_row(round, client, direction, payload)
+        self.ledger.append(replace(row, version=version, delivery=delivery))
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
