@@ -162,3 +162,21 @@ def group_modules(
         key = rank, () if len(some) == len(clients) else some
         widths[key] = widths.get(key, 0) + sum(shape)
     return tuple(ModuleGroup(width, rank, held) for (rank, held), width in widths.items())
+
+
+def play_rounds(
+    modules: Sequence[ModuleGroup], clients: Collection[str], rounds: Iterable[tuple[Collection[str], Collection[str]]]
+) -> Baseline:
+    """The dense run of rounds that are still to come, each as (clients that are asked, those of them that answer)."""
+    play, known = Play(modules), dict.fromkeys(clients, 0)
+    for asked, answered in rounds:
+        for client in asked:
+            play.fetch(known[client])
+            known[client] = play.steps
+        for client in answered:
+            play.send(client)
+        if answered:
+            play.advance(answered)
+    for steps in known.values():
+        play.fetch(steps, delivery=True)
+    return play.result(ranks_of(modules))

@@ -40,6 +40,11 @@ class Attendance:
     asked: tuple[str, ...]
     vanished: frozenset[str]
 
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Who does not vanish."""
+        return tuple(client for client in self.asked if client not in self.vanished)
+
 
 def draw_attendance(config: Config, clients: Collection[str], round: int) -> Attendance:
     """The seeded draw of one round: `fraction_train` of the clients, at least one."""
@@ -47,6 +52,11 @@ def draw_attendance(config: Config, clients: Collection[str], round: int) -> Att
     draw = random.Random(derived_seed(federation.seed, "attendance", round))
     asked = tuple(sorted(draw.sample(sorted(clients), federation.clients_per_round(len(clients)))))
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
+
+
+def draw_rounds(config: Config, clients: Collection[str]) -> Iterator[Attendance]:
+    """The seeded draws of all rounds, as a run will make them."""
+    return (draw_attendance(config, clients, round) for round in range(1, config.federation.num_rounds + 1))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

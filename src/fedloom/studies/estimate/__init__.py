@@ -36,9 +36,22 @@ class Case:
     coding: str = "auto"
 
     @property
+    def tops(self) -> dict[str, int]:
+        """The largest rank of every module."""
+        return {module: max(held.get(module, 0) for held in self.ranks.values()) for module in self.layout}
+
+    @property
     def values(self) -> int:
         """Adapter values of the server: of the largest rank of every module."""
-        return sum((m + n) * max(held[name] for held in self.ranks.values()) for name, (m, n) in self.layout.items())
+        tops = self.tops
+        return sum((m + n) * tops[module] for module, (m, n) in self.layout.items())
+
+    @property
+    def modules(self) -> Sequence[ModuleGroup]:
+        """What is adapted, at the rank of the dense run that bytes are compared with."""
+        tops = self.tops
+        groups = group_modules({module: (shape, tops[module]) for module, shape in self.layout.items()}, self.ranks)
+        return [replace(group, rank=self.baseline_r) for group in groups] if self.baseline_r else groups
 
 
 def preset_case(
