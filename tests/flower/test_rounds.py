@@ -117,9 +117,7 @@ def test_the_baseline_has_the_attendance_of_the_run(toy_federation, tmp_path: Pa
     local(tmp_path, fedit)
     toy_federation(fedit)
     toy_federation(fedit, out="lossy", disturb=only("lab", 2, lambda node, reply: LOST))
-    same, other, lossy = (
-        summarise(read_rows(tmp_path / name / "ledger.jsonl")) for name in ("local", "run", "lossy")
-    )
+    same, other, lossy = (summarise(read_rows(tmp_path / name / "ledger.jsonl")) for name in ("local", "run", "lossy"))
     assert same.baseline == other.baseline
     for report in (same, other, lossy):
         assert report.totals.bytes == report.baseline.bytes > 0

@@ -107,7 +107,9 @@ def test_whatever_a_run_sends_its_attendance_is_the_baselines(tmp_path, monkeypa
         ranks=[dict.fromkeys(SHAPES, rank) for rank in (4, 1, 2)],
     )
     assert small.baseline == dense.baseline
-    assert "FedIT of rank 4 for all clients sends to and from the same clients in the same rounds" in cost_sentence(small)
+    assert "FedIT of rank 4 for all clients sends to and from the same clients in the same rounds" in cost_sentence(
+        small
+    )
     assert small.baseline.bytes == dense.totals.bytes != small.totals.bytes
 
 

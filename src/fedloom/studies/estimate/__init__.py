@@ -10,11 +10,19 @@ import torch
 from rich import box
 from rich.table import Table
 
+from fedloom.compress.budget import Budget
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
+from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import Config
+from fedloom.records.ledger import ModuleGroup
+from fedloom.records.quantities import parse_budget
 from fedloom.records.text import cell, to_printable
+from fedloom.report.baseline import group_modules, play_rounds
+from fedloom.report.numbers import human_bytes
+from fedloom.server.loop import Attendance, draw_rounds
 from fedloom.studies.compare import apply_overrides, expand_variant
+from fedloom.studies.estimate.course import play_course
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.studies.estimate.published import MIB, Figure, list_figures
 from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, Ranks, equal_ranks, predict
@@ -26,14 +34,29 @@ DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fe
 class Case:
     """What is estimated: a name, the adapted modules with their (m, n), every client's ranks.
 
-    rounds: of the run, if there is one; coding: form of all values, "auto" for that of each method.
+    attendance: of every round of the run, if there is one; coding: form of all values, "auto" for that of each method;
+    budget: wire.budget; baseline_r: rank of the dense run that bytes are compared with, None for the largest; data: what
+    the clients' examples weigh.
     """
 
     name: str
     layout: Mapping[str, tuple[int, int]]
     ranks: Mapping[str, Ranks]
-    rounds: int | None = None
+    attendance: Sequence[Attendance] = ()
     coding: str = "auto"
+    budget: Budget | None = None
+    baseline_r: int | None = None
+    data: Volume = Volume()
+
+    @property
+    def asked(self) -> int:
+        """Clients that are asked in a round."""
+        return len(self.attendance[0].asked) if self.attendance else len(self.ranks)
+
+    @property
+    def rounds(self) -> Sequence[Attendance]:
+        """Of the run; where there is none one round of all clients, whose result everybody receives."""
+        return self.attendance or [Attendance(tuple(self.ranks), frozenset())]
 
     @property
     def tops(self) -> dict[str, int]:
@@ -75,13 +98,23 @@ def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
     from fedloom.model.base import empty_base
     from fedloom.model.placement import linear_modules, place_adapter
-    from fedloom.studies.compare import client_names
-    from fedloom.workspace.clients import place_client
+    from fedloom.workspace.assemble import client_examples, select_participants
+    from fedloom.workspace.clients import place_client, place_shared
 
     linear = linear_modules(empty_base(config.model.path))
-    ranks = {client: place_client(linear, config, client).ranks for client in client_names(config)}
-    shapes = place_adapter(linear, config.lora).shapes
-    return Case(config.model.path, shapes, ranks, config.federation.num_rounds, config.wire.values)
+    texts = select_participants(client_examples(config)[0], config.federation.participants)
+    ranks = {client: place_client(linear, config, client).ranks for client in texts}
+    trained = {module for held in ranks.values() for module in held}
+    return Case(
+        config.model.path,
+        place_shared(linear, place_adapter(linear, config.lora), trained).shapes,
+        ranks,
+        tuple(draw_rounds(config, tuple(texts))),
+        config.wire.values,
+        Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None,
+        config.output.baseline_r,
+        weigh_examples(texts),
+    )
 
 
 def variant_of(config: Config) -> str:
@@ -94,10 +127,12 @@ def variant_of(config: Config) -> str:
 def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = False) -> dict[str, Any]:
     """{"case": …, "rows": [a Prediction as a dictionary and its totals], "published": [a Figure and what we send]}.
 
-    methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one client by
-    coding, "total_bytes" those of a round of all clients in the method's own coding. Everything but bytes and the
-    published figures is a prediction from one layer of made-up updates, timed now on this machine; with `whole` every
-    layer is played, which is slow and predicts nothing.
+    methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one update and
+    one broadcast by coding, "total_bytes" those of a round in the method's own coding: of who is asked and who answers,
+    with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of dense
+    FedIT's with the same attendance. A method that cannot combine these clients has the row {"method", "refused": why};
+    alone, it raises its ConfigError. Everything but bytes and the published figures is a prediction from one layer of
+    made-up updates, timed now on this machine; with `whole` every layer is played, which is slow and predicts nothing.
     """
     built = {}
     for variant in methods:
@@ -106,8 +141,13 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
         for label, overrides in expand_variant(Config(), variant).items():
             chosen = apply_overrides(Config(), overrides).method
             method = build(chosen.name, chosen.settings)
-            built[label] = method if case.coding == "auto" else replace(method, values=case.coding)
-    rows = predict(built, case.layout, case.ranks, seed=seed, whole=whole)
+            built[label] = method if case.coding == "auto" else replace(method, values=case.coding, wider={})
+    found = predict(built, case.layout, case.ranks, seed=seed, whole=whole, asked=case.asked, budget=case.budget)
+    rows = [told for told in found.values() if isinstance(told, Prediction)]
+    refusals = [told for told in found.values() if isinstance(told, ConfigError)]
+    if len(refusals) == len(found) == 1:
+        raise refusals[0]
+    dense = play_rounds(case.modules, case.ranks, ((present.asked, present.answering) for present in case.rounds))
     ranks = sorted({rank for held in case.ranks.values() for rank in held.values()})
     return {
         "case": {
@@ -116,11 +156,19 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
             "values": case.values,
             "clients": len(case.ranks),
             "ranks": ranks,
-            "rounds": case.rounds,
+            "asked": case.asked,
+            "rounds": len(case.attendance) or None,
+            "dense_bytes": dense.bytes,
+            "dense_rank": dense.rank,
+            "data_bytes": dict(case.data.by_client),
+            "data_coding": case.data.coding,
             "threads": torch.get_num_threads(),
             "whole": whole,
         },
-        "rows": [_row(told, case) for told in rows],
+        "rows": [
+            {"method": name, "refused": str(told)} if isinstance(told, ConfigError) else _row(told, case, dense.bytes)
+            for name, told in found.items()
+        ],
         "published": [
             {**asdict(figure), "ours": _ours(figure, case, rows)}
             for figure in list_figures()
@@ -129,10 +177,16 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
     }
 
 
-def _row(told: Prediction, case: Case) -> dict[str, Any]:
-    clients = len(case.ranks)
-    total = clients * (told.up[told.auto] + told.down[told.auto])
-    later = case.rounds and told.first + (case.rounds - 1) * total
+def _row(told: Prediction, case: Case, dense: int) -> dict[str, Any]:
+    # A merged state's rank is at most that of the matrix, beside the adapter that is trained.
+    tops = case.tops
+    most = sum(4 * (m + n) * (min(m, n) + tops[module]) for module, (m, n) in case.layout.items())
+    course = play_course(told, case.ranks, case.rounds, most)
+    rounds = len(case.attendance)
+    # Without a run: a round that is neither the first nor the last of one.
+    total = (course.bytes - told.first) / (rounds - 1) if rounds > 1 else course.bytes
+    if not rounds:
+        total = len(case.ranks) * (told.up[told.auto] + told.down[told.auto])
     return {
         "method": told.method,
         "auto": told.auto,
@@ -140,7 +194,11 @@ def _row(told: Prediction, case: Case) -> dict[str, Any]:
         "down_bytes": {coding: round(size) for coding, size in told.down.items()},
         "total_bytes": round(total),
         "first_round_bytes": round(told.first),
-        "run_bytes": later and round(later),
+        "run_bytes": round(course.bytes) if rounds else None,
+        "turn_up_bytes": round(course.up / max(course.turns, 1)),
+        "turn_down_bytes": round(course.down / max(course.turns, 1)),
+        "delivery_bytes": round(course.delivery),
+        "share_of_dense": (course.bytes if rounds else total) / dense,
         "efficiency": told.efficiency,
         "predicted_server_s": told.server_s,
         "predicted_server_bytes": told.memory and round(told.memory),
@@ -164,20 +222,37 @@ def _ours(figure: Figure, case: Case, rows: Sequence[Prediction]) -> dict[str, f
 
 def estimate_tables(result: Mapping[str, Any]) -> list[Table]:
     """What `run_estimate` returned, for a terminal."""
-    return [_round_table(result), *([_published_table(result)] if result["published"] else [])]
+    refused = [row for row in result["rows"] if "refused" in row]
+    return [
+        _round_table(result),
+        *([_refused_table(refused)] if refused else []),
+        *([_published_table(result)] if result["published"] else []),
+    ]
+
+
+def fitting_unit(sizes: Sequence[float]) -> tuple[str, int]:
+    """(name, bytes) of the unit in which the smallest of some sizes still has a digit before the point, or KiB."""
+    smallest = min((size for size in sizes if size > 0), default=MIB)
+    return ("MiB", MIB) if smallest >= MIB / 10 else ("KiB", 1024)
 
 
 def _round_table(result: Mapping[str, Any]) -> Table:
     case = result["case"]
     ranks = ", ".join(map(str, case["ranks"]))
+    told = [row for row in result["rows"] if "refused" not in row]
+    unit, size_of_unit = fitting_unit([size for row in told for size in row["up_bytes"].values()])
+    attending = f"{case['asked']} of {case['clients']}" if case["asked"] < case["clients"] else str(case["clients"])
     title = (
-        f"{to_printable(case['name'], 100)}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
-        f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates"
+        f"{to_printable(case['name'], 100)}: {attending} clients a round, rank {ranks}, {case['modules']} modules, "
+        f"{case['values']:,} values. {unit} of one update + one broadcast; really encoded, of made-up updates"
     )
     table = Table(
         box=box.SIMPLE_HEAD,
         title=cell(title, "bold"),
-        caption="all: a round of all clients in the coding before it, wire.values. Seconds and memory of the "
+        caption=f"round: {'of who is asked, with what they missed' if case['rounds'] else 'of all clients'}, in the coding "
+        f"before it, wire.values. of dense: {'the whole run, its result delivered' if case['rounds'] else 'the round'}, "
+        f"against {human_bytes(case['dense_bytes'])} of dense fp32 FedIT of {case['dense_rank']} with the same "
+        f"attendance.{_data_words(case)} Seconds and memory of the "
         + (
             "server: measured, every layer"
             if case["whole"]
@@ -186,19 +261,39 @@ def _round_table(result: Mapping[str, Any]) -> Table:
         + f", {case['threads']} threads",
     )
     table.add_column("method", overflow="fold")
-    for name in (PAPER, *CODINGS, "auto", "all", "1 / Σ rank", "server s", "MiB"):
+    for name in (PAPER, *CODINGS, "auto", "round", "of dense", "1 / Σ rank", "server s", "MiB"):
         table.add_column(name, justify="right", overflow="fold")
     for row in result["rows"]:
-        sizes = [f"{row['up_bytes'][c] / MIB:.1f} + {row['down_bytes'][c] / MIB:.1f}" for c in (PAPER, *CODINGS)]
+        if "refused" in row:
+            continue
+        sizes = [
+            f"{row['up_bytes'][c] / size_of_unit:.1f} + {row['down_bytes'][c] / size_of_unit:.1f}"
+            for c in (PAPER, *CODINGS)
+        ]
         table.add_row(
             cell(row["method"]),
             *sizes,
             row["auto"],
-            f"{row['total_bytes'] / MIB:.1f}",
+            human_bytes(row["total_bytes"]),
+            f"{100 * row['share_of_dense']:.2f} %",
             _scientific(row["efficiency"]),
             f"{row['predicted_server_s']:.2f}",
             "–" if row["predicted_server_bytes"] is None else f"{row['predicted_server_bytes'] / MIB:,.0f}",
         )
+    return table
+
+
+def _data_words(case: Mapping[str, Any]) -> str:
+    held = sum(case["data_bytes"].values())
+    return f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else ""
+
+
+def _refused_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Methods that do not take these clients", title_style="bold")
+    table.add_column("method", overflow="fold")
+    table.add_column("why")
+    for row in rows:
+        table.add_row(cell(row["method"]), cell(row["refused"]))
     return table
 
 
