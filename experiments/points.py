@@ -1,7 +1,7 @@
 """Score against bytes: what a variant came to under a budget, and how that compares.
 
-A budget is a share of what dense fp32 FedIT sends, both ways, with the same attendance and at the testbed's largest rank
-for all clients. Everything that was sent counts on both sides, missed broadcasts and the delivery of the result included.
+A budget is a share of what dense fp32 FedIT sends, both ways, with the same attendance and at the testbed's largest
+rank for all clients. All that is sent counts on both sides, missed broadcasts and the delivery of the result included.
 """
 
 from __future__ import annotations

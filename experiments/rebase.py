@@ -1,7 +1,7 @@
 """Figures of runs that are gone, against today's baseline.
 
-Shares of dense FedIT's bytes follow from the bytes that were sent, which a front.csv has, and from what dense FedIT sends
-with the same attendance, for which nothing has to be trained.
+Shares of dense FedIT's bytes follow from the bytes that were sent, which a front.csv has, and from what dense FedIT
+sends with the same attendance, for which nothing has to be trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARE = "of dense fp32"
 
 @dataclass(frozen=True, slots=True)
 class Testbed:
-    """Of a testbed's runs, the means over seeds: turns, and the dense bytes. old: as they were counted until 2026-11-28.
+    """Of a testbed's runs, means over seeds: turns, and the dense bytes. old: as they were counted until 2026-11-28.
 
     The old baseline had every turn once up and once down, at the client's own rank: no drop-outs, no delivery.
     """
@@ -58,7 +58,7 @@ def _values(case: Case, client: str) -> int:
 
 
 def rebased(figures: Path, folder: Path, first_seed: int) -> list[tuple[float, Point]]:
-    """(share by the old baseline, the point by today's) of every row of a front.csv. Raises DataError for another file."""
+    """(share by the old baseline, the point by today's) of every row. Raises DataError for what is no front.csv."""
     with figures.open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     try:

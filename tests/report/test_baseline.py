@@ -90,7 +90,7 @@ def test_dense_fedit_is_its_own_baseline(clients, settings, ranks, tmp_path, mon
     report = play(tmp_path / "run", *settings, clients=clients, ranks=ranks)
     assert report.totals.bytes == report.baseline.bytes > 0
     assert report.totals.bytes_up == report.baseline.up
-    assert sum(report.totals.delivered.values()) == report.baseline.delivery > 0
+    assert sum(report.delivered.values()) == report.baseline.delivery > 0
     assert "100.0 % of the" in cost_sentence(report) and "dense fp32 FedIT of rank 4" in cost_sentence(report)
 
 
@@ -127,7 +127,7 @@ def test_a_named_rank_holds_whatever_the_runs_own(tmp_path, monkeypatch):
     assert ": 25.0 % of the" in cost_sentence(summarise(alone))
     big = [RunRow("fedit", "m", ("a",), 1, 16 * WIDTH, 0, {}, (ModuleGroup(WIDTH, 16),)), *sent]
     table = comparison_rows({"small": [summarise(alone)], "large": [summarise(big)]})
-    assert [row["of dense fp32, r 16"] for row in table] == ["1.56 %", "1.56 %"]
+    assert [row["of dense fp32, rank 16"] for row in table] == ["1.56 %", "1.56 %"]
 
 
 def test_several_ranks_have_no_common_one():
@@ -167,7 +167,7 @@ def test_an_older_ledger_still_has_a_report():
         rows += [Training(round, client, 1.0, 1, 1), Transfer(round, client, "up", "update", 40)]
     rows += [Aggregation(2), *(Transfer(2, client, "down", "change", 40) for client in ("ada", "bob"))]
     report = summarise(rows)
-    assert report.totals.delivered == {"ada": 40, "bob": 40}
+    assert report.delivered == {"ada": 40, "bob": 40}
     assert (report.baseline.up, report.baseline.down, report.baseline.delivery) == (1600, 800, 800)
     assert "10.0 % of the 3.1 KiB that dense fp32 FedIT of the largest rank for all clients" in cost_sentence(report)
     assert "own data" not in cost_sentence(report)
@@ -182,7 +182,7 @@ def test_the_delivery_has_a_column_of_its_own(tmp_path):
     head, every = lines[1], lines[-1]
     assert head[-9:] == ["up", "/", "turn", "down", "/", "turn", "delivery", "in", "all"] or "delivery" in head
     assert every[:2] == ["all", "3"] and every[4:6] == ["0", "B"], "nothing came down before the turns of round 1"
-    assert len(report.totals.delivered) == 150
+    assert len(report.delivered) == 150
     assert "<th>delivery</th>" in page(report)
 
 

@@ -13,7 +13,7 @@ import zstandard
 from fedloom.model.examples import Example
 
 XZ_LIMIT = 4 * 2**20
-"""Bytes of all clients' text up to which xz is used: about two seconds. zstd is 20 times as fast, and 10 to 20 % larger."""
+"""Bytes of all clients' text up to which xz is used: about two seconds. zstd is much faster, and a little larger."""
 
 
 @dataclass(frozen=True, slots=True)

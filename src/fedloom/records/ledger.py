@@ -30,10 +30,9 @@ _FORBID = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True)
 class ModuleGroup:
-    """Modules that the same clients train with the same largest rank.
+    """Modules of the same largest rank that the same clients train (`clients` is empty where all do).
 
-    width: Σ (m + n) over their shapes (m, n), so that a pair of rank r in each has r · width values. rank: the largest
-    among the clients. clients: who trains them; empty where all do.
+    width: Σ (m + n) over their shapes (m, n), so that a pair of rank r in each has r · width values.
     """
 
     __pydantic_config__ = _FORBID
@@ -47,9 +46,8 @@ class RunRow:
     """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
 
     client_values: client → its values, of clients that hold fewer because of a lower rank or fewer modules.
-    modules: what is adapted, in groups; empty in ledgers that are older than it. baseline_r: the rank of the dense run
-    that this one is compared with; None for the largest of its own. data_bytes: client → bytes of its examples,
-    compressed once by data_coding, where they are known.
+    modules: what is adapted, if told. baseline_r: rank of the dense run to compare with, None for the largest.
+    data_bytes: client → bytes of its examples, compressed once by data_coding, where they are known.
     """
 
     __pydantic_config__ = _FORBID
@@ -71,8 +69,8 @@ class RunRow:
 class Transfer:
     """One payload between the server and a client. `bytes` = len(payload), `parts` says what they are spent on.
 
-    Of what goes down: version is that of the state which the client has when this comes, as far as the server knows (-1
-    for none of the run's; None in older ledgers), delivery whether it is the result, sent when the rounds are over.
+    Of what goes down: version is that of the state which the client has by then, as far as the server knows (-1: none
+    of the run's; None in older ledgers); delivery, whether it is the result, sent when the rounds are over.
     """
 
     __pydantic_config__ = _FORBID
@@ -160,10 +158,7 @@ _ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")]
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload.
-
-    delivered: client → bytes of the result, sent when the rounds were over. They are among those that went down.
-    """
+    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload."""
 
     transfers: int = 0
     bytes_up: int = 0
@@ -171,7 +166,6 @@ class Totals:
     by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     by_round: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     by_part: Mapping[str, int] = field(default_factory=dict)
-    delivered: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -184,32 +178,16 @@ def payload_name(round: int, client: str, direction: Direction) -> str:
     return f"{round:05d}-{file_name(client)}-{direction}"
 
 
-def is_delivery(row: Transfer, last: int, over: int) -> bool:
-    """Whether a payload is the result, sent when all rounds were over.
-
-    last: the run's last round; over: the last round that was averaged before this row. An older ledger does not say what
-    is the delivery: it comes down when the last round's average is made.
-    """
-    return row.delivery or (row.direction == "down" and row.version is None and row.round == over == last)
-
-
 def totals(rows: Iterable[Row]) -> Totals:
     """Bytes up and down in all, by client, by round and by part."""
     by_client: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     by_round: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     by_part: dict[str, int] = defaultdict(int)
-    delivered: dict[str, int] = defaultdict(int)
-    count = last = over = 0
+    count = 0
     for row in rows:
-        if isinstance(row, RunRow):
-            last = row.num_rounds
-        elif isinstance(row, Aggregation):
-            over = row.round
         if not isinstance(row, Transfer):
             continue
         count += 1
-        if is_delivery(row, last, over):
-            delivered[row.client] += row.bytes
         way = ("up", "down").index(row.direction)
         by_client[row.client][way] += row.bytes
         by_round[row.round][way] += row.bytes
@@ -222,7 +200,6 @@ def totals(rows: Iterable[Row]) -> Totals:
         by_client={client: (up, down) for client, (up, down) in sorted(by_client.items())},
         by_round={round: (up, down) for round, (up, down) in sorted(by_round.items())},
         by_part=dict(sorted(by_part.items())),
-        delivered=dict(sorted(delivered.items())),
     )
 
 

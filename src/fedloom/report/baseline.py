@@ -1,7 +1,7 @@
 """What dense FedIT would have sent in a run's place: the yardstick of its bytes.
 
-FedIT sends both factors of every module as floats of 32 bits, both ways, at one rank for all clients. So its bytes follow
-from shapes and from who was there, and no training is needed to know them. It is played on the run's own events: the same
+FedIT sends both factors of every module as floats of 32 bits, both ways, at one rank for all clients. So its bytes
+follow from shapes and from who was there; nothing has to be trained. It is played on the run's own events: the same
 clients are brought in step by what they missed, or by the whole state where that is smaller; the same clients answer;
 the same clients receive the result. It never consolidates. Four bytes a value are counted, and no header.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedloom.records.ledger import Aggregation, ModuleGroup, Row, RunRow, Training, Transfer, is_delivery
+from fedloom.records.ledger import Aggregation, ModuleGroup, Row, RunRow, Training, Transfer
 
 FP32 = 4
 """Bytes of a value."""
@@ -75,7 +75,7 @@ class Play:
         self.up += self._updates[client]
 
     def advance(self, clients: Collection[str]) -> None:
-        """The server averages the updates of these clients. Modules that nobody of them trains are not in its broadcast."""
+        """The server averages these clients' updates. What none of them trains is not in its broadcast."""
         self._broadcast.append(self._broadcast[-1] + self._size(clients))
 
     def fetch(self, steps: int | None, *, delivery: bool = False) -> None:
@@ -132,6 +132,26 @@ def _goes_on(row: Transfer, before: Row) -> bool:
     ):
         return False
     return row.version is None or (row.kind == before.kind == "change" and row.version == (before.version or 0) + 1)
+
+
+def is_delivery(row: Transfer, last: int, over: int) -> bool:
+    """Whether a payload is the result, sent when all rounds were over.
+
+    last: the run's last round; over: the last round that was averaged before this row. An older ledger does not say
+    what is the delivery: it comes down when the last round's average is made.
+    """
+    return row.delivery or (row.direction == "down" and row.version is None and row.round == over == last)
+
+
+def delivered_bytes(rows: Iterable[Row], run: RunRow) -> dict[str, int]:
+    """Client → bytes of the result that it was sent when all rounds were over. They are among those that went down."""
+    found, over = dict[str, int](), 0
+    for row in rows:
+        if isinstance(row, Aggregation):
+            over = row.round
+        elif isinstance(row, Transfer) and is_delivery(row, run.num_rounds, over):
+            found[row.client] = found.get(row.client, 0) + row.bytes
+    return found
 
 
 def modules_of(run: RunRow, rank: int | None = None) -> Sequence[ModuleGroup]:

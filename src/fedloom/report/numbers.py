@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Evaluation, Note, Row, RunRow, Totals, Training, totals
-from fedloom.report.baseline import Baseline, play_ledger
+from fedloom.report.baseline import Baseline, delivered_bytes, play_ledger
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -33,7 +33,8 @@ class Report:
     """One run. `points` are the evaluated rounds; `losses` holds each client's training losses, in order.
 
     `train_seconds` and `server_seconds` are sums over all turns and over all rounds. own_baseline: dense FedIT at the
-    run's own largest ranks; unit_baseline: at rank 1, by which every other rank follows.
+    run's own largest ranks; unit_baseline: at rank 1, by which every other rank follows. delivered: client → bytes of
+    the result, sent when all rounds were over.
     """
 
     run: RunRow
@@ -43,6 +44,7 @@ class Report:
     notes: tuple[Note, ...]
     own_baseline: Baseline
     unit_baseline: Baseline
+    delivered: Mapping[str, int]
     train_seconds: float = 0.0
     server_seconds: float = 0.0
 
@@ -109,6 +111,7 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         notes=tuple(row for row in rows if isinstance(row, Note)),
         own_baseline=play_ledger(rows, run),
         unit_baseline=play_ledger(rows, run, rank=1),
+        delivered=delivered_bytes(rows, run),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
     )

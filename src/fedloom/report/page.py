@@ -71,10 +71,10 @@ def _scores(report: Report) -> list[tuple[str, ...]]:
 def _clients(report: Report) -> list[tuple[str, ...]]:
     sums = report.totals
     lines = [
-        (client, len(report.losses.get(client, [])), up, down, sums.delivered.get(client, 0))
+        (client, len(report.losses.get(client, [])), up, down, report.delivered.get(client, 0))
         for client, (up, down) in sums.by_client.items()
     ]
-    lines.append(("all", report.turns, sums.bytes_up, sums.bytes_down, sum(sums.delivered.values())))
+    lines.append(("all", report.turns, sums.bytes_up, sums.bytes_down, sum(report.delivered.values())))
     return [
         (client, str(turns), human_bytes(up), human_bytes(down - given), human_bytes(given), human_bytes(up + down))
         for client, turns, up, down, given in lines

@@ -51,11 +51,11 @@ def traffic_table(report: Report) -> Table:
     for client, (up, down) in report.totals.by_client.items():
         losses = report.losses.get(client, [])
         turns = len(losses)
-        given = report.totals.delivered.get(client, 0)
+        given = report.delivered.get(client, 0)
         sizes = (_mean(up, turns), _mean(down - given, turns), human_bytes(given), human_bytes(up + down))
         table.add_row(cell(client), str(turns), *sizes, _last(losses))
     up, down = report.totals.bytes_up, report.totals.bytes_down
-    given = sum(report.totals.delivered.values())
+    given = sum(report.delivered.values())
     row = (_mean(up, report.turns), _mean(down - given, report.turns), human_bytes(given), human_bytes(up + down))
     table.add_row("all", str(report.turns), *row, "", style="bold")
     return table
@@ -119,7 +119,7 @@ def _compared(label: str, reports: Sequence[Report], rank: int | None) -> dict[s
 
 def share_column(rank: int | None) -> str:
     """The name of a column of shares of dense FedIT's bytes; None: each at its own rank."""
-    return f"of dense fp32{'' if rank is None else f', r {rank}'}"
+    return f"of dense fp32{'' if rank is None else f', rank {rank}'}"
 
 
 def _scored(values: Sequence[float]) -> str:

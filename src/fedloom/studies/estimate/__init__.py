@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from fedloom.compress.budget import Budget
 from fedloom.errors import ConfigError
@@ -17,15 +15,15 @@ from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import ModuleGroup
 from fedloom.records.quantities import parse_budget
-from fedloom.records.text import cell, to_printable
 from fedloom.report.baseline import group_modules, play_rounds
-from fedloom.report.numbers import human_bytes
 from fedloom.server.loop import Attendance, draw_rounds
 from fedloom.studies.compare import apply_overrides, expand_variant
 from fedloom.studies.estimate.course import play_course
+from fedloom.studies.estimate.made_up import Ranks
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.studies.estimate.published import MIB, Figure, list_figures
-from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, Ranks, equal_ranks, predict
+from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, equal_ranks, predict
+from fedloom.studies.estimate.tables import estimate_tables as estimate_tables
 
 DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fedsrd-e")
 
@@ -35,8 +33,8 @@ class Case:
     """What is estimated: a name, the adapted modules with their (m, n), every client's ranks.
 
     attendance: of every round of the run, if there is one; coding: form of all values, "auto" for that of each method;
-    budget: wire.budget; baseline_r: rank of the dense run that bytes are compared with, None for the largest; data: what
-    the clients' examples weigh.
+    budget: wire.budget; baseline_r: rank of the dense run that bytes are compared with, None for the largest; data:
+    what the clients' examples weigh.
     """
 
     name: str
@@ -129,10 +127,11 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
 
     methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one update and
     one broadcast by coding, "total_bytes" those of a round in the method's own coding: of who is asked and who answers,
-    with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of dense
-    FedIT's with the same attendance. A method that cannot combine these clients has the row {"method", "refused": why};
-    alone, it raises its ConfigError. Everything but bytes and the published figures is a prediction from one layer of
-    made-up updates, timed now on this machine; with `whole` every layer is played, which is slow and predicts nothing.
+    with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of
+    dense FedIT's with the same attendance. A method that cannot combine these clients has the row
+    {"method", "refused": why}; alone, it raises its ConfigError. Everything but bytes and the published figures is a
+    prediction from one layer of made-up updates, timed now on this machine; with `whole` every layer is played, which
+    is slow and predicts nothing.
     """
     built = {}
     for variant in methods:
@@ -218,116 +217,3 @@ def _ours(figure: Figure, case: Case, rows: Sequence[Prediction]) -> dict[str, f
         return None if told.efficiency is None else {"efficiency": told.efficiency}
     ways = {"up": (told.up,), "down": (told.down,), "both": (told.up, told.down)}[figure.way]
     return {coding: sum(way[coding] for way in ways) / MIB for coding in (PAPER, *CODINGS)}
-
-
-def estimate_tables(result: Mapping[str, Any]) -> list[Table]:
-    """What `run_estimate` returned, for a terminal."""
-    refused = [row for row in result["rows"] if "refused" in row]
-    return [
-        _round_table(result),
-        *([_refused_table(refused)] if refused else []),
-        *([_published_table(result)] if result["published"] else []),
-    ]
-
-
-def fitting_unit(sizes: Sequence[float]) -> tuple[str, int]:
-    """(name, bytes) of the unit in which the smallest of some sizes still has a digit before the point, or KiB."""
-    smallest = min((size for size in sizes if size > 0), default=MIB)
-    return ("MiB", MIB) if smallest >= MIB / 10 else ("KiB", 1024)
-
-
-def _round_table(result: Mapping[str, Any]) -> Table:
-    case = result["case"]
-    ranks = ", ".join(map(str, case["ranks"]))
-    told = [row for row in result["rows"] if "refused" not in row]
-    unit, size_of_unit = fitting_unit([size for row in told for size in row["up_bytes"].values()])
-    attending = f"{case['asked']} of {case['clients']}" if case["asked"] < case["clients"] else str(case["clients"])
-    title = (
-        f"{to_printable(case['name'], 100)}: {attending} clients a round, rank {ranks}, {case['modules']} modules, "
-        f"{case['values']:,} values. {unit} of one update + one broadcast; really encoded, of made-up updates"
-    )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=cell(title, "bold"),
-        caption=f"round: {'of who is asked, with what they missed' if case['rounds'] else 'of all clients'}, in the coding "
-        f"before it, wire.values. of dense: {'the whole run, its result delivered' if case['rounds'] else 'the round'}, "
-        f"against {human_bytes(case['dense_bytes'])} of dense fp32 FedIT of {case['dense_rank']} with the same "
-        f"attendance.{_data_words(case)} Seconds and memory of the "
-        + (
-            "server: measured, every layer"
-            if case["whole"]
-            else "server are predictions: one layer timed now times the layers"
-        )
-        + f", {case['threads']} threads",
-    )
-    table.add_column("method", overflow="fold")
-    for name in (PAPER, *CODINGS, "auto", "round", "of dense", "1 / Σ rank", "server s", "MiB"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in result["rows"]:
-        if "refused" in row:
-            continue
-        sizes = [
-            f"{row['up_bytes'][c] / size_of_unit:.1f} + {row['down_bytes'][c] / size_of_unit:.1f}"
-            for c in (PAPER, *CODINGS)
-        ]
-        table.add_row(
-            cell(row["method"]),
-            *sizes,
-            row["auto"],
-            human_bytes(row["total_bytes"]),
-            f"{100 * row['share_of_dense']:.2f} %",
-            _scientific(row["efficiency"]),
-            f"{row['predicted_server_s']:.2f}",
-            "–" if row["predicted_server_bytes"] is None else f"{row['predicted_server_bytes'] / MIB:,.0f}",
-        )
-    return table
-
-
-def _data_words(case: Mapping[str, Any]) -> str:
-    held = sum(case["data_bytes"].values())
-    return f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else ""
-
-
-def _refused_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Methods that do not take these clients", title_style="bold")
-    table.add_column("method", overflow="fold")
-    table.add_column("why")
-    for row in rows:
-        table.add_row(cell(row["method"]), cell(row["refused"]))
-    return table
-
-
-def _published_table(result: Mapping[str, Any]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Published figures: MiB of one client and round, or 1 / Σ rank",
-        title_style="bold",
-        caption="ours: really encoded; – where the estimate is of other ranks, modules or clients, or lacks the method",
-    )
-    numbers = ("published", "computed", "ours, its coding", "fp32", "int4")
-    for name in ("paper", "rank", "method", "way", *numbers, "formula"):
-        table.add_column(name, justify="right" if name in numbers else "left")
-    for row in result["published"]:
-        ours = row["ours"] or {}
-        show = _scientific if row["way"] == "efficiency" else _mib
-        table.add_row(
-            row["paper"],
-            f"{row['rank']}, K = {row['clients']}",
-            row["method"],
-            row["way"],
-            show(row["published"]),
-            show(row["computed"]),
-            show(ours.get(PAPER, ours.get("efficiency"))),
-            _mib(ours.get("fp32")),
-            _mib(ours.get("int4")),
-            row["formula"],
-        )
-    return table
-
-
-def _mib(size: float | None) -> str:
-    return "–" if size is None else f"{size:.1f}"
-
-
-def _scientific(value: float | None) -> str:
-    return "–" if value is None else f"{1e4 * value:.2f}e-4"

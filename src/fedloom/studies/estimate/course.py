@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedloom.server.loop import Attendance
-from fedloom.studies.estimate.rounds import Prediction, Ranks, Traffic
+from fedloom.studies.estimate.made_up import Ranks
+from fedloom.studies.estimate.rounds import Prediction, Traffic
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """Bytes of a run: up, down in turns with what was missed, and the result to everybody; and how many turns it has."""
+    """Bytes of a run: up, down in turns with what was missed, the result to everybody; and how many turns it has."""
 
     up: float
     down: float

@@ -11,19 +11,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
-from fedloom.methods.method import Method, State
+from fedloom.lora.pair import LoraState, initial_state
+from fedloom.methods.method import Method
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ServerTurn, Train, Trained, full_state, server_turn
+from fedloom.rounds.turns import ServerTurn, full_state, server_turn
 from fedloom.studies.estimate.machine import extra_bytes
+from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
 from fedloom.studies.estimate.paper import paper_encode
 from fedloom.wire import Message, decode, describe, encode
 from fedloom.workspace.clients import top_ranks
@@ -34,7 +32,6 @@ PAPER = "paper"
 """The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
 ROUNDS = 3
 """Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
-Ranks = Mapping[str, int]
 Sizes = Mapping[str, float]
 
 
@@ -57,8 +54,8 @@ class Prediction:
     """A round of one method on the whole model.
 
     up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
-    may alternate, and begin otherwise than they go on); first: bytes of the first round, all who are asked and both ways,
-    in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in that coding.
+    may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who are asked, both
+    ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played. efficiency: one over the sum of the ranks that are
     broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
     of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
@@ -185,7 +182,7 @@ def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
 def _predict(
     name: str, job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str
 ) -> tuple[Prediction, Play]:
-    """Three rounds in fp32, whose payloads are coded in every form; and in the form of a budget, where one is kept to."""
+    """Three rounds in fp32, their payloads coded in every form; for a method with a budget, in its own form as well."""
     play, up, down, states, efficient = _play(job, begin, held, chosen, auto)
     if job.method.budget(job.budget) and auto != "fp32":  # how much is sent follows from the form
         _, up_auto, down_auto, states, _ = _play(replace(job, quantize=quantize(auto)), begin, held, chosen, auto)
@@ -231,38 +228,6 @@ def _play(
         states.append(chosen.scale * len(full_state(job, play.server, number)))
     play.clients.clear()
     return play, up, down, tuple(states), efficiency(decode(result.broadcast).entries, chosen)
-
-
-def train_part(train: Train, modules: Ranks) -> Train:
-    """The step of a client that trains these modules only."""
-    return lambda state, round, seed: train(replace(state, adapter=subset(state.adapter, modules)), round, seed)
-
-
-def train_made_up(method: Method) -> Train:
-    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
-
-    def train(state: State, round: int, seed: int) -> Trained:
-        generator = torch.Generator().manual_seed(seed)
-        parts = method.parts(state, round)
-        core = method.core(state)
-        pairs = {}
-        for module, pair in state.adapter.items():
-            a, b = pair.A, pair.B
-            if module in core:
-                a = a + draw_noise((pair.rank, pair.rank), generator) @ core[module].A
-            else:
-                a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
-                b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
-            pairs[module] = LoraPair(a, b)
-        return Trained(LoraState(pairs), num_examples=1, loss=0.0)
-
-    return train
-
-
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal values whose standard deviation is log-normal, about 1e-3."""
-    scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
-    return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
 
 
 def sizes_of(payloads: Mapping[str, bytes], chosen: Sample, auto: str) -> dict[str, Sizes]:
