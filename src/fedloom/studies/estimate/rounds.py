@@ -54,7 +54,7 @@ class Prediction:
     """A round of one method on the whole model.
 
     up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
-    may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who are asked, both
+    may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played. efficiency: one over the sum of the ranks that are
     broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
@@ -123,12 +123,12 @@ def predict(
     seed: int = 0,
     whole: bool = False,
     with_memory: bool = True,
-    asked: int | None = None,
+    attending: int | None = None,
     budget: Budget | None = None,
 ) -> dict[str, Prediction | ConfigError]:
     """A round of each method with clients of these ranks (client → module → rank) on these modules, by name.
 
-    One module of each kind is played, with `whole` every one. asked: clients of a round, all if None; those that are
+    One module of each kind is played, with `whole` every one. attending: clients of a round, all if None; those that are
     played have all ranks in turn. budget: wire.budget, for methods that keep to one. A ConfigError stands for a method
     that cannot combine these ranks or modules.
     """
@@ -136,7 +136,7 @@ def predict(
     held = {
         client: {module: rank[module] for module in chosen.shapes if module in rank} for client, rank in ranks.items()
     }
-    played = {name: _try(name, method, chosen, held, seed, asked, budget) for name, method in methods.items()}
+    played = {name: _try(name, method, chosen, held, seed, attending, budget) for name, method in methods.items()}
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
     return {
         name: told
@@ -152,7 +152,7 @@ def _try(
     chosen: Sample,
     held: Mapping[str, Ranks],
     seed: int,
-    asked: int | None,
+    attending: int | None,
     budget: Budget | None,
 ) -> tuple[Prediction, Play] | ConfigError:
     try:
@@ -160,7 +160,7 @@ def _try(
     except ConfigError as error:
         return error
     begin = initial_state(chosen.shapes, top, seed)
-    here = choose_clients(held, asked or len(held))
+    here = choose_clients(held, attending or len(held))
     kept = budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
     job = Job(
