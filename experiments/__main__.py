@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from fedloom.cli.studies import play_all
 from fedloom.errors import ConfigError, DataError
 from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
+
+if TYPE_CHECKING:
+    from experiments.points import Point
 
 app = typer.Typer(cls=Funnel, pretty_exceptions_enable=False, help="Experiments that make a figure of the docs.")
 screen = Console()
@@ -39,7 +43,7 @@ def front(
     ] = Path("runs/front"),
 ) -> None:
     """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture."""
-    from experiments import front, picture
+    from experiments import front
     from experiments.points import above, rows
     from fedloom.report import tables as table
 
@@ -48,11 +52,8 @@ def front(
     made = front.entries(folder, split_words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
     play_all(front.distinct(made), jobs)
     found = front.points(made)
-    lines = rows(found)
-    (out / "front.md").write_text(table.to_markdown(lines), encoding="utf-8")
-    (out / "front.csv").write_text(table.to_csv(lines), encoding="utf-8")
-    picture.front(found, out / "front.png")
-    screen.print(table.comparison_table(lines))
+    leave(found, out)
+    screen.print(table.comparison_table(rows(found)))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
 
@@ -98,6 +99,37 @@ def base(
     torch.set_num_threads(threads)
     folder = make_base(work, steps, seed, lambda line: screen.print(cell(line)))
     screen.print(f"{cell(str(folder))}: {bits_a_byte(work):.3f} bits a byte of held-out text")
+
+
+@app.command()
+def rebase(
+    figures: Annotated[Path, typer.Option(help="A front.csv, of now or of before the baseline was changed.")] = Path(
+        "docs/front.csv"
+    ),
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed of its runs.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder of the table, CSV and picture.")] = Path("runs/rebase"),
+) -> None:
+    """The same runs against today's baseline: attendance is played, nothing is trained; says what changed."""
+    from experiments.rebase import changed, rebased
+    from fedloom.report import tables as table
+
+    found = rebased(figures, testbed_folder(), first_seed)
+    out.mkdir(parents=True, exist_ok=True)
+    leave([point for _, point in found], out)
+    lines = changed(found)
+    (out / "changed.md").write_text(table.to_markdown(lines), encoding="utf-8")
+    screen.print(table.comparison_table(lines))
+
+
+def leave(points: Sequence[Point], out: Path) -> None:
+    """Table, figures and picture of the front."""
+    from experiments import picture
+    from experiments.points import figures, rows
+    from fedloom.report import tables as table
+
+    (out / "front.md").write_text(table.to_markdown(rows(points)), encoding="utf-8")
+    (out / "front.csv").write_text(table.to_csv(figures(points)), encoding="utf-8")
+    picture.front(points, out / "front.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Score against bytes at several budgets, with settings chosen for each of them: the runs.
 
 `front.toml` beside this file lists what is compared: for each testbed, the variants under each budget and under
-"published". The first of those is the reference, dense FedIT.
+"published". The first of those is dense FedIT; shares are of what its attendance sends uncoded.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
-from experiments.points import Point, measured
+from experiments.points import Point, Reference, measured
 from fedloom.errors import ConfigError
 from fedloom.records.configfile import load_config
 from fedloom.studies.compare import Trial, plan_runs, read_reports
@@ -54,10 +55,11 @@ def distinct(made: Sequence[Entry]) -> list[Trial]:
 def points(made: Sequence[Entry]) -> list[Point]:
     """What the entries came to, those without a finished run left out."""
     finished = [(entry, read_reports(entry.made).get(entry.variant, ())) for entry in made]
-    reference: dict[str, float] = {}
+    reference: dict[str, Reference] = {}
     for entry, found in finished:
         if found:
-            reference.setdefault(entry.testbed, sum(report.dense_bytes for report in found) / len(found))
+            dense = fmean(report.dense_bytes for report in found)
+            reference.setdefault(entry.testbed, Reference(dense, found[0].baseline.rank))
     return [
         measured(entry.testbed, entry.budget, entry.variant, found, reference[entry.testbed])
         for entry, found in finished

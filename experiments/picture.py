@@ -1,4 +1,4 @@
-"""The picture of the front: score against share of dense bytes, a panel a testbed."""
+"""The picture of the front: score against share of dense FedIT's bytes, a panel a testbed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom
                 )
             axes.set_title(legend_label(testbed))
             axes.set_xscale("log")
-            axes.set_xlabel("bytes of dense fp32, both ways (%)")
+            rank = next(p.rank for p in points if p.testbed == testbed)
+            axes.set_xlabel(f"bytes, both ways, of dense fp32 FedIT of {rank} (%)")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())

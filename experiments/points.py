@@ -1,7 +1,7 @@
 """Score against bytes: what a variant came to under a budget, and how that compares.
 
-A budget is a share of what dense fp32 FedIT sends in as many turns, both ways, every client at its own rank. Everything
-that was sent counts against it, missed broadcasts and the delivery of the result included.
+A budget is a share of what dense fp32 FedIT sends, both ways, with the same attendance and at the testbed's largest
+rank for all clients. All that is sent counts on both sides, missed broadcasts and the delivery of the result included.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROUND_TRIP = 0.08
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a variant came to. share: of dense fp32, both ways; up, down: bytes of a turn.
+    """What a variant came to. share: of the bytes of dense fp32 FedIT of `rank`, both ways; up, down: bytes of a turn.
 
     score, half: mean over seeds and half of its 95 % interval, in percent; halfway: the mean score at half time.
     rounds: until the score is `TARGET`, the mean over seeds, NaN where a seed did not reach it; seconds: until then,
-    at each of `LINKS`, all sites at once.
+    at each of `LINKS`, all sites at once. client: bytes of one client over the whole run, both ways.
     """
 
     testbed: str
@@ -44,6 +44,8 @@ class Point:
     half: float
     rounds: float
     seconds: tuple[float, ...]
+    client: float
+    rank: str
 
     @property
     def method(self) -> str:
@@ -56,19 +58,28 @@ class Point:
         return self.budget == PUBLISHED or 100 * self.share <= float(self.budget.rstrip("%"))
 
 
-def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], dense: float) -> Point:
-    """The point of some runs that differ in their seed; `dense` is the reference's bytes of a run."""
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The dense run that shares are of: its bytes, the mean over seeds, and its rank in words."""
+
+    bytes: float
+    rank: str
+
+
+def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], reference: Reference) -> Point:
+    """The point of some runs that differ in their seed."""
     turns, rounds = sum(run.turns for run in runs), fmean(rounds_to(run, TARGET) for run in runs)
     up, down = (sum(getattr(run.totals, f"bytes_{way}") for run in runs) / turns for way in ("up", "down"))
     score, half = interval([100 * run.score(MEAN) for run in runs])
     server_s = sum(run.server_seconds for run in runs) / sum(run.run.num_rounds for run in runs)
     busy_s = sum(run.train_seconds for run in runs) / turns + server_s
+    sent = fmean(run.totals.bytes for run in runs)
     return Point(
         testbed=testbed,
         budget=budget,
         variant=variant,
         seeds=len(runs),
-        share=fmean(run.totals.bytes for run in runs) / dense,
+        share=sent / reference.bytes,
         up=up,
         down=down,
         halfway=100 * fmean(run.score_at(run.run.num_rounds // 2) for run in runs),
@@ -76,6 +87,8 @@ def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], de
         half=half,
         rounds=rounds,
         seconds=tuple(rounds * (busy_s + line_seconds(up, down, link)) for link in LINKS),
+        client=sent / len(runs[0].run.clients),
+        rank=reference.rank,
     )
 
 
@@ -101,13 +114,32 @@ def rows(points: Sequence[Point]) -> list[dict[str, str]]:
     return [_row(point) for point in points]
 
 
+def figures(points: Sequence[Point]) -> list[dict[str, str]]:
+    """The same with columns of plain numbers behind it, for programs: bytes of a client over a run, both ways and with
+    the delivery; share of dense FedIT's bytes; score and the ends of its 95 % interval, 0 to 1.
+    """
+    return [_row(point) | _numbers(point) for point in points]
+
+
+def _numbers(point: Point) -> dict[str, str]:
+    return {
+        "method": point.method,
+        "bytes_client": f"{point.client:.0f}",
+        "share_of_dense": f"{point.share:.5f}",
+        "score": f"{point.score / 100:.3f}",
+        "low": f"{max(point.score - point.half, 0) / 100:.3f}",
+        "high": f"{min(point.score + point.half, 100) / 100:.3f}",
+        "metric": "exact_match",
+    }
+
+
 def _row(point: Point) -> dict[str, str]:
     row = {
         "testbed": point.testbed,
         "budget": point.budget,
         "run": point.variant,
         "seeds": str(point.seeds),
-        "of dense fp32": f"{100 * point.share:.2f} %{'' if point.within else ' (over)'}",
+        f"of dense fp32, {point.rank}": f"{100 * point.share:.2f} %{'' if point.within else ' (over)'}",
         "up B / turn": f"{point.up:.0f}",
         "down B / turn": f"{point.down:.0f}",
         "halfway %": f"{point.halfway:.1f}",

@@ -15,6 +15,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.model.placement import Adapter
+from fedloom.model.volume import Volume
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.events import Observer, Silent
 from fedloom.rounds.turns import Job, Train
@@ -39,6 +40,7 @@ class ToySetup:
     fingerprint: str = "toy"
     adapter: Adapter = Adapter(LoraSettings(r=4, target_modules=sorted(SHAPES)), {})
     describe = Setup.describe
+    data: Volume = Volume()
 
     def warnings(self) -> list[str]:
         return []

@@ -14,7 +14,7 @@ from experiments import front, picture
 from fedloom import testbeds
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
-from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
+from fedloom.records.ledger import Aggregation, Evaluation, Ledger, ModuleGroup, RunRow, Training, Transfer
 from fedloom.studies import compare
 
 LISTS = """
@@ -38,12 +38,14 @@ def made(tmp_path, monkeypatch):
     for run in front.distinct(found):
         run.folder.mkdir(parents=True)
         (run.folder / compare.FINISHED).touch()
-        values = 250 if "lora.r=4" in run.label else 1000
+        modules = (ModuleGroup(125, 2 if "lora.r=4" in run.label else 8),)
         with Ledger(run.folder / "ledger.jsonl") as ledger:
-            ledger.append(RunRow(run.config.method.name, "m", ("ada",), 2, values, run.seed))
+            ledger.append(RunRow(run.config.method.name, "m", ("ada",), 2, 1000, run.seed, {}, modules))
             for round in (1, 2):
                 ledger.append(Training(round, "ada", 1.0, 10, 100, 0.5))
                 ledger.append(Transfer(round, "ada", "up", "update", 80 if "loom" in run.label else 320))
+                ledger.append(Aggregation(round, version=round))
+                ledger.append(Transfer(round, "ada", "down", "change", 0, version=round - 1, delivery=round == 2))
                 ledger.append(Evaluation(round, "bank", SCORES[run.label] - 0.2 * (2 - round) + 0.01 * run.seed, 1.0))
     return found
 

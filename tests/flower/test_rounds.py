@@ -15,11 +15,13 @@ from fedloom.lora.pair import digest
 from fedloom.model.evaluate import Scores
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Roll, RunRow, Transfer, read_rows, totals
+from fedloom.report import summarise
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Attendance, Rounds
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.wire import Message, decode, encode
+from fedloom.wire import Message, decode, describe, encode
+from fedloom.workspace import folder
 from fedloom.workspace.folder import RunFolder
 
 pytestmark = pytest.mark.flower
@@ -101,6 +103,27 @@ def test_a_site_that_is_lost_on_the_way_is_asked_again_and_counted_once(toy_fede
     assert state(federation.server) == state(local(tmp_path).server)
     assert grid.log.count(("lab", "turn", 2)) == 2
     assert rolls(tmp_path)[1].answered == SITES
+
+
+def test_the_baseline_has_the_attendance_of_the_run(toy_federation, tmp_path: Path, monkeypatch):
+    """What FedIT sends is what the baseline says, asked again or not; both engines tell the same."""
+    real = folder.transfer_row
+
+    def plain(round, client, direction, payload):
+        size = 4 * sum(tensor.values for tensor in describe(payload).tensors)
+        return replace(real(round, client, direction, payload), bytes=size)
+
+    monkeypatch.setattr(folder, "transfer_row", plain)
+    fedit = "method.name=fedit"
+    local(tmp_path, fedit)
+    toy_federation(fedit)
+    toy_federation(fedit, out="lossy", disturb=only("lab", 2, lambda node, reply: LOST))
+    same, other, lossy = (summarise(read_rows(tmp_path / name / "ledger.jsonl")) for name in ("local", "run", "lossy"))
+    assert same.baseline == other.baseline
+    for report in (same, other, lossy):
+        assert report.totals.bytes == report.baseline.bytes > 0
+        assert sum(report.delivered.values()) == report.baseline.delivery > 0
+    assert lossy.baseline.down > other.baseline.down, "lab was sent its broadcast twice"
 
 
 def test_an_error_of_flowers_own_is_no_failure_of_the_site(toy_federation, tmp_path: Path):

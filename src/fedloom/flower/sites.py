@@ -140,7 +140,7 @@ class FlowerSites:
     def send(self, rounds: Rounds, site: str, ask: str) -> None:
         """Ask a site, with whatever it has missed."""
         rounds.observer.client_started(rounds.round, site)
-        payloads = tuple(rounds.send_missed(site, self.known[site].version))
+        payloads = tuple(rounds.send_missed(site, self.known[site].version, delivery=ask == "deliver"))
         self.sent[site] = self.sent.get(site, 0) + sum(map(len, payloads))
         parcel = Parcel({"counted": self.known[site].counted}, payloads)
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel)

@@ -6,171 +6,57 @@ recorded beside the facts but are not part of `Totals`, so that a resumed run ha
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from fedloom.errors import CheckpointError
-from fedloom.records.session import FORBID, Answer, End, Number, Session
+from fedloom.records.rows import (
+    ROWS,
+    About,
+    Aggregation,
+    Choice,
+    Direction,
+    Evaluation,
+    ModuleGroup,
+    Note,
+    Roll,
+    Row,
+    RunRow,
+    Training,
+    Transfer,
+    Validation,
+)
 from fedloom.records.text import LONG, escape_json, file_name, to_printable
 
-Direction: TypeAlias = Literal["up", "down"]
-About: TypeAlias = Literal["", "refused", "diverged"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunRow:
-    """The first row: what the run is. `adapter_values` counts the values of the server's A and B factors.
-
-    A run that is given another number of rounds has the row once more: the last one holds.
-    client_values: client → its values, of clients that hold fewer because of a lower rank or fewer modules.
-    """
-
-    __pydantic_config__ = FORBID
-    row: Literal["run"] = field(default="run", kw_only=True)
-    method: str
-    model: str
-    clients: Annotated[tuple[str, ...], Field(strict=False)]
-    num_rounds: int
-    adapter_values: int
-    seed: int
-    client_values: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One payload between the server and a client. `bytes` = len(payload), `parts` says what they are spent on."""
-
-    __pydantic_config__ = FORBID
-    row: Literal["transfer"] = field(default="transfer", kw_only=True)
-    round: int
-    client: str
-    direction: Direction
-    kind: str
-    bytes: int
-    parts: Mapping[str, int] = field(default_factory=dict)
-    seconds: Number = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """One client's local training: mean loss, optimiser steps, examples it holds."""
-
-    __pydantic_config__ = FORBID
-    row: Literal["training"] = field(default="training", kw_only=True)
-    round: int
-    client: str
-    loss: Number
-    steps: int
-    examples: int
-    seconds: Number = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The global model on one domain's held-out examples: exact match (0 … 1) and mean loss. Round 0 is the start.
-
-    loss: nats a token of the answers. examples, tokens, bytes: how many were scored, and the length of their answers;
-    0 in ledgers that do not say. metrics: the scores (0 … 1) that evaluation.metrics asks for beside these.
-    """
-
-    __pydantic_config__ = FORBID
-    row: Literal["evaluation"] = field(default="evaluation", kw_only=True)
-    round: int
-    domain: str
-    exact_match: Number
-    loss: Number
-    seconds: Number = 0.0
-    examples: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    metrics: Mapping[str, Number] = field(default_factory=dict)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """The loss in bits a byte of the answers' UTF-8 text, comparable between tokenizers; None if not known.
-
-        The end-of-sequence token counts among the nats: an answer that is told without its end is not told.
-        """
-        return self.loss * self.tokens / self.bytes / math.log(2) if self.bytes else None
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """The global model on one domain's validation examples, on which a round is chosen; no score of the run."""
-
-    __pydantic_config__ = FORBID
-    row: Literal["validation"] = field(default="validation", kw_only=True)
-    round: int
-    domain: str
-    exact_match: Number
-    loss: Number
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the validation split decided: the round in which the run ended, and the round whose model it leaves."""
-
-    __pydantic_config__ = FORBID
-    row: Literal["choice"] = field(default="choice", kw_only=True)
-    round: int
-    exported: int
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregation:
-    """The server's part of a round, with the method's own numbers."""
-
-    __pydantic_config__ = FORBID
-    row: Literal["aggregation"] = field(default="aggregation", kw_only=True)
-    round: int
-    stats: Mapping[str, Number] = field(default_factory=dict)
-    seconds: Number = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Roll:
-    """Who answered in one round of a federation across machines, who failed and why, who came too late.
-
-    tries counts how often the missing were asked: 1 where nobody was missed.
-    """
-
-    __pydantic_config__ = FORBID
-    row: Literal["roll"] = field(default="roll", kw_only=True)
-    round: int
-    answered: Annotated[tuple[str, ...], Field(strict=False)]
-    failed: Mapping[str, str] = field(default_factory=dict)
-    late: Mapping[str, str] = field(default_factory=dict)
-    tries: int = 1
-    seconds: Number = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something worth saying in words: who dropped out, who was refused and why.
-
-    about: what it is about, where programs have to know: an update that was refused, or a training that diverged.
-    """
-
-    __pydantic_config__ = FORBID
-    row: Literal["note"] = field(default="note", kw_only=True)
-    round: int
-    text: str
-    about: About = ""
-
-
-Row: TypeAlias = (
-    RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice | Session | Answer | End
-)
-_ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
+__all__ = [
+    "About",
+    "Aggregation",
+    "Choice",
+    "Direction",
+    "Evaluation",
+    "Ledger",
+    "ModuleGroup",
+    "Note",
+    "Roll",
+    "Row",
+    "RunRow",
+    "Totals",
+    "Training",
+    "Transfer",
+    "Validation",
+    "dump_row",
+    "payload_name",
+    "read_rows",
+    "totals",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +112,8 @@ def dump_row(row: Row) -> bytes:
     Raises CheckpointError for a row that could not be read back, such as one with half of a surrogate pair in a name.
     """
     try:
-        line = escape_json(_ROWS.dump_json(row, warnings=False).decode()).encode()
-        _ROWS.validate_json(line)
+        line = escape_json(ROWS.dump_json(row, warnings=False).decode()).encode()
+        ROWS.validate_json(line)
     except ValidationError as error:
         raise CheckpointError(f"a row of kind {row.row!r} cannot be kept: {_complaint(error)}") from None
     except PydanticSerializationError as error:
@@ -341,7 +227,7 @@ def _scan(path: Path) -> tuple[list[Row], list[int]]:
     offsets = [0]
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            rows.append(_ROWS.validate_json(line))
+            rows.append(ROWS.validate_json(line))
         except ValidationError as error:
             raise CheckpointError(f"{path}, line {number} is not a row of a ledger: {_complaint(error)}") from None
         offsets.append(offsets[-1] + len(line) + 1)

@@ -56,7 +56,7 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
     """Draw one run: the mean in bold, every domain thin; a row of panels a measure. `form` is "png" or "svg"."""
     with matplotlib.rc_context(STYLE):
         figure, rows = _panels(_pictured([report]))
-        sent = f"{human_bytes(report.totals.bytes)} in all; dense fp32 FedIT: {human_bytes(report.dense_bytes)}"
+        sent = f"{human_bytes(report.totals.bytes)} in all; {report.baseline.name}: {human_bytes(report.dense_bytes)}"
         for measure, panels in rows:
             points = _points_of(report, measure)
             axes_of = ([float(p.round) for p in points], [p.bytes / MIB for p in points])

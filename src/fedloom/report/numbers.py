@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Choice, Evaluation, Note, Row, RunRow, Totals, Training, totals
+from fedloom.report.baseline import Baseline, delivered_bytes, play_ledger
 from fedloom.report.facts import Facts, gather_facts
 
 MEAN = "mean"
@@ -47,7 +48,9 @@ class Report:
 
     `training` holds the mean training loss of every round that had turns, with the bytes sent by then. `examples`
     counts the held-out examples of an evaluation, 0 where the ledger does not say. `train_seconds` and
-    `server_seconds` are sums over all turns and over all rounds. facts: the run's circumstances.
+    `server_seconds` are sums over all turns and over all rounds. own_baseline: dense FedIT at the run's own largest
+    ranks; unit_baseline: at rank 1, by which every other rank follows. delivered: client → bytes of the result, sent
+    when all rounds were over. facts: the run's circumstances.
     """
 
     run: RunRow
@@ -55,6 +58,9 @@ class Report:
     totals: Totals
     losses: Mapping[str, Sequence[float]]
     notes: tuple[Note, ...]
+    own_baseline: Baseline
+    unit_baseline: Baseline
+    delivered: Mapping[str, int]
     train_seconds: float = 0.0
     server_seconds: float = 0.0
     training: tuple[Point, ...] = ()
@@ -73,10 +79,18 @@ class Report:
         return sum(len(losses) for losses in self.losses.values())
 
     @property
+    def baseline(self) -> Baseline:
+        """What dense fp32 FedIT would have sent in this run's place, at the rank that the run names."""
+        return self.baseline_at(self.run.baseline_r)
+
+    def baseline_at(self, rank: int | None) -> Baseline:
+        """The same at another rank; None for the run's own largest ranks. An older ledger knows only those."""
+        return self.unit_baseline.times(rank) if rank and self.unit_baseline.ranks else self.own_baseline
+
+    @property
     def dense_bytes(self) -> int:
-        """What dense fp32 FedIT would have sent in as many turns: 4 bytes a value that a client holds, both ways."""
-        whole, fewer = self.run.adapter_values, self.run.client_values
-        return sum(2 * 4 * fewer.get(client, whole) * len(losses) for client, losses in self.losses.items())
+        """Bytes of `baseline`, both ways, the delivery of the result included."""
+        return self.baseline.bytes
 
     def score_at(self, round: int) -> float:
         """Mean exact match at the last evaluation up to a round; NaN where there was none."""
@@ -133,6 +147,9 @@ def summarise(rows: Sequence[Row], origin: str = "the ledger") -> Report:
         totals=sums,
         losses=dict(sorted(losses.items())),
         notes=tuple(row for row in rows if isinstance(row, Note)),
+        own_baseline=play_ledger(rows, run),
+        unit_baseline=play_ledger(rows, run, rank=1),
+        delivered=delivered_bytes(rows, run),
         train_seconds=_sum(row.seconds for row in rows if isinstance(row, Training)),
         server_seconds=_sum(row.seconds for row in rows if isinstance(row, Aggregation)),
         training=tuple(
@@ -174,6 +191,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     factor = _T_95[count - 2] if count - 2 < len(_T_95) else _Z_95
     return mean, factor * spread / math.sqrt(count)
+
+
+def common_rank(reports: Sequence[Report]) -> int | None:
+    """The rank of the dense run that several runs are compared with: what they name, or the largest of theirs.
+
+    None where one of them has several ranks by its patterns, or does not tell its rank: each has its own then.
+    """
+    named = {report.run.baseline_r for report in reports} - {None}
+    ranks = [report.own_baseline.ranks for report in reports]
+    if named:
+        return max(rank for rank in named if rank)
+    return max(r[1] for r in ranks if r) if ranks and all(r and r[0] == r[1] for r in ranks) else None
 
 
 def human_bytes(size: float) -> str:

@@ -48,6 +48,8 @@ def page(report: Report) -> str:
         f"{run.num_rounds} rounds, {len(run.clients)} clients, seed {run.seed}, {run.adapter_values:,} adapter values, "
         f"base model {run.model}"
     )
+    if run.data_bytes:
+        facts += f", the clients' own data {human_bytes(sum(run.data_bytes.values()))} by {run.data_coding}"
     sections = [
         f"<h1>fedloom run: {_shown(run.method)}</h1>",
         f'<p class="facts">{_shown(facts)}</p>',
@@ -57,7 +59,7 @@ def page(report: Report) -> str:
         "<h2>Held-out scores, before → after</h2>",
         _score_section(report),
         "<h2>Bytes sent, by client</h2>",
-        _table(("client", "examples", "turns", "up", "down", "in all"), _clients(report), total=True),
+        _table(("client", "examples", "turns", "up", "down", "delivery", "in all"), _clients(report), total=True),
         *_durations(report),
         "<h2>Bytes sent, by part of the payload</h2>",
         _table(("part", "bytes"), [(part, human_bytes(size)) for part, size in report.totals.by_part.items()]),
@@ -89,25 +91,21 @@ def _score_section(report: Report) -> str:
 
 
 def _clients(report: Report) -> list[tuple[str, ...]]:
-    examples = report.facts.examples
-    rows = [
+    examples, sums = report.facts.examples, report.totals
+    lines = [
+        (client, examples.get(client, 0), len(report.losses.get(client, [])), up, down, report.delivered.get(client, 0))
+        for client, (up, down) in sums.by_client.items()
+    ]
+    given = sum(report.delivered.values())
+    lines.append(("all", sum(examples.values()), report.turns, sums.bytes_up, sums.bytes_down, given))
+    return [
         (
             client,
-            f"{examples[client]:,}" if client in examples else "–",
-            str(len(report.losses.get(client, []))),
-            *(human_bytes(size) for size in (up, down, up + down)),
-        )
-        for client, (up, down) in report.totals.by_client.items()
-    ]
-    sums, held = report.totals, sum(examples.values())
-    return [
-        *rows,
-        (
-            "all",
             f"{held:,}" if held else "–",
-            str(report.turns),
-            *(human_bytes(size) for size in (sums.bytes_up, sums.bytes_down, sums.bytes)),
-        ),
+            str(turns),
+            *(human_bytes(size) for size in (up, down - given, given, up + down)),
+        )
+        for client, held, turns, up, down, given in lines
     ]
 
 

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fedloom.records.text import cell, to_printable
-from fedloom.report.numbers import Report, human_bytes
+from fedloom.report.numbers import Report, common_rank, human_bytes
 from fedloom.report.scores import score_rows, score_table, score_title
 
 MOST_CLIENTS = 12
@@ -41,10 +41,12 @@ def _choice(report: Report) -> list[str]:
 
 
 def traffic_table(report: Report) -> Table:
-    """Payload bytes by client: the mean of a turn each way, and the whole run. Of many clients a few are listed."""
+    """Payload bytes by client: the mean of a turn each way, the delivery of the result, and the whole run. Of many
+    clients a few are listed.
+    """
     table = Table(box=box.SIMPLE_HEAD, title="Bytes sent (payloads)", title_justify="left", title_style="bold")
     table.add_column("client")
-    for name in ("turns", "up / turn", "down / turn", "in all", "last loss"):
+    for name in ("turns", "up / turn", "down / turn", "delivery", "in all", "last loss"):
         table.add_column(name, justify="right")
     clients = list(report.totals.by_client.items())
     over = len(clients) - MOST_CLIENTS
@@ -56,39 +58,68 @@ def traffic_table(report: Report) -> Table:
             continue
         losses = report.losses.get(client, [])
         turns = len(losses)
-        sizes = (_mean(up, turns), _mean(down, turns), human_bytes(up + down))
+        given = report.delivered.get(client, 0)
+        sizes = (_mean(up, turns), _mean(down - given, turns), human_bytes(given), human_bytes(up + down))
         table.add_row(cell(client), str(turns), *sizes, _last(losses))
     up, down = report.totals.bytes_up, report.totals.bytes_down
-    row = (_mean(up, report.turns), _mean(down, report.turns), human_bytes(up + down))
+    given = sum(report.delivered.values())
+    row = (_mean(up, report.turns), _mean(down - given, report.turns), human_bytes(given), human_bytes(up + down))
     table.add_row("all", str(report.turns), *row, "", style="bold")
     return table
 
 
 def cost_sentence(report: Report) -> str:
-    """The whole run against dense fp32 FedIT, in words."""
-    sent, dense = report.totals.bytes, report.dense_bytes
+    """The whole run against dense fp32 FedIT and against the clients' own data, in words."""
+    sent, baseline = report.totals.bytes, report.baseline
+    dense = baseline.bytes
     if not sent or not dense:
         return "Nothing was sent."
+    everybody = " for all clients" if report.run.client_values else ""
+    whole = (
+        f"{human_bytes(sent)} in all: {100 * sent / dense:.1f} % of the {human_bytes(dense)} that {baseline.name}"
+        f"{everybody} sends to and from the same clients in the same rounds ({dense / sent:.1f} × fewer)."
+    )
+    return " ".join(filter(None, (whole, data_sentence(report))))
+
+
+def data_sentence(report: Report) -> str:
+    """What was sent against the clients' own examples, compressed once; "" where their size is not known."""
+    held = sum(report.run.data_bytes.values())
+    if not held:
+        return ""
     return (
-        f"{human_bytes(sent)} in all: {100 * sent / dense:.1f} % of the {human_bytes(dense)} that dense fp32 FedIT "
-        f"sends in as many turns ({dense / sent:.1f} × fewer)."
+        f"That is {_significant(report.totals.bytes / held)} times the clients' own data: {human_bytes(held)} by "
+        f"{report.run.data_coding}, {human_bytes(held / len(report.run.data_bytes))} a client."
     )
 
 
+def _significant(ratio: float) -> str:
+    """Two digits at least."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def comparison_rows(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
-    """Several runs, one row a label: scores (`score_rows`), bytes, seconds."""
-    costs = [_compared(reports) for reports in groups.values()]
+    """Several runs, one row a label: scores (`score_rows`), bytes, seconds.
+
+    All shares of bytes are of dense FedIT at one rank, which stands in the column's name.
+    """
+    costs = _costs(groups)
     return [{**scores, **cost} for scores, cost in zip(score_rows(groups), costs, strict=True)]
 
 
-def _compared(reports: Sequence[Report]) -> dict[str, str]:
+def _costs(groups: Mapping[str, Sequence[Report]]) -> list[dict[str, str]]:
+    rank = common_rank([report for reports in groups.values() for report in reports])
+    return [_compared(reports, rank) for reports in groups.values()]
+
+
+def _compared(reports: Sequence[Report], rank: int | None) -> dict[str, str]:
     turns, rounds = sum(r.turns for r in reports), sum(r.run.num_rounds for r in reports)
-    sent, dense = sum(r.totals.bytes for r in reports), sum(r.dense_bytes for r in reports)
+    sent, dense = sum(r.totals.bytes for r in reports), sum(r.baseline_at(rank).bytes for r in reports)
     up, down = sum(r.totals.bytes_up for r in reports), sum(r.totals.bytes_down for r in reports)
     return {
         "up / turn": _mean(up, turns),
         "down / turn": _mean(down, turns),
-        "of dense fp32": f"{100 * sent / dense:.2f} %" if dense else "–",
+        share_column(rank): f"{100 * sent / dense:.2f} %" if dense else "–",
         "s / turn": f"{sum(r.train_seconds for r in reports) / turns:.2f}" if turns else "–",
         "server s / round": f"{sum(r.server_seconds for r in reports) / rounds:.3f}",
     }
@@ -100,9 +131,14 @@ def comparison_tables(groups: Mapping[str, Sequence[Report]], split: str = "Held
     split: what the scores were taken on, as the title begins.
     """
     runs, scores = [{"run": label} for label in groups], score_rows(groups)
-    costs = [{**run, **_compared(reports)} for run, reports in zip(runs, groups.values(), strict=True)]
+    costs = [{**run, **cost} for run, cost in zip(runs, _costs(groups), strict=True)]
     title = score_title([report for reports in groups.values() for report in reports], split)
     return Group(comparison_table(scores, title), "", comparison_table(costs, "Bytes and seconds"), "")
+
+
+def share_column(rank: int | None) -> str:
+    """The name of a column of shares of dense FedIT's bytes; None: each at its own rank."""
+    return f"of dense fp32{'' if rank is None else f', rank {rank}'}"
 
 
 def comparison_table(rows: Sequence[Mapping[str, str]], title: str = "Scores, bytes and seconds") -> Table:

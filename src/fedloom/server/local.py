@@ -96,9 +96,9 @@ class LocalSites:
         )
         return turn.payload
 
-    def download(self, rounds: Rounds, client: str) -> int:
+    def download(self, rounds: Rounds, client: str, *, delivery: bool = False) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
-        payloads = rounds.send_missed(client, self.roster[client].version)
+        payloads = rounds.send_missed(client, self.roster[client].version, delivery=delivery)
         self.roster.receive(client, payloads)
         return sum(map(len, payloads))
 
@@ -109,7 +109,7 @@ class LocalSites:
     def deliver(self, rounds: Rounds) -> None:
         """Everybody receives the result, whoever took part in the last round."""
         for client in self.roster:
-            self.download(rounds, client)
+            self.download(rounds, client, delivery=True)
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with every client's state in it."""

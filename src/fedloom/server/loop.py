@@ -53,6 +53,11 @@ class Attendance:
     asked: tuple[str, ...]
     vanished: frozenset[str]
 
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Who does not vanish."""
+        return tuple(client for client in self.asked if client not in self.vanished)
+
 
 def draw_attendance(config: Config, clients: Collection[str], round: int) -> Attendance:
     """The seeded draw of one round: `fraction_train` of the clients, at least one."""
@@ -60,6 +65,11 @@ def draw_attendance(config: Config, clients: Collection[str], round: int) -> Att
     draw = random.Random(derived_seed(federation.seed, "attendance", round))
     asked = tuple(sorted(draw.sample(sorted(clients), federation.clients_per_round(len(clients)))))
     return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
+
+
+def draw_rounds(config: Config, clients: Collection[str]) -> Iterator[Attendance]:
+    """The seeded draws of all rounds, as a run will make them."""
+    return (draw_attendance(config, clients, round) for round in range(1, config.federation.num_rounds + 1))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -229,12 +239,12 @@ class Rounds:
             ledger.note(trained.round, f"client {trained.client}: {describe_choice(payload, budget)}")
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
-    def send_missed(self, client: str, version: int) -> list[bytes]:
-        """What brings a client at `version` in step with the server, recorded as sent."""
+    def send_missed(self, client: str, version: int, *, delivery: bool = False) -> list[bytes]:
+        """What brings a client at `version` in step with the server, recorded as sent; `delivery`: after all rounds."""
         ranks = self.setup.sites[client].ranks
         payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
-        for payload in payloads:
-            self.folder.transfer(self.round, client, "down", payload)
+        for held, payload in enumerate(payloads, start=version):
+            self.folder.transfer(self.round, client, "down", payload, version=held, delivery=delivery)
         return payloads
 
     def aggregate(self, updates: Updates, round: int) -> None:
@@ -253,7 +263,7 @@ class Rounds:
             self.note(round, f"client {client} refused: {reason}", "refused")
         for text in turn.notes:
             self.note(round, text)
-        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began))
+        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,10 @@ from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import check_optimizer, local_update
+from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import RunRow
+from fedloom.report.baseline import group_modules
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
@@ -55,6 +57,7 @@ class Setup:
 
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
+    data: what the clients' examples weigh, where they are at hand.
     """
 
     config: Config
@@ -71,6 +74,7 @@ class Setup:
     validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    data: Volume = Volume()
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -97,6 +101,13 @@ class Setup:
             adapter_values=whole,
             seed=self.config.federation.seed,
             client_values={name: values for name, values in held.items() if values != whole},
+            modules=group_modules(
+                {module: (pair.shape, pair.rank) for module, pair in self.initial.items()},
+                {name: site.ranks for name, site in self.sites.items()},
+            ),
+            baseline_r=self.config.output.baseline_r,
+            data_bytes=self.data.by_client,
+            data_coding=self.data.coding,
         )
 
     def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
@@ -169,7 +180,8 @@ def load_setup(config: Config, method: Method | None = None) -> Setup:
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
     heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
-    return build_setup(config, texts, heldout, manifest, method, notes, validation=validation)
+    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation)
+    return replace(setup, data=weigh_examples(texts))
 
 
 def build_setup(

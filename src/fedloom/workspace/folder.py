@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -92,9 +93,19 @@ class RunFolder:
             raise
         return cls(path, config, lock, notes)
 
-    def transfer(self, round: int, client: str, direction: Direction, payload: bytes) -> None:
-        """Record a payload, and keep it if the settings say so."""
-        self.ledger.append(transfer_row(round, client, direction, payload))
+    def transfer(
+        self,
+        round: int,
+        client: str,
+        direction: Direction,
+        payload: bytes,
+        *,
+        version: int | None = None,
+        delivery: bool = False,
+    ) -> None:
+        """Record a payload, and keep it if the settings say so. version, delivery: see `ledger.Transfer`."""
+        row = transfer_row(round, client, direction, payload)
+        self.ledger.append(replace(row, version=version, delivery=delivery))
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedloom.records.quantities import MOST_COUNT
+from fedloom.records.quantities import MOST_COUNT, MOST_RANK
 from fedloom.records.sections.section import Section
 
 
@@ -30,4 +30,11 @@ class OutputSettings(Section):
     )
     max_rank: int | None = Field(
         None, ge=1, description="Rank of the exported adapter, at most; the energy lost is reported.", examples=[64]
+    )
+    baseline_r: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_RANK,
+        description="Rank of the dense fp32 FedIT that reports compare bytes with; otherwise the largest of the run.",
+        examples=[16],
     )

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
+from fedloom.compress.budget import Budget
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
+from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import Config
-from fedloom.records.text import cell, to_printable
+from fedloom.records.ledger import ModuleGroup
+from fedloom.records.quantities import parse_budget
+from fedloom.report.baseline import group_modules, play_rounds
+from fedloom.server.loop import Attendance, draw_rounds
 from fedloom.studies.compare import apply_overrides, expand_variant
+from fedloom.studies.estimate.course import play_course
+from fedloom.studies.estimate.made_up import Ranks
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.studies.estimate.published import MIB, Figure, list_figures
-from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, Ranks, equal_ranks, predict
+from fedloom.studies.estimate.rounds import CODINGS, PAPER, Prediction, equal_ranks, predict
+from fedloom.studies.estimate.tables import estimate_tables as estimate_tables
 
 DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fedsrd-e")
 
@@ -26,19 +33,52 @@ DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fe
 class Case:
     """What is estimated: a name, the adapted modules with their (m, n), every client's ranks.
 
-    rounds: of the run, if there is one; coding: form of all values, "auto" for that of each method.
+    attendance: of every round of the run, if there is one; coding: form of all values, "auto" for that of each method;
+    budget: wire.budget; baseline_r: rank of the dense run that bytes are compared with, None for the largest; data:
+    what the clients' examples weigh.
     """
 
     name: str
     layout: Mapping[str, tuple[int, int]]
     ranks: Mapping[str, Ranks]
-    rounds: int | None = None
+    attendance: Sequence[Attendance] = ()
     coding: str = "auto"
+    budget: Budget | None = None
+    baseline_r: int | None = None
+    data: Volume = Volume()
+
+    @property
+    def asked(self) -> int:
+        """Clients that are asked in a round."""
+        return len(self.attendance[0].asked) if self.attendance else len(self.ranks)
+
+    @property
+    def answering(self) -> int:
+        """Clients that answer in a round, on the mean."""
+        return max(1, round(fmean(len(present.answering) for present in self.rounds)))
+
+    @property
+    def rounds(self) -> Sequence[Attendance]:
+        """Of the run; where there is none one round of all clients, whose result everybody receives."""
+        return self.attendance or [Attendance(tuple(self.ranks), frozenset())]
+
+    @property
+    def tops(self) -> dict[str, int]:
+        """The largest rank of every module."""
+        return {module: max(held.get(module, 0) for held in self.ranks.values()) for module in self.layout}
 
     @property
     def values(self) -> int:
         """Adapter values of the server: of the largest rank of every module."""
-        return sum((m + n) * max(held[name] for held in self.ranks.values()) for name, (m, n) in self.layout.items())
+        tops = self.tops
+        return sum((m + n) * tops[module] for module, (m, n) in self.layout.items())
+
+    @property
+    def modules(self) -> Sequence[ModuleGroup]:
+        """What is adapted, at the rank of the dense run that bytes are compared with."""
+        tops = self.tops
+        groups = group_modules({module: (shape, tops[module]) for module, shape in self.layout.items()}, self.ranks)
+        return [replace(group, rank=self.baseline_r) for group in groups] if self.baseline_r else groups
 
 
 def preset_case(
@@ -63,13 +103,24 @@ def config_case(config: Config) -> Case:
     from fedloom.model.base import empty_base
     from fedloom.model.peft_bridge import linear_modules
     from fedloom.model.placement import place_adapter
-    from fedloom.studies.compare import client_names
-    from fedloom.workspace.clients import place_client
+    from fedloom.workspace.assemble import select_participants
+    from fedloom.workspace.clients import place_client, place_shared
+    from fedloom.workspace.data import client_examples
 
     linear = linear_modules(empty_base(config.model.path))
-    ranks = {client: place_client(linear, config, client).ranks for client in client_names(config)}
-    shapes = place_adapter(linear, config.lora).shapes
-    return Case(config.model.path, shapes, ranks, config.federation.num_rounds, config.wire.values)
+    texts = select_participants(client_examples(config)[0], config.federation.participants)
+    ranks = {client: place_client(linear, config, client).ranks for client in texts}
+    trained = {module for held in ranks.values() for module in held}
+    return Case(
+        config.model.path,
+        place_shared(linear, place_adapter(linear, config.lora), trained).shapes,
+        ranks,
+        tuple(draw_rounds(config, tuple(texts))),
+        config.wire.values,
+        Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None,
+        config.output.baseline_r,
+        weigh_examples(texts),
+    )
 
 
 def variant_of(config: Config) -> str:
@@ -82,10 +133,13 @@ def variant_of(config: Config) -> str:
 def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bool = False) -> dict[str, Any]:
     """{"case": …, "rows": [a Prediction as a dictionary and its totals], "published": [a Figure and what we send]}.
 
-    methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one client by
-    coding, "total_bytes" those of a round of all clients in the method's own coding. Everything but bytes and the
-    published figures is a prediction from one layer of made-up updates, timed now on this machine; with `whole` every
-    layer is played, which is slow and predicts nothing.
+    methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one update and
+    one broadcast by coding, "total_bytes" those of a round in the method's own coding: of who is asked and who answers,
+    with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of
+    dense FedIT's with the same attendance. A method that cannot combine these clients has the row
+    {"method", "refused": why}; alone, it raises its ConfigError. Everything but bytes and the published figures is a
+    prediction from one layer of made-up updates, timed now on this machine; with `whole` every layer is played, which
+    is slow and predicts nothing.
     """
     built = {}
     for variant in methods:
@@ -94,8 +148,15 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
         for label, overrides in expand_variant(Config(), variant).items():
             chosen = apply_overrides(Config(), overrides).method
             method = build(chosen.name, chosen.settings)
-            built[label] = method if case.coding == "auto" else replace(method, values=case.coding)
-    rows = predict(built, case.layout, case.ranks, seed=seed, whole=whole)
+            built[label] = method if case.coding == "auto" else replace(method, values=case.coding, wider={})
+    found = predict(
+        built, case.layout, case.ranks, seed=seed, whole=whole, attending=case.answering, budget=case.budget
+    )
+    rows = [told for told in found.values() if isinstance(told, Prediction)]
+    refusals = [told for told in found.values() if isinstance(told, ConfigError)]
+    if len(refusals) == len(found) == 1:
+        raise refusals[0]
+    dense = play_rounds(case.modules, case.ranks, ((present.asked, present.answering) for present in case.rounds))
     ranks = sorted({rank for held in case.ranks.values() for rank in held.values()})
     return {
         "case": {
@@ -104,11 +165,19 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
             "values": case.values,
             "clients": len(case.ranks),
             "ranks": ranks,
-            "rounds": case.rounds,
+            "asked": case.asked,
+            "rounds": len(case.attendance) or None,
+            "dense_bytes": dense.bytes,
+            "dense_rank": dense.rank,
+            "data_bytes": dict(case.data.by_client),
+            "data_coding": case.data.coding,
             "threads": torch.get_num_threads(),
             "whole": whole,
         },
-        "rows": [_row(told, case) for told in rows],
+        "rows": [
+            {"method": name, "refused": str(told)} if isinstance(told, ConfigError) else _row(told, case, dense.bytes)
+            for name, told in found.items()
+        ],
         "published": [
             {**asdict(figure), "ours": _ours(figure, case, rows)}
             for figure in list_figures()
@@ -117,10 +186,16 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
     }
 
 
-def _row(told: Prediction, case: Case) -> dict[str, Any]:
-    clients = len(case.ranks)
-    total = clients * (told.up[told.auto] + told.down[told.auto])
-    later = case.rounds and told.first + (case.rounds - 1) * total
+def _row(told: Prediction, case: Case, dense: int) -> dict[str, Any]:
+    # A merged state's rank is at most that of the matrix, beside the adapter that is trained.
+    tops = case.tops
+    most = sum(4 * (m + n) * (min(m, n) + tops[module]) for module, (m, n) in case.layout.items())
+    course = play_course(told, case.ranks, case.rounds, most)
+    rounds = len(case.attendance)
+    # Without a run: a round that is neither the first nor the last of one.
+    total = (course.bytes - told.first) / (rounds - 1) if rounds > 1 else course.bytes
+    if not rounds:
+        total = len(case.ranks) * (told.up[told.auto] + told.down[told.auto])
     return {
         "method": told.method,
         "auto": told.auto,
@@ -128,7 +203,11 @@ def _row(told: Prediction, case: Case) -> dict[str, Any]:
         "down_bytes": {coding: round(size) for coding, size in told.down.items()},
         "total_bytes": round(total),
         "first_round_bytes": round(told.first),
-        "run_bytes": later and round(later),
+        "run_bytes": round(course.bytes) if rounds else None,
+        "turn_up_bytes": round(course.up / max(course.turns, 1)),
+        "turn_down_bytes": round(course.down / max(course.turns, 1)),
+        "delivery_bytes": round(course.delivery),
+        "share_of_dense": (course.bytes if rounds else total) / dense,
         "efficiency": told.efficiency,
         "predicted_server_s": told.server_s,
         "predicted_server_bytes": told.memory and round(told.memory),
@@ -148,79 +227,3 @@ def _ours(figure: Figure, case: Case, rows: Sequence[Prediction]) -> dict[str, f
         return None if told.efficiency is None else {"efficiency": told.efficiency}
     ways = {"up": (told.up,), "down": (told.down,), "both": (told.up, told.down)}[figure.way]
     return {coding: sum(way[coding] for way in ways) / MIB for coding in (PAPER, *CODINGS)}
-
-
-def estimate_tables(result: Mapping[str, Any]) -> list[Table]:
-    """What `run_estimate` returned, for a terminal."""
-    return [_round_table(result), *([_published_table(result)] if result["published"] else [])]
-
-
-def _round_table(result: Mapping[str, Any]) -> Table:
-    case = result["case"]
-    ranks = ", ".join(map(str, case["ranks"]))
-    title = (
-        f"{to_printable(case['name'], 100)}: {case['clients']} clients, rank {ranks}, {case['modules']} modules, "
-        f"{case['values']:,} values. MiB of one client and round, up + down; really encoded, of made-up updates"
-    )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=cell(title, "bold"),
-        caption="all: a round of all clients in the coding before it, wire.values. Seconds and memory of the "
-        + (
-            "server: measured, every layer"
-            if case["whole"]
-            else "server are predictions: one layer timed now times the layers"
-        )
-        + f", {case['threads']} threads",
-    )
-    table.add_column("method", overflow="fold")
-    for name in (PAPER, *CODINGS, "auto", "all", "1 / Σ rank", "server s", "MiB"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in result["rows"]:
-        sizes = [f"{row['up_bytes'][c] / MIB:.1f} + {row['down_bytes'][c] / MIB:.1f}" for c in (PAPER, *CODINGS)]
-        table.add_row(
-            cell(row["method"]),
-            *sizes,
-            row["auto"],
-            f"{row['total_bytes'] / MIB:.1f}",
-            _scientific(row["efficiency"]),
-            f"{row['predicted_server_s']:.2f}",
-            "–" if row["predicted_server_bytes"] is None else f"{row['predicted_server_bytes'] / MIB:,.0f}",
-        )
-    return table
-
-
-def _published_table(result: Mapping[str, Any]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Published figures: MiB of one client and round, or 1 / Σ rank",
-        title_style="bold",
-        caption="ours: really encoded; – where the estimate is of other ranks, modules or clients, or lacks the method",
-    )
-    numbers = ("published", "computed", "ours, its coding", "fp32", "int4")
-    for name in ("paper", "rank", "method", "way", *numbers, "formula"):
-        table.add_column(name, justify="right" if name in numbers else "left")
-    for row in result["published"]:
-        ours = row["ours"] or {}
-        show = _scientific if row["way"] == "efficiency" else _mib
-        table.add_row(
-            row["paper"],
-            f"{row['rank']}, K = {row['clients']}",
-            row["method"],
-            row["way"],
-            show(row["published"]),
-            show(row["computed"]),
-            show(ours.get(PAPER, ours.get("efficiency"))),
-            _mib(ours.get("fp32")),
-            _mib(ours.get("int4")),
-            row["formula"],
-        )
-    return table
-
-
-def _mib(size: float | None) -> str:
-    return "–" if size is None else f"{size:.1f}"
-
-
-def _scientific(value: float | None) -> str:
-    return "–" if value is None else f"{1e4 * value:.2f}e-4"

@@ -9,29 +9,29 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
+from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraPair, LoraState, initial_state
-from fedloom.methods.method import Method, State
+from fedloom.lora.pair import LoraState, initial_state
+from fedloom.methods.method import Method
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ServerTurn, Train, Trained, server_turn
+from fedloom.rounds.turns import ServerTurn, full_state, server_turn
 from fedloom.studies.estimate.machine import extra_bytes
+from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
 from fedloom.studies.estimate.paper import paper_encode
 from fedloom.wire import Message, decode, describe, encode
+from fedloom.workspace.clients import top_ranks
+from fedloom.workspace.plan import download_share
 
 CODINGS = ("fp32", "bf16", "int8", "int4")
 PAPER = "paper"
 """The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
 ROUNDS = 3
 """Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
-Ranks = Mapping[str, int]
 Sizes = Mapping[str, float]
 
 
@@ -54,8 +54,9 @@ class Prediction:
     """A round of one method on the whole model.
 
     up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
-    may alternate, and begin otherwise than they go on); first: bytes of the first round, all clients and both ways, in
-    `auto`. auto: the method's coding (`Method.values`). efficiency: one over the sum of the ranks that are
+    may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
+    ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
+    states: bytes of the full state after each round played. efficiency: one over the sum of the ranks that are
     broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
     of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
     not tell).
@@ -69,6 +70,18 @@ class Prediction:
     efficiency: float | None
     server_s: float
     memory: float | None = None
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    states: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of one client's update and of one broadcast to it: of the first round, and the mean of later ones."""
+
+    first_up: float
+    first_down: float
+    up: float
+    down: float
 
 
 class Play(Federation):
@@ -97,7 +110,7 @@ def sample_modules(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ra
     kinds: dict[object, str] = {}
     counts: Counter[str] = Counter()
     for module, shape in layout.items():
-        key = module if whole else module.rpartition(".")[2], shape, tuple(held[module] for held in ranks.values())
+        key = module if whole else module.rpartition(".")[2], shape, tuple(held.get(module) for held in ranks.values())
         counts[kinds.setdefault(key, module)] += 1
     return Sample({module: layout[module] for module in counts}, counts)
 
@@ -110,86 +123,125 @@ def predict(
     seed: int = 0,
     whole: bool = False,
     with_memory: bool = True,
-) -> list[Prediction]:
-    """A round of each method with clients of these ranks (client → module → rank) on these modules.
+    attending: int | None = None,
+    budget: Budget | None = None,
+) -> dict[str, Prediction | ConfigError]:
+    """A round of each method with clients of these ranks (client → module → rank) on these modules, by name.
 
-    One module of each kind is played, with `whole` every one. Raises ConfigError where a method cannot combine unequal
-    ranks.
+    One module of each kind is played, with `whole` every one. attending: clients of a round, all if None; those that
+    are played have all ranks in turn. budget: wire.budget, for methods that keep to one. A ConfigError stands for a
+    method that cannot combine these ranks or modules.
     """
     chosen = sample_modules(layout, ranks, whole=whole)
-    held = {client: {module: rank[module] for module in chosen.shapes} for client, rank in ranks.items()}
-    played = [_predict(name, method, chosen, held, seed) for name, method in methods.items()]
+    held = {
+        client: {module: rank[module] for module in chosen.shapes if module in rank} for client, rank in ranks.items()
+    }
+    played = {name: _try(name, method, chosen, held, seed, attending, budget) for name, method in methods.items()}
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
-    return [replace(told, memory=measure_memory(play, chosen) if with_memory else None) for told, play in played]
+    return {
+        name: told
+        if isinstance(told, ConfigError)
+        else replace(told[0], memory=measure_memory(told[1], chosen) if with_memory else None)
+        for name, told in played.items()
+    }
+
+
+def _try(
+    name: str,
+    method: Method,
+    chosen: Sample,
+    held: Mapping[str, Ranks],
+    seed: int,
+    attending: int | None,
+    budget: Budget | None,
+) -> tuple[Prediction, Play] | ConfigError:
+    try:
+        top = top_ranks(method, held)
+    except ConfigError as error:
+        return error
+    begin = initial_state(chosen.shapes, top, seed)
+    here = choose_clients(held, attending or len(held))
+    kept = budget if method.takes_budget else None
+    scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
+    job = Job(
+        method,
+        seed,
+        quantize("fp32"),
+        budget=scaled,
+        downloads=download_share(begin, held, len(here)),
+    )
+    return _predict(name, job, begin, here, chosen, method.form(kept))
+
+
+def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
+    """So many clients in the place of all: evenly from the smallest adapter to the largest."""
+    order = sorted(held, key=lambda client: sum(held[client].values()))
+    return {client: held[client] for client in (order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count))}
 
 
 def _predict(
-    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], seed: int
+    name: str, job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str
 ) -> tuple[Prediction, Play]:
-    top = {module: max(rank[module] for rank in held.values()) for module in chosen.shapes}
-    if not method.facts.unequal_ranks and any(rank != top for rank in held.values()):
-        raise ConfigError(f"method {method.name!r} needs equal ranks, but some clients have lower ones than others")
-    job = Job(method, seed, quantize("fp32"))
-    begin = initial_state(chosen.shapes, top, seed)
-    play, train = Play(job, begin, held), train_made_up(method)
-    up, down = [], []
-    for _ in range(ROUNDS):
-        result = play.round(train)
-        up.append(sizes_of(list(result.uploads.values()), chosen, method.values))
-        received = [play.broadcast_for(client, result.broadcast) for client in play.clients]
-        down.append(sizes_of(received, chosen, method.values))
-    play.clients.clear()
+    """Three rounds in fp32, their payloads coded in every form; for a method with a budget, in its own form as well."""
+    play, up, down, states, efficient = _play(job, begin, held, chosen, auto)
+    if job.method.budget(job.budget) and auto != "fp32":  # how much is sent follows from the form
+        _, up_auto, down_auto, states, _ = _play(replace(job, quantize=quantize(auto)), begin, held, chosen, auto)
+        for rounds, own in ((up, up_auto), (down, down_auto)):
+            for every, sizes in zip(rounds, own, strict=True):
+                for client, size in sizes.items():
+                    every[client] = {**every[client], auto: size[auto]}
+    traffic = {
+        client: Traffic(
+            up[0][client][auto],
+            down[0][client][auto],
+            sum(sizes[client][auto] for sizes in up[1:]) / (ROUNDS - 1),
+            sum(sizes[client][auto] for sizes in down[1:]) / (ROUNDS - 1),
+        )
+        for client in held
+    }
     told = Prediction(
         name,
-        mean_sizes(up[1:]),
-        mean_sizes(down[1:]),
-        len(held) * (up[0][method.values] + down[0][method.values]),
-        method.values,
-        efficiency(decode(result.broadcast).entries, chosen),
+        mean_sizes([size for sizes in up[1:] for size in sizes.values()]),
+        mean_sizes([size for sizes in down[1:] for size in sizes.values()]),
+        sum(own.first_up + own.first_down for own in traffic.values()),
+        auto,
+        efficient,
         chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
+        traffic=traffic,
+        states=states,
     )
     return told, play
 
 
-def train_made_up(method: Method) -> Train:
-    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
-
-    def train(state: State, round: int, seed: int) -> Trained:
-        generator = torch.Generator().manual_seed(seed)
-        parts = method.parts(state, round)
-        core = method.core(state)
-        pairs = {}
-        for module, pair in state.adapter.items():
-            a, b = pair.A, pair.B
-            if module in core:
-                a = a + draw_noise((pair.rank, core[module].rank), generator) @ core[module].A
-            else:
-                a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
-                b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
-            pairs[module] = LoraPair(a, b)
-        return Trained(LoraState(pairs), num_examples=1, loss=0.0)
-
-    return train
+def _play(
+    job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str
+) -> tuple[Play, list[dict[str, Sizes]], list[dict[str, Sizes]], tuple[float, ...], float | None]:
+    """(the play, client → sizes up and down of every round, bytes of the full states, efficiency of the last round)."""
+    play, train = Play(job, begin, held), train_made_up(job.method)
+    steps = {client: train_part(train, own) for client, own in held.items()}
+    up, down, states = [], [], []
+    for number in range(1, ROUNDS + 1):
+        result = play.round(steps)
+        up.append(sizes_of(result.uploads, chosen, auto))
+        received = {client: play.broadcast_for(client, result.broadcast) for client in play.clients}
+        down.append(sizes_of(received, chosen, auto))
+        states.append(chosen.scale * len(full_state(job, play.server, number)))
+    play.clients.clear()
+    return play, up, down, tuple(states), efficiency(decode(result.broadcast).entries, chosen)
 
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal values whose standard deviation is log-normal, about 1e-3."""
-    scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
-    return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
-
-
-def sizes_of(payloads: Sequence[bytes], chosen: Sample, auto: str) -> dict[str, float]:
-    """Coding → bytes of one payload on the whole model, the mean over payloads; those that are alike are coded once."""
+def sizes_of(payloads: Mapping[str, bytes], chosen: Sample, auto: str) -> dict[str, Sizes]:
+    """Client → coding → bytes of its payload on the whole model; payloads that are alike are coded once."""
     codings = dict.fromkeys((*CODINGS, auto))
     known: dict[object, dict[str, float]] = {}
-    found = []
-    for message in map(decode, payloads):
+    found: dict[str, Sizes] = {}
+    for client, message in ((client, decode(payload)) for client, payload in payloads.items()):
         alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
         if alike not in known:
             known[alike] = {coding: scaled_bytes(recode(message, coding), chosen) for coding in codings}
             known[alike][PAPER] = paper_bytes(message.entries, chosen)
-        found.append(known[alike])
-    return mean_sizes(found)
+        found[client] = known[alike]
+    return found
 
 
 def mean_sizes(sizes: Sequence[Sizes]) -> dict[str, float]:

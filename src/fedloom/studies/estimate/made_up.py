@@ -1,0 +1,47 @@
+"""Training that is made up: the changes of an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedloom.lora.pair import LoraPair, LoraState, subset
+from fedloom.methods.method import Method, State
+from fedloom.rounds.turns import Train, Trained
+
+Ranks = Mapping[str, int]
+
+
+def train_part(train: Train, modules: Ranks) -> Train:
+    """The step of a client that trains these modules only."""
+    return lambda state, round, seed: train(replace(state, adapter=subset(state.adapter, modules)), round, seed)
+
+
+def train_made_up(method: Method) -> Train:
+    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
+
+    def train(state: State, round: int, seed: int) -> Trained:
+        generator = torch.Generator().manual_seed(seed)
+        parts = method.parts(state, round)
+        core = method.core(state)
+        pairs = {}
+        for module, pair in state.adapter.items():
+            a, b = pair.A, pair.B
+            if module in core:
+                a = a + draw_noise((pair.rank, core[module].rank), generator) @ core[module].A
+            else:
+                a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
+                b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
+            pairs[module] = LoraPair(a, b)
+        return Trained(LoraState(pairs), num_examples=1, loss=0.0)
+
+    return train
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal values whose standard deviation is log-normal, about 1e-3."""
+    scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
+    return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)

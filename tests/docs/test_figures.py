@@ -1,0 +1,62 @@
+"""Figures in the documentation are those of front.csv, and front.csv is what its runs are by today's baseline."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from experiments.points import figures, rows
+from experiments.rebase import changed, rebased
+
+from fedloom.errors import DataError
+from fedloom.report.tables import to_csv, to_markdown
+from fedloom.testbeds import testbed_folder
+
+ROOT = Path(__file__).parents[2]
+FRONT = ROOT / "docs" / "front.csv"
+CLAIMS = {
+    "README.md": ("budget and five fresh seeds", "[docs/benchmarks]"),
+    "docs/benchmarks/front.md": ("- **The demo: loom", "With the ranks of the file"),
+}
+"""Page → where the sentences begin and end that have nothing but figures of the front."""
+
+
+@pytest.fixture(scope="module")
+def known():
+    with FRONT.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def again():
+    return rebased(FRONT, testbed_folder(), 300)
+
+
+def test_the_shares_are_those_of_todays_baseline(again):
+    points = [point for _, point in again]
+    assert to_csv(figures(points)) == FRONT.read_text(encoding="utf-8")
+    assert to_markdown(rows(points)) in (ROOT / "docs" / "benchmarks" / "front.md").read_text(encoding="utf-8")
+
+
+def test_the_log_has_both_baselines_side_by_side(again):
+    assert to_markdown(changed(again)) in (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    shares = {point.variant: (old, point.share) for old, point in again if point.testbed == "many"}
+    old, new = shares["fedit:wire.values=fp32"]
+    assert (round(100 * old, 2), round(100 * new, 2)) == (106.52, 67.71)
+
+
+@pytest.mark.parametrize("page", sorted(CLAIMS))
+def test_what_is_said_stands_in_the_figures(page, known):
+    begin, end = CLAIMS[page]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    said = text[text.index(begin) : text.index(end, text.index(begin))]
+    scores, shares = re.findall(r"\d+\.\d ± \d+\.\d", said), re.findall(r"\d+\.\d\d(?= %)", said)
+    assert len(scores) >= 4 and len(shares) >= 2
+    assert set(scores) <= {row["end %"] for row in known}
+    assert set(shares) <= {row["of dense fp32, rank 16"].split(" ")[0] for row in known}
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="is no table of `python -m experiments front`"):
+        rebased(tmp_path / "x.csv", testbed_folder(), 300)
