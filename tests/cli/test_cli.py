@@ -347,7 +347,7 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
     scores, costs = (line.split()[1:] for line in lines if line.strip().startswith("florist:tau=1.0,client_init=warm "))
     paired = "+0.0 ± 0.0 100.0 %"  # the same scores as FedIT's, seed by seed
     assert scores == f"3 10.0 ± 0.0 60.0 ± 24.8 1.000 ± 0.000 {paired}".split()
-    assert costs == ["3.9", "KiB", "0", "B", "50.00", "%", "0.50", "0.000"]
+    assert costs == ["3.9", "KiB", "0", "B", "100.00", "%", "0.50", "0.000"]
     assert (
         "| florist:tau=1.0,client_init=warm | 3 | 10.0 ± 0.0 | 60.0 ± 24.8 |" in (tmp_path / "c/compare.md").read_text()
     )

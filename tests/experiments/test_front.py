@@ -78,7 +78,7 @@ def test_the_line_takes_bytes_over_rates_and_a_round_trip_each_way():
 
 def test_only_what_is_within_the_budget_and_beyond_both_intervals_lies_above():
     def point(variant, score, half, share=0.01, budget="1%"):
-        return Point("demo", budget, variant, 5, share, 1, 1, 0, score, half, 1, (1, 1, 1))
+        return Point("demo", budget, variant, 5, share, 1, 1, 0, score, half, 1, (1, 1, 1), 1, "rank 16")
 
     ours = point("loom", 90, 1)
     assert above([ours, point("fedit:a=1", 94, 2)]) == [point("fedit:a=1", 94, 2)]
@@ -94,7 +94,7 @@ def test_the_rows_and_the_picture_have_every_point(made, tmp_path):
         variant for some in tomllib.loads(LISTS)["demo"].values() for variant in some
     ]
     fedsrd = next(row for row in said if row["run"] == "fedsrd")
-    assert (fedsrd["of dense fp32"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
+    assert (fedsrd["of dense fp32, rank 16"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
     picture.front(points, tmp_path / "front.png")
     with Image.open(tmp_path / "front.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 100

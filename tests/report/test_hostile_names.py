@@ -128,7 +128,7 @@ def test_a_name_is_drawn_as_it_is_written(name: str):
 @pytest.mark.parametrize("name", [r"$\frac{$", "_hidden", "银行", "\x1b]0;x\x07"])
 def test_all_pictures_take_such_names(name: str):
     report = summarise(rows(name, name))
-    point = Point(name, "published", name, 1, 0.5, 1.0, 1.0, 10.0, 10.0, 0.0, 1.0, (1.0, 1.0, 1.0))
+    point = Point(name, "published", name, 1, 0.5, 1.0, 1.0, 10.0, 10.0, 0.0, 1.0, (1.0, 1.0, 1.0), 9.0, name)
     for draw in (
         lambda held: figure.draw_comparison({name: [report], "other": [report]}, held),
         lambda held: picture.front([point], held),
