@@ -69,8 +69,8 @@ def find_target(
     run = folder / "config.toml" if (folder / "ledger.jsonl").is_file() else None
     if isinstance(config, Config):
         settings = apply_overrides(config, overrides)
-    elif config or run:
-        settings = load_config(config or folder / "config.toml", overrides)
+    elif path := config or run:
+        settings = load_config(path, overrides)
     else:
         settings = apply_overrides(Config(), overrides)
     adapter = folder / "adapter" if run else folder
