@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on, `validation` to those
-    that a round is chosen on.
+    """All that a run works with. `scorer` holds the examples that scores are taken on, `validation` those that a round
+    is chosen on, by domain.
 
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
@@ -66,7 +66,6 @@ class Setup:
     adapter: Adapter
     initial: LoraState
     sites: Mapping[str, LocalClient]
-    heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
     notes: tuple[str, ...] = ()
@@ -75,6 +74,11 @@ class Setup:
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
+
+    @property
+    def heldout(self) -> Mapping[str, TokenizedExamples]:
+        """Domain → the examples that scores are taken on."""
+        return self.scorer.data
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -219,7 +223,6 @@ def build_setup(
         model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
-        heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
         notes=notes,
@@ -241,7 +244,6 @@ def build_setup_around(config: Config, model: PeftModel, clients: Collection[str
         model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, TokenizedExamples((), 0)) for name, adapter in plan.adapters.items()},
-        heldout={},
         manifest=None,
         fingerprint=fingerprint(config, {name: [] for name in clients}),
     )
