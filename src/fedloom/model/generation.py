@@ -37,7 +37,7 @@ def generate_answers(
     # PEFT's wrapper would hand its own copy of the settings of generation down.
     causal = cast(PreTrainedModel, wrapped() if wrapped else model)
     training = causal.training
-    causal.eval()
+    causal.eval()  # type: ignore[no-untyped-call]
     order = sorted(range(len(data)), key=lambda index: data[index].prompt)
     answers = [""] * len(data)
     failed = "the model cannot generate answers, which evaluation.metrics asks for"
