@@ -13,7 +13,7 @@ from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import read_rows
 from fedloom.report import summarise
-from fedloom.server.loop import draw_rounds
+from fedloom.server.attendance import draw_rounds
 from fedloom.studies import estimate
 from fedloom.studies.estimate import rounds
 from fedloom.studies.estimate.presets import preset_named, preset_shapes

@@ -19,7 +19,7 @@ from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
-from fedloom.model.limits import limits_of
+from fedloom.model.limits import model_limits
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
@@ -41,7 +41,7 @@ from fedloom.workspace.data import (
     heldout_examples,
     validation_examples,
 )
-from fedloom.workspace.plan import choose_method, describe_excess, plan_job, values_of
+from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
@@ -96,7 +96,7 @@ class Setup:
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
-        held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
+        held = {name: count_values(self.initial, site.ranks) for name, site in self.sites.items()}
         return RunRow(
             method=self.job.method.name,
             model=self.config.model.path,
@@ -208,7 +208,7 @@ def build_setup(
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
     linear = linear_modules(base)
     plan = plan_job(linear, config, texts, method)
-    data, limits = config.data, limits_of(base)
+    data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
     if data.packing and any(texts.values()):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedloom.server.loop import Attendance
+from fedloom.server.attendance import Attendance
 from fedloom.studies.estimate.made_up import Ranks
 from fedloom.studies.estimate.rounds import Prediction, Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RunBytes:
     """Bytes of a run: up, down in turns with what was missed, the result to everybody; and how many turns it has."""
 
     up: float
@@ -25,7 +25,7 @@ class Course:
         return self.up + self.down + self.delivery
 
 
-def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[Attendance], most: float) -> Course:
+def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[Attendance], most: float) -> RunBytes:
     """The run. ranks: client → module → rank, of all clients. most: bytes that a full state cannot exceed."""
     traffic = {client: of_client(told, ranks, client) for client in ranks}
     known, steps, turns = dict.fromkeys(ranks, 0), 0, 0
@@ -39,7 +39,7 @@ def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[A
             up += traffic[client].up if steps else traffic[client].first_up
         steps += bool(present.answering)
     delivery = sum(catch_up(told, traffic[client], known[client], steps, most) for client in known)
-    return Course(up, down, delivery, turns)
+    return RunBytes(up, down, delivery, turns)
 
 
 def of_client(told: Prediction, ranks: Mapping[str, Ranks], client: str) -> Traffic:
