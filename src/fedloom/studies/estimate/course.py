@@ -55,11 +55,14 @@ def catch_up(told: Prediction, traffic: Traffic, known: int, steps: int, most: f
     if known == steps:
         return 0.0
     missed = (steps - known) * traffic.down + (0.0 if known else traffic.first_down - traffic.down)
-    return min(missed, state_bytes(told.states, steps), most)
+    return min(missed, state_bytes(told, steps), most)
 
 
-def state_bytes(states: tuple[float, ...], steps: int) -> float:
+def state_bytes(told: Prediction, steps: int) -> float:
     """Bytes of the full state: of methods that merge it grows with every round, as it did in those that were played."""
+    states = told.states
     if steps <= len(states):
         return states[steps - 1]
-    return states[-1] + (steps - len(states)) * (states[-1] - states[-2])
+    # Of other methods it only fills up, and has done so by then.
+    growth = states[-1] - states[-2] if told.merges else 0.0
+    return states[-1] + (steps - len(states)) * growth
