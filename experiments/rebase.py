@@ -17,7 +17,7 @@ from experiments.points import LINKS, TARGET, Point, Reference
 from fedloom.errors import DataError
 from fedloom.records.configfile import load_config
 from fedloom.report.baseline import FP32, play_rounds
-from fedloom.server.loop import draw_rounds
+from fedloom.server.attendance import draw_rounds
 from fedloom.studies.estimate import Case, config_case
 
 SHARE = "of dense fp32"

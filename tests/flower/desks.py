@@ -94,7 +94,7 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     sites = {name: LocalClient(adapter, TokenizedExamples(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
     job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
-    return ToySetup(config, job, None, adapter, toy.initial(), sites, {}, None, "toy")
+    return ToySetup(config, job, None, adapter, toy.initial(), sites, None, "toy")
 
 
 @dataclass

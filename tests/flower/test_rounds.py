@@ -16,8 +16,9 @@ from fedloom.model.evaluate import Scores
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Roll, RunRow, Transfer, read_rows, totals
 from fedloom.report import summarise
+from fedloom.server.attendance import Attendance
 from fedloom.server.local import LocalSites
-from fedloom.server.loop import Attendance, Rounds
+from fedloom.server.loop import Rounds
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.wire import Message, decode, describe, encode

@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import digest
 from fedloom.model.packing import check_packs, pack_lengths, training_rows, without_mask
 from fedloom.model.tokens import IGNORED, TokenizedExamples
-from fedloom.workspace.tokenized import pack
+from fedloom.workspace.tokenized import pack_examples
 from tiny_models import MODELS
 
 
@@ -27,7 +27,7 @@ def losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_every_token_of_a_packed_row_has_its_own_loss(name: str) -> None:
-    model, data = MODELS[name](), pack(client(count=9), 32)
+    model, data = MODELS[name](), pack_examples(client(count=9), 32)
     rows = training_rows(data)
     assert len(rows) == data.num_rows < len(data) == 9
     check_packs(model, 80)
@@ -40,7 +40,7 @@ def test_every_token_of_a_packed_row_has_its_own_loss(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_on_all_rows_is_a_step_on_all_examples(name: str) -> None:
     plain = client(count=8)
-    packed = pack(plain, 32)
+    packed = pack_examples(plain, 32)
     model, state = resident(name)
     before, unpacked = update(model, state, plain, changed(SGD, per_device_train_batch_size=8))
     after, stats = update(model, state, packed, changed(SGD, per_device_train_batch_size=packed.num_rows))
@@ -56,7 +56,7 @@ def test_a_step_on_all_rows_is_a_step_on_all_examples(name: str) -> None:
 def test_nothing_predicts_the_first_token_of_an_example() -> None:
     data = client(count=4)
     learnt = tuple(type(one)(one.ids, one.prompt, True, ((1, len(one.ids)),)) for one in data.examples)
-    packed = pack(TokenizedExamples(learnt, 0), 64)
+    packed = pack_examples(TokenizedExamples(learnt, 0), 64)
     rows = training_rows(packed)
     batch = rows.collate([rows[0]])
     starts = batch["position_ids"] == 0

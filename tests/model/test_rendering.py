@@ -10,7 +10,7 @@ from transformers.tokenization_python import PreTrainedTokenizer
 
 from fedloom.errors import ConfigError, DataError, ModelError
 from fedloom.model.examples import to_example
-from fedloom.model.limits import ModelLimits, check_readable, limits_of
+from fedloom.model.limits import ModelLimits, check_readable, model_limits
 from fedloom.model.tokens import tokenize
 from tiny_models import MODELS, tokenizer
 
@@ -122,11 +122,11 @@ def test_a_template_that_takes_no_system_role_says_what_to_do() -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
     made = tokenizer()
-    rows = limits_of(MODELS["llama"]()).rows
+    rows = model_limits(MODELS["llama"]()).rows
     made.add_tokens([AddedToken("elephant")])
     data = tokenize([to_example({"prompt": "an elephant", "completion": "yes"})], made, "plain", 99)
     with pytest.raises(ModelError, match=f"client 1: .*token {rows}, .* {rows} rows, for tokens 0 to {rows - 1}: take"):
-        check_readable(data, limits_of(MODELS["llama"]()), "client 1")
+        check_readable(data, model_limits(MODELS["llama"]()), "client 1")
     assert check_readable(data, ModelLimits(rows + 1, None, False), "client 1") is data
 
 
@@ -134,8 +134,8 @@ def test_a_pad_token_beyond_the_model_is_not_asked_for() -> None:
     made = tokenizer()
     made.add_special_tokens({"pad_token": "<padding>"})
     data = tokenize([to_example(ROWS["instruction"])], made, "plain", 99)
-    fitting = check_readable(data, limits_of(MODELS["gpt2"]()), "client 1")
-    assert data.pad == limits_of(MODELS["gpt2"]()).rows and fitting.pad == 0
+    fitting = check_readable(data, model_limits(MODELS["gpt2"]()), "client 1")
+    assert data.pad == model_limits(MODELS["gpt2"]()).rows and fitting.pad == 0
 
 
 def test_more_tokens_than_positions_is_refused_where_there_is_a_table_and_noted_elsewhere() -> None:
@@ -144,7 +144,7 @@ def test_more_tokens_than_positions_is_refused_where_there_is_a_table_and_noted_
     with pytest.raises(
         ConfigError, match="client 1 has an example of 303 tokens, .*256 positions: set data.max_length"
     ):
-        check_readable(data, limits_of(MODELS["gpt2"]()), "client 1")
-    assert check_readable(short, limits_of(MODELS["gpt2"]()), "client 1") is short
-    (note,) = check_readable(data, limits_of(MODELS["llama"]()), "client 1").notes
+        check_readable(data, model_limits(MODELS["gpt2"]()), "client 1")
+    assert check_readable(short, model_limits(MODELS["gpt2"]()), "client 1") is short
+    (note,) = check_readable(data, model_limits(MODELS["llama"]()), "client 1").notes
     assert "longer than the 256 positions" in note and "data.max_length = 256" in note

@@ -15,7 +15,7 @@ from fedloom.lora.pair import subset
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Aggregation, ModuleGroup, RunRow, Training, Transfer, read_rows
 from fedloom.report import summarise
-from fedloom.report.baseline import Play, group_modules, play_ledger
+from fedloom.report.baseline import DenseRun, group_modules, play_ledger
 from fedloom.report.numbers import common_rank
 from fedloom.report.page import page
 from fedloom.report.tables import comparison_rows, cost_sentence, traffic_table
@@ -207,7 +207,7 @@ def test_modules_are_grouped_by_who_trains_them():
 )
 def test_a_dense_run_is_what_a_slow_twin_counts(groups, rounds):
     """Payloads module by module, as a dictionary; a client of every round fetches in the end from every step."""
-    play, made = Play([ModuleGroup(width, rank, tuple(sorted(held))) for width, rank, held in groups]), []
+    play, made = DenseRun([ModuleGroup(width, rank, tuple(sorted(held))) for width, rank, held in groups]), []
     for clients in rounds:
         play.advance(clients)
         made.append(Counter({k: 4 * w * r for k, (w, r, held) in enumerate(groups) if held & clients}))

@@ -117,10 +117,10 @@ def test_a_crash_anywhere_changes_nothing(tmp_path: Path, moment: tuple[str, int
     assert kept == ["round-00004", "round-00005"]
     original, count = getattr(RunFolder, moment[0]), iter(range(1, 1000))
 
-    def crash(folder: RunFolder, *arguments: object, **options: object) -> None:
+    def crash(folder: RunFolder, *arguments: object, **named: object) -> None:
         if next(count) == moment[1]:
             raise Crash
-        original(folder, *arguments, **options)
+        original(folder, *arguments, **named)
 
     monkeypatch.setattr(RunFolder, moment[0], crash)
     with pytest.raises(Crash), simulation(judged(*saved), tmp_path / "broken") as run:

@@ -13,7 +13,7 @@ from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import read_rows
 from fedloom.report import summarise
-from fedloom.server.loop import draw_rounds
+from fedloom.server.attendance import draw_rounds
 from fedloom.studies import estimate
 from fedloom.studies.estimate import rounds
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
@@ -108,8 +108,8 @@ def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():
     case = estimate.preset_case("tinyllama", ranks=[8, 4], modules=["k_proj"])
     plain = build("fedsrd")
     equal = replace(plain, facts=replace(plain.facts, unequal_ranks=False))
-    refusal = predict({"own": equal}, case.layout, case.ranks)["own"]
-    assert isinstance(refusal, ConfigError) and "needs equal ranks" in str(refusal)
+    refused = predict({"own": equal}, case.layout, case.ranks)["own"]
+    assert isinstance(refused, ConfigError) and "needs equal ranks" in str(refused)
     (row,) = estimate.run_estimate(case, ["florist"])["rows"]
     dense = [4 * rank * sum(map(sum, preset_shapes(preset_named("tinyllama"), ["k_proj"]).values())) for rank in (8, 4)]
     assert row["up_bytes"]["paper"] == pytest.approx(sum(dense) / 2)

@@ -27,7 +27,8 @@ from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Training
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import check_update
-from fedloom.server.loop import Attendance, Rounds, Updates
+from fedloom.server.attendance import Attendance
+from fedloom.server.loop import Rounds, Updates
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup

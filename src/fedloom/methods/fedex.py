@@ -16,7 +16,7 @@ from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import FROZEN, Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import dense_entries, product_sums, send_factors
 from fedloom.methods.shared.components import components_beyond, merge_increment, read_pairs
-from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
 
 
 def fedex() -> Method:
@@ -56,4 +56,4 @@ def take_up(state: State, entries: Entries, context: Context) -> State:
     """Go on from the means, and merge the residual."""
     means = {name: entry for name, entry in entries.items() if name.rpartition("/")[2] in PARTS}
     frozen = merge_increment(state.frozen, read_pairs(entries, FROZEN))
-    return replace(replace_whole(state, means, context), frozen=frozen)
+    return replace(take_whole(state, means, context), frozen=frozen)

@@ -16,7 +16,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import dense_entries, only_b, send_factors
 from fedloom.methods.shared.components import fill_rank
-from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
 
 
 def fedsvd() -> Method:
@@ -31,7 +31,7 @@ def fedsvd() -> Method:
         ),
         compress=partial(send_factors, only_b),
         aggregate=turn_product,
-        receive=replace_whole,
+        receive=take_whole,
         adopt=adopt_whole,
         trainable=only_b,
     )
@@ -42,6 +42,6 @@ def turn_product(state: State, updates: Iterable[Update], context: Context) -> A
 
     Directions that B̄ does not use keep rows of the old A, so that they can still train.
     """
-    means = replace_whole(state, average_whole(state, updates, context).entries, context).adapter
+    means = take_whole(state, average_whole(state, updates, context).entries, context).adapter
     turn = {module: fill_rank(truncate(pair).pair, pair) for module, pair in means.items()}
     return Aggregate(dense_entries(LoraState(turn), context))

@@ -10,7 +10,7 @@ from functools import partial
 
 from fedloom.methods.method import Facts, Method
 from fedloom.methods.shared.averaging import only_b, send_factors
-from fedloom.methods.shared.whole import adopt_whole, average_whole, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
 
 
 def ffa() -> Method:
@@ -26,7 +26,7 @@ def ffa() -> Method:
         ),
         compress=partial(send_factors, only_b),
         aggregate=average_whole,
-        receive=replace_whole,
+        receive=take_whole,
         adopt=adopt_whole,
         trainable=only_b,
     )

@@ -20,7 +20,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import fill_within_budget, weighted_mean, zero_change
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
-from fedloom.methods.shared.whole import adopt_whole, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, take_whole
 
 
 def flasc(
@@ -52,7 +52,7 @@ def flasc(
         ),
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
-        receive=replace_whole,
+        receive=take_whole,
         adopt=adopt_whole,
         takes_budget=True,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import dense_entries, send_factors
-from fedloom.methods.shared.whole import adopt_whole, read_whole_pairs, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, read_whole_pairs, take_whole
 
 
 def flora_na(*, sweeps: int = 20) -> Method:
@@ -30,7 +30,7 @@ def flora_na(*, sweeps: int = 20) -> Method:
         ),
         compress=partial(send_factors, both_factors),
         aggregate=partial(nearest_factors, sweeps),
-        receive=replace_whole,
+        receive=take_whole,
         adopt=adopt_whole,
     )
 

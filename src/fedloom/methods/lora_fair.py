@@ -17,7 +17,7 @@ from fedloom.errors import ConfigError
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import code_dense, send_factors, weighted_mean
 from fedloom.methods.shared.components import read_pairs
-from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole_pairs, replace_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole_pairs, take_whole
 
 
 def lora_fair(*, ridge: float = 0.01) -> Method:
@@ -33,7 +33,7 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
         ),
         compress=partial(send_factors, both_factors),
         aggregate=partial(correct_mean, ridge),
-        receive=replace_whole,
+        receive=take_whole,
         adopt=adopt_whole,
     )
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
-from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedloom.errors import ModelError
 from fedloom.model.base import quiet_transformers
+from fedloom.model.generation import generate_answers, to_text
 from fedloom.model.tokens import TokenizedExamples, Tokens
 
 LONGEST = 64
@@ -30,7 +30,6 @@ class Answered:
     text: str
 
 
-@torch.no_grad()
 def answer_examples(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, heldout: Mapping[str, TokenizedExamples], number: int
 ) -> list[Answered]:
@@ -40,31 +39,19 @@ def answer_examples(
     cannot generate gives none: what is only shown must not end a run.
     """
     turns = zip_longest(*([(domain, tokens) for tokens in data.examples] for domain, data in heldout.items()))
-    chosen = list(islice((one for turn in turns for one in turn if one is not None), number))
-    training = model.training
-    model.eval()
+    chosen = islice((one for turn in turns for one in turn if one is not None), number)
     try:
         with quiet_transformers():
-            return [_answer(model, tokenizer, domain, tokens) for domain, tokens in chosen]
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return [_answer(model, tokenizer, domain, heldout[domain], tokens) for domain, tokens in chosen]
+    except ModelError:
         return []
-    finally:
-        model.train(training)
 
 
-def _answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, domain: str, tokens: Tokens) -> Answered:
-    ids = tokens.ids.long()
-    prompt, expected = ids[: tokens.prompt], ids[tokens.prompt :][:LONGEST]
-    given = prompt[None].to(next(model.parameters()).device)
-    made: Tensor = cast(Any, model).generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=len(expected),
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    texts = [
-        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (prompt, expected, made[0, len(prompt) :])
-    ]
-    return Answered(domain, texts[0][-SHOWN:], texts[1][:SHOWN], texts[2][:SHOWN])
+def _answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, domain: str, data: TokenizedExamples, tokens: Tokens
+) -> Answered:
+    expected = tokens.ids[tokens.prompt :][:LONGEST]
+    alone = replace(data, examples=(tokens,), rows=())
+    given = generate_answers(model, tokenizer, alone, max_new_tokens=len(expected))[0]
+    prompt = to_text(tokenizer, tokens.ids[: tokens.prompt])
+    return Answered(domain, prompt[-SHOWN:], to_text(tokenizer, expected)[:SHOWN], given[:SHOWN])

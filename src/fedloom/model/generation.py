@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.errors import ModelError
@@ -17,12 +17,12 @@ from fedloom.model.tokens import TokenizedExamples, Tokens
 
 def reference_texts(tokenizer: PreTrainedTokenizerBase, data: TokenizedExamples) -> tuple[str, ...]:
     """The wanted answers as they are scored: what the tokens say, special ones left out."""
-    return tuple(_text(tokenizer, tokens.ids[tokens.prompt :]) for tokens in data.examples)
+    return tuple(to_text(tokenizer, tokens.ids[tokens.prompt :]) for tokens in data.examples)
 
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: TokenizedExamples,
     max_new_tokens: int,
@@ -30,22 +30,26 @@ def generate_answers(
 ) -> list[str]:
     """The likeliest token at every place, until the model ends its answer or has given so many tokens.
 
-    Shorter prompts are padded on the left. An answer never runs over the model's last position.
+    Shorter prompts are padded on the left. An answer never runs over the model's last position. Raises ModelError where
+    the model cannot generate.
     """
     wrapped = getattr(model, "get_base_model", None)
-    model = wrapped() if wrapped else model  # PEFT's wrapper would hand its own copy of the settings of generation down
-    training = model.training
-    model.eval()
+    # PEFT's wrapper would hand its own copy of the settings of generation down.
+    causal = cast(PreTrainedModel, wrapped() if wrapped else model)
+    training = causal.training
+    causal.eval()  # type: ignore[no-untyped-call]
     order = sorted(range(len(data)), key=lambda index: data[index].prompt)
     answers = [""] * len(data)
     failed = "the model cannot generate answers, which evaluation.metrics asks for"
-    with _plain_generation(model), raise_in_one_line(ModelError, failed):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            given = _continue(model, tokenizer, [data[index] for index in chosen], data.pad, max_new_tokens)
-            for index, ids in zip(chosen, given, strict=True):
-                answers[index] = _text(tokenizer, ids)
-    model.train(training)
+    try:
+        with raise_in_one_line(ModelError, failed), _plain_generation(causal):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                given = _continue(causal, tokenizer, [data[index] for index in chosen], data.pad, max_new_tokens)
+                for index, ids in zip(chosen, given, strict=True):
+                    answers[index] = to_text(tokenizer, ids)
+    finally:
+        causal.train(training)
     return answers
 
 
@@ -88,6 +92,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+def to_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """What tokens say, special ones left out."""
     # Cleaning up would take spaces out before punctuation, which the text may really have.
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -29,7 +29,7 @@ class ModelLimits:
     fixed: bool
 
 
-def limits_of(model: PreTrainedModel) -> ModelLimits:
+def model_limits(model: PreTrainedModel) -> ModelLimits:
     """What a model can read; weights are not looked at."""
     config = model.config.get_text_config()
     found = (getattr(config, key, None) for key in POSITION_KEYS)

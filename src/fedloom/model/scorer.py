@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.generation import generate_answers, reference_texts
@@ -37,8 +36,7 @@ class Scorer:
         size = sum(len(answer.encode("utf-8", "replace")) for answer in answers)
         given: dict[str, float] = {}
         if self.metrics and self.tokenizer is not None:
-            causal = cast(PreTrainedModel, model)
-            said = generate_answers(causal, self.tokenizer, data, settings.max_new_tokens, settings.batch_size)
+            said = generate_answers(model, self.tokenizer, data, settings.max_new_tokens, settings.batch_size)
             given = {name: mean_of(metric(said, answers)) for name, metric in self.metrics.items()}
         return replace(scores, bytes=size, metrics=given)
 

@@ -26,7 +26,7 @@ def ignore(note: str) -> None:
 
 
 @dataclass(slots=True)
-class Tally:
+class Reading:
     """What was read of a source. skipped: rows left out because they are broken; first: where the first was and why.
 
     undesired: rows left out because their answer is marked as bad; preferences: rows with an answer that is not used.
@@ -60,9 +60,9 @@ def load_examples(
         name = str(source)
         tables = [(name, _hub_rows(name, split, settings.subset))]
     examples: list[Example] = []
-    tallies: list[Tally] = []
+    tallies: list[Reading] = []
     for place, rows in tables:
-        tallies.append(Tally())
+        tallies.append(Reading())
         examples += _read(place, rows, settings, tallies[-1])
         if tallies[-1].skipped:
             tell(f"{place}: {_skipped(tallies[-1])}, as data.skip_bad_rows says")
@@ -75,7 +75,7 @@ def load_examples(
     return examples
 
 
-def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings, tally: Tally) -> Iterator[Example]:
+def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings, tally: Reading) -> Iterator[Example]:
     for place, row in rows:
         tally.rows += 1
         try:
@@ -96,11 +96,11 @@ def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings,
             yield example
 
 
-def _skipped(tally: Tally) -> str:
+def _skipped(tally: Reading) -> str:
     return f"{tally.skipped:,} of {tally.rows:,} rows left out; the first, {tally.first}"
 
 
-def _notes(tallies: list[Tally]) -> Iterator[str]:
+def _notes(tallies: list[Reading]) -> Iterator[str]:
     undesired = sum(tally.undesired for tally in tallies)
     preferences = sum(tally.preferences for tally in tallies)
     if undesired:

@@ -59,14 +59,6 @@ _LOCATED = (
 """Settings that may be paths: "./x" counts from the folder of the file that says it, "~" is the user's home."""
 
 
-_CLIENTS = """
-# What one client has otherwise than [lora] says:
-# [clients.NAME]
-# r = 8
-# lora_alpha = 16.0
-"""
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a TOML file with overrides such as "training.max_steps=20" over them.
 

@@ -52,7 +52,7 @@ class Baseline:
         return f"rank {high}" if low == high else f"ranks {low} to {high}"
 
 
-class Play:
+class DenseRun:
     """A dense run in progress, in bytes. `steps` counts the broadcasts that the server has made."""
 
     def __init__(self, modules: Sequence[ModuleGroup]) -> None:
@@ -100,7 +100,7 @@ class Play:
 def play_ledger(rows: Iterable[Row], run: RunRow, rank: int | None = None) -> Baseline:
     """The dense run with the attendance that a ledger tells, at a rank (None: the largest of each module)."""
     modules = modules_of(run, rank)
-    play, trained, known = Play(modules), set[str](), dict[str, int]()
+    play, trained, known = DenseRun(modules), set[str](), dict[str, int]()
     reached, over = {0: 0}, 0
     before: Row = run
     for row in rows:
@@ -188,7 +188,7 @@ def play_rounds(
     modules: Sequence[ModuleGroup], clients: Collection[str], rounds: Iterable[tuple[Collection[str], Collection[str]]]
 ) -> Baseline:
     """The dense run of rounds that are still to come, each as (clients that are asked, those of them that answer)."""
-    play, known = Play(modules), dict.fromkeys(clients, 0)
+    play, known = DenseRun(modules), dict.fromkeys(clients, 0)
     for asked, answered in rounds:
         for client in asked:
             play.fetch(known[client])

@@ -13,7 +13,7 @@ LINES = {"10 Mbit/s": 10e6, "1 Mbit/s": 1e6, "256 kbit/s": 256e3}
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Circumstances:
     """sessions: in order; end: None while the run goes on; examples: client → those it said it holds, the last time.
 
     answers: (domain, prompt) → (what was expected, answer by round).
@@ -25,13 +25,13 @@ class Facts:
     answers: Mapping[tuple[str, str], tuple[str, Mapping[int, str]]] = field(default_factory=dict)
 
 
-def gather_facts(rows: Sequence[Row]) -> Facts:
+def gather_facts(rows: Sequence[Row]) -> Circumstances:
     """What the rows say of the run's circumstances."""
     answers: dict[tuple[str, str], tuple[str, dict[int, str]]] = {}
     for row in rows:
         if isinstance(row, Answer):
             answers.setdefault((row.domain, row.prompt), (row.expected, {}))[1][row.round] = row.text
-    return Facts(
+    return Circumstances(
         sessions=tuple(row for row in rows if isinstance(row, Session)),
         end=next((row for row in reversed(rows) if isinstance(row, End)), None),
         examples={row.client: row.examples for row in rows if isinstance(row, Training)},
@@ -39,7 +39,7 @@ def gather_facts(rows: Sequence[Row]) -> Facts:
     )
 
 
-def describe_circumstances(facts: Facts) -> list[tuple[str, str]]:
+def describe_circumstances(facts: Circumstances) -> list[tuple[str, str]]:
     """(what, in words): how the run ended, when it began, how long it took, on which machine, with which versions."""
     found: list[tuple[str, str]] = []
     if facts.end is not None:

@@ -10,7 +10,7 @@ from itertools import accumulate
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Choice, Evaluation, Note, Row, RunRow, Totals, Training, totals
 from fedloom.report.baseline import Baseline, delivered_bytes, play_ledger
-from fedloom.report.facts import Facts, gather_facts
+from fedloom.report.facts import Circumstances, gather_facts
 
 MEAN = "mean"
 """The name under which the mean over domains stands beside them."""
@@ -66,7 +66,7 @@ class Report:
     training: tuple[Point, ...] = ()
     examples: int = 0
     exported: int | None = None
-    facts: Facts = Facts()
+    facts: Circumstances = Circumstances()
 
     @property
     def domains(self) -> list[str]:

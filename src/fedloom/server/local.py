@@ -12,7 +12,8 @@ from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Training
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
-from fedloom.server.loop import Attendance, Rounds, Updates
+from fedloom.server.attendance import Attendance
+from fedloom.server.loop import Rounds, Updates
 from fedloom.server.roster import Roster
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot

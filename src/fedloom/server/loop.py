@@ -10,7 +10,6 @@ Flower's messages. All else of a run is here, once.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -18,18 +17,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
-from fedloom.compress.seeds import derived_seed
 from fedloom.errors import CheckpointError, RoundError
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
-from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.turns import full_state, server_turn, start
+from fedloom.server.attendance import Attendance, draw_attendance
 from fedloom.server.session import begin_session, record_end
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
@@ -44,32 +42,6 @@ HOPELESS = 3
 
 Not the first round: where few clients are asked, it may be one client's data that is at fault.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Attendance:
-    """Who is asked in a round, and who of them vanishes after the download."""
-
-    asked: tuple[str, ...]
-    vanished: frozenset[str]
-
-    @property
-    def answering(self) -> tuple[str, ...]:
-        """Who does not vanish."""
-        return tuple(client for client in self.asked if client not in self.vanished)
-
-
-def draw_attendance(config: Config, clients: Collection[str], round: int) -> Attendance:
-    """The seeded draw of one round: `fraction_train` of the clients, at least one."""
-    federation = config.federation
-    draw = random.Random(derived_seed(federation.seed, "attendance", round))
-    asked = tuple(sorted(draw.sample(sorted(clients), federation.clients_per_round(len(clients)))))
-    return Attendance(asked, frozenset(name for name in asked if draw.random() < federation.drop_out))
-
-
-def draw_rounds(config: Config, clients: Collection[str]) -> Iterator[Attendance]:
-    """The seeded draws of all rounds, as a run will make them."""
-    return (draw_attendance(config, clients, round) for round in range(1, config.federation.num_rounds + 1))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -236,7 +208,7 @@ class Rounds:
         ledger.append(trained)
         self.folder.transfer(trained.round, trained.client, "up", payload)
         if trained.round == 1 and budget:
-            ledger.note(trained.round, f"client {trained.client}: {describe_choice(payload, budget)}")
+            ledger.note(trained.round, f"client {trained.client}: {describe_spending(payload, budget)}")
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
     def send_missed(self, client: str, version: int, *, delivery: bool = False) -> list[bytes]:
@@ -316,7 +288,7 @@ class Rounds:
         self.sites.restore(self, snapshot)
 
 
-def describe_choice(payload: bytes, budget: Budget) -> str:
+def describe_spending(payload: bytes, budget: Budget) -> str:
     """What a byte budget was spent on, in words."""
     tensors = describe(payload).tensors
     share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)

@@ -40,14 +40,14 @@ def begin_session(rounds: Rounds) -> tuple[str, ...]:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             settings=dump(rounds.setup.config),
             versions={"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
-            machine=describe_machine(),
+            machine=name_hardware(),
             seconds=rounds.before,
         )
     )
     return extension
 
 
-def describe_machine() -> dict[str, str]:
+def name_hardware() -> dict[str, str]:
     """The hardware that a run's seconds depend on, in words."""
     facts = {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count() or 'unknown'} CPUs"}
     if torch.cuda.is_available():

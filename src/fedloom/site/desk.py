@@ -49,7 +49,7 @@ from fedloom.site.protocol import Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
-from fedloom.workspace.export import export_adapter, write_adapter
+from fedloom.workspace.export import export_adapter, save_run_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
@@ -185,7 +185,7 @@ class Desk:
         adapter, _ = export_adapter(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
-        write_adapter(
+        save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
         return Parcel({"version": state.version, "digest": state.digest})

@@ -13,7 +13,7 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.model.base import load_base, quiet_transformers
 from fedloom.model.evaluate import lm_eval_tasks
 from fedloom.model.foreign import raise_in_one_line
-from fedloom.model.limits import limits_of
+from fedloom.model.limits import model_limits
 from fedloom.model.scorer import build_scorer, evaluation_row
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
@@ -69,8 +69,8 @@ def find_target(
     run = folder / "config.toml" if (folder / "ledger.jsonl").is_file() else None
     if isinstance(config, Config):
         settings = apply_overrides(config, overrides)
-    elif config or run:
-        settings = load_config(config or folder / "config.toml", overrides)
+    elif path := config or run:
+        settings = load_config(path, overrides)
     else:
         settings = apply_overrides(Config(), overrides)
     adapter = folder / "adapter" if run else folder
@@ -111,7 +111,7 @@ def evaluate_target(
         raise ConfigError("there is nothing to score on: name held-out data (data.heldout), or tasks of the harness")
     settings = config.model
     model, tokenizer = load_base(target.model, settings.dtype, settings.quantization, settings.device)
-    scored = tokenize_scored("held-out", heldout, config.data, tokenizer, limits_of(model))
+    scored = tokenize_scored("held-out", heldout, config.data, tokenizer, model_limits(model))
     scorer = build_scorer(scored, tokenizer, config.evaluation)
     if target.adapter is not None:
         _check_weights(target.adapter)

@@ -19,7 +19,7 @@ from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
-from fedloom.model.limits import limits_of
+from fedloom.model.limits import model_limits
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
@@ -41,7 +41,7 @@ from fedloom.workspace.data import (
     heldout_examples,
     validation_examples,
 )
-from fedloom.workspace.plan import choose_method, describe_excess, plan_job, values_of
+from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
-    """All that a run works with. `heldout` maps domains to the examples that scores are taken on, `validation` to those
-    that a round is chosen on.
+    """All that a run works with. `scorer` holds the examples that scores are taken on, `validation` those that a round
+    is chosen on, by domain.
 
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
@@ -66,7 +66,6 @@ class Setup:
     adapter: Adapter
     initial: LoraState
     sites: Mapping[str, LocalClient]
-    heldout: Mapping[str, TokenizedExamples]
     manifest: Manifest | None
     fingerprint: str
     notes: tuple[str, ...] = ()
@@ -75,6 +74,11 @@ class Setup:
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
+
+    @property
+    def heldout(self) -> Mapping[str, TokenizedExamples]:
+        """Domain → the examples that scores are taken on."""
+        return self.scorer.data
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -92,7 +96,7 @@ class Setup:
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
-        held = {name: values_of(self.initial, site.ranks) for name, site in self.sites.items()}
+        held = {name: count_values(self.initial, site.ranks) for name, site in self.sites.items()}
         return RunRow(
             method=self.job.method.name,
             model=self.config.model.path,
@@ -204,7 +208,7 @@ def build_setup(
     base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
     linear = linear_modules(base)
     plan = plan_job(linear, config, texts, method)
-    data, limits = config.data, limits_of(base)
+    data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
     if data.packing and any(texts.values()):
@@ -219,7 +223,6 @@ def build_setup(
         model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, tokens[name]) for name, adapter in plan.adapters.items()},
-        heldout=scored,
         manifest=manifest,
         fingerprint=fingerprint(config, texts),
         notes=notes,
@@ -241,7 +244,6 @@ def build_setup_around(config: Config, model: PeftModel, clients: Collection[str
         model=model,
         adapter=plan.shared,
         sites={name: LocalClient(adapter, TokenizedExamples((), 0)) for name, adapter in plan.adapters.items()},
-        heldout={},
         manifest=None,
         fingerprint=fingerprint(config, {name: [] for name in clients}),
     )

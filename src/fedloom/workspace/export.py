@@ -34,7 +34,7 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seco
     notes = list(outcome.notes)
     if not outcome.failure:
         state, lost = export_adapter(server, setup.config.output.max_rank)
-        write_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
+        save_run_adapter(state, setup.config.model.path, setup.adapter, folder.path / "adapter")
     if lost:
         notes.append(
             f"output.max_rank = {setup.config.output.max_rank}: the exported adapter lacks {100 * lost:.2g} % of the "
@@ -62,7 +62,7 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seco
     )
 
 
-def write_adapter(state: LoraState, base: str, adapter: Adapter, out: Path) -> None:
+def save_run_adapter(state: LoraState, base: str, adapter: Adapter, out: Path) -> None:
     """An adapter folder that says on which base model it was trained, by name and by the digest of its weights."""
     save_adapter(state, base, adapter.settings, out, base_digest=weights_digest(base))
 

@@ -40,7 +40,7 @@ from fedloom.workspace.occupied import (
     clear_start,
     find_occupant,
     move_aside,
-    read_settings,
+    read_run_settings,
 )
 from fedloom.workspace.resumption import ROUNDS, find_differences, name_differences
 
@@ -164,7 +164,7 @@ def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
 
 def holds_settings(settings: Path, config: Config) -> bool:
     """Whether a run's settings are these, but for those that its outcome does not rest on."""
-    held = read_settings(settings)
+    held = read_run_settings(settings)
     return held is not None and not find_differences(held, config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedloom.methods.method import State
 from fedloom.workspace.assemble import Setup
-from fedloom.workspace.export import export_adapter, write_adapter
+from fedloom.workspace.export import export_adapter, save_run_adapter
 
 
 def save_milestone(setup: Setup, folder: Path, server: State, round: int) -> Path | None:
@@ -23,7 +23,7 @@ def save_milestone(setup: Setup, folder: Path, server: State, round: int) -> Pat
     for old in (partial, place):  # of a round that was cut off
         shutil.rmtree(old, ignore_errors=True)
     state, _ = export_adapter(server, output.max_rank)
-    write_adapter(state, setup.config.model.path, setup.adapter, partial)
+    save_run_adapter(state, setup.config.model.path, setup.adapter, partial)
     partial.rename(place)
     kept = sorted(place.parent.glob("round-*"))
     for old in kept[: -output.save_total_limit] if output.save_total_limit else ():

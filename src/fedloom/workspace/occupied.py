@@ -50,7 +50,7 @@ def find_occupant(path: Path) -> Occupant | None:
     """
     if not path.exists() or (path.is_dir() and all(found.name == LOCK for found in path.iterdir())):
         return None
-    settings = read_settings(path / "config.toml")
+    settings = read_run_settings(path / "config.toml")
     try:
         rows = tuple(read_rows(path / "ledger.jsonl"))
     except CheckpointError:
@@ -62,7 +62,7 @@ def find_occupant(path: Path) -> Occupant | None:
     return Occupant(path, settings, rows)
 
 
-def read_settings(path: Path) -> Config | None:
+def read_run_settings(path: Path) -> Config | None:
     """The settings of a run; None where there are none that this version of fedloom reads."""
     try:
         return parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))

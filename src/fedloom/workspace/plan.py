@@ -103,7 +103,7 @@ def describe_excess(adapter: Adapter) -> str:
     )
 
 
-def values_of(adapter: LoraState, ranks: Mapping[str, int]) -> int:
+def count_values(adapter: LoraState, ranks: Mapping[str, int]) -> int:
     """How many values a client of these ranks holds."""
     return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
 
@@ -116,7 +116,7 @@ def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, i
     # Of K clients, `asked` turn in each round, so one turns every K / asked rounds and receives as many broadcasts,
     # each of all the server's values. A client holds held / K values on the mean. So the share is
     # (values · K / asked) / (held / K) = values · K² / (held · asked).
-    held = sum(values_of(adapter, ranks) for ranks in client_ranks.values())
+    held = sum(count_values(adapter, ranks) for ranks in client_ranks.values())
     return adapter.numel() * len(client_ranks) ** 2 / (held * asked) if held else 1.0
 
 

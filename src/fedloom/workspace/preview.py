@@ -10,7 +10,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.model.base import empty_base, load_tokenizer
-from fedloom.model.limits import limits_of
+from fedloom.model.limits import model_limits
 from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.records.config import Config
 from fedloom.workspace.data import describe_examples
@@ -74,7 +74,7 @@ def preview_examples(config: Config, texts: Texts, count: int, notes: Sequence[s
     notes: what was said while they were read.
     """
     tokenizer = load_tokenizer(config.model.path)
-    limits = limits_of(empty_base(config.model.path))
+    limits = model_limits(empty_base(config.model.path))
     made = tokenize_clients(texts, config.data, tokenizer, limits)
     shown = {name: _preview_client(data, tokenizer, count) for name, data in made.items()}
     held = {f"client {name}": data for name, data in made.items()}

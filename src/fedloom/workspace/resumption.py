@@ -6,30 +6,27 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedloom.records.config import Config, EvaluationSettings, FederationSettings, FlowerSettings, OutputSettings
+from fedloom.records.config import Config
 
 ROUNDS = "federation.num_rounds"
+FREE: Mapping[str, bool] = dict.fromkeys(("flower", "output", "evaluation"), True)
+"""Tables that may change at any time, since the outcome does not rest on them."""
+FREE_FEDERATION = {"eval_every"}
+"""Keys of [federation] that may."""
 SHOWN = 4
 """Settings that a message names; who has changed more has another run in mind."""
 
 
-def drop_free(config: Config) -> Config:
-    """The settings without those that may change at any time, since the outcome does not rest on them."""
-    federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
-    free = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
-    return config.model_copy(update={**free, "federation": federation})
-
-
 def dump_fixed(config: Config) -> str:
     """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
-    tree = config.model_dump(mode="json", exclude_none=True, exclude={"flower", "output", "evaluation"})
-    held = {key: value for key, value in tree["federation"].items() if key not in ("eval_every", "num_rounds")}
-    return json.dumps({**tree, "federation": held}, sort_keys=True)
+    without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds"}}
+    return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=without), sort_keys=True)
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:
     """Dotted key → (value in the run, value given) of all settings that differ and that the outcome rests on."""
-    before, now = (dict(_flatten(drop_free(config).model_dump())) for config in (held, given))
+    without: dict[str, bool | set[str]] = {**FREE, "federation": FREE_FEDERATION}
+    before, now = (dict(_flatten(config.model_dump(exclude=without))) for config in (held, given))
     keys = dict.fromkeys([*before, *now])
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 

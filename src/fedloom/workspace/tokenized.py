@@ -28,7 +28,7 @@ def tokenize_clients(
             continue
         tokens = tokenize(held, tokenizer, settings.template, settings.max_length, name, learnt)
         fitting = check_readable(tokens, limits, name)
-        made[client] = pack(fitting, settings.max_length) if settings.packing else fitting
+        made[client] = pack_examples(fitting, settings.max_length) if settings.packing else fitting
     return made
 
 
@@ -51,7 +51,7 @@ def which_learnt(settings: DataSettings) -> str:
     return "answer" if settings.completion_only_loss else "everything"
 
 
-def pack(data: TokenizedExamples, max_length: int) -> TokenizedExamples:
+def pack_examples(data: TokenizedExamples, max_length: int) -> TokenizedExamples:
     """The examples with the rows that training draws them in."""
     return replace(data, rows=pack_lengths([len(tokens.ids) for tokens in data.examples], max_length))
 

@@ -43,7 +43,7 @@ def whole_rank(state: State, module: str) -> int:
     return state.adapter[module].rank + beyond
 
 
-def replace_whole(state: State, entries: Entries, context: Context) -> State:
+def take_whole(state: State, entries: Entries, context: Context) -> State:
     """Replace the factors of the whole adapter by the broadcast ones; a factor that was not sent stays."""
     received = {name: to_dense(entry) for name, entry in entries.items()}
     return adopt_whole(state, from_tensors(whole_adapter(state).tensors() | received), state.frozen)

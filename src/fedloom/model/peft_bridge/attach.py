@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedloom.adapters.patterns import literal_pattern
 from fedloom.errors import ModelError
 from fedloom.model.foreign import raise_in_one_line
-from fedloom.model.peft_bridge.layers import FROZEN, TRAINED, lora_layers, stem_of
+from fedloom.model.peft_bridge.layers import FROZEN, TRAINED, layer_name, lora_layers
 from fedloom.model.peft_bridge.survey import linear_beneath
 from fedloom.model.placement import Adapter, Placement
 
@@ -118,7 +118,7 @@ def active_slot(model: object) -> str:
     active = [name for name in model.active_adapters if name != FROZEN]
     if len(active) != 1:
         raise ModelError(f"the trainer's model uses {len(active)} adapters {active}: fedloom trains one")
-    merged = next((stem_of(held) for held in lora_layers(model) if held.layer.merged), None)
+    merged = next((layer_name(held) for held in lora_layers(model) if held.layer.merged), None)
     if merged is not None:
         raise ModelError(f"module {merged}: the adapter is merged into the base; call unmerge_adapter() before")
     return active[0]

@@ -88,6 +88,6 @@ def slotted_layers(model: peft.PeftModel, slot: str) -> list[AdaptedLayer]:
     return [held for held in lora_layers(model) if slot in held.layer.lora_A]
 
 
-def stem_of(held: AdaptedLayer) -> str:
+def layer_name(held: AdaptedLayer) -> str:
     """What an error calls the layer."""
     return parameter_stem(held.parameter) or held.names[0]

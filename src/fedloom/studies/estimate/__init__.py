@@ -17,7 +17,7 @@ from fedloom.records.config import Config
 from fedloom.records.ledger import ModuleGroup
 from fedloom.records.quantities import parse_budget
 from fedloom.report.baseline import group_modules, play_rounds
-from fedloom.server.loop import Attendance, draw_rounds
+from fedloom.server.attendance import Attendance, draw_rounds
 from fedloom.studies.compare import apply_overrides, expand_variant
 from fedloom.studies.estimate.course import play_course
 from fedloom.studies.estimate.made_up import Ranks

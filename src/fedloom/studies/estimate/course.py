@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedloom.server.loop import Attendance
+from fedloom.server.attendance import Attendance
 from fedloom.studies.estimate.made_up import Ranks
 from fedloom.studies.estimate.rounds import Prediction, Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RunBytes:
     """Bytes of a run: up, down in turns with what was missed, the result to everybody; and how many turns it has."""
 
     up: float
@@ -25,7 +25,7 @@ class Course:
         return self.up + self.down + self.delivery
 
 
-def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[Attendance], most: float) -> Course:
+def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[Attendance], most: float) -> RunBytes:
     """The run. ranks: client → module → rank, of all clients. most: bytes that a full state cannot exceed."""
     traffic = {client: of_client(told, ranks, client) for client in ranks}
     known, steps, turns = dict.fromkeys(ranks, 0), 0, 0
@@ -39,7 +39,7 @@ def play_course(told: Prediction, ranks: Mapping[str, Ranks], rounds: Iterable[A
             up += traffic[client].up if steps else traffic[client].first_up
         steps += bool(present.answering)
     delivery = sum(catch_up(told, traffic[client], known[client], steps, most) for client in known)
-    return Course(up, down, delivery, turns)
+    return RunBytes(up, down, delivery, turns)
 
 
 def of_client(told: Prediction, ranks: Mapping[str, Ranks], client: str) -> Traffic:
@@ -55,11 +55,14 @@ def catch_up(told: Prediction, traffic: Traffic, known: int, steps: int, most: f
     if known == steps:
         return 0.0
     missed = (steps - known) * traffic.down + (0.0 if known else traffic.first_down - traffic.down)
-    return min(missed, state_bytes(told.states, steps), most)
+    return min(missed, state_bytes(told, steps), most)
 
 
-def state_bytes(states: tuple[float, ...], steps: int) -> float:
+def state_bytes(told: Prediction, steps: int) -> float:
     """Bytes of the full state: of methods that merge it grows with every round, as it did in those that were played."""
+    states = told.states
     if steps <= len(states):
         return states[steps - 1]
-    return states[-1] + (steps - len(states)) * (states[-1] - states[-2])
+    # Of other methods it only fills up, and has done so by then.
+    growth = states[-1] - states[-2] if told.merges else 0.0
+    return states[-1] + (steps - len(states)) * growth

@@ -56,8 +56,9 @@ class Prediction:
     up, down: coding → bytes of one client's payload, the mean over clients and over the second and third round (methods
     may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
-    states: bytes of the full state after each round played. efficiency: one over the sum of the ranks that are
-    broadcast, a missing factor counting half; None where the broadcast is sparse or has no factors. server_s: seconds
+    states: bytes of the full state after each round played; merges: whether it grows with every further one.
+    efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
+    broadcast is sparse or has no factors. server_s: seconds
     of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
     not tell).
     """
@@ -72,6 +73,7 @@ class Prediction:
     memory: float | None = None
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     states: tuple[float, ...] = ()
+    merges: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ def _predict(
         chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
         traffic=traffic,
         states=states,
+        merges=job.method.merges,
     )
     return told, play
 
