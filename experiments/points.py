@@ -116,7 +116,7 @@ def rows(points: Sequence[Point]) -> list[dict[str, str]]:
 
 def figures(points: Sequence[Point]) -> list[dict[str, str]]:
     """The same with columns of plain numbers behind it, for programs: bytes of a client over a run, both ways and with
-    the delivery; share of dense FedIT's bytes; score and the ends of its 95 % interval, 0 to 1.
+    the delivery; share of dense FedIT's bytes; score and the ends of its 95 % interval in per cent.
     """
     return [_row(point) | _numbers(point) for point in points]
 
@@ -126,9 +126,9 @@ def _numbers(point: Point) -> dict[str, str]:
         "method": point.method,
         "bytes_client": f"{point.client:.0f}",
         "share_of_dense": f"{point.share:.5f}",
-        "score": f"{point.score / 100:.3f}",
-        "low": f"{max(point.score - point.half, 0) / 100:.3f}",
-        "high": f"{min(point.score + point.half, 100) / 100:.3f}",
+        "score": f"{point.score:.1f}",
+        "low": f"{max(point.score - point.half, 0):.1f}",
+        "high": f"{min(point.score + point.half, 100):.1f}",
         "metric": "exact_match",
     }
 

@@ -132,7 +132,7 @@ def test_a_run_prints_one_plain_line_a_round_and_closes_with_tables(call, engine
         == "round 1/3  training loss 1.500  up 4.0 KiB, down 0 B  exact match 75.0 %  loss 1.000 nats a token  1.2 s"
     )
     assert len([line for line in lines if line.startswith("round ")]) == 4
-    assert "25.6 % of the 46.9 KiB that dense fp32 FedIT" in " ".join(out.split())
+    assert "51.2 % of the 23.4 KiB that dense fp32 FedIT of the largest rank" in " ".join(out.split())
     assert lines[-1] == "in runs/try: report.html, ledger.jsonl (every payload)"
     config, folder, resume = engine.calls[0]
     assert (config.lora.r, folder.as_posix(), resume) == (4, "runs/try", False)
