@@ -8,9 +8,9 @@ import pytest
 from experiments.points import figures, rows
 from experiments.rebase import changed, rebased
 
+from fedloom import testbeds
 from fedloom.errors import DataError
 from fedloom.report.tables import to_csv, to_markdown
-from fedloom.testbeds import testbed_folder
 
 ROOT = Path(__file__).parents[2]
 FRONT = ROOT / "docs" / "front.csv"
@@ -29,7 +29,7 @@ def known():
 
 @pytest.fixture(scope="module")
 def again():
-    return rebased(FRONT, testbed_folder(), 300)
+    return rebased(FRONT, testbeds.testbed_folder(), 300)
 
 
 def test_the_shares_are_those_of_todays_baseline(again):
@@ -59,4 +59,4 @@ def test_what_is_said_stands_in_the_figures(page, known):
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="is no table of `python -m experiments front`"):
-        rebased(tmp_path / "x.csv", testbed_folder(), 300)
+        rebased(tmp_path / "x.csv", testbeds.testbed_folder(), 300)
