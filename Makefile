@@ -20,10 +20,10 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow docs docs-serve pages front base-model data clean
+.PHONY: help demo test lint format check-slow docs docs-serve pages front base-model data base-wordnet data-docstrings clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
 
 demo: $(RUN_READY) ## Train a small federation with real bytes, as it goes on screen; leaves runs/demo
 	$(BIN)/fedloom demo $(ARGS)
@@ -62,6 +62,12 @@ base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minu
 
 data: $(RUN_READY) ## Write the shipped training and held-out data anew
 	$(BIN)/python scripts/make_data.py
+
+base-wordnet: $(RUN_READY) ## Pre-train the base model of the real-text testbeds, or go on (in sittings; needs Debian 12); leaves runs/base/model
+	$(BIN)/python -m experiments base
+
+data-docstrings: $(DEV_READY) ## Write the data of the testbed docstrings from the libraries that are installed
+	$(BIN)/python -m experiments data docstrings
 
 clean: ## Remove the environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

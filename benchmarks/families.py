@@ -7,6 +7,7 @@ A mixture is trained a second time on its experts alone, by target_parameters.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -261,21 +262,63 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     yield table
 
 
+NOTHING_MISSING = {
+    "## All hold": ("yes", "yes", "yes", ""),
+    "## All hold, for experts too": ("yes", "yes", "yes", "yes"),
+}
+"""Heading of the page → the outcomes of all families that are named below it, with no row of their own."""
+REST = {
+    "## Something does not hold": "",
+    "## Refused": "Each with its reason",
+    "## Not tried": "No tiny model was made of them",
+}
+"""Heading → what the line says that a reader opens to see the rows; open where it is empty."""
+
+
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The rows for docs/benchmarks/families.md, and how many families there are of each outcome."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(str(row[key]).replace('|', '/') for key in COLUMNS)} |" for row in result["rows"]]
-    counts = ", ".join(
-        f"{COLUMNS[key]}: {number['yes']} yes, {number['no']} no" for key, number in result["total"].items()
-    )
-    return "\n".join(
-        [*lines, "", f"{len(result['rows'])} families; {counts}; refused: {result['total']['runs']['refused']}."]
-    )
+    """The part of docs/benchmarks/families.md that follows the introduction: counts, names, rows of the rest."""
+    rows = result["rows"]
+    outcomes = {row["family"]: tuple(row[key] for key in ("runs", "plain", "merge", "experts")) for row in rows}
+    lines = [count_line(outcomes)]
+    for heading, wanted in NOTHING_MISSING.items():
+        names = [name for name, found in outcomes.items() if found == wanted]
+        lines += ["", heading, "", " ".join(f"`{name}`" for name in names) or "None."]
+    for heading, opener in REST.items():
+        those = [row for row in rows if _section(outcomes[row["family"]]) == heading]
+        table = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
+        table += [f"| {' | '.join(str(row[key]).replace('|', '/') for key in COLUMNS)} |" for row in those]
+        if opener:
+            table = [f'<details markdown="1"><summary>{opener} ({len(those)})</summary>', "", *table, "", "</details>"]
+        lines += ["", heading, "", *table]
+    return "\n".join(lines)
+
+
+def count_line(outcomes: Mapping[str, tuple[str, ...]]) -> str:
+    """How many families there are of each outcome. outcomes: family → runs, equals plain PEFT, merge, experts."""
+    heads = [head for key, head in COLUMNS.items() if key not in ("family", "remark")]
+    columns = dict(zip(heads, zip(*outcomes.values(), strict=True), strict=True))
+    told = ", ".join(f"{head}: {column.count('yes')} yes, {column.count('no')} no" for head, column in columns.items())
+    return f"{len(outcomes)} families; {told}; refused: {columns['runs'].count('refused')}."
+
+
+def _section(found: tuple[str, ...]) -> str:
+    """The heading that a family's row stands below; "" if it needs no row."""
+    if found in NOTHING_MISSING.values():
+        return ""
+    wrong, refused, untried = REST
+    return {"refused": refused, "": untried}.get(found[0], wrong)
 
 
 def parse_page(text: str) -> dict[str, tuple[str, ...]]:
     """Family → its outcomes, from the page."""
-    cells = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
-    )
-    return {row[0]: tuple(row[1:5]) for row in cells if len(row) == len(COLUMNS) and row[0] != "family"}
+    found: dict[str, tuple[str, ...]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            heading = line
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if heading in NOTHING_MISSING:
+            found.update(dict.fromkeys(re.findall("`([^`]+)`", line), NOTHING_MISSING[heading]))
+        elif line.startswith("| ") and len(cells) == len(COLUMNS) and cells[0] != "family":
+            found[cells[0]] = tuple(cells[1:5])
+    return found

@@ -1,5 +1,6 @@
 """The table of model families: a handful each time, and all of them behind `make check-slow`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_a_family_that_there_is_not():
 
 def test_the_page_has_every_family():
     assert families.parse_page(PAGE.read_text(encoding="utf-8")).keys() == set(all_families())
+
+
+def test_the_page_counts_what_stands_on_it():
+    page = PAGE.read_text(encoding="utf-8")
+    told = families.parse_page(page)
+    assert families.count_line(told) in page
+    shown = [int(number) for number in re.findall(r"\((\d+)\)</summary>", page)]
+    assert shown == [sum(row[0] == word for row in told.values()) for word in ("refused", "")]
 
 
 @pytest.mark.slow
