@@ -94,7 +94,7 @@ def test_the_rows_and_the_picture_have_every_point(made, tmp_path):
         variant for some in tomllib.loads(LISTS)["demo"].values() for variant in some
     ]
     fedsrd = next(row for row in said if row["run"] == "fedsrd")
-    assert (fedsrd["of dense fp32, the largest rank"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
+    assert (fedsrd["of dense fp32, rank 8"], fedsrd["rounds to 80 %"]) == ("4.00 % (over)", "–")
     picture.front(points, tmp_path / "front.png")
     with Image.open(tmp_path / "front.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 100
