@@ -14,8 +14,13 @@ SHOWN = 4
 
 
 def drop_free(config: Config) -> Config:
-    """The settings without those that may change at any time, since the outcome does not rest on them."""
-    federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
+    """The settings without those that may change at any time, since the outcome does not rest on them.
+
+    A run that is judged on its validation split ends by its evaluations: how often they come is held there.
+    """
+    federation = config.federation
+    if not federation.validates:
+        federation = federation.model_copy(update={"eval_every": FederationSettings().eval_every})
     free = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
     return config.model_copy(update={**free, "federation": federation})
 
