@@ -11,6 +11,7 @@ from desks import LATE, LOST, SITES, DeskGrid, assemble, settings
 
 from fedloom.compress.entries import Dense
 from fedloom.errors import ConfigError, RoundError
+from fedloom.flower.settings import join_settings, server_settings, shared_settings
 from fedloom.lora.pair import digest
 from fedloom.model.evaluate import Scores
 from fedloom.records.events import Silent
@@ -104,6 +105,14 @@ def test_a_site_that_is_lost_on_the_way_is_asked_again_and_counted_once(toy_fede
     assert state(federation.server) == state(local(tmp_path).server)
     assert grid.log.count(("lab", "turn", 2)) == 2
     assert rolls(tmp_path)[1].answered == SITES
+
+
+def test_how_often_a_run_is_evaluated_may_change_when_it_goes_on():
+    """Sites were told, and refused the job as one with other settings."""
+    given, before = settings("federation.eval_every=2"), settings("federation.eval_every=1")
+    told = shared_settings(given)
+    assert told == shared_settings(before)
+    assert join_settings(told, server_settings(given)) == given
 
 
 def test_the_baseline_has_the_attendance_of_the_run(toy_federation, tmp_path: Path, monkeypatch):

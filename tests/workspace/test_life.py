@@ -22,6 +22,7 @@ from fedloom.server.local import run_local
 from fedloom.workspace.assemble import load_setup
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.plan import caps_of
+from fedloom.workspace.resumption import find_differences
 from small_testbed import small_testbed
 from toy import initial
 from toy_run import ToySetup, simulation, toy_setup
@@ -264,6 +265,12 @@ def test_settings_that_the_outcome_does_not_rest_on_may_change(tmp_path: Path):
     play(tmp_path / "run")
     free = ["output.max_rank=2", "output.keep_payloads=true", "federation.eval_every=1", "flower.retries=9"]
     assert play(tmp_path / "run", resume=True, sets=free).lost_energy >= 0.0
+
+
+def test_a_run_that_ends_by_its_evaluations_is_held_to_how_often_they_come():
+    judged = load_config(TESTBED / "demo.toml", ["federation.early_stopping_patience=2", "federation.eval_every=1"])
+    other = load_config(TESTBED / "demo.toml", ["federation.early_stopping_patience=2", "federation.eval_every=2"])
+    assert find_differences(judged, other) == {"federation.eval_every": (1, 2)}
 
 
 def test_a_cap_on_the_exported_rank_says_what_it_loses(tmp_path: Path):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import tomli_w
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, EvaluationSettings, FlowerSettings, OutputSettings
+from fedloom.records.config import Config, EvaluationSettings, FederationSettings, FlowerSettings, OutputSettings
 from fedloom.records.configfile import dump, parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
@@ -39,15 +39,22 @@ def check_flower_settings(config: Config) -> None:
 
 
 def shared_settings(config: Config) -> str:
-    """The settings that the sites are told, as TOML."""
-    return dump(config.model_copy(update=SERVERS_OWN))
+    """The settings that the sites are told, as TOML.
+
+    federation.eval_every may change while a job lasts, and a site holds a job to what it was told: it is not told.
+    """
+    federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
+    return dump(config.model_copy(update={**SERVERS_OWN, "federation": federation}))
 
 
 def server_settings(config: Config) -> str:
     """The settings that the sites are not told, as TOML."""
-    return tomli_w.dumps(config.model_dump(include=set(SERVERS_OWN), exclude_none=True))
+    own = config.model_dump(include=set(SERVERS_OWN), exclude_none=True)
+    return tomli_w.dumps({**own, "federation": {"eval_every": config.federation.eval_every}})
 
 
 def join_settings(shared: str, own: str) -> Config:
     """The settings that were split into `shared_settings` and `server_settings`."""
-    return parse({**tomllib.loads(shared), **tomllib.loads(own)}, "the run's settings")
+    told, kept = tomllib.loads(shared), tomllib.loads(own)
+    federation = {**told.get("federation", {}), **kept.get("federation", {})}
+    return parse({**told, **kept, "federation": federation}, "the run's settings")

@@ -24,8 +24,12 @@ def dump_fixed(config: Config) -> str:
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:
-    """Dotted key → (value in the run, value given) of all settings that differ and that the outcome rests on."""
-    without: dict[str, bool | set[str]] = {**FREE, "federation": FREE_FEDERATION}
+    """Dotted key → (value in the run, value given) of all settings that differ and that the outcome rests on.
+
+    A run that is judged on its validation split ends by its evaluations: how often they come is held there.
+    """
+    judged = held.federation.validates or given.federation.validates
+    without: dict[str, bool | set[str]] = {**FREE, "federation": set() if judged else FREE_FEDERATION}
     before, now = (dict(_flatten(config.model_dump(exclude=without))) for config in (held, given))
     keys = dict.fromkeys([*before, *now])
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
