@@ -159,9 +159,21 @@ def test_what_ends_a_run_is_recorded_and_taken_back_where_it_goes_on(tmp_path: P
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ((0.1, 2.0), (0.1, 3.0), "held-out loss rose from 2.000 to 3.000: lower training.learning_rate"),
-        ((0.1, 2.0), (0.5, 2.5), "held-out loss rose from 2.000 to 2.500 although exact match rose"),
-        ((0.1, 2.0), (0.1, float("nan")), "held-out loss was 2.000 and is not finite"),
+        (
+            (0.1, 2.0),
+            (0.1, 3.0),
+            "the run ended worse than it began: held-out loss rose from 2.000 to 3.000; lower training.learning_rate",
+        ),
+        (
+            (0.1, 2.0),
+            (0.5, 2.5),
+            "the run ended worse than it began: held-out loss rose from 2.000 to 2.500 although exact match rose",
+        ),
+        (
+            (0.1, 2.0),
+            (0.1, float("nan")),
+            "the run ended worse than it began: held-out loss was 2.000 and is not finite",
+        ),
         ((0.1, 2.0), (0.1, 2.0), ""),
         ((0.1, 2.0), (0.0, 1.0), ""),
     ],
