@@ -100,7 +100,7 @@ def test_the_page_says_when_where_how_long_with_what_and_for_what():
     text = page(summarise([*rows(), *circumstances()]))
     parsed = Page()
     parsed.feed(text)
-    for words in ("2026-01-02 03:04:05 UTC, gone on with 1 times", "1 h 2 min", "8 CPUs", "torch 2.9", 'r = "<b>"'):
+    for words in ("2026-01-02 03:04:05 UTC, resumed once", "1 h 2 min", "8 CPUs", "torch 2.9", 'r = "<b>"'):
         assert words in parsed.text
     assert parsed.tags.count("details") == 1 and "script" not in parsed.tags and "b" not in parsed.tags
     assert "<td>What is\n&lt;1&gt;?</td><td>one</td><td>two</td><td>one</td>" in text
