@@ -143,6 +143,7 @@ def test_a_client_has_its_own_adapter_settings_over_the_common_ones():
         ),
         ("[lora]\nlearning_rate = 1.0", "did you mean 'training.learning_rate'"),
         ("[lora]\nuse_dora = true", "lora.use_dora in .*a.toml is not supported: .* use lora.use_rslora"),
+        ("[model]\ndtype = 'float16'", "model.dtype.*expected 'bfloat16', which is as small"),
         ("[lora]\nmodules_to_save = ['x']", "lora.modules_to_save in .* add such modules to lora.target_modules"),
         ("[clients.a]\nuse_dora = true", "clients.a.use_dora in .* is not supported"),
         ("r = 4", "unknown key 'r' .* did you mean 'lora.r'"),

@@ -182,6 +182,15 @@ def test_small_models_have_sizes():
     assert "dense fp32 FedIT of rank 4 with the same attendance" in " ".join(text.split())
 
 
+def test_names_of_methods_stay_whole_on_a_narrow_terminal():
+    _, case = toy_case()
+    console = Console(file=io.StringIO(), width=80)
+    for table in estimate.estimate_tables(estimate.run_estimate(case, ["lora-fair", "fedsrd-e"])):
+        console.print(table)
+    first = [line.split()[0] for line in console.file.getvalue().splitlines() if line.split()]
+    assert {"lora-fair", "fedsrd-e"} <= set(first)
+
+
 def test_a_budget_is_kept_to_in_the_form_that_travels():
     """loom's positions and signs fill 1 % of dense fp32; chosen as if values took 32 bits they filled a third of it."""
     config = load_config(DEMO, ["method.name=loom", "federation.num_rounds=3"])

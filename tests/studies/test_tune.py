@@ -179,4 +179,6 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
     assert {"O.toml", "E.toml", "tune.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
     taus = [load_config(tmp_path / "out" / name).method.settings["tau"] for name in ("O.toml", "E.toml")]
     assert taus == [0.99, 0.9]
-    assert "O: method.tau = 0.99, exact match 99.0 % on validation" in commands.screen.file.getvalue()
+    shown = commands.screen.file.getvalue()
+    assert "O: method.tau = 0.99, exact match 99.0 % on validation" in shown
+    assert "Validation scores" in shown and "Held-out" not in shown

@@ -160,16 +160,28 @@ def test_what_ends_a_run_is_recorded_and_taken_back_where_it_goes_on(tmp_path: P
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ((0.1, 2.0), (0.1, 3.0), "held-out loss rose from 2.000 to 3.000: lower training.learning_rate"),
-        ((0.1, 2.0), (0.5, 2.5), "held-out loss rose from 2.000 to 2.500 although exact match rose"),
-        ((0.1, 2.0), (0.1, float("nan")), "held-out loss was 2.000 and is not finite"),
+        (
+            (0.1, 2.0),
+            (0.1, 3.0),
+            "held-out loss rose from 2.000 to 3.000; lower training.learning_rate",
+        ),
+        (
+            (0.1, 2.0),
+            (0.5, 2.5),
+            "held-out loss rose from 2.000 to 2.500 although exact match rose",
+        ),
+        (
+            (0.1, 2.0),
+            (0.1, float("nan")),
+            "held-out loss was 2.000 and is not finite",
+        ),
         ((0.1, 2.0), (0.1, 2.0), ""),
         ((0.1, 2.0), (0.0, 1.0), ""),
     ],
 )
 def test_a_run_that_ends_worse_than_it_began_says_so(before, after, words):
     found = describe_decline([Evaluation(0, "x", *before), Evaluation(3, "x", *after)])
-    assert found.startswith(words) and bool(found) == bool(words)
+    assert found.startswith(words and f"the run ended worse than it began: {words}") and bool(found) == bool(words)
     assert describe_decline([Evaluation(0, "x", *before)]) == ""
 
 

@@ -46,7 +46,9 @@ def describe_circumstances(facts: Circumstances) -> list[tuple[str, str]]:
         found.append(("ended", ": ".join(filter(None, (facts.end.status, facts.end.reason)))))
     if facts.sessions:
         first, last = facts.sessions[0], facts.sessions[-1]
-        again = f", gone on with {len(facts.sessions) - 1} times" if facts.sessions[1:] else ""
+        resumed = len(facts.sessions) - 1
+        times = "once" if resumed == 1 else f"{resumed} times"
+        again = f", resumed {times}" if resumed else ""
         found.append(("began", first.time.replace("T", " ").replace("+00:00", " UTC") + again))
         if facts.end is not None:
             found.append(("took", human_seconds(facts.end.seconds)))

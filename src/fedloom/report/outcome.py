@@ -47,7 +47,8 @@ def describe_decline(rows: Sequence[Row]) -> str:
     end = f"rose from {first:.3f} to {last:.3f}{' although exact match rose' if matches[1] > matches[0] else ''}"
     if not math.isfinite(last):
         end = f"was {first:.3f} and is not finite"
-    return f"held-out loss {end}: lower training.learning_rate, or take fewer steps or rounds"
+    advice = "lower training.learning_rate, or take fewer steps or rounds"
+    return f"the run ended worse than it began: held-out loss {end}; {advice}"
 
 
 def name_rounds(rounds: Sequence[int]) -> str:

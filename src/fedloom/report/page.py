@@ -11,7 +11,7 @@ from fedloom.report.facts import LINES, describe_circumstances, human_seconds
 from fedloom.report.figure import draw_svg
 from fedloom.report.measures import TRAINING_LOSS, list_measures
 from fedloom.report.numbers import MEAN, Report, human_bytes
-from fedloom.report.scores import NO_SCORE, score_cells, score_head, worse_sentence
+from fedloom.report.scores import NO_SCORE, score_cells, score_head
 from fedloom.report.tables import cost_sentence
 
 _STYLE = """
@@ -81,13 +81,12 @@ def page(report: Report) -> str:
 
 
 def _score_section(report: Report) -> str:
-    """Every measure by domain; what to say of a run that ended worse stands below."""
-    measures, worse = list_measures([report]), worse_sentence(report)
+    """Every measure by domain."""
+    measures = list_measures([report])
     rows = [(domain, *score_cells(report, measures, domain)) for domain in [*report.domains, MEAN]] if measures else []
     if not rows:
         return f"<p>{_shown(NO_SCORE)}</p>"
-    table = _table(("domain", *score_head(measures)), rows, total=True)
-    return f'{table}\n<p class="worse">{_shown(worse)}</p>' if worse else table
+    return _table(("domain", *score_head(measures)), rows, total=True)
 
 
 def _clients(report: Report) -> list[tuple[str, ...]]:

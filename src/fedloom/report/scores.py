@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.records.text import LONG, cell
-from fedloom.report.measures import EXACT_MATCH, LOSS, TRAINING_LOSS, Measure, list_measures
+from fedloom.records.text import cell
+from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_measures
 from fedloom.report.numbers import MEAN, Report, interval
 
 NO_SCORE = "Nothing is held out (data.heldout is not set), so there is no score."
@@ -23,14 +23,12 @@ def score_table(report: Report) -> Table | Text:
     """Every measure by domain, before and after, the leading one first; in words where nothing was held out."""
     if not report.points:
         return Text(NO_SCORE)
-    measures, worse = _telling(list_measures([report])), worse_sentence(report)
+    measures = _telling(list_measures([report]))
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Held-out scores, before → after (loss in nats a token{_nothing(measures)})",
         title_justify="left",
         title_style="bold",
-        caption=cell(worse, "yellow", LONG) if worse else None,
-        caption_justify="left",
     )
     table.add_column("domain")
     for name in (_short(measures[0]), "change", *map(_short, measures[1:])):
@@ -67,19 +65,6 @@ def score_cells(report: Report, measures: Sequence[Measure], domain: str) -> lis
     texts = [f"{m.show(before)} → {m.show(after)}" for m, before, after in pairs]
     lead, before, after = pairs[0]
     return [texts[0], lead.show(after - before, "+"), *texts[1:]]
-
-
-def worse_sentence(report: Report) -> str:
-    """What to say of a run that ended with a higher held-out loss than it began with; otherwise empty."""
-    if not report.ended_worse:
-        return ""
-    before, after = report.value(LOSS.key, at=0), report.value(LOSS.key)
-    ended = LOSS.phrase(after) if math.isfinite(after) else "no finite number"
-    text = f"The run ended worse than it began: held-out loss {LOSS.phrase(before)} before, {ended} after"
-    first, last = report.value(EXACT_MATCH.key, at=0), report.value(EXACT_MATCH.key)
-    if last > first:
-        return f"{text}, although exact match rose from {EXACT_MATCH.phrase(first)} to {EXACT_MATCH.phrase(last)}."
-    return f"{text}. A lower training.learning_rate or fewer steps may help."
 
 
 def score_rows(groups: Groups) -> list[dict[str, str]]:

@@ -45,7 +45,8 @@ def _round_table(result: Mapping[str, Any]) -> Table:
         title=cell(title, "bold"),
         caption=_caption(case),
     )
-    table.add_column("method", overflow="fold")
+    # On a narrow terminal sizes are broken at their sign before the name of any built-in method is broken.
+    table.add_column("method", overflow="fold", min_width=9)
     for name in (PAPER, *CODINGS, "auto", "round", "of dense", "1 / Σ rank", "server s", "MiB"):
         table.add_column(name, justify="right", overflow="fold")
     for row in result["rows"]:
