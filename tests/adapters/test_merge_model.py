@@ -221,10 +221,11 @@ def test_dora_is_refused(tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.weight is also the output layer"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "no tensor lm_head.weight.*shared"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "no tensor lm_head.weight.*shared"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [4]}}, "trainable_tokens_delta"),
     ],
-    ids=["embedding", "modules_to_save", "tokens"],
+    ids=["embedding", "lm_head", "modules_to_save", "tokens"],
 )
 def test_changes_that_a_tied_base_cannot_hold_are_refused(tmp_path: Path, config: dict, reason: str) -> None:
     llama().save_pretrained(tmp_path / "base")

@@ -17,10 +17,12 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     PretrainedConfig,
+    Qwen2ForSequenceClassification,
     ReformerConfig,
     XLNetConfig,
 )
 
+from fedloom.adapters.merge.base import open_base
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model.base import base_digest, load_base
 from fedloom.model.kinds import choose_class, refusal
@@ -110,6 +112,37 @@ def test_a_model_of_another_kind(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"its config.json is of type t5 \(LlamaForCausalLM\); take a model") as caught:
         load_base(folder)
     assert len(str(caught.value).replace(str(folder), "")) < 250
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded as a causal language model"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "custom code"),
+    ],
+    ids=["gptq", "code of its own"],
+)
+def test_what_needs_more_than_transformers(folder: Path, changes: dict[str, object], reason: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    refused(folder, reason)
+
+
+def test_a_classifier_lacks_the_output_layer(tmp_path: Path) -> None:
+    Qwen2ForSequenceClassification(MODELS["qwen2"]().config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    refused(tmp_path, "the weights of lm_head.weight are missing")
+
+
+def test_weights_of_the_older_kind_load_and_are_not_merged(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model, _ = load_base(folder, device="cpu")
+    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in weights)
+    with pytest.raises(ModelError, match=r"lacks model\.safetensors"):
+        open_base(folder)
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,18 @@ def test_the_three_forms(tmp_path: Path) -> None:
 def test_the_kinds_of_files_agree(tmp_path: Path) -> None:
     expected = load_examples(write(tmp_path / "a.jsonl", ROWS))
     (tmp_path / "b.json").write_text(json.dumps(ROWS))
-    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in ROWS))
+    (tmp_path / "c.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row, ensure_ascii=False).encode() for row in ROWS)
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
     for name in ("b.json", "c.jsonl", "d.parquet"):
         assert load_examples(tmp_path / name) == expected
+
+
+def test_conversations_in_parquet(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert load_examples(tmp_path / "a.parquet") == load_examples(write(tmp_path / "a.jsonl", rows))
 
 
 def test_folders_hold_splits(tmp_path: Path) -> None:
@@ -105,6 +113,8 @@ def test_bad_files(tmp_path: Path) -> None:
     refused(tmp_path / "object.json", "holds a dict, expected a list")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     refused(tmp_path / "bad.parquet", "not a readable Parquet file")
+    (tmp_path / "wide.jsonl").write_bytes(json.dumps(ROWS[0]).encode("utf-16"))
+    refused(tmp_path / "wide.jsonl", "not UTF-8 text, but UTF-16")
 
 
 def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from chat_templates import tokenizer_of
 from tokenizers import AddedToken, processors
@@ -11,6 +13,7 @@ from transformers.tokenization_python import PreTrainedTokenizer
 from fedloom.errors import ConfigError, DataError, ModelError
 from fedloom.model.examples import to_example
 from fedloom.model.limits import ModelLimits, check_readable, model_limits
+from fedloom.model.templates import TEMPLATES
 from fedloom.model.tokens import tokenize
 from tiny_models import MODELS, tokenizer
 
@@ -44,6 +47,11 @@ def test_auto_takes_a_template_by_the_form(form: str, chat: bool, template: str)
     assert taken == template
     assert text == rendered(form, template, made)[1]
     assert len(notes) == (form == "messages") and all(f'"{template}"' in note for note in notes)
+
+
+def test_every_template_is_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rendering.md").read_text(encoding="utf-8")
+    assert [name for name in TEMPLATES if f"`{name}`" not in page] == []
 
 
 def test_conversations_take_the_chat_template_by_default_and_are_told_when_they_do_not() -> None:

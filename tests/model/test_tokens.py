@@ -82,6 +82,17 @@ def test_labels_and_padding() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_padding_without_a_token_of_its_own_hides_no_end(pad: str | None) -> None:
+    made, rows = tokenizer(), [Example("ab", "c"), Example("a", "bcd")]
+    expected = tokenize(rows, made, "plain", 99)
+    made.pad_token = pad
+    data = tokenize(rows, made, "plain", 99)
+    batch, usual = data.collate([data[0], data[1]]), expected.collate([expected[0], expected[1]])
+    assert all(torch.equal(batch[key], usual[key]) for key in ("labels", "attention_mask"))
+    assert (batch["labels"] == 2).sum() == 2
+
+
 def test_what_is_too_long_is_counted() -> None:
     examples = [Example("x" * 4, "12"), Example("x" * 4, "123"), Example("x" * 7, "1"), Example("x" * 8, "1")]
     data = tokenize(examples, TOKENIZER, "plain", 8)
@@ -92,6 +103,13 @@ def test_what_is_too_long_is_counted() -> None:
         tokenize(examples[3:], TOKENIZER, "plain", 8, "bob")
     with pytest.raises(DataError, match="bob has no examples"):
         tokenize([], TOKENIZER, "plain", 8, "bob")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    made = tokenizer()
+    made.eos_token = None
+    with pytest.raises(DataError, match="client 1: the tokenizer has no end-of-sequence token"):
+        tokenize([PLAIN], made, "plain", 99, "client 1")
 
 
 def test_an_empty_prompt_still_has_a_start() -> None:
