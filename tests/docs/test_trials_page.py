@@ -15,7 +15,7 @@ NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
 @cache
-def tests_of(file: str) -> frozenset[str]:
+def tops(file: str) -> frozenset[str]:
     """The functions and classes at the top of a file of tests; none where there is no such file."""
     path = REPO / file
     if not path.is_file():
@@ -25,7 +25,7 @@ def tests_of(file: str) -> frozenset[str]:
 
 
 def not_there(text: str) -> list[str]:
-    return [f"{file}::{name}" for file, name in NAMED.findall(text) if name not in tests_of(file)]
+    return [f"{file}::{name}" for file, name in NAMED.findall(text) if name not in tops(file)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
