@@ -15,6 +15,8 @@ from fedloom.model.examples import to_example
 from fedloom.model.limits import ModelLimits, check_readable, model_limits
 from fedloom.model.templates import TEMPLATES
 from fedloom.model.tokens import tokenize
+from fedloom.records.config import DataSettings
+from fedloom.workspace.tokenized import tokenize_clients, tokenize_scored
 from tiny_models import MODELS, tokenizer
 
 ROWS = {
@@ -118,6 +120,18 @@ def test_no_end_token_stands_between_prompt_and_answer(make: type, template: str
     plain = tokenize([to_example(ROWS["instruction"])], tokenizer(), template, 999)[0]
     assert data[0].ids.tolist() == [1, *plain.ids.tolist()]
     assert data[0].prompt == plain.prompt + 1
+
+
+def test_what_is_scored_has_the_tokens_that_are_trained_on() -> None:
+    texts, limits = (
+        {"lab": [to_example(ROWS[form]) for form in ("instruction", "prompt")]},
+        ModelLimits(1000, None, False),
+    )
+    trained = tokenize_clients(texts, DataSettings(), adding(), limits)["lab"]
+    scored = tokenize_scored("held-out", texts, DataSettings(), adding(), limits)["lab"]
+    for one, other in zip(trained.examples, scored.examples, strict=True):
+        assert (one.ids.tolist(), one.prompt) == (other.ids.tolist(), other.prompt)
+        assert other.ids[: other.prompt].tolist().count(2) == 0
 
 
 def test_a_template_that_takes_no_system_role_says_what_to_do() -> None:
