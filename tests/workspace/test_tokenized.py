@@ -52,6 +52,6 @@ def test_what_conversations_took_is_said_once(bed: Path) -> None:
 def test_a_model_that_cannot_read_the_tokens_is_refused_before_training(
     bed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "limits_of", lambda base: ModelLimits(40, None, False))
+    monkeypatch.setattr(assemble, "model_limits", lambda base: ModelLimits(40, None, False))
     with pytest.raises(ModelError, match="client 'bank': the tokenizer gives token .* 40 rows"):
         load_setup(load_config(bed / "demo.toml", []))
