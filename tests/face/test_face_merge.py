@@ -80,3 +80,14 @@ def test_a_folder_without_an_adapter_is_named(adapters, tmp_path):
         fedloom.merge([*adapters, tmp_path / "nothing-here"])
     with pytest.raises(ConfigError, match="no adapter given"):
         fedloom.merge([])
+
+
+def test_adapters_of_bases_of_other_names_are_merged_with_a_word(tmp_path):
+    for seed, base in enumerate(("models/one", "models/other")):
+        settings = AdapterSettings(r=2, lora_alpha=4.0, target_modules=sorted(random_state(0)))
+        save_adapter(random_state(seed, 2), base, settings, tmp_path / str(seed))
+    merge = fedloom.merge([tmp_path / "0", tmp_path / "1"], energy=1)
+    assert merge.notes() == ["the adapters name different base models: models/one, models/other"]
+    assert any("models/third" in note for note in merge.notes("models/third"))
+    with pytest.warns(UserWarning, match="different base models: models/one, models/other"):
+        merge.save(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fedloom.adapters.merge.base import open_base
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, open_folders, rehearse_merge
 from fedloom.adapters.merge.save import save_merge
+from fedloom.adapters.merge.table import note_inputs
 
 
 def merge(
@@ -49,6 +51,10 @@ class Merge:
         modules = len(self.inputs.layouts)
         return f"Merge({len(self.inputs.adapters)} adapters, shares {shares}, {modules} modules, {self.recipe.method})"
 
+    def notes(self, base_model: str | Path | None = None) -> list[str]:
+        """What is worth knowing before the result is trusted; base_model: what the adapters will be merged into."""
+        return note_inputs(self.inputs, Path(base_model) if base_model else None)
+
     def preview(self) -> list[MergedModule]:
         """What the merge would give, module by module; nothing is written."""
         return list(rehearse_merge(self.inputs, self.recipe))
@@ -56,6 +62,7 @@ class Merge:
     def save(self, out: str | Path, *, base_model: str | Path | None = None, force: bool = False) -> Path:
         """Write the merged adapter, or with `base_model` that model with the adapters merged in. Returns the folder.
 
+        What `notes` says is given as a warning, such as that an adapter names another base model.
         Raises ConfigError where `out` is taken, unless `force` says to replace the adapter or model in it, and
         ModelError for a base model that an adapter was not trained on.
         """
@@ -64,5 +71,7 @@ class Merge:
         if base and not self.any_base:
             check_same_base(self.inputs.adapters, digest_weights(base.folder), str(base_model), "any_base=True")
         output.check_free(folder, read, force=force)
+        for note in self.notes(base_model):
+            warnings.warn(note, stacklevel=2)
         save_merge(self.inputs, self.recipe, base, folder)
         return folder

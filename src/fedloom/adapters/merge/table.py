@@ -56,7 +56,7 @@ def build_record(
         "modules": modules,
         "whole": whole,
         "total": {**total, "values": values, "bytes": values * recipe.dtype.itemsize},
-        "notes": _notes(inputs, base),
+        "notes": note_inputs(inputs, base),
     }
 
 
@@ -83,8 +83,8 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else (float("inf") if part else 0.0)
 
 
-def _notes(inputs: Inputs, base: Path | None) -> list[str]:
-    """What a user should know before trusting the result."""
+def note_inputs(inputs: Inputs, base: Path | None) -> list[str]:
+    """What a user should know before trusting the result. base: what they are merged into, if anything."""
     count = len(inputs.adapters)
     partial = [module for module in inputs.layouts if len(inputs.holders(module)) < count]
     notes = []
