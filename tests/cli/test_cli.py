@@ -352,6 +352,9 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
         "| florist:tau=1.0,client_init=warm | 3 | 10.0 ± 0.0 | 60.0 ± 24.8 |" in (tmp_path / "c/compare.md").read_text()
     )
     assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
+    out = call("compare", *variants, "--seeds", 3, "--out", "c", width=80)[1]
+    assert out.splitlines()[0] == "6 runs, all of them complete: nothing is played" and "stated" not in out
+    assert {"florist:tau=1.0,", "client_init=warm"} <= set(out.split()), "a long label breaks at its signs"
 
 
 def test_an_estimate_prints_tables_or_json(call):

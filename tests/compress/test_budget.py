@@ -74,7 +74,7 @@ def test_bytes_go_where_they_save_error():
 def test_a_budget_for_nothing_is_refused(name):
     with pytest.raises(
         ConfigError,
-        match=r"wire\.budget = 50 bytes is 50 bytes for a payload .* takes \d+ at the least, since it has 4 tensors",
+        match=r"wire\.budget allows 50 bytes for a payload .* takes \d+ at the least, since it has 4 tensors",
     ):
         turn(name, "50")
 

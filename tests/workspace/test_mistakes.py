@@ -65,6 +65,10 @@ def with_other_files(project: Path) -> None:
     (project / "out" / "notes.txt").write_text("mine")
 
 
+def with_a_file_in_its_place(project: Path) -> None:
+    (project / "out").write_text("mine")
+
+
 def with_an_adapter_of_another_model(project: Path) -> None:
     """The shipped model's adapter, one of whose modules is made wider."""
     import torch
@@ -105,6 +109,7 @@ def nothing(project: Path) -> None:
         (nothing, ["data.max_length=8"], ["max_length", "8"]),
         (nothing, ["model.quantization=5bit"], ["5bit", "'4bit'"]),
         (with_other_files, [], ["out", "holds other files", "--out"]),
+        (with_a_file_in_its_place, [], ["out", "is a file", "--out"]),
         (with_an_adapter_of_another_model, ["model.adapter=./first/adapter"], ["q_proj", "another base model"]),
         (nothing, ["model.adapter=./nowhere"], ["nowhere", "PEFT adapter folder"]),
     ],
@@ -126,6 +131,12 @@ def test_missing_settings_and_broken_resumes_are_one_line_too(project: Path):
     assert run()[0] == 0
     code, message = run()
     assert code == 2 and "another run" in message and "--resume" in message
+    data = project / "data" / "lab" / "train.jsonl"
+    whole = data.read_text()
+    data.write_text(whole.partition("\n")[2])
+    code, message = fedloom("run", "out/config.toml", "--out", "out", "--resume")
+    assert code == 2 and "other data" in message and "resume with those" in message
+    data.write_text(whole)
     newest = sorted((project / "out" / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     code, message = fedloom("run", "out/config.toml", "--out", "out", "--resume")

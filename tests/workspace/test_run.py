@@ -70,6 +70,7 @@ def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Pat
     summary = run_local(config, tmp_path / "run")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left >= {"adapter", "checkpoints", "config.toml", "curve.png", "ledger.jsonl", "report.html"}
+    assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {"README.md", "tokenizer.json"}
     assert summary.after["depot"] > summary.before["depot"] + 0.1
     told = subprocess.run(
         [sys.executable, "-c", OPENED_BY_PEFT, str(tmp_path / "run"), str(TESTBED / "data/depot/heldout.jsonl")],

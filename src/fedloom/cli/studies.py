@@ -88,7 +88,7 @@ def compare(
     rows = table.comparison_rows(groups)
     (out / "compare.md").write_text(table.to_markdown(rows), encoding="utf-8")
     (out / "compare.csv").write_text(table.to_csv(rows), encoding="utf-8")
-    screen.print(table.comparison_tables(groups))
+    screen.print(table.comparison_tables(groups, width=screen.width))
     screen.print(f"in {out}: compare.md, compare.csv, compare.png", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -125,7 +125,7 @@ def tune(
     play_all(made, jobs)
     groups = compare.read_reports(made)
     (out / "tune.md").write_text(table.to_markdown(table.comparison_rows(groups)), encoding="utf-8")
-    screen.print(table.comparison_tables(groups, "Validation"))
+    screen.print(table.comparison_tables(groups, "Validation", screen.width))
     choice = tune.choose(groups, key, split_words(values), settings.evaluation.metric)
     files = tune.write_choice(settings, key, choice, out)
     for note in choice.notes:
@@ -147,6 +147,9 @@ def play_all(made: Sequence[Trial], jobs: int) -> None:
     if all(run.config.data.heldout is None for run in made):
         screen.print(f"note: {NO_SCORE} The tables will show training loss and bytes.", highlight=False, soft_wrap=True)
     todo = len(compare.runs_left(made))
+    if not todo:
+        screen.print(f"{len(made)} runs, all of them complete: nothing is played", highlight=False)
+        return
     screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
     stated, began = compare.expected_seconds(made, jobs), time.monotonic()
     screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)

@@ -183,4 +183,5 @@ class LiveView(EventKeeper):
 
 
 def _headline(facts: RunFacts) -> str:
-    return f"{facts.method}: {len(facts.clients)} clients, {facts.num_rounds} rounds, {facts.adapter_values:,} values"
+    rounds = "1 round" if facts.num_rounds == 1 else f"{facts.num_rounds} rounds"
+    return f"{facts.method}: {len(facts.clients)} clients, {rounds}, {facts.adapter_values:,} values"

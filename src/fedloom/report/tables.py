@@ -11,8 +11,9 @@ from csv import DictWriter
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from fedloom.records.text import cell, to_printable
+from fedloom.records.text import LONG, cell, to_printable
 from fedloom.report.numbers import Report, common_rank, human_bytes
 from fedloom.report.scores import score_rows, score_table, score_title
 
@@ -21,6 +22,8 @@ MOST_CLIENTS = 12
 LAST_CLIENTS = 2
 _SHORT = 20
 """Characters of a run's label up to which its column is not wrapped."""
+_NARROW = 100
+"""Columns of a terminal under which a longer label would leave its numbers no room: it takes several lines."""
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 """First characters that make a spreadsheet compute a cell; the wide forms do so in some countries."""
 
@@ -125,15 +128,17 @@ def _compared(reports: Sequence[Report], rank: int | None) -> dict[str, str]:
     }
 
 
-def comparison_tables(groups: Mapping[str, Sequence[Report]], split: str = "Held-out") -> RenderableType:
+def comparison_tables(
+    groups: Mapping[str, Sequence[Report]], split: str = "Held-out", width: int = 0
+) -> RenderableType:
     """`comparison_rows` for a terminal, which is narrow: the scores first, then bytes and seconds.
 
-    split: what the scores were taken on, as the title begins.
+    split: what the scores were taken on, as the title begins. width: columns of the terminal, 0 if not known.
     """
     runs, scores = [{"run": label} for label in groups], score_rows(groups)
     costs = [{**run, **cost} for run, cost in zip(runs, _costs(groups), strict=True)]
     title = score_title([report for reports in groups.values() for report in reports], split)
-    return Group(comparison_table(scores, title), "", comparison_table(costs, "Bytes and seconds"), "")
+    return Group(comparison_table(scores, title, width), "", comparison_table(costs, "Bytes and seconds", width), "")
 
 
 def share_column(rank: int | None) -> str:
@@ -141,16 +146,32 @@ def share_column(rank: int | None) -> str:
     return f"of dense fp32{'' if rank is None else f', rank {rank}'}"
 
 
-def comparison_table(rows: Sequence[Mapping[str, str]], title: str = "Scores, bytes and seconds") -> Table:
-    """Rows of texts that all have the same keys, for a terminal."""
+def comparison_table(
+    rows: Sequence[Mapping[str, str]], title: str = "Scores, bytes and seconds", width: int = 0
+) -> Table:
+    """Rows of texts that all have the same keys, for a terminal of `width` columns, 0 if that is not known."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold")
     for name in rows[0] if rows else ():
-        # Numbers may wrap; a short name broken in two is hard to find.
-        whole = name == "run" and max(len(row[name]) for row in rows) <= _SHORT
-        table.add_column(cell(name), justify="left" if name == "run" else "right", overflow="fold", no_wrap=whole)
+        # Numbers may wrap; a name broken in two is hard to find.
+        limit = _SHORT if 0 < width < _NARROW else LONG
+        labels = [break_label(row[name], limit) for row in rows] if name == "run" else []
+        whole = bool(labels) and max(len(line) for lines in labels for line in lines) <= _SHORT
+        table.add_column(cell(name), justify="left" if labels else "right", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*map(cell, row.values()))
+        printable = {name: to_printable(text) for name, text in row.items()}
+        shown = (break_label(text, limit) if name == "run" else [text] for name, text in printable.items())
+        table.add_row(*(Text("\n").join(map(Text, lines)) for lines in shown))
     return table
+
+
+def break_label(label: str, limit: int) -> list[str]:
+    """The label in lines of at most `limit` characters, where signs such as "." and "=" allow it."""
+    lines = [""]
+    for part in re.findall(r"[^.:,=]*[.:,=]|[^.:,=]+", label):
+        if lines[-1] and len(lines[-1]) + len(part) > limit:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def to_markdown(rows: Sequence[Mapping[str, str]]) -> str:

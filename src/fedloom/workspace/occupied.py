@@ -50,6 +50,8 @@ def find_occupant(path: Path) -> Occupant | None:
     """
     if not path.exists() or (path.is_dir() and all(found.name == LOCK for found in path.iterdir())):
         return None
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file, where a run needs a folder: choose another --out")
     settings = read_run_settings(path / "config.toml")
     try:
         rows = tuple(read_rows(path / "ledger.jsonl"))

@@ -142,7 +142,7 @@ def fill_within_budget(
     done = fill_budget(room, entries_at, context.size, state.memory)
     if done.size > budget:
         raise ConfigError(
-            f"wire.budget = {context.budget} is {budget} bytes for a payload of a client, but one takes {done.size} at "
+            f"wire.budget allows {budget} bytes for a payload of a client, but one takes {done.size} at "
             f"the least, since it has {tensors} tensors: set {done.size} or more, or adapt fewer modules"
         )
     return done
