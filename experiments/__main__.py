@@ -12,7 +12,7 @@ from rich.console import Console
 from fedloom.cli.funnel import Funnel, run_app
 from fedloom.cli.options import Jobs, Set, split_words
 from fedloom.cli.studies import play_all
-from fedloom.errors import ConfigError, DataError
+from fedloom.errors import ConfigError
 from fedloom.records.text import cell
 from fedloom.testbeds import testbed_folder
 
@@ -69,14 +69,13 @@ def data(
     """Write the data of a real-text testbed anew; those of wordnet are in the repository already."""
     from experiments import docstrings, wordnet
 
-    if testbed == "docstrings":
-        counts = docstrings.write_data(out / "docstrings")
-    elif testbed == "wordnet":
-        if not (source / "data.noun").is_file():
-            raise DataError(f"{source} holds no data.noun: give --source, or install Debian's package wordnet-base")
-        counts = wordnet.write_data(source, out / "wordnet")
-    else:
-        raise ConfigError(f"there is no testbed {testbed!r} to write data for: expected wordnet or docstrings")
+    writers = {
+        "docstrings": lambda: docstrings.write_data(out / "docstrings"),
+        "wordnet": lambda: wordnet.write_data(source, out / "wordnet"),
+    }
+    if testbed not in writers:
+        raise ConfigError(f"there is no testbed {testbed!r} to write data for: expected {' or '.join(writers)}")
+    counts = writers[testbed]()
     screen.print(f"{sum(counts.values()):,} examples of {len(counts)} clients in {cell(str(out / testbed))}")
 
 

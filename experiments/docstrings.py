@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from experiments.jsonl import write_rows
 from experiments.pretrain.text import signature
 from fedloom.errors import DataError
 
@@ -71,7 +71,7 @@ def write_data(target: Path) -> dict[str, int]:
             "train": found[held + checked :][:TRAIN],
         }
         for split, those in splits.items():
-            _write(target / "data" / library / f"{split}.jsonl", those)
+            write_rows(target / "data" / library / f"{split}.jsonl", map(_row, those))
         counts[library] = len(splits["train"])
     return counts
 
@@ -81,7 +81,7 @@ def _chance(pair: Pair) -> bytes:
     return hashlib.blake2b(f"{pair[0]}|{pair[1]}".encode(), digest_size=8).digest()
 
 
-def _write(path: Path, those: list[Pair]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ({"prompt": f'{head}\n    """', "completion": f'{line}"""'} for head, line in those)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def _row(pair: Pair) -> dict[str, str]:
+    """The row of a data file."""
+    head, line = pair
+    return {"prompt": f'{head}\n    """', "completion": f'{line}"""'}

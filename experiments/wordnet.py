@@ -7,11 +7,13 @@ Which direction and which split it is in follows from its number alone. The two 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.jsonl import write_rows
+from fedloom.errors import DataError
 
 FILES = (
     *("adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact", "noun.attribute"),
@@ -55,7 +57,12 @@ class Synset:
 
 
 def synsets(folder: Path) -> Iterator[Synset]:
-    """The synsets of WordNet's data files that are short enough; the examples that follow a gloss are left out."""
+    """The synsets of WordNet's data files that are short enough; the examples that follow a gloss are left out.
+
+    Raises DataError where the folder has no such files.
+    """
+    if not (folder / "data.noun").is_file():
+        raise DataError(f"{folder} holds no data.noun: give --source, or install Debian's package wordnet-base")
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
             if line.startswith("  "):  # the licence
@@ -88,14 +95,8 @@ def write_data(wordnet: Path, target: Path) -> dict[str, int]:
             apart.setdefault(("validation", direction), []).extend(those[held : held + checked])
             taken = set(those[: held + checked])
             left = [synset for synset in left if synset not in taken]
-        _write(target / "data" / name / "train.jsonl", left[:TRAIN])
+        write_rows(target / "data" / name / "train.jsonl", (synset.example() for synset in left[:TRAIN]))
         counts[name] = len(left[:TRAIN])
     for (split, direction), those in apart.items():
-        _write(target / split / f"{direction}.jsonl", those)
+        write_rows(target / split / f"{direction}.jsonl", (synset.example() for synset in those))
     return counts
-
-
-def _write(path: Path, examples: list[Synset]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps(synset.example(), ensure_ascii=False) + "\n" for synset in examples)
-    path.write_text("".join(rows), encoding="utf-8")

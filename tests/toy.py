@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
 from fedloom.rounds.turns import Job, ServerTurn, Train, Trained, accept
+from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
 RANK = 4
@@ -160,3 +162,12 @@ def delta(state: LoraState) -> dict[str, torch.Tensor]:
 def client_seed(job: Job, client: str, round: int) -> int:
     """The seed that the client's training step gets."""
     return derived_seed(job.seed, "train", client, round)
+
+
+def take_up(resumed: Federation, federation: Federation, folder: Path) -> None:
+    """Have `resumed` go on where the other one stands, by way of a checkpoint on disk."""
+    archive = dict(enumerate(federation.broadcasts))
+    snapshot = Snapshot(federation.number, federation.server, federation.clients, archive)
+    loaded = load_checkpoint(save_checkpoint(folder, snapshot))
+    resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
+    resumed.broadcasts, resumed.number = list(loaded.archive.values()), loaded.round

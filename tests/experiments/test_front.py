@@ -105,7 +105,7 @@ def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
     options = ["--testbeds", "demo", "--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "runs")]
     result = CliRunner().invoke(command.app, ["front", *options])
     assert result.exit_code == 0
-    assert "12 runs, 0 left" in result.stdout
+    assert "12 runs, all of them complete: nothing is played" in result.stdout
     with (tmp_path / "runs" / "front.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
     assert (tmp_path / "runs" / "front.md").read_text().count("loom") == 2

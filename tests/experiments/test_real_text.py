@@ -43,6 +43,11 @@ def test_synsets_have_a_file_a_word_and_a_gloss_without_its_examples(database):
     assert "dog" not in found, "a gloss that is too long is left out"
 
 
+def test_a_folder_without_wordnet_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no data.noun: give --source"):
+        wordnet.write_data(tmp_path, tmp_path / "bed")
+
+
 def test_a_synset_is_in_one_split_and_one_direction(database, tmp_path):
     counts = wordnet.write_data(database, tmp_path / "bed")
     places = {}

@@ -16,7 +16,7 @@ from fedloom.rounds.catchup import Archive
 from fedloom.rounds.turns import Trained, accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from toy import Federation, client_seed, delta, job, step, trainer
+from toy import Federation, client_seed, delta, job, step, take_up, trainer
 
 
 def lossless(name: str) -> dict[str, str]:
@@ -188,10 +188,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bytes(name: str, tmp_path):
     federation, resumed = Federation(job(build(name))), Federation(job(build(name)))
     federation.play()
     federation.play(["ada", "cyd"])
-    archive = dict(enumerate(federation.broadcasts))
-    loaded = load_checkpoint(save_checkpoint(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
-    resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
-    resumed.broadcasts, resumed.number = list(loaded.archive.values()), loaded.round
+    take_up(resumed, federation, tmp_path)
     for run in (federation, resumed):
         run.play()
     assert resumed.broadcasts == federation.broadcasts

@@ -129,10 +129,13 @@ def test_what_needs_more_than_transformers(folder: Path, changes: dict[str, obje
     refused(folder, reason)
 
 
-def test_a_classifier_lacks_the_output_layer(tmp_path: Path) -> None:
-    Qwen2ForSequenceClassification(MODELS["qwen2"]().config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier_is_refused_also_where_it_has_all_weights(tmp_path: Path, tied: bool) -> None:
+    config = MODELS["qwen2"]().config
+    config.tie_word_embeddings = tied
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    refused(tmp_path, "the weights of lm_head.weight are missing")
+    refused(tmp_path, "Qwen2ForSequenceClassification's, which gives labels and no text")
 
 
 def test_weights_of_the_older_kind_load_and_are_not_merged(folder: Path) -> None:

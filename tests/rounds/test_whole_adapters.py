@@ -21,10 +21,9 @@ from fedloom.rounds.turns import Trained, accept, full_state
 from fedloom.site.policy import check_may_leave
 from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Message, decode, encode
-from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedloom.workspace.clients import split_trained
 from tiny_models import llama, placed
-from toy import SHAPES, Federation, client_seed, delta, job, random_state, step
+from toy import SHAPES, Federation, client_seed, delta, job, random_state, step, take_up
 
 K, Q, DOWN = sorted(SHAPES)
 CASTS = {
@@ -69,10 +68,7 @@ def test_a_run_goes_on_to_the_same_bytes(name: str, cast: str, tmp_path):
     federation, resumed = (Federation(job(build(name)), CASTS[cast]) for _ in range(2))
     federation.play()
     federation.play(["ada", "cyd"])
-    archive = dict(enumerate(federation.broadcasts))
-    loaded = load_checkpoint(save_checkpoint(tmp_path, Snapshot(2, federation.server, federation.clients, archive)))
-    resumed.server, resumed.clients = loaded.server, dict(loaded.clients)
-    resumed.broadcasts, resumed.number = list(loaded.archive.values()), loaded.round
+    take_up(resumed, federation, tmp_path)
     for run in (federation, resumed):
         run.play()
     assert (resumed.broadcasts, resumed.uploads) == (federation.broadcasts, federation.uploads)

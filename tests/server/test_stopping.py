@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fedloom.errors import ConfigError
+from fedloom.errors import CheckpointError, ConfigError
 from fedloom.lora.pair import digest
 from fedloom.methods.method import State
 from fedloom.model.evaluate import Scores
@@ -81,6 +81,17 @@ def test_a_run_stops_once_the_validation_loss_stands_still(tmp_path: Path):
     assert any("no better for 3 evaluations: best validation loss of 3 after round 2" in text for text in said)
     assert {state.digest for state in run.sites.states.values()} == {run.server.digest}
     assert summary.num_rounds == 5
+
+
+def test_a_run_that_ended_by_its_validation_split_takes_no_more_rounds(tmp_path: Path):
+    """Its model may be an earlier round's, and patience is over: further rounds would go on with neither."""
+    with simulation(judged(*PATIENT), tmp_path / "run") as run:
+        run.play(resume=False)
+    told = r"ended after round 5 by its validation split and takes no more rounds.*model\.adapter"
+    with pytest.raises(CheckpointError, match=told):
+        simulation(judged(*PATIENT, "federation.num_rounds=9"), tmp_path / "run", resume=True).__enter__()
+    with simulation(judged(*PATIENT), tmp_path / "run", resume=True) as run:
+        assert run.play(resume=True).num_rounds == 5
 
 
 @pytest.mark.parametrize("method", ["fedsrd", "florist"])

@@ -41,6 +41,9 @@ SEEING = (
     "pi0",
 )
 """Types that compute nothing from a text alone."""
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+"""What a checkpoint's architecture ends with that was trained to give labels. With tied embeddings it has all the
+weights of a language model, and would load as one."""
 AutoClass: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 
 
@@ -65,6 +68,9 @@ def choose_class(path: str | Path, config: PretrainedConfig) -> AutoClass:
 def refusal(config: PretrainedConfig) -> str | None:
     """Why a model is not trained as a causal one although transformers loads it; None where it is."""
     kind = str(config.model_type)
+    labels = next((name for name in config.architectures or () if name.endswith(HEADS)), None)
+    if labels:
+        return f"its weights are a {labels}'s, which gives labels and no text; take the language model it was made of"
     if kind in UNSHIFTED:
         return f"a {kind} model answers with its decoder half what its encoder has read, and has another loss"
     if kind in SEEING:

@@ -60,24 +60,24 @@ def load_examples(
         name = str(source)
         tables = [(name, _hub_rows(name, split, settings.subset))]
     examples: list[Example] = []
-    tallies: list[Reading] = []
+    readings: list[Reading] = []
     for place, rows in tables:
-        tallies.append(Reading())
-        examples += _read(place, rows, settings, tallies[-1])
-        if tallies[-1].skipped:
-            tell(f"{place}: {_skipped(tallies[-1])}, as data.skip_bad_rows says")
+        readings.append(Reading())
+        examples += _read(place, rows, settings, readings[-1])
+        if readings[-1].skipped:
+            tell(f"{place}: {_skipped(readings[-1])}, as data.skip_bad_rows says")
     if not examples:
         what = name if files else f"Hub data set {name}, split {split!r},"
-        reasons = [*(_skipped(tally) for tally in tallies if tally.skipped), *_notes(tallies)]
+        reasons = [*(_skipped(reading) for reading in readings if reading.skipped), *_notes(readings)]
         raise DataError(f"{what} holds no examples{': ' if reasons else ''}{''.join(reasons[:1])}")
-    for note in _notes(tallies):
+    for note in _notes(readings):
         tell(f"{name}: {note}")
     return examples
 
 
-def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings, tally: Reading) -> Iterator[Example]:
+def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings, reading: Reading) -> Iterator[Example]:
     for place, row in rows:
-        tally.rows += 1
+        reading.rows += 1
         try:
             if isinstance(row, DataError):
                 raise row
@@ -85,24 +85,24 @@ def _read(name: str, rows: Iterable[tuple[str, object]], settings: DataSettings,
                 raise DataError(f"a {type(row).__name__}, expected an object with named columns")
             example, form = read_row(row, settings.columns)
         except UndesiredError:
-            tally.undesired += 1
+            reading.undesired += 1
         except DataError as error:
             if not settings.skip_bad_rows:
                 raise DataError(f"{name}, {place}: {error}") from None
-            tally.first = tally.first or f"{place}: {error}"
-            tally.skipped += 1
+            reading.first = reading.first or f"{place}: {error}"
+            reading.skipped += 1
         else:
-            tally.preferences += form.preference
+            reading.preferences += form.preference
             yield example
 
 
-def _skipped(tally: Reading) -> str:
-    return f"{tally.skipped:,} of {tally.rows:,} rows left out; the first, {tally.first}"
+def _skipped(reading: Reading) -> str:
+    return f"{reading.skipped:,} of {reading.rows:,} rows left out; the first, {reading.first}"
 
 
-def _notes(tallies: list[Reading]) -> Iterator[str]:
-    undesired = sum(tally.undesired for tally in tallies)
-    preferences = sum(tally.preferences for tally in tallies)
+def _notes(readings: list[Reading]) -> Iterator[str]:
+    undesired = sum(reading.undesired for reading in readings)
+    preferences = sum(reading.preferences for reading in readings)
     if undesired:
         yield f"{undesired:,} rows left out whose label is false: their answers are marked as not to be given"
     if preferences:

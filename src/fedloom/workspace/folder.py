@@ -27,7 +27,7 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
-from fedloom.records.ledger import Direction, Ledger, Transfer, payload_name, read_rows
+from fedloom.records.ledger import Choice, Direction, Ledger, Transfer, payload_name, read_rows
 from fedloom.records.serverlog import ServerLog
 from fedloom.report import metrics
 from fedloom.wire import describe, read_header
@@ -152,6 +152,12 @@ def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
     found = find_differences(held.settings, config)
     rounds = config.federation.num_rounds
     if found.keys() == {ROUNDS} and extend:
+        chosen = next((row for row in held.rows if isinstance(row, Choice)), None)
+        if chosen:
+            raise CheckpointError(
+                f"the run in {held.path} ended after round {chosen.round} by its validation split and takes no more "
+                f"rounds: begin another with model.adapter = {str(held.path / 'adapter')!r}"
+            )
         if rounds < held.rounds:
             raise CheckpointError(f"{ROUNDS} is {rounds}, but {held.rounds} rounds of the run in {held.path} are over")
     elif found:
