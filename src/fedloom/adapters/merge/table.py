@@ -95,7 +95,8 @@ def note_inputs(inputs: Inputs, base: Path | None) -> list[str]:
         )
     if inputs.whole:
         notes.append(f"{len(inputs.whole)} whole tensors were averaged as they are: {', '.join(inputs.whole[:3])}")
-    if len(inputs.base_models) > 1:
+    digests = {adapter.base_digest for adapter in inputs.adapters}
+    if len(inputs.base_models) > 1 and (len(digests) > 1 or "" in digests):  # equal weights may lie at several places
         notes.append(f"the adapters name different base models: {', '.join(inputs.base_models)}")
     other = other_base_note(inputs.adapters, base) if base else None
     return [*notes, other] if other else notes
