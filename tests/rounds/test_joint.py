@@ -1,4 +1,4 @@
-"""Small payloads: any budget is met to the byte, nothing is lost on the way, and what does not fit together is refused."""
+"""Small payloads: any budget is met to the byte, nothing is lost on the way, and what does not fit is refused."""
 
 from __future__ import annotations
 

@@ -190,7 +190,8 @@ class Method:
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
     some of the modules only. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
-    context): bytes of the smallest payload of a run, either way; its budget must leave room for one element. advise(first adapter, context): what a user should know of the settings, or "".
+    context): bytes of the smallest payload of a run, either way; its budget must leave room for one element.
+    advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.

@@ -32,8 +32,8 @@ def check_room(job: Job, initial: LoraState, clients: Mapping[str, Mapping[str, 
         if allowed < least:
             needed = math.ceil(job.budget.bytes(adapter.numel()) * least / max(allowed, 1))
             raise ConfigError(
-                f"wire.budget of {job.budget} leaves {allowed} bytes for the smallest payload of this run, and one of a "
-                f"single element takes {least}: set wire.budget to {needed} or more, or lower method.taper"
+                f"wire.budget of {job.budget} leaves {allowed} bytes for the smallest payload of this run, and one "
+                f"of a single element takes {least}: set wire.budget to {needed} or more, or lower method.taper"
             )
 
 
