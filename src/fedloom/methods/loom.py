@@ -24,6 +24,7 @@ from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
+from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
@@ -49,6 +50,11 @@ class Dial:
         part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
         return int(both * part * self.weight(context.round, context.num_rounds))
 
+    def smallest(self, adapter: LoraState, context: Context) -> int:
+        """The bytes of the smallest payload of a run: the last one up or down."""
+        last = replace(context, round=max(context.num_rounds, 1))
+        return min(self.bytes(adapter, way, last) for way in ("up", "down"))
+
     def weight(self, round: int, num_rounds: int) -> float:
         """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
         done = (round - 0.5) / num_rounds if num_rounds else 0.5
@@ -66,8 +72,8 @@ def loom(
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
-    wire.budget (1 % of dense fp32 unless it is set) holds for the mean payload over both ways and all rounds. A payload
-    has one element of every tensor, even where the budget has no room for it.
+    wire.budget (1 % of dense fp32 unless it is set) holds for the mean payload over both ways and all rounds. Where it
+    has no room for one element of every tensor, those tensors have one whose element changes most.
     upload_share: the part of the bytes of both ways that goes up.
     taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
@@ -100,6 +106,8 @@ def loom(
         aggregate=partial(broadcast_signs, dial, server_residual, importance),
         receive=add_to_whole,
         adopt=adopt_whole,
+        joins=True,
+        smallest=dial.smallest,
         advise=partial(advise_on_budget, dial),
         takes_budget=True,
         default_budget=_BUDGET,
@@ -245,6 +253,8 @@ def fill_payload(
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Sparse]]:
     """(memory, entries) that fill a budget of bytes with the same share of every tensor, at least one element of each.
 
+    Where not even those fit, the tensors whose element is worth most have one, and the others none.
+
     Changes and importances are computed once, for a shortlist a little longer than the first guess at the density. The
     trials choose from the shortlist: a second one costs a selection and an encoding, not another look at all elements.
     """
@@ -254,4 +264,7 @@ def fill_payload(
     # Listed first for the guess: asked for density 0 first, the lists would hold nothing and be made twice.
     lists.hold(room.first_guess(state.memory))
     done = fill_budget(room, lists.entries, context.size, state.memory)
-    return done.memory, done.entries
+    if done.size <= budget:
+        return done.memory, done.entries
+    worth = {name: max(one.scores.tolist(), default=0.0) for name, one in lists.listed.items()}
+    return done.memory, keep_few(done.entries, worth, budget, context.size, context.quantize)

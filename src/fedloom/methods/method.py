@@ -189,7 +189,9 @@ class Method:
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
-    some of the modules only. advise(first adapter, context): what a user should know of the settings, or "".
+    some of the modules only. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
+    context): bytes of the smallest payload of a run, either way; its budget must leave room for one element.
+    advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
@@ -211,6 +213,8 @@ class Method:
     wider: Mapping[float, str] = field(default_factory=dict)
     merges: bool = False
     module_subsets: bool = True
+    joins: bool = False
+    smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
 

@@ -19,6 +19,7 @@ from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
 from fedloom.rounds.job import Job, sender_digest
+from fedloom.rounds.joint import split_entries
 from fedloom.wire import DEFAULT, Header, Limits, decode
 
 MOST_EXAMPLES = 10**9
@@ -51,7 +52,7 @@ def check_update(job: Job, state: State, client: str, payload: bytes, round: int
 
 def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
     message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
-    header = message.header
+    header, entries = message.header, split_entries(message.entries, state)
     check_same_method(job, header)
     expect(header, "update", state)
     if header.round != round:
@@ -66,10 +67,10 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) ->
         )
     parts = job.method.parts(state, round)
     own = job.ranks.get(client)
-    modules = _check_names(job, message.entries, state, parts, own)
+    modules = _check_names(job, entries, state, parts, own)
     for module in modules:
-        _check_shapes(job, message.entries, state.adapter[module], module, parts, own)
-    return UpdateFacts(header.num_examples, modules, _check_norm(message.entries, job.caps.max_norm))
+        _check_shapes(job, entries, state.adapter[module], module, parts, own)
+    return UpdateFacts(header.num_examples, modules, _check_norm(entries, job.caps.max_norm))
 
 
 def _check_names(

@@ -20,6 +20,7 @@ from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import module_of, subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
+from fedloom.rounds.joint import split_entries
 from fedloom.wire import decode
 
 
@@ -60,18 +61,19 @@ class Cohort:
 class Group:
     """The updates of some modules, which all of these clients sent; decoded one at a time on every pass.
 
-    unchanged: what the clients that did not train these modules would have sent, where they count.
+    state: the server's. unchanged: what the clients that did not train these modules would have sent, where they count.
     """
 
     cohort: Cohort
     weights: Mapping[str, float]
     modules: Collection[str]
+    state: State
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
         for client, weight in self.weights.items():
             self.cohort.reading = client
-            entries = decode(self.cohort.payloads[client]).entries
+            entries = split_entries(decode(self.cohort.payloads[client]).entries, self.state)
             own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
             yield Update(client, weight, own)
         self.cohort.reading = ""
@@ -91,7 +93,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
             held = {client: weight / sum(held.values()) for client, weight in held.items()}
             others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
-        result = method.aggregate(part, Group(cohort, held, set(modules), unchanged), context)
+        result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))

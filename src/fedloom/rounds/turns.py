@@ -22,6 +22,7 @@ from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, ch
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.job import Job, sender_digest
+from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -100,9 +101,13 @@ class ServerTurn:
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends."""
+    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
+
+    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do.
+    """
 
     header: Header
+    outline: Outline | None = None
     entries: Entries = field(default_factory=dict)
     encoded: bytes = b""
 
@@ -114,8 +119,12 @@ class Draft:
         """The payload that carries these entries."""
         known = self.encoded and entries.keys() == self.entries.keys()
         if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
-            self.entries, self.encoded = dict(entries), encode(Message(self.header, entries))
+            self.entries, self.encoded = dict(entries), encode(self.message(entries))
         return self.encoded
+
+    def message(self, entries: Entries) -> Message:
+        """The message that carries these entries."""
+        return Message(self.header, join_entries(entries, self.outline))
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
@@ -142,7 +151,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
             )
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    draft = Draft(header)
+    draft = Draft(header, Outline.of(trained.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
@@ -218,7 +227,7 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
-    draft = Draft(header)
+    draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     payload = draft.payload(result.entries)
@@ -246,15 +255,15 @@ def accept_own(job: Job, state: State, payload: bytes) -> State:
 
 
 def _take_up(job: Job, state: State, message: Message) -> State:
-    header = message.header
-    check_broadcast(job, state, header, message.entries)
+    header, entries = message.header, split_entries(message.entries, state)
+    check_broadcast(job, state, header, entries)
     try:
         if header.kind == "state":
-            tensors = {name: to_dense(entry) for name, entry in message.entries.items()}
+            tensors = {name: to_dense(entry) for name, entry in entries.items()}
             adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
             after = replace(adopted, version=header.base_version, digest=header.base_digest)
         else:
-            changed = job.method.receive(state, message.entries, job.context(header.round))
+            changed = job.method.receive(state, entries, job.context(header.round))
             after = replace(changed, version=header.base_version + 1, digest=header.result_digest)
     except FedloomError:
         raise

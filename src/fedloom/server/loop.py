@@ -26,6 +26,7 @@ from fedloom.records.ledger import About, Aggregation, Evaluation, Training, rea
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
 from fedloom.server.session import begin_session, record_end
@@ -290,7 +291,8 @@ class Rounds:
 
 def describe_spending(payload: bytes, budget: Budget) -> str:
     """What a byte budget was spent on, in words."""
-    tensors = describe(payload).tensors
+    # Scales that travel as a tensor of their own are no values of the adapter.
+    tensors = [tensor for tensor in describe(payload).tensors if tensor.name != SCALES]
     share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
     kinds = ", ".join(sorted({t.coding for t in tensors}))
     return f"wire.budget of {budget}: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"

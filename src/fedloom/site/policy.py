@@ -33,6 +33,7 @@ from fedloom.methods.method import CORE, State
 from fedloom.model.training import rate_at
 from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
 from fedloom.records.quantities import parse_bytes
+from fedloom.rounds.joint import split_entries
 from fedloom.rounds.turns import Train, Trained
 from fedloom.site.privacy import epsilon, release_change, total_norm
 from fedloom.site.rules import Policy, Spending
@@ -175,7 +176,8 @@ def check_may_leave(
     message = decode(payload, Limits(max_values=4 * before.numel()))
     if message.header.kind != "update":
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
-    for name, entry in message.entries.items():
+    entries = split_entries(message.entries, State(before))
+    for name, entry in entries.items():
         module, _, part = name.rpartition("/")
         if module not in before or part not in parts:
             raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
@@ -185,7 +187,7 @@ def check_may_leave(
         if math.prod(entry.shape) > most or (part == CORE and entry.shape[:1] != (pair.rank,)):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
-    _check_names(policy, {name.rpartition("/")[0] for name in message.entries})
+    _check_names(policy, {name.rpartition("/")[0] for name in entries})
 
 
 def guard_training(

@@ -21,6 +21,7 @@ from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
+from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
 
 
@@ -64,6 +65,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         caps=caps_of(federation, clients),
         ranks=client_ranks,
     )
+    check_room(job, initial, client_ranks)
     return Plan(job, initial, shared, adapters)
 
 

@@ -166,7 +166,7 @@ def _try(
     kept = budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
     job = Job(
-        method,
+        replace(method, joins=False),  # bytes of a sample are scaled up tensor by tensor
         seed,
         quantize("fp32"),
         budget=scaled,
