@@ -1,5 +1,17 @@
 """One thread: the tests' matrices are small, and a second thread mostly waits for the first."""
 
+import gc
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_set_aside() -> Iterator[None]:
+    """Garbage is looked for among the objects of a file's tests, not among the half million of the libraries."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
