@@ -152,6 +152,7 @@ SETTINGS = [
     "federation.num_rounds=2",
     "training.max_steps=2",
     "federation.eval_every=0",
+    "data.heldout=null",
     "federation.participants=['bank', 'lab']",
     "clients.lab.target_modules=['q_proj', 'v_proj']",
     "clients.lab.lora_alpha=8",
