@@ -15,3 +15,10 @@ def libraries_set_aside() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose curve nobody looks at: drawing it takes longer than their rounds. Its tests are in tests/report."""
+    monkeypatch.setattr("fedloom.report.figure.draw_curve", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.report.page.draw_svg", lambda report: "")

@@ -30,6 +30,7 @@ from small_testbed import small_testbed
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SHORT = ["federation.num_rounds=3", "training.max_steps=2", "federation.eval_every=0", "output.keep_payloads=true"]
+no_picture = pytest.mark.usefixtures("no_picture")
 TWO = ["federation.participants=['bank', 'lab']"]
 
 
@@ -104,6 +105,7 @@ def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Pat
     assert float(told.stdout) == pytest.approx(summary.after["depot"], abs=1 / 300 + 1e-9)
 
 
+@no_picture
 @pytest.mark.parametrize("method", ["fedsrd", "florist"])
 def test_everybody_ends_with_the_servers_bits_whoever_was_sampled(tmp_path: Path, method: str, settings: Settings):
     config = settings("federation.fraction_train=0.5", "federation.drop_out=0.3", f"method.name={method}")
@@ -125,6 +127,7 @@ def test_the_ledger_counts_the_bytes_that_were_kept(whole: Path):
     assert sum(row.direction == "up" for row in rows) == sum(row.direction == "down" for row in rows) == 6
 
 
+@no_picture
 def test_a_round_without_answers_is_noted_and_the_run_goes_on(tmp_path: Path, settings: Settings):
     run_local(settings(*TWO, "federation.drop_out=0.9", "federation.seed=1"), tmp_path / "run")
     notes = [row.text for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Note)]
@@ -138,6 +141,7 @@ class Crash(Exception):
 SLOW = pytest.mark.slow
 
 
+@no_picture
 @pytest.mark.parametrize(
     ("moment", "call"),
     [
@@ -210,6 +214,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path, whole: Path, settings: 
         run_local(settings(*TWO), copy, resume=True)
 
 
+@no_picture
 def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path, settings: Settings):
     config = settings(*TWO, "method.name=florist", "method.preset=paper", "output.max_rank=6")
     summary = run_local(config, tmp_path / "run")
@@ -219,6 +224,7 @@ def test_merging_methods_export_one_adapter_of_capped_rank(tmp_path: Path, setti
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] <= 6
 
 
+@no_picture
 @pytest.mark.parametrize("method", ["florist", "fed-sb"])
 def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path, method: str, settings: Settings):
     config = settings(*TWO, f"method.name={method}", "clients.lab.r=4", "clients.bank.lora_alpha=8")
@@ -231,6 +237,7 @@ def test_clients_of_unequal_rank_and_alpha_run_to_the_end(tmp_path: Path, method
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@no_picture
 def test_epochs_and_a_clients_own_settings_reach_its_training(tmp_path: Path, small: Path, settings: Settings):
     """A client with a rate of its own sends what it would send if all had that rate; the other one does not."""
     epochs = ["training.max_steps=null", "training.num_train_epochs=1.2", "federation.num_rounds=1"]
