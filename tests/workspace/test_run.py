@@ -88,7 +88,9 @@ print(hits / len(rows))
 
 
 def test_the_adapter_opened_by_plain_peft_scores_what_the_run_said(tmp_path: Path):
-    longer = [*SHORT, "federation.participants=['depot']", "training.max_steps=12", "method.name=fedit"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "depot").symlink_to(TESTBED / "data" / "depot")
+    longer = [*SHORT, f"data.source={tmp_path}/data/{{client}}", "training.max_steps=12", "method.name=fedit"]
     config = load_config(TESTBED / "demo.toml", longer)
     summary = run_local(config, tmp_path / "run")
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -171,7 +173,7 @@ def test_a_run_resumed_after_a_crash_ends_the_same(
 
 
 def test_a_run_killed_by_the_system_resumes_to_the_same_bytes(tmp_path: Path, small: Path, settings: Settings):
-    rounds = "federation.num_rounds=10"  # so that the kill comes before the end, however late
+    rounds = "federation.num_rounds=8"  # so that the kill comes before the end, however late
     run_local(settings(*TWO, rounds), tmp_path / "whole")
     overrides = [part for text in [*SHORT, *TWO, rounds] for part in ("--set", text)]
     command = [sys.executable, "-m", "fedloom", "run", str(small / "demo.toml"), *overrides, "--out"]
