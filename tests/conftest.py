@@ -1,5 +1,24 @@
 """One thread: the tests' matrices are small, and a second thread mostly waits for the first."""
 
+import gc
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_set_aside() -> Iterator[None]:
+    """Garbage is looked for among the objects of a file's tests, not among the half million of the libraries."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose curve nobody looks at: drawing it takes longer than their rounds. tests/report looks at curves."""
+    monkeypatch.setattr("fedloom.report.figure.draw_curve", lambda *arguments: None)
+    monkeypatch.setattr("fedloom.report.page.draw_svg", lambda report: "")

@@ -66,6 +66,7 @@ def test_a_block_says_in_which_language_it_is(page):
         assert block.language in LANGUAGES, f"{page}:{block.line}"
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("page", having("python"))
 def test_python_runs(page, testbed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

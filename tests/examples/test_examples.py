@@ -27,7 +27,7 @@ def testbed(tmp_path_factory):
 
 
 @pytest.fixture
-def here(testbed, tmp_path, monkeypatch):
+def here(testbed, tmp_path, monkeypatch, no_picture):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fedloom.face.settings.testbed_folder", lambda: testbed)
     return tmp_path

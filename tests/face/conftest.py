@@ -32,7 +32,7 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture
-def bed(small, monkeypatch):
+def bed(small, monkeypatch, no_picture):
     """Four sites with six examples each, one step of training, two rounds; nothing is evaluated."""
     monkeypatch.setattr("fedloom.face.settings.testbed_folder", lambda: small)
     return fedloom.testbed(settings={"federation.num_rounds": 2, "data.heldout": None, "lora.r": 2})

@@ -1,4 +1,4 @@
-"""The loopback federation as tests use it: three sites, one stranger, and kill -9."""
+"""The loopback federation as tests use it: two sites, one stranger, and kill -9."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import psutil
 from benchmarks.loopback import PATIENCE, Loopback
-from desks import SITES, TESTBED
+from desks import TESTBED
 
 from fedloom.flower import launch
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 
+SITES = ("depot", "lab")
 STRANGER = "stranger"
 
 
@@ -21,15 +22,15 @@ class Processes(Loopback):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"))
 
-    def settings(self) -> Config:
+    def settings(self, rounds: int = 3) -> Config:
         own = [
-            "federation.num_rounds=3",
+            f"federation.num_rounds={rounds}",
             "federation.eval_every=0",
             f"federation.participants={list(SITES)}",
             "training.max_steps=12",
             "output.keep_payloads=true",
             f"flower.deadline={PATIENCE}",
-            "flower.min_replies=3",
+            "flower.min_replies=2",
             "data.heldout=null",
         ]
         return load_config(TESTBED / "demo.toml", [*own, *self.overrides()])
@@ -38,13 +39,13 @@ class Processes(Loopback):
         """How often a process has said these words."""
         return self.log(name).read_text(errors="replace").count(words) if self.log(name).exists() else 0
 
-    def submit(self, out: Path, *, resume: bool = False) -> list[object]:
+    def submit(self, out: Path, *, resume: bool = False, rounds: int = 3) -> list[object]:
         """Hand a run in from a thread; the list gets its end, a state or an error."""
         ended: list[object] = []
 
         def wait() -> None:
             try:
-                ended.append(launch.run_on_superlink(self.settings(), out, resume=resume))
+                ended.append(launch.run_on_superlink(self.settings(rounds), out, resume=resume))
             except Exception as error:  # the test looks at it
                 ended.append(error)
 

@@ -112,6 +112,23 @@ def test_a_refused_job_does_not_push_out_the_one_at_hand_nor_learn_of_it(tmp_pat
     assert desk.place is not None and desk.place.job == JOB and len(loads) == 1
 
 
+def test_garbage_is_collected_where_a_model_is_let_go_of_and_nowhere_else(tmp_path, loads, monkeypatch):
+    collected = []
+    monkeypatch.setattr("gc.collect", lambda: collected.append(len(loads)))
+    desk = made(tmp_path)
+    ask(desk, "hello"), ask(desk, "turn")
+    assert collected == []
+    ask(desk, "hello", job="f" * 16)
+    desk.release()
+    assert collected == [1, 2]
+    shared = desks.assemble(desks.settings(), {name: [] for name in desks.SITES}, {})
+    DESKS.append(Desk(desks.site("lab", tmp_path), lambda config: shared))
+    for what in ("hello", "turn"):
+        ask(DESKS[-1], what)
+        DESKS[-1].close()  # as a simulation's processes do after every message
+    assert len(collected) == 2
+
+
 def test_a_first_save_that_fails_leaves_nothing(tmp_path, loads, monkeypatch):
     def full(*arguments):
         raise OSError(28, "no space left on device")

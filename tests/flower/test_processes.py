@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from benchmarks.loopback import free_ports, until
-from desks import SITES
-from processes import STRANGER, Processes
+from processes import SITES, STRANGER, Processes
 
 from fedloom.flower import launch
 from fedloom.records.ledger import Training, read_rows
@@ -31,11 +31,16 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(federation: Processes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The local engine's run with the same settings: everybody answers in every round."""
-    folder = tmp_path_factory.mktemp("local") / "run"
-    run_local(federation.settings(), folder)
-    return folder
+def undisturbed(federation: Processes, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """rounds → the local engine's run with the same settings: everybody answers in every round."""
+
+    @cache
+    def played(rounds: int) -> Path:
+        folder = tmp_path_factory.mktemp("local") / "run"
+        run_local(federation.settings(rounds), folder)
+        return folder
+
+    return played
 
 
 def same(one: Path, other: Path) -> None:
@@ -46,12 +51,12 @@ def same(one: Path, other: Path) -> None:
     assert payloads[0] == payloads[1]
 
 
-def trained_once_a_round(federation: Processes, out: Path) -> None:
+def trained_once_a_round(federation: Processes, out: Path, rounds: int) -> None:
     """No turn is in a site's own ledger twice."""
     job = (out / "job").read_text()
     for site in SITES:
         rows = read_rows(federation.folder / "fed/sites" / site / "state/jobs" / job / "ledger.jsonl")
-        assert [row.round for row in rows if isinstance(row, Training)] == [1, 2, 3], site
+        assert [row.round for row in rows if isinstance(row, Training)] == [*range(1, rounds + 1)], site
 
 
 def during(ended: list[object], condition: Callable[[], object], what: str) -> None:
@@ -65,15 +70,17 @@ def ended_well(ended: list[object]) -> None:
     assert isinstance(ended[0], launch.RunState), ended[0]
 
 
-def test_a_worker_killed_mid_step_costs_nothing_but_time(federation: Processes, undisturbed: Path, tmp_path: Path):
-    ended = federation.submit(tmp_path / "run")
+def test_a_worker_killed_mid_step_costs_nothing_but_time(
+    federation: Processes, undisturbed: Callable[[int], Path], tmp_path: Path
+):
+    ended = federation.submit(tmp_path / "run", rounds=2)
     during(ended, lambda: federation.said("worker-lab", "round 2: training"), "the second round")
     federation.kill("worker-lab")
     assert federation.said("worker-lab", "turn answered") == 1, "the kill came after the step"
     federation.worker("lab")
     ended_well(ended)
-    same(tmp_path / "run", undisturbed)
-    trained_once_a_round(federation, tmp_path / "run")
+    same(tmp_path / "run", undisturbed(2))
+    trained_once_a_round(federation, tmp_path / "run", 2)
 
 
 def test_who_is_not_registered_or_does_not_speak_tls_is_refused(federation: Processes):
@@ -93,7 +100,11 @@ def test_who_is_not_registered_or_does_not_speak_tls_is_refused(federation: Proc
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["supernode", "serverapp", "superlink"])
 def test_kill_anything_and_the_run_ends_with_the_same_bits(
-    federation: Processes, undisturbed: Path, tmp_path: Path, victim: str, capsys: pytest.CaptureFixture
+    federation: Processes,
+    undisturbed: Callable[[int], Path],
+    tmp_path: Path,
+    victim: str,
+    capsys: pytest.CaptureFixture,
 ):
     began, out = time.monotonic(), tmp_path / "run"
     ended = federation.submit(out)
@@ -101,8 +112,8 @@ def test_kill_anything_and_the_run_ends_with_the_same_bits(
         federation, out, ended
     )
     ended_well(outcome)
-    same(out, undisturbed)
-    trained_once_a_round(federation, out)
+    same(out, undisturbed(3))
+    trained_once_a_round(federation, out, 3)
     with capsys.disabled():
         print(f"\n{victim} killed: the same adapter and payloads after {time.monotonic() - began:.0f} s")
 

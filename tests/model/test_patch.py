@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -201,12 +202,15 @@ def test_what_a_round_changes_is_put_back(tmp_path):
     model = wrapped("mine")
     model.train()
     mine = trainer(tmp_path, model, save_steps=1, data_seed=7, bf16=True, lr_scheduler_type="linear")
-    step = patch(mine).for_task(Task(build("fedprox"), num_rounds=3, steps=2, interrupt=lambda: None))
+    aside = []  # whether older objects are, so that accelerate's collecting is quick
+    ask = lambda: aside.append(gc.get_freeze_count() > 0)  # noqa: E731
+    step = patch(mine).for_task(Task(build("fedprox"), num_rounds=3, steps=2, interrupt=ask))
     given = mine.args.to_dict()
     callbacks, forward = list(mine.callback_handler.callbacks), model.forward
     before = state_of(first())
     random.seed(5), torch.manual_seed(5)
     step(before, 1, 1)
+    assert aside == [True, True] and not gc.get_freeze_count()
     drawn = random.random(), torch.rand(3).tolist()
     random.seed(5), torch.manual_seed(5)
     assert drawn == (random.random(), torch.rand(3).tolist())

@@ -214,6 +214,7 @@ def test_the_seed_decides_the_order_of_examples() -> None:
 
 
 def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    gc.collect()  # trainers of other tests
     model, state = resident()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     folder = set(os.listdir())

@@ -25,6 +25,7 @@ from fedloom.workspace.assemble import load_setup
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedloom.workspace.clients import split_trained, top_ranks
 from fedloom.workspace.folder import RunFolder
+from small_testbed import small_testbed
 from toy import RANK, SHAPES, Federation, client_seed, delta, job
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -152,6 +153,7 @@ SETTINGS = [
     "federation.num_rounds=2",
     "training.max_steps=2",
     "federation.eval_every=0",
+    "data.heldout=null",
     "federation.participants=['bank', 'lab']",
     "clients.lab.target_modules=['q_proj', 'v_proj']",
     "clients.lab.lora_alpha=8",
@@ -159,10 +161,17 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The testbed with six examples in every file."""
+    return small_testbed(tmp_path_factory.mktemp("testbed"))
+
+
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("method", ["fedsrd", "florist", "fedprox", "ffa"])
-def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path, method: str):
+def test_a_site_trains_and_sends_its_modules_and_uses_everybodys(tmp_path: Path, method: str, small: Path):
     """On the shipped model: what a site does not train is in its model all the same, and its bits do not move."""
-    config = load_config(TESTBED / "demo.toml", [*SETTINGS, f"method.name={method}"])
+    config = load_config(small / "demo.toml", [*SETTINGS, f"method.name={method}"])
     with RunFolder.open(tmp_path / "run", config, resume=False) as folder:
         setup = load_setup(config)
         simulation = Rounds(setup, folder, Silent(), LocalSites(setup))

@@ -7,6 +7,7 @@ import pytest
 from fedloom.records.configfile import load_config
 from fedloom.studies import compare, pace
 from fedloom.studies.pace import Pace, count_evaluations
+from small_testbed import small_testbed
 
 DEMO = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds" / "demo.toml"
 SMALL = ["federation.participants=['lab']", "training.max_steps=1", "federation.eval_every=0"]
@@ -20,10 +21,12 @@ def test_evaluations_are_counted_as_the_engine_makes_them(rounds: int, every: in
 
 
 def test_a_trial_leaves_nothing_behind_and_tells_every_part(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    told = pace.measure_pace(load_config(DEMO, [*SMALL, "method.name=fedit"]))
+    (tmp_path / "bed").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    told = pace.measure_pace(load_config(small_testbed(tmp_path / "bed") / "demo.toml", [*SMALL, "method.name=fedit"]))
     assert told.around_s > 0 and told.evaluation_s > 0 and told.round_s > 0
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_is_stated_counts_the_runs_that_are_left(tmp_path: Path, monkeypatch):

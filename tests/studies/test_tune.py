@@ -1,7 +1,6 @@
 """A setting is chosen on the validation split, and the held-out one is never opened meanwhile."""
 
 import io
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfe
 from fedloom.report.numbers import summarise
 from fedloom.server import local
 from fedloom.studies import compare, tune
+from small_testbed import small_testbed
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SHORT = [
@@ -50,10 +50,13 @@ def test_of_equal_scores_the_cheaper_one_is_best():
     assert choice.best.value == choice.efficient.value == "2"
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_search_never_opens_the_held_out_split(tmp_path: Path):
     """It works where there is none: the files are deleted. What it writes names the split all the same."""
-    bed = tmp_path / "bed"
-    shutil.copytree(TESTBED, bed, ignore=shutil.ignore_patterns("heldout*", "__pycache__"))
+    (tmp_path / "bed").mkdir()
+    bed = small_testbed(tmp_path / "bed")
+    for path in bed.glob("data/*/heldout*"):
+        path.unlink()
     config = load_config(bed / "demo.toml", SHORT)
     made = tune.plan_search(config, "method.tau", ["0.8", "0.99"], [], [100], tmp_path / "out")
     assert [run.config.data.heldout for run in made] == ["validation"] * 2

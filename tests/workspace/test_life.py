@@ -28,6 +28,7 @@ from toy import initial
 from toy_run import ToySetup, simulation, toy_setup
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
+pytestmark = pytest.mark.usefixtures("no_picture")
 TOY = ["federation.num_rounds=4", "federation.eval_every=0", "method.name=fedit"]
 
 
@@ -48,13 +49,6 @@ class Diverging(ToySetup):
             return replace(done, adapter=LoraState(spoilt))
 
         return train
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes half a second a run, and is tested elsewhere."""
-    monkeypatch.setattr("fedloom.report.figure.draw_curve", lambda *arguments: None)
-    monkeypatch.setattr("fedloom.report.page.draw_svg", lambda report: "")
 
 
 class Listener(Silent):

@@ -24,7 +24,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState, stack, subset
 from fedloom.methods.method import State
 from fedloom.model import peft_bridge
 from fedloom.model.trainer_checks import check_fits, check_gradients, check_trainer
-from fedloom.model.training import keep_random_state, keep_use_cache
+from fedloom.model.training import keep_random_state, keep_use_cache, set_older_objects_aside
 from fedloom.records.sections.training import count_steps
 from fedloom.rounds.turns import Task, Train, Trained
 
@@ -104,6 +104,7 @@ class PatchedTrainer:
         with ExitStack() as changes:
             changes.callback(peft_bridge.set_trainable, self.model, PARTS, self.slot)
             changes.enter_context(peft_bridge.training_core(self.model, core, self.slot))
+            changes.enter_context(set_older_objects_aside())
             changes.enter_context(keep_random_state())
             changes.enter_context(_settings_of_round(self.trainer, task, self.count_steps(task), round, seed))
             penalty = changes.enter_context(self.add_penalty(task, before))

@@ -256,19 +256,28 @@ def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
-    """Leave random state as it was, and the model as it is used between trainings.
+def set_older_objects_aside() -> Iterator[None]:
+    """While this lasts, collecting garbage looks at new objects alone; the garbage among them is collected at the end.
 
-    Accelerate collects garbage before every training, and the optimiser's state must not outlive it; with all older
-    objects set aside, collecting takes no time.
+    Accelerate collects garbage around every training, and the optimiser's state must not outlive it. Going through all
+    objects of the libraries each time would take longer than a small model's round.
     """
-    base = cast(PreTrainedModel, model.get_base_model())
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+
+
+@contextmanager
+def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
+    """Leave random state as it was, and the model as it is used between trainings."""
+    base = cast(PreTrainedModel, model.get_base_model())
     with keep_random_state(), keep_use_cache(base.config):
         try:
-            yield
+            with set_older_objects_aside():
+                yield
         finally:
-            gc.collect()
-            gc.unfreeze()
             base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
             model.eval()

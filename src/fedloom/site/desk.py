@@ -85,6 +85,7 @@ class Desk:
         self.place: Place | None = None
         self.held: TurnRecord | None = None
         self._base = ""
+        self._has_loaded = False
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
@@ -248,13 +249,13 @@ class Desk:
         """Optimiser steps of a round here."""
         if self.own_trainer is not None:
             return self.own_trainer.count_steps(setup.task(self.site.name))
-        rows = setup.sites[self.site.name].data.num_rows
-        return setup.config.training_of(self.site.name).for_examples(rows).steps
+        return setup.config.training_of(self.site.name).for_examples(setup.sites[self.site.name].data.num_rows).steps
 
     def build_own_setup(self, config: Config) -> Setup:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
         mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
         names = sorted(config.federation.participants or ())
+        self._has_loaded = True
         setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
         for text in setup.warnings():
             log.warning(text)
@@ -297,8 +298,8 @@ class Desk:
         if self.place is not None:
             log.info("model and data of job %s released", self.place.job)
         self.close()
-        gc.collect()
-        if torch.cuda.is_available():
+        if self._has_loaded:  # collecting goes through all objects of the process, which takes a while
+            gc.collect()
             torch.cuda.empty_cache()
 
 
