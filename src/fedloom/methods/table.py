@@ -61,7 +61,7 @@ class MethodEntry:
     presets: Mapping[str, Settings] = field(default_factory=dict)
 
 
-PAPER_SRD: Settings = {"download": "random", "ridge": 0.0}
+PAPER_SRD: Settings = {"download": "random", "ridge": 0.0, "step_guard": False}
 LOSSLESS_SRD: Settings = {**PAPER_SRD, "base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0}
 
 METHODS: Mapping[str, MethodEntry] = {
