@@ -16,7 +16,7 @@ nothing changes; at rates at which they overshoot, c turns negative at once (doc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,16 @@ from torch import Tensor
 
 from fedloom.compress.entries import Entry, Sparse, floats, to_dense
 from fedloom.compress.seeds import derived_seed
+from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import Aggregate, Context, State, Update
 from fedloom.methods.shared.whole import widen_change
 
 GAIN = "step_gain"
 """Key of a module's gain in the server's memory ("module/step_gain"), and of the mean gain among the numbers."""
 UNDONE = "max_step_undone"
-"""Among a round's numbers: 1 where the last step was taken back."""
+"""Among a round's numbers where the last step was taken back: 1."""
 
+_BEFORE = "before"  # in the server's memory: the adapter that the last round began with
 _AT, _BY = "step_at", "step_by"  # in the server's memory: where the last step changed a tensor, and by how much
 _RISE, _FALL = 2.0, 4.0
 _WRONG = -0.5  # below it three quarters of what clients do with the step undo it
@@ -71,7 +73,7 @@ class Verdict:
     @property
     def stats(self) -> dict[str, float]:
         """Numbers worth recording."""
-        return {GAIN: sum(self.gains.values()) / max(len(self.gains), 1), UNDONE: float(self.wrong)}
+        return {GAIN: sum(self.gains.values()) / max(len(self.gains), 1)}
 
 
 class Witness:
@@ -128,7 +130,8 @@ class Witness:
             if step.values.numel():
                 seed = derived_seed(context.seed, "guard", context.round, name)
                 entries[name] = Sparse(shapes[name], step.positions, context.quantize(-step.values, seed))
-        return Aggregate(entries, {**self.state.memory, **self.forget(verdict)}, verdict.stats)
+        memory = {**self.state.memory, **self.forget(verdict)}
+        return Aggregate(entries, memory, {**verdict.stats, UNDONE: 1.0})
 
 
 def follow(state: State, agreement: float) -> Verdict:
@@ -142,3 +145,37 @@ def follow(state: State, agreement: float) -> Verdict:
 def store(verdict: Verdict) -> dict[str, Tensor]:
     """The gains, as the server keeps them."""
     return {f"{module}/{GAIN}": torch.tensor(gain) for module, gain in verdict.gains.items()}
+
+
+def judge_products(state: State, wanted: Mapping[str, LoraPair]) -> Verdict:
+    """The verdict where the broadcast is a sum of products: c is the cosine of M = ΔW* − B A and D = B A − B′ A′.
+
+    wanted: ΔW* of every module. B′ A′: the adapter that the last round began with, as `remember_adapter` kept it.
+    """
+    agreed, sizes = [], []
+    for module, target in wanted.items():
+        held, key = state.adapter[module], f"{module}/{_BEFORE}"
+        if f"{key}_A" not in state.memory:
+            continue
+        before = LoraPair(state.memory[f"{key}_A"], state.memory[f"{key}_B"])
+        lead = LoraPair(target.A[: held.rank], target.B[:, : held.rank])  # what clients go on with, and nearly all of it
+        inner = inner_products([lead, held, before])
+        move, step = inner.new_tensor([1.0, -1.0, 0.0]), inner.new_tensor([0.0, 1.0, -1.0])
+        agreed.append(float(move @ inner @ step))
+        sizes.append(math.sqrt(max(float(move @ inner @ move), 0.0) * max(float(step @ inner @ step), 0.0)))
+    whole = math.fsum(sizes)
+    return follow(state, max(-1.0, min(1.0, math.fsum(agreed) / whole)) if whole else 0.0)
+
+
+def remember_adapter(state: State, verdict: Verdict) -> dict[str, Tensor]:
+    """What the server keeps for the next round, where its broadcast is a sum of products."""
+    pairs = state.adapter.items()
+    return store(verdict) | {f"{m}/{_BEFORE}_{part}": pair.part(part) for m, pair in pairs for part in ("A", "B")}
+
+
+def inner_products(pairs: Sequence[LoraPair]) -> Tensor:
+    """⟨B_i A_i, B_j A_j⟩ of all pairs of one shape, float64."""
+    ranks = [pair.rank for pair in pairs]
+    b, a = torch.cat([pair.B for pair in pairs], 1).double(), torch.cat([pair.A for pair in pairs]).double()
+    terms = (b.T @ b) * (a @ a.T)
+    return torch.stack([torch.stack([t.sum() for t in row.split(ranks, 1)]) for row in terms.split(ranks)])
