@@ -158,7 +158,9 @@ def judge_products(state: State, wanted: Mapping[str, LoraPair]) -> Verdict:
         if f"{key}_A" not in state.memory:
             continue
         before = LoraPair(state.memory[f"{key}_A"], state.memory[f"{key}_B"])
-        lead = LoraPair(target.A[: held.rank], target.B[:, : held.rank])  # what clients go on with, and nearly all of it
+        lead = LoraPair(
+            target.A[: held.rank], target.B[:, : held.rank]
+        )  # what clients go on with, and nearly all of it
         inner = inner_products([lead, held, before])
         move, step = inner.new_tensor([1.0, -1.0, 0.0]), inner.new_tensor([0.0, 1.0, -1.0])
         agreed.append(float(move @ inner @ step))
