@@ -1,4 +1,4 @@
-"""The guard on the server's step: where FedIT learns, no default may end above the base's loss; presets stay as published."""
+"""The guard on the server's step: where FedIT learns, no default may end above the base's loss."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import Context, Method, State, Update
 from fedloom.methods.shared.guard import GAIN, UNDONE, Step, Witness, follow, inner_products, store
 from fedloom.methods.table import build
-from fedloom.report import outcome
 from fedloom.records.ledger import Aggregation
+from fedloom.report import outcome
 from fedloom.rounds.turns import Train, Trained
 from toy import Federation, initial, job, random_state, take_up
 

@@ -46,9 +46,9 @@ def describe_guard(rows: Sequence[Row]) -> str:
         return ""
     taken = f"; in round {name_rounds(undone)} it took the step before back" if undone else ""
     return (
-        f"the method's guard (method.step_guard) shortened the server's steps in {len(short)} of {len(combined)} rounds, "
-        f"to {min(gains.values()):.2g} of their length at the least{taken}: clients undid what was broadcast, so a lower "
-        "training.learning_rate may end lower"
+        f"the method's guard (method.step_guard) shortened the server's steps in {len(short)} of {len(combined)} "
+        f"rounds, to {min(gains.values()):.2g} of their length at the least{taken}: clients undid what was broadcast, "
+        "so a lower training.learning_rate may end lower"
     )
 
 
