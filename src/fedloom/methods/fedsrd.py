@@ -35,6 +35,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.fed_dare import drop_and_rescale
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import alternating_factors, fill_within_budget
+from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole, widen_change
 
 
@@ -83,6 +84,7 @@ def fedsrd(
     server_residual: float = 0.0,
     ridge: float = 0.03,
     rcond: float = 1e-6,
+    step_guard: bool = True,
 ) -> Method:
     """FedSRD (decompose: best rank-r approximation of the aggregate) or FedSRD-e (the aggregate itself, no SVD).
 
@@ -90,8 +92,9 @@ def fedsrd(
     rescale: "l1" gives what is sent the L1 norm of the whole, by a factor of at most rescale_cap.
     client_residual, server_residual: 0 drops what was not sent; 0 < d ≤ 1 adds d times it to the next change.
     download: "random" keeps a seeded share 1 − download_sparsity, divided by it (DARE); "topk" the most important
-    elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`. Preset "paper" has the paper's
-    random download and no ridge; docs/LOG.md says why the default differs.
+    elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`. step_guard: shorten the server's
+    steps, or take one back, where the clients undo the last one (`shared.guard`). Preset "paper" has the paper's random
+    download, no ridge and no guard; docs/LOG.md says why the default differs.
     """
     shares = {
         "client_residual": client_residual,
@@ -112,12 +115,12 @@ def fedsrd(
             unequal_ranks=True,
             sends="important elements of ΔA and ΔB",
             receives="one sparse factor, B and A in turn",
-            keeps="residuals, where asked for",
+            keeps="server: its last step; residuals, where asked for",
             broadcasts="change",
             one_factor=True,
         ),
         compress=partial(send_important, up),
-        aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down),
+        aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down, step_guard),
         receive=add_to_whole,
         adopt=adopt_whole,
         takes_budget=True,
@@ -160,8 +163,12 @@ def send_important(
         counts = counts_by_importance({tensor: scores for tensor, (_, scores) in changes.items()})
         tried: dict[float, dict[str, SparseSplit]] = {}
 
+        # While B = 0 a change of A alone changes nothing, however important it looks after training.
+        still = {f"{module}/B": 1 for module, pair in state.adapter.items() if not pair.B.any()}
+
         def entries_at(density: float) -> dict[str, Entry]:
-            tried[density] = cuts(counts(density))
+            found = counts(density)
+            tried[density] = cuts({name: max(count, still.get(name, 0)) for name, count in found.items()})
             return {tensor: cut.sent for tensor, cut in tried[density].items()}
 
         done = fill_within_budget(state, len(changes), entries_at, context)
@@ -175,7 +182,9 @@ def carry_residual(delta: Tensor, residual: Tensor | None, decay: float) -> Tens
     return delta if residual is None or not decay else delta + decay * residual
 
 
-def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
+def reconstruct(
+    solver: Solver, down: Download, guard: bool, state: State, updates: Iterable[Update], context: Context
+) -> Aggregate:
     """Σ p_k B_k A_k − B A expressed in one factor (FedSRD eq. 8–12), thinned out for the way down."""
     part: Literal["A", "B"] = "B" if "B" in alternating_factors(context.round) else "A"
     changes = {
@@ -184,20 +193,27 @@ def reconstruct(solver: Solver, down: Download, state: State, updates: Iterable[
         )
         for module, pair in state.adapter.items()
     }
-    for update in updates:
+    witness = Witness(state, guard)
+    for update in witness.watch(updates):
         add = partial(add_to, changes, state.adapter.ranks(), update)
         map_modules(add, changes)
+    verdict = witness.judge()
+    if verdict.wrong:
+        return witness.take_back(verdict, context)
     entries: dict[str, Entry] = {}
     memory = dict(state.memory)
     kept = []
     for module, solved in zip(changes, map_modules(ProductChange.solve, changes.values()), strict=True):
         name = f"{module}/{part}"
-        delta = carry_residual(solved.delta, state.memory.get(name), down.decay)
+        gain = verdict.gains[module]
+        step = solved.delta if gain == 1.0 else gain * solved.delta
+        delta = carry_residual(step, state.memory.get(name), down.decay)
         entries[name], rest = thin_change(down, delta, state.adapter[module], name, context)
         if down.decay:
             memory[name] = rest
         kept.append(solved.kept)
-    return Aggregate(entries, memory, {"mean_directions_kept": sum(kept) / max(len(kept), 1)})
+    stats = {"mean_directions_kept": sum(kept) / max(len(kept), 1), **(verdict.stats if guard else {})}
+    return Aggregate(entries, {**memory, **witness.remember(verdict, entries)}, stats)
 
 
 def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], update: Update, module: str) -> None:

@@ -22,8 +22,8 @@ from functools import partial
 from typing import Literal
 
 from fedloom.errors import ConfigError
-from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import LoraState
+from fedloom.lora.lowrank import ProductSum, map_modules
+from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import (
     FROZEN,
     Aggregate,
@@ -44,14 +44,20 @@ from fedloom.methods.shared.components import (
     go_on_warm,
     restart,
 )
+from fedloom.methods.shared.guard import judge_products, remember_adapter
 
 ClientInit = Literal["merge_reinit", "continue", "warm"]
 
 
-def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
-    """tau: share of the squared singular values that is broadcast, 0 < tau ≤ 1; client_init: see the module."""
+def florist(*, tau: float = 0.99, client_init: ClientInit = "warm", step_guard: bool = True) -> Method:
+    """tau: share of the squared singular values that is broadcast, 0 < tau ≤ 1; client_init: see the module.
+
+    step_guard: shorten the server's steps where the clients undo the last one (`shared.guard`); with "warm" and tau < 1
+    only, since at tau = 1 the aggregate is to be exact.
+    """
     if not 0.0 < tau <= 1.0:
         raise ConfigError(f"method.tau is {tau}: expected 0 < tau ≤ 1 (the paper uses 0.8 to 0.99)")
+    guard = step_guard and client_init == "warm" and tau < 1.0
     return Method(
         name="florist",
         facts=Facts(
@@ -60,13 +66,13 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
             unequal_ranks=True,
             own_part=client_init == "continue",
             receives="singular components up to the energy tau",
-            keeps="merged increments",
+            keeps="merged increments; server: its last adapter" if guard else "merged increments",
             broadcasts="components",
             stateless=True,
             truncates="energy",
         ),
         compress=partial(send_factors, both_factors),
-        aggregate=partial(leading_components, tau, client_init),
+        aggregate=partial(leading_components, tau, client_init, guard),
         receive={"merge_reinit": restart, "continue": go_on, "warm": go_on_warm}[client_init],
         merges=client_init != "continue",
         adopt=adopt_warm if client_init == "warm" else adopt_leading,
@@ -75,15 +81,23 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm") -> Method:
 
 
 def leading_components(
-    tau: float, client_init: ClientInit, state: State, updates: Iterable[Update], context: Context
+    tau: float, client_init: ClientInit, guard: bool, state: State, updates: Iterable[Update], context: Context
 ) -> Aggregate:
     """B_g = U_p Σ_p, A_g = V_pᵀ of ΔW* = Σ p_k B_k A_k, p the least rank that holds the share tau of the energy.
 
     Below tau = 1 the sum is capped, so that a large cohort stays bounded: what that loses is in `max_lost_energy`.
+    With a gain γ < 1 it is γ ΔW* + (1 − γ) B A, the adapter that the round began with.
     """
     tail = partial(components_beyond, state.adapter) if client_init == "warm" else None
     sums = product_sums(updates, state.adapter, capped=tau < 1.0, beside=tail)
     cut_all = map_modules(lambda total: total.truncate(energy=tau), sums.values())
+    verdict = judge_products(state, {m: cut.pair for m, cut in zip(sums, cut_all, strict=True)}) if guard else None
+    if verdict and min(verdict.gains.values(), default=1.0) < 1.0:
+        held = state.adapter
+        cut_all = [
+            damp(cut.pair, held[module], verdict.gains[module]).truncate(energy=tau)
+            for module, cut in zip(sums, cut_all, strict=True)
+        ]
     cuts = dict(zip(sums, cut_all, strict=True))
     trained = {module: 0 if client_init == "merge_reinit" else pair.rank for module, pair in state.adapter.items()}
     lead = LoraState({module: components(cut.pair, 0, trained[module]) for module, cut in cuts.items()})
@@ -95,4 +109,15 @@ def leading_components(
     }[client_init]
     ranks = [cut.pair.rank for cut in cuts.values()]
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
-    return Aggregate(broadcast, {}, {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost})
+    stats = {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost}
+    if verdict is None:
+        return Aggregate(broadcast, {}, stats)
+    return Aggregate(broadcast, {**state.memory, **remember_adapter(state, verdict)}, {**stats, **verdict.stats})
+
+
+def damp(whole: LoraPair, held: LoraPair, gain: float) -> ProductSum:
+    """γ of the aggregate and 1 − γ of the adapter that the round began with."""
+    total = ProductSum(whole.shape)
+    total.add(whole, gain)
+    total.add(held, 1.0 - gain)
+    return total

@@ -25,6 +25,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
 from fedloom.methods.shared.few import keep_few
+from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
@@ -69,6 +70,7 @@ def loom(
     max_density: float = 1.0,
     taper: float = 0.0,
     importance: bool = True,
+    step_guard: bool = True,
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -80,6 +82,7 @@ def loom(
     server_residual: what a broadcast leaves out is multiplied by this and added to the next one.
     max_density: largest share of a tensor's elements that is sent, whatever the budget.
     importance: judge an element by what it changes in ΔW (FedSRD, eq. 4–5), not by its magnitude alone.
+    step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
@@ -99,11 +102,11 @@ def loom(
             unequal_ranks=True,
             sends="important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
-            keeps="server: what it did not send",
+            keeps="server: what it did not send, its last step",
             broadcasts="elements",
         ),
         compress=partial(send_signs, dial, step, importance),
-        aggregate=partial(broadcast_signs, dial, server_residual, importance),
+        aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
         receive=add_to_whole,
         adopt=adopt_whole,
         joins=True,
@@ -144,14 +147,28 @@ def send_signs(
 
 
 def broadcast_signs(
-    dial: Dial, residual: float, importance: bool, state: State, updates: Iterable[Update], context: Context
+    dial: Dial,
+    residual: float,
+    importance: bool,
+    guard: bool,
+    state: State,
+    updates: Iterable[Update],
+    context: Context,
 ) -> Aggregate:
-    """The most important elements of the clients' mean and of what earlier broadcasts left out."""
+    """The most important elements of the clients' mean and of what earlier broadcasts left out, times the gain."""
+    witness = Witness(state, guard)
     waiting = {
         name: residual * state.memory[name] if name in state.memory else torch.zeros_like(tensor)
         for name, tensor in state.adapter.tensors().items()
     }
-    sums = weighted_mean(updates, start=waiting)
+    sums = weighted_mean(witness.watch(updates), start=waiting)
+    verdict = witness.judge()
+    if verdict.wrong:
+        return witness.take_back(verdict, context)
+    gains = {name: verdict.gains[name.rpartition("/")[0]] for name in sums}
+    for name, gain in gains.items():
+        if gain < 1.0:
+            sums[name].mul_(gain)
 
     def moved(module: str) -> dict[str, Delta]:
         pair, a, b = state.adapter[module], sums[f"{module}/A"], sums[f"{module}/B"]
@@ -159,9 +176,11 @@ def broadcast_signs(
         return {f"{module}/A": Delta(a, None, others[0], "A"), f"{module}/B": Delta(b, None, others[1], "B")}
 
     memory, entries = fill_payload(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
-    rest = {name: sums[name] - to_dense(entry) for name, entry in entries.items() if residual}
+    # What waits is kept without the gain, so that the next round's gain holds for all of it.
+    rest = {name: (sums[name] - to_dense(entry)).div_(gains[name]) for name, entry in entries.items() if residual}
     sent = sum(entry.positions.numel() for entry in entries.values())
-    return Aggregate(entries, {**state.memory, **memory, **rest}, {"density": sent / max(state.adapter.numel(), 1)})
+    stats = {"density": sent / max(state.adapter.numel(), 1), **(verdict.stats if guard else {})}
+    return Aggregate(entries, {**state.memory, **memory, **rest, **witness.remember(verdict, entries)}, stats)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -61,7 +61,7 @@ class MethodEntry:
     presets: Mapping[str, Settings] = field(default_factory=dict)
 
 
-PAPER_SRD: Settings = {"download": "random", "ridge": 0.0}
+PAPER_SRD: Settings = {"download": "random", "ridge": 0.0, "step_guard": False}
 LOSSLESS_SRD: Settings = {**PAPER_SRD, "base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0}
 
 METHODS: Mapping[str, MethodEntry] = {
@@ -79,10 +79,10 @@ METHODS: Mapping[str, MethodEntry] = {
     "florist": MethodEntry(
         florist,
         {
-            "paper": {"tau": 0.9, "client_init": "merge_reinit"},
-            "lossless": {"tau": 1.0},
+            "paper": {"tau": 0.9, "client_init": "merge_reinit", "step_guard": False},
+            "lossless": {"tau": 1.0, "step_guard": False},
             # Nobody trains on from a part of what is merged offline, so it is merged as a whole.
-            "offline": {"client_init": "merge_reinit"},
+            "offline": {"client_init": "merge_reinit", "step_guard": False},
         },
     ),
     "fed-dare": MethodEntry(fed_dare, {"lossless": {"sparsity": 0.0}}),

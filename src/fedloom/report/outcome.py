@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from fedloom.records.ledger import Aggregation, Evaluation, Note, Row
 
+GAIN, UNDONE = "step_gain", "max_step_undone"
+"""The numbers of `methods/shared/guard`, whose file would bring torch along."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -28,7 +31,25 @@ def judge_run(rows: Sequence[Row], rounds: int) -> Outcome:
         played = "its round" if rounds == 1 else f"any of its {rounds} rounds"
         return Outcome(f"no update could be averaged in {played}, so nothing was learnt and no adapter is left{reason}")
     lost = f"nothing was learnt in {len(empty)} of {rounds} rounds: {name_rounds(empty)}{reason}"
-    return Outcome(notes=tuple(text for text in (lost if empty else "", describe_decline(rows)) if text))
+    notes = (lost if empty else "", describe_guard(rows), describe_decline(rows))
+    return Outcome(notes=tuple(text for text in notes if text))
+
+
+def describe_guard(rows: Sequence[Row]) -> str:
+    """How far the method's guard shortened the server's steps, in words; empty where it did not, or hardly."""
+    combined = {row.round: row.stats for row in rows if isinstance(row, Aggregation)}
+    gains = {round: float(stats[GAIN]) for round, stats in combined.items() if GAIN in stats}
+    # A step that is a tenth shorter than it would have been shows in no score.
+    short = [round for round, gain in gains.items() if gain < 0.9]
+    undone = [round for round, stats in combined.items() if stats.get(UNDONE)]
+    if not short:
+        return ""
+    taken = f"; in round {name_rounds(undone)} it took the step before back" if undone else ""
+    return (
+        f"the method's guard (method.step_guard) shortened the server's steps in {len(short)} of {len(combined)} "
+        f"rounds, to {min(gains.values()):.2g} of their length at the least{taken}: clients undid what was broadcast, "
+        "so a lower training.learning_rate may end lower"
+    )
 
 
 def describe_decline(rows: Sequence[Row]) -> str:
