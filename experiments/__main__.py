@@ -33,29 +33,68 @@ def group() -> None:
 
 @app.command()
 def front(
-    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
+    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many,wordnet,docstrings.")] = "demo,many",
+    only: Annotated[
+        str, typer.Option(help="Play the entries of these methods or budgets alone (loom,1%), and the references.")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
     jobs: Jobs = 1,
     sets: Set = None,
+    keep: Annotated[
+        Path, typer.Option(help="A front.csv: rows of it that are not made anew stay in the new one.")
+    ] = Path("docs/front.csv"),
     out: Annotated[
         Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
     ] = Path("runs/front"),
 ) -> None:
-    """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture."""
-    from experiments import front
-    from experiments.points import above, rows
+    """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture.
+
+    Table and picture have every entry that is complete, played now or before.
+    """
+    from experiments import figures, front
+    from experiments.points import above
     from fedloom.report import tables as table
 
-    folder = testbed_folder()
-    tried = range(first_seed, first_seed + seeds)
-    made = front.entries(folder, split_words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
-    play_all(front.distinct(made), jobs)
-    found = front.points(made)
-    leave(found, out)
-    screen.print(table.comparison_table(rows(found)))
+    tried, names = range(first_seed, first_seed + seeds), split_words(testbeds)
+    made = front.entries([testbed_folder(), TESTBEDS], names, tried, out, sets or [])
+    play_all(front.distinct(front.selected(made, split_words(only))), jobs, front.kind)
+    old = figures.read_csv(keep) if keep.exists() else []
+    merged = figures.merge(old, front.points(made), [entry.key for entry in made])
+    found = [point for point in merged if point.testbed in names]
+    leave(found, out, merged)
+    for page in figures.pages(found):
+        screen.print(table.comparison_table(page))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+@app.command()
+def tune_real(
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
+    rates: Annotated[str, typer.Option(help="Learning rates to try.")] = "1e-3,2e-3,4e-3,8e-3",
+    only: Annotated[str, typer.Option(help="Entries of these methods or budgets alone: loom,1%.")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of a run; the testbed's if left out.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every rate.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path(
+        "runs/tune-real"
+    ),
+) -> None:
+    """The learning rate of every entry of front.toml, tried on the validation split; a table in Markdown."""
+    from experiments import front, tuning
+    from fedloom.report import tables as table
+
+    short = [] if rounds is None else [f"federation.num_rounds={rounds}"]
+    bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], [*short, *(sets or [])])
+    tried = range(first_seed, first_seed + seeds)
+    made = tuning.searches(bed, split_words(only), split_words(rates), tried, out / testbed)
+    play_all([run for search in made for run in search.made], jobs, lambda run: testbed)
+    found = table.to_markdown(tuning.rows(made))
+    (out / f"{testbed}.md").write_text(found, encoding="utf-8")
+    print(found)
 
 
 @app.command()
@@ -120,14 +159,12 @@ def rebase(
     screen.print(table.comparison_table(lines))
 
 
-def leave(points: Sequence[Point], out: Path) -> None:
-    """Table, figures and picture of the front."""
-    from experiments import picture
-    from experiments.points import figures, rows
-    from fedloom.report import tables as table
+def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = None) -> None:
+    """Table and picture of the front, and its figures with those that are kept beside."""
+    from experiments import figures, picture
 
-    (out / "front.md").write_text(table.to_markdown(rows(points)), encoding="utf-8")
-    (out / "front.csv").write_text(table.to_csv(figures(points)), encoding="utf-8")
+    (out / "front.md").write_text(figures.write_markdown(points), encoding="utf-8")
+    (out / "front.csv").write_text(figures.write_csv(points if kept is None else kept), encoding="utf-8")
     picture.front(points, out / "front.png")
 
 
