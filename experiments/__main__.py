@@ -98,6 +98,76 @@ def tune_real(
 
 
 @app.command()
+def sending(
+    testbeds: Annotated[str, typer.Option(help="Testbeds of front.toml.")] = "demo,many,wordnet,docstrings",
+    sets: Set = None,
+) -> None:
+    """What it takes to send the data once instead, compressed or coded by the base model: lines of the picture.
+
+    A testbed is weighed again only after its base model has changed.
+    """
+    from experiments import front
+    from experiments.sending import read_sending, weigh, write_sending
+
+    found = read_sending()
+    for name in split_words(testbeds):
+        bed = front.read_bed(name, [testbed_folder(), TESTBEDS], sets or [])
+        found[name] = weigh(bed.config, found.get(name))
+        told = found[name]
+        screen.print(cell(f"{name}: xz {told.xz:,.0f} B a client, coded {told.coded:,.0f} B, {told.clients} clients"))
+        write_sending(found)
+
+
+@app.command()
+def width(
+    bases: Annotated[str, typer.Option(help="WIDTH=FOLDER of base models, joined by commas: 128=a,512=b.")],
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Variants; the first is the one whose gain is the whole. See fedloom compare."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every variant.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first.")] = 300,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path("runs/width"),
+) -> None:
+    """The same data, rounds and seeds on base models of several widths; a table in Markdown."""
+    from experiments import front, width
+    from fedloom.report import tables as table
+    from fedloom.studies.compare import parse_variants
+
+    bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], sets or [])
+    variants = parse_variants(methods) if methods else list(width.VARIANTS)
+    tried = range(first_seed, first_seed + seeds)
+    made = width.plan(bed.config, width.parse_bases(bases), variants, tried, out)
+    play_all([run for base in made for run in base.made], jobs, lambda run: run.config.model.path)
+    found = table.to_markdown(width.rows(made, variants))
+    (out / "width.md").write_text(found, encoding="utf-8")
+    print(found)
+
+
+@app.command()
+def overlap(
+    work: Annotated[Path, typer.Option(help="Work folder of the base model, with its corpus.")] = Path("runs/base"),
+    testbeds: Annotated[str, typer.Option(help="Testbeds whose texts are looked for.")] = "wordnet,docstrings",
+) -> None:
+    """How much of the held-out and validation texts the base model has been trained on, and its bits a byte."""
+    from experiments.pretrain import corpus, overlap
+
+    names = split_words(testbeds)
+    texts = {(name, split): overlap.read_texts(TESTBEDS / name, split) for name in names for split in overlap.SPLITS}
+    documents = corpus.stored(work / "corpus.jsonl.zst", "train")
+    for (name, split), (seen, whole) in overlap.shares(texts, documents).items():
+        share = f"{100 * seen / whole:.2f} %" if whole else "no text"
+        screen.print(cell(f"{name}, {split}: {seen:,} of {whole:,} runs of {overlap.GRAM} words seen, {share}"))
+    if (work / "log.jsonl").exists():
+        from experiments.pretrain.base import bits_a_byte
+
+        screen.print(f"base: {bits_a_byte(work):.3f} bits a byte of held-out text")
+
+
+@app.command()
 def data(
     testbed: Annotated[str, typer.Argument(help="wordnet or docstrings.")],
     source: Annotated[
@@ -162,10 +232,11 @@ def rebase(
 def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = None) -> None:
     """Table and picture of the front, and its figures with those that are kept beside."""
     from experiments import figures, picture
+    from experiments.sending import read_sending
 
     (out / "front.md").write_text(figures.write_markdown(points), encoding="utf-8")
     (out / "front.csv").write_text(figures.write_csv(points if kept is None else kept), encoding="utf-8")
-    picture.front(points, out / "front.png")
+    picture.front(points, out / "front.png", sending=read_sending())
 
 
 if __name__ == "__main__":

@@ -86,7 +86,11 @@ def _of(points: Sequence[Point], metric: str) -> list[Point]:
 
 
 def _numbers(point: Point) -> dict[str, str]:
-    low, high = point.score - point.half, point.score + point.half
+    score, half = (
+        round(point.score, 1),
+        round(point.half, 1),
+    )  # as they are shown, so that what is read back is the same
+    low, high = score - half, score + half
     if not point.losses:  # exact match cannot leave 0 to 100; a share of a gain can
         low, high = max(low, 0), min(high, 100)
     return {
@@ -106,7 +110,7 @@ def _row(point: Point) -> dict[str, str]:
         "budget": point.budget,
         "run": point.variant,
         "seeds": str(point.seeds),
-        f"{SHARE}, {point.rank}": f"{100 * point.share:.2f} %{'' if point.within else ' (over)'}",
+        f"{SHARE}, {point.rank}": f"{100 * round(point.share, 5):.2f} %{'' if point.within else ' (over)'}",
         "up B / turn": f"{point.up:.0f}",
         "down B / turn": f"{point.down:.0f}",
     }
