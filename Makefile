@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow docs docs-serve pages front base-model data base-wordnet data-docstrings clean
+.PHONY: help demo test lint format check-slow docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -56,6 +56,12 @@ pages: $(DEV_READY) ## Write the pages that come from the code: methods with the
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
 	$(BIN)/python -m experiments front --jobs 2 --out runs/front
 	cp runs/front/front.png runs/front/front.csv docs/
+
+front-real: $(RUN_READY) ## The same on the testbeds of real text, a night of 2 cores; goes on after a break; leaves docs/front-real.png
+	test -d experiments/testbeds/docstrings || $(BIN)/python -m experiments data docstrings
+	$(BIN)/python -m experiments front --testbeds wordnet,docstrings --jobs 2 --out runs/front-real $(ARGS)
+	cp runs/front-real/front.png docs/front-real.png
+	cp runs/front-real/front.csv docs/
 
 base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)
 	$(BIN)/python scripts/make_base_model.py

@@ -33,29 +33,138 @@ def group() -> None:
 
 @app.command()
 def front(
-    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many.")] = "demo,many",
+    testbeds: Annotated[str, typer.Option(help="Testbeds: demo,many,wordnet,docstrings.")] = "demo,many",
+    only: Annotated[
+        str, typer.Option(help="Play the entries of these methods or budgets alone (loom,1%), and the references.")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that settings were chosen with.")] = 300,
     jobs: Jobs = 1,
     sets: Set = None,
+    keep: Annotated[
+        Path, typer.Option(help="A front.csv: rows of it that are not made anew stay in the new one.")
+    ] = Path("docs/front.csv"),
     out: Annotated[
         Path, typer.Option(help="Folder of the runs, table and picture; complete runs in it are kept.")
     ] = Path("runs/front"),
 ) -> None:
-    """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture."""
-    from experiments import front
-    from experiments.points import above, rows
+    """Score against bytes at several budgets, the variants of front.toml; a table, a CSV and a picture.
+
+    Table and picture have every entry that is complete, played now or before.
+    """
+    from experiments import figures, front
+    from experiments.points import above
     from fedloom.report import tables as table
 
-    folder = testbed_folder()
-    tried = range(first_seed, first_seed + seeds)
-    made = front.entries(folder, split_words(testbeds), tried, out, ["federation.eval_every=4", *(sets or [])])
-    play_all(front.distinct(made), jobs)
-    found = front.points(made)
-    leave(found, out)
-    screen.print(table.comparison_table(rows(found)))
+    tried, names = range(first_seed, first_seed + seeds), split_words(testbeds)
+    made = front.entries([testbed_folder(), TESTBEDS], names, tried, out, sets or [])
+    play_all(front.distinct(front.selected(made, split_words(only))), jobs, front.kind)
+    old = figures.read_csv(keep) if keep.exists() else []
+    merged = figures.merge(old, front.points(made), [entry.key for entry in made])
+    found = [point for point in merged if point.testbed in names]
+    leave(found, out, merged)
+    for page in figures.pages(found):
+        screen.print(table.comparison_table(page))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+@app.command()
+def tune_real(
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
+    rates: Annotated[str, typer.Option(help="Learning rates to try.")] = "1e-3,2e-3,4e-3,8e-3",
+    only: Annotated[str, typer.Option(help="Entries of these methods or budgets alone: loom,1%.")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of a run; the testbed's if left out.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every rate.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path(
+        "runs/tune-real"
+    ),
+) -> None:
+    """The learning rate of every entry of front.toml, tried on the validation split; a table in Markdown."""
+    from experiments import front, tuning
+    from fedloom.report import tables as table
+
+    short = [] if rounds is None else [f"federation.num_rounds={rounds}"]
+    bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], [*short, *(sets or [])])
+    tried = range(first_seed, first_seed + seeds)
+    made = tuning.searches(bed, split_words(only), split_words(rates), tried, out / testbed)
+    play_all([run for search in made for run in search.made], jobs, lambda run: testbed)
+    found = table.to_markdown(tuning.rows(made))
+    (out / f"{testbed}.md").write_text(found, encoding="utf-8")
+    print(found)
+
+
+@app.command()
+def sending(
+    testbeds: Annotated[str, typer.Option(help="Testbeds of front.toml.")] = "demo,many,wordnet,docstrings",
+    sets: Set = None,
+) -> None:
+    """What it takes to send the data once instead, compressed or coded by the base model: lines of the picture.
+
+    A testbed is weighed again only after its base model has changed.
+    """
+    from experiments import front
+    from experiments.sending import read_sending, weigh, write_sending
+
+    found = read_sending()
+    for name in split_words(testbeds):
+        bed = front.read_bed(name, [testbed_folder(), TESTBEDS], sets or [])
+        found[name] = weigh(bed.config, found.get(name))
+        told = found[name]
+        screen.print(cell(f"{name}: xz {told.xz:,.0f} B a client, coded {told.coded:,.0f} B, {told.clients} clients"))
+        write_sending(found)
+
+
+@app.command()
+def width(
+    bases: Annotated[str, typer.Option(help="WIDTH=FOLDER of base models, joined by commas: 128=a,512=b.")],
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Variants; the first is the one whose gain is the whole. See fedloom compare."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every variant.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first.")] = 300,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path("runs/width"),
+) -> None:
+    """The same data, rounds and seeds on base models of several widths; a table in Markdown."""
+    from experiments import front, width
+    from fedloom.report import tables as table
+    from fedloom.studies.compare import parse_variants
+
+    bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], sets or [])
+    variants = parse_variants(methods) if methods else list(width.VARIANTS)
+    tried = range(first_seed, first_seed + seeds)
+    made = width.plan(bed.config, width.parse_bases(bases), variants, tried, out)
+    play_all([run for base in made for run in base.made], jobs, lambda run: run.config.model.path)
+    found = table.to_markdown(width.rows(made, variants))
+    (out / "width.md").write_text(found, encoding="utf-8")
+    print(found)
+
+
+@app.command()
+def overlap(
+    work: Annotated[Path, typer.Option(help="Work folder of the base model, with its corpus.")] = Path("runs/base"),
+    testbeds: Annotated[str, typer.Option(help="Testbeds whose texts are looked for.")] = "wordnet,docstrings",
+) -> None:
+    """How much of the held-out and validation texts the base model has been trained on, and its bits a byte."""
+    from experiments.pretrain import corpus, overlap
+
+    names = split_words(testbeds)
+    texts = {(name, split): overlap.read_texts(TESTBEDS / name, split) for name in names for split in overlap.SPLITS}
+    documents = corpus.stored(work / "corpus.jsonl.zst", "train")
+    for (name, split), (seen, whole) in overlap.shares(texts, documents).items():
+        share = f"{100 * seen / whole:.2f} %" if whole else "no text"
+        screen.print(cell(f"{name}, {split}: {seen:,} of {whole:,} runs of {overlap.GRAM} words seen, {share}"))
+    if (work / "log.jsonl").exists():
+        from experiments.pretrain.base import bits_a_byte
+
+        screen.print(f"base: {bits_a_byte(work):.3f} bits a byte of held-out text")
 
 
 @app.command()
@@ -120,15 +229,14 @@ def rebase(
     screen.print(table.comparison_table(lines))
 
 
-def leave(points: Sequence[Point], out: Path) -> None:
-    """Table, figures and picture of the front."""
-    from experiments import picture
-    from experiments.points import figures, rows
-    from fedloom.report import tables as table
+def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = None) -> None:
+    """Table and picture of the front, and its figures with those that are kept beside."""
+    from experiments import figures, picture
+    from experiments.sending import read_sending
 
-    (out / "front.md").write_text(table.to_markdown(rows(points)), encoding="utf-8")
-    (out / "front.csv").write_text(table.to_csv(figures(points)), encoding="utf-8")
-    picture.front(points, out / "front.png")
+    (out / "front.md").write_text(figures.write_markdown(points), encoding="utf-8")
+    (out / "front.csv").write_text(figures.write_csv(points if kept is None else kept), encoding="utf-8")
+    picture.front(points, out / "front.png", sending=read_sending())
 
 
 if __name__ == "__main__":

@@ -1,50 +1,103 @@
 """Score against bytes at several budgets, with settings chosen for each of them: the runs.
 
 `front.toml` beside this file lists what is compared: for each testbed, the variants under each budget and under
-"published". The first of those is dense FedIT; shares are of what its attendance sends uncoded.
+"published". The first of those is dense FedIT; shares of bytes are of what its attendance sends uncoded. Where the
+score is the share of a gain, the gain is that of the first variant under `DENSE`, dense FedIT at its best rate.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from experiments.points import Point, Reference, measured
+from experiments.gain import paired
+from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point, Reference, measured
 from fedloom.errors import ConfigError
+from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
+from fedloom.report.numbers import Report
 from fedloom.studies.compare import Trial, plan_runs, read_reports
 
 LISTS = Path(__file__).with_name("front.toml")
+DENSE = "110%"
+"""The budget of dense FedIT at its best rate."""
+EVALUATED = {EXACT_MATCH: "federation.eval_every=4", SHARE_OF_GAIN: "federation.eval_every=0"}
+"""How often a run is scored: for rounds and seconds until a score, or at the start and the end, which is faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A variant under a budget of a testbed, and its runs, one a seed."""
+    """A variant under a budget of a testbed, and its runs, one a seed. metric: what the testbed is scored by."""
 
     testbed: str
     budget: str
     variant: str
     made: tuple[Trial, ...]
+    metric: str = EXACT_MATCH
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from all others."""
+        return self.testbed, self.budget, self.variant
+
+    def named_by(self, words: Collection[str]) -> bool:
+        """Whether one of the words is its budget or its method."""
+        return not {self.budget, self.variant.partition(":")[0]}.isdisjoint(words)
 
 
-def entries(folder: Path, testbeds: Sequence[str], seeds: Sequence[int], out: Path, sets: Sequence[str]) -> list[Entry]:
-    """What is compared on some testbeds, whose settings are in `folder`.
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """A testbed of front.toml: its settings, what it is scored by, budget → variants."""
+
+    config: Config
+    metric: str
+    budgets: dict[str, list[str]]
+
+
+def read_bed(name: str, folders: Sequence[Path], sets: Sequence[str] = ()) -> Bed:
+    """A testbed whose settings are in one of the folders. Raises ConfigError for one that front.toml does not have."""
+    lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
+    if name not in lists:
+        raise ConfigError(f"there is no testbed {name!r}: expected one of {', '.join(lists)}")
+    metric = lists[name].pop("metric", EXACT_MATCH)
+    paths = [folder / f"{name}.toml" for folder in folders]
+    path = next((path for path in paths if path.exists()), paths[0])
+    return Bed(load_config(path, [EVALUATED[metric], *sets]), metric, lists[name])
+
+
+def entries(
+    folders: Sequence[Path], testbeds: Sequence[str], seeds: Sequence[int], out: Path, sets: Sequence[str]
+) -> list[Entry]:
+    """What is compared on some testbeds, whose settings are in `folders`.
 
     Raises ConfigError for a testbed that the list does not have.
     """
-    lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     found = []
     for name in testbeds:
-        if name not in lists:
-            raise ConfigError(f"there is no testbed {name!r}: expected one of {', '.join(lists)}")
-        config = load_config(folder / f"{name}.toml", sets)
-        for budget, variants in lists[name].items():
+        bed = read_bed(name, folders, sets)
+        for budget, variants in bed.budgets.items():
             for variant in variants:
-                found.append(Entry(name, budget, variant, tuple(plan_runs(config, [variant], seeds, out / name))))
+                made = tuple(plan_runs(bed.config, [variant], seeds, out / name))
+                found.append(Entry(name, budget, variant, made, bed.metric))
     return found
+
+
+def selected(made: Sequence[Entry], only: Collection[str]) -> list[Entry]:
+    """The entries to play: those of some methods or budgets and the references of each testbed; all if `only` is empty.
+
+    Raises ConfigError for a word that names no entry.
+    """
+    for word in only:
+        if not any(entry.named_by([word]) for entry in made):
+            raise ConfigError(f"--only: no entry has the method or the budget {word!r}")
+    kept = {id(entry) for entry in made if not only or entry.named_by(only)}
+    for budget in (PUBLISHED, DENSE):
+        firsts = {entry.testbed: entry for entry in reversed(made) if entry.budget == budget}
+        kept |= {id(entry) for entry in firsts.values()}
+    return [entry for entry in made if id(entry) in kept]
 
 
 def distinct(made: Sequence[Entry]) -> list[Trial]:
@@ -52,16 +105,41 @@ def distinct(made: Sequence[Entry]) -> list[Trial]:
     return list({run.folder: run for entry in made for run in entry.made}.values())
 
 
+def kind(run: Trial) -> str:
+    """What runs that take about as long have in common: testbed and variant, on real text the testbed alone.
+
+    There training takes nearly all of the time, and a trial of every variant would take too much of it.
+    """
+    testbed = run.folder.parent.parent.name
+    return testbed if run.config.federation.eval_every == 0 else f"{testbed} {run.label}"
+
+
 def points(made: Sequence[Entry]) -> list[Point]:
-    """What the entries came to, those without a finished run left out."""
+    """What the entries came to, those without a finished run left out; for a share of a gain, seeds without a finished
+    dense run too.
+    """
     finished = [(entry, read_reports(entry.made).get(entry.variant, ())) for entry in made]
     reference: dict[str, Reference] = {}
     for entry, found in finished:
-        if found:
-            dense = fmean(report.dense_bytes for report in found)
-            reference.setdefault(entry.testbed, Reference(dense, found[0].baseline.rank))
+        if found and entry.testbed not in reference:
+            bytes = fmean(report.dense_bytes for report in found)
+            reference[entry.testbed] = Reference(bytes, found[0].baseline.rank, _dense(entry, finished))
     return [
-        measured(entry.testbed, entry.budget, entry.variant, found, reference[entry.testbed])
+        measured(entry.testbed, entry.budget, entry.variant, runs, reference[entry.testbed])
         for entry, found in finished
-        if found
+        if (runs := _scored(entry, found, reference))
     ]
+
+
+def _dense(of: Entry, finished: Sequence[tuple[Entry, Sequence[Report]]]) -> tuple[Report, ...]:
+    """The runs whose gain is the whole, where the testbed of an entry is scored by it."""
+    if of.metric != SHARE_OF_GAIN:
+        return ()
+    return next((tuple(runs) for e, runs in finished if (e.testbed, e.budget) == (of.testbed, DENSE)), ())
+
+
+def _scored(entry: Entry, found: Sequence[Report], reference: dict[str, Reference]) -> Sequence[Report]:
+    """The runs that have a score."""
+    if entry.metric != SHARE_OF_GAIN or not found:
+        return found
+    return [run for run, _ in paired(found, reference[entry.testbed].dense)]

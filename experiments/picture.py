@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -11,54 +12,126 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments.points import PUBLISHED, Point
+from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point
+from experiments.sending import Sending
 from fedloom.report.figure import COLOURS, LINES, STYLE, legend_label, line_style, save_figure
 
+HEIGHTS = {EXACT_MATCH: (0.0, 101.0), SHARE_OF_GAIN: (60.0, 103.0)}
+"""Ends of the axis of scores. Above 60 % of a gain methods differ by a few points; what lies below is noted."""
+TITLES = {EXACT_MATCH: "held-out exact match (%)", SHARE_OF_GAIN: "share of dense FedIT's gain that is kept (%)"}
 
-def front(points: Sequence[Point], target: Path | IO[bytes], *, own: str = "loom") -> None:
+
+def front(
+    points: Sequence[Point],
+    target: Path | IO[bytes],
+    *,
+    own: str = "loom",
+    sending: Mapping[str, Sending] | None = None,
+) -> None:
     """Score against share of dense bytes, a panel a testbed: a line a method through what was chosen for each budget,
     hollow marks for what papers set; bars are 95 % intervals over seeds.
+
+    sending: testbed → what its data weigh, drawn as upright lines.
     """
-    testbeds, methods = list(dict.fromkeys(p.testbed for p in points)), list(dict.fromkeys(p.method for p in points))
+    testbeds = list(dict.fromkeys(p.testbed for p in points))
+    methods = sorted(dict.fromkeys(p.method for p in points), key=lambda method: method != own)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4 * max(len(testbeds), 1) + 1.6, 4.6), layout="constrained")
-        panels = figure.subplots(1, max(len(testbeds), 1), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, max(len(testbeds), 1), squeeze=False)[0]
         for axes, testbed in zip(panels, testbeds, strict=False):
+            here = [p for p in points if p.testbed == testbed]
             for number, method in enumerate(methods):
-                _front_of(
-                    [p for p in points if (p.testbed, p.method) == (testbed, method)], axes, number, method == own
-                )
-            axes.set_title(legend_label(testbed))
-            axes.set_xscale("log")
-            rank = next(p.rank for p in points if p.testbed == testbed)
-            axes.set_xlabel(f"bytes, both ways, of dense fp32 FedIT of {rank} (%)")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_ylim(0, 101)
-        panels[0].set_ylabel("held-out exact match (%)")
+                _front_of([p for p in here if p.method == method], axes, number, method == own)
+            _lay_out(axes, here)
+            if sending and testbed in sending:
+                _draw_sending(axes, sending[testbed], here)
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
         save_figure(figure, target, "png")
+
+
+def _lay_out(axes: Axes, points: Sequence[Point]) -> None:
+    """Title, scales and names of a panel's axes."""
+    first = points[0]
+    axes.set_title(legend_label(first.testbed))
+    axes.set_xscale("log")
+    axes.set_xlabel(f"bytes, both ways, of dense fp32 FedIT of {first.rank} (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(*HEIGHTS[first.metric])
+    axes.set_ylabel(TITLES[first.metric])
+
+
+def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
+    """Upright lines at what it takes to send the data once, as a share of a client's dense bytes."""
+    dense = next((p.client / p.share for p in points if p.share > 0 and math.isfinite(p.client)), math.nan)
+    if not math.isfinite(dense):
+        return
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 55 * min(found.xz, found.coded) / dense), high)  # room for the text beside the first line
+    for bytes, text in ((found.xz, "send the data (xz)"), (found.coded, "send the data, coded by the base model")):
+        axes.axvline(100 * bytes / dense, color="0.45", linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
+        axes.text(
+            100 * bytes / dense,
+            0.03,
+            f"{text} ",
+            transform=axes.get_xaxis_transform(),
+            rotation=90,
+            va="bottom",
+            ha="right",
+            fontsize=7.5,
+            color="0.35",
+        )
 
 
 def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> None:
     """One method's points: the chosen ones joined in order of bytes, the published ones alone."""
     colour, marker = line_style(number)
     for published in (False, True):
-        shown = sorted((p for p in points if (p.budget == PUBLISHED) == published), key=lambda p: p.share)
-        if shown:
-            axes.errorbar(
-                [100 * p.share for p in shown],
-                [p.score for p in shown],
-                [p.half for p in shown],
-                label=legend_label(f"{shown[0].method}{', as published' if published else ''}"),
-                color=colour,
-                marker=marker,
-                markerfacecolor="white" if published else colour,
-                linestyle="none" if published else LINES[number // len(COLOURS)],
-                linewidth=2.8 if bold else 1.4,
-                markersize=6 if bold else 5,
-                capsize=2,
-                elinewidth=0.9,
-            )
+        some = [p for p in points if (p.budget == PUBLISHED) == published and math.isfinite(p.score)]
+        shown = sorted(some, key=lambda p: p.share)
+        if not shown:
+            continue
+        axes.errorbar(
+            [100 * p.share for p in shown],
+            [p.score for p in shown],
+            [p.half for p in shown],
+            label=legend_label(f"{shown[0].method}{', as published' if published else ''}"),
+            color=colour,
+            marker=marker,
+            markerfacecolor="white" if published else colour,
+            linestyle="none" if published else LINES[number // len(COLOURS)],
+            linewidth=2.8 if bold else 1.4,
+            markersize=6 if bold else 5,
+            capsize=2,
+            elinewidth=0.9,
+        )
+        _note_below(axes, shown, colour, published)
+
+
+def _note_below(axes: Axes, points: Sequence[Point], colour: str, hollow: bool) -> None:
+    """Points below the axis, as triangles at its foot with their score."""
+    for point in points:
+        bottom, top = HEIGHTS[point.metric]
+        if point.score >= bottom:
+            continue
+        axes.plot(
+            100 * point.share,
+            bottom + 0.02 * (top - bottom),
+            marker="v",
+            color=colour,
+            markerfacecolor="white" if hollow else colour,
+            markersize=6,
+            linestyle="none",
+            clip_on=False,
+        )
+        axes.annotate(
+            f"{point.score:.0f}",
+            (100 * point.share, bottom + 0.02 * (top - bottom)),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=colour,
+        )

@@ -2,6 +2,8 @@
 
 A budget is a share of what dense fp32 FedIT sends, both ways, with the same attendance and at the testbed's largest
 rank for all clients. All that is sent counts on both sides, missed broadcasts and the delivery of the result included.
+
+A score is exact match, or for free text the share of dense FedIT's gain that is kept (`gain`); both in per cent.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from experiments.gain import Losses, losses, paired, share_kept
 from fedloom.report.numbers import MEAN, Report, interval
 
+EXACT_MATCH, SHARE_OF_GAIN = "exact_match", "share_of_gain"
+"""What a testbed is scored by."""
 PUBLISHED = "published"
 """The budget of what papers set."""
 TARGET = 0.8
@@ -29,7 +34,8 @@ class Point:
 
     score, half: mean over seeds and half of its 95 % interval, in percent; halfway: the mean score at half time.
     rounds: until the score is `TARGET`, the mean over seeds, NaN where a seed did not reach it; seconds: until then,
-    at each of `LINKS`, all sites at once. client: bytes of one client over the whole run, both ways.
+    at each of `LINKS`, all sites at once. client: bytes of one client over the whole run, both ways. losses: for free
+    text, what is behind the score; then no score is taken on the way.
     """
 
     testbed: str
@@ -46,6 +52,12 @@ class Point:
     seconds: tuple[float, ...]
     client: float
     rank: str
+    losses: Losses | None = None
+
+    @property
+    def metric(self) -> str:
+        """What the score is."""
+        return SHARE_OF_GAIN if self.losses else EXACT_MATCH
 
     @property
     def method(self) -> str:
@@ -60,17 +72,23 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The dense run that shares are of: its bytes, the mean over seeds, and its rank in words."""
+    """The dense run that shares are of: its bytes, the mean over seeds, and its rank in words.
+
+    dense: for free text, the runs of dense FedIT at its best rate, whose gain is the whole.
+    """
 
     bytes: float
     rank: str
+    dense: tuple[Report, ...] = ()
 
 
 def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], reference: Reference) -> Point:
-    """The point of some runs that differ in their seed."""
-    turns, rounds = sum(run.turns for run in runs), fmean(rounds_to(run, TARGET) for run in runs)
+    """The point of some runs that differ in their seed; for free text, each seed must be one of the dense runs'."""
+    pairs = paired(runs, reference.dense)
+    turns = sum(run.turns for run in runs)
+    rounds = math.nan if pairs else fmean(rounds_to(run, TARGET) for run in runs)
     up, down = (sum(getattr(run.totals, f"bytes_{way}") for run in runs) / turns for way in ("up", "down"))
-    score, half = interval([100 * run.score(MEAN) for run in runs])
+    score, half = share_kept(pairs) if pairs else interval([100 * run.score(MEAN) for run in runs])
     server_s = sum(run.server_seconds for run in runs) / sum(run.run.num_rounds for run in runs)
     busy_s = sum(run.train_seconds for run in runs) / turns + server_s
     sent = fmean(run.totals.bytes for run in runs)
@@ -82,13 +100,14 @@ def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], re
         share=sent / reference.bytes,
         up=up,
         down=down,
-        halfway=100 * fmean(run.score_at(run.run.num_rounds // 2) for run in runs),
+        halfway=math.nan if pairs else 100 * fmean(run.score_at(run.run.num_rounds // 2) for run in runs),
         score=score,
         half=half,
         rounds=rounds,
         seconds=tuple(rounds * (busy_s + line_seconds(up, down, link)) for link in LINKS),
         client=sent / len(runs[0].run.clients),
         rank=reference.rank,
+        losses=losses(pairs) if pairs else None,
     )
 
 
@@ -107,48 +126,3 @@ def above(points: Sequence[Point], own: str = "loom") -> list[Point]:
     ours = {(point.testbed, point.budget): point.score + point.half for point in points if point.method == own}
     rivals = [point for point in points if point.method != own and point.within and point.seeds > 1]
     return [p for p in rivals if p.score - p.half > ours.get((p.testbed, p.budget), math.inf)]
-
-
-def rows(points: Sequence[Point]) -> list[dict[str, str]]:
-    """The points as a table of words."""
-    return [_row(point) for point in points]
-
-
-def figures(points: Sequence[Point]) -> list[dict[str, str]]:
-    """The same with columns of plain numbers behind it, for programs: bytes of a client over a run, both ways and with
-    the delivery; share of dense FedIT's bytes; score and the ends of its 95 % interval in per cent.
-    """
-    return [_row(point) | _numbers(point) for point in points]
-
-
-def _numbers(point: Point) -> dict[str, str]:
-    return {
-        "method": point.method,
-        "bytes_client": f"{point.client:.0f}",
-        "share_of_dense": f"{point.share:.5f}",
-        "score": f"{point.score:.1f}",
-        "low": f"{max(point.score - point.half, 0):.1f}",
-        "high": f"{min(point.score + point.half, 100):.1f}",
-        "metric": "exact_match",
-    }
-
-
-def _row(point: Point) -> dict[str, str]:
-    row = {
-        "testbed": point.testbed,
-        "budget": point.budget,
-        "run": point.variant,
-        "seeds": str(point.seeds),
-        f"of dense fp32, {point.rank}": f"{100 * point.share:.2f} %{'' if point.within else ' (over)'}",
-        "up B / turn": f"{point.up:.0f}",
-        "down B / turn": f"{point.down:.0f}",
-        "halfway %": f"{point.halfway:.1f}",
-        "end %": f"{point.score:.1f}{f' ± {point.half:.1f}' if point.seeds > 1 else ''}",
-        f"rounds to {100 * TARGET:.0f} %": _number(point.rounds),
-    }
-    names = [f"s at {up:g}/{down:g} Mbit/s" for up, down in LINKS]
-    return row | {name: _number(seconds) for name, seconds in zip(names, point.seconds, strict=True)}
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"

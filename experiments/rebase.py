@@ -6,22 +6,17 @@ sends with the same attendance, for which nothing has to be trained.
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from experiments.points import LINKS, TARGET, Point, Reference
-from fedloom.errors import DataError
+from experiments.figures import SHARE, read_csv
+from experiments.points import EXACT_MATCH, Point, Reference
 from fedloom.records.configfile import load_config
 from fedloom.report.baseline import FP32, play_rounds
 from fedloom.server.attendance import draw_rounds
 from fedloom.studies.estimate import Case, config_case
-
-SHARE = "of dense fp32"
-"""How the column of shares begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,42 +53,19 @@ def _values(case: Case, client: str) -> int:
 
 
 def rebased(figures: Path, folder: Path, first_seed: int) -> list[tuple[float, Point]]:
-    """(share by the old baseline, the point by today's) of every row. Raises DataError for what is no front.csv."""
-    with figures.open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    try:
-        seeds = {row["testbed"]: int(row["seeds"]) for row in found}
-        beds = {name: play_testbed(folder, name, range(first_seed, first_seed + n)) for name, n in seeds.items()}
-        return [_rebased(row, beds[row["testbed"]]) for row in found]
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{figures} is no table of `python -m experiments front` ({error})") from None
+    """(share by the old baseline, the point by today's) of every row that is scored by exact match.
+
+    The others were made when the baseline was today's. Raises DataError for what is no front.csv.
+    """
+    found = [point for point in read_csv(figures) if point.metric == EXACT_MATCH]
+    seeds = {point.testbed: point.seeds for point in found}
+    beds = {name: play_testbed(folder, name, range(first_seed, first_seed + n)) for name, n in seeds.items()}
+    return [_rebased(point, beds[point.testbed]) for point in found]
 
 
-def _rebased(row: Mapping[str, str], bed: Testbed) -> tuple[float, Point]:
-    up, down = float(row["up B / turn"]), float(row["down B / turn"])
-    score, _, half = row["end %"].partition(" ± ")
-    sent = (up + down) * bed.turns
-    point = Point(
-        testbed=row["testbed"],
-        budget=row["budget"],
-        variant=row["run"],
-        seeds=int(row["seeds"]),
-        share=sent / bed.new.bytes,
-        up=up,
-        down=down,
-        halfway=float(row["halfway %"]),
-        score=float(score),
-        half=float(half or 0),
-        rounds=_number(row[f"rounds to {100 * TARGET:.0f} %"]),
-        seconds=tuple(_number(row[f"s at {a:g}/{b:g} Mbit/s"]) for a, b in LINKS),
-        client=sent / bed.clients,
-        rank=bed.new.rank,
-    )
-    return sent / bed.old, point
-
-
-def _number(text: str) -> float:
-    return math.nan if text == "–" else float(text)
+def _rebased(point: Point, bed: Testbed) -> tuple[float, Point]:
+    sent = (point.up + point.down) * bed.turns
+    return sent / bed.old, replace(point, share=sent / bed.new.bytes, client=sent / bed.clients, rank=bed.new.rank)
 
 
 def changed(points: Sequence[tuple[float, Point]]) -> list[dict[str, str]]:

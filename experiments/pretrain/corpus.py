@@ -89,7 +89,9 @@ def build(folder: Path, target: Path, seed: int = 0) -> dict[str, int]:
 
 
 def stored(path: Path, split: str) -> Iterator[str]:
-    """The documents of a split, from what `build` wrote."""
+    """The documents of a split, from what `build` wrote. Raises DataError where it is missing."""
+    if not path.exists():
+        raise DataError(f"{path} is missing: `python -m experiments base` makes it in its work folder")
     with zstandard.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             document = json.loads(line)

@@ -5,7 +5,8 @@ import math
 import tomllib
 
 import pytest
-from experiments.points import Point, above, line_seconds, rows
+from experiments.figures import rows
+from experiments.points import Point, above, line_seconds
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -34,7 +35,7 @@ def made(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(testbeds.testbed_folder() / name)
     (tmp_path / "front.toml").write_text(LISTS)
     monkeypatch.setattr(front, "LISTS", tmp_path / "front.toml")
-    found = front.entries(tmp_path, ["demo"], range(2), tmp_path / "runs", [])
+    found = front.entries([tmp_path], ["demo"], range(2), tmp_path / "runs", [])
     for run in front.distinct(found):
         run.folder.mkdir(parents=True)
         (run.folder / compare.FINISHED).touch()
@@ -102,7 +103,18 @@ def test_the_rows_and_the_picture_have_every_point(made, tmp_path):
 
 def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
     monkeypatch.setattr(command, "testbed_folder", lambda: tmp_path)
-    options = ["--testbeds", "demo", "--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "runs")]
+    options = [
+        "--testbeds",
+        "demo",
+        "--seeds",
+        "2",
+        "--first-seed",
+        "0",
+        "--out",
+        str(tmp_path / "runs"),
+        "--keep",
+        str(tmp_path / "none.csv"),
+    ]
     result = CliRunner().invoke(command.app, ["front", *options])
     assert result.exit_code == 0
     assert "12 runs, all of them complete: nothing is played" in result.stdout
@@ -114,11 +126,11 @@ def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
 
 def test_an_unknown_testbed_is_named(made, tmp_path):
     with pytest.raises(ConfigError, match="no testbed 'moon': expected one of demo"):
-        front.entries(tmp_path, ["moon"], range(1), tmp_path / "x", [])
+        front.entries([tmp_path], ["moon"], range(1), tmp_path / "x", [])
 
 
 def test_every_shipped_entry_is_a_valid_setting(tmp_path):
-    found = front.entries(testbeds.testbed_folder(), ["demo", "many"], range(300, 301), tmp_path, [])
+    found = front.entries([testbeds.testbed_folder()], ["demo", "many"], range(300, 301), tmp_path, [])
     budgets = {(entry.testbed, entry.budget) for entry in found}
     assert {("demo", "1%"), ("many", "1%")} <= budgets
     for testbed_name in ("demo", "many"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,10 +135,11 @@ def tune(
         screen.print(cell(f"{name}: {key} = {found.value}, {score} on validation; {files[name]}"))
 
 
-def play_all(made: Sequence[Trial], jobs: int) -> None:
+def play_all(made: Sequence[Trial], jobs: int, alike: Callable[[Trial], str] | None = None) -> None:
     """Make the runs that are left, saying beforehand how long they will take, and at the end how long they took.
 
-    What cannot be played is refused before anything is.
+    What cannot be played is refused before anything is. alike: the kind of a run, one of which is tried; its variant
+    if left out.
     """
     from fedloom.studies import compare
     from fedloom.studies.preflight import check_trials
@@ -150,9 +151,11 @@ def play_all(made: Sequence[Trial], jobs: int) -> None:
     if not todo:
         screen.print(f"{len(made)} runs, all of them complete: nothing is played", highlight=False)
         return
-    screen.print(f"{len(made)} runs, {todo} left; a trial of each first", highlight=False)
-    stated, began = compare.expected_seconds(made, jobs), time.monotonic()
-    screen.print(f"stated: {stated / 60:.1f} min for {todo} runs, {jobs} at a time", highlight=False)
+    kinds = "each" if alike is None else "each kind"
+    screen.print(f"{len(made)} runs, {todo} left; a trial of {kinds} first", highlight=False)
+    stated, began = compare.expected_seconds(made, jobs, alike or compare.variant_of), time.monotonic()
+    hours = f" ({stated / 3600:.1f} h)" if stated >= 7200 else ""
+    screen.print(f"stated: {stated / 60:.1f} min{hours} for {todo} runs, {jobs} at a time", highlight=False)
     seconds: list[float] = []
 
     def finished(run: Trial, taken: float) -> None:

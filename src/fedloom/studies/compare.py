@@ -181,12 +181,20 @@ def _complete(run: Trial) -> bool:
     return found
 
 
-def expected_seconds(todo: Sequence[Trial], jobs: int) -> float:
-    """Seconds that the runs which are left will take, from a short trial of each variant, `jobs` at a time."""
-    samples = {run.label: run for run in runs_left(todo)}
+def variant_of(run: Trial) -> str:
+    """What runs that take about as long have in common, unless a study knows better: their variant."""
+    return run.label
+
+
+def expected_seconds(todo: Sequence[Trial], jobs: int, alike: Callable[[Trial], str] = variant_of) -> float:
+    """Seconds that the runs which are left will take, from a short trial of one of each kind, `jobs` at a time.
+
+    alike: the kind of a run; those of one kind take about as long.
+    """
+    samples = {alike(run): run for run in runs_left(todo)}
     with _pool(jobs) as pool:
         paces = dict(zip(samples, pool.map(_pace, samples.values()), strict=True))
-    seconds = [paces[run.label].seconds(run.config) for run in runs_left(todo)]
+    seconds = [paces[alike(run)].seconds(run.config) for run in runs_left(todo)]
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
