@@ -41,7 +41,7 @@ def least_bytes(job: Job, adapter: LoraState, whole: LoraState) -> int:
     """Bytes of a payload with one element of this adapter, which is `whole` or a part of it."""
     digest = 32 * "f"
     header = Header("update", job.method.name, job.num_rounds, job.num_rounds, digest, digest, 10**6)
-    entries = {}
+    entries: dict[str, Sparse] = {}
     for name, tensor in adapter.tensors().items():
         place = torch.tensor([] if entries else [count(tuple(tensor.shape)) - 1], dtype=torch.int64)
         entries[name] = Sparse(tuple(tensor.shape), place, job.quantize(torch.ones(place.numel()), 0))

@@ -180,4 +180,6 @@ def inner_products(pairs: Sequence[LoraPair]) -> Tensor:
     ranks = [pair.rank for pair in pairs]
     b, a = torch.cat([pair.B for pair in pairs], 1).double(), torch.cat([pair.A for pair in pairs]).double()
     terms = (b.T @ b) * (a @ a.T)
-    return torch.stack([torch.stack([t.sum() for t in row.split(ranks, 1)]) for row in terms.split(ranks)])
+    return torch.stack(
+        [torch.stack([t.sum() for t in torch.split(row, ranks, 1)]) for row in torch.split(terms, ranks)]
+    )
