@@ -1,4 +1,4 @@
-"""FinEval's questions as the harness takes them, from its files <subject>_val.csv in the folder FinEval beside this one."""
+"""FinEval's questions as the harness takes them, from its files <subject>_val.csv in the folder FinEval beside this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe is played as its user plays it: only the model is tiny and random, and the Hub has a few rows of each data set."""
+"""Every recipe as its user plays it: only the model is tiny and random, and the Hub has a few rows of each data set."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ SHORT = [
     *("model.device=cpu", "model.threads=1", "federation.num_rounds=2"),
     *("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"),
 ]
-FEW = {"fedsrd": ["training.max_steps=1"], "florist": ["training.num_train_epochs=0.5", "federation.fraction_train=0.03"]}
+FEW = {
+    "fedsrd": ["training.max_steps=1"],
+    "florist": ["training.num_train_epochs=0.5", "federation.fraction_train=0.03"],
+}
 PAPERS = sorted(RECIPES.glob("*.toml"))
 
 
@@ -80,7 +83,9 @@ def test_a_recipe_runs_on_rows_as_the_hub_has_them(
         asked.append((name, subset))
         assert split == "train"
         many = 220 if "dolly" in name else 6
-        return [{key: f"{value} {number}".strip() for key, value in ROWS[name, subset].items()} for number in range(many)]
+        return [
+            {key: f"{value} {number}".strip() for key, value in ROWS[name, subset].items()} for number in range(many)
+        ]
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     monkeypatch.setattr(figure, "save_figure", lambda *given: None)  # pictures take a third of the time
@@ -116,7 +121,9 @@ def test_the_harness_knows_every_task_of_a_recipe() -> None:
     """Of the harness's own tasks a few folders are read: the whole list takes as long as all recipes together."""
     harness = Path(lm_eval.tasks.__file__).parent
     own = ("humaneval", "mbpp", "medqa", "medmcqa", "gsm8k", "hendrycks_math", "agieval", "mmlu")
-    known = TaskManager(include_path=[str(RECIPES / "tasks"), *(str(harness / name) for name in own)], include_defaults=False)
+    known = TaskManager(
+        include_path=[str(RECIPES / "tasks"), *(str(harness / name) for name in own)], include_defaults=False
+    )
     named = {task for path in PAPERS for task in load_config(path).evaluation.tasks}
     assert named == {"fedsrd", "mmlu"} <= set(known.all_tasks)
     ten = yaml.safe_load((RECIPES / "tasks" / "fedsrd.yaml").read_text())["task"]

@@ -49,7 +49,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task, at most.")] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
-        typer.Option("--confirm-run-unsafe-code", help="Tasks that execute what the model writes, such as humaneval, may."),
+        typer.Option(
+            "--confirm-run-unsafe-code", help="Tasks that execute what the model writes, such as humaneval, may."
+        ),
     ] = False,
     sets: Set = None,
     as_json: AsJson = False,

@@ -36,7 +36,9 @@ def client_examples(config: Config, tell: Tell = ignore) -> tuple[dict[str, list
     if settings.partitioner == "files":
         if federation.num_clients not in (None, len(found)):
             where = settings.source or "data.sources"
-            raise ConfigError(f"federation.num_clients is {federation.num_clients}, but {where} holds data for {len(found)}")
+            raise ConfigError(
+                f"federation.num_clients is {federation.num_clients}, but {where} holds data for {len(found)}"
+            )
         return found, None
     pooled = list(chain.from_iterable(found.values()))
     manifest = partition(pooled, settings, federation)
