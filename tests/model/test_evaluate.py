@@ -108,9 +108,7 @@ def test_tasks_are_handed_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(sys.modules, name, module)
     before, model = random.getstate(), resident()[0]
     assert lm_eval_tasks(model, tokenizer(), ("arc",)) == {"arc": {"acc,none": 0.5}}
-    lm_eval_tasks(
-        model, tokenizer(), ["arc"], 4, include_path=Path("mine"), limit=3, confirm_run_unsafe_code=True
-    )
+    lm_eval_tasks(model, tokenizer(), ["arc"], 4, include_path=Path("mine"), limit=3, confirm_run_unsafe_code=True)
     assert asked == [(8, ["arc"], ("tasks of", None), None, False), (4, ["arc"], ("tasks of", "mine"), 3, True)]
     assert random.getstate() == before
 
