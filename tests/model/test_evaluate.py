@@ -99,7 +99,8 @@ def test_tasks_are_handed_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def play(**given: object) -> dict[str, object]:
         random.seed(0)
-        asked.append((given["model"][1], given["tasks"], given["task_manager"], given["limit"]))
+        unsafe = given["confirm_run_unsafe_code"]
+        asked.append((given["model"][1], given["tasks"], given["task_manager"], given["limit"], unsafe))
         return {"results": {"arc": {"alias": "arc", "acc,none": 0.5}}}
 
     made["lm_eval"].simple_evaluate = play
@@ -107,8 +108,8 @@ def test_tasks_are_handed_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(sys.modules, name, module)
     before, model = random.getstate(), resident()[0]
     assert lm_eval_tasks(model, tokenizer(), ("arc",)) == {"arc": {"acc,none": 0.5}}
-    lm_eval_tasks(model, tokenizer(), ["arc"], 4, include_path=Path("mine"), limit=3)
-    assert asked == [(8, ["arc"], ("tasks of", None), None), (4, ["arc"], ("tasks of", "mine"), 3)]
+    lm_eval_tasks(model, tokenizer(), ["arc"], 4, include_path=Path("mine"), limit=3, confirm_run_unsafe_code=True)
+    assert asked == [(8, ["arc"], ("tasks of", None), None, False), (4, ["arc"], ("tasks of", "mine"), 3, True)]
     assert random.getstate() == before
 
 

@@ -36,7 +36,8 @@ def test_the_commented_file_shows_every_key_and_its_meaning():
 def test_examples_of_unset_keys_are_valid():
     lines = [line.removeprefix("# ") for line in settings_template().splitlines()]
     tree = tomllib.loads("\n".join(line for line in lines if re.match(r"\[[\w.]+\]$|\w+ = ", line)))
-    del tree["training"]["max_steps"]  # num_train_epochs is in its place
+    # num_train_epochs and sources are in their places
+    del tree["training"]["max_steps"], tree["data"]["source"]
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
     assert (config.output.max_rank, config.clients["NAME"].r) == (64, 8)

@@ -10,6 +10,7 @@ import fedloom
 from fedloom.cli import main as cli
 from fedloom.errors import ConfigError, ModelError
 from fedloom.records.ledger import Evaluation, read_rows
+from fedloom.studies import evaluation
 from small_testbed import small_testbed
 
 TASK = """
@@ -166,3 +167,18 @@ def test_tasks_score_to_the_last_digit_what_the_harness_scores_alone(played, tmp
     same(told.rows, rows(run, 1))
     with pytest.raises(ConfigError, match="harness cannot play nothing_such"):
         fedloom.evaluate(run, tasks=["nothing_such"], include_path=tasks)
+
+
+def test_tasks_of_the_settings_are_played_where_none_are_named(played, monkeypatch):
+    asked = []
+
+    def play(model, tokenizer, tasks, **given):
+        asked.append((tuple(tasks), str(given["include_path"]), given["confirm_run_unsafe_code"]))
+        return {"mine": {"acc": 0.5}}
+
+    monkeypatch.setattr(evaluation, "lm_eval_tasks", play)
+    own = {"evaluation.tasks": ["mine"], "evaluation.include_path": "/tasks", "data.heldout": None}
+    run = played[0]
+    assert fedloom.evaluate(run, settings=own).tasks == {"mine": {"acc": 0.5}}
+    fedloom.evaluate(run, tasks=["other"], include_path="/others", confirm_run_unsafe_code=True, settings=own)
+    assert asked == [(("mine",), "/tasks", False), (("other",), "/others", True)]

@@ -42,9 +42,17 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Further scores: chrf, rouge_l, token_f1, package.module:function; joined by commas.")
     ] = "",
-    tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, joined by commas.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of the lm-evaluation-harness, joined by commas; the settings' if left out.")
+    ] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own (YAML).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task, at most.")] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code", help="Tasks that execute what the model writes, such as humaneval, may."
+        ),
+    ] = False,
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,7 +63,13 @@ def evaluate(
     own = {"data.heldout": data and json.dumps(data), "evaluation.metrics": json.dumps(words) if words else None}
     overrides = [*(sets or []), *(f"{key}={value}" for key, value in own.items() if value is not None)]
     found = find_target(target, config, base_model=base_model, with_adapter=not without_adapter, overrides=overrides)
-    result = evaluate_target(found, split_words(tasks), include_path=include_path, limit=limit)
+    result = evaluate_target(
+        found,
+        split_words(tasks),
+        include_path=include_path,
+        limit=limit,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+    )
     if as_json:
         print(json.dumps(as_tree(result), indent=2, ensure_ascii=False))
         return

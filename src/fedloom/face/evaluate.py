@@ -22,6 +22,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
+    confirm_run_unsafe_code: bool = False,
     settings: Settings | None = None,
 ) -> Evaluated:
     """Score a model on held-out data, and on tasks of the lm-evaluation-harness (the extra `eval`).
@@ -29,7 +30,8 @@ def evaluate(
     target: a `Run`, or the folder of a run, of any PEFT adapter or of a base model. config: the settings whose held-out
     data, template and metrics are used, instead of the run's own; data, metrics and settings (dotted keys) change them.
     base_model: if not the one that the adapter names; with_adapter=False scores the base model alone.
-    tasks: names of the harness's tasks, and of your own in the folder include_path; limit: examples of each, at most.
+    tasks: names of the harness's tasks, and of your own in the folder include_path; those of the settings if left out.
+    limit: examples of each, at most; confirm_run_unsafe_code: tasks that execute what the model writes may do so.
     Raises ConfigError where there is nothing to score on or a library is missing, ModelError for an adapter that does
     not fit the base model.
     """
@@ -45,4 +47,10 @@ def evaluate(
         with_adapter=with_adapter,
         overrides=as_overrides(own),
     )
-    return evaluate_target(found, tasks, include_path=None if include_path is None else Path(include_path), limit=limit)
+    return evaluate_target(
+        found,
+        tasks,
+        include_path=None if include_path is None else Path(include_path),
+        limit=limit,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+    )

@@ -74,11 +74,13 @@ def lm_eval_tasks(
     *,
     include_path: Path | None = None,
     limit: int | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Mapping[str, float]]:
     """Task → its metrics, by the lm-evaluation-harness.
 
-    include_path: a folder with tasks of one's own (YAML); limit: examples of a task, at most. Raises ConfigError where
-    the harness is not installed, does not know a task or fails at it.
+    include_path: a folder with tasks of one's own (YAML); limit: examples of a task, at most; confirm_run_unsafe_code:
+    whether tasks that execute what the model writes may do so. Raises ConfigError where the harness is not installed,
+    does not know a task or fails at it.
     """
     try:
         from lm_eval import simple_evaluate
@@ -91,7 +93,13 @@ def lm_eval_tasks(
         warnings.simplefilter("ignore")  # the harness and what it loads warn of themselves
         known = TaskManager(include_path=None if include_path is None else str(include_path))
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=known, limit=limit)["results"]
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            task_manager=known,
+            limit=limit,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )["results"]
     return {
         task: {name: value for name, value in metrics.items() if isinstance(value, float)}
         for task, metrics in found.items()

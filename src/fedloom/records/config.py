@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from fedloom.records.quantities import MOST_CLIENTS, Name
-from fedloom.records.sections.data import DataSettings
+from fedloom.records.sections.data import DataSettings, Source
 from fedloom.records.sections.evaluation import EvaluationSettings
 from fedloom.records.sections.federation import FederationSettings
 from fedloom.records.sections.flower import FlowerSettings
@@ -34,6 +34,7 @@ __all__ = [
     "ModelSettings",
     "OutputSettings",
     "Section",
+    "Source",
     "TrainingSettings",
     "Values",
     "WireSettings",
@@ -111,6 +112,10 @@ class Config(Section):
         for section, key in _NEEDED.get(self.data.partitioner, ()):
             if getattr(getattr(self, section), key) is None:
                 raise ValueError(f"{section}.{key} is missing: data.partitioner = {self.data.partitioner!r} needs it")
+        if self.data.source and self.data.sources is not None:
+            raise ValueError(
+                "data.source and data.sources are both set; give one of them (--set data.sources=null unsets a key)"
+            )
         if self.data.partitioner == "natural" and self.federation.num_clients is not None:
             raise ValueError(
                 "federation.num_clients and data.partitioner = 'natural' exclude each other: there are as many clients "

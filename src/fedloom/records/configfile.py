@@ -44,6 +44,8 @@ _EXPECTED = {
 }
 """pydantic's kind of error → what was expected, in words."""
 
+_NAMED = (("rank_pattern",), ("alpha_pattern",), ("sources",))
+"""Keys whose tables have names of the user's own: a message names the entry that is wrong."""
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list"}
 MOST_SHOWN = 200
 """Characters of a wrong value that a message repeats."""
@@ -51,8 +53,10 @@ _LOCATED = (
     ("model", "path"),
     ("model", "adapter"),
     ("data", "source"),
+    ("data", "sources"),
     ("data", "heldout"),
     ("data", "validation"),
+    ("evaluation", "include_path"),
     ("output", "dir"),
     ("flower", "root_certificates"),
 )
@@ -123,9 +127,22 @@ def resolve_paths(tree: Tree, folder: Path) -> Tree:
     for section, key in _LOCATED:
         table = tree.get(section)
         value = table.get(key) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(value, str) and value.startswith(("./", "../", "~")):
-            table[key] = os.path.normpath(folder.absolute() / os.path.expanduser(value))
+        if isinstance(table, dict) and value is not None:
+            table[key] = _located(value, folder)
     return tree
+
+
+def _located(value: object, folder: Path) -> object:
+    """A path made absolute; a table or list, as data.sources is, with all that it names as a source."""
+    if isinstance(value, str) and value.startswith(("./", "../", "~")):
+        return os.path.normpath(folder.absolute() / os.path.expanduser(value))
+    if isinstance(value, list):
+        return [_located(one, folder) for one in value]
+    if isinstance(value, dict):
+        # A source's own table: its subset and its columns are no paths.
+        keys = {"source"} if isinstance(value.get("source"), str) and value.keys() & {"subset", "columns"} else value
+        return {key: _located(held, folder) if key in keys else held for key, held in value.items()}
+    return value
 
 
 def dump(config: Config) -> str:
@@ -161,8 +178,13 @@ def _sections() -> dict[str, type[BaseModel]]:
 def _line(key: str, field: FieldInfo) -> str:
     unset = field.default is None
     value = (field.examples or [""])[0] if unset else field.default
-    text = "{}" if value == {} else json.dumps(value, ensure_ascii=False)
+    text = _inline(value) if isinstance(value, Mapping) else json.dumps(value, ensure_ascii=False)
     return f"{'# ' if unset else ''}{key} = {text}"
+
+
+def _inline(table: Mapping[str, object]) -> str:
+    inside = ", ".join(f"{key} = {json.dumps(held, ensure_ascii=False)}" for key, held in table.items())
+    return f"{{ {inside} }}" if inside else "{}"
 
 
 UNSUPPORTED: Mapping[str, str] = {
@@ -239,7 +261,7 @@ def _short(text: str) -> str:
 
 def _key(loc: tuple[int | str, ...]) -> str:
     """The dotted key, without the parts by which pydantic names a member of a union or a place in a list."""
-    depth = 3 if loc and loc[0] in ("clients",) or loc[1:2] in (("rank_pattern",), ("alpha_pattern",)) else 2
+    depth = 3 if loc and loc[0] in ("clients",) or loc[1:2] in _NAMED else 2
     return ".".join(str(part) for part in loc[:depth])
 
 

@@ -97,14 +97,23 @@ def _base_of(adapter: Path) -> str:
 
 
 def evaluate_target(
-    target: Target, tasks: Sequence[str] = (), *, include_path: Path | None = None, limit: int | None = None
+    target: Target,
+    tasks: Sequence[str] = (),
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> Evaluated:
     """Score it on the held-out examples of its settings, if they name any, and on tasks of the lm-evaluation-harness.
 
-    include_path: a folder with tasks of one's own; limit: examples of a task, at most. Raises ConfigError where there
-    is nothing to score on, ModelError for an adapter that does not fit.
+    tasks: those of the settings if left out; include_path: a folder with tasks of one's own, likewise; limit: examples
+    of a task, at most; confirm_run_unsafe_code: whether what the model writes may be executed, where a task does so.
+    Raises ConfigError where there is nothing to score on, ModelError for an adapter that does not fit.
     """
     config = target.config
+    own = config.evaluation
+    tasks = tasks or own.tasks
+    include_path = include_path or (Path(own.include_path) if own.include_path else None)
     set_threads(config)
     heldout = heldout_examples(config.data)
     if not heldout and not tasks:
@@ -125,7 +134,16 @@ def evaluate_target(
         model=target.model,
         adapter=None if target.adapter is None else str(target.adapter),
         rows=rows,
-        tasks=lm_eval_tasks(model, tokenizer, tasks, include_path=include_path, limit=limit) if tasks else {},
+        tasks=lm_eval_tasks(
+            model,
+            tokenizer,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+        if tasks
+        else {},
         notes=_notes(target),
     )
 

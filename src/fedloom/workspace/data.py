@@ -3,68 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from fedloom.errors import ConfigError, DataError
 from fedloom.model.examples import Example
 from fedloom.model.partition import Manifest, partition
 from fedloom.model.sources import Tell, client_sources, ignore, load_examples, locate_files
-from fedloom.records.config import Config, DataSettings
+from fedloom.records.config import Config, DataSettings, Source
 
 MOST_NAMED = 12
 """Clients whose numbers of examples are told one by one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A source with the settings by which its rows are read, and the split that is read of it."""
+
+    source: Path | str
+    settings: DataSettings
+    split: str = "train"
+
+    def read(self, tell: Tell) -> list[Example]:
+        return load_examples(self.source, self.split, self.settings, tell)
+
+
 def client_examples(config: Config, tell: Tell = ignore) -> tuple[dict[str, list[Example]], Manifest | None]:
     """(client → its examples, manifest): a file or folder each, or everything pooled, shuffled and split."""
     settings, federation = config.data, config.federation
+    found = {client: _read(parts, tell) for client, parts in _trained_parts(settings).items()}
     if settings.partitioner == "files":
-        sources = client_sources(settings.source)
-        found = {client: load_examples(path, settings=settings, tell=tell) for client, path in sources.items()}
         if federation.num_clients not in (None, len(found)):
+            where = settings.source or "data.sources"
             raise ConfigError(
-                f"federation.num_clients is {federation.num_clients}, but {settings.source} holds data for {len(found)}"
+                f"federation.num_clients is {federation.num_clients}, but {where} holds data for {len(found)}"
             )
         return found, None
-    sources_read = sources_by_client(settings.source).values()
-    pooled = [example for path in sources_read for example in load_examples(path, settings=settings, tell=tell)]
+    pooled = list(chain.from_iterable(found.values()))
     manifest = partition(pooled, settings, federation)
     return {client: [pooled[index] for index in held] for client, held in manifest.clients.items()}, manifest
 
 
 def heldout_examples(settings: DataSettings, tell: Tell = ignore) -> dict[str, list[Example]]:
     """Domain → examples to score."""
-    return _split_examples(settings, settings.heldout, tell)
+    return {domain: _read(parts, tell) for domain, parts in _split_parts(settings, settings.heldout).items()}
 
 
 def validation_examples(config: Config, tell: Tell = ignore) -> dict[str, list[Example]]:
     """Domain → examples to choose a round on; none where no setting asks for that."""
-    return _split_examples(config.data, config.data.validation, tell) if config.federation.validates else {}
+    if not config.federation.validates:
+        return {}
+    return {domain: _read(parts, tell) for domain, parts in _split_parts(config.data, config.data.validation).items()}
 
 
-def _split_examples(settings: DataSettings, name: str | None, tell: Tell) -> dict[str, list[Example]]:
-    """Domain → examples of a split beside the training data, or of files of their own."""
-    return {
-        domain: load_examples(source, split, settings, tell)
-        for domain, (source, split) in _split_sources(settings, name).items()
-    }
+def _read(parts: Sequence[Part], tell: Tell) -> list[Example]:
+    return [example for part in parts for example in part.read(tell)]
 
 
-def _split_sources(settings: DataSettings, name: str | None) -> dict[str, tuple[Path | str, str]]:
-    """Domain → source and split."""
+def _trained_parts(settings: DataSettings) -> dict[str, list[Part]]:
+    """Client → what it is trained on; where one source is split among clients, the source itself under its own name."""
+    if settings.sources is not None:
+        return {client: [_own_part(settings, one) for one in held] for client, held in settings.sources.items()}
+    found = (client_sources if settings.partitioner == "files" else sources_by_client)(settings.source)
+    return {client: [Part(source, settings)] for client, source in found.items()}
+
+
+def _own_part(settings: DataSettings, own: Source) -> Part:
+    """A source with what its table has in place of [data]'s."""
+    given = {"subset": own.subset, "columns": own.columns}
+    return Part(
+        own.source, settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    )
+
+
+def _split_parts(settings: DataSettings, name: str | None) -> dict[str, list[Part]]:
+    """Domain → a split beside the training data, or files of their own."""
     if name is None:
         return {}
     if "{client}" in name or Path(name).is_absolute() or Path(name).exists():
-        return {domain: (path, "train") for domain, path in sources_by_client(name).items()}
-    return {domain: (path, name) for domain, path in sources_by_client(settings.source).items()}
+        return {domain: [Part(path, settings)] for domain, path in sources_by_client(name).items()}
+    if settings.sources is not None:
+        trained = _trained_parts(settings)
+        return {domain: [replace(part, split=name) for part in parts] for domain, parts in trained.items()}
+    return {domain: [Part(path, settings, name)] for domain, path in sources_by_client(settings.source).items()}
 
 
 def check_unseen(settings: DataSettings) -> None:
     """Raises ConfigError where a file is both trained on and scored on."""
-    sources = (client_sources if settings.partitioner == "files" else sources_by_client)(settings.source)
-    trained = {file.resolve() for source in sources.values() for file in locate_files(source)}
-    for source, split in _split_sources(settings, settings.heldout).values():
-        for file in locate_files(source, split):
+    trained = {
+        file.resolve()
+        for parts in _trained_parts(settings).values()
+        for part in parts
+        for file in locate_files(part.source)
+    }
+    for parts in _split_parts(settings, settings.heldout).values():
+        for file in chain.from_iterable(locate_files(part.source, part.split) for part in parts):
             if file.resolve() in trained:
                 raise ConfigError(
                     f"data.heldout reads {file}, which is trained on: its score would say nothing about new examples; "

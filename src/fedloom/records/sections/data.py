@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from fedloom.records.quantities import Name, Text
+from fedloom.records.quantities import MOST_CLIENTS, Name, Text
 from fedloom.records.sections.section import Section
 
 READ_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -42,6 +43,38 @@ Columns: TypeAlias = Annotated[dict[Name, Text], Field(max_length=16), AfterVali
 """Name that fedloom reads → name of the column in the data."""
 
 
+MOST_SOURCES = 64
+"""Sources of one client: each is opened before anything else can be asked about it."""
+
+
+class Source(Section):
+    """One of a client's sources, with what `[data]` says otherwise for all of them."""
+
+    source: Text
+    subset: Text | None = None
+    columns: Columns | None = None
+
+
+def _listed(found: object) -> object:
+    """A client's sources as a list of tables, whether they are a name, a table or a list of these."""
+    several = found if isinstance(found, list | tuple) else [found]
+    made = [{"source": one} if isinstance(one, str) else one for one in several]
+    for one in made:
+        if not isinstance(one, Source) and not (isinstance(one, Mapping) and isinstance(one.get("source"), str)):
+            raise ValueError("expected a client's source, a table with source, subset and columns, or a list of these")
+        unknown = sorted(one.keys() - Source.model_fields.keys()) if isinstance(one, Mapping) else []
+        if unknown:
+            raise ValueError(f"expected source, subset and columns alone, and not {unknown[0]!r}")
+    return made
+
+
+ClientSources: TypeAlias = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_listed),
+    Field(strict=False, min_length=1, max_length=MOST_SOURCES),
+]
+
+
 def _checked_heldout(split: str | None) -> str | None:
     if split == "train":
         raise ValueError("expected a split that is not trained on: a score on train says nothing about new examples")
@@ -58,6 +91,12 @@ class DataSettings(Section):
         "./data/{client}",
         description="Folder, file (JSONL, JSON, CSV, Parquet …) or Hub name; docs/data.md lists what is read. {client} "
         "stands for each client's name. A path that begins with ./ or ../ counts from the folder of this file.",
+    )
+    sources: Annotated[dict[Name, ClientSources], Field(min_length=1, max_length=MOST_CLIENTS)] | None = Field(
+        None,
+        description="In place of source: client → its own source, or several, where data lie in many places. One is a "
+        "text as for source, or a table with source and its own subset and columns.",
+        examples=[{"code": "owner/name"}],
     )
     subset: Text | None = Field(None, description="Configuration of a Hub data set that has several.", examples=["en"])
     columns: Columns = Field(
@@ -104,3 +143,11 @@ class DataSettings(Section):
     validation: Unseen = Field(
         None, description="Split for choosing settings, never for scores.", examples=["validation"]
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_instead(cls, found: object) -> object:
+        """The default of source holds only where sources is not given."""
+        if isinstance(found, dict) and found.get("sources") is not None:
+            return {"source": "", **found}
+        return found

@@ -6,11 +6,14 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from fedloom.records.quantities import Name
+from fedloom.records.quantities import Name, Text
 from fedloom.records.sections.section import Section
 
 MOST_METRICS = 16
+MOST_TASKS = 1024
 Metrics: TypeAlias = Annotated[tuple[Name, ...], Field(strict=False, max_length=MOST_METRICS)]
+
+Tasks: TypeAlias = Annotated[tuple[Name, ...], Field(strict=False, max_length=MOST_TASKS)]
 
 
 class EvaluationSettings(Section):
@@ -30,3 +33,12 @@ class EvaluationSettings(Section):
     )
     max_new_tokens: int = Field(128, ge=1, le=2**16, description="Tokens of a generated answer, at most.")
     batch_size: int = Field(64, ge=1, le=2**16, description="Held-out examples in a forward pass.")
+    tasks: Tasks = Field(
+        (),
+        description="Tasks of the lm-evaluation-harness that `fedloom evaluate` plays where its --tasks is left out; a "
+        "run itself plays none.",
+        examples=[["gsm8k"]],
+    )
+    include_path: Text | None = Field(
+        None, description="Folder with harness tasks of your own (YAML).", examples=["./tasks"]
+    )

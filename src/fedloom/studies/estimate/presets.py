@@ -40,6 +40,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         _llama("llama-3.2-3b", layers=28, hidden=3072, key_value=1024, intermediate=8192, rank=64),
         _llama("qwen2-7b", layers=28, hidden=3584, key_value=512, intermediate=18944, rank=64),
+        _llama("llama-3.2-1b", layers=16, hidden=2048, key_value=512, intermediate=8192, rank=16),
         _llama("tinyllama", layers=22, hidden=2048, key_value=256, intermediate=5632, rank=16),
         _llama("llama-2-7b", layers=32, hidden=4096, key_value=4096, intermediate=11008, rank=64),
         _llama("llama-3.1-70b", layers=80, hidden=8192, key_value=1024, intermediate=28672, rank=16),
