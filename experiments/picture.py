@@ -69,11 +69,12 @@ def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
     if not math.isfinite(dense):
         return
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 55 * min(found.xz, found.coded) / dense), high)  # room for the text beside the first line
-    for bytes, text in ((found.xz, "send the data (xz)"), (found.coded, "send the data, coded by the base model")):
-        axes.axvline(100 * bytes / dense, color="0.45", linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
+    ends = [100 * bytes / dense for bytes in (found.xz, found.coded)]
+    axes.set_xlim(min(low, min(ends) / 1.8), max(high, max(ends) * 1.2))  # room for the text left of the first line
+    for end, text in zip(ends, ("send the data (xz)", "send the data, coded by the base model"), strict=True):
+        axes.axvline(end, color="0.45", linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
         axes.text(
-            100 * bytes / dense,
+            end,
             0.03,
             f"{text} ",
             transform=axes.get_xaxis_transform(),
@@ -82,6 +83,7 @@ def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
             ha="right",
             fontsize=7.5,
             color="0.35",
+            in_layout=False,
         )
 
 

@@ -130,11 +130,28 @@ def test_an_unknown_testbed_is_named(made, tmp_path):
 
 
 def test_every_shipped_entry_is_a_valid_setting(tmp_path):
-    found = front.entries([testbeds.testbed_folder()], ["demo", "many"], range(300, 301), tmp_path, [])
+    names = ["demo", "many", "wordnet", "docstrings"]
+    found = front.entries([testbeds.testbed_folder(), command.TESTBEDS], names, range(300, 301), tmp_path, [])
     budgets = {(entry.testbed, entry.budget) for entry in found}
-    assert {("demo", "1%"), ("many", "1%")} <= budgets
-    for testbed_name in ("demo", "many"):
-        first = next(entry for entry in found if entry.testbed == testbed_name)
-        assert (first.budget, first.made[0].config.method.name) == ("published", "fedit")
+    assert {(name, "1%") for name in names} <= budgets
+    for name in names:
+        mine = [entry for entry in found if entry.testbed == name]
+        assert (mine[0].budget, mine[0].made[0].config.method.name) == ("published", "fedit")
+        dense = next(entry for entry in mine if entry.budget == front.DENSE).made[0].config
+        assert (dense.method.name, dense.wire.values, dense.lora.r) == ("fedit", "fp32", 16)
+        free = name in ("wordnet", "docstrings")
+        assert dense.federation.eval_every == (0 if free else 4)
+        assert {entry.metric for entry in mine} == {"share_of_gain" if free else "exact_match"}
     for entry in found:
         build(entry.made[0].config.method.name, entry.made[0].config.method.settings)
+
+
+def test_what_is_played_alone_comes_with_the_references(made):
+    assert [entry.key[1:] for entry in front.selected(made, ["1%"])] == [
+        ("published", "fedit"),
+        ("1%", "loom"),
+        ("1%", "fedsrd"),
+    ]
+    assert front.selected(made, []) == made
+    with pytest.raises(ConfigError, match="no entry has the method or the budget 'lom'"):
+        front.selected(made, ["lom"])
