@@ -20,8 +20,10 @@ from toy import Federation, client_seed, delta, job, step, take_up, trainer
 
 
 def lossless(name: str) -> dict[str, str]:
-    """The settings under which a method leaves nothing out."""
-    return {"preset": "lossless"} if "lossless" in METHODS[name].presets else {}
+    """The settings under which a method leaves nothing out and shortens no step."""
+    if "lossless" in METHODS[name].presets:
+        return {"preset": "lossless"}
+    return {"step_guard": "false"} if "step_guard" in method_options(name) else {}
 
 
 def room(method: Method) -> str | None:
