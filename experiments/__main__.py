@@ -195,7 +195,7 @@ def base(
     ] = Path("runs/base"),
     steps: Annotated[
         int, typer.Option(min=1, help="Steps of 8,192 tokens in all; may be raised until the last fifth.")
-    ] = 3000,
+    ] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
