@@ -334,7 +334,7 @@ def test_methods_are_compared_over_seeds(call, monkeypatch, tmp_path):
             finished(run, 60.0)
 
     monkeypatch.setattr(compare, "play_runs", play)
-    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 30.0 * len(made) / jobs)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs, alike: 30.0 * len(made) / jobs)
     monkeypatch.chdir(tmp_path)
     variants = ("--methods", "fedit,florist:tau=1.0,client_init=warm")
     code, out, _ = call("compare", *variants, "--seeds", 3, "--out", "c")

@@ -253,6 +253,7 @@ def test_every_method_aggregates_experts(method: str, folder: Path) -> None:
         "method": {"name": method},
         "training": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
         "federation": {"num_rounds": 1},
+        "wire": {"budget": "50%"} if method == "loom" else {},  # its own has no room for an element of each
     }
     texts = {name: [Example("add", f"{k} {name}") for k in range(2)] for name in "ab"}
     setup = build_setup(Config.model_validate(settings), texts, {})

@@ -95,7 +95,7 @@ def test_without_a_held_out_set_it_is_said_first_and_tables_show_training_loss(s
     """The whole command; its runs are played in this process."""
     (tmp_path / "free.toml").write_text(dump(small_demo), encoding="utf-8")
     monkeypatch.setattr(compare, "play_runs", lambda made, jobs, finished: compare.play_here(made, finished))
-    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 1.0)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs, alike: 1.0)
     monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=120))
     out = str(tmp_path / "out")
     sets = [part for text in ("data.heldout=null", "federation.num_rounds=1") for part in ("--set", text)]

@@ -175,7 +175,7 @@ def test_the_command_writes_both_settings(tmp_path: Path, monkeypatch):
             finished(run, 1.0)
 
     monkeypatch.setattr(compare, "play_runs", play)
-    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs: 60.0)
+    monkeypatch.setattr(compare, "expected_seconds", lambda made, jobs, alike: 60.0)
     monkeypatch.setattr(commands, "screen", Console(file=io.StringIO(), width=200))
     command = ["tune", "--set", "method.name=florist", "--values", "0.8,0.9,0.99", "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(cli.app, command).exit_code == 0
