@@ -77,4 +77,4 @@ def coded_bytes(
     scores = exact_match_and_loss(model, tokens)
     begun = sum(int(one.ids[0]) != tokenizer.bos_token_id for one in tokens.examples)
     nats = scores.loss * scores.tokens + begun * math.log(model.config.vocab_size)
-    return nats / math.log(2) / 8
+    return float(nats / math.log(2) / 8)
