@@ -159,10 +159,10 @@ def test_a_run_resumed_after_a_crash_ends_the_same(
     config = settings(*TWO)
     original, count = getattr(RunFolder, moment), iter(range(1, 1000))
 
-    def crash(self: RunFolder, *args: object) -> None:
+    def crash(self: RunFolder, *args: object, **more: object) -> None:
         if next(count) == call:
             raise Crash
-        original(self, *args)
+        original(self, *args, **more)
 
     monkeypatch.setattr(RunFolder, moment, crash)
     with pytest.raises(Crash):
