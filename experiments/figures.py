@@ -86,10 +86,7 @@ def _of(points: Sequence[Point], metric: str) -> list[Point]:
 
 
 def _numbers(point: Point) -> dict[str, str]:
-    score, half = (
-        round(point.score, 1),
-        round(point.half, 1),
-    )  # as they are shown, so that what is read back is the same
+    score, half = round(point.score, 1), round(point.half, 1)  # as shown, so that what is read back is the same
     low, high = score - half, score + half
     if not point.losses:  # exact match cannot leave 0 to 100; a share of a gain can
         low, high = max(low, 0), min(high, 100)

@@ -116,18 +116,18 @@ def kind(run: Trial) -> str:
 
 def points(made: Sequence[Entry]) -> list[Point]:
     """What the entries came to, those without a finished run left out; for a share of a gain, seeds without a finished
-    dense run too.
+    dense run too. A testbed whose first entry has no finished run has none: nothing else may stand for dense FedIT.
     """
     finished = [(entry, read_reports(entry.made).get(entry.variant, ())) for entry in made]
     reference: dict[str, Reference] = {}
-    for entry, found in finished:
-        if found and entry.testbed not in reference:
+    for entry, found in {entry.testbed: (entry, found) for entry, found in reversed(finished)}.values():
+        if found:
             bytes = fmean(report.dense_bytes for report in found)
             reference[entry.testbed] = Reference(bytes, found[0].baseline.rank, _dense(entry, finished))
     return [
         measured(entry.testbed, entry.budget, entry.variant, runs, reference[entry.testbed])
         for entry, found in finished
-        if (runs := _scored(entry, found, reference))
+        if entry.testbed in reference and (runs := _scored(entry, found, reference))
     ]
 
 

@@ -155,3 +155,10 @@ def test_what_is_played_alone_comes_with_the_references(made):
     assert front.selected(made, []) == made
     with pytest.raises(ConfigError, match="no entry has the method or the budget 'lom'"):
         front.selected(made, ["lom"])
+
+
+def test_nothing_stands_for_a_reference_that_is_missing(made):
+    assert front.points(made)
+    for run in made[0].made:
+        (run.folder / compare.FINISHED).unlink()
+    assert front.points(made) == []

@@ -170,7 +170,7 @@ def test_only_seeds_with_a_dense_run_have_a_share(bed, tmp_path):
     made = front.entries([tmp_path], ["demo"], range(300, 303), tmp_path / "runs", [])
     assert bed.metric == SHARE_OF_GAIN
     loom = [run for run in front.distinct(made) if run.label == "loom"]
-    finish(loom, lambda run: 4.1)
+    finish([*made[0].made, *loom], lambda run: 4.1)
     assert front.points(made) == []
     dense = next(entry for entry in made if entry.budget == front.DENSE)
     finish(dense.made[:2], lambda run: 4.0)
