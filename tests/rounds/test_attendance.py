@@ -210,7 +210,7 @@ def test_who_missed_rounds_is_sent_the_newest_broadcast_alone_where_it_says_all(
 
 def test_a_broadcast_that_lacks_a_module_does_not_stand_alone():
     """Modules that nobody trained this round are as an earlier broadcast left them."""
-    some = {module: RANK for module in list(SHAPES)[:2]}
+    some = dict.fromkeys(list(SHAPES)[:2], RANK)
     federation = Attended(job(build("fedit"), values="int8"), {"a": RANK, "b": some, "c": RANK})
     federation.attend(["a"], set())
     federation.attend(["b"], set())
