@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import LoraState
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
+from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
@@ -71,6 +73,7 @@ def loom(
     taper: float = 0.0,
     importance: bool = True,
     step_guard: bool = True,
+    broadcast: Literal["change", "state"] = "change",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -83,6 +86,9 @@ def loom(
     max_density: largest share of a tensor's elements that is sent, whatever the budget.
     importance: judge an element by what it changes in ΔW (FedSRD, eq. 4–5), not by its magnitude alone.
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
+    broadcast: "change" sends the round's elements, and who missed rounds is sent all that it missed; "state" sends the
+    whole adapter rounded anew (`shared.states`), so that the newest is enough: for runs in which few clients attend a
+    round. Then step, server_residual, max_density and importance do nothing, and codes are of as many bits as fit.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
@@ -95,6 +101,8 @@ def loom(
             raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
+    if broadcast == "state":
+        return loom_of_states(dial, step_guard)
     return Method(
         name="loom",
         facts=Facts(
@@ -116,6 +124,31 @@ def loom(
         default_budget=_BUDGET,
         values="sign",
         wider=_WIDER,
+    )
+
+
+def loom_of_states(dial: Dial, guard: bool) -> Method:
+    """loom whose broadcasts say the whole adapter."""
+    return Method(
+        name="loom",
+        facts=Facts(
+            paper="fedloom (docs/loom.md)",
+            unequal_ranks=True,
+            sends="ΔA and ΔB in few bits",
+            receives="A and B in few bits",
+            keeps="server: what rounding left out, its last adapter",
+            broadcasts="elements",
+        ),
+        compress=partial(send_levels, dial.bytes),
+        aggregate=partial(broadcast_state, dial.bytes, guard),
+        receive=take_state,
+        adopt=adopt_whole,
+        replaces=PARTS,
+        own_values=True,
+        smallest=dial.smallest,
+        takes_budget=True,
+        default_budget=_BUDGET,
+        values="int4",
     )
 
 

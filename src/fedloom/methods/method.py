@@ -74,7 +74,7 @@ class Context:
 
     budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
     takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
-    downloads: see `rounds.Job`.
+    downloads, start: see `rounds.Job`.
     """
 
     round: int
@@ -84,6 +84,7 @@ class Context:
     size: Callable[[Entries], int] = no_bytes
     num_rounds: int = 0
     downloads: float = 1.0
+    start: LoraState = field(default_factory=LoraState, repr=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -191,7 +192,7 @@ class Method:
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
-    some of the modules only. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
+    some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
     context): bytes of the smallest payload of a run, either way; its budget must leave room for one element.
     advise(first adapter, context): what a user should know of the settings, or "".
 
@@ -216,6 +217,7 @@ class Method:
     merges: bool = False
     module_subsets: bool = True
     joins: bool = False
+    own_values: bool = False
     replaces: tuple[str, ...] = ()
     smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core

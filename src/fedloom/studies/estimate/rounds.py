@@ -25,7 +25,7 @@ from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
 from fedloom.studies.estimate.paper import paper_encode
 from fedloom.wire import Message, decode, describe, encode
 from fedloom.workspace.clients import top_ranks
-from fedloom.workspace.plan import download_share
+from fedloom.workspace.plan import downloads_of
 
 CODINGS = ("fp32", "bf16", "int8", "int4")
 PAPER = "paper"
@@ -172,7 +172,7 @@ def _try(
         seed,
         quantize("fp32"),
         budget=scaled,
-        downloads=download_share(begin, held, len(here)),
+        downloads=downloads_of(method, begin, held, len(here), 0),
     )
     return _predict(name, job, begin, here, chosen, method.form(kept))
 
