@@ -1,7 +1,7 @@
 """Many tensors in few bits a value, within a budget of bytes: integer codes, zero where a value is not worth its bits.
 
-What a value is worth depends on its place: an error e at a place of weight w costs (w e)². All tensors share one step of
-w e, so that bits go where they are worth most; a tensor's own step follows from its mean weight, and places of small
+What a value is worth depends on its place: an error e at a place of weight w costs (w e)². All tensors share one step
+of w e, so that bits go where they are worth most; a tensor's own step follows from its mean weight, and places of small
 weight in it have a wider zero. An entropy coder is what the codes are meant for: Zstandard's Huffman stage or, where
 most of them are zero, positions.
 """
@@ -26,8 +26,9 @@ _CUT = 1e-3  # share of a tensor's values that may be cut off
 _ZERO = 0.2  # how much wider than rounding's the zero is: what a code costs more than a zero is worth about that
 _FAINT = 1e-3  # relative squared weight below which a place is all the same given a step of its own
 _LONGEST = 4.0  # `Part.whole`: what is sent of a tensor is not stretched by more
-_TRIES = 12
-_USED = 0.98  # of the budget: good enough
+_TRIES = 10
+_AIM, _USED = 0.985, 0.97  # of the budget: what a try aims at, and what is good enough
+_FEW, _MANY = 0.35, 0.8  # shares of values that are not zero
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -52,8 +53,9 @@ class Part:
         return self.weight() * float(self.values.abs().max()) if self.values.numel() else 0.0
 
     def entry(self, step: float) -> Dense:
-        """The tensor in codes. step: of a value times its weight."""
+        """The tensor in codes. step: of a value times its weight; longer where the largest value needs it."""
         mean = self.weight()
+        step = max(step, self.peak() / _BYTE)
         faint = (mean / self.weights).square_().clamp_(max=1 / _FAINT)  # 1/0 is as faint as can be
         sizes = (self.values.abs() * (mean / step) + (0.5 - _ZERO * faint)).floor_().clamp_(0, _BYTE)
         wide = int((sizes > _NIBBLE).sum()) > _CUT * sizes.numel()
@@ -84,35 +86,53 @@ class Coded:
     step: float
 
 
-def code_within(parts: Mapping[str, Part], budget: int, size: Size, guess: float) -> Coded:
-    """The parts with the smallest step whose payload keeps to a budget of bytes. guess: where to begin.
+def code_within(parts: Mapping[str, Part], budget: int, size: Size) -> Coded:
+    """The parts with about the smallest step whose payload keeps to a budget of bytes.
 
     Where none does, all entries are empty: that is the smallest payload that there is.
     """
-    finest = max((part.peak() for part in parts.values()), default=0.0) / _BYTE
+    elements = max(sum(part.values.numel() for part in parts.values()), 1)
+    finest = min((part.peak() for part in parts.values() if part.peak()), default=0.0) / _BYTE
     best: Coded | None = None
     below = above = 0.0  # steps known to be too small, and large enough
-    step = max(guess, finest)
-    for _ in range(_TRIES):
-        made = smaller_of({name: part.entry(step) for name, part in parts.items()}, size, step)
+    step = max(first_step(parts, 8 * budget / elements), finest)
+    for _ in range(_TRIES if finest else 0):  # where all values are zero there is nothing to say
+        made = made_with(parts, size, step)
         if made.size <= budget:
             best, above = made, step
             if made.size > _USED * budget or step <= finest:
                 break
         else:
             below = step
-        step = max(math.sqrt(below * above) if below and above else step * (2.0 if below else 0.5), finest)
+        # Half the step costs a bit more of every value that is not zero.
+        guess = step * 2.0 ** (8 * (made.size - _AIM * budget) / elements)
+        if below and above and not below < guess < above:
+            guess = math.sqrt(below * above)
+        step = max(guess, finest)
     if best is not None:
         return best
     nothing = {name: empty(part) for name, part in parts.items()}
     return Coded(nothing, size(nothing), step)
 
 
-def smaller_of(dense: Mapping[str, Dense], size: Size, step: float) -> Coded:
-    """The codes with all their zeros or with the positions of the others, whichever payload is smaller."""
+def first_step(parts: Mapping[str, Part], bits: float) -> float:
+    """A step that takes about so many bits a value: rounding errors are even over a step, so they have step² / 12."""
+    squares = sum(float((part.values * part.weights).square().sum()) for part in parts.values())
+    elements = max(sum(part.values.numel() for part in parts.values()), 1)
+    return math.sqrt(12 * squares / elements) * 2.0**-bits
+
+
+def made_with(parts: Mapping[str, Part], size: Size, step: float) -> Coded:
+    """The parts in codes of a step: with all their zeros or with the positions of the others, whichever is smaller."""
+    dense: dict[str, Dense] = {name: part.entry(step) for name, part in parts.items()}
     sparse = {name: without_zeros(entry) for name, entry in dense.items()}
-    sizes = size(dense), size(sparse)
-    return Coded(dense, sizes[0], step) if sizes[0] <= sizes[1] else Coded(sparse, sizes[1], step)
+    kept = sum(entry.positions.numel() for entry in sparse.values())
+    share = kept / max(sum(part.values.numel() for part in parts.values()), 1)
+    # Encoding takes time; outside these bounds it is clear which is smaller.
+    found = [entries for entries, tried in ((sparse, share < _MANY), (dense, share > _FEW)) if tried]
+    sizes = [size(entries) for entries in found]
+    least = sizes.index(min(sizes))
+    return Coded(found[least], sizes[least], step)
 
 
 def without_zeros(entry: Dense) -> Sparse:

@@ -33,6 +33,7 @@ from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
+_RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew has done better (docs/LOG.md)
 _BUDGET = 0.01  # share of dense fp32 where no budget is set
 
 
@@ -144,6 +145,7 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
         receive=take_state,
         adopt=adopt_whole,
         replaces=PARTS,
+        joins=True,
         own_values=True,
         smallest=dial.smallest,
         takes_budget=True,
@@ -155,6 +157,11 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
 def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
     """A sentence for the user where a payload has too few bits for so many elements, with what helps; else ""."""
     mean = replace(context, num_rounds=0)
+    if context.downloads > _RARE:
+        return (
+            f"a client receives {context.downloads:.1f} broadcasts a turn, since few attend a round: method.broadcast = "
+            "'state' sends it one, and may well end higher (docs/loom.md)"
+        )
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
     if bits >= _SPREAD:
         return ""

@@ -192,8 +192,9 @@ class Method:
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
-    some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
-    context): bytes of the smallest payload of a run, either way; its budget must leave room for one element.
+    some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few
+    values travel together (see `rounds.joint`). smallest(first adapter, context): bytes of the smallest payload of a
+    run, either way; its budget must leave room for one element.
     advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
+from fedloom.rounds.joint import split_entries
 from fedloom.rounds.turns import full_state, narrow_broadcast
 from fedloom.wire import decode
 
@@ -63,5 +64,5 @@ class Archive:
         if payload is None or not job.method.replaces:
             return False
         if self._whole is None or self._whole[0] is not payload:
-            self._whole = payload, job.method.says_all(decode(payload).entries, server.adapter)
+            self._whole = payload, job.method.says_all(split_entries(decode(payload).entries, server), server.adapter)
         return self._whole[1]

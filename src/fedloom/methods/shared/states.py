@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from fedloom.compress.entries import to_dense
@@ -17,14 +16,12 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, from_tensors
 from fedloom.methods.method import Aggregate, Context, Entries, State, Update
 from fedloom.methods.shared.averaging import weighted_mean, zero_change
-from fedloom.methods.shared.guard import UNDONE, Verdict, before_step, judge_step, remember_adapter, store
+from fedloom.methods.shared.guard import UNDONE, Verdict, before_step, judge_step, remember_before, store
 from fedloom.methods.shared.whole import adopt_whole, whole_adapter
 
 Room = Callable[[LoraState, str, Context], int]
 """(adapter, "up" or "down", context) → bytes that a payload may take."""
 
-_STEP = "levels_step"  # in everybody's memory: the step of the last payload, where the next search begins
-_FIRST = 1e-2  # the first one's; a search doubles or halves it a few times
 _LOST = "coded_error"  # among a round's numbers: the share of Σ (w x)² that rounding left out
 
 
@@ -35,43 +32,39 @@ def send_levels(room: Room, state: State, after: LoraState, context: Context) ->
         was = state.adapter[module]
         parts[f"{module}/A"] = Part(now.A - was.A, now.B.norm(dim=0)[:, None], whole=True)
         parts[f"{module}/B"] = Part(now.B - was.B, was.A.norm(dim=1)[None], whole=True)
-    coded = code_within(parts, room(state.adapter, "up", context), context.size, _begin(state))
-    return {**state.memory, _STEP: torch.tensor(coded.step)}, coded.entries
+    coded = code_within(parts, room(state.adapter, "up", context), context.size)
+    return state.memory, coded.entries
 
 
 def broadcast_state(room: Room, guard: bool, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """The mean adapter, as far as the budget goes; with `guard` its step is judged by `shared.guard`."""
-    start, held = _start(context), state.adapter.tensors()
+    start, memory = _start(context), state.memory
     means = weighted_mean(updates, start=zero_change(state.adapter))
-    verdict = judge_step(state, means) if guard else Verdict(1.0, dict.fromkeys(state.adapter, 1.0))
-    exact = before_step(state) if verdict.wrong else _stepped(state, held, means, verdict)
+    now = {name: t + memory[name] if name in memory else t for name, t in state.adapter.tensors().items()}
+    verdict = judge_step(state, now, means) if guard else Verdict(1.0, dict.fromkeys(state.adapter, 1.0))
+    exact = before_step(state) if verdict.wrong else _step(now, means, verdict)
     parts: dict[str, Part] = {}
     for module, pair in from_tensors(exact).items():
         a, b = pair.A - start[module].A, pair.B - start[module].B
         parts[f"{module}/A"] = Part(a, pair.B.norm(dim=0)[:, None])
         parts[f"{module}/B"] = Part(b, pair.A.norm(dim=1)[None])
-    coded = code_within(parts, room(state.adapter, "down", context), context.size, _begin(state))
-    memory, lost, whole = {_STEP: torch.tensor(coded.step)}, 0.0, 0.0
+    coded = code_within(parts, room(state.adapter, "down", context), context.size)
+    kept: dict[str, Tensor] = store(verdict) if guard else {}
+    if guard and not verdict.wrong:  # a step is judged once, and one that is taken back not at all
+        kept |= remember_before(now)
+    lost = whole = 0.0
     for name, entry in coded.entries.items():
         part = parts[name]
-        memory[name] = part.values - to_dense(entry)
-        lost += float((memory[name] * part.weights).square().sum())
+        kept[name] = part.values - to_dense(entry)
+        lost += float((kept[name] * part.weights).square().sum())
         whole += float((part.values * part.weights).square().sum())
-    if guard:
-        memory |= store(verdict) if verdict.wrong else remember_adapter(state, verdict)
     stats = {_LOST: lost / whole if whole else 0.0, **(verdict.stats if guard else {})}
-    return Aggregate(coded.entries, memory, {**stats, UNDONE: 1.0} if verdict.wrong else stats)
+    return Aggregate(coded.entries, kept, {**stats, UNDONE: 1.0} if verdict.wrong else stats)
 
 
-def _stepped(
-    state: State, held: Mapping[str, Tensor], means: Mapping[str, Tensor], verdict: Verdict
-) -> dict[str, Tensor]:
-    """The exact adapter one step on: what is held, what rounding left out of it, and the clients' mean."""
-    exact = {}
-    for name, tensor in held.items():
-        known = tensor + state.memory[name] if name in state.memory else tensor
-        exact[name] = known.add(means[name], alpha=verdict.gains[name.rpartition("/")[0]])
-    return exact
+def _step(now: Mapping[str, Tensor], means: Mapping[str, Tensor], verdict: Verdict) -> dict[str, Tensor]:
+    """One step on, as long as the verdict allows."""
+    return {name: t.add(means[name], alpha=verdict.gains[name.rpartition("/")[0]]) for name, t in now.items()}
 
 
 def take_state(state: State, entries: Entries, context: Context) -> State:
@@ -84,10 +77,6 @@ def take_state(state: State, entries: Entries, context: Context) -> State:
 def _origin(start: LoraState, name: str) -> Tensor:
     module, _, part = name.rpartition("/")
     return start[module].part(part)
-
-
-def _begin(state: State) -> float:
-    return float(state.memory[_STEP]) if _STEP in state.memory else _FIRST
 
 
 def _start(context: Context) -> LoraState:
