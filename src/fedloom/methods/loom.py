@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
+from fedloom.compress.budget import Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
@@ -25,6 +25,7 @@ from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
+from fedloom.methods.shared.dial import BUDGET, Dial
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
@@ -34,35 +35,6 @@ _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
 _RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew has done better (docs/LOG.md)
-_BUDGET = 0.01  # share of dense fp32 where no budget is set
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """How the bytes of both ways are divided: the share `up` of them goes up.
-
-    most: largest share of a tensor's elements that may be sent. taper: how much the first rounds take from the last.
-    """
-
-    up: float
-    most: float
-    taper: float
-
-    def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
-        """What a payload in this direction may take. `adapter`: what dense fp32 would send, the measure of a budget."""
-        both = 2 * (context.budget or Budget(_BUDGET)).bytes(adapter.numel())
-        part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
-        return int(both * part * self.weight(context.round, context.num_rounds))
-
-    def smallest(self, adapter: LoraState, context: Context) -> int:
-        """The bytes of the smallest payload of a run: the last one up or down."""
-        last = replace(context, round=max(context.num_rounds, 1))
-        return min(self.bytes(adapter, way, last) for way in ("up", "down"))
-
-    def weight(self, round: int, num_rounds: int) -> float:
-        """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
-        done = (round - 0.5) / num_rounds if num_rounds else 0.5
-        return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
 
 
 def loom(
@@ -122,7 +94,7 @@ def loom(
         smallest=dial.smallest,
         advise=partial(advise_on_budget, dial),
         takes_budget=True,
-        default_budget=_BUDGET,
+        default_budget=BUDGET,
         values="sign",
         wider=_WIDER,
     )
@@ -149,7 +121,7 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
         own_values=True,
         smallest=dial.smallest,
         takes_budget=True,
-        default_budget=_BUDGET,
+        default_budget=BUDGET,
         values="int4",
     )
 
@@ -159,8 +131,8 @@ def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
     mean = replace(context, num_rounds=0)
     if context.downloads > _RARE:
         return (
-            f"a client receives {context.downloads:.1f} broadcasts a turn, since few attend a round: method.broadcast = "
-            "'state' sends it one, and may well end higher (docs/loom.md)"
+            f"a client receives {context.downloads:.1f} broadcasts a turn, since few attend a round: "
+            "method.broadcast = 'state' sends it one, and may well end higher (docs/loom.md)"
         )
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
     if bits >= _SPREAD:
