@@ -59,9 +59,8 @@ def loom(
     max_density: largest share of a tensor's elements that is sent, whatever the budget.
     importance: judge an element by what it changes in ΔW (FedSRD, eq. 4–5), not by its magnitude alone.
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
-    broadcast: "change" sends the round's elements, and who missed rounds is sent all that it missed; "state" sends the
-    whole adapter rounded anew (`shared.states`), so that the newest is enough: for runs in which few clients attend a
-    round. Then step, server_residual, max_density and importance do nothing, and codes are of as many bits as fit.
+    broadcast: "change", or "state": the whole adapter rounded anew (`shared.states`), so that the newest is enough, for
+    runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
