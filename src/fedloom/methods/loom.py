@@ -53,7 +53,7 @@ def loom(
     wire.budget (1 % of dense fp32 unless it is set) holds for the mean payload over both ways and all rounds. Where it
     has no room for one element of every tensor, those tensors have one whose element changes most.
     upload_share: the part of the bytes of both ways that goes up.
-    taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times.
+    taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times; below 0 they rise.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: what a broadcast leaves out is multiplied by this and added to the next one.
     max_density: largest share of a tensor's elements that is sent, whatever the budget.
@@ -64,13 +64,14 @@ def loom(
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
-    dial = Dial(upload_share, max_density, taper)
+    dial = Dial(upload_share, max_density, taper, newest=broadcast == "state")
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
-    for key, share in (("server_residual", server_residual), ("taper", taper)):
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
+    if not 0.0 <= server_residual <= 1.0:
+        raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
+    if not -1.0 < taper <= 1.0:
+        raise ConfigError(f"method.taper is {taper}: expected more than -1 and at most 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
     if broadcast == "state":
