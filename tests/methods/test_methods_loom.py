@@ -16,8 +16,8 @@ from fedloom.compress.quantize import quantize
 from fedloom.compress.sparsify import importance, kept_count
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
-from fedloom.methods.loom import Dial
 from fedloom.methods.method import Context, State, Update
+from fedloom.methods.shared.dial import Dial
 from fedloom.methods.table import build
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.turns import Draft, Job, client_turn, server_turn, start

@@ -194,3 +194,39 @@ def test_the_roster_refuses_what_does_not_lead_to_the_servers_state():
         other.attend(["a"], set())
     with pytest.raises(RoundError, match="not to the server's"):
         federation.roster.receive("b", [full_state(other.job, other.server, 4)])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if build(name).replaces))
+def test_who_missed_rounds_is_sent_the_newest_broadcast_alone_where_it_says_all(name: str):
+    federation = Attended(job(build(name), values="int8"), {"a": RANK, "b": RANK, "c": RANK - 1})
+    for _ in range(4):
+        federation.attend(["a", "b"], set())
+    federation.bring("c")
+    assert [kind for kind, _ in federation.sent if kind == "state"] == []
+    assert federation.clients["c"].version == federation.server.version == 4
+    assert len(federation.archive.payloads_for(federation.job, federation.server, 1, ranks(RANK), 5)) == 1
+    federation.attend(["a", "b", "c"], set())  # and its next update counts
+
+
+def test_a_broadcast_that_lacks_a_module_does_not_stand_alone():
+    """Modules that nobody trained this round are as an earlier broadcast left them."""
+    some = dict.fromkeys(list(SHAPES)[:2], RANK)
+    federation = Attended(job(build("fedit"), values="int8"), {"a": RANK, "b": some, "c": RANK})
+    federation.attend(["a"], set())
+    federation.attend(["b"], set())
+    newest = federation.archive.payloads[1]
+    with pytest.raises(StaleError, match="rests on version 1"):
+        accept(federation.job, federation.clients["c"], newest)
+    federation.bring("c")
+    assert [kind for kind, _ in federation.sent][-2:] == ["change", "change"]
+
+
+def test_an_older_broadcast_is_stale_even_where_it_says_all():
+    federation = Attended(job(build("fedit")), {"a": RANK, "b": RANK})
+    first = None
+    for _ in range(2):
+        federation.attend(["a", "b"], set())
+        first = first or federation.archive.payloads[0]
+    federation.bring("a")
+    with pytest.raises(StaleError, match="rests on version 0"):
+        accept(federation.job, federation.clients["a"], first)

@@ -17,7 +17,7 @@ from fedloom.lora.pair import LoraPair, initial_state
 from fedloom.methods.method import Context, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
 from fedloom.methods.table import build
-from fedloom.rounds.joint import SCALES, SIGNS, Outline, join_entries, split_entries
+from fedloom.rounds.joint import CODES, SCALES, SIGNS, Outline, join_entries, split_entries
 from fedloom.rounds.least import check_room, least_bytes
 from fedloom.rounds.turns import Draft, Job, accept, client_turn, server_turn, start
 from fedloom.wire import Header, Message, decode, encode
@@ -98,11 +98,25 @@ def test_rounds_of_small_payloads_lead_all_to_one_state(budget):
 def test_a_client_of_lower_rank_is_understood_and_one_of_some_modules_names_its_tensors():
     run, low = job(400), dict.fromkeys(SHAPES, 1)
     turn = client_turn(run, "ada", start(run, INITIAL, low), (), step, 1)
-    assert f"{SIGNS}1" in decode(turn.payload).entries
+    assert f"{SIGNS.prefix}1" in decode(turn.payload).entries
     done = server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1)
     assert not done.refused
     some = initial_state({"layers.0.k_proj": (24, 40)}, RANKS, 0)
     assert Outline.of(some, RANKS) is None
+
+
+@pytest.mark.parametrize("budget", [260, 400, 550])
+def test_few_codes_of_a_whole_adapter_travel_together_and_arrive_as_they_were(budget: int):
+    run = replace(job(budget, broadcast="state"), start=INITIAL, num_rounds=4)
+    server, client = start(run, INITIAL), start(run, INITIAL, RANKS)
+    for round in (1, 2):
+        turn = client_turn(run, "ada", client, [], step, round)
+        done = server_turn(run, server, {"ada": turn.payload}, round)
+        assert max(len(turn.payload), len(done.payload)) <= budget
+        assert f"{CODES.prefix}2" in decode(done.payload).entries
+        server, client = done.state, accept(run, turn.state, done.payload)
+        for name, tensor in client.adapter.tensors().items():
+            assert torch.equal(tensor, server.adapter.tensors()[name])
 
 
 def joined(**changes: object):
@@ -115,28 +129,29 @@ SIGNED, SCALED = join_entries(sent(400), OUTLINE).values()
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({f"{SIGNS}2": SIGNED}, "come with a tensor"),
-        (joined(other=SCALED), "come with a tensor"),
-        ({f"{SIGNS}02": SIGNED, SCALES: SCALED}, "names no rank"),
-        ({f"{SIGNS}0": SIGNED, SCALES: SCALED}, "names no rank"),
-        ({f"{SIGNS}3": SIGNED, SCALES: SCALED}, "larger adapter"),
-        ({f"{SIGNS}1": SIGNED, SCALES: SCALED}, "do not fit an adapter"),
+        ({f"{SIGNS.prefix}2": SIGNED}, "comes with a tensor"),
+        (joined(other=SCALED), "comes with a tensor"),
+        ({f"{SIGNS.prefix}02": SIGNED, SCALES: SCALED}, "names no rank"),
+        ({f"{SIGNS.prefix}0": SIGNED, SCALES: SCALED}, "names no rank"),
+        ({f"{SIGNS.prefix}3": SIGNED, SCALES: SCALED}, "larger adapter"),
+        ({f"{SIGNS.prefix}1": SIGNED, SCALES: SCALED}, "does not fit an adapter"),
         (joined(scales=Dense(SCALED.shape, SCALED.values.float())), "not dense bf16"),
         (joined(scales=Dense(SCALED.shape, -SCALED.values)), "negative"),
         (joined(scales=Dense(SCALED.shape, SCALED.values / 0)), "infinite"),
         (joined(scales=Dense((3,), SCALED.values[:3])), "do not fit tensors"),
         (
             {
-                f"{SIGNS}2": Sparse(
+                f"{SIGNS.prefix}2": Sparse(
                     SIGNED.shape, SIGNED.positions, Quantized(SIGNED.values.codes, torch.tensor([2.0]), 65536, 1)
                 ),
                 SCALES: SCALED,
             },
             "one scale 1",
         ),
+        ({f"{CODES.prefix}2": SIGNED, SCALES: SCALED}, "codes of 4 bits"),
     ],
 )
-def test_joined_signs_that_do_not_fit_together_are_refused(entries, message):
+def test_joined_codes_that_do_not_fit_together_are_refused(entries, message):
     with pytest.raises(WireError, match=message):
         split_entries(decode(encode(Message(HEADER, entries))).entries, State(INITIAL))
 

@@ -14,6 +14,7 @@ one that was started anew is sent the full state, and its residual is lost. `fed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import final
 
 import numpy as np
@@ -71,7 +72,7 @@ class FedLoomStrategy(Strategy):
     """
 
     def __init__(self, adapter: LoraState, job: Job | str = "fedsrd", *, min_replies: int = 2) -> None:
-        self.job = agree(job) if isinstance(job, str) else job
+        self.job = replace(agree(job) if isinstance(job, str) else job, start=adapter)
         self.min_replies = min_replies
         self.server = start(self.job, adapter)
         self.archive = Archive()
@@ -157,6 +158,7 @@ def take_turn(message: Message, context: Context, job: Job, adapter: LoraState, 
     """
     parcel = unpack_parcel(message.content)
     round, node = int(parcel.facts["round"] or 0), str(context.node_id)
+    job = replace(job, start=adapter)
     state = _loaded(context.state) or start(job, adapter)
     try:
         for payload in parcel.payloads:

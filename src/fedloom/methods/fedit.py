@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from fedloom.lora.pair import PARTS
 from fedloom.methods.method import Facts, Method, both_factors
 from fedloom.methods.shared.averaging import average, narrow_factors, replace_factors, send_factors
 
@@ -24,6 +25,7 @@ def fedit() -> Method:
         compress=partial(send_factors, both_factors),
         aggregate=average,
         receive=replace_factors,
+        replaces=PARTS,
         narrow=narrow_factors,
         values="int8",
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from fedloom.lora.lowrank import truncate
-from fedloom.lora.pair import LoraState
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import dense_entries, only_b, send_factors
 from fedloom.methods.shared.components import fill_rank
@@ -32,6 +32,7 @@ def fedsvd() -> Method:
         compress=partial(send_factors, only_b),
         aggregate=turn_product,
         receive=take_whole,
+        replaces=PARTS,
         adopt=adopt_whole,
         trainable=only_b,
     )

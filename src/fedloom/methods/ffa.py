@@ -27,6 +27,7 @@ def ffa() -> Method:
         compress=partial(send_factors, only_b),
         aggregate=average_whole,
         receive=take_whole,
+        replaces=("B",),
         adopt=adopt_whole,
         trainable=only_b,
     )

@@ -16,7 +16,7 @@ from fedloom.compress.entries import Entry
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import kept_count, split
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraState
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import fill_within_budget, weighted_mean, zero_change
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
@@ -53,6 +53,7 @@ def flasc(
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
         receive=take_whole,
+        replaces=PARTS,
         adopt=adopt_whole,
         takes_budget=True,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import dense_entries, narrow_factors, product_sums, send_factors
 from fedloom.methods.shared.components import go_on
@@ -33,6 +33,7 @@ def flexlora() -> Method:
         compress=partial(send_factors, both_factors),
         aggregate=best_approximation,
         receive=go_on,
+        replaces=PARTS,
         narrow=narrow_factors,
     )
 

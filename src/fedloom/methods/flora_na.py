@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import dense_entries, send_factors
 from fedloom.methods.shared.whole import adopt_whole, read_whole_pairs, take_whole
@@ -31,6 +31,7 @@ def flora_na(*, sweeps: int = 20) -> Method:
         compress=partial(send_factors, both_factors),
         aggregate=partial(nearest_factors, sweeps),
         receive=take_whole,
+        replaces=PARTS,
         adopt=adopt_whole,
     )
 

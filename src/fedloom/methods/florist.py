@@ -23,7 +23,7 @@ from typing import Literal
 
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, map_modules
-from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.methods.method import (
     FROZEN,
     Aggregate,
@@ -75,6 +75,7 @@ def florist(*, tau: float = 0.99, client_init: ClientInit = "warm", step_guard: 
         aggregate=partial(leading_components, tau, client_init, guard),
         receive={"merge_reinit": restart, "continue": go_on, "warm": go_on_warm}[client_init],
         merges=client_init != "continue",
+        replaces=PARTS if client_init == "continue" else (),
         adopt=adopt_warm if client_init == "warm" else adopt_leading,
         values="int8",
     )

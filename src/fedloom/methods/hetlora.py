@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import frobenius_norm
-from fedloom.lora.pair import LoraState, module_of
+from fedloom.lora.pair import PARTS, LoraState, module_of
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import (
     code_dense,
@@ -45,6 +45,7 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
         compress=partial(send_factors, both_factors),
         aggregate=weigh_by_norm,
         receive=replace_factors,
+        replaces=PARTS,
         narrow=narrow_factors,
         penalty=partial(tail_size, tail_penalty, tail_share) if tail_penalty else None,
     )

@@ -11,55 +11,30 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedloom.compress.budget import Budget, Room, fill_budget, value_bits
+from fedloom.compress.budget import Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import LoraState
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
+from fedloom.methods.shared.dial import BUDGET, Dial
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
+from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
-_BUDGET = 0.01  # share of dense fp32 where no budget is set
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """How the bytes of both ways are divided: the share `up` of them goes up.
-
-    most: largest share of a tensor's elements that may be sent. taper: how much the first rounds take from the last.
-    """
-
-    up: float
-    most: float
-    taper: float
-
-    def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
-        """What a payload in this direction may take. `adapter`: what dense fp32 would send, the measure of a budget."""
-        both = 2 * (context.budget or Budget(_BUDGET)).bytes(adapter.numel())
-        part = self.up if direction == "up" else (1.0 - self.up) / context.downloads
-        return int(both * part * self.weight(context.round, context.num_rounds))
-
-    def smallest(self, adapter: LoraState, context: Context) -> int:
-        """The bytes of the smallest payload of a run: the last one up or down."""
-        last = replace(context, round=max(context.num_rounds, 1))
-        return min(self.bytes(adapter, way, last) for way in ("up", "down"))
-
-    def weight(self, round: int, num_rounds: int) -> float:
-        """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
-        done = (round - 0.5) / num_rounds if num_rounds else 0.5
-        return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
+_RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew has done better (docs/LOG.md)
 
 
 def loom(
@@ -71,30 +46,36 @@ def loom(
     taper: float = 0.0,
     importance: bool = True,
     step_guard: bool = True,
+    broadcast: Literal["change", "state"] = "change",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
     wire.budget (1 % of dense fp32 unless it is set) holds for the mean payload over both ways and all rounds. Where it
     has no room for one element of every tensor, those tensors have one whose element changes most.
     upload_share: the part of the bytes of both ways that goes up.
-    taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times.
+    taper: the bytes of a round fall in a line, from 1 + taper times the mean to 1 − taper times; below 0 they rise.
     step: what a client sends of a tensor has the L1 norm of its whole change, but at most `step` times its L2 norm.
     server_residual: what a broadcast leaves out is multiplied by this and added to the next one.
     max_density: largest share of a tensor's elements that is sent, whatever the budget.
     importance: judge an element by what it changes in ΔW (FedSRD, eq. 4–5), not by its magnitude alone.
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
+    broadcast: "change", or "state": the whole adapter rounded anew (`shared.states`), so that the newest is enough, for
+    runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
-    dial = Dial(upload_share, max_density, taper)
+    dial = Dial(upload_share, max_density, taper, newest=broadcast == "state")
     for key, share in (("upload_share", upload_share), ("max_density", max_density)):
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
-    for key, share in (("server_residual", server_residual), ("taper", taper)):
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
+    if not 0.0 <= server_residual <= 1.0:
+        raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
+    if not -1.0 < taper <= 1.0:
+        raise ConfigError(f"method.taper is {taper}: expected more than -1 and at most 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
+    if broadcast == "state":
+        return loom_of_states(dial, step_guard)
     return Method(
         name="loom",
         facts=Facts(
@@ -113,15 +94,46 @@ def loom(
         smallest=dial.smallest,
         advise=partial(advise_on_budget, dial),
         takes_budget=True,
-        default_budget=_BUDGET,
+        default_budget=BUDGET,
         values="sign",
         wider=_WIDER,
+    )
+
+
+def loom_of_states(dial: Dial, guard: bool) -> Method:
+    """loom whose broadcasts say the whole adapter."""
+    return Method(
+        name="loom",
+        facts=Facts(
+            paper="fedloom (docs/loom.md)",
+            unequal_ranks=True,
+            sends="ΔA and ΔB in few bits",
+            receives="A and B in few bits",
+            keeps="server: what rounding left out, its last adapter",
+            broadcasts="elements",
+        ),
+        compress=partial(send_levels, dial.bytes),
+        aggregate=partial(broadcast_state, dial.bytes, guard),
+        receive=take_state,
+        adopt=adopt_whole,
+        replaces=PARTS,
+        joins=True,
+        own_values=True,
+        smallest=dial.smallest,
+        takes_budget=True,
+        default_budget=BUDGET,
+        values="int4",
     )
 
 
 def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
     """A sentence for the user where a payload has too few bits for so many elements, with what helps; else ""."""
     mean = replace(context, num_rounds=0)
+    if context.downloads > _RARE:
+        return (
+            f"a client receives {context.downloads:.1f} broadcasts a turn, since few attend a round: "
+            "method.broadcast = 'state' sends it one, and may well end higher (docs/loom.md)"
+        )
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
     if bits >= _SPREAD:
         return ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError
+from fedloom.lora.pair import PARTS
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
 from fedloom.methods.shared.averaging import code_dense, send_factors, weighted_mean
 from fedloom.methods.shared.components import read_pairs
@@ -34,6 +35,7 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
         compress=partial(send_factors, both_factors),
         aggregate=partial(correct_mean, ridge),
         receive=take_whole,
+        replaces=PARTS,
         adopt=adopt_whole,
     )
 

@@ -74,7 +74,7 @@ class Context:
 
     budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
     takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
-    downloads: see `rounds.Job`.
+    downloads, start: see `rounds.Job`.
     """
 
     round: int
@@ -84,6 +84,7 @@ class Context:
     size: Callable[[Entries], int] = no_bytes
     num_rounds: int = 0
     downloads: float = 1.0
+    start: LoraState = field(default_factory=LoraState, repr=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -188,9 +189,12 @@ class Method:
     penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
+    whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
-    some of the modules only. joins: payloads of few signs travel together (see `rounds.joint`). smallest(first adapter,
-    context): bytes of the smallest payload of a run, either way; its budget must leave room for one element.
+    some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few
+    values travel together (see `rounds.joint`). smallest(first adapter, context): bytes of the smallest payload of a
+    run, either way; its budget must leave room for one element.
     advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
@@ -214,6 +218,8 @@ class Method:
     merges: bool = False
     module_subsets: bool = True
     joins: bool = False
+    own_values: bool = False
+    replaces: tuple[str, ...] = ()
     smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
@@ -227,6 +233,11 @@ class Method:
         kept = self.budget(given)
         reached = [share for share in self.wider if kept and kept.share > share]
         return self.wider[max(reached)] if reached else self.values
+
+    def says_all(self, entries: Entries, adapter: LoraState) -> bool:
+        """Whether a broadcast of these entries needs none before it: it replaces all that changes in `adapter`."""
+        wanted = [f"{module}/{part}" for module in adapter for part in self.replaces]
+        return bool(wanted) and all(name in entries for name in wanted)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

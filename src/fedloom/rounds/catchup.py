@@ -1,4 +1,7 @@
-"""What to send a client that has missed rounds: the missed broadcasts or the full state, whichever is smaller."""
+"""What to send a client that has missed rounds: the missed broadcasts or the full state, whichever is smaller.
+
+Where the newest broadcast says all there is (`Method.replaces`), it alone is enough.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Mapping
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
+from fedloom.rounds.joint import split_entries
 from fedloom.rounds.turns import full_state, narrow_broadcast
+from fedloom.wire import decode
 
 
 class Archive:
@@ -18,6 +23,7 @@ class Archive:
     def __init__(self, payloads: Mapping[int, bytes] | None = None) -> None:
         self.payloads = dict(payloads or {})
         self._full: tuple[int, bytes] | None = None
+        self._whole: tuple[bytes, bool] | None = None
 
     def add(self, version: int, payload: bytes, limit: int) -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
@@ -35,14 +41,28 @@ class Archive:
 
     def payloads_for(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
         """The payloads, in order, that bring a client at `version` in step with the server."""
-        reached = version >= self.reach(server.version)
-        missed = (
-            [narrow_broadcast(job, self.payloads[v], ranks) for v in range(version, server.version)] if reached else []
-        )
+        needed = self.versions_for(job, server, version)
+        missed = [narrow_broadcast(job, self.payloads[v], ranks) for v in needed or ()]
         size = sum(map(len, missed))
         # A full state takes at least a byte a value. Where the broadcasts take less, it need not be encoded to compare.
-        if reached and size <= server.total.numel():
+        if needed is not None and size <= server.total.numel():
             return missed
         if self._full is None or self._full[0] != server.version:
             self._full = (server.version, full_state(job, server, round))
-        return missed if reached and size <= len(self._full[1]) else [self._full[1]]
+        return missed if needed is not None and size <= len(self._full[1]) else [self._full[1]]
+
+    def versions_for(self, job: Job, server: State, version: int) -> range | None:
+        """The versions whose broadcasts bring a client at `version` in step; None where only a full state does."""
+        newest = server.version - 1
+        if 0 <= version < newest and self.says_all(job, server):
+            return range(newest, server.version)
+        return range(version, server.version) if version >= self.reach(server.version) else None
+
+    def says_all(self, job: Job, server: State) -> bool:
+        """Whether the newest broadcast alone brings a client of any version in step."""
+        payload = self.payloads.get(server.version - 1)
+        if payload is None or not job.method.replaces:
+            return False
+        if self._whole is None or self._whole[0] is not payload:
+            self._whole = payload, job.method.says_all(split_entries(decode(payload).entries, server), server.adapter)
+        return self._whole[1]

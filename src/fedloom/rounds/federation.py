@@ -20,7 +20,7 @@ Two clients whose training adds the same noise to B, and what the first round mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedloom.lora.pair import LoraState
 from fedloom.rounds.job import Job
@@ -58,7 +58,7 @@ class Federation:
     """
 
     def __init__(self, job: Job, adapter: LoraState, clients: Mapping[str, Mapping[str, int] | None]) -> None:
-        self.job = job
+        self.job = replace(job, start=adapter)
         self.ranks = {client: adapter.ranks() if ranks is None else ranks for client, ranks in clients.items()}
         self.server = start(job, adapter)
         self.clients = {client: start(job, adapter, ranks) for client, ranks in self.ranks.items()}

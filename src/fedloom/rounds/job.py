@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import Quantize
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context, Method
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
@@ -22,8 +23,9 @@ class Job:
     weighting, module_weighting: what a client counts for (see `cohort`). consolidation: when the server recompresses.
     num_rounds: length of the run, 0 where it is not known. downloads: broadcasts that a client receives in a turn, on
     the mean, missed ones included; a broadcast of an adapter twice the client's size counts as two.
-    caps: bounds on what one client may count for. ranks: client → module that it trains → rank; where it is empty, an
-    update is compared with the server's adapter alone. tops: module → the largest of these ranks.
+    start: the adapter that the run begins with, where it is known. caps: bounds on what one client may count for.
+    ranks: client → module that it trains → rank; where it is empty, an update is compared with the server's adapter
+    alone. tops: module → the largest of these ranks.
     """
 
     method: Method
@@ -37,6 +39,7 @@ class Job:
     downloads: float = 1.0
     caps: Caps = field(default_factory=Caps)
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    start: LoraState = field(default_factory=LoraState, repr=False)
     tops: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +53,15 @@ class Job:
         """The context of one round. A client has a seed of its own; the server and broadcasts use the run's seed."""
         seed = derived_seed(self.seed, "client", party) if party else self.seed
         budget = self.method.budget(self.budget)
-        return Context(round, seed, self.quantize, budget, num_rounds=self.num_rounds, downloads=self.downloads)
+        return Context(
+            round,
+            seed,
+            self.quantize,
+            budget,
+            num_rounds=self.num_rounds,
+            downloads=self.downloads,
+            start=self.start,
+        )
 
 
 def sender_digest(client: str, base_digest: str, round: int) -> str:

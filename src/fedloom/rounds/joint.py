@@ -1,9 +1,10 @@
-"""The signs of a whole adapter as two tensors instead of two a module, for payloads of few values.
+"""The codes of a whole adapter as two tensors instead of two a module, for payloads of few values.
 
 A payload that names every tensor pays for names, shapes and scales before its first value. Sender and receiver hold the
-same adapter, so a small payload of signs leaves them away. Two tensors travel:
+same adapter, so a small payload of signs or 4-bit codes leaves them away. Two tensors travel:
 
-    "signs:<q>"   sparse, one sign a value, over the tensors of the adapter laid end to end in order of name
+    "signs:<q>"   sparse, one sign a value, over the tensors of the adapter laid end to end in order of name,
+    "codes:<q>"   or one 4-bit code a value
     "scales"      dense bf16, one for every tensor of which something is sent
 
 q is the largest rank of the sender: a module has the smaller of q and the rank of the receiver's whole adapter.
@@ -11,7 +12,7 @@ q is the largest rank of the sender: a module has the smaller of q and the rank 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,24 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Entries, State
 from fedloom.methods.shared.whole import whole_rank
 
-SCALES, SIGNS = "scales", "signs:"
+SCALES = "scales"
 FEW = 64
 """Values a tensor, on the mean, below which they travel together: above, classes of rows and columns save more."""
 
-_BLOCK = 1024  # values that share a scale: what `quantize("sign")` makes
-_ALL = 65536  # a block for all of them: the one scale of the joined signs is 1
+_ALL = 65536  # a block for all of them: the one scale of the joined codes is 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A form of values that may be joined: how its tensor's name begins, bits of a code, values that share a scale."""
+
+    prefix: str
+    bits: int
+    block: int
+
+
+SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
+"""What `quantize("sign")` and `compress.levels` make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +82,39 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
     """The two tensors, where these entries are few signs of exactly these tensors; else the entries as they are."""
     if outline is None or entries.keys() != outline.shapes.keys():
         return entries
-    held = [_signs_of(entries[name], shape) for name, shape in outline.shapes.items()]
-    signs = [one for one in held if one is not None]
-    number = sum(one.positions.numel() for one, _ in signs)
-    if len(signs) < len(held) or not 0 < number < min(FEW * len(held), _ALL + 1):
-        return entries
+    for kind in (SIGNS, CODES):
+        held = [_codes_of(entries[name], shape, kind) for name, shape in outline.shapes.items()]
+        codes = [one for one in held if one is not None]
+        number = sum(one.positions.numel() for one, _ in codes)
+        if len(codes) == len(held) and 0 < number < min(FEW * len(held), _ALL + 1):
+            return _join(codes, outline, kind) or entries
+    return entries
+
+
+def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind) -> Entries | None:
+    """The two tensors; None where a scale is not bf16: it would be rounded, and nothing is after `compress`."""
     places, end = [], 0
-    for one, _ in signs:
+    for one, _ in held:
         places.append(one.positions + end)
         end += count(one.shape)
-    codes = torch.cat([values.codes for _, values in signs])
-    scales = torch.cat([values.scales for _, values in signs])
+    scales = torch.cat([values.scales for _, values in held])
     rounded = scales.to(torch.bfloat16)
     if not torch.equal(rounded.to(torch.float32), scales):
-        return entries  # a scale that is not bf16 would be rounded, and nothing is rounded after `compress`
+        return None
+    codes = Quantized(torch.cat([values.codes for _, values in held]), torch.ones(1), _ALL, kind.bits)
     return {
-        f"{SIGNS}{outline.rank}": Sparse((end,), torch.cat(places), Quantized(codes, torch.ones(1), _ALL, 1)),
+        f"{kind.prefix}{outline.rank}": Sparse((end,), torch.cat(places), codes),
         SCALES: Dense((rounded.numel(),), rounded),
     }
 
 
-def _signs_of(entry: Entry, shape: tuple[int, ...]) -> tuple[Sparse, Quantized] | None:
-    """The entry and its values, where they are signs with at most one scale."""
+def _codes_of(entry: Entry, shape: tuple[int, ...], kind: Kind) -> tuple[Sparse, Quantized] | None:
+    """The entry and its values, where they are of this kind with at most one scale."""
     values = entry.values
-    fits = isinstance(entry, Sparse) and entry.shape == shape and isinstance(values, Quantized)
-    if not (fits and isinstance(entry, Sparse) and isinstance(values, Quantized)):
+    if not (isinstance(entry, Sparse) and entry.shape == shape and isinstance(values, Quantized)):
         return None
-    return (entry, values) if values.bits == 1 and values.block == _BLOCK and values.scales.numel() < 2 else None
+    fits = values.bits == kind.bits and values.block == kind.block and values.scales.numel() < 2
+    return (entry, values) if fits else None
 
 
 def split_entries(entries: Entries, state: State) -> Entries:
@@ -103,50 +122,56 @@ def split_entries(entries: Entries, state: State) -> Entries:
 
     state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part.
     """
-    named = next((name for name in entries if name.startswith(SIGNS)), None)
-    if named is None:
-        return entries
-    rank = named.removeprefix(SIGNS)
+    for kind in (SIGNS, CODES):
+        named = next((name for name in entries if name.startswith(kind.prefix)), None)
+        if named is not None:
+            return _split(entries, named, kind, state)
+    return entries
+
+
+def _split(entries: Entries, named: str, kind: Kind, state: State) -> Entries:
+    rank = named.removeprefix(kind.prefix)
     # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
     if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
-        raise WireError(f"{named!r} names no rank: expected {SIGNS}<rank>")
+        raise WireError(f"{named!r} names no rank: expected {kind.prefix}<rank>")
     outline = Outline.at_rank(state, int(rank))
     if int(rank) > max(whole_ranks(state).values()):
-        raise WireError(f"joined signs of rank {rank} are of a larger adapter than this one")
-    signs, scales = _checked(entries, named, outline)
-    assert isinstance(signs.values, Quantized)
-    return _cut(signs.positions, signs.values.codes, scales, outline)
+        raise WireError(f"{named!r} is of a larger adapter than this one")
+    codes, scales = _checked(entries, named, kind, outline)
+    assert isinstance(codes.values, Quantized)
+    return _cut(codes.positions, codes.values.codes, scales, outline, kind)
 
 
-def _checked(entries: Entries, named: str, outline: Outline) -> tuple[Sparse, Tensor]:
-    """The joined signs and the tensors' scales as float32."""
-    signs, scales = entries[named], entries.get(SCALES)
+def _checked(entries: Entries, named: str, kind: Kind, outline: Outline) -> tuple[Sparse, Tensor]:
+    """The joined codes and the tensors' scales as float32."""
+    codes, scales = entries[named], entries.get(SCALES)
     if len(entries) != 2 or scales is None:
-        raise WireError(f"joined signs come with a tensor {SCALES!r} and nothing else: found {', '.join(entries)}")
-    if not isinstance(signs, Sparse) or signs.shape != (outline.numel(),):
-        raise WireError(f"joined signs of shape {signs.shape} do not fit an adapter of {outline.numel():,} values")
-    values = signs.values
-    if not isinstance(values, Quantized) or (values.bits, values.block) != (1, _ALL) or values.scales.tolist() != [1.0]:
-        raise WireError("joined signs are not signs with the one scale 1")
+        raise WireError(f"{named!r} comes with a tensor {SCALES!r} and nothing else: found {', '.join(entries)}")
+    if not isinstance(codes, Sparse) or codes.shape != (outline.numel(),):
+        raise WireError(f"{named!r} of shape {codes.shape} does not fit an adapter of {outline.numel():,} values")
+    values = codes.values
+    wanted = (kind.bits, _ALL)
+    if not isinstance(values, Quantized) or (values.bits, values.block) != wanted or values.scales.tolist() != [1.0]:
+        raise WireError(f"{named!r} does not hold codes of {kind.bits} bits with the one scale 1")
     given = scales.values
     if not isinstance(scales, Dense) or isinstance(given, Quantized) or given.dtype != torch.bfloat16:
-        raise WireError("the scales of joined signs are not dense bf16 values")
+        raise WireError(f"the scales of {named!r} are not dense bf16 values")
     if not bool((given.isfinite() & ~torch.signbit(given)).all()):
-        raise WireError("a scale of joined signs is negative, infinite or NaN")
-    return signs, floats(given)
+        raise WireError(f"a scale of {named!r} is negative, infinite or NaN")
+    return codes, floats(given)
 
 
-def _cut(positions: Tensor, codes: Tensor, scales: Tensor, outline: Outline) -> dict[str, Sparse]:
-    """The tensors again. Raises WireError unless every one that has signs has a scale, and no other."""
+def _cut(positions: Tensor, codes: Tensor, scales: Tensor, outline: Outline, kind: Kind) -> dict[str, Sparse]:
+    """The tensors again. Raises WireError unless every one that has codes has a scale, and no other."""
     ends = torch.tensor([0, *(count(shape) for shape in outline.shapes.values())]).cumsum(0)
     bounds = torch.searchsorted(positions, ends)
     sizes = bounds.diff().tolist()
-    if max(sizes) > _BLOCK or sum(size > 0 for size in sizes) != scales.numel():
-        raise WireError(f"{scales.numel()} scales of joined signs do not fit tensors of {sizes} values")
+    if max(sizes) > kind.block or sum(size > 0 for size in sizes) != scales.numel():
+        raise WireError(f"{scales.numel()} joined scales do not fit tensors of {sizes} values")
     found, left = {}, scales
     for (name, shape), start, first, size in zip(
         outline.shapes.items(), ends.tolist(), bounds.tolist(), sizes, strict=False
     ):
         some, own, left = slice(first, first + size), left[: size > 0], left[size > 0 :]
-        found[name] = Sparse(shape, positions[some] - start, Quantized(codes[some], own, _BLOCK, 1))
+        found[name] = Sparse(shape, positions[some] - start, Quantized(codes[some], own, kind.block, kind.bits))
     return found

@@ -61,7 +61,10 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         module_weighting=federation.module_weighting,
         consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
         num_rounds=federation.num_rounds,
-        downloads=download_share(initial, client_ranks, federation.clients_per_round(len(clients))),
+        downloads=downloads_of(
+            method, initial, client_ranks, federation.clients_per_round(len(clients)), federation.num_rounds
+        ),
+        start=initial,
         caps=caps_of(federation, clients),
         ranks=client_ranks,
     )
@@ -74,6 +77,11 @@ def check_method_takes(method: Method, config: Config) -> None:
     if config.wire.budget and not method.takes_budget:
         raise ConfigError(
             f"wire.budget does not work with method {method.name!r}, which always sends all that it trains; unset it"
+        )
+    if config.wire.values != "auto" and method.own_values:
+        raise ConfigError(
+            f"wire.values is {config.wire.values!r}, but method {method.name!r} with these settings chooses itself how "
+            "it rounds values: unset it"
         )
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
@@ -108,6 +116,19 @@ def describe_excess(adapter: Adapter) -> str:
 def count_values(adapter: LoraState, ranks: Mapping[str, int]) -> int:
     """How many values a client of these ranks holds."""
     return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
+
+
+def downloads_of(
+    method: Method, adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int, num_rounds: int
+) -> float:
+    """Values that go down in a turn, over the values that a client holds (see `download_share`).
+
+    num_rounds: 0 where it is not known. Where the newest broadcast is enough, a turn has one, and the result besides.
+    """
+    if method.replaces:
+        each = len(client_ranks) / sum(count_values(adapter, ranks) for ranks in client_ranks.values())
+        return adapter.numel() * each * (1.0 + (len(client_ranks) / (asked * num_rounds) if num_rounds else 0.0))
+    return download_share(adapter, client_ranks, asked)
 
 
 def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int) -> float:

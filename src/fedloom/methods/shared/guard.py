@@ -169,10 +169,31 @@ def judge_products(state: State, wanted: Mapping[str, LoraPair]) -> Verdict:
     return follow(state, max(-1.0, min(1.0, math.fsum(agreed) / whole)) if whole else 0.0)
 
 
+def judge_step(state: State, now: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Verdict:
+    """The verdict where the server holds more than it broadcasts: D leads to `now`, `wanted` is the clients' mean M."""
+    agreed = whole = 0.0
+    for name, tensor in before_step(state).items():
+        product = (now[name] - tensor).double() * wanted[name].double()
+        agreed, whole = agreed + float(product.sum()), whole + float(product.abs().sum())
+    return follow(state, agreed / whole if whole else 0.0)
+
+
+def before_step(state: State) -> dict[str, Tensor]:
+    """What was there before the last step, as `remember_before` kept it; empty where there is none to judge."""
+    kept = {f"{m}/{part}": state.memory.get(f"{m}/{_BEFORE}_{part}") for m in state.adapter for part in ("A", "B")}
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+
 def remember_adapter(state: State, verdict: Verdict) -> dict[str, Tensor]:
     """What the server keeps for the next round, where its broadcast is a sum of products."""
-    pairs = state.adapter.items()
-    return store(verdict) | {f"{m}/{_BEFORE}_{part}": pair.part(part) for m, pair in pairs for part in ("A", "B")}
+    return store(verdict) | remember_before(state.adapter.tensors())
+
+
+def remember_before(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors that a step begins with."""
+    return {
+        f"{module}/{_BEFORE}_{part}": t for name, t in factors.items() for module, _, part in [name.rpartition("/")]
+    }
 
 
 def inner_products(pairs: Sequence[LoraPair]) -> Tensor:

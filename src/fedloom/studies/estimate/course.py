@@ -51,9 +51,11 @@ def of_client(told: Prediction, ranks: Mapping[str, Ranks], client: str) -> Traf
 
 
 def catch_up(told: Prediction, traffic: Traffic, known: int, steps: int, most: float) -> float:
-    """What brings a client that knows so many steps up to date: the missed broadcasts or the state."""
+    """What brings a client that knows so many steps up to date: the missed broadcasts, the newest, or the state."""
     if known == steps:
         return 0.0
+    if told.replaces and steps > 1:
+        return min(traffic.down, state_bytes(told, steps), most)
     missed = (steps - known) * traffic.down + (0.0 if known else traffic.first_down - traffic.down)
     return min(missed, state_bytes(told, steps), most)
 

@@ -25,7 +25,7 @@ from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
 from fedloom.studies.estimate.paper import paper_encode
 from fedloom.wire import Message, decode, describe, encode
 from fedloom.workspace.clients import top_ranks
-from fedloom.workspace.plan import download_share
+from fedloom.workspace.plan import downloads_of
 
 CODINGS = ("fp32", "bf16", "int8", "int4")
 PAPER = "paper"
@@ -57,6 +57,7 @@ class Prediction:
     may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played; merges: whether it grows with every further one.
+    replaces: whether the newest broadcast is enough for whoever missed some.
     efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
     broadcast is sparse or has no factors. server_s: seconds
     of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
@@ -74,6 +75,7 @@ class Prediction:
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     states: tuple[float, ...] = ()
     merges: bool = False
+    replaces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def _try(
         seed,
         quantize("fp32"),
         budget=scaled,
-        downloads=download_share(begin, held, len(here)),
+        downloads=downloads_of(method, begin, held, len(here), 0),
     )
     return _predict(name, job, begin, here, chosen, method.form(kept))
 
@@ -212,6 +214,7 @@ def _predict(
         traffic=traffic,
         states=states,
         merges=job.method.merges,
+        replaces=bool(job.method.replaces),
     )
     return told, play
 

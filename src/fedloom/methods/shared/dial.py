@@ -1,0 +1,44 @@
+"""How loom's bytes are divided: over both ways, over the rounds, over the broadcasts that a turn begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedloom.compress.budget import Budget
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Context
+
+BUDGET = 0.01
+"""Share of dense fp32 where no budget is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """How the bytes of both ways are divided: the share `up` of them goes up.
+
+    most: largest share of a tensor's elements that may be sent. taper: how much the first rounds take from the last.
+    newest: whether a client needs the newest broadcast alone, so that what everybody is sent at the end is as large as
+    the last one is.
+    """
+
+    up: float
+    most: float
+    taper: float
+    newest: bool = False
+
+    def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
+        """What a payload in this direction may take. `adapter`: what dense fp32 would send, the measure of a budget."""
+        both = 2 * (context.budget or Budget(BUDGET)).bytes(adapter.numel())
+        downloads = 1.0 + (context.downloads - 1.0) * (1.0 - self.taper) if self.newest else context.downloads
+        part = self.up if direction == "up" else (1.0 - self.up) / downloads
+        return int(both * part * self.weight(context.round, context.num_rounds))
+
+    def smallest(self, adapter: LoraState, context: Context) -> int:
+        """The bytes of the smallest payload of a run: the first or the last one, up or down."""
+        ends = [replace(context, round=number) for number in (1, max(context.num_rounds, 1))]
+        return min(self.bytes(adapter, way, end) for way in ("up", "down") for end in ends)
+
+    def weight(self, round: int, num_rounds: int) -> float:
+        """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
+        done = (round - 0.5) / num_rounds if num_rounds else 0.5
+        return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
