@@ -106,7 +106,7 @@ def test_lengths_must_fill_the_content():
         {"ask": "format", "job": "0" * 16, "settings": "", "base": ""},
         {"ask": "turn", "job": "../../../../etc", "settings": "", "base": ""},
         {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "round": -1},
-        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "more": 1},
+        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "protocol": "2"},
     ],
 )
 def test_requests_that_no_worker_knows_are_refused(facts: dict):
@@ -151,7 +151,8 @@ def test_the_worker_answers_those_who_show_the_token_alone(serving, tmp_path: Pa
     assert reply == Parcel({"asked": "hello"}, (b"12",))
     (tmp_path / "wrong").write_text("0" * 64)
     assert client.call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
-        "error": "the token is wrong"
+        "error": "the token is wrong",
+        "protocol": 2,
     }
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(path))

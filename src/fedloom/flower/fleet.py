@@ -14,10 +14,10 @@ from typing import Protocol
 
 from flwr.app import Message
 
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, VersionError
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.records.text import to_printable
-from fedloom.site.protocol import Fact, Parcel, Statement, parse_statement
+from fedloom.site.protocol import SPOKEN, Fact, Parcel, Statement, parse_statement, write_facts
 
 GONE = frozenset({5, 8, 9, 10})
 """Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
@@ -103,7 +103,8 @@ class Reply:
 class Fleet:
     """All nodes. `facts` go with every request; `expected` are the names of the sites that take part.
 
-    registered: node → name, for every node that Flower ever told of, whether it is there or not.
+    registered: node → name, for every node that Flower ever told of, whether it is there or not. spoken: node → the
+    protocol that its site is asked in; of a node that has not answered yet, the newest.
     """
 
     grid: Grid
@@ -114,6 +115,7 @@ class Fleet:
     outstanding: dict[str, SentRequest] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
     registered: dict[int, str] = field(default_factory=dict)
+    spoken: dict[int, int] = field(default_factory=dict)
 
     def look(self) -> None:
         """Ask the SuperLink which nodes are there, and greet those that have not said their name.
@@ -128,7 +130,7 @@ class Fleet:
         known = {*self.names.values(), *recent, *(asked.node for asked in self.outstanding.values())}
         for node in self.nodes:
             if node not in known:
-                self.post(node, "", "hello", 0, Parcel({}))
+                self.post(node, "", "hello", 0, Parcel({"time": time.time()}))
 
     def is_here(self, site: str) -> bool:
         """Whether the site's node is connected."""
@@ -148,7 +150,9 @@ class Fleet:
 
     def post(self, node: int, site: str, ask: str, round: int, parcel: Parcel) -> None:
         """Send a request to a node."""
-        facts = {**self.facts, **parcel.facts, "ask": ask, "round": round}
+        facts = write_facts(
+            {**self.facts, **parcel.facts, "ask": ask, "round": round}, self.spoken.get(node, SPOKEN.newest)
+        )
         kind = "train" if ask == "turn" else "query"
         message = Message(pack_parcel(Parcel(facts, parcel.payloads)), node, kind, ttl=TTL_SECONDS, group_id=str(round))
         activated = self.nodes[node].last_activated_at if node in self.nodes else ""
@@ -174,7 +178,12 @@ class Fleet:
         node, claimed = reply.asked.node, reply.said.name
         if reply.gone:
             return None
-        reason = reply.error or self.objection(node, claimed)
+        try:
+            if self.lower_protocol(reply):
+                return None
+            reason = reply.error or self.objection(node, claimed)
+        except VersionError as error:
+            reason = str(error)
         if not reason:
             self.names[claimed] = node
             self.strangers.pop(node, None)
@@ -182,6 +191,18 @@ class Fleet:
         known = node in self.strangers
         self.strangers[node] = Stranger(f"node {node} cannot take part: {reason}", time.monotonic())
         return None if known else self.strangers[node].reason
+
+    def lower_protocol(self, reply: Reply) -> bool:
+        """Note the protocol that a node's site is asked in from now on. True if it refused a newer one: greet it anew.
+
+        Raises VersionError where it speaks none of this server's.
+        """
+        if reply.parcel is None:  # not the site's own words
+            return False
+        node = reply.asked.node
+        before = self.spoken.get(node, SPOKEN.newest)
+        self.spoken[node] = SPOKEN.agree(reply.said.protocol)
+        return bool(reply.error) and self.spoken[node] < before
 
     def objection(self, node: int, claimed: str) -> str:
         """Why a node may not have the name that it says; "" if it may."""

@@ -13,7 +13,6 @@ import logging
 import math
 import secrets
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-from fedloom.errors import ConfigError, FedloomError, SiteError
+from fedloom.errors import FedloomError, SiteError
 from fedloom.methods.method import State
 from fedloom.model.base import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
-from fedloom.records.configfile import parse
 from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
 from fedloom.site.audit import AuditTrail
@@ -45,8 +43,9 @@ from fedloom.site.policy import (
     limit_time,
     text_for_server,
 )
-from fedloom.site.protocol import Fact, Parcel, Request, parse_request
+from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
+from fedloom.site.told import read_told
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
@@ -92,7 +91,7 @@ class Desk:
         began = time.perf_counter()
         asked: Request | None = None
         try:
-            asked = parse_request(parcel.facts)
+            asked = parse_request(parcel.facts, SPOKEN)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
             reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
         except Exception as error:  # a worker outlives every job
@@ -100,11 +99,13 @@ class Desk:
             trace = "" if isinstance(error, FedloomError) else _quoted(error)
             log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
             said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
+            said |= {"protocol": SPOKEN.newest, "name": self.site.name}
             if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
                 said |= {"version": self.held.after.version, "digest": self.held.after.digest}
             return Parcel(said)
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
-        return Parcel({**reply.facts, "busy": time.perf_counter() - began}, reply.payloads)
+        facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
+        return Parcel({**reply.facts, **facts}, reply.payloads)
 
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
@@ -207,7 +208,7 @@ class Desk:
         Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here: nothing is loaded
         then. Nothing is written yet either, so that a request that fails later leaves nothing of a new job.
         """
-        config = self.own_settings(asked.settings)
+        config = read_told(asked.settings, self.site)
         check_settings(self.site.policy, config, self.site.name, asked.round)
         self._base = self._base or base_digest(self.site.model)
         if asked.base != self._base:
@@ -273,19 +274,6 @@ class Desk:
         if folder is None:
             log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
         return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
-
-    def own_settings(self, text: str) -> Config:
-        """The run's settings with this site's own model, device and threads; what the server says there means nothing.
-
-        Raises ConfigError where they cannot be read.
-        """
-        try:
-            tree = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
-            raise ConfigError(f"the server's settings are not TOML: {error}") from None
-        config = parse(tree, "the server's settings")
-        own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
-        return config.model_copy(update={"model": config.model.model_copy(update=own)})
 
     def close(self) -> None:
         """Let go of the job's folder; the next request reads what is there then."""
