@@ -136,6 +136,7 @@ class Desk:
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
+        self.check_room(place, TurnRecord(asked.round, state, state).room)
         log.info("round %d: training", asked.round)
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
@@ -203,11 +204,15 @@ class Desk:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
-        # A payload is written once more, to the audit record.
-        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
+        place.store.most = max(place.store.most, held.room)
+        self.check_room(place, held.room + more)
         place.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
         place.held = held
+
+    def check_room(self, place: Place, least: int) -> None:
+        """Raises PolicyRefusal unless there is room for so many bytes, and for the largest record of the job so far."""
+        check_room(self.site.policy, Path(self.site.state), max(least, place.store.most))
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
