@@ -106,7 +106,7 @@ def test_lengths_must_fill_the_content():
         {"ask": "format", "job": "0" * 16, "settings": "", "base": ""},
         {"ask": "turn", "job": "../../../../etc", "settings": "", "base": ""},
         {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "round": -1},
-        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "more": 1},
+        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "protocol": "2"},
     ],
 )
 def test_requests_that_no_worker_knows_are_refused(facts: dict):
@@ -151,7 +151,8 @@ def test_the_worker_answers_those_who_show_the_token_alone(serving, tmp_path: Pa
     assert reply == Parcel({"asked": "hello"}, (b"12",))
     (tmp_path / "wrong").write_text("0" * 64)
     assert client.call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
-        "error": "the token is wrong"
+        "error": "the token is wrong",
+        "protocol": 2,
     }
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(path))
@@ -190,12 +191,11 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     released = threading.Event()
 
     class Loaded(Desk):
-        def release(self) -> None:
-            self.place = None
+        def release(self, idle_seconds: float = -1.0) -> None:
+            assert idle_seconds == 0.02
             released.set()
 
     desk = Loaded(site("bank", tmp_path))
-    desk.place = object()
     monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
     listener = worker._listening(Path(desk.site.socket))
     thread = threading.Thread(target=_until_closed, args=(listener, desk))
@@ -203,7 +203,6 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     assert released.wait(60)
     listener.close()
     thread.join()
-    assert desk.place is None
 
 
 def _until_closed(listener: socket.socket, desk: Desk) -> None:

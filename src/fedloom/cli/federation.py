@@ -29,7 +29,7 @@ def init(
 ) -> None:
     """Make keys, certificates and all files for the server and for each site."""
     from fedloom.deploy import federation
-    from fedloom.model.base import base_digest
+    from fedloom.model.identity import base_digest
 
     digest = base_digest(model) if Path(model).is_dir() else ""
     model = str(Path(model).absolute()) if Path(model).is_dir() else model

@@ -96,7 +96,7 @@ def check_server(folder: Path, online: bool) -> list[Check]:
 
 def check_base_model(path: str, told: FederationPlan | None) -> Check:
     """Compare the base model's digest with the one that the server's operator noted."""
-    from fedloom.model.base import base_digest
+    from fedloom.model.identity import base_digest
 
     if not Path(path).is_dir():
         return fail("model", f"{path}: no such folder", "put the base model there")

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fedloom.errors import FedloomError, SiteError
 from fedloom.flower.payload import pack_parcel, unpack_parcel
-from fedloom.site.protocol import Parcel, exchange
+from fedloom.site.protocol import Parcel, error_parcel, exchange
 
 log = logging.getLogger("fedloom.relay")
 
@@ -39,10 +39,10 @@ def relay(message: Message, context: Context, ask: Ask | None = None) -> Message
         facts = {**parcel.facts, "settings": str(context.run_config["settings"])}
         reply = (ask or ask_worker)(Parcel(facts, parcel.payloads), context)
     except FedloomError as error:
-        reply = Parcel({"error": f"the site's relay: {error}"})
+        reply = error_parcel(f"the site's relay: {error}")
     except Exception:  # Flower would send the server whatever the exception says
         log.exception("a request could not be handed to the worker")
-        reply = Parcel({"error": "the site's relay failed; the SuperNode's log says why"})
+        reply = error_parcel("the site's relay failed; the SuperNode's log says why")
     facts = {**reply.facts, "relay": time.perf_counter() - began}
     return Message(pack_parcel(Parcel(facts, reply.payloads)), reply_to=message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedloom.records.ledger import Aggregation, Roll, Row, RunRow, Training, Transfer
+from fedloom.records.ledger import Aggregation, Presence, Roll, Row, RunRow, Training, Transfer
 from fedloom.records.session import End
 
 
@@ -53,32 +53,25 @@ def count_answers(rows: Iterable[Row]) -> dict[str, Answers]:
     return clients
 
 
-AWAY = "is not connected"
-"""What a roll says of a site that the server could not ask."""
-
-
-def find_presence(rows: Sequence[Row]) -> dict[str, bool]:
-    """Site → whether it was connected when the server last said something of it; without those never spoken of."""
-    here: dict[str, bool] = {}
-    for row in rows:
-        if isinstance(row, Roll):
-            here |= dict.fromkeys(row.answered, True)
-            here |= {site: reason != AWAY for site, reason in row.failed.items()}
-    return here
+def find_presence(rows: Sequence[Row]) -> dict[str, str]:
+    """Site → "" where it can be asked, otherwise why not, as the newest row about it says; empty where none does."""
+    told = next((row for row in reversed(rows) if isinstance(row, Presence)), None)
+    return {} if told is None else {**dict.fromkeys(told.online, ""), **told.missing}
 
 
 def find_awaited(rows: Sequence[Row]) -> list[str]:
     """Clients that the round in progress waits for: those it has asked, or all where the ledger does not say."""
     run = next((row for row in reversed(rows) if isinstance(row, RunRow)), None)
-    turns = [row for row in rows if isinstance(row, Transfer | Training) and not _is_delivery(row)]
+    turns = [row for row in rows if isinstance(row, Training) or (isinstance(row, Transfer) and _is_asking(row))]
     closed = {row.round for row in rows if isinstance(row, Roll | Aggregation)}
     current = max((row.round for row in turns), default=0)
     if run is None or current in closed or any(isinstance(row, End) for row in rows[-1:]):
         return []
     came = {row.client for row in turns if row.round == current and isinstance(row, Training)}
+    # The first round sends nothing to a site that begins with the server's own state.
     asked = {row.client for row in turns if row.round == current} if current > 1 else set(run.clients)
     return sorted(asked - came)
 
 
-def _is_delivery(row: Transfer | Training) -> bool:
-    return isinstance(row, Transfer) and row.delivery
+def _is_asking(row: Transfer) -> bool:
+    return row.direction == "down" and not row.delivery and not row.undone

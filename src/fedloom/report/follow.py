@@ -12,6 +12,7 @@ from fedloom.records.ledger import (
     Aggregation,
     Evaluation,
     Note,
+    Presence,
     Roll,
     Row,
     RunRow,
@@ -21,7 +22,6 @@ from fedloom.records.ledger import (
 )
 from fedloom.records.rows import ROWS
 from fedloom.records.session import End, Session
-from fedloom.report.answers import AWAY
 from fedloom.report.live import EventKeeper
 
 
@@ -67,6 +67,8 @@ class Replay:
         self._scores: dict[str, Evaluation] = {}
         self._trained: dict[str, Training] = {}
         self._received: dict[str, int] = {}
+        self._answered: set[str] = set()
+        self._done = 0  # the last round that is over
         self._up = self._down = 0
         self._seconds = 0.0
 
@@ -97,8 +99,9 @@ class Replay:
             case Roll():
                 self._closing = row.round
                 self._seconds += row.seconds
-                gone = {site: "" for site, reason in row.failed.items() if reason == AWAY}
-                self._view.away = {**{k: v for k, v in self._view.away.items() if k not in row.answered}, **gone}
+            case Presence():
+                self._view.sites_seen(row.missing)
+                self._expect(row)
             case _:
                 pass  # validation, choices, answers: nothing that a view shows
 
@@ -113,13 +116,14 @@ class Replay:
         if round is not None and self._run is not None and (round or self._scores):
             rounds, scores = self._run.num_rounds, dict(self._scores) or None
             self._view.round_finished(round, rounds, scores, self._up, self._down, self._seconds)
-        self._scores, self._trained, self._received = {}, {}, {}
+        self._done = max(self._done, round or 0)
+        self._scores, self._trained, self._received, self._answered = {}, {}, {}, set()
         self._up, self._down, self._seconds = 0, 0, 0.0
 
     def _begin(self, row: Session) -> None:
         if self._run is None:
             return
-        run = self._run
+        run, self._done = self._run, row.round
         facts = RunFacts(
             method=run.method,
             model=run.model,
@@ -132,6 +136,13 @@ class Replay:
         )
         self._view.run_started(facts)
 
+    def _expect(self, row: Presence) -> None:
+        """The first round sends nothing to a site that begins with the server's own state, and waits for all."""
+        if row.round == 1 and not self._done:
+            for site in row.online:
+                if site not in self._answered:
+                    self._view.client_started(1, site)
+
     def _move(self, row: Transfer) -> None:
         if row.direction == "down":
             self._down += row.bytes
@@ -142,6 +153,7 @@ class Replay:
         trained = self._trained.pop(row.client, None)
         if trained is not None:  # otherwise it came too late to count
             received = self._received.pop(row.client, 0)
+            self._answered.add(row.client)
             self._view.client_started(row.round, row.client)
             self._view.client_finished(row.round, row.client, trained.loss, row.bytes, received)
 
@@ -196,4 +208,4 @@ class LedgerFeed:
 
 def _belongs(row: Row, round: int) -> bool:
     """Whether a row may come while a round is closed."""
-    return isinstance(row, Aggregation | Evaluation | Validation | Note) and row.round == round
+    return isinstance(row, Aggregation | Evaluation | Validation | Note | Presence) and row.round == round

@@ -52,7 +52,7 @@ class Tally:
 class EventKeeper:
     """An observer that keeps the events, for both views to show. console: where lines go that stay.
 
-    training: the clients whose turn it is. away: sites that are not connected → since when or why, in words.
+    training: the clients whose turn it is. away: site that cannot be asked → why.
     """
 
     console: Console | None = None
@@ -117,6 +117,10 @@ class EventKeeper:
         if round:
             self.seconds.append(seconds)
 
+    def sites_seen(self, missing: Mapping[str, str]) -> None:
+        """Remember who cannot be asked, and why."""
+        self.away = missing
+
     def run_finished(self, summary: RunSummary) -> None:
         """The closing tables say the rest."""
 
@@ -129,6 +133,12 @@ class EventKeeper:
 
 class LineView(EventKeeper):
     """A line at the start and one a round, for logs and pipes."""
+
+    def sites_seen(self, missing: Mapping[str, str]) -> None:
+        """Say it, where it has changed."""
+        if missing != self.away:
+            self.say(_absent(missing) or "all sites are there")
+        super().sites_seen(missing)
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
@@ -189,9 +199,8 @@ class LiveView(EventKeeper):
         return table
 
     def _absent(self) -> list[Text]:
-        """Who is not connected."""
-        absent = ", ".join(f"{site} ({why})" if why else site for site, why in sorted(self.away.items()))
-        return [cell(f"not connected: {absent}", "yellow", LONG)] if absent else []
+        """Who cannot be asked, and why."""
+        return [cell(_absent(self.away), "yellow", LONG)] if self.away else []
 
     def _score(self) -> RenderableType:
         if not self.points:
@@ -200,6 +209,10 @@ class LiveView(EventKeeper):
         domains = [(domain, value) for domain, value in sorted(now[lead.key].items()) if domain != MEAN]
         by_domain = f"{lead.name}: " + "   ".join(f"{domain} {lead.show(value)}" for domain, value in domains)
         return Group(*(cell(text, limit=LONG) for text in [*phrase_scores(self.points), by_domain]))
+
+
+def _absent(missing: Mapping[str, str]) -> str:
+    return f"missing: {'; '.join(f'{site} {why}' for site, why in sorted(missing.items()))}" if missing else ""
 
 
 def _headline(facts: RunFacts) -> str:

@@ -102,7 +102,7 @@ def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
 
 
 def _online(base: Labels, rows: Sequence[Row]) -> list[tuple[Labels, float]]:
-    return [({**base, "site": site}, float(here)) for site, here in sorted(find_presence(rows).items())]
+    return [({**base, "site": site}, float(not reason)) for site, reason in sorted(find_presence(rows).items())]
 
 
 _SCORES = {

@@ -97,7 +97,8 @@ def _roll(rows: Sequence[Row]) -> list[Text]:
 
 
 def _waiting(rows: Sequence[Row]) -> list[Text]:
-    """Who is waited for, and who of them is not connected."""
-    here = find_presence(rows)
-    named = [site if here.get(site, True) else f"{site} (not connected)" for site in find_awaited(rows)]
-    return [cell(f"waiting for {', '.join(named)}", limit=LONG)] if named else []
+    """Who is waited for, and who cannot be asked and why."""
+    missing = [f"{site} {reason}" for site, reason in sorted(find_presence(rows).items()) if reason]
+    awaited = find_awaited(rows)
+    said = [cell(f"waiting for {', '.join(awaited)}", limit=LONG)] if awaited else []
+    return [*said, cell(f"missing: {'; '.join(missing)}", "yellow", LONG)] if missing else said

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from fedloom.site.protocol import GREETING_BYTES, WRONG_TOKEN, Parcel, greeting, send_parcel
+from fedloom.site.protocol import GREETING_BYTES, WRONG_TOKEN, error_parcel, greeting, send_parcel
 
 log = logging.getLogger("fedloom.worker")
 
@@ -98,7 +98,7 @@ class Door:
             else:
                 log.warning("a request without the token was refused")
                 with suppress(OSError):
-                    send_parcel(connection, Parcel({"error": WRONG_TOKEN}))
+                    send_parcel(connection, error_parcel(WRONG_TOKEN))
                 self._dismiss(connection)
 
     def _send_away_the_late(self) -> None:

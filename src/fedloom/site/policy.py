@@ -26,7 +26,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom.errors import DataError, PolicyRefusal
+from fedloom.errors import DataError, PolicyRefusal, VersionError
 from fedloom.lora.pair import PARTS, LoraState, from_tensors
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
@@ -223,6 +223,8 @@ def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
     """The text of an error that the server may see. `reference` finds the full error in the site's own log."""
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
+    if isinstance(error, VersionError):
+        return f"{error} (reference {reference})"
     if policy.scrub_errors:
         # How long prompts are, say, must not be read from whether it was an error or a rule that the data met.
         if isinstance(error, DataError):

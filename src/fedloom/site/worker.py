@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +25,7 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.log_lines import OneLine
-from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive_parcel, send_parcel
+from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, error_parcel, receive_parcel, send_parcel
 
 log = logging.getLogger("fedloom.worker")
 
@@ -111,16 +110,13 @@ def _listening(path: Path, group: str | None = None) -> socket.socket:
 
 def _loop(door: Door, desk: Desk, idle_seconds: float) -> None:
     log.info("site %s is ready on %s", desk.site.name, desk.site.socket)
-    busy = time.monotonic()
     while True:
         connection = door.next_caller(TICK_SECONDS)
         if connection is None:
-            if desk.place is not None and time.monotonic() - busy > idle_seconds:
-                desk.release()
+            desk.release(idle_seconds)
             continue
         with connection:
             _serve_one(connection, desk)
-        busy = time.monotonic()
 
 
 def _serve_one(connection: socket.socket, desk: Desk) -> None:
@@ -140,10 +136,10 @@ def _answer(connection: socket.socket, desk: Desk) -> Parcel:
     except SiteError as error:
         # It says what the caller sent, and what the site takes: nothing about data, and asking again would not help.
         log.warning("a request was refused: %s", error)
-        return Parcel({"error": f"the site's worker refuses the request: {error}"})
+        return error_parcel(f"the site's worker refuses the request: {error}")
     except BaseException as error:  # a panic of a library in Rust is not an Exception
         log.error("a request failed: %s", error, exc_info=True)
-        return Parcel({"error": f"the site could not take its turn: {type(error).__name__}"})
+        return error_parcel(f"the site could not take its turn: {type(error).__name__}")
 
 
 def _reply(connection: socket.socket, parcel: Parcel) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,7 @@ from fedloom.errors import CheckpointError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
-from fedloom.records.ledger import Aggregation, Direction, Ledger, Transfer, payload_name, read_rows
+from fedloom.records.ledger import Aggregation, Direction, Ledger, Row, Transfer, payload_name, read_rows
 from fedloom.records.lock import take_lock
 from fedloom.records.serverlog import ServerLog
 from fedloom.records.session import End, describe_error
@@ -109,8 +109,11 @@ class RunFolder:
         text = metrics.prometheus_text(read_rows(self.ledger.path), self.path.resolve().name, time.time())
         write_whole(self.path / metrics.FILE, text)
 
-    def restore(self, fingerprint: str) -> Snapshot | None:
-        """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
+    def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
+        """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
+
+        keep(rows): of the rows after the checkpoint, those that stay in the ledger, as they are to stand there.
+        """
         saved = checkpoint.list_checkpoints(self.path / "checkpoints")
         if not saved:
             self.ledger.truncate_to(0)
@@ -120,7 +123,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{saved[-1]} was made with another base model, other data or other settings: resume with those"
             )
-        self.ledger.truncate_to(snapshot.ledger_rows)
+        self.ledger.truncate_to(snapshot.ledger_rows, keep)
         return snapshot
 
     def __enter__(self) -> Self:
