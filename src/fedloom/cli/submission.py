@@ -79,6 +79,8 @@ class Onlooker:
         if (state is None) != self._away:
             self._away = state is None
             self.view.say("the SuperLink does not answer" if self._away else "the SuperLink answers again", "yellow")
+        if state is None and self._has_ended():
+            raise RoundError("the SuperLink does not answer any more")
         if state is None or self.feed.began:
             return
         if state.status == "running":
@@ -88,6 +90,28 @@ class Onlooker:
             text = f"nothing of run {self.number} is to be seen in {self.folder.absolute()} on this machine"
             self.view.say(f"{text}: only its state is followed here; where the folder is, `fedloom status` shows it")
             self.view.loading = f"run {self.number} is running …"
+
+    def lost(self, error: RoundError, command: Command) -> RunState:
+        """How a run ended whose SuperLink was lost on the way, by its folder. Raises RoundError where it is not seen."""
+        from fedloom.flower.launch import RunState
+
+        if not self.number:
+            raise error
+        self.feed.close()
+        if self.feed.end or self._has_ended():
+            ended = "completed" if self.feed.end and self.feed.end.status == "finished" else "failed"
+            return RunState("finished", ended, f"{error}, and the server's app has ended", 0, 0)
+        look = shlex.join(["fedloom", "status", str(command.folder)])
+        raise RoundError(
+            f"{error}; run {self.number} may go on without it being seen from here: look with `{look}`\n"
+            f"if it has ended, go on with: {command.again}"
+        ) from None
+
+    def _has_ended(self) -> bool:
+        """Whether the run has begun and nobody plays it any more."""
+        from fedloom.records.lock import find_writer
+
+        return self.feed.began and find_writer(self.folder).alive is False
 
     def _is_set_up(self) -> bool:
         from fedloom.records.lock import find_writer
@@ -118,13 +142,13 @@ def submit_run(
     check_folder(config, command, resume=resume, force=force)
     with watch(console, "submitting …") as view:
         onlooker = Onlooker(view, LedgerFeed(view, command.folder), command.folder)
-        with (
-            _leaving(onlooker, console, command),
-            _unreachable(onlooker, command),
-            launch.open_control(config) as client,
-        ):
-            onlooker.submitted(launch.submit(client, config, command.folder, resume, force))
-            state = None if detach else launch.wait_for_end(client, onlooker.number, onlooker.look)
+        with _leaving(onlooker, console, command):
+            try:
+                with launch.open_control(config) as client:
+                    onlooker.submitted(launch.submit(client, config, command.folder, resume, force))
+                    state = None if detach else launch.wait_for_end(client, onlooker.number, onlooker.look)
+            except RoundError as error:
+                state = onlooker.lost(error, command)
         onlooker.feed.close()
     if state is None:
         console.print(cell(f"run {onlooker.number} goes on at the SuperLink"))
@@ -199,21 +223,6 @@ def _leaving(onlooker: Onlooker, console: Console, command: Command) -> Iterator
         else:
             console.print(cell("interrupted before the run was submitted", "yellow"))
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def _unreachable(onlooker: Onlooker, command: Command) -> Iterator[None]:
-    """A SuperLink that is lost on the way: what becomes of the run is not known here."""
-    try:
-        yield
-    except RoundError as error:
-        if not onlooker.number:
-            raise
-        look = shlex.join(["fedloom", "status", str(command.folder)])
-        raise RoundError(
-            f"{error}; run {onlooker.number} may go on without it being seen from here: look with `{look}`\n"
-            f"if it has ended, go on with: {command.again}"
-        ) from None
 
 
 def say_ways(console: Console, command: Command, number: int) -> None:
