@@ -60,9 +60,7 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     usual = Config().model_dump()
     return {
         table: {
-            key: value
-            for key, value in held.items()
-            if f"{table}.{key}" not in SINCE or value != usual[table][key]
+            key: value for key, value in held.items() if f"{table}.{key}" not in SINCE or value != usual[table][key]
         }
         for table, held in tree.items()
     }

@@ -13,9 +13,9 @@ import logging
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +28,10 @@ from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
+from fedloom.site.approval import JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
+from fedloom.site.log_lines import MOST_LOGGED, quote_trace
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (
     check_epochs,
@@ -43,6 +45,7 @@ from fedloom.site.policy import (
     limit_time,
     text_for_server,
 )
+from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
@@ -52,9 +55,6 @@ from fedloom.workspace.export import export_adapter, save_run_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
-
-MOST_LOGGED = 8000
-"""Characters of an error and of its traceback in the log: their texts may be the server's."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,7 +80,9 @@ class Desk:
         self.site = site
         self.own_trainer = own
         self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
-        self.trail = AuditTrail(Path(site.state) / "audit")
+        state = Path(site.state)
+        self.trail = AuditTrail(state / "audit")
+        self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
         self.place: Place | None = None
         self.held: TurnRecord | None = None
         self._base = ""
@@ -88,31 +90,37 @@ class Desk:
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
-        began = time.perf_counter()
+        began, came = time.perf_counter(), self.trail.clock.now()
         asked: Request | None = None
         try:
             asked = parse_request(parcel.facts, SPOKEN)
+            note_request(Path(self.site.state), asked, came)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
             reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
         except Exception as error:  # a worker outlives every job
             reference = secrets.token_hex(4)
-            trace = "" if isinstance(error, FedloomError) else _quoted(error)
+            trace = "" if isinstance(error, FedloomError) else quote_trace(error)
             log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
             said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
             said |= {"protocol": SPOKEN.newest, "name": self.site.name}
             if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
                 said |= {"version": self.held.after.version, "digest": self.held.after.digest}
             return Parcel(said)
+        finally:
+            if asked:
+                note_request(Path(self.site.state), asked, came, self.trail.clock.now())
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
         facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
         return Parcel({**reply.facts, **facts}, reply.payloads)
 
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
+        compare_clocks(asked, self.trail.clock.now())
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
             self.keep(place, held, ())
+        self.jobs.note("begun", asked, self.trail.clock.now())
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
@@ -133,6 +141,7 @@ class Desk:
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
+        self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
         log.info("round %d: training", asked.round)
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
@@ -190,6 +199,7 @@ class Desk:
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
+        self.jobs.note("done", asked, self.trail.clock.now())
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
@@ -216,7 +226,11 @@ class Desk:
                 f"the server's base model has digest {asked.base!r}, the one in {self.site.model} has {self._base}: "
                 "both sides need the same files"
             )
+        self.jobs.check(asked, self.trail.clock.now(), delivery=asked.ask == "deliver")
         place, held = self.place, self.held
+        if place is not None and held is not None and held.round and not place.store.exists():
+            place.store.close()  # the job's folder was taken away meanwhile: it is begun anew
+            held = None
         if place is None or (place.job, place.settings) != (asked.job, asked.settings):
             self.release()
             place, held = self.load_place(asked, config), None
@@ -310,9 +324,3 @@ def _facts(done: ClientTurn) -> dict[str, Fact]:
     trained = done.trained
     loss = trained.loss if math.isfinite(trained.loss) else None
     return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}
-
-
-def _quoted(error: Exception) -> str:
-    """The traceback, each line marked and without control characters: it may hold text of the server's."""
-    lines = "".join(traceback.format_exception(error))[-MOST_LOGGED:].splitlines()
-    return "".join(f"\n  | {line.encode('unicode_escape').decode()}" for line in lines)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -48,37 +49,46 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
 
     What follows from num_train_epochs and the site's own examples is not known yet: see `check_epochs`.
     """
+    for check in setting_checks(policy, config, site, [round]):
+        check()
+
+
+def setting_checks(policy: Policy, config: Config, site: str, rounds: Iterable[int]) -> Iterator[Callable[[], None]]:
+    """What `check_settings` asks, one question at a time; each raises PolicyRefusal."""
     training = config.training_of(site)
-    check_method_allowed(policy, config.method.name)
+    yield partial(check_method_allowed, policy, config.method.name)
     if policy.optimizers is not None:
-        _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
-    _check_targets(policy, config.lora_of(site))
+        yield partial(_check_choice, "training.optim", training.optim, "optimizers", policy.optimizers)
+    yield partial(_check_targets, policy, config.lora_of(site))
     batch, length = training.per_device_train_batch_size, config.data.max_length
-    _check_ranges(
+    for limit in (
         ("a rank", max(_ranks(config)), "max_rank", None, policy.max_rank),
         ("per_device_train_batch_size", batch, "max_batch", None, policy.max_batch),
         ("data.max_length", length, "min_length", policy.min_length, None),
         ("data.max_length", length, "max_length", None, policy.max_length),
-    )
+    ):
+        yield partial(_check_range, *limit)
     if training.num_train_epochs is None:
-        check_steps(policy, config, training, round)
+        yield from step_checks(policy, config, training, rounds)
 
 
-def check_steps(policy: Policy, config: Config, training: TrainingSettings, round: int) -> None:
-    """Raises PolicyRefusal where a site with these training settings takes more steps in a round than it gives, or at
-    learning rates that it does not allow. `training` is the site's own, with its steps counted.
-    """
-    rates, least = _rates(training, config.federation.num_rounds, round), policy.min_examples_update
-    _check_ranges(
-        ("training.max_steps", training.steps, "max_steps", None, policy.max_steps),
-        ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
-        ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
-        ("batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None),
+def step_checks(
+    policy: Policy, config: Config, training: TrainingSettings, rounds: Iterable[int]
+) -> Iterator[Callable[[], None]]:
+    """The questions about steps and learning rates; `training` is the site's own, with its steps counted."""
+    least = policy.min_examples_update
+    yield partial(_check_range, "training.max_steps", training.steps, "max_steps", None, policy.max_steps)
+    for round in rounds:
+        low, high = _rates(training, config.federation.num_rounds, round)
+        yield partial(_check_range, "a learning rate", low, "min_learning_rate", policy.min_learning_rate, None)
+        yield partial(_check_range, "a learning rate", high, "max_learning_rate", None, policy.max_learning_rate)
+    yield partial(
+        _check_range, "batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None
     )
 
 
 def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: int) -> None:
-    """`check_steps` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
+    """`step_checks` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
     nothing: it is told no more than that there was a reason. Does nothing where the settings give the steps.
     """
     training = config.training_of(site)
@@ -86,7 +96,8 @@ def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: i
         return
     counted = training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
     try:
-        check_steps(policy, config, counted, round)
+        for check in step_checks(policy, config, counted, [round]):
+            check()
     except PolicyRefusal as refusal:
         raise PolicyRefusal(f"num_train_epochs = {training.num_train_epochs:g} here: {refusal}") from None
 
@@ -256,22 +267,21 @@ def _ranks(config: Config) -> Iterator[int]:
         yield from (table.rank_pattern or {}).values()
 
 
-def _check_ranges(*limits: tuple[str, float, str, float | None, float | None]) -> None:
-    """Raises PolicyRefusal for the first value outside its limits: (what is asked, value, key, least, most)."""
-    for asked, value, key, least, most in limits:
-        if (least is not None and value < least) or (most is not None and value > most):
-            limit = least if most is None else most
-            raise PolicyRefusal(
-                f"{asked} is {value:g}; policy.{key} is {limit:g}",
-                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
-            )
+def _check_range(asked: str, value: float, key: str, least: float | None, most: float | None) -> None:
+    """Raises PolicyRefusal where what is asked has a value outside the limits of a key."""
+    if (least is not None and value < least) or (most is not None and value > most):
+        limit = least if most is None else most
+        raise PolicyRefusal(
+            f"{asked} is {value:g}; policy.{key} is {limit:g}",
+            f"{REFUSED}: {key} does not allow {asked} of {value:g}",
+        )
 
 
 def _rates(training: TrainingSettings, rounds: int, round: int) -> tuple[float, float]:
-    """The learning rates of a round's first step and of its last; those between lie between."""
+    """The least and the largest learning rate of a round: of its first step and its last; others lie between."""
     place = min(max(round, 1), rounds)
     first, last = (rate_at(training, place, rounds, step) for step in (0, training.steps - 1))
-    return first, last
+    return min(first, last), max(first, last)
 
 
 def _check_names(policy: Policy, modules: Iterable[str]) -> None:
