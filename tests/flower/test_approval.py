@@ -181,6 +181,7 @@ def test_a_run_goes_on_without_the_site_and_takes_it_in_once_it_is_allowed(toy_f
         bank = grid.node("bank").desk
         if (asked, round) == ("turn", 1) and standings(bank) == ["waiting"]:
             decide(bank, book(bank).jobs()[0].name)
+        return reply
 
     grid.disturb = allow
     toy_federation("flower.min_replies=2", grid=grid)
@@ -211,7 +212,7 @@ def test_a_folder_that_is_taken_away_is_begun_anew(desk):
     assert ask(desk, "turn").payloads == first and (folder / "ledger.jsonl").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("days", "words"), [(3, "behind"), (-3, "ahead of")])
+@pytest.mark.parametrize(("days", "words"), [(3.51, "behind"), (-3.51, "ahead of")])
 def test_a_clock_that_is_days_off_is_noticed_at_the_start(desk, caplog, days, words):
     desk.jobs.ask = False
     now = datetime.now(UTC).timestamp()
@@ -219,7 +220,7 @@ def test_a_clock_that_is_days_off_is_noticed_at_the_start(desk, caplog, days, wo
         ask(desk, "hello", time=now + 60.0, protocol=2)
         assert not caplog.records
         ask(desk, "hello", time=now + days * 86400, protocol=2)
-    assert f"clock is 3 days, 0:00:00 {words} the server's" in caplog.text.replace("2 days, 23:59:5", "3 days, 0:00:0")
+    assert "clock is 3 days, 12:" in caplog.text and f"{words} the server's" in caplog.text
 
 
 def test_greetings_carry_the_servers_time(toy_federation, caplog):

@@ -28,6 +28,8 @@ from fedloom.site.protocol import Request
 
 MOST_WAITING = 32
 """Jobs that may wait at the same time. A person can look at so many; a server could ask for any number."""
+NOTES = 2**12
+"""Bytes of a request's lines in the book and of the note on what the worker is at, at most."""
 WAITS = "waits for a person at the site"
 SHORT = 8
 """Hex digits by which settings are told apart in a name. Where that is not enough, more may be given."""
@@ -107,6 +109,7 @@ class JobBook:
             return
         job = self.find(asked)
         if job is None:
+            self.check_may_wait(asked)
             self.write_down(asked, now)
         if job is None or job.decision is None:
             name = name_of(asked)
@@ -140,17 +143,20 @@ class JobBook:
                 f"the approval by a person at the site was for {most} rounds, and they are over",
             )
 
-    def write_down(self, asked: Request, now: datetime) -> None:
-        """Keep the settings, and the line that says who asked for what. Raises PolicyRefusal where too many wait."""
+    def check_may_wait(self, asked: Request) -> None:
+        """Raises PolicyRefusal where too many jobs wait, or where there is no room for one more."""
         waiting = sum(job.decision is None and not job.begun for job in self.jobs())
-        if self.ask and waiting >= MOST_WAITING:
+        if waiting >= MOST_WAITING:
             raise PolicyRefusal(
                 f"{waiting} jobs wait: `fedloom site jobs` lists them; refuse those that nobody wants",
                 f"too many jobs wait for a person at the site ({waiting})",
             )
-        content = asked.settings.encode()
         if self.room:
-            self.room(len(content))
+            self.room(len(asked.settings.encode()) + NOTES)
+
+    def write_down(self, asked: Request, now: datetime) -> None:
+        """Keep the settings of a job, and the line that says who asked for what."""
+        content = asked.settings.encode()
         kept = self.requests / f"{digest_of(asked)}.toml"
         if not kept.exists():
             self.requests.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -28,7 +28,7 @@ from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
-from fedloom.site.approval import JobBook
+from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
 from fedloom.site.log_lines import MOST_LOGGED, quote_trace
@@ -119,7 +119,7 @@ class Desk:
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
-            self.keep(place, held, ())
+            self.keep(place, held, (), len(asked.settings.encode()))
         self.jobs.note("begun", asked, self.trail.clock.now())
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
@@ -207,7 +207,7 @@ class Desk:
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
         # A payload is written once more, to the audit record.
-        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
+        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more + NOTES)
         self.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
         self.held = held
