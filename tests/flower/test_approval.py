@@ -99,7 +99,7 @@ def test_an_approval_ends_with_its_rounds(desk):
     ask(desk, "hello"), decide(desk, JOB, rounds=1)
     first = ask(desk, "turn").payloads
     assert first and ask(desk, "turn").payloads == first, "the same bytes again are no further round"
-    over = "the approval by a person at the site was for 1 rounds, and they are over"
+    over = "the approval by a person at the site was for 1 round, and that is over"
     assert error(ask(desk, "turn", round=2, counted=1)) == over
     assert not error(ask(desk, "deliver", counted=1)), "nothing leaves for the result"
     decide(desk, JOB, rounds=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from fedloom.report.numbers import human_bytes
@@ -48,8 +49,6 @@ def rehearsal_rows(played: Rehearsal, seen: Dossier) -> Iterator[Row]:
 
 def overview_rows(here: SiteConfig, seen: Overview) -> Iterator[Row]:
     """How a site stands."""
-    from fedloom.cli.site import local_time
-
     yield "site", here.name
     yield "worker", f"running on {here.socket}" if seen.running else "not running: `fedloom worker SITE.toml` starts it"
     if seen.last is None:
@@ -63,11 +62,16 @@ def overview_rows(here: SiteConfig, seen: Overview) -> Iterator[Row]:
     yield "left in all", f"{seen.updates} updates, {seen.bytes_all:,} bytes"
     if seen.epsilon is not None and here.policy.privacy is not None:
         most = here.policy.privacy.max_epsilon
-        yield "noise", f"ε {seen.epsilon:.3g} spent at δ = {seen.delta:g}" + (f" of {most:g}" if most else "")
+        yield "noise", f"ε {seen.epsilon:.3g}{f' of {most:g}' if most else ''} spent, at δ = {seen.delta:g}"
     limit = here.policy.max_disk
     parts = f"{human_bytes(seen.disk_audit)} the record of what left, {human_bytes(seen.disk_jobs)} of {seen.jobs} jobs"
     yield "disk", f"{human_bytes(seen.disk)}: {parts}" + (f"; the policy allows {limit}" if limit else "")
     yield "waiting", _listed(seen.waiting) or "no job"
+
+
+def local_time(text: str | None) -> str:
+    """A time of the book, as the clock on the wall has it."""
+    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M") if text else ""
 
 
 def _trained(seen: Dossier) -> str:
@@ -87,8 +91,8 @@ def _work(seen: Dossier) -> str:
 def _examples(here: SiteConfig, seen: Dossier) -> str:
     if seen.examples is None:
         return f"cannot be read: {seen.trouble}"
-    drawn = f"; a round draws {seen.drawn:,}, each again only once all were drawn" if seen.drawn else ""
-    return f"{seen.examples:,} of this site take part (those too long for the run fewer){drawn}"
+    drawn = f"; a round uses {seen.drawn:,} of them, none twice before all were used" if seen.drawn else ""
+    return f"{seen.examples:,} of this site may be used, but for those that are too long for the run{drawn}"
 
 
 def _leaving(here: SiteConfig, seen: Dossier) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedloom.cli.dossier import dossier_rows, local_time, overview_rows, rehearsal_rows
 from fedloom.cli.options import AsJson, Set
 from fedloom.records.text import cell, escape_json
 from fedloom.report.numbers import human_bytes
@@ -62,17 +64,16 @@ def jobs(site: File = HERE, as_json: AsJson = False) -> None:
         print(escape_json(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False)))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("job", "state", "asked", "decided", "method", "rounds", "on disk"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("rounds", "on disk") else "left")
+    for name in ("job", "state", "since", "by", "method", "rounds"):
+        table.add_column(name, overflow="fold", no_wrap=name == "job", justify="right" if name == "rounds" else "left")
     for row in rows:
-        decided = f"{local_time(row.decided)} {row.who}".strip()
-        numbers = (str(row.rounds or ""), human_bytes(row.bytes) if row.bytes else "")
-        table.add_row(*map(cell, (row.job, row.standing, local_time(row.asked), decided, row.method, *numbers)))
+        since = local_time(row.decided or row.asked)
+        table.add_row(*map(cell, (row.job, row.standing, since, row.who, row.method, str(row.rounds or ""))))
     if rows:
         screen.print(table)
     waiting = [row for row in rows if row.standing == "waiting"]
     if waiting:
-        _say(f"{len(waiting)} waiting: `fedloom site show {waiting[0].job} --site {site}` says what it is")
+        _say(f"{len(waiting)} waiting: `fedloom site show {waiting[0].job}{_option(site)}` says what it is")
     elif not rows:
         _say(f"{here.name} has been asked for no job yet")
 
@@ -80,7 +81,6 @@ def jobs(site: File = HERE, as_json: AsJson = False) -> None:
 @app.command()
 def show(job: Name, site: Site = HERE, as_json: AsJson = False) -> None:
     """Say what a job is: what it trains, with how much of the data, what leaves, and what that costs."""
-    from fedloom.cli.dossier import dossier_rows
     from fedloom.site.dossier import describe_job
     from fedloom.site.told import read_told
 
@@ -93,8 +93,8 @@ def show(job: Name, site: Site = HERE, as_json: AsJson = False) -> None:
     base = f"{here.model}, the very files that the server has (digest {found.base})"
     print_rows([("job", found.name), ("state", standing_text(here, found)), *dossier_rows(here, seen, base)])
     if found.standing(here.policy.approve == "ask", datetime.now(UTC)) == "waiting":
-        _say(f"allow it: fedloom site approve {found.name} --site {site} [--rounds N] [--until DATE]")
-        _say(f"or not:   fedloom site refuse {found.name} --site {site} [--reason TEXT]")
+        _say(f"allow it: fedloom site approve {found.name}{_option(site)} [--rounds N] [--until DATE]")
+        _say(f"or not:   fedloom site refuse {found.name}{_option(site)} [--reason TEXT]")
 
 
 @app.command()
@@ -149,7 +149,6 @@ def preview(
     ] = False,
 ) -> None:
     """Say before joining what a run would be for this site, and what its policy has against it. Connects to nothing."""
-    from fedloom.cli.dossier import dossier_rows, rehearsal_rows
     from fedloom.flower.settings import shared_settings
     from fedloom.model.identity import base_digest
     from fedloom.records.configfile import load_config
@@ -200,8 +199,6 @@ def status(site: File = HERE, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(asdict(seen), indent=2, ensure_ascii=False))
         return
-    from fedloom.cli.dossier import overview_rows
-
     print_rows(overview_rows(here, seen))
 
 
@@ -238,6 +235,8 @@ def _told(book: JobBook, job: Job) -> tuple[str, int | None]:
 
 def standing_text(here: SiteConfig, job: Job) -> str:
     """How a job stands, in a sentence."""
+    from fedloom.site.approval import count_rounds
+
     said = job.decision
     if said is None:
         ask = here.policy.approve == "ask"
@@ -245,7 +244,7 @@ def standing_text(here: SiteConfig, job: Job) -> str:
         return f"{word}, first asked for {local_time(job.asked)}"
     parts = [f"{said.event} by {said.who}, {local_time(said.time)}"]
     if said.event == "approved":
-        parts.append(f"for {said.rounds} rounds in all" if said.rounds else "for all of its rounds")
+        parts.append(f"for {count_rounds(said.rounds)} in all" if said.rounds else "for all of its rounds")
         parts.append(f"until {local_time(said.until)}" if said.until else "")
     parts.append(f"because: {said.reason}" if said.reason else "")
     parts.append(f"done {local_time(job.done)}" if job.done else "")
@@ -263,17 +262,17 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     screen.print()
 
 
-def local_time(text: str | None) -> str:
-    """A time of the book, as the clock on the wall has it."""
-    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M") if text else ""
-
-
 def _open(path: Path) -> tuple[SiteConfig, JobBook]:
     from fedloom.site.approval import JobBook
     from fedloom.site.config import load_site_config
 
     here = load_site_config(path)
     return here, JobBook(Path(here.state), ask=here.policy.approve == "ask")
+
+
+def _option(site: Path) -> str:
+    """What a command that is printed has to say of the site's file."""
+    return "" if site == HERE else f" --site {shlex.quote(str(site))}"
 
 
 def _user() -> str:

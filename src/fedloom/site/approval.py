@@ -140,7 +140,7 @@ class JobBook:
             raise PolicyRefusal(
                 f"{len(left)} updates of job {job.name} have left, and {most} were approved: `fedloom site approve "
                 f"{job.name} --rounds {most + num_rounds}` allows more",
-                f"the approval by a person at the site was for {most} rounds, and they are over",
+                f"the approval by a person at the site was for {count_rounds(most)}, and that is over",
             )
 
     def check_may_wait(self, asked: Request) -> None:
@@ -241,6 +241,11 @@ class JobBook:
             file.flush()
             os.fsync(file.fileno())
             _hand_over(file.fileno(), self.path.parent)
+
+
+def count_rounds(number: int) -> str:
+    """In words."""
+    return f"{number} round{'s' if number > 1 else ''}"
 
 
 def name_of(asked: Request) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fedloom.errors import FedloomError, SiteError
+from fedloom.errors import FedloomError, PolicyRefusal, SiteError
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
@@ -100,7 +100,8 @@ class Desk:
         except Exception as error:  # a worker outlives every job
             reference = secrets.token_hex(4)
             trace = "" if isinstance(error, FedloomError) else quote_trace(error)
-            log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
+            level = logging.WARNING if isinstance(error, PolicyRefusal) else logging.ERROR
+            log.log(level, "reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
             said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
             said |= {"protocol": SPOKEN.newest, "name": self.site.name}
             if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
@@ -115,12 +116,13 @@ class Desk:
 
     def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
-        compare_clocks(asked, self.trail.clock.now())
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
             self.keep(place, held, (), len(asked.settings.encode()))
-        self.jobs.note("begun", asked, self.trail.clock.now())
+        now = self.trail.clock.now()
+        self.jobs.note("begun", asked, now)
+        compare_clocks(asked, now)
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:

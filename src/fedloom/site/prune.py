@@ -1,4 +1,4 @@
-"""Making room at a site: folders of jobs that are over. The record of what left, and the book of jobs, stay. No torch."""
+"""Making room at a site: folders of jobs that are over go, the record of what left stays. Loads no torch."""
 
 from __future__ import annotations
 
