@@ -191,12 +191,11 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     released = threading.Event()
 
     class Loaded(Desk):
-        def release(self) -> None:
-            self.place = None
+        def release(self, idle_seconds: float = -1.0) -> None:
+            assert idle_seconds == 0.02
             released.set()
 
     desk = Loaded(site("bank", tmp_path))
-    desk.place = object()
     monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
     listener = worker._listening(Path(desk.site.socket))
     thread = threading.Thread(target=_until_closed, args=(listener, desk))
@@ -204,7 +203,6 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     assert released.wait(60)
     listener.close()
     thread.join()
-    assert desk.place is None
 
 
 def _until_closed(listener: socket.socket, desk: Desk) -> None:

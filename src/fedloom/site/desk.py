@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +24,17 @@ from fedloom.errors import FedloomError, PolicyRefusal, SiteError
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
+from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
+from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
 from fedloom.site.log_lines import MOST_LOGGED, quote_trace
 from fedloom.site.order import own_seed
+from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
     check_epochs,
     check_job,
@@ -50,25 +52,16 @@ from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
 from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
+from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
 from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Place:
-    """The job that the site is working for, with everything loaded."""
-
-    job: str
-    settings: str
-    setup: Setup
-    store: Store
-
-
 class Desk:
-    """Answers requests, one at a time. The model stays loaded from one to the next, until `release`.
+    """Answers requests, one at a time. What a job needs stays loaded from one request to the next, until `release`;
+    jobs over one base model share its weights.
 
     assembled: the run's settings → model and examples, where several sites of one process share them. own: the site's
     own trainer, which trains in place of fedloom's, on its own model and examples; SITE.toml's `data` is not read then.
@@ -83,10 +76,19 @@ class Desk:
         state = Path(site.state)
         self.trail = AuditTrail(state / "audit")
         self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
-        self.place: Place | None = None
-        self.held: TurnRecord | None = None
+        self.places = Places()
+        self.shared = SharedBase()
         self._base = ""
-        self._has_loaded = False
+
+    @property
+    def place(self) -> Place | None:
+        """The job that was asked for last."""
+        return self.places.newest
+
+    @property
+    def held(self) -> TurnRecord | None:
+        """The state that this job is in."""
+        return self.place and self.place.held
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
@@ -104,11 +106,13 @@ class Desk:
             log.log(level, "reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
             said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
             said |= {"protocol": SPOKEN.newest, "name": self.site.name}
-            if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
-                said |= {"version": self.held.after.version, "digest": self.held.after.digest}
+            place = self.places.get(asked.job) if asked else None
+            if place is not None and place.held is not None:
+                said |= {"version": place.held.after.version, "digest": place.held.after.digest}
             return Parcel(said)
         finally:
             if asked:
+                self.places.rest(asked.job)
                 note_request(Path(self.site.state), asked, came, self.trail.clock.now())
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
         facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
@@ -210,9 +214,9 @@ class Desk:
             rows = (place.setup.describe(), *rows)
         # A payload is written once more, to the audit record.
         check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more + NOTES)
-        self.held = None  # where writing fails, what is on disk counts, and is read again
+        place.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
-        self.held = held
+        place.held = held
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
@@ -229,17 +233,15 @@ class Desk:
                 "both sides need the same files"
             )
         self.jobs.check(asked, self.trail.clock.now(), delivery=asked.ask == "deliver")
-        place, held = self.place, self.held
-        if place is not None and held is not None and held.round and not place.store.exists():
-            place.store.close()  # the job's folder was taken away meanwhile: it is begun anew
-            held = None
-        if place is None or (place.job, place.settings) != (asked.job, asked.settings):
-            self.release()
-            place, held = self.load_place(asked, config), None
-            self.place = place
+        place = self.places.find(asked.job, asked.settings)
+        if place is None:
+            if self.shared.is_loaded and not self.shared.holds(*base_form(config)):
+                self.release()  # before the weights in another form are loaded beside them
+            place = self.load_place(asked, config)
+            self.let_go(self.places.add(place))
         else:
             check_epochs(self.site.policy, config, self.site.name, self.count_steps(place.setup), asked.round)
-        self.held = held = held or place.store.load() or initial_record(self.site.name, place)
+        place.held = held = place.held or place.store.load() or place.first_record(self.site.name)
         return place, held
 
     def load_place(self, asked: Request, config: Config) -> Place:
@@ -272,8 +274,8 @@ class Desk:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
         mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
         names = sorted(config.federation.participants or ())
-        self._has_loaded = True
-        setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
+        texts = {name: mine if name == self.site.name else [] for name in names}
+        setup = build_setup(config, texts, {}, load=self.shared)
         for text in setup.warnings():
             log.warning(text)
         return setup
@@ -292,28 +294,28 @@ class Desk:
         return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
 
     def close(self) -> None:
-        """Let go of the job's folder; the next request reads what is there then."""
-        if self.place is not None:
-            self.place.store.close()
-        self.place = self.held = None
+        """Let go of the jobs' folders; the next request reads what is there then."""
+        self.places.drop(list(self.places))
 
-    def release(self) -> None:
-        """Let go of model and data as well; the next request loads them again."""
-        if self.place is not None:
-            log.info("model and data of job %s released", self.place.job)
-        self.close()
-        if self._has_loaded:  # collecting goes through all objects of the process, which takes a while
+    def release(self, idle_seconds: float = -1.0) -> None:
+        """Let go of the jobs that nobody has asked for in so many seconds, and with the last one of the base model."""
+        idle = self.places.idle(idle_seconds)
+        if idle:
+            self.let_go(self.places.drop(idle))
+
+    def let_go(self, gone: Sequence[Place]) -> None:
+        """Have the memory back of places that were dropped."""
+        for place in gone:
+            log.info("model and data of job %s released", place.job)
+        has_loaded = self.shared.is_loaded
+        if not self.places:
+            self.shared.release()
+        if gone and has_loaded:  # collecting goes through all objects of the process, which takes a while
             gc.collect()
             torch.cuda.empty_cache()
 
 
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
-
-
-def initial_record(site: str, place: Place) -> TurnRecord:
-    """The state before the first round."""
-    state = start(place.setup.job, place.setup.initial, place.setup.sites[site].ranks)
-    return TurnRecord(0, state, state)
 
 
 def _applied(payload: bytes, version: int) -> bool:

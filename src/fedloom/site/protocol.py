@@ -95,6 +95,8 @@ class Spoken:
 SPOKEN = Spoken(1, 2)
 """1: hello, turn, deliver. 2: numbers of protocols; the server's time; withdrawals, and how long a turn is worth
 beginning."""
+WITHDRAWS = 2
+"""The first protocol in which a site can be asked to withdraw a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +111,15 @@ class Parcel:
 class Request:
     """What the server asks of a site.
 
-    ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer) or
-    "deliver" (bring yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the
-    server's base weights; counted: the last round in which the server counted an update of this site, 0 if none; time:
-    the server's, in seconds since 1970, where it says it.
+    ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer),
+    "withdraw" (leave the turn of `round`: train no further for it, send and keep nothing of it) or "deliver" (bring
+    yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the server's base
+    weights; counted: the last round in which the server counted an update of this site, 0 if none; time: the server's,
+    in seconds since 1970, where it says it; expires: seconds that a turn is worth beginning, from when it was sent.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
-    ask: Literal["hello", "turn", "deliver"]
+    ask: Literal["hello", "turn", "withdraw", "deliver"]
     job: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     settings: Annotated[str, Field(max_length=2**18)]
     base: Digest
@@ -124,6 +127,7 @@ class Request:
     counted: Count = 0
     protocol: Count = 1
     time: Annotated[float, Field(ge=0, le=MOST_TIME, allow_inf_nan=False)] | None = None
+    expires: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,9 @@ class Statement:
     """What a site says beside its payload. Nothing of it is needed, and what is not listed here is not looked at.
 
     name: in answer to "hello"; version, digest: the global state that it holds; loss: mean of its training, None where
-    that is not finite; seconds: of its training; error: why it sends no update; protocol: the newest that it speaks.
+    that is not finite; seconds: of its training; error: why it sends no update; protocol: the newest that it speaks;
+    dropped: that a turn was not trained to its end because the server did not want it any more: it was "withdrawn", or
+    had "expired" before it was begun. That is no error.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
@@ -143,6 +149,7 @@ class Statement:
     seconds: Seconds = 0.0
     error: str | None = None
     protocol: Count = 1
+    dropped: Literal["withdrawn", "expired"] | None = None
 
 
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Request)

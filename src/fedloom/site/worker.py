@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -111,16 +110,13 @@ def _listening(path: Path, group: str | None = None) -> socket.socket:
 
 def _loop(door: Door, desk: Desk, idle_seconds: float) -> None:
     log.info("site %s is ready on %s", desk.site.name, desk.site.socket)
-    busy = time.monotonic()
     while True:
         connection = door.next_caller(TICK_SECONDS)
         if connection is None:
-            if desk.place is not None and time.monotonic() - busy > idle_seconds:
-                desk.release()
+            desk.release(idle_seconds)
             continue
         with connection:
             _serve_one(connection, desk)
-        busy = time.monotonic()
 
 
 def _serve_one(connection: socket.socket, desk: Desk) -> None:
