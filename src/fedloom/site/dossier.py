@@ -26,8 +26,8 @@ from fedloom.records.quantities import parse_bytes
 from fedloom.site.audit import AuditTrail, Line, mu_squared
 from fedloom.site.config import SiteConfig
 from fedloom.site.policy import (
-    check_job,
-    check_method_allowed,
+    check_examples,
+    check_modules,
     check_spending,
     count_drawn,
     setting_checks,
@@ -227,8 +227,8 @@ def _questions(
         if config.training_of(site.name).num_train_epochs is not None:
             yield from step_checks(policy, config, training, rounds)
         if examples is not None:
-            yield partial(check_job, policy, config.method.name, tuple(adapter.ranks), examples, count_drawn(training))
-    yield partial(check_method_allowed, policy, config.method.name)
+            yield partial(check_examples, policy, examples, count_drawn(training))
+    yield partial(check_modules, policy, adapter.ranks)
     yield partial(check_spending, policy, AuditTrail(Path(site.state) / "audit").count_spent("", 0))
 
 

@@ -82,9 +82,8 @@ def step_checks(
         low, high = _rates(training, config.federation.num_rounds, round)
         yield partial(_check_range, "a learning rate", low, "min_learning_rate", policy.min_learning_rate, None)
         yield partial(_check_range, "a learning rate", high, "max_learning_rate", None, policy.max_learning_rate)
-    yield partial(
-        _check_range, "batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None
-    )
+    drawn = count_drawn(training)
+    yield partial(_check_range, "batch · accumulation · steps", drawn, "min_examples_update", least, None)
 
 
 def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: int) -> None:
@@ -109,7 +108,12 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
     the training of a round draws, the same one again only once it has seen all.
     """
     check_method_allowed(policy, method)
-    _check_names(policy, modules)
+    check_modules(policy, modules)
+    check_examples(policy, examples, draws)
+
+
+def check_examples(policy: Policy, examples: int, draws: int) -> None:
+    """Raises PolicyRefusal unless so many examples are enough, of which a round draws so many."""
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
     if min(examples, draws) < policy.min_examples_update:
@@ -198,7 +202,7 @@ def check_may_leave(
         if math.prod(entry.shape) > most or (part == CORE and entry.shape[:1] != (pair.rank,)):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
-    _check_names(policy, {name.rpartition("/")[0] for name in entries})
+    check_modules(policy, {name.rpartition("/")[0] for name in entries})
 
 
 def guard_training(
@@ -256,7 +260,9 @@ def _check_targets(policy: Policy, lora: LoraSettings) -> None:
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
-        _check_names(policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters)))
+        check_modules(
+            policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters))
+        )
 
 
 def _ranks(config: Config) -> Iterator[int]:
@@ -284,7 +290,8 @@ def _rates(training: TrainingSettings, rounds: int, round: int) -> tuple[float, 
     return min(first, last), max(first, last)
 
 
-def _check_names(policy: Policy, modules: Iterable[str]) -> None:
+def check_modules(policy: Policy, modules: Iterable[str]) -> None:
+    """Raises PolicyRefusal for the first module that may not be trained."""
     for module in sorted(modules):
         if policy.modules is not None and not any(_matches(module, pattern) for pattern in policy.modules):
             raise PolicyRefusal(
