@@ -88,7 +88,7 @@ class Desk:
     @property
     def held(self) -> TurnRecord | None:
         """The state that this job is in."""
-        return self.place and self.place.held
+        return None if self.place is None else self.place.held
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
@@ -187,8 +187,8 @@ class Desk:
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
-        privacy = self.site.policy.privacy
-        mu = privacy.mu if privacy else None
+        self.jobs.check(asked, self.trail.clock.now())  # a person may have said no while it trained
+        mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
