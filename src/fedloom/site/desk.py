@@ -192,6 +192,10 @@ class Desk:
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
+    def withdraw(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+        """Nothing is left to withdraw: here a request waits for the one before it."""
+        return Parcel({})
+
     def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step after the last round, and write the result as an adapter."""
         place, held = self.open(asked)
@@ -315,7 +319,7 @@ class Desk:
             torch.cuda.empty_cache()
 
 
-_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
+_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver}
 
 
 def _applied(payload: bytes, version: int) -> bool:
