@@ -11,7 +11,7 @@ import pytest
 
 import toy
 from fedloom.flower.settings import shared_settings
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.ledger import Roll, read_rows
 from fedloom.site.desk import Desk
 from fedloom.site.privacy import Privacy

@@ -21,7 +21,7 @@ from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError
 from fedloom.flower.fleet import Fleet, Grid, Reply
 from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
 from fedloom.flower.settings import check_flower_settings, join_settings
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Training

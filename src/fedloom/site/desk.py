@@ -23,7 +23,7 @@ import torch
 
 from fedloom.errors import ConfigError, FedloomError, SiteError
 from fedloom.methods.method import State
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
