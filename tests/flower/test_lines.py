@@ -6,8 +6,8 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
+import httpx
 import pytest
 import uvicorn
 from benchmarks.link import Lane, Link
@@ -17,16 +17,14 @@ from flwr.app.message import remove_content_from_message
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from fedloom.flower import transfer
 from fedloom.flower.payload import ARRAYS, MOST_PIECES, PIECE, STYPE, Array, pack_parcel, piece_size, unpack_parcel
+from fedloom.flower.transfer import pull_message, push_message
 from fedloom.site.protocol import Parcel
 
 pytestmark = pytest.mark.flower
@@ -81,19 +79,16 @@ class Site:
                 assert self.state.store_object(run, session, name, held.deflate())
 
     def take(self, run: int) -> Message:
-        """What a SuperNode does to have a message."""
+        """What a node does to have a message."""
         bare, tree = self.receive()
-        message = pull_and_inflate_object_from_tree(
-            tree, partial(self.pull, run), partial(self.confirm, run), return_type=Message
-        )
+        message = pull_message(run, tree, self.pull, self.confirm)
         message.metadata.__dict__["_message_id"] = bare.metadata.message_id
         return message
 
-    def answer(self, message: Message, run: int) -> None:
-        """What a SuperNode does with an answer."""
+    def answer(self, message: Message) -> None:
+        """What a node does with an answer."""
         message.metadata.__dict__.update(_message_id=message.object_id, _src_node_id=self.node)
-        wanted, session = self.send(message, get_object_tree(message), 0.0)
-        push_objects(get_all_nested_objects(message), partial(self.push, run, session), object_ids_to_push=wanted)
+        push_message(message, self.send, self.push)
 
     def answered(self, message: Message, run: int) -> Message:
         """The answer as the SuperLink has it."""
@@ -129,13 +124,72 @@ def test_after_a_cut_only_what_was_under_way_is_sent_again(superlink, broken):
         here.post(asked(down_payload, here.node), run)
         arrived.append(here.take(run))
         answer = Message(pack_parcel(Parcel({}, (up_payload,))), reply_to=arrived[0])
-        here.answer(answer, run)
+        here.answer(answer)
         arrived.append(here.answered(answer, run))
     assert [unpack_parcel(message.content).payloads for message in arrived] == [(down_payload,), (up_payload,)]
     assert link.cuts == 1
     for lane, times in ((down, broken == "down"), (up, broken == "up")):
         assert 0 < lane.passed - len(up_payload) <= times * AT_ONCE * PIECE + BESIDE
     assert len(up_payload) > 2 * (AT_ONCE * PIECE + BESIDE), "or all of it might have been sent again"
+
+
+def test_a_piece_whose_receipt_a_cut_swallowed_is_not_sent_again(superlink, monkeypatch):
+    """Flower's client takes the SuperLink's "no such piece to come" for the end of the whole answer."""
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.0)
+    payload, sent, arrived = random.Random(3).randbytes(4 * PIECE), [], []
+    with site(superlink, Lane(FAST, 0.0), Lane(FAST, 0.0)) as (here, _):
+        run = here.run()
+        here.post(asked(b"?", here.node), run)
+        answer = Message(pack_parcel(Parcel({}, (payload,))), reply_to=here.take(run))
+        whole = here.push
+
+        def push(run: int, session: str, name: str, content: bytes) -> None:
+            whole(run, session, name, content)
+            sent.append(name)
+            if len(sent) == 3:
+                whole(run, session, name, content)  # as Flower repeats what was stored, but not acknowledged
+
+        here.push = push
+        here.answer(answer)
+        arrived.append(here.answered(answer, run))
+    assert unpack_parcel(arrived[0].content).payloads == (payload,)
+    assert len(sent) == len(set(sent)) == len(get_all_nested_objects(answer))
+
+
+def test_what_has_been_pulled_is_kept_over_a_break_that_flower_gives_up_at(monkeypatch):
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.0)
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    message = asked(random.Random(4).randbytes(3 * PIECE), 1)
+    contents = {name: held.deflate() for name, held in get_all_nested_objects(message).items()}
+    pulled: list[str] = []
+    confirmed: list[str] = []
+
+    def pull(run: int, name: str) -> bytes:
+        if len(pulled) in (2, 4):
+            pulled.append("broken")
+            raise httpx.ReadError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol")
+        pulled.append(name)
+        return contents[name]
+
+    tree = get_object_tree(message)
+    back = pull_message(1, tree, pull, lambda run, name: confirmed.append(name))
+    assert unpack_parcel(back.content) == unpack_parcel(message.content) and confirmed == [tree.object_id]
+    assert pulled.count("broken") == 2 and sorted({*pulled} - {"broken"}) == sorted(contents)
+    assert len(pulled) <= len(contents) + 2 + 2 * AT_ONCE
+
+
+def test_a_line_that_never_holds_is_given_up(monkeypatch):
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.0)
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    begun: list[Message] = []
+
+    def send(message: Message, tree: object, seconds: float) -> tuple[set[str], str]:
+        begun.append(message)
+        raise httpx.ConnectError("no route")
+
+    with pytest.raises(httpx.ConnectError):
+        push_message(asked(b"x", 1), send, lambda *_: None)
+    assert len(begun) == transfer.TRIES
 
 
 @pytest.mark.parametrize("length", [1, PIECE, PIECE + 1, 3 * PIECE, MOST_PIECES * PIECE, MOST_PIECES * PIECE + 1])
