@@ -24,9 +24,11 @@ from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
+from fedloom.site.gpu import claim_gpu
 from fedloom.site.log_lines import OneLine
 from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, error_parcel, receive_parcel, send_parcel
-
+from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, receive_parcel, send_parcel
+from fedloom.site.systemd import as_service
 log = logging.getLogger("fedloom.worker")
 
 TICK_SECONDS = 1.0
@@ -58,7 +60,9 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
         with _listening(path, site.socket_group) as listener:
             door = Door(listener, token)
             try:
-                _loop(door, Desk(site, own=own), 60 * site.idle_minutes)
+                desk = Desk(claim_gpu(site), own=own)
+                with as_service(f"site {site.name}"):
+                    _loop(door, desk, 60 * site.idle_minutes)
             except _Stop:
                 log.info("the worker ends")
             finally:
