@@ -51,6 +51,7 @@ from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
+from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
@@ -78,6 +79,7 @@ class Desk:
         self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
         self.places = Places()
         self.shared = SharedBase()
+        self.wanted = Wanted()
         self._base = ""
 
     @property
@@ -90,15 +92,22 @@ class Desk:
         """The state that this job is in."""
         return None if self.place is None else self.place.held
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
+    def answer(self, parcel: Parcel, waited: float = 0.0) -> Parcel:
+        """The reply to a request that came `waited` seconds ago.
+
+        Never raises: what goes wrong is logged here and told as the policy allows.
+        """
         began, came = time.perf_counter(), self.trail.clock.now()
         asked: Request | None = None
         try:
             asked = parse_request(parcel.facts, SPOKEN)
             note_request(Path(self.site.state), asked, came)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
-            reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+            with self.wanted.during(asked, waited):
+                reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+        except Dropped as dropped:
+            log.info("the turn was dropped: %s", dropped.why)
+            return Parcel({"dropped": dropped.why, "protocol": SPOKEN.newest})
         except Exception as error:  # a worker outlives every job
             reference = secrets.token_hex(4)
             trace = "" if isinstance(error, FedloomError) else quote_trace(error)
@@ -132,6 +141,7 @@ class Desk:
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step, train, answer; or answer again where this was done before."""
         place, held = self.open(asked)
+        self.wanted.check_time()
         job, current = place.setup.job, held.after
         rounds = place.setup.config.federation.num_rounds
         if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
@@ -174,15 +184,18 @@ class Desk:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
             trained = step(state, round, seed)
+            still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
             return replace(trained, steps=0) if hidden else trained
 
         epochs = place.setup.config.training_of(self.site.name).num_train_epochs
         hidden = policy.declared_examples is not None and epochs is not None
+        still_wanted = self.wanted.guard()
+        interrupt = self.wanted.guard(limit_time(policy))
         if self.own_trainer is None:
-            step = place.setup.train(self.site.name, limit_time(policy))
+            step = place.setup.train(self.site.name, interrupt)
         else:
-            step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
+            step = self.own_trainer.for_task(place.setup.task(self.site.name, interrupt))
         return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
@@ -193,7 +206,7 @@ class Desk:
         return Parcel(json.loads(held.facts), (held.payload,))
 
     def withdraw(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
-        """Nothing is left to withdraw: here a request waits for the one before it."""
+        """Nothing is left to withdraw: while a turn trains, `wanted` takes its withdrawal."""
         return Parcel({})
 
     def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
