@@ -10,16 +10,15 @@ import gc
 import hashlib
 import json
 import logging
-import math
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedloom.errors import FedloomError, SiteError
+from fedloom.errors import SiteError
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
@@ -27,10 +26,10 @@ from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn
+from fedloom.rounds.turns import Train, Trained, accept, client_turn
+from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.log_lines import MOST_LOGGED, quote_trace
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
@@ -43,11 +42,13 @@ from fedloom.site.policy import (
     count_drawn,
     guard_training,
     limit_time,
-    text_for_server,
 )
+from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
+from fedloom.site.replies import facts_of, reply_error
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
+from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
@@ -70,9 +71,12 @@ class Desk:
         self.site = site
         self.own_trainer = own
         self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
-        self.trail = AuditTrail(Path(site.state) / "audit")
+        state = Path(site.state)
+        self.trail = AuditTrail(state / "audit")
+        self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
         self.places = Places()
         self.shared = SharedBase()
+        self.wanted = Wanted()
         self._base = ""
 
     @property
@@ -83,29 +87,30 @@ class Desk:
     @property
     def held(self) -> TurnRecord | None:
         """The state that this job is in."""
-        return self.place and self.place.held
+        return None if self.place is None else self.place.held
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
-        began = time.perf_counter()
+    def answer(self, parcel: Parcel, waited: float = 0.0) -> Parcel:
+        """The reply to a request that came `waited` seconds ago.
+
+        Never raises: what goes wrong is logged here and told as the policy allows.
+        """
+        began, came = time.perf_counter(), self.trail.clock.now()
         asked: Request | None = None
         try:
             asked = parse_request(parcel.facts, SPOKEN)
+            note_request(Path(self.site.state), asked, came)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
-            reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+            with self.wanted.during(asked, waited):
+                reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+        except Dropped as dropped:
+            log.info("the turn was dropped: %s", dropped.why)
+            return Parcel({"dropped": dropped.why, "protocol": SPOKEN.newest})
         except Exception as error:  # a worker outlives every job
-            reference = secrets.token_hex(4)
-            trace = "" if isinstance(error, FedloomError) else quote_trace(error)
-            log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
-            said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
-            said |= {"protocol": SPOKEN.newest, "name": self.site.name}
-            place = self.places.get(asked.job) if asked else None
-            if place is not None and place.held is not None:
-                said |= {"version": place.held.after.version, "digest": place.held.after.digest}
-            return Parcel(said)
+            return reply_error(self.site, error, self.places.get(asked.job) if asked else None)
         finally:
             if asked:
                 self.places.rest(asked.job)
+                note_request(Path(self.site.state), asked, came, self.trail.clock.now())
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
         facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
         return Parcel({**reply.facts, **facts}, reply.payloads)
@@ -115,12 +120,16 @@ class Desk:
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
-            self.keep(place, held, ())
+            self.keep(place, held, (), len(asked.settings.encode()))
+        now = self.trail.clock.now()
+        self.jobs.note("begun", asked, now)
+        compare_clocks(asked, now)
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
     def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step, train, answer; or answer again where this was done before."""
         place, held = self.open(asked)
+        self.wanted.check_time()
         job, current = place.setup.job, held.after
         rounds = place.setup.config.federation.num_rounds
         if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
@@ -136,12 +145,13 @@ class Desk:
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
-        self.check_room(place, TurnRecord(asked.round, state, state).room)
+        self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
+        self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
         check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
-        facts = json.dumps(_facts(done)).encode()
+        facts = json.dumps(facts_of(done)).encode()
         held = TurnRecord(asked.round, state, done.state, facts, done.payload, "".join(charges))
         rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         trained = done.trained
@@ -163,26 +173,29 @@ class Desk:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
             trained = step(state, round, seed)
+            still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
             return replace(trained, steps=0) if hidden else trained
 
         epochs = place.setup.config.training_of(self.site.name).num_train_epochs
         hidden = policy.declared_examples is not None and epochs is not None
+        still_wanted = self.wanted.guard()
+        interrupt = self.wanted.guard(limit_time(policy))
         if self.own_trainer is None:
-            step = place.setup.train(self.site.name, limit_time(policy))
+            step = place.setup.train(self.site.name, interrupt)
         else:
-            step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
+            step = self.own_trainer.for_task(place.setup.task(self.site.name, interrupt))
         return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
-        privacy = self.site.policy.privacy
-        mu = privacy.mu if privacy else None
+        self.jobs.check(asked, self.trail.clock.now())  # a person may have said no while it trained
+        mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
     def withdraw(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
-        """Nothing is left to withdraw: here a request waits for the one before it."""
+        """Nothing is left to withdraw: while a turn trains, `wanted` takes its withdrawal."""
         return Parcel({})
 
     def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
@@ -198,21 +211,21 @@ class Desk:
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
+        self.jobs.note("done", asked, self.trail.clock.now())
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
-        place.store.most = max(place.store.most, held.room)
-        self.check_room(place, held.room + more)
+        self.check_room(place, held, more)
         place.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
         place.held = held
 
-    def check_room(self, place: Place, least: int) -> None:
-        """Raises PolicyRefusal unless there is room for so many bytes, and for the largest record of the job so far."""
-        check_room(self.site.policy, Path(self.site.state), max(least, place.store.most))
+    def check_room(self, place: Place, held: TurnRecord, more: int = 0) -> None:
+        """Raises PolicyRefusal unless there is room for a record, or for the largest of the job so far, and more."""
+        check_room(self.site.policy, Path(self.site.state), place.store.count_room(held) + more + NOTES)
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
@@ -228,6 +241,7 @@ class Desk:
                 f"the server's base model has digest {asked.base!r}, the one in {self.site.model} has {self._base}: "
                 "both sides need the same files"
             )
+        self.jobs.check(asked, self.trail.clock.now(), delivery=asked.ask == "deliver")
         place = self.places.find(asked.job, asked.settings)
         if place is None:
             if self.shared.is_loaded and not self.shared.holds(*base_form(config)):
@@ -317,9 +331,3 @@ def _applied(payload: bytes, version: int) -> bool:
     """Whether this change was applied before: it was sent again because nobody knew."""
     header = read_header(payload)
     return header.kind == "change" and header.base_version < version
-
-
-def _facts(done: ClientTurn) -> dict[str, Fact]:
-    trained = done.trained
-    loss = trained.loss if math.isfinite(trained.loss) else None
-    return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}

@@ -33,6 +33,12 @@ class Place:
     held: TurnRecord | None = None
     used: float = field(default_factory=time.monotonic)
 
+    def look(self) -> None:
+        """Where the job's folder was taken away meanwhile (`fedloom site prune`), the job is begun anew."""
+        if self.held is not None and self.held.round and not self.store.exists():
+            self.store.close()
+            self.held = None
+
     def first_record(self, site: str) -> TurnRecord:
         """The state before the first round."""
         state = start(self.setup.job, self.setup.initial, self.setup.sites[site].ranks)
@@ -67,6 +73,7 @@ class Places:
             return None
         del self._by_job[job]
         self._by_job[job] = place
+        place.look()
         return place
 
     def rest(self, job: str) -> None:

@@ -6,7 +6,7 @@ A parcel is a few named facts and any number of payloads. On the socket it is
 
 A request has a greeting of fixed size before it, so that the worker knows whom it hears before it reads more:
 
-    magic "FLWT" | SHA-256 of the token, 32 bytes
+    magic "FLWT", or "FLWU" before a withdrawal | SHA-256 of the token, 32 bytes
 
 Every length is checked before anything of that length is read. This module loads no torch: the shim is started anew
 for every message.
@@ -38,6 +38,8 @@ from fedloom.records.text import to_printable
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
 GREETING = b"FLWT"
+URGENT = b"FLWU"
+"""Greets in place of `GREETING` where a withdrawal follows, which a worker takes while it trains."""
 GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
 """Bytes of a parcel's facts: the settings of a run take a few KiB."""
@@ -228,16 +230,16 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     return tuple(pieces)
 
 
-def greeting(token: str) -> bytes:
+def greeting(token: str, *, urgent: bool = False) -> bytes:
     """What a caller shows first. A digest has one length, and holds no text that could fail to decode."""
-    return GREETING + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+    return (URGENT if urgent else GREETING) + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
 def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
     """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is not a reply."""
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
-        connection.sendall(greeting(token))
+        connection.sendall(greeting(token, urgent=parcel.facts.get("ask") == "withdraw"))
         send_parcel(connection, parcel)
     return receive_parcel(connection)
 

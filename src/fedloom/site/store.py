@@ -97,8 +97,13 @@ class Store:
             payload=held.blobs.get("payload", b""),
             charge=held.facts["charge"],
         )
-        self.most = max(self.most, record.room)
+        self.count_room(record)
         return record
+
+    def count_room(self, held: TurnRecord) -> int:
+        """Bytes that this record takes, or the largest so far, which the next one may take as well."""
+        self.most = max(self.most, held.room)
+        return self.most
 
     def save(self, held: TurnRecord, rows: Iterable[Row] = ()) -> None:
         """Have it on disk, whole, with these rows at the end of the ledger, or neither of the two.
