@@ -72,7 +72,8 @@ def run_federation(
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         ends = {} if number is None else certificate_ends(config.flower)
-        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet), ends).play(resume)
+        sites = FlowerSites(setup, fleet, simulated=number is None)
+        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
