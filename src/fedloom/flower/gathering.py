@@ -142,7 +142,10 @@ class Gathering:
 
     def take_answer(self, site: str, reply: Reply) -> None:
         """The answer to a turn of this round."""
-        if site in self.answers or reply.gone:
+        if reply.gone:
+            return
+        if site in self.answers:  # it was asked twice, because its node seemed lost: its bytes have travelled twice
+            self.stray(reply)
             return
         try:
             self.answers[site] = self.check(site, reply)
