@@ -40,8 +40,9 @@ class ServerLog:
 
 
 def log_level(row: Row) -> str:
-    """ "error" for the end of a run that failed; "warning" for one that was interrupted, a note, a site that failed or is
-    missing or came late.
+    """The level: "error" for the end of a run that failed.
+
+    "warning" for one that was interrupted, a note, and a site that failed, is missing or came late.
     """
     match row:
         case End(status="failed"):
