@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +91,10 @@ class Onlooker:
             self.view.loading = f"run {self.number} is running …"
 
     def lost(self, error: RoundError, command: Command) -> RunState:
-        """How a run ended whose SuperLink was lost on the way, by its folder. Raises RoundError where it is not seen."""
+        """How a run ended whose SuperLink was lost on the way, by its folder.
+
+        Raises RoundError where that is not to be seen.
+        """
         from fedloom.flower.launch import RunState
 
         if not self.number:
@@ -140,19 +142,23 @@ def submit_run(
     check_installed("flower", "flwr")
     check_flower_settings(config)
     check_folder(config, command, resume=resume, force=force)
-    with watch(console, "submitting …") as view:
-        onlooker = Onlooker(view, LedgerFeed(view, command.folder), command.folder)
-        with _leaving(onlooker, console, command):
+    number = 0
+    try:
+        with watch(console, "submitting …") as view:
+            onlooker = Onlooker(view, LedgerFeed(view, command.folder), command.folder)
             try:
                 with launch.open_control(config) as client:
-                    onlooker.submitted(launch.submit(client, config, command.folder, resume, force))
-                    state = None if detach else launch.wait_for_end(client, onlooker.number, onlooker.look)
+                    number = launch.submit(client, config, command.folder, resume, force)
+                    onlooker.submitted(number)
+                    state = None if detach else launch.wait_for_end(client, number, onlooker.look)
             except RoundError as error:
                 state = onlooker.lost(error, command)
-        onlooker.feed.close()
+            onlooker.feed.close()
+    except KeyboardInterrupt:  # leaves the run
+        leave(console, command, number)
+        raise typer.Exit(130) from None
     if state is None:
-        console.print(cell(f"run {onlooker.number} goes on at the SuperLink"))
-        say_ways(console, command, onlooker.number)
+        leave(console, command, number)
     else:
         close_run(console, command, onlooker, state)
 
@@ -210,23 +216,12 @@ def _way_on(command: Command, began: bool) -> str:
     return f"\ngo on with: {command.again}" if began else ""
 
 
-@contextmanager
-def _leaving(onlooker: Onlooker, console: Console, command: Command) -> Iterator[None]:
-    """Ctrl-C leaves the run."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        number = onlooker.number
-        if number:
-            console.print(cell(f"detached: run {number} goes on at the SuperLink", "yellow"))
-            say_ways(console, command, number)
-        else:
-            console.print(cell("interrupted before the run was submitted", "yellow"))
-        raise typer.Exit(130) from None
-
-
-def say_ways(console: Console, command: Command, number: int) -> None:
-    """What can be done with a run that goes on elsewhere."""
+def leave(console: Console, command: Command, number: int) -> None:
+    """Say what can be done with a run that goes on without this terminal. number: 0 where it was not submitted."""
+    if not number:
+        console.print(cell("interrupted before the run was submitted", "yellow"))
+        return
+    console.print(cell(f"detached: run {number} goes on at the SuperLink", "yellow"))
     ways = {
         "look again": shlex.join(["fedloom", "status", str(command.folder)]),
         "stop it": command.stop(number),
