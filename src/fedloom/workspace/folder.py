@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -137,11 +138,12 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ledger.close()
-        self._log.close()
-        if error is not None and not self.ledger.rows:  # set-up failed: as if the run had never been asked for
-            clear_folder(self.path)
-        self._lock.close()
+        with ExitStack() as closing:  # from the last to the first, whatever one of them raises: a full disk, say
+            closing.callback(self._lock.close)
+            if error is not None and not self.ledger.rows:  # set-up failed: as if the run had never been asked for
+                closing.callback(clear_folder, self.path)
+            closing.callback(self._log.close)
+            closing.callback(self.ledger.close)
 
 
 def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
