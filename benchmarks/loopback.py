@@ -17,6 +17,7 @@ from typing import Self
 from fedloom.deploy import federation
 from fedloom.errors import RoundError
 from fedloom.flower import launch
+from fedloom.flower.nodes import register_node
 from fedloom.records.config import Config
 
 PATIENCE = 240.0
@@ -106,7 +107,7 @@ class Loopback:
         self.superlink()
         with launch.open_control(config) as client:
             for site in registered:
-                launch.register(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
+                register_node(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
         for site in registered:
             self.supernode(site)
 
