@@ -92,7 +92,7 @@ def test_no_name_is_code_for_a_terminal(name: str, text: str):
     for shown in (
         live(name, text),
         closing_tables(report),
-        render_rows(rows(name, text), 3.0),
+        render_rows(rows(name, text), standing(rows(name, text))),
         comparison_table(found),
     ):
         assert is_tame(screened(shown))
@@ -198,7 +198,7 @@ def test_a_markdown_cell_is_written_so_that_it_shows():
 
 @given(WHOLE, WHOLE)
 def test_metrics_are_well_formed_and_tame(name: str, text: str):
-    written = prometheus_text(rows(name, text))
+    written = prometheus_text(rows(name, text), name, 1e9)
     assert is_tame(written)
     assert samples(written)["fedloom_retries_total", _labels(written, "fedloom_retries_total")] == 2
     series = [line.rpartition(" ")[0] for line in written.splitlines() if not line.startswith("#")]

@@ -61,51 +61,51 @@ def samples(text):
 
 
 def test_rounds_bytes_and_failures_are_those_of_the_ledger():
-    found = samples(prometheus_text(LOCAL))
-    base = 'method="fedsrd"'
+    found = samples(prometheus_text(LOCAL, "r", 1e9))
+    base = 'run="r",method="fedsrd"'
     assert found["fedloom_rounds_done_total", f"{{{base}}}"] == 2
-    assert found["fedloom_payload_bytes_total", f'{{{base},client="ada",direction="up"}}'] == 600
-    assert found["fedloom_payload_bytes_total", f'{{{base},client="bob",direction="down"}}'] == 170
+    assert found["fedloom_payload_bytes_total", f'{{{base},site="ada",direction="up"}}'] == 600
+    assert found["fedloom_payload_bytes_total", f'{{{base},site="bob",direction="down"}}'] == 170
     assert found["fedloom_payloads_total", f"{{{base}}}"] == 7
-    assert found["fedloom_failures_total", f'{{{base},client="bob"}}'] == 1
-    assert found["fedloom_failures_total", f'{{{base},client="ada"}}'] == 0
+    assert found["fedloom_failures_total", f'{{{base},site="bob"}}'] == 1
+    assert found["fedloom_failures_total", f'{{{base},site="ada"}}'] == 0
     assert found["fedloom_exact_match", f'{{{base},domain="x"}}'] == 0.25
-    assert found["fedloom_training_loss", f'{{{base},client="ada"}}'] == 0.125
+    assert found["fedloom_training_loss", f'{{{base},site="ada"}}'] == 0.125
     assert found["fedloom_training_seconds_total", f"{{{base}}}"] == 5
 
 
 def test_a_roll_is_believed_and_retries_and_late_answers_are_counted():
-    found = samples(prometheus_text(ACROSS))
-    base = 'method="fedsrd"'
+    found = samples(prometheus_text(ACROSS, "r", 1e9))
+    base = 'run="r",method="fedsrd"'
     assert found["fedloom_retries_total", f"{{{base}}}"] == 2
     assert found["fedloom_late_answers_total", f"{{{base}}}"] == 1
-    assert found["fedloom_failures_total", f'{{{base},client="bob"}}'] == 1
-    assert found["fedloom_answers_total", f'{{{base},client="bob"}}'] == 1
+    assert found["fedloom_failures_total", f'{{{base},site="bob"}}'] == 1
+    assert found["fedloom_answers_total", f'{{{base},site="bob"}}'] == 1
 
 
 def test_names_that_would_break_a_line_are_escaped():
     odd = 'a"b\\c\nd'
     found = samples(
-        prometheus_text([RUN, Transfer(1, odd, "up", "update", 3), Transfer(1, odd + "\n", "up", "update", 4)])
+        prometheus_text([RUN, Transfer(1, odd, "up", "update", 3), Transfer(1, odd + "\n", "up", "update", 4)], "r", 1e9)
     )
     told = [labels for name, labels in found if name == "fedloom_payload_bytes_total" and 'direction="up"' in labels]
-    assert len(set(told)) == 2 and all('client="a\\"b\\\\c\\\\nd' in labels for labels in told)
+    assert len(set(told)) == 2 and all('site="a\\"b\\\\c\\\\nd' in labels for labels in told)
 
 
 def test_every_held_out_score_is_a_metric():
     row = Evaluation(2, "bank", 0.0, 2.0, examples=5, tokens=30, bytes=60, metrics={"chrf": 0.25})
-    lines = prometheus_text([*LOCAL, row]).splitlines()
-    where = 'method="fedsrd",domain="bank"'
+    lines = prometheus_text([*LOCAL, row], "r", 1e9).splitlines()
+    where = 'run="r",method="fedsrd",domain="bank"'
     assert f"fedloom_exact_match{{{where}}} 0" in lines
     assert f"fedloom_heldout_loss{{{where}}} 2" in lines
     assert f"fedloom_heldout_bits_per_byte{{{where}}} {row.bits_per_byte!r}" in lines
     assert f'fedloom_heldout_metric{{{where},metric="chrf"}} 0.25' in lines
-    assert not any("heldout_metric" in line for line in prometheus_text(LOCAL).splitlines())
+    assert not any("heldout_metric" in line for line in prometheus_text(LOCAL, "r", 1e9).splitlines())
 
 
 def test_a_ledger_without_a_run_has_no_metrics():
     with pytest.raises(CheckpointError, match="first row"):
-        prometheus_text(LOCAL[1:])
+        prometheus_text(LOCAL[1:], "r", 1e9)
 
 
 def test_who_was_asked_in_vain_is_known_before_and_after_the_round_is_over():

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
 
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
+from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
@@ -53,20 +54,25 @@ def run_federation(
     force: bool = False,
     observer: Observer | None = None,
     notes: Sequence[str] = (),
+    number: int | None = None,
 ) -> RunSummary:
     """Play the run with the sites that `grid` reaches, leaving its results in `out`. notes: known of their data.
+
+    number: what the SuperLink calls the run, by which it can be stopped; None where there is no SuperLink.
 
     Sites hold a job to the rounds that it began with: a run cannot be given more.
     """
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
+        keep_number(folder.path, number)
         told = [*notes]
         heldout = heldout_examples(config.data, told.append)
         nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
         setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
-        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)
+        ends = {} if number is None else certificate_ends(config.flower)
+        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet), ends).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -299,4 +305,5 @@ def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
     told, out = context.run_config, Path(str(context.run_config["out"]))
     settings = join_settings(str(told["settings"]), str(told["own"]))
-    run_federation(grid, settings, out, resume=bool(told["resume"]), force=bool(told.get("force", False))).check()
+    resume, force = bool(told["resume"]), bool(told.get("force", False))
+    run_federation(grid, settings, out, resume=resume, force=force, number=context.run_id).check()

@@ -167,8 +167,9 @@ class Ledger:
             line = dump_row(row) + b"\n"
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
+        self._file.write(line)
+        self._file.flush()  # whoever follows the run from another process sees each row at once
         self._count([row])
         if self._told:
             self._told(row)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
@@ -88,10 +89,21 @@ class Sites(Protocol):
 
 
 class Rounds:
-    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded."""
+    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, sites: Sites) -> None:
+    certificates: see `session.Session`.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        observer: Observer,
+        sites: Sites,
+        certificates: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.setup = setup
+        self.certificates = certificates
         self.folder = folder
         self.observer = observer
         self.sites = sites
