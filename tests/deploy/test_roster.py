@@ -167,7 +167,9 @@ def test_register_sh_calls_the_command(made, tmp_path):
     (programs / "fedloom").write_text('#!/bin/sh\necho "$@" in "$PWD"\n')
     (programs / "fedloom").chmod(0o755)
     environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
-    said = subprocess.run([made / "server" / "register.sh"], env=environment, check=True, capture_output=True, text=True)
+    said = subprocess.run(
+        [made / "server" / "register.sh"], env=environment, check=True, capture_output=True, text=True
+    )
     assert said.stdout == f"federation register . in {made / 'server'}\n"
 
 
