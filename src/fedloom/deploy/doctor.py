@@ -84,7 +84,7 @@ def check_server(folder: Path, online: bool) -> list[Check]:
         found.append(fail("certificate", str(error), "fedloom federation renew DIR"))
     found.append(try_check("ca.pem", "take it from ca/ again", lambda: machine.check_authority(folder / "ca.pem")))
     found.append(try_check("sites", "fedloom federation rotate DIR NAME", lambda: check_sites(folder)))
-    found.append(try_check("flwr", "put its absolute path into flwr/config.toml", lambda: check_connection(folder)))
+    found.append(try_check("connection", "put its absolute path into flwr/config.toml", lambda: check_connection(folder)))
     if (folder / "state").exists():
         found.append(
             try_check("state", "run the doctor as the SuperLink's user", lambda: check_database(folder / "state"))
@@ -169,8 +169,8 @@ def check_connection(folder: Path) -> Check:
     settings = tomllib.loads((folder / "flwr" / "config.toml").read_text(encoding="utf-8"))
     named = Path(settings["superlink"]["federation"]["root-certificates"])
     if not named.is_file():
-        return fail("flwr", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
-    return ok("flwr", f"flwr/config.toml names {named}")
+        return fail("connection", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
+    return ok("connection", f"flwr/config.toml names {named}")
 
 
 def check_database(state: Path) -> Check:
