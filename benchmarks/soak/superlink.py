@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +47,9 @@ class Letter:
 
 @dataclass(frozen=True)
 class Carried:
-    """A parcel that the link carried. what: digest of its payloads together, "" where there are none."""
+    """A parcel that the link carried. what: digest of its payloads together, "" where there are none; fetched: session of
+    the server, and in which look for answers.
+    """
 
     site: str
     ask: str
@@ -55,7 +57,7 @@ class Carried:
     bytes: int
     what: str
     spoilt: bool = False
-    late: bool = False
+    fetched: tuple[int, int] = (0, 0)
 
 
 @dataclass(eq=False)
@@ -78,6 +80,7 @@ class Link:
     spoil_up: set[str] = field(default_factory=set)
     spoil_down: set[str] = field(default_factory=set)
     session: int = 0
+    looks: int = 0
     away: bool = False
     _count: int = 0
     _answers: list[tuple[float, Letter, Message, Carried | None]] = field(default_factory=list)
@@ -127,7 +130,9 @@ class Link:
         asked, now = set(message_ids), self.machines.timeline.now
         due = [answer for answer in self._answers if answer[0] <= now and answer[1].identifier in asked]
         self._answers = [answer for answer in self._answers if answer not in due]
-        self.taken += [told for _, _, _, told in due if told is not None]
+        self.looks += 1
+        fetched = (self.session, self.looks)
+        self.taken += [replace(told, fetched=fetched) for _, _, _, told in due if told is not None]
         return [message for _, _, message, _ in due]
 
     def answer(self, node: SimNode, letter: Letter, reply: Message, lost: bool = False) -> None:
