@@ -21,6 +21,8 @@ ROOMS = [
 LOGGED = {"note", "warning", "error", "exception"}
 CHECKED = {"fail", "warn"}
 """What makes a line of the doctor: name, what was found, what to do."""
+EXPLAIN = {"flower"}
+"""Rooms whose functions give back reasons."""
 ELSEWHERE = {
     "cli/main.py: … exists already; give another name: fedloom init other.toml",  # `fedloom init`, no federation
 }
@@ -49,8 +51,9 @@ def choices(node: ast.expr) -> list[ast.expr]:
     return [*choices(node.body), *choices(node.orelse)] if isinstance(node, ast.IfExp) else [node]
 
 
-def texts(tree: ast.Module) -> Iterator[str]:
-    """What is raised, noted, logged, told as an error or found by a check; and sentences that functions give back."""
+def texts(tree: ast.Module, explains: bool) -> Iterator[str]:
+    """What is raised, noted, logged, told as an error or found by a check; and sentences that functions give back where
+    they explain."""
     for node in ast.walk(tree):
         found: list[ast.expr] = []
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -63,6 +66,8 @@ def texts(tree: ast.Module) -> Iterator[str]:
             found = node.args
         elif isinstance(node, ast.Dict):
             found = [value for key, value in zip(node.keys, node.values, strict=True) if key and words(key) == "error"]
+        elif isinstance(node, ast.Return) and node.value is not None and explains:
+            found = [node.value]
         for one in found:
             yield from (words(choice) for choice in choices(one))
 
@@ -71,7 +76,8 @@ def messages() -> dict[str, str]:
     """Message → a file that has it. A message has three words of its own at least: the rest are names and wholes."""
     found: dict[str, str] = {}
     for path in ROOMS:
-        for text in texts(ast.parse(path.read_text(encoding="utf-8"))):
+        explains = path.parent.name in EXPLAIN
+        for text in texts(ast.parse(path.read_text(encoding="utf-8")), explains):
             plain = " ".join(text.replace("`", "").split())
             if len(re.findall(r"[\w'-]+", plain)) > 2 and f"{path.relative_to(SOURCE)}: {plain}" not in ELSEWHERE:
                 found.setdefault(plain, str(path.relative_to(SOURCE)))
