@@ -68,7 +68,7 @@ class Loopback:
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process in a session of its own, in the environment that Flower and fedloom need."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        source = str(Path(__file__).parents[2])
+        source = str(Path(__file__).parents[1] / "src")
         environment = {**os.environ, **launch.QUIET, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
         with self.log(name).open("a") as log:
             self.started[name] = subprocess.Popen(

@@ -140,7 +140,11 @@ def check_records(soak: Soak) -> Iterator[str]:
         rounds = Counter(round for round, _ in held)
         yield from (f"{node.site.name}: {times} different payloads of round {round} left"
                     for round, times in rounds.items() if times > 1)  # fmt: skip
-        own = {(row.round, row.bytes) for row in site_rows(soak, node) if isinstance(row, Transfer) and row.direction == "up"}
+        own = {
+            (row.round, row.bytes)
+            for row in site_rows(soak, node)
+            if isinstance(row, Transfer) and row.direction == "up"
+        }
         yield from (f"{node.site.name}: round {line.round} left and is not in its ledger"
                     for line in lines if line.payload and (line.round, line.bytes) not in own)  # fmt: skip
 

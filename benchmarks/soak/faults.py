@@ -192,6 +192,8 @@ def revoke_key(hand: Hand) -> str:
     node, link = hand.node, hand.link
     node.registered = False
     node.lose()
+    for letter in node.inbox:
+        node.lose_letter(letter)
     node.inbox.clear()
 
     def register() -> None:

@@ -26,7 +26,6 @@ from fedloom.records.configfile import load_config
 from fedloom.records.events import RunSummary
 from fedloom.records.ledger import Roll, Row, read_rows
 from fedloom.records.session import End
-from fedloom.server.loop import Rounds
 from fedloom.site.config import SiteConfig
 from fedloom.site.rules import Policy
 from fedloom.testbeds import testbed_folder

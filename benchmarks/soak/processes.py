@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 
 from benchmarks.loopback import Loopback, until
-from benchmarks.soak.play import Size, attendance
-from benchmarks.soak.realfaults import FAULTS, Hands
-from benchmarks.soak.realchecks import check_all
-from benchmarks.soak.replay import replay
 from benchmarks.soak.line import Line
+from benchmarks.soak.play import Size, attendance
+from benchmarks.soak.realchecks import check_all
+from benchmarks.soak.realfaults import FAULTS, Hands
+from benchmarks.soak.replay import replay
 from fedloom.errors import FedloomError
 from fedloom.flower import launch
 from fedloom.records.config import Config

@@ -51,7 +51,9 @@ def check_attendance(out: Path, size: Size, told: Told) -> Iterator[str]:
     """A site that nothing befell lately is counted."""
     for round, sites in attendance(read_rows(out / "ledger.jsonl")).items():
         lately = [one for one in told if round - RECOVERY <= one["round"] <= round]
-        away = {one["site"] for one in lately} | (set(size.names) if any(o["fault"] in SERVERS for o in lately) else set())
+        away = {one["site"] for one in lately} | (
+            set(size.names) if any(o["fault"] in SERVERS for o in lately) else set()
+        )
         yield from (f"round {round}: {site} was not counted, and nothing had befallen it"
                     for site in size.names if site not in sites and site not in away)  # fmt: skip
 
@@ -61,10 +63,18 @@ def check_turns(out: Path, states: Mapping[str, Path], job: str) -> Iterator[str
     rows = read_rows(out / "ledger.jsonl")
     counted = Counter((row.client, row.round) for row in rows if isinstance(row, Training))
     for round, sites in attendance(rows).items():
-        yield from (f"round {round}: {counted[site, round]} trainings of {site}" for site in sites if counted[site, round] != 1)
+        yield from (
+            f"round {round}: {counted[site, round]} trainings of {site}" for site in sites if counted[site, round] != 1
+        )
     for site, state in states.items():
-        own = Counter(row.round for row in read_rows(state / "jobs" / job / "ledger.jsonl") if isinstance(row, Training))
-        yield from (f"round {round}: {times} rows of training in {site}'s own ledger" for round, times in own.items() if times > 1)
+        own = Counter(
+            row.round for row in read_rows(state / "jobs" / job / "ledger.jsonl") if isinstance(row, Training)
+        )
+        yield from (
+            f"round {round}: {times} rows of training in {site}'s own ledger"
+            for round, times in own.items()
+            if times > 1
+        )
 
 
 def check_bytes(out: Path, states: Mapping[str, Path]) -> Iterator[str]:

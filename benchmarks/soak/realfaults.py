@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.deploy.certificates import certificate_pem, new_key, new_server, node_key_pair, read_certificate, read_key
 from fedloom.flower import launch
+from fedloom.flower.nodes import list_nodes, register_node, unregister_node
 from fedloom.records.config import Config
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ FAKETIME = [Path("/usr/lib") / machine / "faketime/libfaketime.so.1" for machine
 OTHER_VERSION = """
 import sys
 from fedloom.site import protocol
-protocol.PROTOCOL += 1
-protocol.OLDEST_PROTOCOL = protocol.PROTOCOL
+protocol.SPOKEN = protocol.Spoken(protocol.SPOKEN.newest + 1, protocol.SPOKEN.newest + 1)
 from fedloom.cli.main import main
 sys.argv = ["fedloom", "worker", sys.argv[1]]
 main()
@@ -217,13 +217,11 @@ def wrong_version(hands: Hands, site: str) -> str:
 
 def revoke_key(hands: Hands, site: str) -> str:
     """The node is unregistered, and registered with a new key."""
-    from flwr.proto.control_pb2 import ListNodesRequest, UnregisterNodeRequest
-
     home = hands.federation.folder / "fed/sites" / site
     with launch.open_control(hands.config) as client:
-        for node in client.ListNodes(ListNodesRequest()).nodes_info:
-            if node.name == site:
-                client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+        for node in list_nodes(client):
+            if node.name == site and node.status != "unregistered":
+                unregister_node(client, node.node_id)
     hands.down.add(site)
 
     def register() -> None:
@@ -231,7 +229,7 @@ def revoke_key(hands: Hands, site: str) -> str:
         private, public = node_key_pair(new_key())
         (home / "node.key").write_bytes(private)
         with launch.open_control(hands.config) as client:
-            launch.register(client, site, public)
+            register_node(client, site, public)
         hands.down.discard(site)
 
     hands.later(15.0, register)

@@ -75,9 +75,7 @@ def describe(soak: Soak, found: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "ends": soak.ends,
         "checks": {name: list(wrong) for name, wrong in found.items()},
         "trainings": sum(soak.trainings.values()),
-        "wasted": sum(
-            times - (site in attended.get(round, ())) for (site, round), times in soak.trainings.items()
-        ),
+        "wasted": sum(times - (site in attended.get(round, ())) for (site, round), times in soak.trainings.items()),
         "adapter": digest_file(soak.run / ADAPTER) if soak.finished else "",
         "rounds": [
             {
@@ -88,7 +86,8 @@ def describe(soak: Soak, found: Mapping[str, Sequence[str]]) -> dict[str, Any]:
                 "answered": len(roll.answered),
                 "failed": dict(roll.failed),
                 "missed": sum(
-                    number in strikes and strikes[number].site not in ("", *attended.get(later, (strikes[number].site,)))
+                    number in strikes
+                    and strikes[number].site not in ("", *attended.get(later, (strikes[number].site,)))
                     for later in range(number, number + 4)
                 ),
             }

@@ -111,7 +111,9 @@ class Link:
         ask, round = str(parcel.facts["ask"]), int(parcel.facts.get("round") or 0)
         message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
         self.machines.here.step()
-        node = self.nodes[message.metadata.dst_node_id]
+        node = self.nodes.get(message.metadata.dst_node_id)
+        if node is None or not node.registered:
+            return ""  # Flower takes no message for a node that it does not know
         if node.site.name in self.spoil_down and parcel.payloads:
             self.spoil_down.discard(node.site.name)
             message.content = pack_parcel(spoilt(parcel, self.rng))
@@ -212,8 +214,12 @@ class SimNode:
         """Forget what was being done."""
         letter, self.busy = self.busy, None
         if letter is not None:
-            lost = Message(LOST, reply_to=letter.message)
-            self.timeline.after(LOST_AFTER, lambda: self.link.answer(self, letter, lost, lost=True))
+            self.lose_letter(letter)
+
+    def lose_letter(self, letter: Letter) -> None:
+        """Have the SuperLink say after a while that a message is lost."""
+        lost = Message(LOST, reply_to=letter.message)
+        self.timeline.after(LOST_AFTER, lambda: self.link.answer(self, letter, lost, lost=True))
 
     def start_node(self) -> None:
         """Start the node; the SuperLink lets it in when it no longer takes it for online."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -50,5 +49,10 @@ def test_checks_find_what_is_wrong(soak: Soak):
     soak.trainings[soak.size.names[0], 1] += 9
     soak.strikes.clear()
     found = {name: list(check(soak)) for name, check in CHECKS.items()}
-    for name in ("who was undisturbed was counted", "every turn counted once", "every byte counted once", "nothing left behind"):
+    for name in (
+        "who was undisturbed was counted",
+        "every turn counted once",
+        "every byte counted once",
+        "nothing left behind",
+    ):
         assert found[name], name

@@ -10,7 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "fedloom"
 PAGE = ROOT / "docs" / "operations.md"
-NOT_OPERATORS = {"catalogue", "embedding", "evaluate", "funnel", "inspect", "merge", "methods", "options", "preview", "studies"}
+NOT_OPERATORS = {
+    "catalogue",
+    "embedding",
+    "evaluate",
+    "funnel",
+    "inspect",
+    "merge",
+    "methods",
+    "options",
+    "preview",
+    "studies",
+}
 """Files of cli that read adapters or play studies: nobody needs them to run a federation."""
 ROOMS = [
     path
@@ -43,7 +54,9 @@ def words(node: ast.expr) -> str:
 
 def name_of(call: ast.Call) -> str:
     function = call.func
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    return (
+        function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    )
 
 
 def choices(node: ast.expr) -> list[ast.expr]:
@@ -101,7 +114,9 @@ def own_words(entry: str) -> int:
 
 def test_every_message_is_on_the_page():
     known = [entry for entry in entries() if own_words(entry) > 1]
-    missing = [f"{path}: {text}" for text, path in messages().items() if not any(matches(entry, text) for entry in known)]
+    missing = [
+        f"{path}: {text}" for text, path in messages().items() if not any(matches(entry, text) for entry in known)
+    ]
     assert not missing, "\n".join(missing)
 
 
@@ -125,4 +140,6 @@ def test_no_entry_is_about_a_message_that_is_gone():
 
 
 def test_a_message_that_is_new_would_be_missed():
-    assert not any(matches(entry, "the moon is in the way: wait a month") for entry in entries() if own_words(entry) > 1)
+    assert not any(
+        matches(entry, "the moon is in the way: wait a month") for entry in entries() if own_words(entry) > 1
+    )
