@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter/adapter_model.safetensors"
 RECOVERY = 2
-"""Rounds after that of a fault in which its site may still be away: Flower takes up to a minute to let a node back in."""
+"""Rounds after a fault's own in which its site may still be away: Flower takes up to a minute to let a node back in."""
 Told = Sequence[Mapping[str, Any]]
 
 

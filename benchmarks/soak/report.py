@@ -18,16 +18,17 @@ from fedloom.records.ledger import Roll, read_rows
 FIRST = "the adapter of the same attendance undisturbed"
 HEAD = """# The soak
 
-A federation in which something breaks in every round: {sites} sites, {rounds} rounds, {kinds} kinds of fault, drawn with seed {seed}.
+A federation in which something breaks in every round: {sites} sites, {rounds} rounds, {kinds} kinds of fault, drawn with
+seed {seed}.
 
 ```sh
 make soak
 ```
 
-Rounds, sites, policy, records and everything on disk are the real code. Flower's transport and the training step are made up, and
-time is simulated, so that {simulated} take minutes. kill -9 comes at any step on disk or on the line, and takes back what the
-process had not handed to the system. A full disk is the system's own limit on the size of files. Whenever a session of the server
-ends early, the run is resumed, as its operator would.
+Rounds, sites, policy, records and everything on disk are the real code. Flower's transport and the training step are
+made up, and time is simulated: {simulated} minutes of it passed. kill -9 comes at any step on disk or on the line, and
+takes back what the process had not handed to the system. A full disk is the system's own limit on the size of files.
+Whenever a session of the server ends early, the run is resumed, as its operator would.
 
 ## What holds at the end
 
@@ -35,7 +36,7 @@ ends early, the run is resumed, as its operator would.
 |---|---|
 {checks}
 
-Sessions of the server that ended early, and were resumed: {sessions}. Trainings: {trainings}, of which in vain: {wasted}.
+Sessions of the server that ended early, and were resumed: {sessions}. Trainings: {trainings}, in vain: {wasted}.
 Adapter: SHA-256 {adapter}….
 
 ## What each fault did
@@ -104,19 +105,21 @@ def page(result: Mapping[str, Any]) -> str:
         rounds=size["rounds"],
         seed=size["seed"],
         kinds=len(FAULTS),
-        simulated=f"{result['simulated_s'] / 60:.0f} minutes of it",
-        checks="\n".join(f"| {name} | {'nothing' if not wrong else len(wrong)} |" for name, wrong in result["checks"].items()),
+        simulated=f"{result['simulated_s'] / 60:.0f}",
+        checks="\n".join(f"| {name} | {len(wrong) or 'nothing'} |" for name, wrong in result["checks"].items()),
         sessions=len(result["ends"]),
         trainings=result["trainings"],
         wasted=result["wasted"],
         adapter=result["adapter"],
         kinds_table="\n".join(_kind(name, [row for row in rounds if row["fault"] == name]) for name in FAULTS),
-        rounds_table="\n".join(
-            f"| {row['round']} | {row['fault'] or '—'} | {row['site'] or ('the server' if row['fault'] else '')} | {row['told']} "
-            f"| {row['answered']} | {', '.join(sorted(row['failed']))} |"
-            for row in rounds
-        ),
-    )  # fmt: skip
+        rounds_table="\n".join(map(_round, rounds)),
+    )
+
+
+def _round(row: Mapping[str, Any]) -> str:
+    whom = row["site"] or ("the server" if row["fault"] else "")
+    cells = (row["round"], row["fault"] or "—", whom, row["told"], row["answered"], ", ".join(sorted(row["failed"])))
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _kind(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

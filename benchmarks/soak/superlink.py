@@ -47,8 +47,8 @@ class Letter:
 
 @dataclass(frozen=True)
 class Carried:
-    """A parcel that the link carried. what: digest of its payloads together, "" where there are none; fetched: session of
-    the server, and in which look for answers.
+    """A parcel that the link carried. what: digest of its payloads together, "" where there are none; fetched: session
+    of the server, and in which look for answers.
     """
 
     site: str
@@ -64,8 +64,8 @@ class Carried:
 class Link:
     """The part of a Grid that the server uses. sent: what it posted; taken: the answers that it fetched.
 
-    opened: hears of a round when its first turn is posted. hold, double, spoil_up, spoil_down: sites whose next answer or
-    request is kept back for so long, comes twice, or has a bit changed.
+    opened: hears of a round when its first turn is posted. hold, double, spoil_up, spoil_down: sites whose next answer
+    or request is kept back for so long, comes twice, or has a bit changed.
     """
 
     machines: Machines

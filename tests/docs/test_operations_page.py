@@ -1,4 +1,4 @@
-"""Every message that an operator or a person at a site can see stands on docs/operations.md, and nothing that is gone."""
+"""Every message that an operator or a site's person can see stands on docs/operations.md, and none that is gone."""
 
 from __future__ import annotations
 
