@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from benchmarks.loopback import PATIENCE, Loopback
+from benchmarks.loopback import PATIENCE, Loopback, WayIn
 from desks import TESTBED
 
 from fedloom.flower import launch
@@ -19,8 +19,8 @@ STRANGER = "stranger"
 
 
 class Processes(Loopback):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"))
+    def __init__(self, folder: Path, way: WayIn = "node") -> None:
+        super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"), way=way)
 
     def settings(self, rounds: int = 3) -> Config:
         own = [
