@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +78,8 @@ class Onlooker:
         if (state is None) != self._away:
             self._away = state is None
             self.view.say("the SuperLink does not answer" if self._away else "the SuperLink answers again", "yellow")
+        if state is None and self._has_ended():
+            raise RoundError("the SuperLink does not answer any more")
         if state is None or self.feed.began:
             return
         if state.status == "running":
@@ -88,6 +89,31 @@ class Onlooker:
             text = f"nothing of run {self.number} is to be seen in {self.folder.absolute()} on this machine"
             self.view.say(f"{text}: only its state is followed here; where the folder is, `fedloom status` shows it")
             self.view.loading = f"run {self.number} is running …"
+
+    def lost(self, error: RoundError, command: Command) -> RunState:
+        """How a run ended whose SuperLink was lost on the way, by its folder.
+
+        Raises RoundError where that is not to be seen.
+        """
+        from fedloom.flower.launch import RunState
+
+        if not self.number:
+            raise error
+        self.feed.close()
+        if self.feed.end or self._has_ended():
+            ended = "completed" if self.feed.end and self.feed.end.status == "finished" else "failed"
+            return RunState("finished", ended, f"{error}, and the server's app has ended", 0, 0)
+        look = shlex.join(["fedloom", "status", str(command.folder)])
+        raise RoundError(
+            f"{error}; run {self.number} may go on without it being seen from here: look with `{look}`\n"
+            f"if it has ended, go on with: {command.again}"
+        ) from None
+
+    def _has_ended(self) -> bool:
+        """Whether the run has begun and nobody plays it any more."""
+        from fedloom.records.lock import find_writer
+
+        return self.feed.began and find_writer(self.folder).alive is False
 
     def _is_set_up(self) -> bool:
         from fedloom.records.lock import find_writer
@@ -116,19 +142,23 @@ def submit_run(
     check_installed("flower", "flwr")
     check_flower_settings(config)
     check_folder(config, command, resume=resume, force=force)
-    with watch(console, "submitting …") as view:
-        onlooker = Onlooker(view, LedgerFeed(view, command.folder), command.folder)
-        with (
-            _leaving(onlooker, console, command),
-            _unreachable(onlooker, command),
-            launch.open_control(config) as client,
-        ):
-            onlooker.submitted(launch.submit(client, config, command.folder, resume, force))
-            state = None if detach else launch.wait_for_end(client, onlooker.number, onlooker.look)
-        onlooker.feed.close()
+    number = 0
+    try:
+        with watch(console, "submitting …") as view:
+            onlooker = Onlooker(view, LedgerFeed(view, command.folder), command.folder)
+            try:
+                with launch.open_control(config) as client:
+                    number = launch.submit(client, config, command.folder, resume, force)
+                    onlooker.submitted(number)
+                    state = None if detach else launch.wait_for_end(client, number, onlooker.look)
+            except RoundError as error:
+                state = onlooker.lost(error, command)
+            onlooker.feed.close()
+    except KeyboardInterrupt:  # leaves the run
+        leave(console, command, number)
+        raise typer.Exit(130) from None
     if state is None:
-        console.print(cell(f"run {onlooker.number} goes on at the SuperLink"))
-        say_ways(console, command, onlooker.number)
+        leave(console, command, number)
     else:
         close_run(console, command, onlooker, state)
 
@@ -186,38 +216,12 @@ def _way_on(command: Command, began: bool) -> str:
     return f"\ngo on with: {command.again}" if began else ""
 
 
-@contextmanager
-def _leaving(onlooker: Onlooker, console: Console, command: Command) -> Iterator[None]:
-    """Ctrl-C leaves the run."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        number = onlooker.number
-        if number:
-            console.print(cell(f"detached: run {number} goes on at the SuperLink", "yellow"))
-            say_ways(console, command, number)
-        else:
-            console.print(cell("interrupted before the run was submitted", "yellow"))
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _unreachable(onlooker: Onlooker, command: Command) -> Iterator[None]:
-    """A SuperLink that is lost on the way: what becomes of the run is not known here."""
-    try:
-        yield
-    except RoundError as error:
-        if not onlooker.number:
-            raise
-        look = shlex.join(["fedloom", "status", str(command.folder)])
-        raise RoundError(
-            f"{error}; run {onlooker.number} may go on without it being seen from here: look with `{look}`\n"
-            f"if it has ended, go on with: {command.again}"
-        ) from None
-
-
-def say_ways(console: Console, command: Command, number: int) -> None:
-    """What can be done with a run that goes on elsewhere."""
+def leave(console: Console, command: Command, number: int) -> None:
+    """Say what can be done with a run that goes on without this terminal. number: 0 where it was not submitted."""
+    if not number:
+        console.print(cell("interrupted before the run was submitted", "yellow"))
+        return
+    console.print(cell(f"detached: run {number} goes on at the SuperLink", "yellow"))
     ways = {
         "look again": shlex.join(["fedloom", "status", str(command.folder)]),
         "stop it": command.stop(number),

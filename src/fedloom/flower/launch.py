@@ -187,7 +187,7 @@ def wait_for_end(
 
 
 def stop(client: Any, run_id: int) -> None:  # noqa: ANN401 (Flower's client is untyped)
-    """Have the SuperLink stop a run; its server app ends with its next sign of life. Raises RoundError if it is over."""
+    """Have the SuperLink stop a run; its app ends with its next sign of life. Raises RoundError if it is over."""
     from flwr.proto.control_pb2 import StopRunRequest
 
     if not client.StopRun(StopRunRequest(run_id=run_id)).success:

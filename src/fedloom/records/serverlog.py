@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.records.ledger import Note, Roll, Row, dump_row
+from fedloom.records.ledger import Note, Presence, Roll, Row, dump_row
 from fedloom.records.session import End
 from fedloom.records.text import escape_json
 
@@ -40,7 +40,17 @@ class ServerLog:
 
 
 def log_level(row: Row) -> str:
-    """The level: "error" for the end of a run that failed; "warning" for a note, a site that failed or came late."""
-    if isinstance(row, End) and row.status == "failed":
-        return "error"
-    return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"
+    """The level: "error" for the end of a run that failed.
+
+    "warning" for one that was interrupted, a note, and a site that failed, is missing or came late.
+    """
+    match row:
+        case End(status="failed"):
+            return "error"
+        case End(status="interrupted") | Note():
+            return "warning"
+        case Roll():
+            return "warning" if row.failed or row.late else "info"
+        case Presence():
+            return "warning" if row.missing else "info"
+    return "info"

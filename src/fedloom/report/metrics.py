@@ -6,6 +6,7 @@ Nothing but the ledger is needed, so every engine has it, and a resumed run goes
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -82,6 +83,11 @@ def prometheus_text(rows: Sequence[Row], run: str, now: float) -> str:
     return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
 
 
+def renew_update(text: str, now: float) -> str:
+    """The same file, written at another time: whoever wrote it still lives."""
+    return re.sub(rf"(?m)^({UPDATED}{{.*}}) \S+$", rf"\1 {_number(now)}", text)
+
+
 def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
     """How the run stands, when that was so, and when certificates end."""
     end, sessions = report.facts.end, report.facts.sessions
@@ -95,7 +101,7 @@ def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
     times = [({**base, "certificate": name}, now + left) for name, left in ends.items()]
     return [
         Metric("fedloom_run_state", "gauge", "How the run stands: 1 for one of the states, 0 for the others.", states),
-        Metric(UPDATED, "gauge", "When this file was written, seconds since 1970.", [(base, now)]),
+        Metric(UPDATED, "gauge", "When the run was last known to live, seconds since 1970.", [(base, now)]),
         Metric("fedloom_certificate_days_left", "gauge", "Whole days until it ends, when this was written.", days),
         Metric("fedloom_certificate_end_timestamp_seconds", "gauge", "When it ends, seconds since 1970.", times),
     ]

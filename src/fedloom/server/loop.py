@@ -14,7 +14,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
@@ -100,10 +99,10 @@ class Rounds:
         folder: RunFolder,
         observer: Observer,
         sites: Sites,
-        certificates: Mapping[str, str] = MappingProxyType({}),
+        certificates: Mapping[str, str] | None = None,
     ) -> None:
         self.setup = setup
-        self.certificates = certificates
+        self.certificates = certificates or {}
         self.folder = folder
         self.observer = observer
         self.sites = sites

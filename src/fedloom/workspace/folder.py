@@ -16,7 +16,6 @@ out/
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from typing import IO, Self
 from fedloom.errors import CheckpointError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
-from fedloom.records.configfile import dump
+from fedloom.records.configfile import dump_file
 from fedloom.records.ledger import Aggregation, Direction, Ledger, Row, Transfer, payload_name, read_rows
 from fedloom.records.lock import take_lock
 from fedloom.records.serverlog import ServerLog
@@ -38,6 +37,7 @@ from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
+from fedloom.workspace.pulse import MetricsFile, write_whole
 from fedloom.workspace.resumption import check_way, find_differences
 
 
@@ -53,6 +53,7 @@ class RunFolder:
         self.notes = tuple(notes)
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
+        self._metrics = MetricsFile(path / metrics.FILE)
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
 
     @classmethod
@@ -74,7 +75,7 @@ class RunFolder:
                 notes.append(f"the run that was in {path} is now in {move_aside(path)}")
             elif held and not resume:
                 clear_start(path)
-            write_whole(path / "config.toml", dump(config))
+            write_whole(path / "config.toml", dump_file(config))
         except BaseException:
             lock.close()
             raise
@@ -108,7 +109,7 @@ class RunFolder:
         """What Prometheus reads, from the rows so far."""
         self.ledger.sync()
         text = metrics.prometheus_text(read_rows(self.ledger.path), self.path.resolve().name, time.time())
-        write_whole(self.path / metrics.FILE, text)
+        self._metrics.write(text)
 
     def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
@@ -136,6 +137,7 @@ class RunFolder:
         with ExitStack() as closing:  # whatever one of them raises: a full disk, say
             closing.callback(self._lock.close)
             closing.callback(self._log.close)
+            closing.callback(self._metrics.close)
             try:
                 self._leave(error)
             except (OSError, CheckpointError):
@@ -169,17 +171,6 @@ def holds_settings(settings: Path, config: Config) -> bool:
     """Whether a run's settings are these, but for those that its outcome does not rest on."""
     held = read_run_settings(settings)
     return held is not None and not find_differences(held, config)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one that is whole, whenever the machine stops."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
