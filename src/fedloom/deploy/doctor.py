@@ -84,7 +84,8 @@ def check_server(folder: Path, online: bool) -> list[Check]:
         found.append(fail("certificate", str(error), "fedloom federation renew DIR"))
     found.append(try_check("ca.pem", "take it from ca/ again", lambda: machine.check_authority(folder / "ca.pem")))
     found.append(try_check("sites", "fedloom federation rotate DIR NAME", lambda: check_sites(folder)))
-    found.append(try_check("connection", "put its absolute path into flwr/config.toml", lambda: check_connection(folder)))
+    put = "put its absolute path into flwr/config.toml"
+    found.append(try_check("connection", put, lambda: check_connection(folder)))
     if (folder / "state").exists():
         found.append(
             try_check("state", "run the doctor as the SuperLink's user", lambda: check_database(folder / "state"))
