@@ -26,6 +26,7 @@ from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Set
 from fedloom.cli.preview import preview
+from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.errors import ConfigError
 from fedloom.records.text import LONG, cell
@@ -54,6 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(federation, name="federation")
+app.add_typer(site, name="site")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 
