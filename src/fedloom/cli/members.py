@@ -61,9 +61,12 @@ def add(
     public_key: Annotated[Path | None, typer.Option(help="The site's own public key (ECDSA, OpenSSH).")] = None,
 ) -> None:
     """Make the files of one more site."""
-    from fedloom.deploy import federation
+    from fedloom.deploy import containers, federation
 
-    say(f"wrote {federation.add_site(folder, site, public_key)}; then run `fedloom federation register` on the server")
+    made = federation.add_site(folder, site, public_key)
+    if (folder / containers.FOLDER).is_dir():
+        containers.write_site_containers(folder, site)
+    say(f"wrote {made}; then run `fedloom federation register` on the server")
 
 
 def register(folder: Folder) -> None:
