@@ -15,9 +15,10 @@ from typing import ClassVar
 import pytest
 
 from fedloom.deploy import network, versions
-from fedloom.deploy.doctor import examine
+from fedloom.deploy.doctor import check_worker, examine
 from fedloom.deploy.federation import FederationPlan, read_plan, write_federation
 from fedloom.flower.proxies import exempt_loopback
+from fedloom.site.protocol import SPOKEN, WRONG_TOKEN, Parcel
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -50,7 +51,7 @@ def test_the_doctor_loads_neither_torch_nor_transformers(made):
     code = f"""
 import sys
 from pathlib import Path
-from fedloom.deploy.doctor import examine
+from fedloom.deploy.doctor import check_worker, examine
 for path in ("sites/lab", "server"):
     found = examine(Path({str(made)!r}) / path)
 assert {{"model", "SuperLink 127.0.0.1:8443"}} <= {{check.what for check in found}}
@@ -125,7 +126,7 @@ def superlink(made):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield kind, server.server_address[1]
         server.shutdown()
@@ -243,3 +244,29 @@ def test_loopback_is_taken_out_of_the_proxy_and_the_rest_stays(monkeypatch, told
     names = os.environ["NO_PROXY"].split(",")
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] and len(set(names)) == len(names)
     assert {"127.0.0.1", "localhost", "::1", *filter(None, (name.strip() for name in told.split(",")))} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("facts", "outcome", "words"),
+    [
+        ({"error": WRONG_TOKEN}, "fail", "refuses the token"),
+        ({"error": "no request", "protocol": SPOKEN.newest}, "ok", "takes the token"),
+        ({"error": "no request", "protocol": SPOKEN.newest - 1}, "warn", f"protocol {SPOKEN.newest - 1}"),
+        (None, "warn", "busy"),
+    ],
+)
+def test_a_worker_is_asked_for_token_and_protocol(tmp_path, monkeypatch, facts, outcome, words):
+    (tmp_path / "worker.token").write_text("secret")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        if facts is None:  # a worker that trains
+
+            def late(*arguments):
+                raise TimeoutError
+
+            monkeypatch.setattr("fedloom.site.protocol.exchange", late)
+        else:
+            monkeypatch.setattr("fedloom.site.protocol.exchange", lambda *arguments: Parcel(facts))
+        check = check_worker(tmp_path / "sock", str(tmp_path / "worker.token"))
+    assert check.outcome == outcome and words in check.found

@@ -467,7 +467,7 @@ def pretender(made):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield kind, server.server_address[1]
         server.shutdown()

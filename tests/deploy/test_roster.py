@@ -128,7 +128,7 @@ def test_the_list_names_sites_keys_and_ends(made, client):
     shown = json.loads(fedloom("list", made, "--json").stdout)
     by_name = {site["name"]: site for site in shown["sites"]}
     assert (by_name["lab"]["state"], by_name["bank"]["state"]) == ("registered", "revoked")
-    assert by_name["lab"]["node"] == list_nodes(client)[1].node_id and by_name["bank"]["seen"]
+    assert by_name["lab"]["node"] == str(list_nodes(client)[1].node_id) and by_name["bank"]["seen"]
     line = (made / "server" / "nodes" / "lab.pub").read_bytes()
     assert by_name["lab"]["key"] == fingerprint(line) and by_name["lab"]["key_until"] == str(use_until(line))
     assert date.fromisoformat(shown["ends"]["ca"]) > date.fromisoformat(shown["ends"]["server_certificate"])
