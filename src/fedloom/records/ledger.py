@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -167,8 +168,9 @@ class Ledger:
             line = dump_row(row) + b"\n"
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
+        self._file.write(line)
+        self._file.flush()  # whoever follows the run from another process sees each row at once
         self._count([row])
         if self._told:
             self._told(row)
@@ -192,16 +194,19 @@ class Ledger:
             raise CheckpointError(
                 f"{self.path} has {self.rows} rows, but the checkpoint was taken after {rows}: the ledger was shortened"
             )
-        self._file.flush()
+        end = self._offsets[rows]
+        with suppress(OSError):  # what a full disk has not taken is forgotten with the rest
+            self._file.close()
+        if self.path.stat().st_size < end:
+            raise CheckpointError(f"{self.path} ends before its row {rows}: the disk did not take it")
         kept = b"".join(dump_row(row) + b"\n" for row in keep(read_rows(self.path)[rows:])) if keep else b""
         if kept:
-            self._file.close()
             partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_bytes(self.path.read_bytes()[: self._offsets[rows]] + kept)
+            partial.write_bytes(self.path.read_bytes()[:end] + kept)
             os.replace(partial, self.path)
-            self._file = self.path.open("ab")
         else:
-            self._file.truncate(self._offsets[rows])
+            os.truncate(self.path, end)
+        self._file = self.path.open("ab")
         found, self._offsets = _scan(self.path)
         self.bytes_up = self.bytes_down = 0
         self.examples = {}
@@ -209,9 +214,11 @@ class Ledger:
         self.sync()
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync and close; closed it is also where the disk is full."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

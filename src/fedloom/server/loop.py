@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from fedloom.compress.budget import Budget
@@ -29,6 +30,7 @@ from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.disk import explain_full_disk
 from fedloom.server.session import begin_session, record_end
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
@@ -88,10 +90,21 @@ class Sites(Protocol):
 
 
 class Rounds:
-    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded."""
+    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, sites: Sites) -> None:
+    certificates: see `session.Session`.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        observer: Observer,
+        sites: Sites,
+        certificates: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.setup = setup
+        self.certificates = certificates
         self.folder = folder
         self.observer = observer
         self.sites = sites
@@ -123,8 +136,11 @@ class Rounds:
         try:
             return self.play_rounds()
         except BaseException as error:
+            full = explain_full_disk(error, self.folder.path)
             with suppress(OSError, CheckpointError):  # a full disk, say, which is what ends the run
-                record_end(self, error)
+                record_end(self, full or error)
+            if full:
+                raise full from error
             raise
 
     def play_rounds(self) -> RunSummary:

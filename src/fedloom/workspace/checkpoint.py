@@ -132,9 +132,13 @@ def save_contents(folder: Path, round: int, contents: Contents) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{round:05d}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
+        _sync(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)  # on a full disk its room is needed to say how the run ended
+        raise CheckpointError(f"{path} cannot be written ({error}); what was saved before it is kept") from None
     _sync(folder)
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
