@@ -14,7 +14,6 @@ from fedloom.errors import ConfigError, PolicyRefusal, SiteError
 from fedloom.flower.settings import shared_settings
 from fedloom.model.identity import base_digest
 from fedloom.records.ledger import Roll, read_rows
-from fedloom.site import approval
 from fedloom.site.approval import MOST_WAITING, WAITS, JobBook, Line, parse_until, time_text
 from fedloom.site.desk import Desk
 from fedloom.site.presence import read_presence
@@ -237,7 +236,17 @@ def test_a_clock_that_is_days_off_is_noticed_at_the_start(desk, caplog, days, wo
     assert "clock is 3 days, 12:" in caplog.text and f"{words} the server's" in caplog.text
 
 
-def test_greetings_carry_the_servers_time(toy_federation, caplog):
+def test_greetings_carry_the_servers_time(toy_federation, tmp_path, caplog, monkeypatch):
+    grid, heard = desks.DeskGrid(desks.settings(), tmp_path), []
+    answer = grid.node("bank").desk.answer
+
+    def listen(parcel: Parcel, *waited: float) -> Parcel:
+        heard.append(parcel.facts)
+        return answer(parcel, *waited)
+
+    monkeypatch.setattr(grid.node("bank").desk, "answer", listen)
     with caplog.at_level(logging.WARNING):
-        _, grid = toy_federation()
-    assert "clock" not in caplog.text and approval.WAITS not in caplog.text
+        toy_federation(grid=grid)
+    told = {str(facts["ask"]): facts.get("time") for facts in heard}
+    assert abs(told["hello"] - datetime.now(UTC).timestamp()) < 300 and told["turn"] is None
+    assert "clock" not in caplog.text

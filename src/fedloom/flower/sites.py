@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,8 +21,9 @@ from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError
 from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
-from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
+from fedloom.flower.gathering import CheckedUpdate, Gathering
 from fedloom.flower.messages import Grid, Reply
+from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
@@ -41,8 +42,6 @@ from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
 """The version of a site that must be sent the full state."""
-QUIET_SECONDS = 2.0
-"""Between two rows of the ledger about who is there, while sites come in at the start: often all are there by then."""
 
 
 def run_federation(
@@ -72,7 +71,8 @@ def run_federation(
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         ends = {} if number is None else certificate_ends(config.flower)
-        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet), ends).play(resume)
+        sites = FlowerSites(setup, fleet, simulated=number is None)
+        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -105,19 +105,20 @@ class FlowerSites:
 
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round; who gave none is noted with the reason."""
-        if not self.fleet.names:
-            self.muster(rounds)
         rules, job = self.setup.config.flower, self.setup.job
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, rules, take, looked)
         gathering = Gathering(
             self.fleet,
             rules,
             job.caps,
             rounds.round,
             present.asked,
-            lambda site, seconds: self.ask_turn(rounds, site, seconds),
-            lambda site, reply: self.check(rounds, site, reply),
-            lambda reply: self.take_stray(rounds, reply),
-            lambda: self.note_presence(rounds),
+            partial(self.ask_turn, rounds),
+            partial(self.check, rounds),
+            partial(self.take_stray, rounds),
+            partial(self.note_presence, rounds),
         )
         try:
             answers = gathering.play()
@@ -129,33 +130,6 @@ class FlowerSites:
             ledger.sync()
         payloads = {site: answer.payload for site, answer in answers.items()}
         return Updates(payloads, {site: answer.seen for site, answer in answers.items()}, rules.min_replies)
-
-    def muster(self, rounds: Rounds) -> None:
-        """Wait until every site has said hello; go on without some at the deadline, or after a grace without news.
-
-        Raises RoundError if there are too few.
-        """
-        rules = self.setup.config.flower
-        until, noted = time.monotonic() + rules.deadline, time.monotonic()
-        while time.monotonic() < until and set(self.fleet.names) != set(self.known):
-            self.fleet.look()
-            time.sleep(POLL_SECONDS)
-            for reply in self.fleet.collect():
-                self.take_stray(rounds, reply)
-                if rules.grace is not None and len(self.fleet.names) >= rules.min_replies:
-                    until = min(until, time.monotonic() + rules.grace)
-            if time.monotonic() - noted >= QUIET_SECONDS:
-                noted = time.monotonic()
-                self.note_presence(rounds)
-        self.note_presence(rounds)
-        if len(self.fleet.names) < rules.min_replies:
-            missing = {f"client {site}: {reason}" for site, reason in self.fleet.presence(rounds.round).missing.items()}
-            nameless = {stranger.text for stranger in self.fleet.strangers.values() if stranger.site not in self.known}
-            raise RoundError(
-                f"{len(self.fleet.names)} of {len(self.known)} sites are there after {rules.deadline:g} s, "
-                f"flower.min_replies is {rules.min_replies} ({'; '.join(sorted(missing) + sorted(nameless))}): run "
-                "`fedloom federation doctor` at the sites"
-            )
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -272,8 +246,8 @@ class FlowerSites:
             owed,
             deadline,
             lambda site: self.send(rounds, site, "deliver", {}, deadline + ANSWER_SECONDS),
-            lambda reply: self.take_late_for_delivery(rounds, reply),
-            lambda: self.note_presence(rounds),
+            partial(self.take_late_for_delivery, rounds),
+            partial(self.note_presence, rounds),
         )
         delivery.play()
         for site in sorted(delivery.confirmed):

@@ -29,6 +29,7 @@ from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.disk import explain_full_disk
 from fedloom.server.session import begin_session, record_end
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
@@ -134,8 +135,11 @@ class Rounds:
         try:
             return self.play_rounds()
         except BaseException as error:
+            full = explain_full_disk(error, self.folder.path)
             with suppress(OSError, CheckpointError):  # a full disk, say, which is what ends the run
-                record_end(self, error)
+                record_end(self, full or error)
+            if full:
+                raise full from error
             raise
 
     def play_rounds(self) -> RunSummary:

@@ -146,6 +146,7 @@ class Desk:
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
         self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
+        self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
@@ -217,11 +218,14 @@ class Desk:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
-        # A payload is written once more, to the audit record.
-        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more + NOTES)
+        self.check_room(place, held, more)
         place.held = None  # where writing fails, what is on disk counts, and is read again
         place.store.save(held, rows)
         place.held = held
+
+    def check_room(self, place: Place, held: TurnRecord, more: int = 0) -> None:
+        """Raises PolicyRefusal unless there is room for a record, or for the largest of the job so far, and more."""
+        check_room(self.site.policy, Path(self.site.state), place.store.count_room(held) + more + NOTES)
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.

@@ -18,6 +18,7 @@ data, the server is told no more than that there was one.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -148,7 +149,14 @@ def check_method_allowed(policy: Policy, method: str) -> None:
 
 
 def check_room(policy: Policy, folder: Path, more: int) -> None:
-    """Raises PolicyRefusal unless so many more bytes may be written to the state folder."""
+    """Raises PolicyRefusal unless so many more bytes may be written to the state folder, and can be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if more > free:
+        raise PolicyRefusal(
+            f"the disk of {folder} has {free:,} bytes free and {more:,} are needed: make room",
+            "the site's disk has no room for its state",
+        )
     if policy.max_disk is None:
         return
     taken = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
