@@ -166,6 +166,21 @@ def flower_command(
     print_result(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
 
 
+@app.command("memory")
+def memory_command(
+    adapter: Annotated[str, typer.Option(help="MiB of adapters in fp32.")] = "30,123",
+    method: Annotated[str, typer.Option(help="Method.")] = "fedit",
+    values: Annotated[str, typer.Option(help="Form of the values: fp32, bf16, int8, auto.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a worker and of the server app beside what they take at rest; without Flower and training."""
+    from benchmarks import memory
+
+    sizes = [float(size) for size in split_words(adapter)]
+    print_result(memory.run(sizes, method=method, values=values, rounds=rounds), memory.tables, as_json)
+
+
 @app.command("turn")
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
