@@ -105,7 +105,13 @@ def _write_server(place: Path, federation: FederationPlan) -> None:
     write_new(place / "compose.yaml", _filled("server/compose.yaml", values))
     write_new(place / "compose.podman.yaml", _filled("podman.yaml", {"first": "superlink", "second": "proxy"}))
     write_new(place / "values.yaml", _filled("server/values.yaml", values))
-    inside = {"host": host, "port": values["proxy_port"], "listen": federation.listen, "folder": HOME, "unit": "fedloom"}
+    inside = {
+        "host": host,
+        "port": values["proxy_port"],
+        "listen": federation.listen,
+        "folder": HOME,
+        "unit": "fedloom",
+    }
     write_new(place / "nginx.container.conf", _filled("../nginx.conf", inside))
     (place / "revoked").mkdir(exist_ok=True)  # a folder that is mounted has to be there
 
