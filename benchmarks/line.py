@@ -34,7 +34,10 @@ AT_ONCE = 2
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A line: kbit/s each way, milliseconds there and back, share of packets lost, cuts of each payload, seconds out."""
+    """A line: kbit/s each way, milliseconds there and back, share of packets that are lost.
+
+    cuts: of each payload. outage: seconds for which nobody connects after one.
+    """
 
     kbit: float = 256.0
     rtt: float = 200.0
@@ -51,7 +54,8 @@ class Bad:
 def run(line: Bad | None = None, *, mebibytes: float = 6.5, seed: int = 0) -> dict[str, Any]:
     """Bytes and seconds of a round; of both directions: payload, what passed, what it may be at most.
 
-    mebibytes: of the adapter's fp32 values; a payload is about two thirds of that. Raises RoundError where the round did not end with an update.
+    mebibytes: of the adapter's fp32 values; a payload is about two thirds of that. Raises RoundError where the round
+    did not end with an update.
     """
     line = line or Bad()
     with resources.as_file(resources.files("fedloom") / "testbeds") as testbed, tempfile.TemporaryDirectory() as folder:
@@ -114,8 +118,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The result for a terminal."""
     line = result["line"]
     title = (
-        f"{line['kbit']:g} kbit/s, {line['rtt']:g} ms there and back, {100 * line['loss']:g} % lost, {result['cuts']} cuts "
-        f"of {line['outage']:g} s; pieces of {result['piece'] / 1024:,.0f} KiB, {AT_ONCE} at once"
+        f"{line['kbit']:g} kbit/s, {line['rtt']:g} ms there and back, {100 * line['loss']:g} % lost, {result['cuts']} "
+        f"cuts of {line['outage']:g} s; pieces of {result['piece'] / 1024:,.0f} KiB, {AT_ONCE} at once"
     )
     caption = f"{result['seconds']:,.0f} s from start to end; {result['floor_s']:,.0f} s of them for the bytes alone"
     table = Table(
