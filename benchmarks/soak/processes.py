@@ -50,12 +50,10 @@ class Federation(Loopback):
             (folder / "data" / site / "train.jsonl").write_text("".join(rows[:EXAMPLES]), encoding="utf-8")
         super().__init__(folder, sites, testbed / "model", str(folder / "data" / "{site}"))
         self.lines = {site: Line(self.port) for site in sites}
-
-    def supernode(self, site: str) -> Any:  # noqa: ANN401
-        """Start a site's node, by way of its line."""
-        command = str(self.folder / "fed/sites" / site / "supernode.sh")
-        own = ("--port", str(self.node_ports[site]), "--superlink", f"127.0.0.1:{self.lines[site].port}")
-        return self.start(f"node-{site}", command, *own)
+        for site, line in self.lines.items():
+            file = folder / "fed/sites" / site / "SITE.toml"
+            text = file.read_text(encoding="utf-8").replace(self.address, f"127.0.0.1:{line.port}")
+            file.write_text(text, encoding="utf-8")
 
     def serverapp(self) -> psutil.Process | None:
         """The server app of the run that goes on, if one does."""

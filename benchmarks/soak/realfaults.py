@@ -61,7 +61,7 @@ class Hands:
             for site in self.federation.sites:
                 process = self.federation.started.get(f"node-{site}")
                 if site not in self.down and (process is None or process.poll() is not None):
-                    self.federation.supernode(site)
+                    self.federation.carrier(site)
 
     def mend_all(self) -> None:
         """Do all that would be due some time."""

@@ -161,6 +161,8 @@ class Link:
 
 class SimNode:
     """A site: its node, its worker, and the desk in it. pace: of its training; version: what it adds to the protocol's.
+    pulls: whether the node hands withdrawals to the worker while that trains, as `fedloom node` does and Flower's own
+    does not.
 
     Whoever changes `line`, `certified` or `running` calls `changed` then.
     """
@@ -172,7 +174,8 @@ class SimNode:
         self.inbox: list[Letter] = []
         self.busy: Letter | None = None
         self.registered = self.line = self.certified = self.running = True
-        self.stopped = False
+        self.stopped, self.pulls = False, number % 2 == 0
+        self.withdrawal: Letter | None = None
         self.pace, self.version, self.starts = 1.0, 0, 1
         self.lease = 0.0
         self.desk: Desk | None = None
@@ -237,8 +240,24 @@ class SimNode:
 
     def arrive(self, letter: Letter) -> None:
         """A message for this node."""
+        if self.pulls and letter.ask == "withdraw":
+            self.timeline.after(self.rng.uniform(0.1, 1.0), lambda: self.interrupt(letter))
+            return
         self.inbox.append(letter)
         self.wake()
+
+    def interrupt(self, letter: Letter) -> None:
+        """Hand a withdrawal to the worker, which trains that turn, or not."""
+        turn = self.busy
+        if letter.session != self.link.session or not self.running or not self.registered:
+            return
+        if not self.connected or self.desk is None or self.stopped:
+            self.timeline.after(1.0, lambda: self.interrupt(letter))
+        elif turn is not None and (turn.ask, turn.round) == ("turn", letter.round):
+            self.withdrawal = letter
+            self.finish(turn)
+        else:
+            self.link.answer(self, letter, self.hand(letter, self.desk.answer))
 
     def wake(self) -> None:
         """Look for a message soon."""
@@ -271,15 +290,32 @@ class SimNode:
         self.push(letter, reply)
 
     def work(self, letter: Letter, desk: Desk) -> Message:
-        """The desk's answer, by way of the relay."""
+        """The desk's answer to a turn, in which a withdrawal may come."""
+        withdrawal, self.withdrawal = self.withdrawal, None
+        if withdrawal is None:
+            return self.hand(letter, desk.answer)
+
+        def look() -> None:
+            desk.wanted.look = lambda: None
+            self.link.answer(self, withdrawal, self.hand(withdrawal, desk.wanted.answer))
+
+        desk.wanted.look = look
+        try:
+            return self.hand(letter, desk.answer)
+        finally:
+            if desk.wanted.look is look:  # nothing was trained: the same answer again, say
+                look()
+
+    def hand(self, letter: Letter, answer: Callable[[Parcel], Parcel]) -> Message:
+        """The worker's answer, by way of the relay."""
         context = Context(1, self.number, {}, RecordDict(), {"settings": shared_settings(self.config)})
         with self.link.machines.on(self.machine):
-            return relay(letter.message, context, lambda parcel, _: self.other_version(desk.answer, parcel))
+            return relay(letter.message, context, lambda parcel, _: self.other_version(answer, parcel))
 
-    def other_version(self, answer: object, parcel: Parcel) -> Parcel:
+    def other_version(self, answer: Callable[[Parcel], Parcel], parcel: Parcel) -> Parcel:
         """The desk's answer, or that of a worker of another version."""
         if not self.version:
-            return answer(parcel)  # type: ignore[operator, no-any-return]
+            return answer(parcel)
         protocol = parcel.facts.get("protocol")
         known = 0 if protocol is None else int(protocol)
         return Parcel({"error": "this site speaks another version", "protocol": known + self.version})
