@@ -40,7 +40,7 @@ format: $(DEV_READY) ## Lay the code out anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process
+check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process, ten minutes of soak
 	$(BIN)/python -m pytest -m slow
 
 soak: $(DEV_READY) ## 20 sites, 50 rounds, a fault in every round, a minute of CPU; writes docs/benchmarks/soak.md (ARGS="--seed 7")

@@ -123,7 +123,7 @@ def run(size: Size, folder: Path | None = None) -> dict[str, Any]:
         "size": {"sites": size.sites, "rounds": size.rounds, "seed": size.seed, "method": size.method},
         "seconds": round(time.monotonic() - began),
         "ends": ends,
-        "checks": check_all(federation, size, out, undisturbed, told, finished),
+        "checks": check_all(federation, size, out, undisturbed, told, ends, finished),
         "rounds": [
             {**one, "answered": len(rolls[one["round"]].answered), "failed": dict(rolls[one["round"]].failed)}
             for one in told

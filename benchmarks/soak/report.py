@@ -18,8 +18,8 @@ from fedloom.records.ledger import Roll, read_rows
 FIRST = "the adapter of the same attendance undisturbed"
 HEAD = """# The soak
 
-A federation in which something breaks in every round: {sites} sites, {rounds} rounds, {kinds} kinds of fault, drawn with
-seed {seed}.
+A federation in which something breaks in every round: {sites} sites, {rounds} rounds, {kinds} kinds of fault,
+drawn with seed {seed}.
 
 ```sh
 make soak
