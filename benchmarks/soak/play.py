@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 from collections import Counter
@@ -192,7 +193,7 @@ def arm(soak: Soak, round: int, fault: str, rng: random.Random) -> None:
 
 @contextmanager
 def simulated(machines: Machines, soak: Soak) -> Iterator[None]:
-    """The made-up model at the server, every training counted, and the exports without pictures."""
+    """The made-up model at the server, every training counted, the exports without pictures, no worker's log."""
 
     def told(site: str, round: int) -> None:
         soak.trainings[site, round] += 1
@@ -202,6 +203,7 @@ def simulated(machines: Machines, soak: Soak) -> Iterator[None]:
         mock.patch.object(server, "build_setup", lambda config, *rest, **more: assemble(config)),
         mock.patch("fedloom.server.loop.finish_run", finish_run),
         mock.patch.object(ToySetup, "told", staticmethod(told)),
+        mock.patch.object(logging.getLogger("fedloom.worker"), "disabled", True),
     ):
         yield
 
