@@ -59,9 +59,9 @@ def test_bytes_that_left_before_a_crash_stay_counted(toy_federation, tmp_path, m
     assert {name: both[1] for name, both in sums.by_client.items()} == down
     assert [row.client for row in undone] == ["bank", "depot"], "they have it, and are not sent it again"
     assert {(row.round, row.direction) for row in undone} == {(2, "down")}
-    text = prometheus_text(read_rows(tmp_path / "run" / "ledger.jsonl"))
+    text = prometheus_text(read_rows(tmp_path / "run" / "ledger.jsonl"), "run", 0.0)
     for name in SITES:
-        assert f'client="{name}",direction="down"}} {down[name]}' in text
+        assert f'site="{name}",direction="down"}} {down[name]}' in text
     assert [roll.answered for roll in rolls(tmp_path)] == [SITES] * 3
 
 

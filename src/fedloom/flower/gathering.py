@@ -64,11 +64,12 @@ class Gathering:
         while self.tries <= self.rules.retries and not self.has_quorum:
             self.tries += 1
             self.repeats = {}
-            self.until = time.monotonic() + self.rules.deadline
             self.look()
             for site in self.missing:
                 self.failed.pop(site, None)
+                self.start_clock()
                 self.ask(site)
+            self.start_clock()  # sending to many sites takes a while, which is not theirs
             self.wait()
             self.drop_outliers()
         for site in self.missing:
@@ -88,6 +89,10 @@ class Gathering:
     def has_quorum(self) -> bool:
         """Whether enough sites have answered."""
         return len(self.answers) >= self.rules.min_replies
+
+    def start_clock(self) -> None:
+        """Let the deadline run from now on."""
+        self.until = time.monotonic() + self.rules.deadline
 
     def look(self) -> None:
         """See who is there."""
@@ -142,7 +147,10 @@ class Gathering:
 
     def take_answer(self, site: str, reply: Reply) -> None:
         """The answer to a turn of this round."""
-        if site in self.answers or reply.gone:
+        if reply.gone:
+            return
+        if site in self.answers:  # it was asked twice, because its node seemed lost: its bytes have travelled twice
+            self.stray(reply)
             return
         try:
             self.answers[site] = self.check(site, reply)

@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line: every payload, every client's training, every score.
 
 Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
-recorded beside the facts but are not part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+recorded beside the facts but are not part of `Totals`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload."""
+    """Sums of bytes. Keys: client, round, part of the payload.
+
+    Equal for a resumed and an undisturbed run of the local engine. Across machines, what had left counts in any case.
+    """
 
     transfers: int = 0
     bytes_up: int = 0
