@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fedloom.records.config import Config
-from fedloom.site.config import SiteConfig
+from fedloom.site.config import NodeSettings, SiteConfig
 from fedloom.site.policy import Policy
 from fedloom.site.privacy import Privacy
 
@@ -47,7 +47,13 @@ def page() -> str:
         + ", ".join(f"`{key}`" for key in Config.model_fields["clients"].annotation.__args__[1].model_fields)
         + ".\n"
     )
-    parts += [SITE, section("(top)", SiteConfig), section("[policy]", Policy), section("[policy.privacy]", Privacy)]
+    parts += [
+        SITE,
+        section("(top)", SiteConfig),
+        section("[node]", NodeSettings),
+        section("[policy]", Policy),
+        section("[policy.privacy]", Privacy),
+    ]
     return "".join(parts)
 
 
