@@ -59,7 +59,7 @@ def page() -> str:
 
 def section(title: str, record: type[BaseModel]) -> str:
     """One table of the file."""
-    rows = [row(key, field) for key, field in record.model_fields.items() if key not in ("policy", "privacy")]
+    rows = [row(key, field) for key, field in record.model_fields.items() if key not in ("node", "policy", "privacy")]
     head = "| key | default | meaning |\n| --- | --- | --- |\n"
     summary = (inspect.getdoc(record) or "").partition("\n\n")[0].replace("\n", " ")
     return f"\n## {title}\n\n{summary}\n\n{head}{''.join(rows)}"
