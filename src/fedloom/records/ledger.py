@@ -210,9 +210,11 @@ class Ledger:
         self.sync()
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync and close, on a full disk too."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
