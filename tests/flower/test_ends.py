@@ -1,4 +1,4 @@
-"""How a federation's run ends: the last row of its ledger says so, and so do its log, its metrics and `fedloom status`."""
+"""How a federation's run ends: said by the last row of its ledger, its log, its metrics and `fedloom status`."""
 
 from __future__ import annotations
 

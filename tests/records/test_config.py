@@ -240,7 +240,7 @@ def test_settings_that_would_take_the_machine_are_refused_in_a_short_line(tree, 
     assert message in str(caught.value) and len(str(caught.value)) < 700
 
 
-def test_a_runs_own_file_means_the_same_from_anywhere(tmp_path: Path):
+def test_a_runs_own_file_means_the_same_from_anywhere(tmp_path):
     """What nobody set is read from the working folder, whatever file does not say it; what somebody set is absolute."""
     (tmp_path / "first.toml").write_text('[data]\nheldout = "./held"\n')
     for overrides in ([], ["model.path=./m", "data.source=./d/{client}"]):
