@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 
@@ -71,7 +72,7 @@ def test_a_run_learns_when_the_certificates_end(tmp_path):
     held = tmp_path / "fed" / "server"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(held / "server.pem", held / "server.key")
-    listener = ssl.socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
 
     def serve():
         line, _ = listener.accept()

@@ -399,12 +399,11 @@ def test_the_metrics_give_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.Mon
     times = iter(range(2_000_000_000, 2_000_001_000))
     monkeypatch.setattr(pulse.time, "time", lambda: float(next(times)))
     file = pulse.MetricsFile(tmp_path / "metrics.prom")
-    text = prometheus_text(
-        [RunRow(method="m", model="b", clients=("a",), num_rounds=2, adapter_values=9, seed=0)], 'a "run"', 5.0
-    )
+    run = RunRow(method="m", model="b", clients=("a",), num_rounds=2, adapter_values=9, seed=0)
+    text = seen = prometheus_text([run], 'a "run"', 5.0)
     file.write(text)
-    while "_seconds" in text and (seen := (tmp_path / "metrics.prom").read_text()) == text:
-        pass
+    while seen == text:
+        seen = (tmp_path / "metrics.prom").read_text()
     file.close()
     changed = [line for line in seen.splitlines() if line not in text.splitlines()]
     assert len(changed) == 1 and changed[0].startswith("fedloom_last_update_timestamp_seconds{")
