@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -134,27 +133,29 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with ExitStack() as closing:  # whatever one of them raises: a full disk, say
-            closing.callback(self._lock.close)
-            closing.callback(self._log.close)
-            closing.callback(self._metrics.close)
-            try:
-                self._leave(error)
-            except (OSError, CheckpointError):
-                if error is None:  # otherwise what ended the run is to be told, and not that a full disk takes no row
-                    raise
-
-    def _leave(self, error: BaseException | None) -> None:
-        unborn = error is not None and not self.ledger.rows
+        begun = self.ledger.rows > 0
         try:
-            if error is not None and not unborn:
+            if error is not None and begun:
                 self._record_end(error)
-            if self.ledger.rows:
+            if (self.path / metrics.FILE).exists():
                 self.write_metrics()
+        except (OSError, CheckpointError):
+            if error is None:  # otherwise what ended the run is to be told, and not that a full disk takes no row
+                raise
         finally:
+            self._close(error)
+            if error is not None and not begun:  # set-up failed: as if the run had never been asked for
+                clear_folder(self.path)
+            self._lock.close()
+
+    def _close(self, error: BaseException | None) -> None:
+        self._metrics.close()
+        self._log.close()
+        try:
             self.ledger.close()
-        if unborn:  # set-up failed: as if the run had never been asked for
-            clear_folder(self.path)
+        except OSError:
+            if error is None:
+                raise
 
     def _record_end(self, error: BaseException) -> None:
         """Say how the run ended where no row says so yet: it was to go on, and its set-up failed."""
