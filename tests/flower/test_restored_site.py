@@ -33,7 +33,7 @@ def lose_and_restore(node, folder: Path) -> None:
     node.desk = Desk(load_site_config(folder / "new" / "SITE.toml"))
 
 
-@pytest.mark.parametrize("method", ["fedsrd", "florist"])
+@pytest.mark.parametrize("method", ["fedsrd"])
 def test_a_restored_site_goes_on_with_the_same_bits(toy_federation, tmp_path: Path, method: str):
     """After round 1, so that residuals and the ledger of two rounds are at stake."""
     name = f"method.name={method}"
