@@ -141,6 +141,19 @@ def worker(site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="What 
 
 
 @app.command()
+def node(
+    site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="Its [node] says where the SuperLink is.")],
+) -> None:
+    """Carry messages between a SuperLink and the site's worker, without running code of the server."""
+    from fedloom.flower.settings import check_installed
+
+    check_installed("flower", "flwr")
+    from fedloom.cli.node import run_node
+
+    run_node(site)
+
+
+@app.command()
 def methods(as_json: AsJson = False) -> None:
     """List the methods and their settings."""
     from fedloom.cli.inspect import method_rows, method_table

@@ -35,6 +35,6 @@ def call_worker(parcel: Parcel, path: Path, token: Path, patience: float = WORKE
                 log.warning("the worker at %r, with the token in %r, is away: %s", str(path), str(token), error)
                 raise SiteError(
                     "the worker is away, or its token cannot be read: start it with `fedloom worker SITE.toml`; the "
-                    "SuperNode's log says more"
+                    "log of the site's node says more"
                 ) from None
             time.sleep(PAUSE_SECONDS)
