@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ app = typer.Typer(
     cls=Funnel, no_args_is_help=True, pretty_exceptions_enable=False, help="Measurements that can be repeated."
 )
 
+WayIn = Literal["node", "supernode"]
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
 
 
@@ -164,6 +165,19 @@ def flower_command(
     from benchmarks import flower
 
     print_result(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+
+
+@app.command("rounds")
+def rounds_command(
+    sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 8,
+    way: Annotated[WayIn, typer.Option(help="What carries the messages at the sites.")] = "node",
+    as_json: AsJson = False,
+) -> None:
+    """A federation of real processes on this machine: where the time of a round goes beside training."""
+    from benchmarks import rounds as measured
+
+    print_result(measured.run(sites=sites, rounds=rounds, way=way), measured.tables, as_json)
 
 
 @app.command("turn")

@@ -86,8 +86,8 @@ class ToySetup(Setup):
         return {}
 
 
-def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, manifest: object = None) -> ToySetup:
-    """Stands for setup.assemble."""
+def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, load: object = None) -> ToySetup:
+    """Stands for assemble.build_setup; loads nothing."""
     job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
     placed = {name: Placement(shape, toy.RANK, 32.0) for name, shape in toy.SHAPES.items()}
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
@@ -164,5 +164,5 @@ class DeskGrid:
 
     def close(self) -> None:
         for node in self.nodes:
-            if node.desk.place is not None:
-                node.desk.place.store.close()  # release() would also collect the garbage of a whole test session
+            for place in node.desk.places:
+                place.store.close()  # release() would also collect the garbage of a whole test session

@@ -124,12 +124,15 @@ def submit(client: Any, config: Config, out: Path, resume: bool, force: bool = F
     """Hand the run in; its number."""
     import hashlib
 
-    from flwr.common.serde import fab_to_proto
+    from flwr.common.serde import fab_to_proto, user_config_to_proto
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
     content = build_bundle(config, out, resume, force)
-    response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))))
+    fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+    # Beside the bundle as well: there `fedloom node` reads them, which takes no bundle of code.
+    told = user_config_to_proto({"settings": shared_settings(config)})
+    response = client.StartRun(StartRunRequest(fab=fab, override_config=told))
     if not response.HasField("run_id"):
         raise RoundError(f"the SuperLink at {config.flower.superlink} took no run: {response.note}")
     return int(response.run_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +18,20 @@ from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
 
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
-from fedloom.flower.fleet import Fleet, Grid, Reply
+from fedloom.flower.delivery import Delivery
+from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
+from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
-from fedloom.records.ledger import Training
+from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import check_update
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
-from fedloom.site.protocol import Parcel
+from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
@@ -38,6 +40,8 @@ from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
 """The version of a site that must be sent the full state."""
+QUIET_SECONDS = 2.0
+"""Between two rows of the ledger about who is there, while sites come in at the start: often all are there by then."""
 
 
 def run_federation(
@@ -78,13 +82,16 @@ def job_id(path: Path, resume: bool) -> str:
 class FlowerSites:
     """The sites at the other end of Flower's messages, and what is known of each: version, digest, last counted round.
 
-    sent: bytes that a site was sent since it answered last, for who watches the run.
+    sent: bytes that a site was sent since it answered last, for who watches the run. seen: who was there at the last
+    look that was recorded. simulated: whether the sites are made up, so that nothing has left this machine.
     """
 
-    def __init__(self, setup: Setup, fleet: Fleet) -> None:
+    def __init__(self, setup: Setup, fleet: Fleet, *, simulated: bool = False) -> None:
         self.setup = setup
         self.fleet = fleet
+        self.simulated = simulated
         self.sent: dict[str, int] = {}
+        self.seen: Presence | None = None
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -101,9 +108,10 @@ class FlowerSites:
             job.caps,
             rounds.round,
             present.asked,
-            lambda site: self.send(rounds, site, "turn"),
+            lambda site, seconds: self.ask_turn(rounds, site, seconds),
             lambda site, reply: self.check(rounds, site, reply),
             lambda reply: self.take_stray(rounds, reply),
+            lambda: self.note_presence(rounds),
         )
         try:
             answers = gathering.play()
@@ -122,7 +130,7 @@ class FlowerSites:
         Raises RoundError if there are too few.
         """
         rules = self.setup.config.flower
-        until = time.monotonic() + rules.deadline
+        until, noted = time.monotonic() + rules.deadline, time.monotonic()
         while time.monotonic() < until and set(self.fleet.names) != set(self.known):
             self.fleet.look()
             time.sleep(POLL_SECONDS)
@@ -130,22 +138,40 @@ class FlowerSites:
                 self.take_stray(rounds, reply)
                 if rules.grace is not None and len(self.fleet.names) >= rules.min_replies:
                     until = min(until, time.monotonic() + rules.grace)
+            if time.monotonic() - noted >= QUIET_SECONDS:
+                noted = time.monotonic()
+                self.note_presence(rounds)
+        self.note_presence(rounds)
         if len(self.fleet.names) < rules.min_replies:
-            refused = "; ".join(stranger.reason for stranger in self.fleet.strangers.values())
+            missing = {f"client {site}: {reason}" for site, reason in self.fleet.presence(rounds.round).missing.items()}
+            nameless = {stranger.text for stranger in self.fleet.strangers.values() if stranger.site not in self.known}
             raise RoundError(
                 f"{len(self.fleet.names)} of {len(self.known)} sites are there after {rules.deadline:g} s, "
-                f"flower.min_replies is {rules.min_replies}{f' ({refused})' if refused else ''}: run `fedloom "
-                "federation doctor` at the sites"
+                f"flower.min_replies is {rules.min_replies} ({'; '.join(sorted(missing) + sorted(nameless))}): run "
+                "`fedloom federation doctor` at the sites"
             )
 
-    def send(self, rounds: Rounds, site: str, ask: str) -> None:
-        """Ask a site, with whatever it has missed."""
+    def note_presence(self, rounds: Rounds) -> None:
+        """Record who is there and who is not, where that has changed."""
+        now = self.fleet.presence(rounds.round)
+        if self.seen is None or (now.online, now.missing) != (self.seen.online, self.seen.missing):
+            self.seen = now
+            rounds.folder.ledger.append(now)
+            rounds.folder.ledger.sync()
+
+    def ask_turn(self, rounds: Rounds, site: str, seconds: float) -> None:
+        """Ask a site for a turn that is worth beginning for so many seconds."""
+        margin = max(ANSWER_SECONDS, self.setup.config.flower.deadline)
+        self.send(rounds, site, "turn", {"expires": seconds}, seconds + margin)
+
+    def send(self, rounds: Rounds, site: str, ask: str, facts: Mapping[str, Fact], ttl: float) -> None:
+        """Ask a site, with whatever it has missed. facts: what else it is told; ttl: how long Flower keeps it."""
         rounds.observer.client_started(rounds.round, site)
         payloads = tuple(rounds.send_missed(site, self.known[site].version, delivery=ask == "deliver"))
         self.sent[site] = self.sent.get(site, 0) + sum(map(len, payloads))
-        parcel = Parcel({"counted": self.known[site].counted}, payloads)
-        self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel)
-        rounds.folder.ledger.sync()
+        parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
+        rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
+        self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> CheckedUpdate:
         """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
@@ -164,6 +190,7 @@ class FlowerSites:
         said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
+        rounds.folder.ledger.sync()
         return CheckedUpdate(payload, seen)
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
@@ -177,7 +204,7 @@ class FlowerSites:
                 self.locate(rounds, reply.said.name, reply)
             return None
         self.locate(rounds, site, reply)
-        if asked.ask == "deliver" or reply.error or reply.parcel is None:
+        if asked.ask != "turn" or reply.said.dropped or reply.error or reply.parcel is None:
             return None
         reason = self.take_late(rounds, site, reply.parcel.payloads)
         return f"its update of round {asked.round} came after {reply.seconds:.0f} s and was refused: {reason}"
@@ -195,6 +222,7 @@ class FlowerSites:
         else:
             reason = "its round was over"
         rounds.folder.transfer(rounds.round, site, "up", payloads[0])
+        rounds.folder.ledger.sync()
         return to_printable(reason)
 
     def locate(self, rounds: Rounds, site: str, reply: Reply) -> None:
@@ -216,26 +244,43 @@ class FlowerSites:
         """The checkpoint, with what is known of every site in it."""
         return replace(snapshot, known=self.known)
 
+    def keep_sent(self, rows: Sequence[Row]) -> list[Row]:
+        """Of the rows of rounds that a crash has undone, those that stay true: what has travelled between machines."""
+        if self.simulated:
+            return []
+        return [replace(row, undone=True) for row in rows if isinstance(row, Transfer)]
+
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
         """Take up what the checkpoint knows."""
         self.known |= snapshot.known
 
     def deliver(self, rounds: Rounds) -> None:
-        """Send the result to every site that is connected; who did not confirm is noted."""
-        rules = self.setup.config.flower
-        self.fleet.look()
-        waiting = {site for site in self.known if self.fleet.is_here(site)}
-        for site in sorted(waiting):
-            self.send(rounds, site, "deliver")
-        until = time.monotonic() + (rules.deadline if rules.grace is None else rules.grace)
-        while waiting and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
-            for reply in self.fleet.collect():
-                if reply.asked.ask == "deliver" and not reply.error:
-                    waiting.discard(reply.asked.site)
-                self.take_stray(rounds, reply)
-        for site in sorted(waiting | {site for site in self.known if not self.fleet.is_here(site)}):
-            rounds.note(rounds.round, f"client {site} has not confirmed that it received the result")
+        """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
+        owed = [site for site, known in self.known.items() if not known.delivered]
+        if not owed:
+            return
+        rounds.save()  # no site may be ahead of the newest checkpoint: a crash from here on undoes no round
+        deadline = self.setup.config.flower.deadline
+        delivery = Delivery(
+            self.fleet,
+            owed,
+            deadline,
+            lambda site: self.send(rounds, site, "deliver", {}, deadline + ANSWER_SECONDS),
+            lambda reply: self.take_late_for_delivery(rounds, reply),
+            lambda: self.note_presence(rounds),
+        )
+        delivery.play()
+        for site in sorted(delivery.confirmed):
+            self.known[site] = replace(self.known[site], delivered=True)
+        for site, reason in sorted(delivery.missing.items()):
+            rounds.note(rounds.round, f"client {site} has not confirmed that it received the result: {reason}")
+        rounds.save()
+
+    def take_late_for_delivery(self, rounds: Rounds, reply: Reply) -> None:
+        """Take what comes in while the result is delivered; an update that is too late is noted."""
+        reason = self.take_stray(rounds, reply)
+        if reason:
+            rounds.note(rounds.round, f"client {reply.asked.site}: {reason}")
 
 
 def digest_of(rounds: Rounds, version: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from fedloom.records.rows import (
     Evaluation,
     ModuleGroup,
     Note,
+    Presence,
     Roll,
     Row,
     RunRow,
@@ -45,6 +46,7 @@ __all__ = [
     "Ledger",
     "ModuleGroup",
     "Note",
+    "Presence",
     "Roll",
     "Row",
     "RunRow",
@@ -181,18 +183,29 @@ class Ledger:
         os.fsync(self._file.fileno())
         return self.rows
 
-    def truncate_to(self, rows: int) -> None:
-        """Forget all but the first `rows` rows: what a run recorded after the checkpoint that it resumes from."""
+    def truncate_to(self, rows: int, keep: Callable[[Sequence[Row]], Iterable[Row]] | None = None) -> None:
+        """Forget all but the first `rows` rows: what a run recorded after the checkpoint that it resumes from.
+
+        keep(forgotten) tells what of them stays nevertheless; the file changes as a whole.
+        """
         if rows > self.rows:
             raise CheckpointError(
                 f"{self.path} has {self.rows} rows, but the checkpoint was taken after {rows}: the ledger was shortened"
             )
         self._file.flush()
-        del self._offsets[rows + 1 :]
-        self._file.truncate(self._offsets[-1])
+        kept = b"".join(dump_row(row) + b"\n" for row in keep(read_rows(self.path)[rows:])) if keep else b""
+        if kept:
+            self._file.close()
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_bytes(self.path.read_bytes()[: self._offsets[rows]] + kept)
+            os.replace(partial, self.path)
+            self._file = self.path.open("ab")
+        else:
+            self._file.truncate(self._offsets[rows])
+        found, self._offsets = _scan(self.path)
         self.bytes_up = self.bytes_down = 0
         self.examples = {}
-        self._count(read_rows(self.path))
+        self._count(found)
         self.sync()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,7 +22,7 @@ from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
+from fedloom.records.ledger import About, Aggregation, Evaluation, Row, Training, read_rows
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
@@ -70,7 +70,15 @@ class Sites(Protocol):
         """The server has moved on by this broadcast, or to this full state; `counted` are those who were averaged."""
 
     def deliver(self, rounds: Rounds) -> None:
-        """After the last round: everybody who can be reached receives the result."""
+        """After the last round: everybody who can be reached receives the result, who has not had it.
+
+        Also called where a run goes on whose rounds are over.
+        """
+
+    def keep_sent(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Of ledger rows after the newest checkpoint, which a run that goes on plays anew, those that are to stay: the
+        payloads that have really travelled.
+        """
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with what is known of each client in it."""
@@ -109,7 +117,7 @@ class Rounds:
         """
         self.began = time.perf_counter()
         if resume:
-            snapshot = self.folder.restore(self.setup.fingerprint)
+            snapshot = self.folder.restore(self.setup.fingerprint, self.sites.keep_sent)
             if snapshot:
                 self.restore(snapshot)
         try:
@@ -137,6 +145,8 @@ class Rounds:
         )
         if not self.saved:
             self.begin()
+        if self.is_over:  # it was stopped while it delivered its result, or some site was away then
+            self.sites.deliver(self)
         while not self.is_over and not self.hopeless:
             self.round += 1
             self.play_round(self.round)

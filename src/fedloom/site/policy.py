@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from fedloom.errors import DataError, PolicyRefusal
+from fedloom.errors import DataError, PolicyRefusal, VersionError
 from fedloom.lora.pair import PARTS, LoraState, from_tensors
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
@@ -48,37 +49,45 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
 
     What follows from num_train_epochs and the site's own examples is not known yet: see `check_epochs`.
     """
+    for check in setting_checks(policy, config, site, [round]):
+        check()
+
+
+def setting_checks(policy: Policy, config: Config, site: str, rounds: Iterable[int]) -> Iterator[Callable[[], None]]:
+    """What `check_settings` asks, one question at a time; each raises PolicyRefusal."""
     training = config.training_of(site)
-    check_method_allowed(policy, config.method.name)
+    yield partial(check_method_allowed, policy, config.method.name)
     if policy.optimizers is not None:
-        _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
-    _check_targets(policy, config.lora_of(site))
+        yield partial(_check_choice, "training.optim", training.optim, "optimizers", policy.optimizers)
+    yield partial(_check_targets, policy, config.lora_of(site))
     batch, length = training.per_device_train_batch_size, config.data.max_length
-    _check_ranges(
+    for limit in (
         ("a rank", max(_ranks(config)), "max_rank", None, policy.max_rank),
         ("per_device_train_batch_size", batch, "max_batch", None, policy.max_batch),
         ("data.max_length", length, "min_length", policy.min_length, None),
         ("data.max_length", length, "max_length", None, policy.max_length),
-    )
+    ):
+        yield partial(_check_range, *limit)
     if training.num_train_epochs is None:
-        check_steps(policy, config, training, round)
+        yield from step_checks(policy, config, training, rounds)
 
 
-def check_steps(policy: Policy, config: Config, training: TrainingSettings, round: int) -> None:
-    """Raises PolicyRefusal where a site with these training settings takes more steps in a round than it gives, or at
-    learning rates that it does not allow. `training` is the site's own, with its steps counted.
-    """
-    rates, least = _rates(training, config.federation.num_rounds, round), policy.min_examples_update
-    _check_ranges(
-        ("training.max_steps", training.steps, "max_steps", None, policy.max_steps),
-        ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
-        ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
-        ("batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None),
-    )
+def step_checks(
+    policy: Policy, config: Config, training: TrainingSettings, rounds: Iterable[int]
+) -> Iterator[Callable[[], None]]:
+    """The questions about steps and learning rates; `training` is the site's own, with its steps counted."""
+    least = policy.min_examples_update
+    yield partial(_check_range, "training.max_steps", training.steps, "max_steps", None, policy.max_steps)
+    for round in rounds:
+        low, high = _rates(training, config.federation.num_rounds, round)
+        yield partial(_check_range, "a learning rate", low, "min_learning_rate", policy.min_learning_rate, None)
+        yield partial(_check_range, "a learning rate", high, "max_learning_rate", None, policy.max_learning_rate)
+    drawn = count_drawn(training)
+    yield partial(_check_range, "batch · accumulation · steps", drawn, "min_examples_update", least, None)
 
 
 def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: int) -> None:
-    """`check_steps` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
+    """`step_checks` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
     nothing: it is told no more than that there was a reason. Does nothing where the settings give the steps.
     """
     training = config.training_of(site)
@@ -86,7 +95,8 @@ def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: i
         return
     counted = training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
     try:
-        check_steps(policy, config, counted, round)
+        for check in step_checks(policy, config, counted, [round]):
+            check()
     except PolicyRefusal as refusal:
         raise PolicyRefusal(f"num_train_epochs = {training.num_train_epochs:g} here: {refusal}") from None
 
@@ -98,7 +108,12 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
     the training of a round draws, the same one again only once it has seen all.
     """
     check_method_allowed(policy, method)
-    _check_names(policy, modules)
+    check_modules(policy, modules)
+    check_examples(policy, examples, draws)
+
+
+def check_examples(policy: Policy, examples: int, draws: int) -> None:
+    """Raises PolicyRefusal unless so many examples are enough, of which a round draws so many."""
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
     if min(examples, draws) < policy.min_examples_update:
@@ -187,7 +202,7 @@ def check_may_leave(
         if math.prod(entry.shape) > most or (part == CORE and entry.shape[:1] != (pair.rank,)):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
-    _check_names(policy, {name.rpartition("/")[0] for name in entries})
+    check_modules(policy, {name.rpartition("/")[0] for name in entries})
 
 
 def guard_training(
@@ -223,6 +238,8 @@ def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
     """The text of an error that the server may see. `reference` finds the full error in the site's own log."""
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
+    if isinstance(error, VersionError):
+        return f"{error} (reference {reference})"
     if policy.scrub_errors:
         # How long prompts are, say, must not be read from whether it was an error or a rule that the data met.
         if isinstance(error, DataError):
@@ -243,7 +260,9 @@ def _check_targets(policy: Policy, lora: LoraSettings) -> None:
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
-        _check_names(policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters)))
+        check_modules(
+            policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters))
+        )
 
 
 def _ranks(config: Config) -> Iterator[int]:
@@ -254,25 +273,25 @@ def _ranks(config: Config) -> Iterator[int]:
         yield from (table.rank_pattern or {}).values()
 
 
-def _check_ranges(*limits: tuple[str, float, str, float | None, float | None]) -> None:
-    """Raises PolicyRefusal for the first value outside its limits: (what is asked, value, key, least, most)."""
-    for asked, value, key, least, most in limits:
-        if (least is not None and value < least) or (most is not None and value > most):
-            limit = least if most is None else most
-            raise PolicyRefusal(
-                f"{asked} is {value:g}; policy.{key} is {limit:g}",
-                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
-            )
+def _check_range(asked: str, value: float, key: str, least: float | None, most: float | None) -> None:
+    """Raises PolicyRefusal where what is asked has a value outside the limits of a key."""
+    if (least is not None and value < least) or (most is not None and value > most):
+        limit = least if most is None else most
+        raise PolicyRefusal(
+            f"{asked} is {value:g}; policy.{key} is {limit:g}",
+            f"{REFUSED}: {key} does not allow {asked} of {value:g}",
+        )
 
 
 def _rates(training: TrainingSettings, rounds: int, round: int) -> tuple[float, float]:
-    """The learning rates of a round's first step and of its last; those between lie between."""
+    """The least and the largest learning rate of a round: of its first step and its last; others lie between."""
     place = min(max(round, 1), rounds)
     first, last = (rate_at(training, place, rounds, step) for step in (0, training.steps - 1))
-    return first, last
+    return min(first, last), max(first, last)
 
 
-def _check_names(policy: Policy, modules: Iterable[str]) -> None:
+def check_modules(policy: Policy, modules: Iterable[str]) -> None:
+    """Raises PolicyRefusal for the first module that may not be trained."""
     for module in sorted(modules):
         if policy.modules is not None and not any(_matches(module, pattern) for pattern in policy.modules):
             raise PolicyRefusal(

@@ -26,6 +26,7 @@ from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.scorer import Scorer, build_scorer
+from fedloom.model.shared_base import LoadBase
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import check_optimizer, local_update
 from fedloom.model.volume import Volume, weigh_examples
@@ -198,15 +199,16 @@ def build_setup(
     notes: Sequence[str] = (),
     *,
     validation: Mapping[str, Sequence[Example]] | None = None,
+    load: LoadBase | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used.
 
-    notes: what was said while they were read.
+    notes: what was said while they were read. load: how the base model is had; from its files if left out.
     """
     notes = (*notes, *describe_examples(texts, heldout))
     set_threads(config)
     method = choose_method(config, method)
-    base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
+    base, tokenizer = (load or load_base)(*base_form(config))
     linear = linear_modules(base)
     plan = plan_job(linear, config, texts, method)
     data, limits = config.data, model_limits(base)
@@ -232,6 +234,12 @@ def build_setup(
         left_out=untrained_note(linear, plan.shared),
         tokenizer=tokenizer,
     )
+
+
+def base_form(config: Config) -> tuple[str, str, str, str]:
+    """Where a run's base model is, and the form that its weights are loaded in: the arguments of `load_base`."""
+    model = config.model
+    return model.path, model.dtype, model.quantization, model.device
 
 
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:

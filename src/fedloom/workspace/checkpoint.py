@@ -37,13 +37,14 @@ CLIENT = "client/"
 
 @dataclass(frozen=True, slots=True)
 class KnownSite:
-    """What a server knows of a site elsewhere: the version and digest of the global state that it holds, and the last
-    round in which an update of it was averaged (0: none).
+    """What a server knows of a site elsewhere: the version and digest of the global state that it holds, the last round
+    in which an update of it was averaged (0: none), and whether it has confirmed that it received the result.
     """
 
     version: int
     digest: str = ""
     counted: int = 0
+    delivered: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)

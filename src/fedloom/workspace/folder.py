@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
-from fedloom.records.ledger import Choice, Direction, Ledger, Transfer, payload_name, read_rows
+from fedloom.records.ledger import Choice, Direction, Ledger, Row, Transfer, payload_name, read_rows
 from fedloom.records.serverlog import ServerLog
 from fedloom.report import metrics
 from fedloom.wire import describe, read_header
@@ -117,8 +117,11 @@ class RunFolder:
         checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
         write_whole(self.path / metrics.FILE, metrics.prometheus_text(read_rows(self.ledger.path)))
 
-    def restore(self, fingerprint: str) -> Snapshot | None:
-        """The newest checkpoint, with the ledger cut back to it; None if the run died before its first."""
+    def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
+        """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
+
+        keep(rows): of the rows after the checkpoint, those that stay in the ledger, as they are to stand there.
+        """
         saved = checkpoint.list_checkpoints(self.path / "checkpoints")
         if not saved:
             self.ledger.truncate_to(0)
@@ -128,7 +131,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{saved[-1]} was made with another base model, other data or other settings: resume with those"
             )
-        self.ledger.truncate_to(snapshot.ledger_rows)
+        self.ledger.truncate_to(snapshot.ledger_rows, keep)
         return snapshot
 
     def __enter__(self) -> Self:
