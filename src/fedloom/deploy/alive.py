@@ -1,4 +1,4 @@
-"""`python -m fedloom.deploy.alive [FOLDER]`: does what runs from this folder answer? For the health checks of containers.
+"""`python -m fedloom.deploy.alive [FOLDER]`: does what runs from this folder answer? For containers' health checks.
 
 A site's folder has a SITE.toml: its worker must take a connection on its socket. A server's has a federation.toml: its
 SuperLink must say over TLS that it is well. Exit code 0 or 1, and one line that says why. Python's own library alone is
@@ -19,7 +19,7 @@ SECONDS = 5.0
 
 
 def answers(folder: Path) -> str:
-    """What answered. Raises OSError, KeyError or tomllib.TOMLDecodeError where nothing did, or the folder is no such."""
+    """What answered. Raises OSError, KeyError or ValueError where nothing did, or the folder is none of these."""
     if (folder / "SITE.toml").exists():
         path = folder / tomllib.loads((folder / "SITE.toml").read_text(encoding="utf-8"))["socket"]
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -1,7 +1,7 @@
 """`fedloom federation init --containers`: what runs server and sites in containers, beside the files that init writes.
 
 DIR/
-  containers/              the image: Containerfile, the versions that it pins, what a build may read; no key, no setting
+  containers/              the image: Containerfile, the versions that it pins, what a build may read; no key in it
     charts/server, /site   Helm charts; nothing in them is of this federation
   server/                  compose.yaml, compose.podman.yaml, nginx.container.conf, values.yaml
   sites/NAME/              compose.yaml, compose.podman.yaml, values.yaml
@@ -51,8 +51,8 @@ def check_containers(federation: FederationPlan) -> None:
     host, _ = parse_endpoint(federation.listen, "--listen")
     if host not in ("127.0.0.1", "localhost", "::1"):
         raise ConfigError(
-            f"--listen {federation.listen!r}: in a container the SuperLink listens on loopback, and the proxy beside it "
-            "lets the sites in; expected 127.0.0.1:PORT"
+            f"--listen {federation.listen!r}: in a container the SuperLink listens on loopback, and the proxy beside "
+            "it lets the sites in; expected 127.0.0.1:PORT"
         )
     for option, text in (("--model", federation.model), ("--data", federation.data)):
         if re.search(r"[:$\n]", text):
