@@ -1,6 +1,6 @@
 """`python -m benchmarks line`: a round of a real site over a line that is slow, loses packets and breaks.
 
-SuperLink, worker and SuperNode are real processes; between SuperNode and SuperLink lies `benchmarks.link`. The model is
+SuperLink, worker and node are real processes; between node and SuperLink lies `benchmarks.link`. The model is
 the demo's, with an adapter of so many values that its payloads are as large as those of the model that is meant. One
 round is played, and the result delivered, so that a payload of that size crosses each way.
 """
@@ -102,12 +102,14 @@ def _settings(testbed: Path, loopback: Loopback, mebibytes: float) -> Config:
 
 
 def _start(loopback: Loopback, config: Config, port: int) -> None:
-    """All processes, the SuperNode at the other end of the line."""
+    """All processes, the node at the other end of the line."""
     loopback.worker(SITE)
     loopback.superlink()
     with launch.open_control(config) as client:
         register_node(client, SITE, (loopback.folder / f"fed/server/nodes/{SITE}.pub").read_bytes())
-    loopback.supernode(SITE, "--superlink", f"127.0.0.1:{port}")
+    file = loopback.folder / "fed/sites" / SITE / "SITE.toml"
+    file.write_text(file.read_text().replace(f'"{loopback.address}"', f'"127.0.0.1:{port}"'))
+    loopback.node(SITE)
 
 
 def _way(payload: int, lane: Lane) -> dict[str, int]:

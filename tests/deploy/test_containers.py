@@ -79,7 +79,7 @@ def test_a_worker_has_the_data_and_no_network_a_node_the_key_and_no_data(fed):
         assert services["worker"]["network_mode"] == "none" and "ports" not in services["worker"]
         assert worker[f"./examples/{site}.jsonl"] == (str(HOME / "examples" / f"{site}.jsonl"), False)
         assert worker["/srv/model"] == ("/srv/model", False)
-        assert set(worker) & set(node) == {"meeting"} and "state" not in node
+        assert set(worker) & set(node) == {"meeting", "./SITE.toml"} and "state" not in node
         assert "secrets" not in services["worker"] and services["node"]["secrets"][0]["target"] == f"{HOME}/node.key"
 
 

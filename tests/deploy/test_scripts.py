@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.cli.node import NEEDS_SOMEBODY
 from fedloom.deploy.federation import FederationPlan, write_federation
 from fedloom.errors import ConfigError
 
@@ -100,7 +101,7 @@ def test_two_federations_on_one_machine_have_nothing_in_common(tmp_path):
         told[folder] = units, users, ports
     assert all(not first & second for first, second in zip(told[one], told[two], strict=True))
     assert told[one] == (
-        {"fedloom-worker.service", "fedloom-supernode.service", "fedloom-superlink.service"},
+        {f"fedloom-{name}.service" for name in ("worker", "supernode", "node", "superlink")},
         {"fedloom-site", "fedloom-node"},
         {"9095"},
     )
@@ -123,6 +124,9 @@ def test_units_do_not_start_again_what_cannot_work(tmp_path):
     assert (
         "RestartPreventExitStatus=2\n" in worker.read_text() and "Type=notify\nWatchdogSec=60\n" in worker.read_text()
     )
+    light = (site / "fedloom-node.service").read_text()
+    assert "Type=notify\nTimeoutStartSec=infinity\nWatchdogSec=60\n" in light and f"node {site}/SITE.toml\n" in light
+    assert f"RestartPreventExitStatus={NEEDS_SOMEBODY}\n" in light and NEEDS_SOMEBODY == 77
     assert "RestartPreventExitStatus=77\n" in node.read_text() and "exit 77" in (site / "supernode.sh").read_text()
     for unit in (tmp_path / "fed").rglob("*.service"):
         assert "StartLimitBurst=" in unit.read_text().partition("[Service]")[0]
@@ -135,4 +139,4 @@ def test_systemd_reads_the_units(tmp_path):
     names = [unit.name for unit in units]
     # Programs and users of this machine are not there; that is no matter of the files.
     told = [line for line in done.stderr.splitlines() if any(name in line for name in names)]
-    assert len(names) == 5 and not [line for line in told if "not executable" not in line and "not found" not in line]
+    assert len(names) == 7 and not [line for line in told if "not executable" not in line and "not found" not in line]

@@ -33,7 +33,7 @@ def lose_and_restore(node, folder: Path) -> None:
     node.desk = Desk(load_site_config(folder / "new" / "SITE.toml"))
 
 
-@pytest.mark.parametrize("method", ["fedsrd", "florist"])
+@pytest.mark.parametrize("method", ["fedsrd"])
 def test_a_restored_site_goes_on_with_the_same_bits(toy_federation, tmp_path: Path, method: str):
     """After round 1, so that residuals and the ledger of two rounds are at stake."""
     name = f"method.name={method}"
@@ -54,3 +54,20 @@ def test_a_restored_site_goes_on_with_the_same_bits(toy_federation, tmp_path: Pa
     assert digest(again.server.adapter) == digest(whole.server.adapter) and again.server.digest == whole.server.digest
     lines, _, _ = AuditTrail(tmp_path / "new" / "state" / "audit").verify()
     assert [line.round for line in lines if line.payload] == [1, 2, 3]
+
+
+def test_a_site_with_a_new_key_goes_on_in_the_run_with_the_same_bits(toy_federation, tmp_path: Path):
+    """Flower gives a node with another key another number; the name that it is registered under stays."""
+    whole, _ = toy_federation(out="whole")
+    for site_name in ("bank", "depot", "lab"):
+        shutil.rmtree(tmp_path / site_name)
+
+    def disturb(node, ask, round, reply):
+        if (node.desk.site.name, ask, round) == ("lab", "turn", 1):
+            node.node_id, node.last_activated_at = 999, "second start"
+        return reply
+
+    again, grid = toy_federation(disturb=disturb, out="again")
+    asked = [(ask, round) for name, ask, round in grid.log if name == "lab"]
+    assert grid.node("lab").node_id == 999 and [round for ask, round in asked if ask == "turn"] == [1, 2, 3]
+    assert digest(again.server.adapter) == digest(whole.server.adapter)
