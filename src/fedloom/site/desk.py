@@ -26,10 +26,11 @@ from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import Train, Trained, accept, client_turn
+from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
+from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
@@ -40,8 +41,6 @@ from fedloom.site.policy import (
     check_settings,
     check_spending,
     count_drawn,
-    guard_training,
-    limit_time,
 )
 from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
@@ -49,7 +48,6 @@ from fedloom.site.replies import facts_of, reply_error
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
-from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
 from fedloom.workspace.folder import transfer_row
@@ -135,9 +133,7 @@ class Desk:
         if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
             raise SiteError(f"a turn of round {asked.round} of a run of {rounds} rounds")
         state = held.base(asked.counted) if held.round != asked.round else held.before
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(job, state, payload)
+        state, fresh = place.bring_in_step(state, payloads)
         spent = self.trail.count_spent(asked.job, asked.round)
         parts = job.method.parts(state, asked.round)
         if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
@@ -201,10 +197,7 @@ class Desk:
     def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
         """Bring the state in step after the last round, and write the result as an adapter."""
         place, held = self.open(asked)
-        state = held.base(asked.counted)
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(place.setup.job, state, payload)
+        state, fresh = place.bring_in_step(held.base(asked.counted), payloads)
         adapter, _ = export_adapter(state, None)
         rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
@@ -325,9 +318,3 @@ class Desk:
 
 
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver}
-
-
-def _applied(payload: bytes, version: int) -> bool:
-    """Whether this change was applied before: it was sent again because nobody knew."""
-    header = read_header(payload)
-    return header.kind == "change" and header.base_version < version
