@@ -17,6 +17,7 @@ from typing import Self
 from fedloom.deploy import federation
 from fedloom.errors import RoundError
 from fedloom.flower import launch
+from fedloom.flower.nodes import register_node
 from fedloom.records.config import Config
 
 PATIENCE = 240.0
@@ -67,7 +68,7 @@ class Loopback:
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process in a session of its own, in the environment that Flower and fedloom need."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        source = str(Path(__file__).parents[2])
+        source = str(Path(__file__).parents[1] / "src")
         environment = {**os.environ, **launch.QUIET, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
         with self.log(name).open("a") as log:
             self.started[name] = subprocess.Popen(
@@ -89,10 +90,10 @@ class Loopback:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def supernode(self, site: str) -> subprocess.Popen[bytes]:
-        """Start a site's SuperNode."""
+    def supernode(self, site: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a site's SuperNode; `options` go to flower-supernode."""
         command = str(self.folder / "fed/sites" / site / "supernode.sh")
-        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]))
+        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]), *options)
 
     def worker(self, site: str) -> subprocess.Popen[bytes]:
         """Start a site's worker."""
@@ -106,7 +107,7 @@ class Loopback:
         self.superlink()
         with launch.open_control(config) as client:
             for site in registered:
-                launch.register(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
+                register_node(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
         for site in registered:
             self.supernode(site)
 

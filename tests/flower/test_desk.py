@@ -11,7 +11,7 @@ import pytest
 
 import toy
 from fedloom.flower.settings import shared_settings
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.ledger import Roll, read_rows
 from fedloom.site.desk import Desk
 from fedloom.site.places import MOST_PLACES
@@ -252,7 +252,7 @@ def test_every_draw_of_noise_is_charged(tmp_path, loads, monkeypatch):
 
 def test_no_noise_is_drawn_that_cannot_be_charged(tmp_path, loads, monkeypatch):
     drawn: list[object] = []
-    monkeypatch.setattr("fedloom.site.policy.release_change", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("fedloom.site.guard.release_change", lambda *arguments: drawn.append(arguments))
     desk = made(tmp_path, NOISE)
     monkeypatch.setattr(desk.trail, "charge", lambda *arguments: 1 / 0)
     refused(ask(desk, "turn"), "ZeroDivisionError")

@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, UnknownKeyError
 from fedloom.records.config import ClientSettings, Config
 
 Tree = dict[str, Any]
@@ -209,7 +209,8 @@ def _refuse_unknown(tree: Mapping[str, Any], origin: str) -> None:
         near = _nearest(key)
         section = _sections().get(key.partition(".")[0])
         others = f"; [{key.partition('.')[0]}] has {', '.join(section.model_fields)}" if section else ""
-        raise ConfigError(f"unknown key {key!r} in {origin}" + (f"; did you mean {near!r}?" if near else others))
+        hint = f"; did you mean {near!r}?" if near else others
+        raise UnknownKeyError(f"unknown key {key!r} in {origin}{hint}", key)
 
 
 def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:

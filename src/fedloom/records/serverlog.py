@@ -6,6 +6,7 @@ Log shippers read it as it is. Unlike the ledger it is never cut back: rounds th
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class ServerLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def log_level(row: Row) -> str:

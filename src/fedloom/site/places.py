@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fedloom.rounds.turns import start
+from fedloom.methods.method import State
+from fedloom.rounds.turns import accept, start
 from fedloom.site.store import Store, TurnRecord
+from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup
 
 log = logging.getLogger("fedloom.worker")
@@ -33,10 +35,25 @@ class Place:
     held: TurnRecord | None = None
     used: float = field(default_factory=time.monotonic)
 
+    def look(self) -> None:
+        """Where the job's folder was taken away meanwhile (`fedloom site prune`), the job is begun anew."""
+        if self.held is not None and self.held.round and not self.store.exists():
+            self.store.close()
+            self.held = None
+
     def first_record(self, site: str) -> TurnRecord:
         """The state before the first round."""
         state = start(self.setup.job, self.setup.initial, self.setup.sites[site].ranks)
         return TurnRecord(0, state, state)
+
+    def bring_in_step(self, state: State, payloads: Sequence[bytes]) -> tuple[State, list[bytes]]:
+        """(the state after what the server sent, what of that was new). A change that was applied before is skipped: it
+        was sent again because nobody knew.
+        """
+        fresh = [payload for payload in payloads if not _was_applied(payload, state.version)]
+        for payload in fresh:
+            state = accept(self.setup.job, state, payload)
+        return state, fresh
 
 
 class Places:
@@ -67,6 +84,7 @@ class Places:
             return None
         del self._by_job[job]
         self._by_job[job] = place
+        place.look()
         return place
 
     def rest(self, job: str) -> None:
@@ -94,3 +112,8 @@ class Places:
         """Those that nobody has asked for in so many seconds."""
         now = time.monotonic()
         return [place for place in self if now - place.used > seconds]
+
+
+def _was_applied(payload: bytes, version: int) -> bool:
+    header = read_header(payload)
+    return header.kind == "change" and header.base_version < version

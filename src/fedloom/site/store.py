@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom.errors import SiteError
+from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.ledger import Ledger, Row
 from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_contents, save_contents
@@ -52,17 +52,26 @@ class TurnRecord:
             held |= {id(tensor): tensor for tensor in state.memory.values()}
         return sum(tensor.nbytes for tensor in held.values()) + len(self.facts) + len(self.payload)
 
+    @property
+    def room(self) -> int:
+        """Bytes that are written with it: a payload is written once more, to the audit record."""
+        return self.size() + len(self.payload)
+
     def base(self, counted: int) -> State:
         """What the next turn starts from: the state after the last one if the server counted it."""
         return self.before if self.round > counted else self.after
 
 
 class Store:
-    """The folder of one job at one site. `seal` names what the job rests on: base weights and settings."""
+    """The folder of one job at one site. `seal` names what the job rests on: base weights and settings.
+
+    most: bytes that one of its records has taken so far, or would have taken on a disk with room.
+    """
 
     def __init__(self, folder: Path, seal: str) -> None:
         self.folder = folder
         self.seal = seal
+        self.most = 0
         self._ledger: Ledger | None = None
 
     def exists(self) -> bool:
@@ -80,7 +89,7 @@ class Store:
         if held.facts["seal"] != self.seal:
             raise SiteError(f"{self.folder} belongs to the same job with another base model or other settings")
         self._opened().truncate_to(held.facts["ledger_rows"])
-        return TurnRecord(
+        record = TurnRecord(
             round=held.facts["round"],
             before=held.states["before"],
             after=held.states["after"],
@@ -88,16 +97,26 @@ class Store:
             payload=held.blobs.get("payload", b""),
             charge=held.facts["charge"],
         )
+        self.count_room(record)
+        return record
+
+    def count_room(self, held: TurnRecord) -> int:
+        """Bytes that this record takes, or the largest so far, which the next one may take as well."""
+        self.most = max(self.most, held.room)
+        return self.most
 
     def save(self, held: TurnRecord, rows: Iterable[Row] = ()) -> None:
-        """Have it on disk, whole, with these rows at the end of the ledger. A first save that fails leaves nothing."""
-        first = not self.folder.exists()
+        """Have it on disk, whole, with these rows at the end of the ledger, or neither of the two.
+
+        A first save that fails leaves nothing.
+        """
+        first, before = not self.folder.exists(), self._opened().rows
         try:
             self._write(held, rows)
         except BaseException:
+            with suppress(OSError, CheckpointError):
+                self.close() if first else self._opened().truncate_to(before)
             if first:
-                with suppress(OSError):
-                    self.close()
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
@@ -117,9 +136,9 @@ class Store:
 
     def close(self) -> None:
         """Close the ledger."""
-        if self._ledger is not None:
-            self._ledger.close()
-        self._ledger = None
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
 
     def _opened(self) -> Ledger:
         if self._ledger is None:

@@ -16,9 +16,10 @@ from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
-from fedloom.model.base import base_digest, load_base
+from fedloom.model.base import load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
+from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest

@@ -37,13 +37,14 @@ CLIENT = "client/"
 
 @dataclass(frozen=True, slots=True)
 class KnownSite:
-    """What a server knows of a site elsewhere: the version and digest of the global state that it holds, and the last
-    round in which an update of it was averaged (0: none).
+    """What a server knows of a site elsewhere: the version and digest of the global state that it holds, the last round
+    in which an update of it was averaged (0: none), and whether it has confirmed that it received the result.
     """
 
     version: int
     digest: str = ""
     counted: int = 0
+    delivered: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -131,9 +132,13 @@ def save_contents(folder: Path, round: int, contents: Contents) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{round:05d}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
+        _sync(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)  # on a full disk its room is needed to say how the run ended
+        raise CheckpointError(f"{path} cannot be written ({error}); what was saved before it is kept") from None
     _sync(folder)
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
