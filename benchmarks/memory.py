@@ -128,7 +128,7 @@ def replay_site(desk: Desk, kept: Path) -> None:
         with ours, theirs:
             sender = Thread(target=_send_kept, args=(theirs, path), daemon=True)
             sender.start()
-            reply = desk.answer(receive_parcel(ours))
+            reply = desk.answer(receive_parcel(ours).used_up())
             sender.join()
             told = json.loads(path.with_name(path.name.replace("request", "reply")).read_text(encoding="utf-8"))
             if reply.facts.get("digest") != told["facts"].get("digest") or "error" in reply.facts:

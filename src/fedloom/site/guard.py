@@ -47,7 +47,10 @@ def guard_training(
         before, after = state.adapter.tensors(), trained.adapter.tensors()
         # A site may train some of the modules only: what it did not train is not in `after`, and nothing of it leaves.
         names = [name for name in after if name.rpartition("/")[2] in parts(round)]
-        change = {name: after[name].detach().cpu() - before[name] for name in names}
+        change = {
+            name: after[name].detach().cpu() - before[name]
+            for name in (names if policy.privacy or policy.max_update_norm is not None else ())
+        }
         if policy.privacy is None:
             _check_norm(policy, change)
         else:
