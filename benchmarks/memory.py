@@ -35,7 +35,7 @@ from fedloom.flower.sites import FlowerSites
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.model.placement import Adapter, Placement
 from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.records.config import Config, LoraSettings
