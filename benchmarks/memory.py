@@ -35,7 +35,7 @@ from fedloom.flower.sites import FlowerSites
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.model.placement import Adapter, Placement
 from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.records.config import Config, LoraSettings
@@ -128,7 +128,7 @@ def replay_site(desk: Desk, kept: Path) -> None:
         with ours, theirs:
             sender = Thread(target=_send_kept, args=(theirs, path), daemon=True)
             sender.start()
-            reply = desk.answer(receive_parcel(ours))
+            reply = desk.answer(receive_parcel(ours).used_up())
             sender.join()
             told = json.loads(path.with_name(path.name.replace("request", "reply")).read_text(encoding="utf-8"))
             if reply.facts.get("digest") != told["facts"].get("digest") or "error" in reply.facts:

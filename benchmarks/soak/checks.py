@@ -108,11 +108,18 @@ def check_bytes(soak: Soak) -> Iterator[str]:
         if one.fetched[0] <= len(soak.ends) and one.fetched == last[one.fetched[0]]:
             # The session ended with these at hand: killed, or its disk took no row any more.
             unsure[one.site] += size
+    ahead: list[str] = []
     for way, found in said.items():
         for site in soak.size.names:
             lacks = carried[way][site] - found[site]
-            if not 0 <= lacks <= (unsure[site] if way == "up" else 0):
-                yield f"{site}: {found[site]:,} B {way} by the ledger, {carried[way][site]:,} B by the link"
+            text = f"{site}: {found[site]:,} B {way} by the ledger, {carried[way][site]:,} B by the link"
+            if way == "down" and lacks < 0:
+                ahead.append(text)
+            elif not 0 <= lacks <= (unsure[site] if way == "up" else 0):
+                yield text
+    # A request counts before it is posted: one a session may have been about to leave when the server was killed.
+    if len(ahead) > len(soak.ends):
+        yield from ahead
     kept = {path.name: path.stat().st_size for path in (soak.run / "payloads").glob("*")}
     for row in rows:
         start = payload_name(row.round, row.client, row.direction)

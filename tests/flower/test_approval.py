@@ -13,7 +13,7 @@ import pytest
 from fedloom.errors import ConfigError, PolicyRefusal, SiteError
 from fedloom.flower.settings import shared_settings
 from fedloom.model.identity import base_digest
-from fedloom.records.ledger import Roll, read_rows
+from fedloom.records.ledger import Presence, Roll, read_rows
 from fedloom.site.approval import MOST_WAITING, WAITS, JobBook, Line, parse_until, time_text
 from fedloom.site.desk import Desk
 from fedloom.site.presence import read_presence
@@ -201,7 +201,10 @@ def test_a_run_goes_on_without_the_site_and_takes_it_in_once_it_is_allowed(toy_f
     rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
     asked = [(site, what) for site, what, _ in grid.log]
     assert ("depot", "turn") in asked[: asked.index(("bank", "turn"))] and rows[-1].answered == desks.SITES
-    assert WAITS in (tmp_path / "run" / "ledger.jsonl").read_text()
+    said = [
+        row.missing.get("bank", "") for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Presence)
+    ]
+    assert any(WAITS in reason for reason in said), "under the site's name"
 
 
 def test_by_default_nobody_is_asked_and_the_book_is_kept_all_the_same(desk, tmp_path):
