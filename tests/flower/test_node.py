@@ -263,7 +263,7 @@ def test_a_worker_that_stays_away_is_an_answer(carried):
 def test_looks_are_frequent_in_a_run_rarer_while_the_worker_trains_and_rare_at_rest():
     carrier = Carrier(Way(), Worker(), 1000, threading.Event())
     assert carrier.pause() == FIRST_PAUSE
-    carrier._heard -= 50
+    carrier._heard -= 30
     assert carrier.pause() == pytest.approx(1.0, abs=0.1)
     carrier._heard -= 600
     assert carrier.pause() == LAST_PAUSE

@@ -22,14 +22,6 @@ MOST_REPEATS = 5
 """How often a site that was lost on the way is asked again within one try."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedUpdate:
-    """A checked update, and what the check saw of it."""
-
-    payload: bytes
-    seen: UpdateFacts
-
-
 @dataclass(eq=False, slots=True)
 class Gathering:
     """The answers to one round while they come in.
@@ -45,10 +37,10 @@ class Gathering:
     round: int
     asked: Sequence[str]
     send: Callable[[str, float], None]
-    check: Callable[[str, Reply], CheckedUpdate]
+    check: Callable[[str, Reply], UpdateFacts]
     stray: Callable[[Reply], str | None]
     looked: Callable[[], None]
-    answers: dict[str, CheckedUpdate] = field(default_factory=dict)
+    answers: dict[str, UpdateFacts] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     late: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
@@ -56,8 +48,8 @@ class Gathering:
     began: float = field(default_factory=time.monotonic)
     until: float = 0.0
 
-    def play(self) -> dict[str, CheckedUpdate]:
-        """The updates by site, at least `min_replies`. Raises RoundError where they cannot be had.
+    def play(self) -> dict[str, UpdateFacts]:
+        """What was seen of the updates by site, at least `min_replies`. Raises RoundError where they cannot be had.
 
         Whoever has not answered by then is told that its turn is not wanted any more.
         """
@@ -161,7 +153,7 @@ class Gathering:
 
     def drop_outliers(self) -> None:
         """Refuse updates that are out of proportion now, while others can still be asked again."""
-        norms = {site: answer.seen.norm for site, answer in self.answers.items()}
+        norms = {site: answer.norm for site, answer in self.answers.items()}
         for site, reason in find_outliers(norms, self.caps).items():
             del self.answers[site]
             self.failed[site] = f"refused: {reason}"

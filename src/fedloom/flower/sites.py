@@ -21,7 +21,7 @@ from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError
 from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
-from fedloom.flower.gathering import CheckedUpdate, Gathering
+from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
@@ -30,9 +30,10 @@ from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
-from fedloom.rounds.checks import check_update
+from fedloom.rounds.checks import UpdateFacts, check_update
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
+from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
@@ -98,6 +99,7 @@ class FlowerSites:
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
+        self.updates: Spool[str]
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -109,6 +111,7 @@ class FlowerSites:
         if not self.fleet.names:
             take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
             muster_sites(self.fleet, rules, take, looked)
+        self.updates = Spool(rounds.folder.path)
         gathering = Gathering(
             self.fleet,
             rules,
@@ -128,8 +131,9 @@ class FlowerSites:
                 rounds.note(rounds.round, f"client {site}: {reason}")
             ledger.append(roll)
             ledger.sync()
-        payloads = {site: answer.payload for site, answer in answers.items()}
-        return Updates(payloads, {site: answer.seen for site, answer in answers.items()}, rules.min_replies)
+        for site in self.updates.keys() - answers.keys():  # it was out of proportion
+            del self.updates[site]
+        return Updates(self.updates, answers, rules.min_replies)
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -153,8 +157,8 @@ class FlowerSites:
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
 
-    def check(self, rounds: Rounds, site: str, reply: Reply) -> CheckedUpdate:
-        """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
+    def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
+        """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it cannot be averaged."""
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
@@ -171,7 +175,8 @@ class FlowerSites:
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
         rounds.folder.ledger.sync()
-        return CheckedUpdate(payload, seen)
+        self.updates[site] = payload
+        return seen
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
         """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""

@@ -217,7 +217,7 @@ class Ledger:
         self.sync()
 
     def close(self) -> None:
-        """Sync and close; closed it is also where the disk is full."""
+        """Sync and close, on a full disk too."""
         try:
             self.sync()
         finally:

@@ -19,9 +19,11 @@ from fedloom.records.text import LONG, cell
 from fedloom.report.measures import order_measures, phrase_scores
 from fedloom.report.numbers import MEAN, Point, human_bytes, values_of
 
+LOADING = "loading model and data …"
+
 
 @contextmanager
-def watch(console: Console, loading: str = "loading model and data …") -> Iterator[EventKeeper]:
+def watch(console: Console, loading: str = LOADING) -> Iterator[EventKeeper]:
     """An observer that shows the run on this console for as long as the context lasts.
 
     loading: what a terminal shows until it is known what the run is.
@@ -56,7 +58,7 @@ class EventKeeper:
     """
 
     console: Console | None = None
-    loading: str = ""
+    loading: str = LOADING
     facts: RunFacts | None = None
     round: int = 0
     training: set[str] = field(default_factory=set)

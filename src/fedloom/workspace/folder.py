@@ -133,26 +133,29 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        begun = self.ledger.rows > 0
         try:
-            self._leave(error)
+            if error is not None and begun:
+                self._record_end(error)
+            if (self.path / metrics.FILE).exists():
+                self.write_metrics()
         except (OSError, CheckpointError):
             if error is None:  # otherwise what ended the run is to be told, and not that a full disk takes no row
                 raise
         finally:
-            self._metrics.close()
-            self._log.close()
+            self._close(error)
+            if error is not None and not begun:  # set-up failed: as if the run had never been asked for
+                clear_folder(self.path)
             self._lock.close()
 
-    def _leave(self, error: BaseException | None) -> None:
-        if error is not None and not self.ledger.rows:  # set-up failed: as if the run had never been asked for
+    def _close(self, error: BaseException | None) -> None:
+        self._metrics.close()
+        self._log.close()
+        try:
             self.ledger.close()
-            clear_folder(self.path)
-            return
-        if error is not None:
-            self._record_end(error)
-        if self.ledger.rows:
-            self.write_metrics()
-        self.ledger.close()
+        except OSError:
+            if error is None:
+                raise
 
     def _record_end(self, error: BaseException) -> None:
         """Say how the run ended where no row says so yet: it was to go on, and its set-up failed."""

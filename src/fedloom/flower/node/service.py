@@ -41,7 +41,7 @@ from fedloom.site.systemd import as_service
 log = logging.getLogger("fedloom.node")
 
 FIRST_PAUSE, LAST_PAUSE = 0.2, 2.0
-PATIENT = 1 / 50
+PATIENT = 1 / 30
 """Between two looks for messages: this part of the time that nothing has come, within the two bounds. So nobody waits
 long, measured by what they have waited already, and a federation at rest costs little."""
 BUSY_PAUSE = 1.0
