@@ -107,6 +107,26 @@ def wan_command(
     print_result(result, wan.tables, as_json)
 
 
+@app.command("line")
+def line_command(
+    mebibytes: Annotated[
+        float, typer.Option(min=0.1, help="MiB of the adapter's fp32 values; payloads are 2/3 of it.")
+    ] = 6.5,
+    kbit: Annotated[float, typer.Option(min=1, help="kbit/s each way.")] = 256.0,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds there and back.")] = 200.0,
+    loss: Annotated[float, typer.Option(min=0, max=0.5, help="Share of packets that are lost.")] = 0.02,
+    cuts: Annotated[int, typer.Option(min=0, help="Cuts of a payload, at even distances.")] = 1,
+    outage: Annotated[float, typer.Option(min=0, help="Seconds for which nobody connects after a cut.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the losses.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A real site behind a line that is slow, loses packets and breaks: bytes and seconds of a round; takes minutes."""
+    from benchmarks import line
+
+    bad = line.Bad(kbit, rtt, loss, cuts, outage)
+    print_result(line.run(bad, mebibytes=mebibytes, seed=seed), line.tables, as_json)
+
+
 @app.command("compress")
 def compress_command(
     preset: Preset = "llama-3.2-3b",

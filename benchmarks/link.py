@@ -124,7 +124,7 @@ class Link:
         self._ends |= ends
         try:
             await asyncio.gather(self._carry(reader, back, self.up), self._carry(there, writer, self.down))
-        except (ConnectionError, asyncio.CancelledError):
+        except (OSError, asyncio.CancelledError):  # a line that broke, also one that nobody is left to tell
             pass
         finally:
             self._ends -= ends

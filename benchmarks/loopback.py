@@ -102,10 +102,10 @@ class Loopback:
         file = self.folder / "fed/sites" / site / "SITE.toml"
         return self.start(f"node-{site}", sys.executable, "-m", "fedloom", "node", str(file))
 
-    def supernode(self, site: str) -> subprocess.Popen[bytes]:
-        """Start a site's SuperNode."""
+    def supernode(self, site: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a site's SuperNode; `options` go to flower-supernode."""
         command = str(self.folder / "fed/sites" / site / "supernode.sh")
-        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]))
+        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]), *options)
 
     def worker(self, site: str) -> subprocess.Popen[bytes]:
         """Start a site's worker."""

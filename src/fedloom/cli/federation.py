@@ -41,9 +41,12 @@ def init(
         int,
         typer.Option(help="Local port of the first site's SuperNode; the others follow. Another for each federation."),
     ] = 9094,
+    with_containers: Annotated[
+        bool, typer.Option("--containers", help="Files for containers too: an image, compose files, Helm charts.")
+    ] = False,
 ) -> None:
     """Make keys, certificates and all files for the server and for each site."""
-    from fedloom.deploy import federation
+    from fedloom.deploy import containers, federation
     from fedloom.model.identity import base_digest
 
     digest = base_digest(model) if Path(model).is_dir() else ""
@@ -59,8 +62,12 @@ def init(
         name=name,
         node_port=node_port,
     )
+    if with_containers:
+        containers.check_containers(asked)
     for made in federation.write_federation(folder, asked, site):
         say(f"wrote {made}")
+    if with_containers:
+        say(f"wrote {containers.write_containers(folder)}, which builds the image; Containerfile says how")
     say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
 
 
