@@ -141,6 +141,7 @@ def test_a_slow_site_is_withdrawn_while_it_trains_and_is_charged_nothing(federat
 @pytest.mark.slow
 def test_a_node_that_is_not_registered_or_is_revoked_says_so_and_ends(federation: Processes):
     stranger = federation.node(STRANGER)
+    until(lambda: federation.said("node-lab", "connected to the SuperLink"), "the node")
     with launch.open_control(federation.settings()) as client:
         lab = next(node for node in list_nodes(client) if node.name == "lab")
         client.UnregisterNode(UnregisterNodeRequest(node_id=lab.node_id))
