@@ -16,9 +16,10 @@ from statistics import fmean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.model.base import base_digest, load_base
+from fedloom.model.base import load_base
 from fedloom.model.evaluate import exact_match_and_loss
 from fedloom.model.examples import Example
+from fedloom.model.identity import base_digest
 from fedloom.model.tokens import tokenize
 from fedloom.model.volume import weigh_examples
 from fedloom.records.config import Config

@@ -2,6 +2,7 @@
 
     FedloomError                     caught once, at the command line, and printed as one line
     ├── ConfigError                  a setting is missing, unknown, of the wrong type or out of range
+    │   └── UnknownKeyError          a key that this version of fedloom does not have
     ├── DataError                    a data file is missing, empty or not what the settings say
     ├── ModelError                   a base model or adapter folder cannot be used
     ├── ShapeError                   tensors that do not fit together
@@ -13,6 +14,7 @@
     ├── AuditError                   a site's record of what has left it was altered
     ├── RoundError                   a round that cannot be completed (nobody answered, say)
     └── SiteError                    a site's worker that cannot be reached, or a request that it cannot serve
+        └── VersionError             server and site are of versions of fedloom that do not go together
 
 A message names the file, key, module or client, says what was expected, and what to do.
 """
@@ -31,6 +33,14 @@ class FedloomError(Exception):
 
 class ConfigError(FedloomError):
     """A setting is missing, unknown, of the wrong type or out of range."""
+
+
+class UnknownKeyError(ConfigError):
+    """A key that this version of fedloom does not have. `key`: its dotted name."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(FedloomError):
@@ -86,3 +96,10 @@ class RoundError(FedloomError):
 
 class SiteError(FedloomError):
     """A site's worker that cannot be reached, or a request that it cannot serve."""
+
+
+class VersionError(SiteError):
+    """Server and site are of versions of fedloom that do not go together.
+
+    The text rests on the server's own words and on the site's version alone: the server is told all of it.
+    """

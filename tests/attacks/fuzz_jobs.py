@@ -32,7 +32,8 @@ import torch
 import tiny_models
 from fedloom.compress.entries import Dense, Sparse, dense_entry
 from fedloom.lora.pair import LoraPair
-from fedloom.model.base import base_digest, quiet_transformers
+from fedloom.model.base import quiet_transformers
+from fedloom.model.identity import base_digest
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel

@@ -6,7 +6,7 @@ import torch
 import fedloom
 from fedloom.errors import PolicyRefusal
 from fedloom.methods.table import method_options
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.configfile import dump
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk

@@ -86,8 +86,8 @@ class ToySetup(Setup):
         return {}
 
 
-def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, manifest: object = None) -> ToySetup:
-    """Stands for setup.assemble."""
+def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, load: object = None) -> ToySetup:
+    """Stands for assemble.build_setup; loads nothing."""
     job = toy.job(build(config.method.name, config.method.settings), seed=config.federation.seed)
     placed = {name: Placement(shape, toy.RANK, 32.0) for name, shape in toy.SHAPES.items()}
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
@@ -125,6 +125,7 @@ class DeskGrid:
     arriving: list[tuple[int, str, Message]] = field(default_factory=list)
     round: int = 0
     log: list[tuple[str, str, int]] = field(default_factory=list)
+    carried: list[tuple[str, str, int]] = field(default_factory=list)  # (site, "up" or "down", bytes)
 
     def __post_init__(self) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's runtime sets
@@ -144,7 +145,9 @@ class DeskGrid:
         identifier = message.object_id
         message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
         node = next(node for node in self.nodes if node.node_id == message.metadata.dst_node_id)
-        facts = unpack_parcel(message.content).facts
+        parcel = unpack_parcel(message.content)
+        self.carried.append((node.desk.site.name, "down", sum(map(len, parcel.payloads))))
+        facts = parcel.facts
         asked = (str(facts["ask"]), int(facts["round"]))
         self.log.append((node.desk.site.name, *asked))
         context = Context(1, node.node_id, {}, RecordDict(), {"settings": shared_settings(self.config)})
@@ -164,5 +167,5 @@ class DeskGrid:
 
     def close(self) -> None:
         for node in self.nodes:
-            if node.desk.place is not None:
-                node.desk.place.store.close()  # release() would also collect the garbage of a whole test session
+            for place in node.desk.places:
+                place.store.close()  # release() would also collect the garbage of a whole test session

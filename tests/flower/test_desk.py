@@ -11,13 +11,16 @@ import pytest
 
 import toy
 from fedloom.flower.settings import shared_settings
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.ledger import Roll, read_rows
+from fedloom.rounds.turns import server_turn
 from fedloom.site.desk import Desk
+from fedloom.site.places import MOST_PLACES
 from fedloom.site.privacy import Privacy
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.site.store import Store
+from fedloom.workspace.assemble import base_form
 
 pytestmark = pytest.mark.flower
 JOB = "0123456789abcdef"
@@ -39,7 +42,7 @@ def loads(monkeypatch):
     """Settings that a model was loaded for, in order."""
     loaded = []
 
-    def assemble(config, *arguments):
+    def assemble(config, *arguments, load):
         loaded.append(config)
         return desks.assemble(config, *arguments)
 
@@ -112,21 +115,50 @@ def test_a_refused_job_does_not_push_out_the_one_at_hand_nor_learn_of_it(tmp_pat
     assert desk.place is not None and desk.place.job == JOB and len(loads) == 1
 
 
-def test_garbage_is_collected_where_a_model_is_let_go_of_and_nowhere_else(tmp_path, loads, monkeypatch):
-    collected = []
-    monkeypatch.setattr("gc.collect", lambda: collected.append(len(loads)))
+def test_garbage_is_collected_where_a_model_is_let_go_of_and_nowhere_else(tmp_path, monkeypatch):
+    collected, loaded = [], []
+
+    def assemble(config, *arguments, load):
+        load.release()
+        load._loaded, load._form = (None, None), base_form(config)
+        loaded.append(config)
+        return desks.assemble(config, *arguments)
+
+    monkeypatch.setattr("gc.collect", lambda: collected.append(len(loaded)))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("fedloom.site.desk.build_setup", assemble)
     desk = made(tmp_path)
     ask(desk, "hello"), ask(desk, "turn")
-    assert collected == []
     ask(desk, "hello", job="f" * 16)
+    assert collected == []
+    ask(desk, "hello", "model.dtype='bfloat16'", job="e" * 16)
+    assert collected == [2] and [place.job for place in desk.places] == ["e" * 16], "one set of weights at a time"
     desk.release()
-    assert collected == [1, 2]
+    assert collected == [2, 3] and not desk.shared.is_loaded
     shared = desks.assemble(desks.settings(), {name: [] for name in desks.SITES}, {})
     DESKS.append(Desk(desks.site("lab", tmp_path), lambda config: shared))
     for what in ("hello", "turn"):
         ask(DESKS[-1], what)
         DESKS[-1].close()  # as a simulation's processes do after every message
     assert len(collected) == 2
+
+
+def test_jobs_stay_loaded_side_by_side_until_they_are_too_many_or_idle(tmp_path, loads):
+    desk = made(tmp_path)
+    jobs = [f"{number:016x}" for number in range(MOST_PLACES)]
+    for round in (1, 2):
+        for job in jobs:
+            assert ask(desk, "turn", job=job, round=round).payloads
+    assert len(loads) == MOST_PLACES, "one job at a time was loaded anew for every message"
+    ask(desk, "hello", job=jobs[0])
+    ask(desk, "hello", job="f" * 16)
+    assert [place.job for place in desk.places] == [*jobs[2:], jobs[0], "f" * 16]
+    ask(desk, "hello", "training.learning_rate=0.01", job=jobs[2])
+    assert "error" in ask(desk, "turn", "training.learning_rate=0.01", job=jobs[2]).facts, "other settings, old folder"
+    desk.places.get(jobs[3]).used -= 60
+    desk.release(30)
+    assert jobs[3] not in [place.job for place in desk.places] and len(desk.places) == MOST_PLACES - 1
+    assert ask(desk, "turn", job=jobs[3], round=3).payloads, "what is let go of is read again"
 
 
 def test_a_first_save_that_fails_leaves_nothing(tmp_path, loads, monkeypatch):
@@ -221,7 +253,7 @@ def test_every_draw_of_noise_is_charged(tmp_path, loads, monkeypatch):
 
 def test_no_noise_is_drawn_that_cannot_be_charged(tmp_path, loads, monkeypatch):
     drawn: list[object] = []
-    monkeypatch.setattr("fedloom.site.policy.release_change", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("fedloom.site.guard.release_change", lambda *arguments: drawn.append(arguments))
     desk = made(tmp_path, NOISE)
     monkeypatch.setattr(desk.trail, "charge", lambda *arguments: 1 / 0)
     refused(ask(desk, "turn"), "ZeroDivisionError")
@@ -246,7 +278,7 @@ def test_what_a_server_writes_stays_on_its_line_of_the_log(tmp_path, loads, capl
 
 
 def test_a_traceback_in_the_log_is_marked(tmp_path, loads, caplog, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, load):
         raise ValueError("one\nINFO forged\x1b[2K")
 
     monkeypatch.setattr("fedloom.site.desk.build_setup", broken)
@@ -280,3 +312,21 @@ def test_fed_sb_runs_at_desks_from_the_first_round_to_the_last(toy_federation, t
         math.isclose(grid.node("lab").desk.trail.count_spent("", 1).mu_squared, 3 * NOISE.privacy.mu**2)
         and len(lines) == 6
     )
+
+
+def test_a_desk_holds_a_state_once_and_finds_the_reply_on_disk(tmp_path, loads):
+    """The reply, the payloads of the request and the adapter of before the first round stayed in memory."""
+    desk = made(tmp_path)
+    first = ask(desk, "turn", "method.name=fedit", round=1)
+    held = desk.held
+    assert held is not None and held.payload == b"" and held.payload_bytes == len(first.payloads[0])
+    assert all(tensor.is_meta for tensor in desk.place.setup.initial.tensors().values())
+    broadcast = server_turn(desk.place.setup.job, held.before, {"lab": first.payloads[0]}, 1).payload
+    facts = {"job": JOB, "settings": shared_settings(desks.settings("method.name=fedit")), "counted": 1}
+    asked = {"ask": "turn", "round": 2, "base": base_digest(desk.site.model), **facts}
+    parcel = Parcel(asked, (broadcast,)).used_up()
+    second = desk.answer(parcel)
+    assert second.payloads and parcel.payloads == []
+    again = Parcel(asked, (broadcast,))
+    assert desk.answer(again).payloads == second.payloads and again.payloads == (broadcast,)
+    assert len(desk.trail.verify()[0]) == 3

@@ -21,6 +21,7 @@ from fedloom.errors import SiteError
 from fedloom.flower import relay as client
 from fedloom.flower.payload import FACTS, SIZES, pack_parcel, unpack_parcel
 from fedloom.site import worker
+from fedloom.site.calling import call_worker
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.protocol import MAGIC, Parcel, cut_payloads, parse_request, parse_sizes, receive_parcel, send_parcel
@@ -106,7 +107,7 @@ def test_lengths_must_fill_the_content():
         {"ask": "format", "job": "0" * 16, "settings": "", "base": ""},
         {"ask": "turn", "job": "../../../../etc", "settings": "", "base": ""},
         {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "round": -1},
-        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "more": 1},
+        {"ask": "turn", "job": "0" * 16, "settings": "", "base": "", "protocol": "2"},
     ],
 )
 def test_requests_that_no_worker_knows_are_refused(facts: dict):
@@ -147,16 +148,17 @@ def serving(tmp_path: Path):
 def test_the_worker_answers_those_who_show_the_token_alone(serving, tmp_path: Path):
     path, token = serving
     assert path.stat().st_mode & 0o777 == 0o600 and token.stat().st_mode & 0o777 == 0o600
-    reply = client.call_worker(Parcel({"ask": "hello"}, (b"12",)), path, token)
+    reply = call_worker(Parcel({"ask": "hello"}, (b"12",)), path, token)
     assert reply == Parcel({"asked": "hello"}, (b"12",))
     (tmp_path / "wrong").write_text("0" * 64)
-    assert client.call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
-        "error": "the token is wrong"
+    assert call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
+        "error": "the token is wrong",
+        "protocol": 2,
     }
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(path))
         rude.sendall(b"rubbish" * 10)
-    assert client.call_worker(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
+    assert call_worker(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
 
 
 def test_a_token_that_others_may_read_is_refused(tmp_path: Path):
@@ -171,7 +173,7 @@ def test_a_worker_that_does_not_come_back_is_an_error(tmp_path: Path):
     (tmp_path / "token").write_text("x")
     began = time.monotonic()
     with pytest.raises(SiteError, match="the worker is away"):
-        client.call_worker(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
+        call_worker(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
     assert time.monotonic() - began >= 0.1
 
 
@@ -190,12 +192,11 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     released = threading.Event()
 
     class Loaded(Desk):
-        def release(self) -> None:
-            self.place = None
+        def release(self, idle_seconds: float = -1.0) -> None:
+            assert idle_seconds == 0.02
             released.set()
 
     desk = Loaded(site("bank", tmp_path))
-    desk.place = object()
     monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
     listener = worker._listening(Path(desk.site.socket))
     thread = threading.Thread(target=_until_closed, args=(listener, desk))
@@ -203,7 +204,6 @@ def test_an_idle_worker_lets_go_of_its_model(tmp_path: Path, monkeypatch: pytest
     assert released.wait(60)
     listener.close()
     thread.join()
-    assert desk.place is None
 
 
 def _until_closed(listener: socket.socket, desk: Desk) -> None:

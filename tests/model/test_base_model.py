@@ -24,7 +24,8 @@ from transformers import (
 
 from fedloom.adapters.merge.base import open_base
 from fedloom.errors import ConfigError, ModelError
-from fedloom.model.base import base_digest, load_base
+from fedloom.model.base import load_base
+from fedloom.model.identity import base_digest
 from fedloom.model.kinds import choose_class, refusal
 from tiny_models import MODELS, llama, tokenizer
 
@@ -236,5 +237,6 @@ def test_a_name_without_files_has_no_digest(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_stands_for_the_files_that_were_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.model.base.cached_file", lambda name, *arguments, **more: str(folder / "config.json"))
+    found = str(folder / "config.json")
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, *arguments, **more: found)
     assert base_digest("owner/name") == base_digest(folder)

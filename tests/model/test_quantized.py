@@ -25,6 +25,7 @@ from fedloom.model.base import load_base
 from fedloom.model.evaluate import exact_match_and_loss
 from fedloom.model.placement import Adapter
 from fedloom.model.quantized import keep_differentiable
+from fedloom.model.shared_base import copy_modules
 from fedloom.model.sources import load_examples
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from tiny_models import placed
@@ -76,6 +77,21 @@ def test_a_quantised_base_trains_and_leaves_an_adapter_for_the_whole_one(
     merge_into(open_base(BASE), AdapterFolder(tmp_path / "adapter"), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert exact_match_and_loss(merged, examples).loss == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # its own
+def test_several_jobs_share_quantised_weights(quantization: str):
+    """A module in 8 bits takes its codes out of the parameter at its first use: a second one found none there."""
+    model, _ = load_base(BASE, quantization=quantization, device="cpu")
+    ids = torch.arange(5).unsqueeze(0)
+    with torch.no_grad():
+        first, second = (peft_bridge.attach(copy_modules(model), placed(model, r=rank)) for rank in (2, 4))
+        found = [wrapped(input_ids=ids).logits for wrapped in (first, second, first)]
+        alone = peft_bridge.attach(load_base(BASE, quantization=quantization, device="cpu")[0], placed(model, r=2))
+        assert all(torch.equal(logits, alone(input_ids=ids).logits) for logits in found)
+    held = {parameter.data_ptr() for parameter in first.parameters() if parameter.numel() > 10_000}
+    assert held <= {parameter.data_ptr() for parameter in second.parameters()}
 
 
 def test_a_kernel_that_is_never_called_is_not_missed_in_every_run():

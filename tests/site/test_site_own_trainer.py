@@ -12,8 +12,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fedloom.flower.settings import shared_settings
-from fedloom.model.base import base_digest, load_base
+from fedloom.model.base import load_base
 from fedloom.model.examples import Example
+from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer, patch
 from fedloom.model.tokens import tokenize
 from fedloom.rounds.federation import Federation

@@ -120,7 +120,7 @@ def test_the_doctor_tells_a_worker_that_takes_the_token_from_one_that_does_not(p
 
 
 def test_the_error_of_a_panic_tells_its_kind_alone(path):
-    assert asked(path, "fail").facts == {"error": "the site could not take its turn: Panic"}
+    assert asked(path, "fail").facts["error"] == "the site could not take its turn: Panic"
 
 
 def test_without_the_token_nothing_but_the_greeting_is_read(path, monkeypatch):
@@ -135,7 +135,7 @@ def test_without_the_token_nothing_but_the_greeting_is_read(path, monkeypatch):
 
 def test_a_caller_hears_why_even_while_it_still_sends(path):
     large = os.urandom(4_000_000)  # more than a socket holds
-    assert asked(path, "hello", large, token="wrong").facts == {"error": WRONG_TOKEN}
+    assert asked(path, "hello", large, token="wrong").facts["error"] == WRONG_TOKEN
     assert "at most 64,000 are taken" in asked(path, "hello", large).facts["error"]
     assert asked(path, "hello", large[:64_000]).payloads == (large[:64_000],)
 

@@ -3,107 +3,62 @@
 Flower tells late, or not at all, that a node was lost (a killed SuperNode: after some 45 s, under the server's own
 node id), so replies are matched by the message that they answer, and a node that was started anew since it was asked
 is known by its time of activation.
+
+A site has one turn at a time. It is over when the site has answered it, or its withdrawal, or was started anew, or when
+Flower says that it is lost. Until then the site is asked for no other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from flwr.app import Message
 
-from fedloom.errors import FedloomError
-from fedloom.flower.payload import pack_parcel, unpack_parcel
-from fedloom.records.text import to_printable
-from fedloom.site.protocol import Fact, Parcel, Statement, parse_statement
+from fedloom.errors import VersionError
+from fedloom.flower.messages import Grid, Node, Reply, SentRequest, read_reply
+from fedloom.flower.payload import pack_parcel
+from fedloom.records.ledger import Presence
+from fedloom.site.protocol import SPOKEN, WITHDRAWS, Fact, Parcel, write_facts
 
-GONE = frozenset({5, 8, 9, 10})
-"""Flower's codes of errors that say nothing about the request: node unavailable, app died, message unavailable …"""
 TTL_SECONDS = 12 * 3600.0
-"""How long Flower keeps a message: longer than any deadline that makes sense for a round."""
+"""How long Flower keeps a message that says nothing of it: longer than any deadline that makes sense for a round."""
+ANSWER_SECONDS = 60.0
+"""How much longer than a turn is worth beginning Flower keeps it at least, so that its answer can come back. Whoever
+asks allows as much again as a round may take: what is late is refused, but its bytes are counted."""
 GREET_SECONDS = 30.0
 """How long a node that could not take part is left alone before it is greeted again."""
-
-
-class Node(Protocol):
-    """What Flower tells of a SuperNode."""
-
-    @property
-    def node_id(self) -> int:
-        """The same after a restart where nodes have keys."""
-
-    @property
-    def status(self) -> str:
-        """Whether it is "online"."""
-
-    @property
-    def name(self) -> str:
-        """The name that the operator registered; "" without node keys."""
-
-    @property
-    def last_activated_at(self) -> str:
-        """When it was started last."""
-
-
-class Grid(Protocol):
-    """The part of flwr.serverapp.Grid that is used."""
-
-    def get_nodes(self) -> Iterable[Node]:
-        """Every SuperNode of the federation, whether it is there or not."""
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send; the identifiers come back."""
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there."""
+AWAY = "is not connected"
+"""What is said of a site that nobody hears of. Flower tells of nodes that are connected, and of no others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A node that may not take part, why, and when it was told so."""
+    """A node that may not take part: why, which of the sites it is if that is known, when it was told so and started.
 
-    reason: str
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class SentRequest:
-    """A message on its way. site: "" where the node has not said its name."""
+    at: by the clock of `time.monotonic`. activated: a node that was started anew since may be greeted at once.
+    """
 
     node: int
     site: str
-    ask: str
-    round: int
-    activated: str
+    reason: str
     at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back for `asked`: a parcel, or an error; `gone` says that the node or its app was lost.
-
-    said: the parcel's facts, checked. error: in one line that may be shown anywhere, whoever wrote it.
-    """
-
-    asked: SentRequest
-    parcel: Parcel | None
-    error: str = ""
-    gone: bool = False
-    said: Statement = Statement()
+    activated: str = ""
 
     @property
-    def seconds(self) -> float:
-        """Since the request was sent."""
-        return time.monotonic() - self.asked.at
+    def text(self) -> str:
+        """All of it in words."""
+        return f"{f'client {self.site}' if self.site else f'node {self.node}'} cannot take part: {self.reason}"
 
 
 @dataclass(eq=False, slots=True)
 class Fleet:
     """All nodes. `facts` go with every request; `expected` are the names of the sites that take part.
 
-    registered: node → name, for every node that Flower ever told of, whether it is there or not.
+    registered: node → name, for every node that Flower ever told of, whether it is there or not. spoken: node → the
+    protocol that its site is asked in; of a node that has not answered yet, the newest. turns: site → the message that
+    asked it for its turn, which may be over.
     """
 
     grid: Grid
@@ -114,6 +69,8 @@ class Fleet:
     outstanding: dict[str, SentRequest] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
     registered: dict[int, str] = field(default_factory=dict)
+    spoken: dict[int, int] = field(default_factory=dict)
+    turns: dict[str, str] = field(default_factory=dict)
 
     def look(self) -> None:
         """Ask the SuperLink which nodes are there, and greet those that have not said their name.
@@ -124,37 +81,64 @@ class Fleet:
         self.registered |= {node.node_id: node.name for node in told if node.name}
         self.nodes = {node.node_id: node for node in told if node.status == "online"}
         past = time.monotonic() - GREET_SECONDS
-        recent = {node for node, stranger in self.strangers.items() if stranger.at > past}
-        known = {*self.names.values(), *recent, *(asked.node for asked in self.outstanding.values())}
+        recent = {
+            node
+            for node, stranger in self.strangers.items()
+            if stranger.at > past and node in self.nodes and self.nodes[node].last_activated_at == stranger.activated
+        }
+        asked = {asked.node for asked in self.outstanding.values() if not self.has_restarted(asked)}
+        known = {*self.names.values(), *recent, *asked}
         for node in self.nodes:
             if node not in known:
-                self.post(node, "", "hello", 0, Parcel({}))
+                self.post(node, "", "hello", 0, Parcel({"time": time.time()}))
 
     def is_here(self, site: str) -> bool:
         """Whether the site's node is connected."""
         return self.names.get(site) in self.nodes
 
-    def awaits_answer(self, site: str, round: int) -> bool:
-        """Whether the site was asked in this round and may still answer."""
+    @property
+    def is_greeting(self) -> bool:
+        """Whether a node that is connected has yet to say its name."""
         return any(
-            asked.site == site and asked.round == round and asked.ask != "hello" and not self.has_restarted(asked)
+            asked.ask == "hello" and asked.node in self.nodes and not self.has_restarted(asked)
             for asked in self.outstanding.values()
         )
+
+    def is_asked(self, site: str, ask: str) -> bool:
+        """Whether the site was asked this and may still answer."""
+        return any(
+            (asked.site, asked.ask) == (site, ask) and not self.has_restarted(asked)
+            for asked in self.outstanding.values()
+        )
+
+    def open_turn(self, site: str) -> SentRequest | None:
+        """The turn that the site was asked for and that is not over."""
+        asked = self.outstanding.get(self.turns.get(site, ""))
+        return None if asked is None or self.has_restarted(asked) else asked
 
     def has_restarted(self, asked: SentRequest) -> bool:
         """Whether the node was started anew since it was asked: what it was doing then is lost."""
         node = self.nodes.get(asked.node)
         return node is not None and node.last_activated_at != asked.activated
 
-    def post(self, node: int, site: str, ask: str, round: int, parcel: Parcel) -> None:
-        """Send a request to a node."""
-        facts = {**self.facts, **parcel.facts, "ask": ask, "round": round}
+    def post(self, node: int, site: str, ask: str, round: int, parcel: Parcel, ttl: float = TTL_SECONDS) -> None:
+        """Send a request to a node, which Flower keeps for `ttl` seconds."""
+        facts = write_facts(
+            {**self.facts, **parcel.facts, "ask": ask, "round": round}, self.spoken.get(node, SPOKEN.newest)
+        )
         kind = "train" if ask == "turn" else "query"
-        message = Message(pack_parcel(Parcel(facts, parcel.payloads)), node, kind, ttl=TTL_SECONDS, group_id=str(round))
+        message = Message(pack_parcel(Parcel(facts, parcel.payloads)), node, kind, ttl=ttl, group_id=str(round))
         activated = self.nodes[node].last_activated_at if node in self.nodes else ""
         for identifier in self.grid.push_messages([message]):
             if identifier:
                 self.outstanding[identifier] = SentRequest(node, site, ask, round, activated, time.monotonic())
+                if ask == "turn":
+                    self.turns[site] = identifier
+
+    def withdraw(self, turn: SentRequest) -> None:
+        """Tell a site that a turn is not wanted any more, if it understands that."""
+        if self.spoken.get(turn.node, SPOKEN.newest) >= WITHDRAWS:
+            self.post(turn.node, turn.site, "withdraw", turn.round, Parcel({}))
 
     def collect(self) -> list[Reply]:
         """What has come since the last call. Replies to what nobody asked are dropped."""
@@ -162,8 +146,16 @@ class Fleet:
         for message in self.grid.pull_messages(list(self.outstanding)) if self.outstanding else ():
             asked = self.outstanding.pop(message.metadata.reply_to_message_id, None)
             if asked is not None:
-                replies.append(_read(asked, message))
+                replies.append(read_reply(asked, message))
+                self.close_withdrawn(replies[-1])
         return replies
+
+    def close_withdrawn(self, reply: Reply) -> None:
+        """A site that has answered a withdrawal works on that turn no more. What it sent before may still arrive."""
+        asked = reply.asked
+        turn = self.open_turn(asked.site)
+        if asked.ask == "withdraw" and reply.parcel and not reply.error and turn and turn.round == asked.round:
+            del self.turns[asked.site]
 
     def introduce(self, reply: Reply) -> str | None:
         """Take a node's name from its answer to "hello"; the reason if it is refused, once.
@@ -174,14 +166,44 @@ class Fleet:
         node, claimed = reply.asked.node, reply.said.name
         if reply.gone:
             return None
-        reason = reply.error or self.objection(node, claimed)
+        try:
+            if self.lower_protocol(reply):
+                return None
+            reason = reply.error or self.objection(node, claimed)
+        except VersionError as error:
+            return self.refuse(node, claimed, str(error))
         if not reason:
             self.names[claimed] = node
             self.strangers.pop(node, None)
             return None
-        known = node in self.strangers
-        self.strangers[node] = Stranger(f"node {node} cannot take part: {reason}", time.monotonic())
-        return None if known else self.strangers[node].reason
+        return self.refuse(node, claimed if reply.error else "", reason)
+
+    def refuse(self, node: int, claimed: str, reason: str) -> str | None:
+        """Remember that a node cannot take part; why, in words, unless that was said before.
+
+        claimed: the name that its own refusal gave, which is believed as long as it is nobody else's.
+        """
+        free = claimed in self.expected and claimed not in self.registered.values()
+        site = self.registered.get(node) or (claimed if free else "")
+        before = self.strangers.get(node)
+        told = before is not None and _without_reference(before.reason) == _without_reference(reason)
+        if before is not None and told:  # its first reference finds the whole text as well as any other
+            reason = before.reason
+        activated = self.nodes[node].last_activated_at if node in self.nodes else ""
+        self.strangers[node] = Stranger(node, site, reason, time.monotonic(), activated)
+        return None if told else self.strangers[node].text
+
+    def lower_protocol(self, reply: Reply) -> bool:
+        """Note the protocol that a node's site is asked in from now on. True if it refused a newer one: greet it anew.
+
+        Raises VersionError where it speaks none of this server's.
+        """
+        if reply.parcel is None:  # not the site's own words
+            return False
+        node = reply.asked.node
+        before = self.spoken.get(node, SPOKEN.newest)
+        self.spoken[node] = SPOKEN.agree(reply.said.protocol)
+        return bool(reply.error) and self.spoken[node] < before
 
     def objection(self, node: int, claimed: str) -> str:
         """Why a node may not have the name that it says; "" if it may."""
@@ -196,15 +218,23 @@ class Fleet:
             return f"it says that it is {claimed!r}, as another node that is connected does"
         return ""
 
+    def presence(self, round: int) -> Presence:
+        """Which sites can be asked, and why others cannot, as a row of the ledger."""
+        missing = {site: reason for site in sorted(self.expected) if (reason := self.explain_absence(site))}
+        return Presence(round, tuple(sorted(set(self.expected) - missing.keys())), missing)
 
-def _read(asked: SentRequest, message: Message) -> Reply:
-    """Check a reply at the border: behind it, what a site says has the right type and size, and may be shown."""
-    if message.has_error():
-        error = message.error
-        return Reply(asked, None, f"Flower's error {error.code}: {to_printable(str(error.reason))}", error.code in GONE)
-    try:
-        parcel = unpack_parcel(message.content)
-        said = parse_statement(parcel.facts)
-    except FedloomError as error:
-        return Reply(asked, None, f"refused: {to_printable(str(error))}")
-    return Reply(asked, parcel, to_printable(said.error or ""), said=said)
+    def explain_absence(self, site: str) -> str:
+        """Why a site cannot be asked; "" if it can."""
+        if self.is_here(site):
+            return ""
+        for stranger in self.strangers.values():
+            if stranger.site == site and stranger.node in self.nodes:
+                return f"is there but cannot take part: {stranger.reason}"
+        if any(self.registered.get(node) == site for node in self.nodes):
+            return "is there, but its worker has not answered yet"
+        return AWAY
+
+
+def _without_reference(reason: str) -> str:
+    """A site's refusal without the number that finds it in the site's log, which is another one each time."""
+    return reason.partition(" (reference ")[0]

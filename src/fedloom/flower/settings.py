@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import tomllib
 from importlib.util import find_spec
+from typing import Any
 
 import tomli_w
 
 from fedloom.errors import ConfigError
 from fedloom.records.config import Config, EvaluationSettings, FederationSettings, FlowerSettings, OutputSettings
-from fedloom.records.configfile import dump, parse
+from fedloom.records.configfile import parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
 scores are taken at the server."""
+
+
+SINCE: dict[str, int] = {}
+"""Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
+came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
+before takes the run, and a job goes on under a server that was updated meanwhile."""
 
 
 def check_installed(extra: str, *libraries: str) -> None:
@@ -44,7 +51,19 @@ def shared_settings(config: Config) -> str:
     federation.eval_every may change while a job lasts, and a site holds a job to what it was told: it is not told.
     """
     federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
-    return dump(config.model_copy(update={**SERVERS_OWN, "federation": federation}))
+    told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True)))
+
+
+def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tables without keys of `SINCE` that have their default."""
+    usual = Config().model_dump()
+    return {
+        table: {
+            key: value for key, value in held.items() if f"{table}.{key}" not in SINCE or value != usual[table][key]
+        }
+        for table, held in tree.items()
+    }
 
 
 def server_settings(config: Config) -> str:

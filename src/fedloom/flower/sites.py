@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -18,18 +18,23 @@ from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
 
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
-from fedloom.flower.fleet import Fleet, Grid, Reply
-from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
+from fedloom.flower.control import certificate_ends, keep_number
+from fedloom.flower.delivery import Delivery
+from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
+from fedloom.flower.gathering import Gathering
+from fedloom.flower.messages import Grid, Reply
+from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
-from fedloom.records.ledger import Training
+from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
-from fedloom.rounds.checks import check_update
+from fedloom.rounds.checks import UpdateFacts, check_update
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
-from fedloom.site.protocol import Parcel
+from fedloom.server.spool import Spool
+from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
@@ -49,20 +54,26 @@ def run_federation(
     force: bool = False,
     observer: Observer | None = None,
     notes: Sequence[str] = (),
+    number: int | None = None,
 ) -> RunSummary:
     """Play the run with the sites that `grid` reaches, leaving its results in `out`. notes: known of their data.
+
+    number: what the SuperLink calls the run, by which it can be stopped; None where there is no SuperLink.
 
     Sites hold a job to the rounds that it began with: a run cannot be given more.
     """
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
+        keep_number(folder.path, number)
         told = [*notes]
         heldout = heldout_examples(config.data, told.append)
         nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
         setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
-        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet)).play(resume)
+        ends = {} if number is None else certificate_ends(config.flower)
+        sites = FlowerSites(setup, fleet, simulated=number is None)
+        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -78,13 +89,17 @@ def job_id(path: Path, resume: bool) -> str:
 class FlowerSites:
     """The sites at the other end of Flower's messages, and what is known of each: version, digest, last counted round.
 
-    sent: bytes that a site was sent since it answered last, for who watches the run.
+    sent: bytes that a site was sent since it answered last, for who watches the run. seen: who was there at the last
+    look that was recorded. simulated: whether the sites are made up, so that nothing has left this machine.
     """
 
-    def __init__(self, setup: Setup, fleet: Fleet) -> None:
+    def __init__(self, setup: Setup, fleet: Fleet, *, simulated: bool = False) -> None:
         self.setup = setup
         self.fleet = fleet
+        self.simulated = simulated
         self.sent: dict[str, int] = {}
+        self.seen: Presence | None = None
+        self.updates: Spool[str]
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -92,18 +107,21 @@ class FlowerSites:
 
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round; who gave none is noted with the reason."""
-        if not self.fleet.names:
-            self.muster(rounds)
         rules, job = self.setup.config.flower, self.setup.job
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, rules, take, looked)
+        self.updates = Spool(rounds.folder.path)
         gathering = Gathering(
             self.fleet,
             rules,
             job.caps,
             rounds.round,
             present.asked,
-            lambda site: self.send(rounds, site, "turn"),
-            lambda site, reply: self.check(rounds, site, reply),
-            lambda reply: self.take_stray(rounds, reply),
+            partial(self.ask_turn, rounds),
+            partial(self.check, rounds),
+            partial(self.take_stray, rounds),
+            partial(self.note_presence, rounds),
         )
         try:
             answers = gathering.play()
@@ -113,42 +131,34 @@ class FlowerSites:
                 rounds.note(rounds.round, f"client {site}: {reason}")
             ledger.append(roll)
             ledger.sync()
-        payloads = {site: answer.payload for site, answer in answers.items()}
-        return Updates(payloads, {site: answer.seen for site, answer in answers.items()}, rules.min_replies)
+        for site in self.updates.keys() - answers.keys():  # it was out of proportion
+            del self.updates[site]
+        return Updates(self.updates, answers, rules.min_replies)
 
-    def muster(self, rounds: Rounds) -> None:
-        """Wait until every site has said hello; go on without some at the deadline, or after a grace without news.
+    def note_presence(self, rounds: Rounds) -> None:
+        """Record who is there and who is not, where that has changed."""
+        now = self.fleet.presence(rounds.round)
+        if self.seen is None or (now.online, now.missing) != (self.seen.online, self.seen.missing):
+            self.seen = now
+            rounds.folder.ledger.append(now)
+            rounds.folder.ledger.sync()
 
-        Raises RoundError if there are too few.
-        """
-        rules = self.setup.config.flower
-        until = time.monotonic() + rules.deadline
-        while time.monotonic() < until and set(self.fleet.names) != set(self.known):
-            self.fleet.look()
-            time.sleep(POLL_SECONDS)
-            for reply in self.fleet.collect():
-                self.take_stray(rounds, reply)
-                if rules.grace is not None and len(self.fleet.names) >= rules.min_replies:
-                    until = min(until, time.monotonic() + rules.grace)
-        if len(self.fleet.names) < rules.min_replies:
-            refused = "; ".join(stranger.reason for stranger in self.fleet.strangers.values())
-            raise RoundError(
-                f"{len(self.fleet.names)} of {len(self.known)} sites are there after {rules.deadline:g} s, "
-                f"flower.min_replies is {rules.min_replies}{f' ({refused})' if refused else ''}: run `fedloom "
-                "federation doctor` at the sites"
-            )
+    def ask_turn(self, rounds: Rounds, site: str, seconds: float) -> None:
+        """Ask a site for a turn that is worth beginning for so many seconds."""
+        margin = max(ANSWER_SECONDS, self.setup.config.flower.deadline)
+        self.send(rounds, site, "turn", {"expires": seconds}, seconds + margin)
 
-    def send(self, rounds: Rounds, site: str, ask: str) -> None:
-        """Ask a site, with whatever it has missed."""
+    def send(self, rounds: Rounds, site: str, ask: str, facts: Mapping[str, Fact], ttl: float) -> None:
+        """Ask a site, with whatever it has missed. facts: what else it is told; ttl: how long Flower keeps it."""
         rounds.observer.client_started(rounds.round, site)
         payloads = tuple(rounds.send_missed(site, self.known[site].version, delivery=ask == "deliver"))
         self.sent[site] = self.sent.get(site, 0) + sum(map(len, payloads))
-        parcel = Parcel({"counted": self.known[site].counted}, payloads)
-        self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel)
-        rounds.folder.ledger.sync()
+        parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
+        rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
+        self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
 
-    def check(self, rounds: Rounds, site: str, reply: Reply) -> CheckedUpdate:
-        """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
+    def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
+        """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
@@ -164,7 +174,9 @@ class FlowerSites:
         said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
-        return CheckedUpdate(payload, seen)
+        rounds.folder.ledger.sync()
+        self.updates[site] = payload
+        return seen
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
         """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
@@ -177,7 +189,7 @@ class FlowerSites:
                 self.locate(rounds, reply.said.name, reply)
             return None
         self.locate(rounds, site, reply)
-        if asked.ask == "deliver" or reply.error or reply.parcel is None:
+        if asked.ask != "turn" or reply.said.dropped or reply.error or reply.parcel is None:
             return None
         reason = self.take_late(rounds, site, reply.parcel.payloads)
         return f"its update of round {asked.round} came after {reply.seconds:.0f} s and was refused: {reason}"
@@ -195,6 +207,7 @@ class FlowerSites:
         else:
             reason = "its round was over"
         rounds.folder.transfer(rounds.round, site, "up", payloads[0])
+        rounds.folder.ledger.sync()
         return to_printable(reason)
 
     def locate(self, rounds: Rounds, site: str, reply: Reply) -> None:
@@ -216,26 +229,43 @@ class FlowerSites:
         """The checkpoint, with what is known of every site in it."""
         return replace(snapshot, known=self.known)
 
+    def keep_sent(self, rows: Sequence[Row]) -> list[Row]:
+        """Of the rows of rounds that a crash has undone, those that stay true: what has travelled between machines."""
+        if self.simulated:
+            return []
+        return [replace(row, undone=True) for row in rows if isinstance(row, Transfer)]
+
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
         """Take up what the checkpoint knows."""
         self.known |= snapshot.known
 
     def deliver(self, rounds: Rounds) -> None:
-        """Send the result to every site that is connected; who did not confirm is noted."""
-        rules = self.setup.config.flower
-        self.fleet.look()
-        waiting = {site for site in self.known if self.fleet.is_here(site)}
-        for site in sorted(waiting):
-            self.send(rounds, site, "deliver")
-        until = time.monotonic() + (rules.deadline if rules.grace is None else rules.grace)
-        while waiting and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
-            for reply in self.fleet.collect():
-                if reply.asked.ask == "deliver" and not reply.error:
-                    waiting.discard(reply.asked.site)
-                self.take_stray(rounds, reply)
-        for site in sorted(waiting | {site for site in self.known if not self.fleet.is_here(site)}):
-            rounds.note(rounds.round, f"client {site} has not confirmed that it received the result")
+        """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
+        owed = [site for site, known in self.known.items() if not known.delivered]
+        if not owed:
+            return
+        rounds.save()  # no site may be ahead of the newest checkpoint: a crash from here on undoes no round
+        deadline = self.setup.config.flower.deadline
+        delivery = Delivery(
+            self.fleet,
+            owed,
+            deadline,
+            lambda site: self.send(rounds, site, "deliver", {}, deadline + ANSWER_SECONDS),
+            partial(self.take_late_for_delivery, rounds),
+            partial(self.note_presence, rounds),
+        )
+        delivery.play()
+        for site in sorted(delivery.confirmed):
+            self.known[site] = replace(self.known[site], delivered=True)
+        for site, reason in sorted(delivery.missing.items()):
+            rounds.note(rounds.round, f"client {site} has not confirmed that it received the result: {reason}")
+        rounds.save()
+
+    def take_late_for_delivery(self, rounds: Rounds, reply: Reply) -> None:
+        """Take what comes in while the result is delivered; an update that is too late is noted."""
+        reason = self.take_stray(rounds, reply)
+        if reason:
+            rounds.note(rounds.round, f"client {reply.asked.site}: {reason}")
 
 
 def digest_of(rounds: Rounds, version: int) -> str:
@@ -254,4 +284,5 @@ def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
     told, out = context.run_config, Path(str(context.run_config["out"]))
     settings = join_settings(str(told["settings"]), str(told["own"]))
-    run_federation(grid, settings, out, resume=bool(told["resume"]), force=bool(told.get("force", False))).check()
+    resume, force = bool(told["resume"]), bool(told.get("force", False))
+    run_federation(grid, settings, out, resume=resume, force=force, number=context.run_id).check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,3 +50,19 @@ def keep_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def packed_weights(model: nn.Module) -> Iterator[object]:
+    """What bitsandbytes' modules hold of their weights beside the parameters: what a copy of the modules shares, too.
+
+    A module in 8 bits moves its codes and scales out of the parameter at its first evaluation; it does so here, since
+    a second module around the same parameter would find none there.
+    """
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):
+            if getattr(module.weight, "CB", None) is not None:
+                module.init_8bit_state()  # type: ignore[operator]
+            state: Any = module.state
+            yield from (held for held in (state.CB, state.SCB) if held is not None)
+        elif getattr(module, "quant_state", None) is not None:
+            yield module.quant_state

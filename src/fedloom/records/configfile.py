@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, UnknownKeyError
 from fedloom.records.config import ClientSettings, Config
 
 Tree = dict[str, Any]
@@ -150,6 +150,19 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
+def dump_file(config: Config) -> str:
+    """TOML that `load_config` turns into an equal `Config`, in whatever folder the file lies.
+
+    A relative path is one that nobody set, so it is left out: in a file it would be read from that file's folder.
+    """
+    tree, sections = config.model_dump(exclude_none=True), _sections()
+    for section, key in _LOCATED:
+        default = sections[section].model_fields[key].default
+        if isinstance(default, str) and tree[section].get(key) == default:
+            del tree[section][key]
+    return tomli_w.dumps(tree)
+
+
 def settings_template() -> str:
     """A commented file with every key and its default, for `fedloom init`."""
     parts = ["# Settings of a fedloom run: every key with its default. Delete what you do not change."]
@@ -209,7 +222,8 @@ def _refuse_unknown(tree: Mapping[str, Any], origin: str) -> None:
         near = _nearest(key)
         section = _sections().get(key.partition(".")[0])
         others = f"; [{key.partition('.')[0]}] has {', '.join(section.model_fields)}" if section else ""
-        raise ConfigError(f"unknown key {key!r} in {origin}" + (f"; did you mean {near!r}?" if near else others))
+        hint = f"; did you mean {near!r}?" if near else others
+        raise UnknownKeyError(f"unknown key {key!r} in {origin}{hint}", key)
 
 
 def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -1,14 +1,15 @@
 """What happened in a run, one JSON object a line: every payload, every client's training, every score.
 
 Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
-recorded beside the facts but are not part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+recorded beside the facts but are not part of `Totals`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from fedloom.records.rows import (
     Evaluation,
     ModuleGroup,
     Note,
+    Presence,
     Roll,
     Row,
     RunRow,
@@ -45,6 +47,7 @@ __all__ = [
     "Ledger",
     "ModuleGroup",
     "Note",
+    "Presence",
     "Roll",
     "Row",
     "RunRow",
@@ -61,7 +64,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload."""
+    """Sums of bytes. Keys: client, round, part of the payload.
+
+    Equal for a resumed and an undisturbed run of the local engine. Across machines, what had left counts in any case.
+    """
 
     transfers: int = 0
     bytes_up: int = 0
@@ -165,8 +171,9 @@ class Ledger:
             line = dump_row(row) + b"\n"
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
+        self._file.write(line)
+        self._file.flush()  # whoever follows the run from another process sees each row at once
         self._count([row])
         if self._told:
             self._told(row)
@@ -181,24 +188,40 @@ class Ledger:
         os.fsync(self._file.fileno())
         return self.rows
 
-    def truncate_to(self, rows: int) -> None:
-        """Forget all but the first `rows` rows: what a run recorded after the checkpoint that it resumes from."""
+    def truncate_to(self, rows: int, keep: Callable[[Sequence[Row]], Iterable[Row]] | None = None) -> None:
+        """Forget all but the first `rows` rows: what a run recorded after the checkpoint that it resumes from.
+
+        keep(forgotten) tells what of them stays nevertheless; the file changes as a whole.
+        """
         if rows > self.rows:
             raise CheckpointError(
                 f"{self.path} has {self.rows} rows, but the checkpoint was taken after {rows}: the ledger was shortened"
             )
-        self._file.flush()
-        del self._offsets[rows + 1 :]
-        self._file.truncate(self._offsets[-1])
+        end = self._offsets[rows]
+        with suppress(OSError):  # what a full disk has not taken is forgotten with the rest
+            self._file.close()
+        if self.path.stat().st_size < end:
+            raise CheckpointError(f"{self.path} ends before its row {rows}: the disk did not take it")
+        kept = b"".join(dump_row(row) + b"\n" for row in keep(read_rows(self.path)[rows:])) if keep else b""
+        if kept:
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_bytes(self.path.read_bytes()[:end] + kept)
+            os.replace(partial, self.path)
+        else:
+            os.truncate(self.path, end)
+        self._file = self.path.open("ab")
+        found, self._offsets = _scan(self.path)
         self.bytes_up = self.bytes_down = 0
         self.examples = {}
-        self._count(read_rows(self.path))
+        self._count(found)
         self.sync()
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync and close, on a full disk too."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

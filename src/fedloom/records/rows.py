@@ -59,6 +59,8 @@ class Transfer:
 
     Of what goes down: version is that of the state which the client has by then, as far as the server knows (-1: none
     of the run's; None in older ledgers); delivery, whether it is the result, sent when the rounds are over.
+    undone: it travelled between machines in a round that a crash undid, and that was played again. Its bytes count; it
+    says nothing of who answered in the round.
     """
 
     __pydantic_config__ = FORBID
@@ -72,6 +74,7 @@ class Transfer:
     seconds: Number = 0.0
     version: int | None = None
     delivery: bool = False
+    undone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,21 @@ class Roll:
 
 
 @dataclass(frozen=True, slots=True)
+class Presence:
+    """Which sites of a federation across machines can be asked, and which cannot and why: each is in one of the two.
+
+    Such a row is written when this differs from the last one, at the start (round 1, before anybody is asked), in the
+    middle of a round and while the result is delivered. round: the one in progress. What holds now is the last row's.
+    """
+
+    __pydantic_config__ = FORBID
+    row: Literal["presence"] = field(default="presence", kw_only=True)
+    round: int
+    online: Annotated[tuple[str, ...], Field(strict=False)]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something worth saying in words: who dropped out, who was refused and why.
 
@@ -183,7 +201,19 @@ class Note:
 
 
 Row: TypeAlias = (
-    RunRow | Transfer | Training | Evaluation | Validation | Aggregation | Roll | Note | Choice | Session | Answer | End
+    RunRow
+    | Transfer
+    | Training
+    | Evaluation
+    | Validation
+    | Aggregation
+    | Presence
+    | Roll
+    | Note
+    | Choice
+    | Session
+    | Answer
+    | End
 )
 ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="row")])
 """Reads a row from JSON, by its field `row`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fedloom.errors import NumericError
 from fedloom.methods.method import Method, State
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
-from fedloom.records.ledger import Training
+from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
@@ -111,6 +111,10 @@ class LocalSites:
         """Everybody receives the result, whoever took part in the last round."""
         for client in self.roster:
             self.download(rounds, client, delivery=True)
+
+    def keep_sent(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Nothing: here all payloads stay in one process, and a round that is played anew is the only one."""
+        return ()
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with every client's state in it."""

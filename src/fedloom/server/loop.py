@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,14 +22,16 @@ from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
+from fedloom.records.ledger import About, Aggregation, Evaluation, Row, Training, read_rows
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.disk import explain_full_disk
 from fedloom.server.session import begin_session, record_end
+from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
@@ -70,7 +72,15 @@ class Sites(Protocol):
         """The server has moved on by this broadcast, or to this full state; `counted` are those who were averaged."""
 
     def deliver(self, rounds: Rounds) -> None:
-        """After the last round: everybody who can be reached receives the result."""
+        """After the last round: everybody who can be reached receives the result, who has not had it.
+
+        Also called where a run goes on whose rounds are over.
+        """
+
+    def keep_sent(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Of ledger rows after the newest checkpoint, which a run that goes on plays anew, those that are to stay: the
+        payloads that have really travelled.
+        """
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with what is known of each client in it."""
@@ -80,15 +90,26 @@ class Sites(Protocol):
 
 
 class Rounds:
-    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded."""
+    """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    def __init__(self, setup: Setup, folder: RunFolder, observer: Observer, sites: Sites) -> None:
+    certificates: see `session.Session`.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        observer: Observer,
+        sites: Sites,
+        certificates: Mapping[str, str] | None = None,
+    ) -> None:
         self.setup = setup
+        self.certificates = certificates or {}
         self.folder = folder
         self.observer = observer
         self.sites = sites
         self.server: State = start(setup.job, setup.initial)
-        self.archive = Archive()
+        self.archive = Archive(held=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -109,14 +130,17 @@ class Rounds:
         """
         self.began = time.perf_counter()
         if resume:
-            snapshot = self.folder.restore(self.setup.fingerprint)
+            snapshot = self.folder.restore(self.setup.fingerprint, self.sites.keep_sent)
             if snapshot:
                 self.restore(snapshot)
         try:
             return self.play_rounds()
         except BaseException as error:
+            full = explain_full_disk(error, self.folder.path)
             with suppress(OSError, CheckpointError):  # a full disk, say, which is what ends the run
-                record_end(self, error)
+                record_end(self, full or error)
+            if full:
+                raise full from error
             raise
 
     def play_rounds(self) -> RunSummary:
@@ -137,6 +161,8 @@ class Rounds:
         )
         if not self.saved:
             self.begin()
+        if self.is_over:  # it was stopped while it delivered its result, or some site was away then
+            self.sites.deliver(self)
         while not self.is_over and not self.hopeless:
             self.round += 1
             self.play_round(self.round)
@@ -283,7 +309,7 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive), snapshot.best
+        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path)), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)

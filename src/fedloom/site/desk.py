@@ -10,29 +10,29 @@ import gc
 import hashlib
 import json
 import logging
-import math
-import secrets
 import time
-import tomllib
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedloom.errors import ConfigError, FedloomError, SiteError
+from fedloom.errors import SiteError
 from fedloom.methods.method import State
-from fedloom.model.base import base_digest
+from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
+from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
-from fedloom.records.configfile import parse
-from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn, start
+from fedloom.records.ledger import Row
+from fedloom.rounds.turns import Train, Trained, client_turn
+from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
+from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
+from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
     check_epochs,
     check_job,
@@ -41,35 +41,22 @@ from fedloom.site.policy import (
     check_settings,
     check_spending,
     count_drawn,
-    guard_training,
-    limit_time,
-    text_for_server,
 )
-from fedloom.site.protocol import Fact, Parcel, Request, parse_request
+from fedloom.site.presence import compare_clocks, note_request
+from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
+from fedloom.site.replies import Rows, facts_of, reply_error
 from fedloom.site.store import Store, TurnRecord
-from fedloom.wire import read_header
-from fedloom.workspace.assemble import Setup, build_setup, build_setup_around
+from fedloom.site.told import read_told
+from fedloom.site.withdrawal import Dropped, Wanted
+from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
-from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
 
-MOST_LOGGED = 8000
-"""Characters of an error and of its traceback in the log: their texts may be the server's."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Place:
-    """The job that the site is working for, with everything loaded."""
-
-    job: str
-    settings: str
-    setup: Setup
-    store: Store
-
 
 class Desk:
-    """Answers requests, one at a time. The model stays loaded from one to the next, until `release`.
+    """Answers requests, one at a time. What a job needs stays loaded from one request to the next, until `release`;
+    jobs over one base model share its weights.
 
     assembled: the run's settings → model and examples, where several sites of one process share them. own: the site's
     own trainer, which trains in place of fedloom's, on its own model and examples; SITE.toml's `data` is not read then.
@@ -81,69 +68,93 @@ class Desk:
         self.site = site
         self.own_trainer = own
         self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
-        self.trail = AuditTrail(Path(site.state) / "audit")
-        self.place: Place | None = None
-        self.held: TurnRecord | None = None
+        state = Path(site.state)
+        self.trail = AuditTrail(state / "audit")
+        self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
+        self.places = Places()
+        self.shared = SharedBase()
+        self.wanted = Wanted()
         self._base = ""
-        self._has_loaded = False
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
-        began = time.perf_counter()
+    @property
+    def place(self) -> Place | None:
+        """The job that was asked for last."""
+        return self.places.newest
+
+    @property
+    def held(self) -> TurnRecord | None:
+        """The state that this job is in."""
+        return None if self.place is None else self.place.held
+
+    def answer(self, parcel: Parcel, waited: float = 0.0) -> Parcel:
+        """The reply to a request that came `waited` seconds ago.
+
+        Never raises: what goes wrong is logged here and told as the policy allows.
+        """
+        began, came = time.perf_counter(), self.trail.clock.now()
         asked: Request | None = None
         try:
-            asked = parse_request(parcel.facts)
+            asked = parse_request(parcel.facts, SPOKEN)
+            note_request(Path(self.site.state), asked, came)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
-            reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+            with self.wanted.during(asked, waited):
+                payloads = parcel.payloads if isinstance(parcel.payloads, list) else list(parcel.payloads)
+                reply = _ANSWERS[asked.ask](self, asked, payloads)
+        except Dropped as dropped:
+            log.info("the turn was dropped: %s", dropped.why)
+            return Parcel({"dropped": dropped.why, "protocol": SPOKEN.newest})
         except Exception as error:  # a worker outlives every job
-            reference = secrets.token_hex(4)
-            trace = "" if isinstance(error, FedloomError) else _quoted(error)
-            log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
-            said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
-            if asked and self.held is not None and self.place is not None and self.place.job == asked.job:
-                said |= {"version": self.held.after.version, "digest": self.held.after.digest}
-            return Parcel(said)
+            return reply_error(self.site, error, self.places.get(asked.job) if asked else None)
+        finally:
+            if asked:
+                self.places.rest(asked.job)
+                note_request(Path(self.site.state), asked, came, self.trail.clock.now())
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
-        return Parcel({**reply.facts, "busy": time.perf_counter() - began}, reply.payloads)
+        facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
+        return Parcel({**reply.facts, **facts}, reply.payloads)
 
-    def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def hello(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
-            self.keep(place, held, ())
+            self.keep(place, held, (), len(asked.settings.encode()))
+        now = self.trail.clock.now()
+        self.jobs.note("begun", asked, now)
+        compare_clocks(asked, now)
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
-    def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def turn(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Bring the state in step, train, answer; or answer again where this was done before."""
         place, held = self.open(asked)
-        job, current = place.setup.job, held.after
+        self.wanted.check_time()
+        job, rows = place.setup.job, Rows(asked.round, self.site.name)
         rounds = place.setup.config.federation.num_rounds
         if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
             raise SiteError(f"a turn of round {asked.round} of a run of {rounds} rounds")
         state = held.base(asked.counted) if held.round != asked.round else held.before
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(job, state, payload)
+        state = place.bring_in_step(state, payloads, rows.received)
         spent = self.trail.count_spent(asked.job, asked.round)
         parts = job.method.parts(state, asked.round)
-        if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
+        if held.round == asked.round and (held.after.version, held.after.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
+            held = replace(held, payload=place.store.read_payload())
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
+        self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
+        self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
+        del held
+        if place.store.exists():
+            place.held = None  # as large as the state that training begins with, and on disk
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
-        check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
-        facts = json.dumps(_facts(done)).encode()
-        held = TurnRecord(asked.round, state, done.state, facts, done.payload, "".join(charges))
-        rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
-        trained = done.trained
-        rows.append(
-            Training(asked.round, self.site.name, trained.loss, trained.steps, trained.num_examples, trained.seconds)
-        )
-        self.keep(place, held, [*rows, transfer_row(asked.round, self.site.name, "up", done.payload)])
+        rows.sent(done)
+        held = TurnRecord(asked.round, state, done.state, facts_of(done), done.payload, "".join(charges))
+        del done  # and with it the adapter after training
+        check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
+        self.keep(place, held, rows.found)
         return self.leave(asked, held)
 
     def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
@@ -158,48 +169,55 @@ class Desk:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
             trained = step(state, round, seed)
+            still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
             return replace(trained, steps=0) if hidden else trained
 
         epochs = place.setup.config.training_of(self.site.name).num_train_epochs
         hidden = policy.declared_examples is not None and epochs is not None
+        still_wanted = self.wanted.guard()
+        interrupt = self.wanted.guard(limit_time(policy))
         if self.own_trainer is None:
-            step = place.setup.train(self.site.name, limit_time(policy))
+            step = place.setup.train(self.site.name, interrupt)
         else:
-            step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
+            step = self.own_trainer.for_task(place.setup.task(self.site.name, interrupt))
         return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
-        privacy = self.site.policy.privacy
-        mu = privacy.mu if privacy else None
+        self.jobs.check(asked, self.trail.clock.now())  # a person may have said no while it trained
+        mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
-    def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def withdraw(self, asked: Request, payloads: list[bytes]) -> Parcel:
+        """Nothing is left to withdraw: while a turn trains, `wanted` takes its withdrawal."""
+        return Parcel({})
+
+    def deliver(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Bring the state in step after the last round, and write the result as an adapter."""
         place, held = self.open(asked)
-        state = held.base(asked.counted)
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(place.setup.job, state, payload)
+        rows = Rows(asked.round, self.site.name)
+        state = place.bring_in_step(held.base(asked.counted), payloads, rows.received)
         adapter, _ = export_adapter(state, None)
-        rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
-        self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
+        held = replace(held, before=state, after=state, payload=place.store.read_payload())
+        self.keep(place, held, rows.found, 4 * adapter.numel())
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
+        self.jobs.note("done", asked, self.trail.clock.now())
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
-        # A payload is written once more, to the audit record.
-        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
-        self.held = None  # where writing fails, what is on disk counts, and is read again
-        place.store.save(held, rows)
-        self.held = held
+        self.check_room(place, held, more)
+        place.save(held, rows)
+
+    def check_room(self, place: Place, held: TurnRecord, more: int = 0) -> None:
+        """Raises PolicyRefusal unless there is room for a record, or for the largest of the job so far, and more."""
+        check_room(self.site.policy, Path(self.site.state), place.store.count_room(held) + more + NOTES)
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
@@ -207,7 +225,7 @@ class Desk:
         Raises SiteError for another base model, PolicyRefusal for a job that is not allowed here: nothing is loaded
         then. Nothing is written yet either, so that a request that fails later leaves nothing of a new job.
         """
-        config = self.own_settings(asked.settings)
+        config = read_told(asked.settings, self.site)
         check_settings(self.site.policy, config, self.site.name, asked.round)
         self._base = self._base or base_digest(self.site.model)
         if asked.base != self._base:
@@ -215,14 +233,17 @@ class Desk:
                 f"the server's base model has digest {asked.base!r}, the one in {self.site.model} has {self._base}: "
                 "both sides need the same files"
             )
-        place, held = self.place, self.held
-        if place is None or (place.job, place.settings) != (asked.job, asked.settings):
-            self.release()
-            place, held = self.load_place(asked, config), None
-            self.place = place
+        self.jobs.check(asked, self.trail.clock.now(), delivery=asked.ask == "deliver")
+        place = self.places.find(asked.job, asked.settings)
+        if place is None:
+            if self.shared.is_loaded and not self.shared.holds(*base_form(config)):
+                self.release()  # before the weights in another form are loaded beside them
+            place = self.load_place(asked, config)
+            self.let_go(self.places.add(place))
         else:
             check_epochs(self.site.policy, config, self.site.name, self.count_steps(place.setup), asked.round)
-        self.held = held = held or place.store.load() or initial_record(self.site.name, place)
+        held = place.recall()
+        assert held is not None  # a place has a first state, or one on disk
         return place, held
 
     def load_place(self, asked: Request, config: Config) -> Place:
@@ -243,7 +264,8 @@ class Desk:
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
-        return Place(asked.job, asked.settings, setup, Store(Path(self.site.state) / "jobs" / asked.job, seal))
+        store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
+        return Place.of(asked.job, asked.settings, setup, store, self.site.name)
 
     def count_steps(self, setup: Setup) -> int:
         """Optimiser steps of a round here."""
@@ -255,8 +277,8 @@ class Desk:
         """The base model with this site's examples; of the other sites only the ranks are of interest here."""
         mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
         names = sorted(config.federation.participants or ())
-        self._has_loaded = True
-        setup = build_setup(config, {name: mine if name == self.site.name else [] for name in names}, {})
+        texts = {name: mine if name == self.site.name else [] for name in names}
+        setup = build_setup(config, texts, {}, load=self.shared)
         for text in setup.warnings():
             log.warning(text)
         return setup
@@ -274,57 +296,26 @@ class Desk:
             log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
         return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
 
-    def own_settings(self, text: str) -> Config:
-        """The run's settings with this site's own model, device and threads; what the server says there means nothing.
-
-        Raises ConfigError where they cannot be read.
-        """
-        try:
-            tree = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
-            raise ConfigError(f"the server's settings are not TOML: {error}") from None
-        config = parse(tree, "the server's settings")
-        own = {"path": self.site.model, "device": self.site.device, "adapter": None, "threads": self.site.threads}
-        return config.model_copy(update={"model": config.model.model_copy(update=own)})
-
     def close(self) -> None:
-        """Let go of the job's folder; the next request reads what is there then."""
-        if self.place is not None:
-            self.place.store.close()
-        self.place = self.held = None
+        """Let go of the jobs' folders; the next request reads what is there then."""
+        self.places.drop(list(self.places))
 
-    def release(self) -> None:
-        """Let go of model and data as well; the next request loads them again."""
-        if self.place is not None:
-            log.info("model and data of job %s released", self.place.job)
-        self.close()
-        if self._has_loaded:  # collecting goes through all objects of the process, which takes a while
+    def release(self, idle_seconds: float = -1.0) -> None:
+        """Let go of the jobs that nobody has asked for in so many seconds, and with the last one of the base model."""
+        idle = self.places.idle(idle_seconds)
+        if idle:
+            self.let_go(self.places.drop(idle))
+
+    def let_go(self, gone: Sequence[Place]) -> None:
+        """Have the memory back of places that were dropped."""
+        for place in gone:
+            log.info("model and data of job %s released", place.job)
+        has_loaded = self.shared.is_loaded
+        if not self.places:
+            self.shared.release()
+        if gone and has_loaded:  # collecting goes through all objects of the process, which takes a while
             gc.collect()
             torch.cuda.empty_cache()
 
 
-_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "deliver": Desk.deliver}
-
-
-def initial_record(site: str, place: Place) -> TurnRecord:
-    """The state before the first round."""
-    state = start(place.setup.job, place.setup.initial, place.setup.sites[site].ranks)
-    return TurnRecord(0, state, state)
-
-
-def _applied(payload: bytes, version: int) -> bool:
-    """Whether this change was applied before: it was sent again because nobody knew."""
-    header = read_header(payload)
-    return header.kind == "change" and header.base_version < version
-
-
-def _facts(done: ClientTurn) -> dict[str, Fact]:
-    trained = done.trained
-    loss = trained.loss if math.isfinite(trained.loss) else None
-    return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}
-
-
-def _quoted(error: Exception) -> str:
-    """The traceback, each line marked and without control characters: it may hold text of the server's."""
-    lines = "".join(traceback.format_exception(error))[-MOST_LOGGED:].splitlines()
-    return "".join(f"\n  | {line.encode('unicode_escape').decode()}" for line in lines)
+_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver}

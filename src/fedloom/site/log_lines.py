@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import unicodedata
 from typing import Any
+
+MOST_LOGGED = 8000
+"""Characters of an error and of its traceback in the log: their texts may be the server's."""
 
 
 class OneLine(logging.Formatter):
@@ -31,3 +35,9 @@ def _printable(text: str) -> str:
 
 def _steers(category: str) -> bool:
     return category.startswith("C") or category in ("Zl", "Zp")
+
+
+def quote_trace(error: Exception) -> str:
+    """The traceback, each line marked and without control characters: it may hold text of the server's."""
+    lines = "".join(traceback.format_exception(error))[-MOST_LOGGED:].splitlines()
+    return "".join(f"\n  | {line.encode('unicode_escape').decode()}" for line in lines)

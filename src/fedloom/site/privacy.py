@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from pydantic import Field
-from torch import Tensor
 
 from fedloom.records.config import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Privacy(Section):
@@ -48,6 +48,8 @@ def total_norm(change: Mapping[str, Tensor]) -> float:
 
 def release_change(change: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tensor]:
     """The change clipped to norm C, with fresh noise on every element. A change that is not finite counts as zero."""
+    import torch  # here: the doctor reads a site's policy and record without it
+
     size = total_norm(change)
     finite = math.isfinite(size)
     factor = min(1.0, privacy.clip_norm / size) if finite and size else 1.0
@@ -65,6 +67,10 @@ def draw_normal(count: int) -> Tensor:
     The server knows the seed of a run, and the state of an ordinary generator can be worked out from its output; so
     the noise comes from an AES-256-CTR key stream, by Box and Muller's transform.
     """
+    import numpy as np
+    import torch
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
     pairs = -(-count // 2)
     cipher = Cipher(algorithms.AES256(secrets.token_bytes(32)), modes.CTR(bytes(16)))
     words = np.frombuffer(cipher.encryptor().update(bytes(16 * pairs)), dtype=np.uint64)

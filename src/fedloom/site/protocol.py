@@ -6,10 +6,15 @@ A parcel is a few named facts and any number of payloads. On the socket it is
 
 A request has a greeting of fixed size before it, so that the worker knows whom it hears before it reads more:
 
-    magic "FLWT" | SHA-256 of the token, 32 bytes
+    magic "FLWT", or "FLWU" before a withdrawal | SHA-256 of the token, 32 bytes
 
 Every length is checked before anything of that length is read. This module loads no torch: the shim is started anew
 for every message.
+
+Every request and every reply says the number of a protocol, so that a server and its sites need not be updated on the
+same day. A request is written in the one that it names; a reply names the newest one that the site speaks. What came
+before there were numbers counts as 1. A fact that nobody knows is not looked at: one that may be overlooked needs no
+new number, one that must not be does.
 """
 
 from __future__ import annotations
@@ -22,16 +27,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from io import BytesIO
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedloom.errors import SiteError
+from fedloom.errors import SiteError, VersionError
 from fedloom.records.text import to_printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
 GREETING = b"FLWT"
+URGENT = b"FLWU"
+"""Greets in place of `GREETING` where a withdrawal follows, which a worker takes while it trains."""
 GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
 """Bytes of a parcel's facts: the settings of a run take a few KiB."""
@@ -50,8 +59,13 @@ MOST_COUNT = 2**31 - 1
 """Of rounds, versions and steps: more than any run has, and a whole number in every program that reads a ledger."""
 MOST_SECONDS = 1e8
 """Three years."""
+MOST_TIME = 2.0**34
+"""Seconds since 1970 in the year 2514: more is none that a calendar holds."""
 MOST_LOSS = 1e9
 """A cross-entropy of 20 is that of a guess among all tokens; this leaves room for training that diverges."""
+
+SINCE = {"protocol": 2, "time": 2, "expires": 2}
+"""Facts of a request that the first protocol did not have, and the one that they came with."""
 
 Count: TypeAlias = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
@@ -59,29 +73,68 @@ Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9A-Za-z:_-]*$", max_length
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """The protocols that one side speaks: those of its own release and of the one before."""
+
+    oldest: int
+    newest: int
+
+    def __str__(self) -> str:
+        names = [str(number) for number in range(self.oldest, self.newest + 1)]
+        return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+    def agree(self, said: int) -> int:
+        """What a server speaks with a site whose newest protocol is `said`. Raises VersionError where that is too old.
+
+        A newer site decides for itself, and says so.
+        """
+        if said < self.oldest:
+            raise VersionError(
+                f"the site speaks protocol {said}, this server {self} ({own_release()}): update the site"
+            )
+        return min(said, self.newest)
+
+
+SPOKEN = Spoken(1, 2)
+"""1: hello, turn, deliver. 2: numbers of protocols; the server's time; withdrawals, and how long a turn is worth
+beginning."""
+WITHDRAWS = 2
+"""The first protocol in which a site can be asked to withdraw a turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parcel:
     """Named facts and payloads."""
 
     facts: Mapping[str, Fact]
-    payloads: tuple[bytes, ...] = ()
+    payloads: Sequence[bytes] = ()
+
+    def used_up(self) -> Parcel:
+        """The same with payloads in a list, out of which who reads them may take them, to have their memory back."""
+        return Parcel(self.facts, list(self.payloads))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What the server asks of a site.
 
-    ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer) or
-    "deliver" (bring yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the
-    server's base weights; counted: the last round in which the server counted an update of this site, 0 if none.
+    ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer),
+    "withdraw" (leave the turn of `round`: train no further for it, send and keep nothing of it) or "deliver" (bring
+    yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the server's base
+    weights; counted: the last round in which the server counted an update of this site, 0 if none; time: the server's,
+    in seconds since 1970, where it says it; expires: seconds that a turn is worth beginning, from when it was sent.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-    ask: Literal["hello", "turn", "deliver"]
+    __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
+    ask: Literal["hello", "turn", "withdraw", "deliver"]
     job: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     settings: Annotated[str, Field(max_length=2**18)]
     base: Digest
     round: Count = 0
     counted: Count = 0
+    protocol: Count = 1
+    time: Annotated[float, Field(ge=0, le=MOST_TIME, allow_inf_nan=False)] | None = None
+    expires: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +142,9 @@ class Statement:
     """What a site says beside its payload. Nothing of it is needed, and what is not listed here is not looked at.
 
     name: in answer to "hello"; version, digest: the global state that it holds; loss: mean of its training, None where
-    that is not finite; seconds: of its training; error: why it sends no update.
+    that is not finite; seconds: of its training; error: why it sends no update; protocol: the newest that it speaks;
+    dropped: that a turn was not trained to its end because the server did not want it any more: it was "withdrawn", or
+    had "expired" before it was begun. That is no error.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
@@ -100,6 +155,8 @@ class Statement:
     steps: Count = 0
     seconds: Seconds = 0.0
     error: str | None = None
+    protocol: Count = 1
+    dropped: Literal["withdrawn", "expired"] | None = None
 
 
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
@@ -109,8 +166,32 @@ _SIZES: TypeAdapter[list[int]] = TypeAdapter(
 )
 
 
-def parse_request(facts: Mapping[str, Fact]) -> Request:
-    """The request that the facts of a parcel make. Raises SiteError if they make none."""
+def own_release() -> str:
+    """The installed fedloom, for messages about versions."""
+    return f"fedloom {metadata.version('fedloom')}"
+
+
+def write_facts(facts: Mapping[str, Fact], protocol: int) -> dict[str, Fact]:
+    """A request's facts as a protocol has them: the later ones are left out, its number stands in it."""
+    return {name: held for name, held in {**facts, "protocol": protocol}.items() if SINCE.get(name, 1) <= protocol}
+
+
+def error_parcel(text: str) -> Parcel:
+    """A site's reply where it has nothing but an error to tell."""
+    return Parcel({"error": text, "protocol": SPOKEN.newest})
+
+
+def parse_request(facts: Mapping[str, Fact], spoken: Spoken = SPOKEN) -> Request:
+    """The request that the facts of a parcel make.
+
+    Raises VersionError where it is of a protocol that this site does not speak, SiteError where it is no request.
+    """
+    said = facts.get("protocol", 1)
+    if isinstance(said, int) and not spoken.oldest <= said <= spoken.newest:
+        behind = "site" if said > spoken.newest else "server"
+        raise VersionError(
+            f"the server speaks protocol {said}, this site {spoken} ({own_release()}): update the {behind}"
+        )
     try:
         return _REQUEST.validate_json(json.dumps(dict(facts)))
     except ValidationError as error:
@@ -147,6 +228,8 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
     if sum(lengths) != len(content):
         raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
+    if len(lengths) == 1 and isinstance(content, bytes):
+        return (content,)
     view, ends, pieces = memoryview(content), 0, []
     for length in lengths:
         pieces.append(bytes(view[ends : ends + length]))
@@ -154,16 +237,16 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     return tuple(pieces)
 
 
-def greeting(token: str) -> bytes:
+def greeting(token: str, *, urgent: bool = False) -> bytes:
     """What a caller shows first. A digest has one length, and holds no text that could fail to decode."""
-    return GREETING + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+    return (URGENT if urgent else GREETING) + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
 def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
     """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is not a reply."""
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
-        connection.sendall(greeting(token))
+        connection.sendall(greeting(token, urgent=parcel.facts.get("ask") == "withdraw"))
         send_parcel(connection, parcel)
     return receive_parcel(connection)
 
@@ -179,7 +262,7 @@ def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
 
 
 def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
-    """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
+    """Read one parcel with payloads of `most` bytes at most.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
     Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
@@ -197,20 +280,20 @@ def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
         raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
-    return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
+    return Parcel(facts, tuple(_take(connection, size, until) for size in lengths))
 
 
-def _take(connection: socket.socket, length: int, until: float | None) -> bytearray:
+def _take(connection: socket.socket, length: int, until: float | None) -> bytes:
     """Exactly so many bytes, by then. Memory is taken as they arrive, not as they are announced."""
-    taken = bytearray()
-    while len(taken) < length:
+    taken = BytesIO()  # gives its bytes away without a copy
+    while (missing := length - taken.tell()) > 0:
         if until is not None:
             # Time left for all that is missing: a byte now and then does not buy more. 0 would mean not to block.
             connection.settimeout(max(until - time.monotonic(), 1e-3))
-        piece = connection.recv(min(length - len(taken), 2**20))
+        piece = connection.recv(min(missing, 2**20))
         if not piece:
             raise ConnectionError("the other side hung up")
-        taken += piece
+        taken.write(piece)
         if until is not None and time.monotonic() > until:
-            raise TimeoutError(f"only {len(taken):,} of {length:,} bytes came in time")
-    return taken
+            raise TimeoutError(f"only {taken.tell():,} of {length:,} bytes came in time")
+    return taken.getvalue()

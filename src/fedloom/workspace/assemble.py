@@ -16,15 +16,17 @@ from fedloom.lora.pair import LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
-from fedloom.model.base import base_digest, load_base
+from fedloom.model.base import load_base
 from fedloom.model.evaluate import Scores, exact_match_and_loss
 from fedloom.model.examples import Example
+from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter, untrained_note
 from fedloom.model.scorer import Scorer, build_scorer
+from fedloom.model.shared_base import LoadBase
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import check_optimizer, local_update
 from fedloom.model.volume import Volume, weigh_examples
@@ -197,15 +199,16 @@ def build_setup(
     notes: Sequence[str] = (),
     *,
     validation: Mapping[str, Sequence[Example]] | None = None,
+    load: LoadBase | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used.
 
-    notes: what was said while they were read.
+    notes: what was said while they were read. load: how the base model is had; from its files if left out.
     """
     notes = (*notes, *describe_examples(texts, heldout))
     set_threads(config)
     method = choose_method(config, method)
-    base, tokenizer = load_base(config.model.path, config.model.dtype, config.model.quantization, config.model.device)
+    base, tokenizer = (load or load_base)(*base_form(config))
     linear = linear_modules(base)
     plan = plan_job(linear, config, texts, method)
     data, limits = config.data, model_limits(base)
@@ -231,6 +234,12 @@ def build_setup(
         left_out=untrained_note(linear, plan.shared),
         tokenizer=tokenizer,
     )
+
+
+def base_form(config: Config) -> tuple[str, str, str, str]:
+    """Where a run's base model is, and the form that its weights are loaded in: the arguments of `load_base`."""
+    model = config.model
+    return model.path, model.dtype, model.quantization, model.device
 
 
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:

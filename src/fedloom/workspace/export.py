@@ -11,7 +11,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.lowrank import truncate
 from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.method import State
-from fedloom.model.base import base_folder, weights_digest
+from fedloom.model.identity import base_folder, weights_digest
 from fedloom.model.placement import Adapter
 from fedloom.records.events import RunSummary
 from fedloom.records.ledger import read_rows

@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
 from fedloom.methods.table import build
-from fedloom.model.base import weights_digest
+from fedloom.model.identity import weights_digest
 from fedloom.model.placement import Adapter, LinearModule, place_adapter
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.quantities import parse_budget
