@@ -167,6 +167,21 @@ def flower_command(
     print_result(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
 
 
+@app.command("memory")
+def memory_command(
+    adapter: Annotated[str, typer.Option(help="MiB of adapters in fp32.")] = "30,123",
+    method: Annotated[str, typer.Option(help="Method.")] = "fedit",
+    values: Annotated[str, typer.Option(help="Form of the values: fp32, bf16, int8, auto.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a worker and of the server app beside what they take at rest; without Flower and training."""
+    from benchmarks import memory
+
+    sizes = [float(size) for size in split_words(adapter)]
+    print_result(memory.run(sizes, method=method, values=values, rounds=rounds), memory.tables, as_json)
+
+
 @app.command("rounds")
 def rounds_command(
     sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,
@@ -298,3 +313,28 @@ def families_command(
         print(families.to_markdown(result))
     else:
         print_result(result, families.tables, as_json)
+
+
+@app.command("soak")
+def soak_command(
+    sites: Annotated[int, typer.Option(min=2, help="Sites.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every one but the last has a fault.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the faults: which, whom, when.")] = 0,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    processes: Annotated[bool, typer.Option("--processes", help="With real processes, in real time.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="An empty folder where all of it is left.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the page about it here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A federation with a fault in every round: does it end by itself, with the right bits, everything counted once?"""
+    from benchmarks.soak import processes as real
+    from benchmarks.soak import report
+    from benchmarks.soak.play import Size
+
+    size = Size(sites, rounds, seed, method)
+    result = real.run(size, folder) if processes else report.run(size, folder)
+    if page is not None:
+        page.write_text(report.page(result), encoding="utf-8")
+    print_result(result, report.tables, as_json)
+    if any(result["checks"].values()):
+        raise typer.Exit(1)

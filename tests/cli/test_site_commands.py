@@ -23,7 +23,7 @@ from fedloom.records.configfile import load_config
 from fedloom.site.approval import JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import load_site_config
-from fedloom.site.dossier import describe_job, weigh_noise
+from fedloom.site.dossier import describe_job, read_server, weigh_noise
 from fedloom.site.policy import check_spending
 from fedloom.site.presence import note_request
 from fedloom.site.protocol import Request
@@ -132,6 +132,15 @@ def test_a_job_is_listed_shown_allowed_and_refused(call, project: Path):
     ]
 
 
+def test_the_server_is_the_one_that_the_sites_own_files_name(project: Path):
+    file = project / "SITE.toml"
+    assert read_server(file) == "" == read_server(project / "nowhere.toml")
+    (project / "supernode.sh").write_text("exec flower-supernode --superlink=fed.example.org:9443 --isolation")
+    assert read_server(file) == "fed.example.org:9443"
+    file.write_text(file.read_text() + '[node]\nsuperlink = "new.example.org:443"\n')
+    assert read_server(file) == "new.example.org:443"
+
+
 def test_what_nobody_can_mean_is_said(call, project: Path):
     book(project), book(project, "training.max_steps=3")
     for arguments, words in (
@@ -192,7 +201,7 @@ def test_a_rehearsal_is_the_very_turn_and_leaves_nothing(call, project: Path, tm
     assert not list(scratch.iterdir()) and not (project / "state").exists()
     here = load_site_config(site(project, 'order = "run"'))
     settings, base = told(project, "method.name=fedit", "wire.values=fp32"), base_digest(MODEL)
-    seen = describe_job(here, read_told(settings, here), project)
+    seen = describe_job(here, read_told(settings, here), project / "SITE.toml")
     played = rehearse_turn(here, settings, base)
     assert played.payload.size <= seen.bytes_round < 2 * played.payload.size, "dense, in full"
     assert rehearse_turn(here, settings, base).payload.checksum == played.payload.checksum

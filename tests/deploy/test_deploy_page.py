@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
+from fedloom.records.ledger import Evaluation, Presence, Roll, RunRow, Training, Transfer
+from fedloom.records.session import Session
+from fedloom.report.metrics import prometheus_text
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
@@ -63,9 +67,36 @@ def test_every_fedloom_command_of_the_page_exists():
     blocks = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     inline = re.findall(r"`(fedloom [^`]+)`", PAGE.replace("```", ""))
     called = re.findall(r"\bfedloom ([a-z]+) ?([a-z]*)", "\n".join([*blocks, *inline]))
-    assert {first for first, _ in called} >= {"federation", "worker", "run", "status", "inspect"}
+    assert {first for first, _ in called} >= {"federation", "worker", "run", "status", "stop", "inspect"}
     for first, second in called:
         assert first in known and (first != "federation" or second in known[first].commands), (first, second)
+
+
+def test_the_alert_rules_are_yaml_and_name_metrics_that_a_run_has():
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in rules} >= {"FedloomRunDead", "FedloomSiteMissing", "FedloomCertificateEnds"}
+    began = Session(0, "2026-11-01T00:00:00+00:00", "", certificates={"server": "2027-11-01T00:00:00+00:00"})
+    rows = [
+        RunRow(method="fedsrd", model="m", clients=("ada",), num_rounds=2, adapter_values=9, seed=0),
+        began,
+        Presence(1, ("ada",)),
+        Transfer(1, "ada", "up", "update", 3),
+        Training(1, "ada", 0.5, 1, 1),
+        Evaluation(1, "x", 0.5, 1.0, tokens=3, bytes=9, metrics={"chrf": 0.5}),
+        Roll(1, ("ada",)),
+    ]
+    written = prometheus_text(rows, "first", 1e9)
+    known = set(re.findall(r"^# TYPE (\S+)", written, re.MULTILINE))
+    assert known == set(re.findall(r"`(fedloom_\w+)`", PAGE)), "the table of the page has every metric"
+    for rule in rules:
+        labels = rule["annotations"]["summary"]
+        for metric in set(re.findall(r"fedloom_\w+", rule["expr"])):
+            line = next(line for line in written.splitlines() if line.startswith(f"{metric}{{"))
+            assert metric in known and (
+                "on (run)" in rule["expr"]
+                or all(f'{name}="' in line for name in re.findall(r"\$labels\.(\w+)", labels))
+            ), (metric, labels)
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ import pytest
 from fedloom.errors import ConfigError, PolicyRefusal, SiteError
 from fedloom.flower.settings import shared_settings
 from fedloom.model.identity import base_digest
-from fedloom.records.ledger import Roll, read_rows
-from fedloom.site import approval
+from fedloom.records.ledger import Presence, Roll, read_rows
 from fedloom.site.approval import MOST_WAITING, WAITS, JobBook, Line, parse_until, time_text
 from fedloom.site.desk import Desk
 from fedloom.site.presence import read_presence
@@ -202,7 +201,10 @@ def test_a_run_goes_on_without_the_site_and_takes_it_in_once_it_is_allowed(toy_f
     rows = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Roll)]
     asked = [(site, what) for site, what, _ in grid.log]
     assert ("depot", "turn") in asked[: asked.index(("bank", "turn"))] and rows[-1].answered == desks.SITES
-    assert WAITS in (tmp_path / "run" / "ledger.jsonl").read_text()
+    said = [
+        row.missing.get("bank", "") for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Presence)
+    ]
+    assert any(WAITS in reason for reason in said), "under the site's name"
 
 
 def test_by_default_nobody_is_asked_and_the_book_is_kept_all_the_same(desk, tmp_path):
@@ -237,7 +239,17 @@ def test_a_clock_that_is_days_off_is_noticed_at_the_start(desk, caplog, days, wo
     assert "clock is 3 days, 12:" in caplog.text and f"{words} the server's" in caplog.text
 
 
-def test_greetings_carry_the_servers_time(toy_federation, caplog):
+def test_greetings_carry_the_servers_time(toy_federation, tmp_path, caplog, monkeypatch):
+    grid, heard = desks.DeskGrid(desks.settings(), tmp_path), []
+    answer = grid.node("bank").desk.answer
+
+    def listen(parcel: Parcel, *waited: float) -> Parcel:
+        heard.append(parcel.facts)
+        return answer(parcel, *waited)
+
+    monkeypatch.setattr(grid.node("bank").desk, "answer", listen)
     with caplog.at_level(logging.WARNING):
-        _, grid = toy_federation()
-    assert "clock" not in caplog.text and approval.WAITS not in caplog.text
+        toy_federation(grid=grid)
+    told = {str(facts["ask"]): facts.get("time") for facts in heard}
+    assert abs(told["hello"] - datetime.now(UTC).timestamp()) < 300 and told["turn"] is None
+    assert "clock" not in caplog.text

@@ -155,3 +155,24 @@ def test_a_site_that_is_behind_is_named_so(clocked, tmp_path: Path):
         None,
         None,
     ]
+
+
+def test_a_turn_that_is_answered_twice_is_averaged_once_and_its_bytes_are_counted_twice(clocked, tmp_path: Path):
+    """The node seemed lost while its line was cut: it was asked again, and then both answers came."""
+
+    def flap(grid):
+        grid.node("lab").last_activated_at = "its line is back"
+
+    def ends(site, ask, round, begins):
+        return begins + {("depot", "turn", 2): 20.0, ("lab", "turn", 2): 5.0}.get(
+            (site, ask, round), float(ask == "turn")
+        )
+
+    federation, grid = clocked(*SLOW, ends=ends, happens=[(4.0, flap)])
+    assert posted(grid, "lab").count(("turn", 2)) == 2 and trained(grid, "lab") == [1, 2, 3, 4, 5]
+    assert [(roll.answered, dict(roll.late)) for roll in rolls(tmp_path)] == [(SITES, {})] * 5
+    assert state(federation.server) == state(local(tmp_path, *SLOW).server)
+    up = [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if isinstance(row, Transfer)]
+    assert sum(row.bytes for row in up if (row.client, row.direction) == ("lab", "up")) == sum(
+        line.bytes for line in grid.node("lab").desk.trail.lines()
+    )

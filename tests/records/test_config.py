@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedloom.errors import ConfigError
 from fedloom.records.config import Config
-from fedloom.records.configfile import dump, load_config, override, parse, setting_keys, settings_template
+from fedloom.records.configfile import dump, dump_file, load_config, override, parse, setting_keys, settings_template
 from fedloom.records.quantities import parse_budget, parse_bytes
 
 
@@ -238,3 +238,13 @@ def test_settings_that_would_take_the_machine_are_refused_in_a_short_line(tree, 
     with pytest.raises(ConfigError) as caught:
         parse(tree, "test")
     assert message in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_a_runs_own_file_means_the_same_from_anywhere(tmp_path):
+    """What nobody set is read from the working folder, whatever file does not say it; what somebody set is absolute."""
+    (tmp_path / "first.toml").write_text('[data]\nheldout = "./held"\n')
+    for overrides in ([], ["model.path=./m", "data.source=./d/{client}"]):
+        config = load_config(tmp_path / "first.toml", overrides)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.toml").write_text(dump_file(config))
+        assert load_config(tmp_path / "run" / "config.toml") == config

@@ -35,11 +35,13 @@ from fedloom.records.ledger import (
     Transfer,
     read_rows,
 )
+from fedloom.records.lock import Writer
 from fedloom.records.serverlog import ServerLog
 from fedloom.report import figure, summarise, write_report
 from fedloom.report.live import LineView, LiveView
 from fedloom.report.metrics import prometheus_text
 from fedloom.report.page import page
+from fedloom.report.standing import judge_standing
 from fedloom.report.status import render_rows
 from fedloom.report.tables import closing_tables, comparison_rows, comparison_table, to_markdown
 from fedloom.report.tables import to_csv as as_csv
@@ -92,7 +94,7 @@ def test_no_name_is_code_for_a_terminal(name: str, text: str):
     for shown in (
         live(name, text),
         closing_tables(report),
-        render_rows(rows(name, text), 3.0),
+        render_rows(rows(name, text), judge_standing(rows(name, text), Writer(True, 7, name), 3.0)),
         comparison_table(found),
     ):
         assert is_tame(screened(shown))
@@ -198,7 +200,7 @@ def test_a_markdown_cell_is_written_so_that_it_shows():
 
 @given(WHOLE, WHOLE)
 def test_metrics_are_well_formed_and_tame(name: str, text: str):
-    written = prometheus_text(rows(name, text))
+    written = prometheus_text(rows(name, text), name, 1e9)
     assert is_tame(written)
     assert samples(written)["fedloom_retries_total", _labels(written, "fedloom_retries_total")] == 2
     series = [line.rpartition(" ")[0] for line in written.splitlines() if not line.startswith("#")]

@@ -18,8 +18,9 @@ from fedloom.model.evaluate import Scores
 from fedloom.records.config import FederationSettings
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Choice, Evaluation, Note, Validation, read_rows, totals
+from fedloom.records.lock import Writer
 from fedloom.report.numbers import summarise
-from fedloom.report.status import is_finished
+from fedloom.report.standing import judge_standing
 from fedloom.server.stopping import Course
 from fedloom.studies.tune import hide_heldout
 from fedloom.workspace import export
@@ -76,7 +77,8 @@ def test_a_run_stops_once_the_validation_loss_stands_still(tmp_path: Path):
     rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     assert [row.round for row in rows if isinstance(row, Validation) and row.domain == "lab"] == [0, 1, 2, 3, 4, 5]
     assert [row for row in rows if isinstance(row, Choice)] == [Choice(5, 5)]
-    assert run.server.version == 5 and is_finished(rows) and summarise(rows).run.num_rounds == 5
+    assert run.server.version == 5 and summarise(rows).run.num_rounds == 5
+    assert judge_standing(rows, Writer(alive=False), 0.0).state == "finished"
     said = [row.text for row in rows if isinstance(row, Note)]
     assert any("no better for 3 evaluations: best validation loss of 3 after round 2" in text for text in said)
     assert {state.digest for state in run.sites.states.values()} == {run.server.digest}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedloom.errors import CheckpointError, ConfigError, RoundError
 from fedloom.lora.pair import LoraPair, LoraState
@@ -16,9 +17,11 @@ from fedloom.records.configfile import load_config
 from fedloom.records.events import RunSummary, Silent
 from fedloom.records.ledger import Evaluation, Note, RunRow, Training, Transfer, read_rows
 from fedloom.records.session import End, Session
+from fedloom.report.metrics import prometheus_text
 from fedloom.report.outcome import describe_decline, name_rounds
 from fedloom.rounds.turns import Train, Trained
 from fedloom.server.local import run_local
+from fedloom.workspace import pulse
 from fedloom.workspace.assemble import load_setup
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.plan import caps_of
@@ -357,3 +360,51 @@ def test_notes_of_a_run_are_in_its_ledger_as_they_were_heard(tmp_path: Path):
     kept = rows_of(tmp_path / "run", Note)
     assert [row.text for row in kept] == listener.heard
     assert [row.round for row in kept if row.about == "diverged"] == [2]
+
+
+def test_a_full_disk_leaves_room_to_say_how_the_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was written of a checkpoint is taken away again: otherwise not one row more would fit."""
+    out = tmp_path / "run"
+
+    def full(tensors, path, metadata):
+        if "round-00002" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("fedloom.workspace.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written.*No space left on device"):
+        play(out)
+    end = read_rows(out / "ledger.jsonl")[-1]
+    assert isinstance(end, End) and end.status == "failed" and "No space left" in end.reason
+    assert not list((out / "checkpoints").glob("*.partial"))
+    assert 'state="failed"} 1' in (out / "metrics.prom").read_text()
+    monkeypatch.undo()
+    play(out, resume=True)
+    assert rows_of(out, End)[-1].status == "finished" and 'state="finished"} 1' in (out / "metrics.prom").read_text()
+
+
+def test_what_ends_a_run_is_told_even_where_no_row_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(ledger) -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RoundError, match="the true reason"), RunFolder.open(tmp_path / "run", toy_config()) as folder:
+        folder.ledger.note(1, "something")
+        monkeypatch.setattr("fedloom.records.ledger.Ledger.sync", full)
+        raise RoundError("the true reason")
+
+
+def test_the_metrics_give_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.01)
+    times = iter(range(2_000_000_000, 2_000_001_000))
+    monkeypatch.setattr(pulse.time, "time", lambda: float(next(times)))
+    file = pulse.MetricsFile(tmp_path / "metrics.prom")
+    run = RunRow(method="m", model="b", clients=("a",), num_rounds=2, adapter_values=9, seed=0)
+    text = seen = prometheus_text([run], 'a "run"', 5.0)
+    file.write(text)
+    while seen == text:
+        seen = (tmp_path / "metrics.prom").read_text()
+    file.close()
+    changed = [line for line in seen.splitlines() if line not in text.splitlines()]
+    assert len(changed) == 1 and changed[0].startswith("fedloom_last_update_timestamp_seconds{")
+    assert changed[0].split()[-1].startswith("200000") and not list(tmp_path.glob("*.partial"))

@@ -21,7 +21,7 @@ MOST_NAMES = 12
 
 def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     """What a job is. base: the base model, in words."""
-    yield "server", seen.server or "the one that this site's SuperNode was started with"
+    yield "server", seen.server or "the one that this site's node connects to"
     yield "sites", _listed(seen.participants) or "not named"
     yield "base model", base
     yield "method", f"{seen.method}; an update holds {seen.sends}"

@@ -28,6 +28,7 @@ from fedloom.cli.options import AsJson, Set
 from fedloom.cli.preview import preview
 from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
+from fedloom.cli.submission import Command, stop_run, submit_run
 from fedloom.errors import ConfigError
 from fedloom.records.text import LONG, cell
 from fedloom.testbeds import testbed_folder
@@ -117,6 +118,9 @@ def run(
             "engine here, on Flower's Simulation Runtime with Ray."
         ),
     ] = Engine.local,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="flower: return once the run is submitted; it goes on at the SuperLink.")
+    ] = False,
 ) -> None:
     """Train the federation that a settings file describes."""
     from fedloom.records.configfile import load_config
@@ -124,11 +128,36 @@ def run(
     settings = load_config(config, sets or [])
     folder = out or Path(settings.output.dir or Path("runs") / config.stem)
     chosen = ["--engine", engine.value] if engine is not Engine.local else []
-    words = [str(config), *chain.from_iterable(("--set", text) for text in sets or [])]
-    command = shlex.join(["fedloom", "run", *words, "--out", str(folder), *chosen, "--resume"])
-    {Engine.local: play_local, Engine.flower: submit_run, Engine.flower_sim: simulate}[engine](
-        settings, folder, command, resume=resume, force=force
-    )
+    words = (str(config), *chain.from_iterable(("--set", text) for text in sets or []))
+    command = Command(words, folder, ("fedloom", "run", *words, "--out", str(folder), *chosen))
+    if engine is Engine.flower:
+        submit_run(screen, settings, command, resume=resume, force=force, detach=detach)
+        return
+    if detach:
+        raise ConfigError("--detach is for --engine flower: other engines play the run in this process")
+    play = {Engine.local: play_local, Engine.flower_sim: simulate}[engine]
+    play(settings, folder, command.again, resume=resume, force=force)
+
+
+@app.command()
+def stop(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or its settings file where that is elsewhere.")
+    ],
+    run: Annotated[int | None, typer.Option(help="With a settings file: the run's number at the SuperLink.")] = None,
+    sets: Set = None,
+) -> None:
+    """Stop a run that a SuperLink plays; its rounds are kept."""
+    from fedloom.flower.control import read_number
+    from fedloom.records.configfile import load_config
+    from fedloom.report.standing import resume_command
+
+    held = path.is_dir()
+    if not held and run is None:
+        raise ConfigError(f"{path} is no folder: name the run at the SuperLink too, with --run NUMBER")
+    number = run or read_number(path)
+    settings = load_config(path / "config.toml" if held else path, sets or [])
+    stop_run(screen, path, settings, number, resume_command(path) if held else "")
 
 
 @app.command()
@@ -178,13 +207,14 @@ def status(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, in progress or over.")],
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
 ) -> None:
-    """Show how a run stands, and go on showing it until it is over."""
-    from fedloom.report.status import follow_run, render_folder
+    """Show how a run stands, and go on showing it until it is over.
 
-    if once:
-        screen.print(render_folder(folder))
-    else:
-        follow_run(folder, screen)
+    Exit code 1: it has failed, was interrupted, or nobody plays it any more.
+    """
+    from fedloom.report.status import show_run
+
+    if not show_run(folder, screen, follow=not once).is_well:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -224,22 +254,6 @@ def simulate(config: Config, folder: Path, command: str, *, resume: bool = False
 
         summary = simulation.run_simulated(config, folder, resume=resume, force=force, observer=observer)
     close_run(summary)
-
-
-def submit_run(config: Config, folder: Path, command: str, *, resume: bool = False, force: bool = False) -> None:
-    """Have a SuperLink run it, wait for the end, and print the closing tables if the run folder is on this machine."""
-    from fedloom.flower import launch
-    from fedloom.flower.settings import check_flower_settings, check_installed
-
-    check_installed("flower", "flwr")
-    check_flower_settings(config)
-    with screen.status("submitting"), explain_resume(folder, command):
-        launch.run_on_superlink(
-            config, folder, resume=resume, force=force, told=lambda run: screen.print(f"run {run} is submitted")
-        )
-    if (folder / "ledger.jsonl").exists():
-        screen.print(closing.run_tables(folder))
-        closing.print_folder(folder, screen)
 
 
 def close_run(summary: RunSummary) -> None:

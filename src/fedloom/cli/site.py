@@ -88,7 +88,7 @@ def show(job: Name, site: Site = HERE, as_json: AsJson = False) -> None:
 
     here, book = _open(site)
     found = book.named(job)
-    seen = describe_job(here, read_told(book.settings_of(found), here), site.absolute().parent, found.job)
+    seen = describe_job(here, read_told(book.settings_of(found), here), site, found.job)
     if as_json:
         print(escape_json(json.dumps({"job": asdict(found), **asdict(seen)}, indent=2, ensure_ascii=False)))
         return
@@ -162,7 +162,7 @@ def preview(
 
     here = load_site_config(site)
     settings, base = shared_settings(load_config(run, sets or [])), base_digest(here.model)
-    seen = describe_job(here, read_told(settings, here), site.absolute().parent)
+    seen = describe_job(here, read_told(settings, here), site)
     print_rows(dossier_rows(here, seen, f"{here.model} (digest {base}; the server must have the same)"))
     if train:
         from fedloom.site.rehearsal import rehearse_turn

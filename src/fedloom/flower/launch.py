@@ -18,11 +18,17 @@ from fedloom.errors import RoundError
 from fedloom.flower.proxies import exempt_loopback
 from fedloom.flower.settings import server_settings, shared_settings
 from fedloom.records.config import Config, FlowerSettings
+from fedloom.records.session import End
+from fedloom.records.text import LONG, to_printable
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment in which Flower calls nobody."""
 POLL_SECONDS = 1.0
 """Between two looks at a run: a person hardly notices, and a SuperLink bears it."""
+SILENT = "No heartbeat received from the task"
+"""What Flower 1.41 says of an app that was killed."""
+RAISED = "ServerApp failed with exception: "
+"""How it begins what an app's own error says."""
 AWAY_SECONDS = 60.0
 """How long a SuperLink may be out of reach before a submitted run is given up on here."""
 
@@ -57,8 +63,22 @@ def run_on_superlink(
             told(run_id)
         state = wait_for_end(client, run_id)
     if state.ended != "completed":
-        raise RoundError(f"run {run_id} ended as {state.ended or state.status}: {state.details}")
+        raise RoundError(f"run {run_id} ended as {state.ended or state.status}: {explain_end(state)}")
     return state
+
+
+def explain_end(state: RunState, end: End | None = None) -> str:
+    """Why a run is over that did not complete, in words. end: what its ledger says of it, where that is known."""
+    if end is not None and end.reason:
+        return end.reason
+    if state.ended == "stopped":
+        return "it was stopped by `fedloom stop` or `flwr stop`"
+    if state.details == SILENT:
+        return (
+            "the SuperLink hears nothing of the server's app any more: the app or the SuperLink was killed, or the "
+            "machine had no memory left for it (the SuperLink's log says more)"
+        )
+    return to_printable(state.details.removeprefix(RAISED), LONG) or "the SuperLink gives no reason"
 
 
 def build_bundle(config: Config, out: Path, resume: bool, force: bool = False) -> bytes:
@@ -107,7 +127,7 @@ def connect_control(rules: FlowerSettings) -> Iterator[Any]:
             client = init_http_client_from_connection(where)
         yield client
     except httpx.HTTPStatusError as error:
-        raise RoundError(f"the SuperLink at {rules.superlink} refused: {error.response.text[:300]}") from None
+        raise RoundError(f"the SuperLink at {rules.superlink} refused: {_refusal(error.response.text)}") from None
     except httpx.HTTPError as error:
         raise RoundError(
             f"the SuperLink at {rules.superlink} cannot be reached ({error}): check flower.superlink and "
@@ -138,12 +158,20 @@ def submit(client: Any, config: Config, out: Path, resume: bool, force: bool = F
     return int(response.run_id)
 
 
-def wait_for_end(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
-    """Poll until the run is over. A SuperLink that is away for a while is waited for."""
+def wait_for_end(
+    client: Any,  # noqa: ANN401 (Flower's client is untyped)
+    run_id: int,
+    look: Callable[[RunState | None], None] | None = None,
+) -> RunState:
+    """Poll until the run is over. A SuperLink that is away for a while is waited for.
+
+    look(the run's state, or None while the SuperLink does not answer) is called every second.
+    """
     import httpx
 
     away: float | None = None
     while True:
+        state: RunState | None = None
         try:
             state = read_state(client, run_id)
             away = None
@@ -151,10 +179,19 @@ def wait_for_end(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower'
             away = away or time.monotonic()
             if time.monotonic() - away > AWAY_SECONDS:
                 raise
-        else:
-            if state.status == "finished":
-                return state
+        if look:
+            look(state)
+        if state and state.status == "finished":
+            return state
         time.sleep(POLL_SECONDS)
+
+
+def stop(client: Any, run_id: int) -> None:  # noqa: ANN401 (Flower's client is untyped)
+    """Have the SuperLink stop a run; its app ends with its next sign of life. Raises RoundError if it is over."""
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    if not client.StopRun(StopRunRequest(run_id=run_id)).success:
+        raise RoundError(f"the SuperLink did not stop run {run_id}: it may be over")
 
 
 def read_state(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's client is untyped)
@@ -164,3 +201,12 @@ def read_state(client: Any, run_id: int) -> RunState:  # noqa: ANN401 (Flower's 
     found = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
     status = found.status
     return RunState(status.status, status.sub_status, status.details, found.bytes_sent, found.bytes_recv)
+
+
+def _refusal(text: str) -> str:
+    """What a SuperLink's refusal says, in one line."""
+    from flwr.supercore.error import FlowerError
+
+    error = FlowerError.from_json(text)
+    words = text if error is None else " ".join(filter(None, (error.message, error.public_details)))
+    return to_printable(" ".join(words.split()))

@@ -150,6 +150,19 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
+def dump_file(config: Config) -> str:
+    """TOML that `load_config` turns into an equal `Config`, in whatever folder the file lies.
+
+    A relative path is one that nobody set, so it is left out: in a file it would be read from that file's folder.
+    """
+    tree, sections = config.model_dump(exclude_none=True), _sections()
+    for section, key in _LOCATED:
+        default = sections[section].model_fields[key].default
+        if isinstance(default, str) and tree[section].get(key) == default:
+            del tree[section][key]
+    return tomli_w.dumps(tree)
+
+
 def settings_template() -> str:
     """A commented file with every key and its default, for `fedloom init`."""
     parts = ["# Settings of a fedloom run: every key with its default. Delete what you do not change."]

@@ -18,7 +18,7 @@ Scores = Mapping[str, Evaluation]
 class RunFacts:
     """What is known before the first round. `first_round` is greater than 1 where a run is resumed.
 
-    warnings: what the user should know of data and settings.
+    warnings: what the user should know of data and settings. together: whether clients train at the same time.
     """
 
     method: str
@@ -29,6 +29,7 @@ class RunFacts:
     out: Path
     first_round: int = 1
     warnings: tuple[str, ...] = ()
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ Log shippers read it as it is. Unlike the ledger it is never cut back: rounds th
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.records.ledger import Note, Roll, Row, dump_row
+from fedloom.records.ledger import Note, Presence, Roll, Row, dump_row
 from fedloom.records.session import End
 from fedloom.records.text import escape_json
 
@@ -34,11 +35,22 @@ class ServerLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def log_level(row: Row) -> str:
-    """The level: "error" for the end of a run that failed; "warning" for a note, a site that failed or came late."""
-    if isinstance(row, End) and row.status == "failed":
-        return "error"
-    return "warning" if isinstance(row, Note) or (isinstance(row, Roll) and (row.failed or row.late)) else "info"
+    """The level: "error" for the end of a run that failed.
+
+    "warning" for one that was interrupted, a note, and a site that failed, is missing or came late.
+    """
+    match row:
+        case End(status="failed"):
+            return "error"
+        case End(status="interrupted") | Note():
+            return "warning"
+        case Roll():
+            return "warning" if row.failed or row.late else "info"
+        case Presence():
+            return "warning" if row.missing else "info"
+    return "info"

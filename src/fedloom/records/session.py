@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict
 
+from fedloom.records.text import LONG, to_printable
+
 FORBID = ConfigDict(extra="forbid", strict=True)
 EndStatus: TypeAlias = Literal["finished", "failed", "interrupted"]
 Number: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -20,6 +22,7 @@ class Session:
     """A stretch of a run in one process, from its start or its resumption: when and where, and with which settings.
 
     round: rounds that were over. time: ISO 8601, UTC. settings: TOML. seconds: what the run had taken before.
+    certificates: whose ("server", "ca") → when it ends, ISO 8601, UTC, of a run across machines.
     """
 
     __pydantic_config__ = FORBID
@@ -30,6 +33,7 @@ class Session:
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
     seconds: Number = 0.0
+    certificates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +64,10 @@ class End:
     reason: str = ""
     seconds: Number = 0.0
     lost_energy: Number = 0.0
+
+
+def describe_error(error: BaseException) -> tuple[EndStatus, str]:
+    """How a run ended that an error ended: interrupted, by whoever ends its process, or failed and why."""
+    if not isinstance(error, Exception):
+        return "interrupted", ""
+    return "failed", to_printable(str(error) or type(error).__name__, LONG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,19 +14,24 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
+from fedloom.records.events import RunFacts, RunSummary, Scores
 from fedloom.records.text import LONG, cell
 from fedloom.report.measures import order_measures, phrase_scores
 from fedloom.report.numbers import MEAN, Point, human_bytes, values_of
 
+LOADING = "loading model and data …"
+
 
 @contextmanager
-def watch(console: Console) -> Iterator[Observer]:
-    """An observer that shows the run on this console for as long as the context lasts."""
+def watch(console: Console, loading: str = LOADING) -> Iterator[EventKeeper]:
+    """An observer that shows the run on this console for as long as the context lasts.
+
+    loading: what a terminal shows until it is known what the run is.
+    """
     if not console.is_terminal:
         yield LineView(console)
         return
-    view = LiveView(console)
+    view = LiveView(console, loading=loading)
     with Live(view, console=console, refresh_per_second=5, transient=True):
         yield view
 
@@ -47,12 +52,17 @@ class Tally:
 
 @dataclass(slots=True)
 class EventKeeper:
-    """An observer that keeps the events, for both views to show. console: where lines go that stay."""
+    """An observer that keeps the events, for both views to show. console: where lines go that stay.
+
+    training: the clients whose turn it is. away: site that cannot be asked → why.
+    """
 
     console: Console | None = None
+    loading: str = LOADING
     facts: RunFacts | None = None
     round: int = 0
-    training: str = ""
+    training: set[str] = field(default_factory=set)
+    away: Mapping[str, str] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -65,15 +75,18 @@ class EventKeeper:
         self.facts = facts
         self.round = facts.first_round - 1
         self.tallies = {client: Tally() for client in facts.clients}
-        self._say(f"{_headline(facts)}, in {facts.out}", "bold")
+        self.say(f"{_headline(facts)}, in {facts.out}", "bold")
         for text in facts.warnings:
-            self._say(f"note: {text}", "yellow")
+            self.say(f"note: {text}", "yellow")
 
     def client_started(self, round: int, client: str) -> None:
         """Remember whose turn it is."""
         if round != self.round:
             self.round, self.losses, self.round_began = round, [], time.monotonic()
-        self.training = client
+            self.training.clear()
+        if self.facts is None or not self.facts.together:
+            self.training.clear()
+        self.training.add(client)
 
     def client_finished(self, round: int, client: str, loss: float, bytes_up: int, bytes_down: int) -> None:
         """Add up."""
@@ -81,31 +94,39 @@ class EventKeeper:
         tally.loss, tally.turns = loss, tally.turns + 1
         tally.up, tally.down = tally.up + bytes_up, tally.down + bytes_down
         self.losses.append(loss)
-        self.training = ""
+        self.training.discard(client)
 
     def noted(self, round: int, text: str) -> None:
         """Say it, or count it where a round has many."""
+        if not round:
+            self.say(f"note: {text}", "yellow")
+            return
         self.notes.append(text)
         if len(self.notes) <= NOTES:
-            self._say(f"note, round {round}: {text}", "yellow")
+            self.say(f"note, round {round}: {text}", "yellow")
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
     ) -> None:
         """Remember the scores; round 0 is the evaluation before the first round."""
-        self.round, self.training = round, ""
+        self.round = round
+        self.training.clear()
         if len(self.notes) > NOTES:
-            self._say(f"… and {len(self.notes) - NOTES} more notes on round {round} in the ledger", "yellow")
+            self.say(f"… and {len(self.notes) - NOTES} more notes on round {round} in the ledger", "yellow")
         self.notes = []
         if scores:
             self.points.append(Point(round, values_of(scores), bytes_up + bytes_down))
         if round:
             self.seconds.append(seconds)
 
+    def sites_seen(self, missing: Mapping[str, str]) -> None:
+        """Remember who cannot be asked, and why."""
+        self.away = missing
+
     def run_finished(self, summary: RunSummary) -> None:
         """The closing tables say the rest."""
 
-    def _say(self, text: str, style: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """A line that stays: above the live view, or in a pipe without colours."""
         if self.console is not None:
             line = cell(text, style if self.console.is_terminal else "", LONG)
@@ -114,6 +135,12 @@ class EventKeeper:
 
 class LineView(EventKeeper):
     """A line at the start and one a round, for logs and pipes."""
+
+    def sites_seen(self, missing: Mapping[str, str]) -> None:
+        """Say it, where it has changed."""
+        if missing != self.away:
+            self.say(_absent(missing) or "all sites are there")
+        super().sites_seen(missing)
 
     def round_finished(
         self, round: int, num_rounds: int, scores: Scores | None, bytes_up: int, bytes_down: int, seconds: float
@@ -127,7 +154,7 @@ class LineView(EventKeeper):
         if scores:
             now = self.points[-1].values
             parts += [f"{m.name} {m.phrase(now[m.key][MEAN])}" for m in order_measures(self.points)]
-        self._say("  ".join([*parts, f"{seconds:.1f} s"]), "")
+        self.say("  ".join([*parts, f"{seconds:.1f} s"]), "")
 
 
 class LiveView(EventKeeper):
@@ -136,8 +163,8 @@ class LiveView(EventKeeper):
     def __rich__(self) -> RenderableType:
         """The view as it stands."""
         if self.facts is None:
-            return Text("loading model and data …", style="dim")
-        return Group(self._bar(self.facts), self._clients(), self._score())
+            return cell(self.loading, "dim", LONG)
+        return Group(self._bar(self.facts), self._clients(), *self._absent(), self._score())
 
     def _bar(self, facts: RunFacts) -> Table:
         done = len(self.seconds) + facts.first_round - 1
@@ -160,18 +187,22 @@ class LiveView(EventKeeper):
         table.add_column("client")
         for name in ("loss", "up so far", "down so far"):
             table.add_column(name, justify="right")
-        shown = sorted(self.tallies, key=lambda name: (name != self.training, -self.tallies[name].turns, name))[
+        shown = sorted(self.tallies, key=lambda name: (name not in self.training, -self.tallies[name].turns, name))[
             :12
         ]  # as many as fit a small terminal
         for name in sorted(shown):
             tally = self.tallies[name]
             loss = "–" if tally.loss is None else f"{tally.loss:.3f}"
-            now = name == self.training
+            now = name in self.training
             mark = f"▸ {name}" if now else f"  {name}"
             table.add_row(cell(mark), loss, human_bytes(tally.up), human_bytes(tally.down), style="cyan" if now else "")
         up, down = (sum(getattr(t, way) for t in self.tallies.values()) for way in ("up", "down"))
         table.add_row("  all", "", human_bytes(up), human_bytes(down), style="bold")
         return table
+
+    def _absent(self) -> list[Text]:
+        """Who cannot be asked, and why."""
+        return [cell(_absent(self.away), "yellow", LONG)] if self.away else []
 
     def _score(self) -> RenderableType:
         if not self.points:
@@ -180,6 +211,10 @@ class LiveView(EventKeeper):
         domains = [(domain, value) for domain, value in sorted(now[lead.key].items()) if domain != MEAN]
         by_domain = f"{lead.name}: " + "   ".join(f"{domain} {lead.show(value)}" for domain, value in domains)
         return Group(*(cell(text, limit=LONG) for text in [*phrase_scores(self.points), by_domain]))
+
+
+def _absent(missing: Mapping[str, str]) -> str:
+    return f"missing: {'; '.join(f'{site} {why}' for site, why in sorted(missing.items()))}" if missing else ""
 
 
 def _headline(facts: RunFacts) -> str:

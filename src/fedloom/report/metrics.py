@@ -6,16 +6,22 @@ Nothing but the ledger is needed, so every engine has it, and a resumed run goes
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import get_args
 
 from fedloom.records.ledger import Aggregation, Note, Roll, Row
+from fedloom.records.session import EndStatus
 from fedloom.records.text import distinct_name
-from fedloom.report.answers import count_answers
-from fedloom.report.numbers import MEAN, summarise
+from fedloom.report.answers import count_answers, find_presence
+from fedloom.report.numbers import MEAN, Report, summarise
 
 FILE = "metrics.prom"
 """Its name in a run's folder."""
+UPDATED = "fedloom_last_update_timestamp_seconds"
+MISSED = "fedloom_site_missed_rounds"
 Labels = Mapping[str, str]
 
 
@@ -37,29 +43,35 @@ class Metric:
             yield f"{self.name}{{{text}}} {_number(value)}"
 
 
-def prometheus_text(rows: Sequence[Row]) -> str:
-    """The whole file. Raises CheckpointError where the rows record no run."""
+def prometheus_text(rows: Sequence[Row], run: str, now: float) -> str:
+    """The whole file. run: what the run is called, its folder's name; now: seconds since 1970.
+
+    Raises CheckpointError where the rows record no run.
+    """
     report, tallies = summarise(rows), count_answers(rows)
-    run, sums = report.run, report.totals
+    sums = report.totals
+    base = {"run": run, "method": report.run.method}
     done = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
     tries = sum(row.tries - 1 for row in rows if isinstance(row, Roll))
     late = sum(len(row.late) for row in rows if isinstance(row, Roll))
     notes = sum(isinstance(row, Note) for row in rows)
-    base = {"method": run.method}
     sent = [
-        ({**base, "client": client, "direction": direction}, float(size))
+        ({**base, "site": client, "direction": direction}, float(size))
         for client, both in sums.by_client.items()
         for direction, size in zip(("up", "down"), both, strict=True)
     ]
     taken = report.points[-1].values if report.points else {}
-    losses = [({**base, "client": client}, held[-1]) for client, held in report.losses.items() if held]
+    losses = [({**base, "site": client}, held[-1]) for client, held in report.losses.items() if held]
     metrics = (
-        Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, run.num_rounds)]),
+        *_standing(base, report, now),
+        Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, report.run.num_rounds)]),
         Metric("fedloom_rounds_done_total", "counter", "The last round that was aggregated.", [(base, done)]),
         Metric("fedloom_payload_bytes_total", "counter", "Bytes of payloads between server and clients.", sent),
         Metric("fedloom_payloads_total", "counter", "Payloads sent either way.", [(base, sums.transfers)]),
         Metric("fedloom_answers_total", "counter", "Updates that came in time.", _of(base, tallies, "answered")),
         Metric("fedloom_failures_total", "counter", "Rounds asked in vain.", _of(base, tallies, "missed")),
+        Metric(MISSED, "gauge", "Rounds asked in vain since the last update came.", _of(base, tallies, "row")),
+        Metric("fedloom_site_online", "gauge", "Whether the site is connected, 1 or 0.", _online(base, rows)),
         Metric("fedloom_late_answers_total", "counter", "Updates that came too late.", [(base, late)]),
         Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, tries)]),
         Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, notes)]),
@@ -69,6 +81,34 @@ def prometheus_text(rows: Sequence[Row]) -> str:
         Metric("fedloom_training_seconds_total", "counter", "Seconds of training.", [(base, report.train_seconds)]),
     )
     return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
+
+
+def renew_update(text: str, now: float) -> str:
+    """The same file, written at another time: whoever wrote it still lives."""
+    return re.sub(rf"(?m)^({UPDATED}{{.*}}) \S+$", rf"\1 {_number(now)}", text)
+
+
+def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
+    """How the run stands, when that was so, and when certificates end."""
+    end, sessions = report.facts.end, report.facts.sessions
+    state = end.status if end else "running"
+    states = [({**base, "state": name}, float(name == state)) for name in ("running", *get_args(EndStatus))]
+    ends = {
+        name: datetime.fromisoformat(time).timestamp() - now
+        for name, time in (sessions[-1].certificates if sessions else {}).items()
+    }
+    days = [({**base, "certificate": name}, math.floor(left / 86400)) for name, left in ends.items()]
+    times = [({**base, "certificate": name}, now + left) for name, left in ends.items()]
+    return [
+        Metric("fedloom_run_state", "gauge", "How the run stands: 1 for one of the states, 0 for the others.", states),
+        Metric(UPDATED, "gauge", "When the run was last known to live, seconds since 1970.", [(base, now)]),
+        Metric("fedloom_certificate_days_left", "gauge", "Whole days until it ends, when this was written.", days),
+        Metric("fedloom_certificate_end_timestamp_seconds", "gauge", "When it ends, seconds since 1970.", times),
+    ]
+
+
+def _online(base: Labels, rows: Sequence[Row]) -> list[tuple[Labels, float]]:
+    return [({**base, "site": site}, float(not reason)) for site, reason in sorted(find_presence(rows).items())]
 
 
 _SCORES = {
@@ -98,7 +138,7 @@ def _domains(by_domain: Mapping[str, float] | None) -> list[tuple[str, float]]:
 
 
 def _of(base: Labels, tallies: Mapping[str, object], key: str) -> list[tuple[Labels, float]]:
-    return [({**base, "client": client}, float(getattr(tally, key))) for client, tally in sorted(tallies.items())]
+    return [({**base, "site": client}, float(getattr(tally, key))) for client, tally in sorted(tallies.items())]
 
 
 def _escaped(text: str) -> str:

@@ -13,62 +13,54 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Roll, Row, read_rows
+from fedloom.records.ledger import Roll, Row
 from fedloom.records.text import LONG, cell
-from fedloom.report.answers import Answers, count_answers
+from fedloom.report.answers import Answers, count_answers, find_awaited, find_presence
 from fedloom.report.measures import phrase_scores
 from fedloom.report.numbers import Report, human_bytes, summarise
+from fedloom.report.standing import Standing, read_run
 
 LOOK_SECONDS = 1.0
 NOTES = 6
 """How many of the newest notes are shown."""
 
 
-def render_folder(folder: Path) -> RenderableType:
-    """The run as it stands. Raises CheckpointError where the folder holds none."""
-    path = folder / "ledger.jsonl"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected the folder of a run that has begun")
-    return render_rows(read_rows(path), time.time() - path.stat().st_mtime)
+def show_run(folder: Path, console: Console, follow: bool = True) -> Standing:
+    """Show how the run stands, and with `follow` go on until it is over, where somebody watches.
+
+    Raises CheckpointError where the folder holds no run.
+    """
+    rows, standing = read_run(folder)
+    if follow and console.is_terminal:
+        standing = _follow(folder, console, rows, standing)
+    else:
+        console.print(render_rows(rows, standing))
+    if standing.again:  # in one line, however long it is, so that it can be copied
+        console.print(cell(f"go on with: {standing.again}", limit=LONG), soft_wrap=True)
+    return standing
 
 
-def follow_run(folder: Path, console: Console) -> None:
-    """Show the run until its last round is done; once only where nobody watches."""
-    if not console.is_terminal:
-        console.print(render_folder(folder))
-        return
-    with Live(render_folder(folder), console=console, refresh_per_second=2) as live:
-        while not is_finished(read_rows(folder / "ledger.jsonl")):
+def _follow(folder: Path, console: Console, rows: Sequence[Row], standing: Standing) -> Standing:
+    with Live(render_rows(rows, standing), console=console, refresh_per_second=2) as live:
+        while not standing.is_over:
             time.sleep(LOOK_SECONDS)
-            live.update(render_folder(folder))
-        live.update(render_folder(folder))
+            rows, standing = read_run(folder)
+            live.update(render_rows(rows, standing))
+    return standing
 
 
-def is_finished(rows: Sequence[Row]) -> bool:
-    """Whether the run has ended, in one way or another; where its ledger does not say: whether all rounds are over."""
-    return summarise(rows).facts.end is not None or last_round(rows) >= summarise(rows).run.num_rounds
-
-
-def last_round(rows: Sequence[Row]) -> int:
-    """The last round that has been aggregated; 0 before the first."""
-    return max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
-
-
-def render_rows(rows: Sequence[Row], quiet: float) -> RenderableType:
-    """Rounds, clients, scores and the newest notes. quiet: seconds since the ledger grew."""
-    report, tallies, last = summarise(rows), count_answers(rows), last_round(rows)
+def render_rows(rows: Sequence[Row], standing: Standing) -> RenderableType:
+    """Rounds, clients, scores, the newest notes, and who is waited for."""
+    report, tallies = summarise(rows), count_answers(rows)
     run = report.run
     bar = Table.grid(padding=(0, 1))
-    end = report.facts.end
-    state = f"last row {quiet:.0f} s ago"
-    if end is not None:
-        state = ": ".join(filter(None, (end.status, end.reason)))
-    elif last >= run.num_rounds:
-        state = "finished"
-    bar.add_row(f"round {last}/{run.num_rounds}", ProgressBar(run.num_rounds, last, 32), cell(state, limit=LONG))
+    done = f"round {standing.rounds}/{run.num_rounds}"
+    bar.add_row(done, ProgressBar(run.num_rounds, standing.rounds, 32), cell(standing.describe(), limit=LONG))
     head = cell(f"{run.method}: {len(run.clients)} clients, {run.adapter_values:,} values", "bold")
-    return Group(head, bar, _clients(report, tallies), *_closing(report), *_roll(rows))
+    parts: list[RenderableType] = [head, bar, _clients(report, tallies), *_closing(report), *_roll(rows)]
+    if not standing.is_over:
+        parts += _waiting(rows)
+    return Group(*parts)
 
 
 def _clients(report: Report, tallies: dict[str, Answers]) -> Table:
@@ -102,3 +94,11 @@ def _roll(rows: Sequence[Row]) -> list[Text]:
         return []
     missing = ", ".join(sorted({*roll.failed, *roll.late}))
     return [cell(f"round {roll.round}, after {roll.tries} tries: without {missing}", "yellow", LONG)]
+
+
+def _waiting(rows: Sequence[Row]) -> list[Text]:
+    """Who is waited for, and who cannot be asked and why."""
+    missing = [f"{site} {reason}" for site, reason in sorted(find_presence(rows).items()) if reason]
+    awaited = find_awaited(rows)
+    said = [cell(f"waiting for {', '.join(awaited)}", limit=LONG)] if awaited else []
+    return [*said, cell(f"missing: {'; '.join(missing)}", "yellow", LONG)] if missing else said

@@ -14,8 +14,7 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow, read_rows
-from fedloom.records.session import End, EndStatus, Session
-from fedloom.records.text import LONG, to_printable
+from fedloom.records.session import End, Session, describe_error
 
 if TYPE_CHECKING:
     from fedloom.server.loop import Rounds
@@ -42,8 +41,10 @@ def begin_session(rounds: Rounds) -> tuple[str, ...]:
             versions={"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
             machine=name_hardware(),
             seconds=rounds.before,
+            certificates=dict(rounds.certificates),
         )
     )
+    rounds.folder.write_metrics()
     return extension
 
 
@@ -75,7 +76,6 @@ def describe_extension(config: Config, before: int, round: int) -> str:
 
 def record_end(rounds: Rounds, error: BaseException) -> None:
     """Record that a run was interrupted, by whoever ends this process, or failed and why."""
-    status: EndStatus = "failed" if isinstance(error, Exception) else "interrupted"
-    reason = to_printable(str(error) or type(error).__name__, LONG) if status == "failed" else ""
+    status, reason = describe_error(error)
     rounds.folder.ledger.append(End(rounds.round, status, reason, rounds.seconds))
     rounds.folder.ledger.sync()

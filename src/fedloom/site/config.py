@@ -70,7 +70,7 @@ class SiteConfig(Section):
     )
     max_bytes_request: Bytes = Field(
         "1GiB",
-        description="Payload bytes that a request may bring; the worker takes up to twice as much memory for it.",
+        description="Payload bytes that a request may bring; the worker takes as much memory for it.",
     )
     idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
     node: NodeSettings | None = None

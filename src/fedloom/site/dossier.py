@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ class Dossier:
     objections: tuple[str, ...]
 
 
-def describe_job(site: SiteConfig, config: Config, folder: Path, job: str = "") -> Dossier:
-    """The job that `config` is for this site, whose SITE.toml lies in `folder`. job: its number, where it has one.
+def describe_job(site: SiteConfig, config: Config, file: Path, job: str = "") -> Dossier:
+    """The job that `config` is for this site, whose SITE.toml is `file`. job: its number, where it has one.
 
     Raises FedloomError where the base model or the settings cannot be used at all.
     """
@@ -132,7 +133,7 @@ def describe_job(site: SiteConfig, config: Config, folder: Path, job: str = "") 
         bytes_round=most,
         bytes_all=most * rounds,
         noise=weigh_noise(site, lines, job, rounds),
-        server=read_server(folder),
+        server=read_server(file),
         objections=tuple(list_objections(site, config, adapter, examples, counted)),
     )
 
@@ -232,10 +233,13 @@ def _questions(
     yield partial(check_spending, policy, AuditTrail(Path(site.state) / "audit").count_spent("", 0))
 
 
-def read_server(folder: Path) -> str:
-    """The address that the SuperNode's script beside SITE.toml names; "" where there is none."""
+def read_server(file: Path) -> str:
+    """The server's address, of [node] in a SITE.toml or of the SuperNode's script beside it; "" where neither says."""
     try:
-        found = re.search(r"--superlink[ =](\S+)", (folder / SUPERNODE).read_text(encoding="utf-8"))
-    except OSError:
+        node = tomllib.loads(file.read_text(encoding="utf-8")).get("node")
+        if isinstance(node, dict) and "superlink" in node:
+            return str(node["superlink"])
+        found = re.search(r"--superlink[ =](\S+)", (file.parent / SUPERNODE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return ""
     return found[1] if found else ""

@@ -5,8 +5,7 @@
     check_epochs   once the examples are loaded: steps and learning rates, where the settings say epochs
     check_job      before anything is kept: the modules that there are, examples, what an update would rest on
     check_left     before training: bytes and ε that are left
-    limit_time     while training: the time that it takes
-    guarded        around training: size of the change, noise, what the server learns beside the change
+    (`guard`       around training: its time, size of the change, noise, what the server learns beside the change)
     check_room     before writing: what the state folder takes
     check_update   before a payload leaves: what is in it, and its bytes
     told_to_server what the server may know of an error
@@ -18,25 +17,21 @@ data, the server is told no more than that there was one.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from fedloom.errors import DataError, PolicyRefusal, VersionError
-from fedloom.lora.pair import PARTS, LoraState, from_tensors
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
 from fedloom.model.training import rate_at
 from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
 from fedloom.records.quantities import parse_bytes
 from fedloom.rounds.joint import split_entries
-from fedloom.rounds.turns import Train, Trained
-from fedloom.site.privacy import epsilon, release_change, total_norm
+from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Limits, decode
 
@@ -148,7 +143,14 @@ def check_method_allowed(policy: Policy, method: str) -> None:
 
 
 def check_room(policy: Policy, folder: Path, more: int) -> None:
-    """Raises PolicyRefusal unless so many more bytes may be written to the state folder."""
+    """Raises PolicyRefusal unless so many more bytes may be written to the state folder, and can be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if more > free:
+        raise PolicyRefusal(
+            f"the disk of {folder} has {free:,} bytes free and {more:,} are needed: make room",
+            "the site's disk has no room for its state",
+        )
     if policy.max_disk is None:
         return
     taken = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
@@ -158,20 +160,6 @@ def check_room(policy: Policy, folder: Path, more: int) -> None:
             "remove jobs that are over, or move payloads of the audit record away",
             f"{REFUSED}: max_disk is used up",
         )
-
-
-def limit_time(policy: Policy) -> Callable[[], None]:
-    """Start the clock. Call the result before every forward pass: it raises PolicyRefusal once the time is over."""
-    until = math.inf if policy.max_seconds_round is None else time.monotonic() + policy.max_seconds_round
-
-    def check() -> None:
-        if time.monotonic() > until:
-            raise PolicyRefusal(
-                f"the training takes longer than policy.max_seconds_round = {policy.max_seconds_round:g}",
-                f"{REFUSED}: max_seconds_round is over",
-            )
-
-    return check
 
 
 def count_drawn(training: TrainingSettings) -> int:
@@ -203,35 +191,6 @@ def check_may_leave(
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
     check_modules(policy, {name.rpartition("/")[0] for name in entries})
-
-
-def guard_training(
-    policy: Policy, train: Train, parts: Callable[[int], Sequence[str]], charge: Callable[[], object]
-) -> Train:
-    """The training step as the policy lets its outcome be used; give this one to `rounds.client_turn`.
-
-    parts: the factors that a round trains (`Method.trainable`). Without noise a change beyond max_update_norm raises
-    PolicyRefusal. With noise the change is clipped instead, and the loss, which the noise does not cover, withheld.
-    charge() is called before noise is drawn: a draw that nobody has recorded could be released without being counted.
-    """
-
-    def step(state: State, round: int, seed: int) -> Trained:
-        trained = train(state, round, seed)
-        before, after = state.adapter.tensors(), trained.adapter.tensors()
-        # A site may train some of the modules only: what it did not train is not in `after`, and nothing of it leaves.
-        names = [name for name in after if name.rpartition("/")[2] in parts(round)]
-        change = {name: after[name].detach().cpu() - before[name] for name in names}
-        if policy.privacy is None:
-            _check_norm(policy, change)
-        else:
-            charge()
-            noisy = release_change(change, policy.privacy)
-            untouched = {name: before[name] for name in after}
-            adapter = from_tensors(untouched | {name: before[name] + noisy[name] for name in names})
-            trained = replace(trained, adapter=adapter, loss=math.nan)
-        return replace(trained, num_examples=policy.declared_examples or trained.num_examples)
-
-    return step
 
 
 def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
@@ -320,11 +279,3 @@ def _check_bytes(policy: Policy, size: int, spent: Spending) -> None:
                 f"{used} bytes have left and {size} more would; policy.{key} is {limit}",
                 f"{REFUSED}: {key} is used up",
             )
-
-
-def _check_norm(policy: Policy, change: Mapping[str, Tensor]) -> None:
-    if policy.max_update_norm is None:
-        return
-    size = total_norm(change)
-    if not size <= policy.max_update_norm:
-        raise PolicyRefusal(f"the change has norm {size:.4g}; policy.max_update_norm is {policy.max_update_norm:g}")

@@ -19,6 +19,8 @@ from fedloom.site.protocol import Request
 
 log = logging.getLogger("fedloom.worker")
 FILE = "worker.json"
+LENGTH = 512
+"""Bytes of the note; what it says takes half of them at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,14 @@ _PRESENCE: TypeAdapter[Presence] = TypeAdapter(Presence)
 def note_request(state: Path, asked: Request, came: datetime, answered: datetime | None = None) -> None:
     """Write down that a request came, or that it was answered. A full disk is no reason not to answer."""
     said = Presence(asked.ask, asked.job, asked.round, time_text(came), time_text(answered) if answered else "")
-    partial = state / f"{FILE}.partial"
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial.write_text(json.dumps(asdict(said)), encoding="utf-8")
-        os.replace(partial, state / FILE)
+        file = os.open(state / FILE, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            # In place and of one length: a reader never finds half of it, and no directory has to be written.
+            os.pwrite(file, json.dumps(asdict(said)).encode().ljust(LENGTH), 0)
+        finally:
+            os.close(file)
     except OSError as error:
         log.warning("%s cannot be written: %s", state / FILE, error)
 

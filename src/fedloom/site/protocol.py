@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from io import BytesIO
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -106,7 +107,11 @@ class Parcel:
     """Named facts and payloads."""
 
     facts: Mapping[str, Fact]
-    payloads: tuple[bytes, ...] = ()
+    payloads: Sequence[bytes] = ()
+
+    def used_up(self) -> Parcel:
+        """The same with payloads in a list, out of which who reads them may take them, to have their memory back."""
+        return Parcel(self.facts, list(self.payloads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +228,8 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
     if sum(lengths) != len(content):
         raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
+    if len(lengths) == 1 and isinstance(content, bytes):
+        return (content,)
     view, ends, pieces = memoryview(content), 0, []
     for length in lengths:
         pieces.append(bytes(view[ends : ends + length]))
@@ -255,7 +262,7 @@ def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
 
 
 def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
-    """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
+    """Read one parcel with payloads of `most` bytes at most.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
     Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
@@ -273,20 +280,20 @@ def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
         raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
-    return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
+    return Parcel(facts, tuple(_take(connection, size, until) for size in lengths))
 
 
-def _take(connection: socket.socket, length: int, until: float | None) -> bytearray:
+def _take(connection: socket.socket, length: int, until: float | None) -> bytes:
     """Exactly so many bytes, by then. Memory is taken as they arrive, not as they are announced."""
-    taken = bytearray()
-    while len(taken) < length:
+    taken = BytesIO()  # gives its bytes away without a copy
+    while (missing := length - taken.tell()) > 0:
         if until is not None:
             # Time left for all that is missing: a byte now and then does not buy more. 0 would mean not to block.
             connection.settimeout(max(until - time.monotonic(), 1e-3))
-        piece = connection.recv(min(length - len(taken), 2**20))
+        piece = connection.recv(min(missing, 2**20))
         if not piece:
             raise ConnectionError("the other side hung up")
-        taken += piece
+        taken.write(piece)
         if until is not None and time.monotonic() > until:
-            raise TimeoutError(f"only {len(taken):,} of {length:,} bytes came in time")
-    return taken
+            raise TimeoutError(f"only {taken.tell():,} of {length:,} bytes came in time")
+    return taken.getvalue()

@@ -144,7 +144,7 @@ def _serve_one(connection: socket.socket, desk: Desk, answer: Callable[[Parcel],
 
 def _answer(connection: socket.socket, desk: Desk, answer: Callable[[Parcel], Parcel]) -> Parcel:
     try:
-        return answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
+        return answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True).used_up())
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:

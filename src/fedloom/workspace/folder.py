@@ -15,34 +15,29 @@ out/
 
 from __future__ import annotations
 
-import fcntl
-import os
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from fedloom.errors import CheckpointError, ConfigError
+from fedloom.errors import CheckpointError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
-from fedloom.records.configfile import dump
-from fedloom.records.ledger import Choice, Direction, Ledger, Row, Transfer, payload_name, read_rows
+from fedloom.records.configfile import dump_file
+from fedloom.records.ledger import Aggregation, Direction, Ledger, Row, Transfer, payload_name, read_rows
+from fedloom.records.lock import take_lock
 from fedloom.records.serverlog import ServerLog
+from fedloom.records.session import End, describe_error
 from fedloom.report import metrics
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
-from fedloom.workspace.occupied import (
-    LOCK,
-    Occupant,
-    clear_folder,
-    clear_start,
-    find_occupant,
-    move_aside,
-    read_run_settings,
-)
-from fedloom.workspace.resumption import ROUNDS, find_differences, name_differences
+from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
+from fedloom.workspace.pulse import MetricsFile, write_whole
+from fedloom.workspace.resumption import check_way, find_differences
 
 
 class RunFolder:
@@ -57,6 +52,7 @@ class RunFolder:
         self.notes = tuple(notes)
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
+        self._metrics = MetricsFile(path / metrics.FILE)
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
 
     @classmethod
@@ -68,26 +64,17 @@ class RunFolder:
         A run that has not learnt anything yet makes way by itself. extend: whether the number of rounds may change.
         Raises CheckpointError where the folder holds something else, is in use, or holds nothing to resume.
         """
-        if resume and force:
-            raise ConfigError("--resume goes on with a run, --force replaces it: give one of the two")
-        held = find_occupant(path)
-        if resume and held is None:
-            raise CheckpointError(f"{path} holds no run to resume; run without --resume")
+        held = check_way(path, config, resume=resume, force=force, extend=extend)
         path.mkdir(parents=True, exist_ok=True)
-        lock, notes = _locked(path), []
+        lock, notes = take_lock(path), []
         try:
-            if held and resume:
-                check_resumable(held, config, extend)
-            elif held and held.rounds and not force:
-                raise CheckpointError(
-                    f"{path} holds another run ({held.describe()}): add --resume to go on with it, --force to replace "
-                    "it, or choose another --out"
-                )
-            elif held and held.rounds:
+            if held:  # whoever had the lock until now may have changed it
+                held = check_way(path, config, resume=resume, force=force, extend=extend)
+            if held and held.rounds and not resume:
                 notes.append(f"the run that was in {path} is now in {move_aside(path)}")
-            elif held:
+            elif held and not resume:
                 clear_start(path)
-            write_whole(path / "config.toml", dump(config))
+            write_whole(path / "config.toml", dump_file(config))
         except BaseException:
             lock.close()
             raise
@@ -115,7 +102,13 @@ class RunFolder:
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
         checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
-        write_whole(self.path / metrics.FILE, metrics.prometheus_text(read_rows(self.ledger.path)))
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """What Prometheus reads, from the rows so far."""
+        self.ledger.sync()
+        text = metrics.prometheus_text(read_rows(self.ledger.path), self.path.resolve().name, time.time())
+        self._metrics.write(text)
 
     def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
@@ -140,35 +133,39 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ledger.close()
+        begun = self.ledger.rows > 0
+        try:
+            if error is not None and begun:
+                self._record_end(error)
+            if (self.path / metrics.FILE).exists():
+                self.write_metrics()
+        except (OSError, CheckpointError):
+            if error is None:  # otherwise what ended the run is to be told, and not that a full disk takes no row
+                raise
+        finally:
+            self._close(error)
+            if error is not None and not begun:  # set-up failed: as if the run had never been asked for
+                clear_folder(self.path)
+            self._lock.close()
+
+    def _close(self, error: BaseException | None) -> None:
+        self._metrics.close()
         self._log.close()
-        if error is not None and not self.ledger.rows:  # set-up failed: as if the run had never been asked for
-            clear_folder(self.path)
-        self._lock.close()
+        try:
+            self.ledger.close()
+        except OSError:
+            if error is None:
+                raise
 
-
-def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
-    """Raises CheckpointError, which names the settings that differ, where a run does not go on with these."""
-    settings = held.path / "config.toml"
-    if held.settings is None:
-        raise CheckpointError(f"{settings} is missing or not of this version of fedloom: the run cannot be resumed")
-    found = find_differences(held.settings, config)
-    rounds = config.federation.num_rounds
-    if found.keys() == {ROUNDS} and extend:
-        chosen = next((row for row in held.rows if isinstance(row, Choice)), None)
-        if chosen:
-            raise CheckpointError(
-                f"the run in {held.path} ended after round {chosen.round} by its validation split and takes no more "
-                f"rounds: begin another with model.adapter = {str(held.path / 'adapter')!r}"
-            )
-        if rounds < held.rounds:
-            raise CheckpointError(f"{ROUNDS} is {rounds}, but {held.rounds} rounds of the run in {held.path} are over")
-    elif found:
-        other = "replace it with --force" if held.rounds else "begin anew without --resume (nothing is learnt yet)"
-        raise CheckpointError(
-            f"{settings} differs from the settings given: {name_differences(found)}. Resume with the settings of that "
-            f"run, {other}, or choose another --out"
-        )
+    def _record_end(self, error: BaseException) -> None:
+        """Say how the run ended where no row says so yet: it was to go on, and its set-up failed."""
+        self.ledger.sync()
+        rows = read_rows(self.ledger.path)
+        status, reason = describe_error(error)
+        end = rows[-1] if isinstance(rows[-1], End) else None
+        if end is None or (end.status != "finished" and status == "failed" and end.reason != reason):
+            last = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
+            self.ledger.append(End(last, status, reason, end.seconds if end else math.nan))
 
 
 def holds_settings(settings: Path, config: Config) -> bool:
@@ -177,24 +174,6 @@ def holds_settings(settings: Path, config: Config) -> bool:
     return held is not None and not find_differences(held, config)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one that is whole, whenever the machine stops."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
     """The ledger's row about a payload."""
     return Transfer(round, client, direction, read_header(payload).kind, len(payload), describe(payload).parts)
-
-
-def _locked(path: Path) -> IO[str]:
-    """A lock that the system drops when the process ends, however it ends."""
-    lock = (path / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise CheckpointError(f"another process is working in {path}: wait for it, or choose another --out") from None
-    return lock

@@ -13,14 +13,14 @@ from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records.config import Config
 from fedloom.records.configfile import parse
 from fedloom.records.ledger import Aggregation, Row, RunRow, read_rows
+from fedloom.records.lock import LOCK
 from fedloom.records.session import End
 
 WRITTEN = (
     *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
-    *("metrics.prom", "split.json", "job", "log.jsonl", "ledger.jsonl", "config.toml"),
+    *("metrics.prom", "split.json", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
-LOCK = ".lock"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -90,7 +90,7 @@ def clear_start(path: Path) -> None:
             file.unlink()
         if (path / folder).is_dir() and not any((path / folder).iterdir()):
             (path / folder).rmdir()
-    for name in ("metrics.prom", "split.json", "job", "curve.png", "report.html", "ledger.jsonl"):
+    for name in ("metrics.prom", "split.json", "job", "flower-run", "curve.png", "report.html", "ledger.jsonl"):
         (path / name).unlink(missing_ok=True)
 
 

@@ -1,12 +1,18 @@
-"""What may change in a run that goes on: nothing that its outcome rests on, but for the number of its rounds."""
+"""Whether a run may go into a folder, and what may change in one that goes on: nothing that its outcome rests on, but
+for the number of its rounds.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records.config import Config
+from fedloom.records.ledger import Choice
+from fedloom.workspace.occupied import Occupant, find_occupant
 
 ROUNDS = "federation.num_rounds"
 FREE: Mapping[str, bool] = dict.fromkeys(("flower", "output", "evaluation"), True)
@@ -15,6 +21,29 @@ FREE_FEDERATION = {"eval_every"}
 """Keys of [federation] that may."""
 SHOWN = 4
 """Settings that a message names; who has changed more has another run in mind."""
+
+
+def check_way(
+    path: Path, config: Config, *, resume: bool = False, force: bool = False, extend: bool = True
+) -> Occupant | None:
+    """The run that lies in a folder, if any, where another or the same may go into it.
+
+    extend: whether the number of rounds may change. Raises CheckpointError where the folder holds something else, a run
+    that has learnt something and is neither to go on nor to be replaced, or nothing to resume.
+    """
+    if resume and force:
+        raise ConfigError("--resume goes on with a run, --force replaces it: give one of the two")
+    held = find_occupant(path)
+    if resume and held is None:
+        raise CheckpointError(f"{path} holds no run to resume; run without --resume")
+    if resume and held:
+        check_resumable(held, config, extend)
+    elif held and held.rounds and not force:
+        raise CheckpointError(
+            f"{path} holds another run ({held.describe()}): add --resume to go on with it, --force to replace it, or "
+            "choose another --out"
+        )
+    return held
 
 
 def dump_fixed(config: Config) -> str:
@@ -33,6 +62,30 @@ def find_differences(held: Config, given: Config) -> dict[str, tuple[object, obj
     before, now = (dict(_flatten(config.model_dump(exclude=without))) for config in (held, given))
     keys = dict.fromkeys([*before, *now])
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
+    """Raises CheckpointError, which names the settings that differ, where a run does not go on with these."""
+    settings = held.path / "config.toml"
+    if held.settings is None:
+        raise CheckpointError(f"{settings} is missing or not of this version of fedloom: the run cannot be resumed")
+    found = find_differences(held.settings, config)
+    rounds = config.federation.num_rounds
+    if found.keys() == {ROUNDS} and extend:
+        chosen = next((row for row in held.rows if isinstance(row, Choice)), None)
+        if chosen:
+            raise CheckpointError(
+                f"the run in {held.path} ended after round {chosen.round} by its validation split and takes no more "
+                f"rounds: begin another with model.adapter = {str(held.path / 'adapter')!r}"
+            )
+        if rounds < held.rounds:
+            raise CheckpointError(f"{ROUNDS} is {rounds}, but {held.rounds} rounds of the run in {held.path} are over")
+    elif found:
+        other = "replace it with --force" if held.rounds else "begin anew without --resume (nothing is learnt yet)"
+        raise CheckpointError(
+            f"{settings} differs from the settings given: {name_differences(found)}. Resume with the settings of that "
+            f"run, {other}, or choose another --out"
+        )
 
 
 def name_differences(found: Mapping[str, tuple[object, object]]) -> str:
