@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
+.PHONY: help demo test lint format check-slow soak soak-processes docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -40,8 +40,14 @@ format: $(DEV_READY) ## Lay the code out anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process
+check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process, ten minutes of soak
 	$(BIN)/python -m pytest -m slow
+
+soak: $(DEV_READY) ## 20 sites, 50 rounds, a fault in every round, a minute of CPU; writes docs/benchmarks/soak.md (ARGS="--seed 7")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --page docs/benchmarks/soak.md $(ARGS)
+
+soak-processes: $(DEV_READY) ## The same with real processes, 4 sites, 8 rounds, some ten minutes (ARGS="--sites 6 --rounds 20")
+	$(BIN)/python -m benchmarks soak --processes --sites 4 --rounds 8 $(ARGS)
 
 docs: $(DEV_READY) ## Build the documentation as a site; leaves build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ app = typer.Typer(
     cls=Funnel, no_args_is_help=True, pretty_exceptions_enable=False, help="Measurements that can be repeated."
 )
 
+WayIn = Literal["node", "supernode"]
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
 
 
@@ -106,6 +107,26 @@ def wan_command(
     print_result(result, wan.tables, as_json)
 
 
+@app.command("line")
+def line_command(
+    mebibytes: Annotated[
+        float, typer.Option(min=0.1, help="MiB of the adapter's fp32 values; payloads are 2/3 of it.")
+    ] = 6.5,
+    kbit: Annotated[float, typer.Option(min=1, help="kbit/s each way.")] = 256.0,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds there and back.")] = 200.0,
+    loss: Annotated[float, typer.Option(min=0, max=0.5, help="Share of packets that are lost.")] = 0.02,
+    cuts: Annotated[int, typer.Option(min=0, help="Cuts of a payload, at even distances.")] = 1,
+    outage: Annotated[float, typer.Option(min=0, help="Seconds for which nobody connects after a cut.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the losses.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A real site behind a line that is slow, loses packets and breaks: bytes and seconds of a round; takes minutes."""
+    from benchmarks import line
+
+    bad = line.Bad(kbit, rtt, loss, cuts, outage)
+    print_result(line.run(bad, mebibytes=mebibytes, seed=seed), line.tables, as_json)
+
+
 @app.command("compress")
 def compress_command(
     preset: Preset = "llama-3.2-3b",
@@ -144,6 +165,34 @@ def flower_command(
     from benchmarks import flower
 
     print_result(flower.run(rounds=rounds, mebibytes=mebibytes, traffic=traffic), flower.tables, as_json)
+
+
+@app.command("memory")
+def memory_command(
+    adapter: Annotated[str, typer.Option(help="MiB of adapters in fp32.")] = "30,123",
+    method: Annotated[str, typer.Option(help="Method.")] = "fedit",
+    values: Annotated[str, typer.Option(help="Form of the values: fp32, bf16, int8, auto.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a worker and of the server app beside what they take at rest; without Flower and training."""
+    from benchmarks import memory
+
+    sizes = [float(size) for size in split_words(adapter)]
+    print_result(memory.run(sizes, method=method, values=values, rounds=rounds), memory.tables, as_json)
+
+
+@app.command("rounds")
+def rounds_command(
+    sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; the median is kept.")] = 8,
+    way: Annotated[WayIn, typer.Option(help="What carries the messages at the sites.")] = "node",
+    as_json: AsJson = False,
+) -> None:
+    """A federation of real processes on this machine: where the time of a round goes beside training."""
+    from benchmarks import rounds as measured
+
+    print_result(measured.run(sites=sites, rounds=rounds, way=way), measured.tables, as_json)
 
 
 @app.command("turn")
@@ -264,3 +313,28 @@ def families_command(
         print(families.to_markdown(result))
     else:
         print_result(result, families.tables, as_json)
+
+
+@app.command("soak")
+def soak_command(
+    sites: Annotated[int, typer.Option(min=2, help="Sites.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every one but the last has a fault.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the faults: which, whom, when.")] = 0,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    processes: Annotated[bool, typer.Option("--processes", help="With real processes, in real time.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="An empty folder where all of it is left.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the page about it here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A federation with a fault in every round: does it end by itself, with the right bits, everything counted once?"""
+    from benchmarks.soak import processes as real
+    from benchmarks.soak import report
+    from benchmarks.soak.play import Size
+
+    size = Size(sites, rounds, seed, method)
+    result = real.run(size, folder) if processes else report.run(size, folder)
+    if page is not None:
+        page.write_text(report.page(result), encoding="utf-8")
+    print_result(result, report.tables, as_json)
+    if any(result["checks"].values()):
+        raise typer.Exit(1)

@@ -24,13 +24,14 @@ from rich.table import Table
 
 from benchmarks.loopback import Loopback
 from fedloom.flower import launch
-from fedloom.flower.relay import Ask, call_worker
+from fedloom.flower.relay import Ask
 from fedloom.flower.simulated.direct import DirectGrid
 from fedloom.flower.sites import run_federation
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Roll, Training, Transfer, read_rows, totals
+from fedloom.site.calling import call_worker
 from fedloom.site.protocol import Parcel
 
 SITES = ("bank", "depot")

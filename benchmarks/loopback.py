@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 from fedloom.deploy import federation
 from fedloom.errors import RoundError
 from fedloom.flower import launch
+from fedloom.flower.nodes import register_node
 from fedloom.records.config import Config
 
+WayIn: TypeAlias = Literal["node", "supernode"]
+"""What carries messages at a site: `fedloom node`, or Flower's SuperNode with a ClientApp for every message."""
 PATIENCE = 240.0
 """Seconds after which a process that does not come up is given up: many times what a busy machine needs."""
 
@@ -45,11 +48,12 @@ class Loopback:
     """Starts and ends what a federation consists of; only processes that it started itself.
 
     data: a site's examples, {site} standing for its name. `folder`/NAME.log is what each process said. The sites take
-    the order of examples from the run's seed, so that payloads can be compared with the local engine's.
+    the order of examples from the run's seed, so that payloads can be compared with the local engine's. way: what
+    carries messages at the sites.
     """
 
-    def __init__(self, folder: Path, sites: Sequence[str], model: Path, data: str) -> None:
-        self.folder, self.sites = folder, sites
+    def __init__(self, folder: Path, sites: Sequence[str], model: Path, data: str, *, way: WayIn = "node") -> None:
+        self.folder, self.sites, self.way = folder, sites, way
         self.port, *ports = free_ports(1 + len(sites))
         self.node_ports = dict(zip(sites, ports, strict=True))
         self.address = f"127.0.0.1:{self.port}"
@@ -67,7 +71,7 @@ class Loopback:
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process in a session of its own, in the environment that Flower and fedloom need."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        source = str(Path(__file__).parents[2])
+        source = str(Path(__file__).parents[1] / "src")
         environment = {**os.environ, **launch.QUIET, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
         with self.log(name).open("a") as log:
             self.started[name] = subprocess.Popen(
@@ -89,10 +93,19 @@ class Loopback:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def supernode(self, site: str) -> subprocess.Popen[bytes]:
-        """Start a site's SuperNode."""
+    def carrier(self, site: str) -> subprocess.Popen[bytes]:
+        """Start what carries messages at a site."""
+        return self.supernode(site) if self.way == "supernode" else self.node(site)
+
+    def node(self, site: str) -> subprocess.Popen[bytes]:
+        """Start a site's `fedloom node`."""
+        file = self.folder / "fed/sites" / site / "SITE.toml"
+        return self.start(f"node-{site}", sys.executable, "-m", "fedloom", "node", str(file))
+
+    def supernode(self, site: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a site's SuperNode; `options` go to flower-supernode."""
         command = str(self.folder / "fed/sites" / site / "supernode.sh")
-        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]))
+        return self.start(f"node-{site}", command, "--port", str(self.node_ports[site]), *options)
 
     def worker(self, site: str) -> subprocess.Popen[bytes]:
         """Start a site's worker."""
@@ -106,9 +119,9 @@ class Loopback:
         self.superlink()
         with launch.open_control(config) as client:
             for site in registered:
-                launch.register(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
+                register_node(client, site, (self.folder / f"fed/server/nodes/{site}.pub").read_bytes())
         for site in registered:
-            self.supernode(site)
+            self.carrier(site)
 
     def close(self) -> None:
         """End every process that was started, with its children."""

@@ -1,7 +1,7 @@
 """`python -m benchmarks wan`: the wall time of a round over a slow line, method by method.
 
 A round is played by the real `client_turn` and `server_turn` on an adapter of true shapes with synthetic, heavy-tailed
-changes; its payloads cross a shaped line (`bench.link`) in pieces of 5 MB over two connections, as Flower moves them.
+changes; its payloads cross a shaped line (`benchmarks.link`) in pieces over two connections, as Flower moves them.
 Training is left out: it is the same for all. Client and server are told in seconds of processor time, so that other
 work on the machine does not count; the line in seconds on the wall.
 """
@@ -28,6 +28,7 @@ from benchmarks.wire import heavy_tailed
 from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, WireError
+from fedloom.flower.payload import piece_size
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
@@ -36,8 +37,6 @@ from fedloom.rounds.turns import Trained, client_turn, server_turn, start
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import decode, encode
 
-CHUNK = 5 * 2**20
-"""Bytes of a request, as in flwr 1.41."""
 CONNECTIONS = 2
 """Requests at the same time, as in flwr 1.41."""
 
@@ -204,7 +203,7 @@ def _server(payload: bytes) -> Iterator[int]:
 
         def do_GET(self) -> None:
             begin = int(self.path[1:])
-            self._reply(payload[begin : begin + CHUNK])
+            self._reply(payload[begin : begin + piece_size(len(payload))])
 
         def do_PUT(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -227,19 +226,22 @@ def _server(payload: bytes) -> Iterator[int]:
 
 
 def _fetch(port: int, payload: bytes) -> None:
-    pieces = _over(port, range(0, len(payload), CHUNK), lambda line, begin: _exchange(line, "GET", begin, None))
+    begins = range(0, len(payload), piece_size(len(payload)))
+    pieces = _over(port, begins, lambda line, begin: _exchange(line, "GET", begin, None))
     if b"".join(pieces) != payload:
         raise WireError("the line changed what it carried")
 
 
 def _push(port: int, payload: bytes) -> None:
+    size = piece_size(len(payload))
+
     def put(line: http.client.HTTPConnection, begin: int) -> bytes:
-        piece = payload[begin : begin + CHUNK]
+        piece = payload[begin : begin + size]
         if _exchange(line, "PUT", begin, piece) != hashlib.sha256(piece).digest():
             raise WireError("the line changed what it carried")
         return b""
 
-    _over(port, range(0, len(payload), CHUNK), put)
+    _over(port, range(0, len(payload), size), put)
 
 
 def _exchange(line: http.client.HTTPConnection, verb: str, begin: int, body: bytes | None) -> bytes:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fedloom.records.config import Config
-from fedloom.site.config import SiteConfig
+from fedloom.site.config import NodeSettings, SiteConfig
 from fedloom.site.policy import Policy
 from fedloom.site.privacy import Privacy
 
@@ -47,13 +47,19 @@ def page() -> str:
         + ", ".join(f"`{key}`" for key in Config.model_fields["clients"].annotation.__args__[1].model_fields)
         + ".\n"
     )
-    parts += [SITE, section("(top)", SiteConfig), section("[policy]", Policy), section("[policy.privacy]", Privacy)]
+    parts += [
+        SITE,
+        section("(top)", SiteConfig),
+        section("[node]", NodeSettings),
+        section("[policy]", Policy),
+        section("[policy.privacy]", Privacy),
+    ]
     return "".join(parts)
 
 
 def section(title: str, record: type[BaseModel]) -> str:
     """One table of the file."""
-    rows = [row(key, field) for key, field in record.model_fields.items() if key not in ("policy", "privacy")]
+    rows = [row(key, field) for key, field in record.model_fields.items() if key not in ("node", "policy", "privacy")]
     head = "| key | default | meaning |\n| --- | --- | --- |\n"
     summary = (inspect.getdoc(record) or "").partition("\n\n")[0].replace("\n", " ")
     return f"\n## {title}\n\n{summary}\n\n{head}{''.join(rows)}"

@@ -1,11 +1,12 @@
 """The slow line is as slow as asked, carries every byte, and the round's times add up."""
 
+import contextlib
 import socket
 import threading
 import time
 
 import pytest
-from benchmarks.link import PIECE, Lane, Link
+from benchmarks.link import PACKET, PIECE, Lane, Link
 
 from benchmarks import wan
 from fedloom.errors import ConfigError
@@ -13,7 +14,21 @@ from fedloom.errors import ConfigError
 
 def test_a_piece_leaves_when_those_before_it_have():
     lane = Lane(rate=1000.0, delay=9.0)
-    assert [lane.take(500, 0.0), lane.take(500, 0.0), lane.take(1000, 5.0)] == [0.5, 1.0, 6.0]
+    assert [lane.take(500, 0.0), lane.take(500, 0.0), lane.take(1000, 5.0)] == [(0.5, 9.5), (1.0, 10.0), (6.0, 15.0)]
+    assert lane.passed == 2000 and not lane.breaks()
+
+
+def test_what_is_lost_takes_its_time_once_more_and_arrives_a_trip_later():
+    lane = Lane(rate=1000.0, delay=1.0, loss=1.0)
+    assert lane.take(2 * PACKET, 0.0) == (4 * PACKET / 1000, 4 * PACKET / 1000 + 3.0)
+    some = Lane(rate=1.0, delay=0.0, loss=0.02, seed=5)
+    repeated = some.take(100_000 * PACKET, 0.0).left / PACKET - 100_000
+    assert 1900 < repeated < 2100  # 2 % of 100,000, within some standard deviations of 44
+
+
+def test_a_line_breaks_once_for_every_cut():
+    lane = Lane(rate=1.0, delay=0.0, cuts=(30, 10))
+    assert [lane.take(10, 0.0) and lane.breaks() for _ in range(5)] == [True, False, True, False, False]
 
 
 @pytest.fixture
@@ -22,7 +37,7 @@ def echo():
 
     def serve(listener):
         connection, _ = listener.accept()
-        with connection:
+        with connection, contextlib.suppress(ConnectionError):
             while piece := connection.recv(PIECE):
                 connection.sendall(piece)
 
@@ -45,6 +60,17 @@ def test_bytes_arrive_unchanged_and_not_before_the_line_allows(echo):
     assert back == content
     # Half a second for the bytes, a tenth for the way there and back. How much longer it may take is the machine's.
     assert taken >= len(content) / 400_000 + 0.1
+
+
+def test_a_cut_resets_what_is_open_and_nobody_comes_back_before_the_outage_is_over(echo):
+    with Link(echo, Lane(10**9, 0.0, cuts=(40_000,)), Lane(10**9, 0.0), outage=60.0) as link:
+        with socket.create_connection(("127.0.0.1", link.port)) as connection, pytest.raises(ConnectionError):
+            connection.sendall(bytes(40_000))
+            while connection.recv(65536):
+                pass
+        with socket.create_connection(("127.0.0.1", link.port)) as connection, pytest.raises(ConnectionError):
+            connection.recv(1)
+        assert link.cuts == 1 and link.up.passed == 40_000
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,7 @@ class DeskGrid:
     arriving: list[tuple[int, str, Message]] = field(default_factory=list)
     round: int = 0
     log: list[tuple[str, str, int]] = field(default_factory=list)
+    carried: list[tuple[str, str, int]] = field(default_factory=list)  # (site, "up" or "down", bytes)
 
     def __post_init__(self) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's runtime sets
@@ -144,7 +145,9 @@ class DeskGrid:
         identifier = message.object_id
         message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
         node = next(node for node in self.nodes if node.node_id == message.metadata.dst_node_id)
-        facts = unpack_parcel(message.content).facts
+        parcel = unpack_parcel(message.content)
+        self.carried.append((node.desk.site.name, "down", sum(map(len, parcel.payloads))))
+        facts = parcel.facts
         asked = (str(facts["ask"]), int(facts["round"]))
         self.log.append((node.desk.site.name, *asked))
         context = Context(1, node.node_id, {}, RecordDict(), {"settings": shared_settings(self.config)})

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from benchmarks.loopback import PATIENCE, Loopback
+from benchmarks.loopback import PATIENCE, Loopback, WayIn
 from desks import TESTBED
 
 from fedloom.flower import launch
@@ -19,10 +19,10 @@ STRANGER = "stranger"
 
 
 class Processes(Loopback):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"))
+    def __init__(self, folder: Path, way: WayIn = "node") -> None:
+        super().__init__(folder, [*SITES, STRANGER], TESTBED / "model", str(TESTBED / "data" / "{site}"), way=way)
 
-    def settings(self, rounds: int = 3) -> Config:
+    def settings(self, rounds: int = 3, *more: str) -> Config:
         own = [
             f"federation.num_rounds={rounds}",
             "federation.eval_every=0",
@@ -33,19 +33,19 @@ class Processes(Loopback):
             "flower.min_replies=2",
             "data.heldout=null",
         ]
-        return load_config(TESTBED / "demo.toml", [*own, *self.overrides()])
+        return load_config(TESTBED / "demo.toml", [*own, *self.overrides(), *more])
 
     def said(self, name: str, words: str) -> int:
         """How often a process has said these words."""
         return self.log(name).read_text(errors="replace").count(words) if self.log(name).exists() else 0
 
-    def submit(self, out: Path, *, resume: bool = False, rounds: int = 3) -> list[object]:
+    def submit(self, out: Path, *more: str, resume: bool = False, rounds: int = 3) -> list[object]:
         """Hand a run in from a thread; the list gets its end, a state or an error."""
         ended: list[object] = []
 
         def wait() -> None:
             try:
-                ended.append(launch.run_on_superlink(self.settings(rounds), out, resume=resume))
+                ended.append(launch.run_on_superlink(self.settings(rounds, *more), out, resume=resume))
             except Exception as error:  # the test looks at it
                 ended.append(error)
 
@@ -57,6 +57,12 @@ class Processes(Loopback):
         process = self.started.pop(name)
         process.kill()
         process.wait(30)
+
+    def stop(self, name: str) -> int:
+        """Tell a process to end; its exit code."""
+        process = self.started.pop(name)
+        process.terminate()
+        return process.wait(60)
 
     def child(self, name: str, words: str) -> psutil.Process | None:
         """The process that `name` started, directly or not, with these words in its command line."""

@@ -13,6 +13,7 @@ import toy
 from fedloom.flower.settings import shared_settings
 from fedloom.model.identity import base_digest
 from fedloom.records.ledger import Roll, read_rows
+from fedloom.rounds.turns import server_turn
 from fedloom.site.desk import Desk
 from fedloom.site.places import MOST_PLACES
 from fedloom.site.privacy import Privacy
@@ -252,7 +253,7 @@ def test_every_draw_of_noise_is_charged(tmp_path, loads, monkeypatch):
 
 def test_no_noise_is_drawn_that_cannot_be_charged(tmp_path, loads, monkeypatch):
     drawn: list[object] = []
-    monkeypatch.setattr("fedloom.site.policy.release_change", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("fedloom.site.guard.release_change", lambda *arguments: drawn.append(arguments))
     desk = made(tmp_path, NOISE)
     monkeypatch.setattr(desk.trail, "charge", lambda *arguments: 1 / 0)
     refused(ask(desk, "turn"), "ZeroDivisionError")
@@ -311,3 +312,21 @@ def test_fed_sb_runs_at_desks_from_the_first_round_to_the_last(toy_federation, t
         math.isclose(grid.node("lab").desk.trail.count_spent("", 1).mu_squared, 3 * NOISE.privacy.mu**2)
         and len(lines) == 6
     )
+
+
+def test_a_desk_holds_a_state_once_and_finds_the_reply_on_disk(tmp_path, loads):
+    """The reply, the payloads of the request and the adapter of before the first round stayed in memory."""
+    desk = made(tmp_path)
+    first = ask(desk, "turn", "method.name=fedit", round=1)
+    held = desk.held
+    assert held is not None and held.payload == b"" and held.payload_bytes == len(first.payloads[0])
+    assert all(tensor.is_meta for tensor in desk.place.setup.initial.tensors().values())
+    broadcast = server_turn(desk.place.setup.job, held.before, {"lab": first.payloads[0]}, 1).payload
+    facts = {"job": JOB, "settings": shared_settings(desks.settings("method.name=fedit")), "counted": 1}
+    asked = {"ask": "turn", "round": 2, "base": base_digest(desk.site.model), **facts}
+    parcel = Parcel(asked, (broadcast,)).used_up()
+    second = desk.answer(parcel)
+    assert second.payloads and parcel.payloads == []
+    again = Parcel(asked, (broadcast,))
+    assert desk.answer(again).payloads == second.payloads and again.payloads == (broadcast,)
+    assert len(desk.trail.verify()[0]) == 3

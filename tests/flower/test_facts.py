@@ -20,6 +20,7 @@ from fedloom.flower.fleet import Fleet, Reply, SentRequest
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.records.ledger import Roll, Training, Transfer, read_rows
 from fedloom.report import summarise
+from fedloom.site.calling import call_worker
 from fedloom.site.protocol import Parcel, Statement, parse_request, parse_statement
 from hostile import WHOLE, is_tame
 
@@ -247,7 +248,7 @@ def _relayed(ask) -> Parcel:
 def test_the_relay_tells_the_server_no_paths_and_the_site_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     socket, token = tmp_path / "secret-folder.sock", tmp_path / "secret-folder.token"
     with caplog.at_level(logging.WARNING, "fedloom.relay"):
-        said = _relayed(lambda parcel, _: client.call_worker(parcel, socket, token, patience=-1))
+        said = _relayed(lambda parcel, _: call_worker(parcel, socket, token, patience=-1))
     assert "its token cannot be read" in said.facts["error"] and "secret-folder" not in str(said.facts)
     assert str(socket) in caplog.text and str(token) in caplog.text
 

@@ -11,10 +11,12 @@ import httpx
 import psutil
 import pytest
 from benchmarks.loopback import free_ports, until
+from flwr.proto.control_pb2 import UnregisterNodeRequest
 from processes import SITES, STRANGER, Processes
 
 from fedloom.flower import launch
-from fedloom.records.ledger import Training, read_rows
+from fedloom.flower.nodes import list_nodes
+from fedloom.records.ledger import Training, Transfer, read_rows
 from fedloom.server.local import run_local
 
 pytestmark = pytest.mark.flower
@@ -98,7 +100,7 @@ def test_who_is_not_registered_or_does_not_speak_tls_is_refused(federation: Proc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["supernode", "serverapp", "superlink"])
+@pytest.mark.parametrize("victim", ["node", "supernode", "serverapp", "superlink"])
 def test_kill_anything_and_the_run_ends_with_the_same_bits(
     federation: Processes,
     undisturbed: Callable[[int], Path],
@@ -106,16 +108,47 @@ def test_kill_anything_and_the_run_ends_with_the_same_bits(
     victim: str,
     capsys: pytest.CaptureFixture,
 ):
+    if victim == "supernode":  # the other way in, beside a site that has the usual one
+        assert federation.stop("node-depot") == 0
+        federation.supernode("depot")
     began, out = time.monotonic(), tmp_path / "run"
     ended = federation.submit(out)
-    outcome = {"supernode": kill_supernode, "serverapp": kill_serverapp, "superlink": kill_superlink}[victim](
-        federation, out, ended
-    )
+    kill = {"node": kill_node, "supernode": kill_node, "serverapp": kill_serverapp, "superlink": kill_superlink}
+    outcome = kill[victim](federation, out, ended)
     ended_well(outcome)
     same(out, undisturbed(3))
     trained_once_a_round(federation, out, 3)
     with capsys.disabled():
         print(f"\n{victim} killed: the same adapter and payloads after {time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.slow
+def test_a_slow_site_is_withdrawn_while_it_trains_and_is_charged_nothing(federation: Processes, tmp_path: Path):
+    """Its training would take minutes. Each round closes without it, and it is asked again in the next."""
+    out, stopped = tmp_path / "run", federation.said("worker-lab", "the turn was dropped: withdrawn")
+    slow = ["clients.lab.max_steps=100000", "flower.min_replies=1", "flower.grace=1"]
+    ended = federation.submit(out, *slow, rounds=2)
+    ended_well(ended)
+    until(lambda: federation.said("worker-lab", "the turn was dropped: withdrawn") > stopped, "the withdrawal")
+    job = (out / "job").read_text()
+    rows = read_rows(federation.folder / "fed/sites/lab/state/jobs" / job / "ledger.jsonl")
+    assert not [row for row in rows if isinstance(row, Training)]
+    assert {row.direction for row in rows if isinstance(row, Transfer)} <= {"down"}  # the result, once it was delivered
+    audit = federation.folder / "fed/sites/lab/state/audit/audit.jsonl"
+    assert not audit.exists() or job not in audit.read_text()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_not_registered_or_is_revoked_says_so_and_ends(federation: Processes):
+    stranger = federation.node(STRANGER)
+    until(lambda: federation.said("node-lab", "connected to the SuperLink"), "the node")
+    with launch.open_control(federation.settings()) as client:
+        lab = next(node for node in list_nodes(client) if node.name == "lab")
+        client.UnregisterNode(UnregisterNodeRequest(node_id=lab.node_id))
+    assert federation.started["node-lab"].wait(60) == 77
+    assert federation.said("node-lab", "does not know this site's key, or no more") == 1
+    assert stranger.wait(120) == 77
+    assert federation.said(f"node-{STRANGER}", "error: the SuperLink does not let this site in") == 1
 
 
 def gone(process: psutil.Process) -> bool:
@@ -125,8 +158,9 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> list[object]:
-    """Mid-round. Flower lets the node back in once it has missed its heartbeats, after up to a minute."""
+def kill_node(federation: Processes, out: Path, ended: list[object]) -> list[object]:
+    """Mid-round. Flower lets a SuperNode back in once it has missed its heartbeats, after up to a minute."""
+    start = federation.supernode if federation.child("node-depot", "flower-supernode") else federation.node
     before = federation.said("worker-depot", "round 2: training")
     during(ended, lambda: federation.said("worker-depot", "round 2: training") > before, "the second round")
     federation.kill("node-depot")
@@ -134,7 +168,7 @@ def kill_supernode(federation: Processes, out: Path, ended: list[object]) -> lis
     def back() -> bool:
         process = federation.started.get("node-depot")
         if process is None or process.poll() is not None:
-            federation.supernode("depot")
+            start("depot")
         return bool(ended)
 
     until(back, "the end of the run")

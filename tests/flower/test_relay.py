@@ -21,6 +21,7 @@ from fedloom.errors import SiteError
 from fedloom.flower import relay as client
 from fedloom.flower.payload import FACTS, SIZES, pack_parcel, unpack_parcel
 from fedloom.site import worker
+from fedloom.site.calling import call_worker
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
 from fedloom.site.protocol import MAGIC, Parcel, cut_payloads, parse_request, parse_sizes, receive_parcel, send_parcel
@@ -147,17 +148,17 @@ def serving(tmp_path: Path):
 def test_the_worker_answers_those_who_show_the_token_alone(serving, tmp_path: Path):
     path, token = serving
     assert path.stat().st_mode & 0o777 == 0o600 and token.stat().st_mode & 0o777 == 0o600
-    reply = client.call_worker(Parcel({"ask": "hello"}, (b"12",)), path, token)
+    reply = call_worker(Parcel({"ask": "hello"}, (b"12",)), path, token)
     assert reply == Parcel({"asked": "hello"}, (b"12",))
     (tmp_path / "wrong").write_text("0" * 64)
-    assert client.call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
+    assert call_worker(Parcel({"ask": "hello"}), path, tmp_path / "wrong").facts == {
         "error": "the token is wrong",
         "protocol": 2,
     }
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(path))
         rude.sendall(b"rubbish" * 10)
-    assert client.call_worker(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
+    assert call_worker(Parcel({"ask": "hello"}), path, token).facts == {"asked": "hello"}
 
 
 def test_a_token_that_others_may_read_is_refused(tmp_path: Path):
@@ -172,7 +173,7 @@ def test_a_worker_that_does_not_come_back_is_an_error(tmp_path: Path):
     (tmp_path / "token").write_text("x")
     began = time.monotonic()
     with pytest.raises(SiteError, match="the worker is away"):
-        client.call_worker(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
+        call_worker(Parcel({}), tmp_path / "nobody.sock", tmp_path / "token", patience=0.1)
     assert time.monotonic() - began >= 0.1
 
 

@@ -29,7 +29,13 @@ from fedloom.workspace.folder import RunFolder
 pytestmark = pytest.mark.flower
 
 
-def local(tmp_path: Path, *overrides: str, absent: dict[int, tuple[str, ...]] | None = None, out: str = "local"):
+def local(
+    tmp_path: Path,
+    *overrides: str,
+    absent: dict[int, tuple[str, ...]] | None = None,
+    out: str = "local",
+    resume: bool = False,
+):
     """The local engine's run on the same made-up models; `absent` says who is not asked, by round."""
     config = settings(*overrides)
 
@@ -38,10 +44,10 @@ def local(tmp_path: Path, *overrides: str, absent: dict[int, tuple[str, ...]] | 
             asked = tuple(name for name in present.asked if name not in (absent or {}).get(rounds.round, ()))
             return super().collect(rounds, replace(present, asked=asked))
 
-    with RunFolder.open(tmp_path / out, config, resume=False) as folder:
+    with RunFolder.open(tmp_path / out, config, resume=resume) as folder:
         setup = assemble(config, dict.fromkeys(SITES, []), {})
         course = Rounds(setup, folder, Silent(), Course(setup))
-        course.play(resume=False)
+        course.play(resume)
     return course
 
 

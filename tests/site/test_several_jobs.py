@@ -10,7 +10,8 @@ import torch
 
 import tiny_models
 from fedloom.model import shared_base
-from fedloom.model.base import base_digest, load_base, quiet_transformers
+from fedloom.model.base import load_base, quiet_transformers
+from fedloom.model.identity import base_digest
 from fedloom.model.shared_base import SharedBase
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk

@@ -177,7 +177,7 @@ def test_planes_do_not_depend_on_the_byte_order_of_the_machine():
     for held in (words.astype("<u4"), words.astype(">u4")):
         sinks = defaultdict(Sink)
         put_words(held, 8, sinks)
-        taken.append([bytes(sinks[8 + plane].chunks()[0]) for plane in range(4)])
+        taken.append([bytes(sinks[8 + plane].chunk(0)) for plane in range(4)])
     assert taken[0] == taken[1]
     # 0x80000001 rotated left by one is 0x00000003; planes go from the most significant byte to the least.
     assert [plane[0] for plane in taken[0]] == [0, 0, 0, 3]

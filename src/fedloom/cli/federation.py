@@ -1,17 +1,25 @@
-"""`fedloom federation`: set a federation up across machines, and find out what is wrong with it."""
+"""`fedloom federation`: set a federation up across machines, keep it going, and find out what is wrong with it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, help="Set a federation up across machines, and check it.")
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the federation.")]
+from fedloom.cli import keeping, members
+from fedloom.cli.options import say
+
+if TYPE_CHECKING:
+    from fedloom.deploy.check import Check
+
+app = typer.Typer(no_args_is_help=True, help="Set a federation up across machines, keep it going, and check it.")
+members.add_commands(app)
+keeping.add_commands(app)
 
 
 @app.command()
@@ -26,9 +34,19 @@ def init(
         str, typer.Option(help="Where a site will keep its files, for systemd; {site} stands for its name.")
     ] = "",
     days: Annotated[int, typer.Option(min=1, max=3650, help="Days that the server's certificate is valid.")] = 825,
+    name: Annotated[
+        str, typer.Option(help="Tells several federations on one machine apart: part of the names of units and users.")
+    ] = "",
+    node_port: Annotated[
+        int,
+        typer.Option(help="Local port of the first site's SuperNode; the others follow. Another for each federation."),
+    ] = 9094,
+    with_containers: Annotated[
+        bool, typer.Option("--containers", help="Files for containers too: an image, compose files, Helm charts.")
+    ] = False,
 ) -> None:
     """Make keys, certificates and all files for the server and for each site."""
-    from fedloom.deploy import federation
+    from fedloom.deploy import containers, federation
     from fedloom.model.identity import base_digest
 
     digest = base_digest(model) if Path(model).is_dir() else ""
@@ -41,33 +59,16 @@ def init(
         model_digest=digest,
         site_folder=site_folder,
         days=days,
+        name=name,
+        node_port=node_port,
     )
+    if with_containers:
+        containers.check_containers(asked)
     for made in federation.write_federation(folder, asked, site):
-        _say(f"wrote {made}")
-    _say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
-
-
-@app.command()
-def add(
-    folder: Folder,
-    site: Annotated[str, typer.Argument(help="Name of the new site.")],
-    public_key: Annotated[Path | None, typer.Option(help="The site's own public key (ECDSA, OpenSSH).")] = None,
-) -> None:
-    """Make the files of one more site."""
-    from fedloom.deploy import federation
-
-    _say(f"wrote {federation.add_site(folder, site, public_key)}; then run server/register.sh again")
-
-
-@app.command()
-def renew(
-    folder: Folder,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="Days that the new certificate is valid.")] = 825,
-) -> None:
-    """Make a new key and certificate for the server."""
-    from fedloom.deploy import federation
-
-    _say(f"wrote {federation.renew_server(folder, days)}; then restart SuperLink and proxy")
+        say(f"wrote {made}")
+    if with_containers:
+        say(f"wrote {containers.write_containers(folder)}, which builds the image; Containerfile says how")
+    say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
 
 
 @app.command()
@@ -79,14 +80,10 @@ def doctor(
     """Check a site or the server: one line a check, what to do where something is wrong. Exit code 1 if anything is."""
     from fedloom.deploy.doctor import examine, findings_table
 
-    checks = examine(path, online=not offline)
+    checks: Sequence[Check] = examine(path, online=not offline)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
     else:
-        Console().print(findings_table(checks))
+        Console().print(findings_table(list(checks)))
     if any(check.outcome == "fail" for check in checks):
         raise typer.Exit(1)
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Set
 from fedloom.cli.preview import preview
+from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.cli.submission import Command, stop_run, submit_run
 from fedloom.errors import ConfigError
@@ -55,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(federation, name="federation")
+app.add_typer(site, name="site")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default=False)]
 
@@ -165,6 +167,19 @@ def worker(site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="What 
     from fedloom.site.worker import serve_site
 
     serve_site(config.load_site_config(site))
+
+
+@app.command()
+def node(
+    site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="Its [node] says where the SuperLink is.")],
+) -> None:
+    """Carry messages between a SuperLink and the site's worker, without running code of the server."""
+    from fedloom.flower.settings import check_installed
+
+    check_installed("flower", "flwr")
+    from fedloom.cli.node import run_node
+
+    run_node(site)
 
 
 @app.command()

@@ -39,3 +39,8 @@ def print_result(
         print(json.dumps(result, indent=2))
     else:
         Console().print(*tables(result), sep="\n")
+
+
+def say(text: str) -> None:
+    """Print a sentence as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,9 +6,12 @@ Flower's node authentication reads (flwr 1.41: `--auth-supernode-private-key`, `
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import ipaddress
+import re
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -30,6 +33,9 @@ from fedloom.errors import ConfigError
 
 CA_DAYS = 3650
 """Days that a CA is valid for."""
+NODE_KEY_DAYS = 825
+"""Days after which the doctor advises a new key for a node; Flower itself knows no end of a key."""
+_UNTIL = "fedloom:until="
 _SKEW = timedelta(hours=1)
 """Certificates begin this much before they are made, for clocks that are behind."""
 
@@ -86,15 +92,41 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def node_key_pair(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
-    """(private key, public key) of a node, in OpenSSH's format."""
+    """(private key, public key) of a node, in OpenSSH's format. The public key's comment says until when to use it."""
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+    until = datetime.now(UTC).date() + timedelta(days=NODE_KEY_DAYS)
+    return private, public_line(key.public_key()) + f" {_UNTIL}{until:%Y-%m-%d}\n".encode()
+
+
+def public_line(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A public key in OpenSSH's format, without a comment."""
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
+def fingerprint(line: bytes) -> str:
+    """The fingerprint of a public key in OpenSSH's format, as `ssh-keygen -l` prints it."""
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def use_until(line: bytes) -> date | None:
+    """Until when a node's key is to be used, by the comment of its public key; None where it says nothing."""
+    found = re.search(rf"{_UNTIL}(\d{{4}}-\d\d-\d\d)", line.decode(errors="replace"))
+    try:
+        return date.fromisoformat(found[1]) if found else None
+    except ValueError:
+        return None
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """A certificate. Raises ConfigError where the file holds none."""
+    """The first certificate of a file. Raises ConfigError where it holds none."""
+    return read_certificates(path)[0]
+
+
+def read_certificates(path: Path) -> list[x509.Certificate]:
+    """All certificates of a file: ca.pem holds two while a new CA takes the old one's place. Raises ConfigError."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} holds no certificate that can be read: {error}") from None
 

@@ -7,7 +7,8 @@ DIR/
   sites/NAME/       for one site: CA certificate, node key, SuperNode, worker, SITE.toml, systemd units
   .gitignore        so that no key is committed by accident; server/ and sites/NAME/ have one as well
 
-Private keys have mode 0600. Nothing that exists is written over; `renew` keeps the certificate before as *.old.
+Private keys have mode 0600. Nothing that exists is written over. What becomes of it later: `renewal` has new
+certificates, `roster` new and revoked keys, `backup` copies.
 Values are quoted where a file is TOML. Where it is not, in systemd units, scripts and proxy rules, only paths and
 addresses that need no quotes are taken.
 """
@@ -35,10 +36,9 @@ from fedloom.deploy.certificates import (
     new_key,
     new_server,
     node_key_pair,
-    read_certificate,
-    read_key,
     read_public_key,
 )
+from fedloom.deploy.versions import installed
 from fedloom.errors import ConfigError
 from fedloom.records.config import Section
 
@@ -50,6 +50,7 @@ _SERVER_FILES = {
     "nginx.conf": 0o644,
     "Caddyfile": 0o644,
     "fedloom-superlink.service": 0o644,
+    "fedloom.logrotate": 0o644,
     "run.toml": 0o644,
 }
 _SITE_FILES = {
@@ -57,6 +58,8 @@ _SITE_FILES = {
     "supernode.sh": 0o755,
     "fedloom-worker.service": 0o644,
     "fedloom-supernode.service": 0o644,
+    "fedloom-node.service": 0o644,
+    "fedloom.logrotate": 0o644,
 }
 RECORD = "federation.toml"
 _PATH = r"/[\w./~+@-]*"
@@ -75,7 +78,8 @@ class FederationPlan(Section):
     listens. model, data: path of the base model and of a site's examples ({site} stands for its name). model_digest:
     `base_model.base_digest` of the server's model, "" where it is not known. site_folder: where a site will keep
     its files ({site} stands for its name); "" means where they are written. days: how long the server's certificate
-    is valid.
+    is valid. name: tells several federations on one machine apart, in units and users; "" for the only one. node_port:
+    local port of the first site's SuperNode. flwr, fedloom: versions that it was set up with, "" where not known.
     """
 
     address: str
@@ -85,6 +89,10 @@ class FederationPlan(Section):
     model_digest: str = ""
     site_folder: str = ""
     days: int = 825
+    name: str = ""
+    node_port: int = FIRST_NODE_PORT
+    flwr: str = ""
+    fedloom: str = ""
 
 
 class _Text(Template):
@@ -99,7 +107,7 @@ def write_federation(folder: Path, federation: FederationPlan, sites: Sequence[s
     Raises ConfigError for a wrong address, path or name, or where the folder holds anything already.
     """
     host, _ = parse_endpoint(federation.address, "--address")
-    listen_host, _ = parse_endpoint(federation.listen, "--listen")
+    federation = federation.model_copy(update={"flwr": installed("flwr"), "fedloom": installed("fedloom")})
     _check_names(sites)
     _check_texts(federation)
     server = folder / "server"
@@ -110,19 +118,19 @@ def write_federation(folder: Path, federation: FederationPlan, sites: Sequence[s
         raise ConfigError(f"{folder} exists already; nothing is written over. For a further site: federation add")
     ca_key, server_key = new_key(), new_key()
     ca = new_ca(ca_key, f"fedloom CA for {host}")
-    hosts = [host, listen_host, "localhost", "127.0.0.1"]
-    _write(folder / RECORD, tomli_w.dumps(federation.model_dump()))
-    _write(folder / "ca" / "ca.pem", certificate_pem(ca))
-    _write(folder / "ca" / "ca.key", key_pem(ca_key), 0o600)
-    _write(folder / ".gitignore", "*\n")
-    _write(server / ".gitignore", "*\n")
-    _write(server / "ca.pem", certificate_pem(ca))
-    _write(server / "server.pem", certificate_pem(new_server(server_key, hosts, ca, ca_key, federation.days)))
-    _write(server / "server.key", key_pem(server_key), 0o600)
+    write_new(folder / RECORD, tomli_w.dumps(federation.model_dump()))
+    write_new(folder / "ca" / "ca.pem", certificate_pem(ca))
+    write_new(folder / "ca" / "ca.key", key_pem(ca_key), 0o600)
+    write_new(folder / ".gitignore", "*\n")
+    write_new(server / ".gitignore", "*\n")
+    write_new(server / "ca.pem", certificate_pem(ca))
+    certificate = new_server(server_key, server_hosts(federation), ca, ca_key, federation.days)
+    write_new(server / "server.pem", certificate_pem(certificate))
+    write_new(server / "server.key", key_pem(server_key), 0o600)
     for name, mode in _SERVER_FILES.items():
-        _write(server / name, _text(name, values), mode)
-    _write(server / "flwr" / "config.toml", _text("config.toml", values))
-    _write(server / RECORD, tomli_w.dumps(federation.model_dump()))
+        write_new(server / _file_name(name, federation), _text(name, values), mode)
+    write_new(server / "flwr" / "config.toml", _text("config.toml", values))
+    write_new(server / RECORD, tomli_w.dumps(federation.model_dump()))
     made = [_write_site(folder, federation, name, number) for number, name in enumerate(sites)]
     return [folder / "ca", server, *made]
 
@@ -138,12 +146,13 @@ def add_site(folder: Path, site: str, public_key: Path | None = None) -> Path:
     _check_texts(federation)
     parse_endpoint(federation.address, f"address in {folder / RECORD}:")
     _site_folder(folder, federation, site)
-    existing = sorted((folder / "server" / "nodes").glob("*.pub"))
     if public_key is not None:
         read_public_key(public_key)
-    if (folder / "sites" / site).exists() or site in [path.stem for path in existing]:
-        raise ConfigError(f"{folder} has a site {site!r} already; nothing is written over")
-    return _write_site(folder, federation, site, len(existing), public_key)
+    if (folder / "sites" / site).exists() or (folder / "server" / "nodes" / f"{site}.pub").exists():
+        again = f"`fedloom federation rotate {folder} {site}` gives it a new key"
+        raise ConfigError(f"{folder} has a site {site!r} already; nothing is written over: {again}")
+    number = len(list(folder.glob("sites/*")))  # a port of its own follows from it
+    return _write_site(folder, federation, site, number, public_key)
 
 
 def read_plan(folder: Path) -> FederationPlan:
@@ -157,18 +166,10 @@ def read_plan(folder: Path) -> FederationPlan:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def renew_server(folder: Path, days: int) -> Path:
-    """A new key and certificate for the server, for the same names; the old ones are kept as *.old."""
-    federation, server = read_plan(folder), folder / "server"
-    hosts = [parse_endpoint(federation.address, "address")[0], parse_endpoint(federation.listen, "listen")[0]]
-    ca, ca_key = read_certificate(folder / "ca" / "ca.pem"), read_key(folder / "ca" / "ca.key")
-    key = new_key()
-    certificate = new_server(key, [*hosts, "localhost", "127.0.0.1"], ca, ca_key, days)
-    for name in ("server.pem", "server.key"):
-        os.replace(server / name, server / f"{name}.old")
-    _write(server / "server.pem", certificate_pem(certificate))
-    _write(server / "server.key", key_pem(key), 0o600)
-    return server / "server.pem"
+def server_hosts(federation: FederationPlan) -> list[str]:
+    """The names and addresses that the server's certificate is for."""
+    asked = (("--address", federation.address), ("--listen", federation.listen))
+    return [*(parse_endpoint(text, option)[0] for option, text in asked), "localhost", "127.0.0.1"]
 
 
 def parse_endpoint(text: str, option: str) -> tuple[str, int]:
@@ -207,6 +208,11 @@ def _check_texts(federation: FederationPlan) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{option} {text!r}: expected text that UTF-8 can hold") from None
+    # Names of users have 32 characters at most, and this one becomes "fedloom-NAME-site".
+    if federation.name and not re.fullmatch(r"[a-z][a-z0-9-]{0,15}", federation.name):
+        raise ConfigError(f"--name {federation.name!r}: expected up to 16 small letters, digits or dashes")
+    if not 1024 <= federation.node_port <= 60000:
+        raise ConfigError(f"--node-port {federation.node_port}: expected a port from 1024 to 60000")
 
 
 def _unquoted(path: Path | str, option: str, advice: str) -> str:
@@ -238,26 +244,39 @@ def _write_site(
     site = folder / "sites" / name
     if public_key is None:
         private, public = node_key_pair(new_key())
-        _write(site / "node.key", private, 0o600)
+        write_new(site / "node.key", private, 0o600)
     else:
         public = read_public_key(public_key)
-    _write(site / "node.pub", public)
-    _write(folder / "server" / "nodes" / f"{name}.pub", public)
-    _write(site / "ca.pem", (folder / "ca" / "ca.pem").read_bytes())
-    _write(site / RECORD, tomli_w.dumps(federation.model_copy(update={"data": "", "site_folder": ""}).model_dump()))
-    _write(site / ".gitignore", "*\n")
+    write_new(site / "node.pub", public)
+    write_new(folder / "server" / "nodes" / f"{name}.pub", public)
+    write_new(site / "ca.pem", (folder / "ca" / "ca.pem").read_bytes())
+    write_new(site / RECORD, tomli_w.dumps(federation.model_copy(update={"data": "", "site_folder": ""}).model_dump()))
+    write_new(site / ".gitignore", "*\n")
     values: dict[str, Value] = {
         "name": name,
         "address": federation.address,
         "model": federation.model,
         "data": federation.data.replace("{site}", name),
         "folder": _site_folder(folder, federation, name),
-        "node_port": FIRST_NODE_PORT + number,
+        "node_port": federation.node_port + number,
         "bin": _programs(),
+        "unit": _unit(federation),
+        "logger": f"{_unit(federation)}-site",
+        "group": f"{_unit(federation)}-node",
     }
     for file, mode in _SITE_FILES.items():
-        _write(site / file, _text(file, values), mode)
+        write_new(site / _file_name(file, federation), _text(file, values), mode)
     return site
+
+
+def _unit(federation: FederationPlan) -> str:
+    """What the names of units and users begin with."""
+    return f"fedloom-{federation.name}" if federation.name else "fedloom"
+
+
+def _file_name(template: str, federation: FederationPlan) -> str:
+    """A unit is called after its federation, so that those of several fit into one folder of systemd's."""
+    return _unit(federation) + template.removeprefix("fedloom") if template.startswith("fedloom") else template
 
 
 def _server_values(federation: FederationPlan, server: Path, sites: Sequence[str]) -> dict[str, Value]:
@@ -274,6 +293,8 @@ def _server_values(federation: FederationPlan, server: Path, sites: Sequence[str
         "authority": str(server.absolute() / "ca.pem"),
         "bin": _programs(),
         "model": federation.model,
+        "unit": _unit(federation),
+        "logger": _unit(federation),
         "participants": list(sites),
         "quorum": max(1, len(sites) - 1),
     }
@@ -292,7 +313,7 @@ def _toml(value: Value) -> str:
     return tomli_w.dumps({"_": value}).removeprefix("_ = ").removesuffix("\n")
 
 
-def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+def write_new(path: Path, content: str | bytes, mode: int = 0o644) -> None:
     """Write a new file that has this mode from its first byte on. Raises FileExistsError where one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -22,14 +22,6 @@ MOST_REPEATS = 5
 """How often a site that was lost on the way is asked again within one try."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedUpdate:
-    """A checked update, and what the check saw of it."""
-
-    payload: bytes
-    seen: UpdateFacts
-
-
 @dataclass(eq=False, slots=True)
 class Gathering:
     """The answers to one round while they come in.
@@ -45,10 +37,10 @@ class Gathering:
     round: int
     asked: Sequence[str]
     send: Callable[[str, float], None]
-    check: Callable[[str, Reply], CheckedUpdate]
+    check: Callable[[str, Reply], UpdateFacts]
     stray: Callable[[Reply], str | None]
     looked: Callable[[], None]
-    answers: dict[str, CheckedUpdate] = field(default_factory=dict)
+    answers: dict[str, UpdateFacts] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     late: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
@@ -56,19 +48,20 @@ class Gathering:
     began: float = field(default_factory=time.monotonic)
     until: float = 0.0
 
-    def play(self) -> dict[str, CheckedUpdate]:
-        """The updates by site, at least `min_replies`. Raises RoundError where they cannot be had.
+    def play(self) -> dict[str, UpdateFacts]:
+        """What was seen of the updates by site, at least `min_replies`. Raises RoundError where they cannot be had.
 
         Whoever has not answered by then is told that its turn is not wanted any more.
         """
         while self.tries <= self.rules.retries and not self.has_quorum:
             self.tries += 1
             self.repeats = {}
-            self.until = time.monotonic() + self.rules.deadline
             self.look()
             for site in self.missing:
                 self.failed.pop(site, None)
+                self.start_clock()
                 self.ask(site)
+            self.start_clock()  # sending to many sites takes a while, which is not theirs
             self.wait()
             self.drop_outliers()
         for site in self.missing:
@@ -88,6 +81,10 @@ class Gathering:
     def has_quorum(self) -> bool:
         """Whether enough sites have answered."""
         return len(self.answers) >= self.rules.min_replies
+
+    def start_clock(self) -> None:
+        """Let the deadline run from now on."""
+        self.until = time.monotonic() + self.rules.deadline
 
     def look(self) -> None:
         """See who is there."""
@@ -142,7 +139,10 @@ class Gathering:
 
     def take_answer(self, site: str, reply: Reply) -> None:
         """The answer to a turn of this round."""
-        if site in self.answers or reply.gone:
+        if reply.gone:
+            return
+        if site in self.answers:  # it was asked twice, because its node seemed lost: its bytes have travelled twice
+            self.stray(reply)
             return
         try:
             self.answers[site] = self.check(site, reply)
@@ -153,7 +153,7 @@ class Gathering:
 
     def drop_outliers(self) -> None:
         """Refuse updates that are out of proportion now, while others can still be asked again."""
-        norms = {site: answer.seen.norm for site, answer in self.answers.items()}
+        norms = {site: answer.norm for site, answer in self.answers.items()}
         for site, reason in find_outliers(norms, self.caps).items():
             del self.answers[site]
             self.failed[site] = f"refused: {reason}"

@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 import tomli_w
 
 from fedloom.errors import RoundError
+from fedloom.flower.proxies import exempt_loopback
 from fedloom.flower.settings import server_settings, shared_settings
-from fedloom.records.config import Config
+from fedloom.records.config import Config, FlowerSettings
 from fedloom.records.session import End
 from fedloom.records.text import LONG, to_printable
 
@@ -104,16 +105,21 @@ def build_bundle(config: Config, out: Path, resume: bool, force: bool = False) -
     return build_fab_from_files({"pyproject.toml": tomli_w.dumps(project).encode()})[0]
 
 
+def open_control(config: Config) -> AbstractContextManager[Any]:
+    """A client of the Control API of the SuperLink that a run's settings name; as `connect_control`."""
+    return connect_control(config.flower)
+
+
 @contextmanager
-def open_control(config: Config) -> Iterator[Any]:
+def connect_control(rules: FlowerSettings) -> Iterator[Any]:
     """A client of the SuperLink's Control API. Raises RoundError in words where that cannot be reached."""
     os.environ.update(QUIET)
+    exempt_loopback()
     import click
     import httpx
     from flwr.cli.typing import SuperLinkConnection
     from flwr.cli.utils import init_http_client_from_connection
 
-    rules = config.flower
     where = SuperLinkConnection("fedloom", rules.superlink, rules.root_certificates, rules.insecure)
     client = None
     try:
@@ -138,28 +144,18 @@ def submit(client: Any, config: Config, out: Path, resume: bool, force: bool = F
     """Hand the run in; its number."""
     import hashlib
 
-    from flwr.common.serde import fab_to_proto
+    from flwr.common.serde import fab_to_proto, user_config_to_proto
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
     content = build_bundle(config, out, resume, force)
-    response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))))
+    fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+    # Beside the bundle as well: there `fedloom node` reads them, which takes no bundle of code.
+    told = user_config_to_proto({"settings": shared_settings(config)})
+    response = client.StartRun(StartRunRequest(fab=fab, override_config=told))
     if not response.HasField("run_id"):
         raise RoundError(f"the SuperLink at {config.flower.superlink} took no run: {response.note}")
     return int(response.run_id)
-
-
-def register(client: Any, site: str, public_key: bytes) -> None:  # noqa: ANN401 (Flower's client is untyped)
-    """Let a site in under a name: its node's public key, as OpenSSH writes it."""
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-    from flwr.proto.control_pb2 import RegisterNodeRequest
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
-    key = load_ssh_public_key(public_key)
-    if not isinstance(key, EllipticCurvePublicKey):
-        raise RoundError(f"the public key of {site} is of another kind than ECDSA")
-    client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site))
 
 
 def wait_for_end(

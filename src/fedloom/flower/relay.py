@@ -6,7 +6,6 @@ The SuperNode names the worker: --node-config 'worker-socket="…/worker.sock" w
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,10 @@ from flwr.clientapp import ClientApp
 
 from fedloom.errors import FedloomError, SiteError
 from fedloom.flower.payload import pack_parcel, unpack_parcel
-from fedloom.site.protocol import Parcel, error_parcel, exchange
+from fedloom.site.calling import call_worker
+from fedloom.site.protocol import Parcel, error_parcel
 
 log = logging.getLogger("fedloom.relay")
-
-WORKER_SECONDS = 120.0
-"""How long a worker that was stopped may take to come back."""
-PAUSE_SECONDS = 0.25
-
 
 Ask = Callable[[Parcel, Context], Parcel]
 
@@ -58,29 +53,6 @@ def worker_files(context: Context) -> tuple[Path, Path]:
         return Path(str(context.node_config["worker-socket"])), Path(str(context.node_config["worker-token"]))
     except KeyError as error:
         raise SiteError(f"start the SuperNode with --node-config that sets {error}; docs/deploy.md shows how") from None
-
-
-def call_worker(parcel: Parcel, path: Path, token: Path, patience: float = WORKER_SECONDS) -> Parcel:
-    """The worker's reply. A worker that is away or dies meanwhile is asked again until `patience` seconds are over.
-
-    Raises SiteError, without a path in it, if the worker does not come back or the token cannot be read. Asking again
-    is harmless: the worker repeats what it has answered.
-    """
-    until = time.monotonic() + patience
-    while True:
-        try:
-            shown = token.read_text(encoding="utf-8").strip()
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.connect(str(path))
-                return exchange(connection, shown, parcel)
-        except OSError as error:
-            if time.monotonic() > until:
-                log.warning("the worker at %r, with the token in %r, is away: %s", str(path), str(token), error)
-                raise SiteError(
-                    "the worker is away, or its token cannot be read: start it with `fedloom worker SITE.toml`; the "
-                    "SuperNode's log says more"
-                ) from None
-            time.sleep(PAUSE_SECONDS)
 
 
 app = ClientApp()

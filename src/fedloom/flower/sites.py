@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,17 +21,19 @@ from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError
 from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
-from fedloom.flower.gathering import POLL_SECONDS, CheckedUpdate, Gathering
+from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
+from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
-from fedloom.rounds.checks import check_update
+from fedloom.rounds.checks import UpdateFacts, check_update
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
+from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
@@ -41,8 +43,6 @@ from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
 """The version of a site that must be sent the full state."""
-QUIET_SECONDS = 2.0
-"""Between two rows of the ledger about who is there, while sites come in at the start: often all are there by then."""
 
 
 def run_federation(
@@ -72,7 +72,8 @@ def run_federation(
         facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
         fleet = Fleet(grid, facts, tuple(setup.sites))
         ends = {} if number is None else certificate_ends(config.flower)
-        return Rounds(setup, folder, observer or Silent(), FlowerSites(setup, fleet), ends).play(resume)
+        sites = FlowerSites(setup, fleet, simulated=number is None)
+        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -98,6 +99,7 @@ class FlowerSites:
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
+        self.updates: Spool[str]
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -105,19 +107,21 @@ class FlowerSites:
 
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round; who gave none is noted with the reason."""
-        if not self.fleet.names:
-            self.muster(rounds)
         rules, job = self.setup.config.flower, self.setup.job
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, rules, take, looked)
+        self.updates = Spool(rounds.folder.path)
         gathering = Gathering(
             self.fleet,
             rules,
             job.caps,
             rounds.round,
             present.asked,
-            lambda site, seconds: self.ask_turn(rounds, site, seconds),
-            lambda site, reply: self.check(rounds, site, reply),
-            lambda reply: self.take_stray(rounds, reply),
-            lambda: self.note_presence(rounds),
+            partial(self.ask_turn, rounds),
+            partial(self.check, rounds),
+            partial(self.take_stray, rounds),
+            partial(self.note_presence, rounds),
         )
         try:
             answers = gathering.play()
@@ -127,35 +131,9 @@ class FlowerSites:
                 rounds.note(rounds.round, f"client {site}: {reason}")
             ledger.append(roll)
             ledger.sync()
-        payloads = {site: answer.payload for site, answer in answers.items()}
-        return Updates(payloads, {site: answer.seen for site, answer in answers.items()}, rules.min_replies)
-
-    def muster(self, rounds: Rounds) -> None:
-        """Wait until every site has said hello; go on without some at the deadline, or after a grace without news.
-
-        Raises RoundError if there are too few.
-        """
-        rules = self.setup.config.flower
-        until, noted = time.monotonic() + rules.deadline, time.monotonic()
-        while time.monotonic() < until and set(self.fleet.names) != set(self.known):
-            self.fleet.look()
-            time.sleep(POLL_SECONDS)
-            for reply in self.fleet.collect():
-                self.take_stray(rounds, reply)
-                if rules.grace is not None and len(self.fleet.names) >= rules.min_replies:
-                    until = min(until, time.monotonic() + rules.grace)
-            if time.monotonic() - noted >= QUIET_SECONDS:
-                noted = time.monotonic()
-                self.note_presence(rounds)
-        self.note_presence(rounds)
-        if len(self.fleet.names) < rules.min_replies:
-            missing = {f"client {site}: {reason}" for site, reason in self.fleet.presence(rounds.round).missing.items()}
-            nameless = {stranger.text for stranger in self.fleet.strangers.values() if stranger.site not in self.known}
-            raise RoundError(
-                f"{len(self.fleet.names)} of {len(self.known)} sites are there after {rules.deadline:g} s, "
-                f"flower.min_replies is {rules.min_replies} ({'; '.join(sorted(missing) + sorted(nameless))}): run "
-                "`fedloom federation doctor` at the sites"
-            )
+        for site in self.updates.keys() - answers.keys():  # it was out of proportion
+            del self.updates[site]
+        return Updates(self.updates, answers, rules.min_replies)
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -179,8 +157,8 @@ class FlowerSites:
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
 
-    def check(self, rounds: Rounds, site: str, reply: Reply) -> CheckedUpdate:
-        """The update in a reply. Raises the FedloomError that says why there is none that can be averaged."""
+    def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
+        """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
@@ -197,7 +175,8 @@ class FlowerSites:
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
         rounds.folder.ledger.sync()
-        return CheckedUpdate(payload, seen)
+        self.updates[site] = payload
+        return seen
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
         """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
@@ -272,8 +251,8 @@ class FlowerSites:
             owed,
             deadline,
             lambda site: self.send(rounds, site, "deliver", {}, deadline + ANSWER_SECONDS),
-            lambda reply: self.take_late_for_delivery(rounds, reply),
-            lambda: self.note_presence(rounds),
+            partial(self.take_late_for_delivery, rounds),
+            partial(self.note_presence, rounds),
         )
         delivery.play()
         for site in sorted(delivery.confirmed):

@@ -164,5 +164,5 @@ def digest(state: LoraState) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for name, tensor in state.tensors().items():
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

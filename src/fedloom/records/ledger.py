@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line: every payload, every client's training, every score.
 
 Rows are only ever appended, and are on disk after each round. The one size recorded is len(payload). Seconds are
-recorded beside the facts but are not part of `Totals`, so that a resumed run has the totals of an undisturbed one.
+recorded beside the facts but are not part of `Totals`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums of bytes, equal for a resumed and an undisturbed run. Keys: client, round, part of the payload."""
+    """Sums of bytes. Keys: client, round, part of the payload.
+
+    Equal for a resumed and an undisturbed run of the local engine. Across machines, what had left counts in any case.
+    """
 
     transfers: int = 0
     bytes_up: int = 0
@@ -193,16 +197,19 @@ class Ledger:
             raise CheckpointError(
                 f"{self.path} has {self.rows} rows, but the checkpoint was taken after {rows}: the ledger was shortened"
             )
-        self._file.flush()
+        end = self._offsets[rows]
+        with suppress(OSError):  # what a full disk has not taken is forgotten with the rest
+            self._file.close()
+        if self.path.stat().st_size < end:
+            raise CheckpointError(f"{self.path} ends before its row {rows}: the disk did not take it")
         kept = b"".join(dump_row(row) + b"\n" for row in keep(read_rows(self.path)[rows:])) if keep else b""
         if kept:
-            self._file.close()
             partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_bytes(self.path.read_bytes()[: self._offsets[rows]] + kept)
+            partial.write_bytes(self.path.read_bytes()[:end] + kept)
             os.replace(partial, self.path)
-            self._file = self.path.open("ab")
         else:
-            self._file.truncate(self._offsets[rows])
+            os.truncate(self.path, end)
+        self._file = self.path.open("ab")
         found, self._offsets = _scan(self.path)
         self.bytes_up = self.bytes_down = 0
         self.examples = {}

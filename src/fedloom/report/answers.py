@@ -39,7 +39,7 @@ def count_answers(rows: Iterable[Row]) -> dict[str, Answers]:
             called.add(row.round)
             came[row.round] = set(row.answered)
             asked[row.round] = {*row.answered, *row.failed}
-        elif isinstance(row, Transfer) and row.round not in closed | called:
+        elif isinstance(row, Transfer) and not row.undone and row.round not in closed | called:
             sent = came if row.direction == "up" else asked
             sent.setdefault(row.round, set()).add(row.client)
     for round in sorted({*asked, *came}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
@@ -12,20 +12,27 @@ from fedloom.rounds.turns import full_state, narrow_broadcast
 class Archive:
     """The broadcasts that a client may still have missed, by the version they apply to.
 
-    It holds at most as many bytes as one full state: beyond that, the full state is cheaper.
+    It holds at most as many bytes as one full state: beyond that, the full state is cheaper. held: where they are kept;
+    a dictionary if left out.
     """
 
-    def __init__(self, payloads: Mapping[int, bytes] | None = None) -> None:
-        self.payloads = dict(payloads or {})
+    def __init__(
+        self, payloads: Mapping[int, bytes] | None = None, held: MutableMapping[int, bytes] | None = None
+    ) -> None:
+        self.payloads: MutableMapping[int, bytes] = {} if held is None else held
+        self.payloads.update(payloads or {})
+        self._sizes = {version: len(payload) for version, payload in (payloads or {}).items()}
         self._full: tuple[int, bytes] | None = None
 
     def add(self, version: int, payload: bytes, limit: int) -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
         if version - 1 not in self.payloads:  # the server consolidated: older broadcasts lead nowhere now
             self.payloads.clear()
-        self.payloads[version] = payload
-        while len(self.payloads) > 1 and sum(map(len, self.payloads.values())) > limit:
-            del self.payloads[min(self.payloads)]
+            self._sizes.clear()
+        self.payloads[version], self._sizes[version] = payload, len(payload)
+        while len(self.payloads) > 1 and sum(self._sizes.values()) > limit:
+            oldest = min(self.payloads)
+            del self.payloads[oldest], self._sizes[oldest]
 
     def reach(self, version: int) -> int:
         """The oldest version from which the broadcasts lead to `version`; older ones need a full state."""

@@ -230,14 +230,15 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
-    payload = draft.payload(result.entries)
-    after = _take_up(job, replace(state, memory=result.memory), decode(payload))
+    payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
+    del draft, context, result  # what was averaged: as large as the state that follows
+    after = _take_up(job, replace(state, memory=memory), decode(payload))
     check_finite(after)
     if not job.consolidation.is_due(round):
-        return ServerTurn(after, payload, stats=result.stats)
+        return ServerTurn(after, payload, stats=stats)
     after, cost = consolidate(after, job.consolidation.energy)
     check_finite(after)
-    return ServerTurn(after, payload, stats={**result.stats, **cost})
+    return ServerTurn(after, payload, stats={**stats, **cost})
 
 
 def accept(job: Job, state: State, payload: bytes) -> State:

@@ -29,7 +29,9 @@ from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.disk import explain_full_disk
 from fedloom.server.session import begin_session, record_end
+from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
@@ -107,7 +109,7 @@ class Rounds:
         self.observer = observer
         self.sites = sites
         self.server: State = start(setup.job, setup.initial)
-        self.archive = Archive()
+        self.archive = Archive(held=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -134,8 +136,11 @@ class Rounds:
         try:
             return self.play_rounds()
         except BaseException as error:
+            full = explain_full_disk(error, self.folder.path)
             with suppress(OSError, CheckpointError):  # a full disk, say, which is what ends the run
-                record_end(self, error)
+                record_end(self, full or error)
+            if full:
+                raise full from error
             raise
 
     def play_rounds(self) -> RunSummary:
@@ -304,7 +309,7 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive), snapshot.best
+        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path)), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)

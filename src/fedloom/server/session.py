@@ -41,7 +41,7 @@ def begin_session(rounds: Rounds) -> tuple[str, ...]:
             versions={"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
             machine=name_hardware(),
             seconds=rounds.before,
-            certificates=rounds.certificates,
+            certificates=dict(rounds.certificates),
         )
     )
     rounds.folder.write_metrics()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -17,7 +19,24 @@ from fedloom.records.sections.data import Columns
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")
+NODE_PATHS = ("root_certificates", "key", "state")
 """Keys that are paths; those that are not absolute count from the folder of the file."""
+
+
+class NodeSettings(Section):
+    """How `fedloom node` reaches the SuperLink. A proxy on the way is named by HTTPS_PROXY in its environment."""
+
+    superlink: str = Field(description="host:port of the SuperLink.", examples=["fed.example.org:9443"])
+    root_certificates: str = Field("./ca.pem", description="Certificate of the CA that the SuperLink's is from.")
+    key: str = Field("./node.key", description="Private key of this site, whose public part the operator registered.")
+    state: str = Field("./flwr", description="Folder in which the node may write.")
+
+    @field_validator("superlink")
+    @classmethod
+    def _is_endpoint(cls, superlink: str) -> str:
+        if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", superlink):
+            raise ValueError(f"{superlink!r} is no address; expected host:port, such as fed.example.org:9443")
+        return superlink
 
 
 class SiteConfig(Section):
@@ -51,9 +70,10 @@ class SiteConfig(Section):
     )
     max_bytes_request: Bytes = Field(
         "1GiB",
-        description="Payload bytes that a request may bring; the worker takes up to twice as much memory for it.",
+        description="Payload bytes that a request may bring; the worker takes as much memory for it.",
     )
     idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
+    node: NodeSettings | None = None
     policy: Policy = Policy()
 
     @field_validator("name")
@@ -76,11 +96,18 @@ def load_site_config(path: Path) -> SiteConfig:
         raise ConfigError(f"{path}: no such file; `fedloom federation init` writes one for every site") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    for key in PATHS:
-        value = tree.get(key, SiteConfig.model_fields[key].default)
-        if isinstance(value, str):
-            tree[key] = os.path.normpath(path.absolute().parent / Path(value).expanduser())
+    _make_absolute(tree, SiteConfig, PATHS, path)
+    if isinstance(tree.get("node"), dict):
+        _make_absolute(tree["node"], NodeSettings, NODE_PATHS, path)
     try:
         return SiteConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{explain(error)} ({path})") from None
+
+
+def _make_absolute(tree: dict[str, Any], section: type[Section], keys: Sequence[str], path: Path) -> None:
+    """Have paths count from the folder of the file."""
+    for key in keys:
+        value = tree.get(key, section.model_fields[key].default)
+        if isinstance(value, str):
+            tree[key] = os.path.normpath(path.absolute().parent / Path(value).expanduser())

@@ -10,27 +10,27 @@ import gc
 import hashlib
 import json
 import logging
-import math
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedloom.errors import FedloomError, SiteError
+from fedloom.errors import SiteError
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
-from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn
+from fedloom.records.ledger import Row
+from fedloom.rounds.turns import Train, Trained, client_turn
+from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.log_lines import MOST_LOGGED, quote_trace
+from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
@@ -41,17 +41,15 @@ from fedloom.site.policy import (
     check_settings,
     check_spending,
     count_drawn,
-    guard_training,
-    limit_time,
-    text_for_server,
 )
+from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
+from fedloom.site.replies import Rows, facts_of, reply_error
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
-from fedloom.wire import read_header
+from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
-from fedloom.workspace.folder import transfer_row
 
 log = logging.getLogger("fedloom.worker")
 
@@ -70,9 +68,12 @@ class Desk:
         self.site = site
         self.own_trainer = own
         self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
-        self.trail = AuditTrail(Path(site.state) / "audit")
+        state = Path(site.state)
+        self.trail = AuditTrail(state / "audit")
+        self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
         self.places = Places()
         self.shared = SharedBase()
+        self.wanted = Wanted()
         self._base = ""
 
     @property
@@ -83,71 +84,77 @@ class Desk:
     @property
     def held(self) -> TurnRecord | None:
         """The state that this job is in."""
-        return self.place and self.place.held
+        return None if self.place is None else self.place.held
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to a request. Never raises: what goes wrong is logged here and told as the policy allows."""
-        began = time.perf_counter()
+    def answer(self, parcel: Parcel, waited: float = 0.0) -> Parcel:
+        """The reply to a request that came `waited` seconds ago.
+
+        Never raises: what goes wrong is logged here and told as the policy allows.
+        """
+        began, came = time.perf_counter(), self.trail.clock.now()
         asked: Request | None = None
         try:
             asked = parse_request(parcel.facts, SPOKEN)
+            note_request(Path(self.site.state), asked, came)
             log.info("%s of job %s, round %d", asked.ask, asked.job, asked.round)
-            reply = _ANSWERS[asked.ask](self, asked, parcel.payloads)
+            with self.wanted.during(asked, waited):
+                payloads = parcel.payloads if isinstance(parcel.payloads, list) else list(parcel.payloads)
+                reply = _ANSWERS[asked.ask](self, asked, payloads)
+        except Dropped as dropped:
+            log.info("the turn was dropped: %s", dropped.why)
+            return Parcel({"dropped": dropped.why, "protocol": SPOKEN.newest})
         except Exception as error:  # a worker outlives every job
-            reference = secrets.token_hex(4)
-            trace = "" if isinstance(error, FedloomError) else quote_trace(error)
-            log.error("reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
-            said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
-            said |= {"protocol": SPOKEN.newest, "name": self.site.name}
-            place = self.places.get(asked.job) if asked else None
-            if place is not None and place.held is not None:
-                said |= {"version": place.held.after.version, "digest": place.held.after.digest}
-            return Parcel(said)
+            return reply_error(self.site, error, self.places.get(asked.job) if asked else None)
         finally:
             if asked:
                 self.places.rest(asked.job)
+                note_request(Path(self.site.state), asked, came, self.trail.clock.now())
         log.info("%s answered in %.2f s", asked.ask, time.perf_counter() - began)
         facts: dict[str, Fact] = {"protocol": SPOKEN.newest, "busy": time.perf_counter() - began}
         return Parcel({**reply.facts, **facts}, reply.payloads)
 
-    def hello(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def hello(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Get ready; say who this is and which global state it holds."""
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
         if not place.store.exists():
-            self.keep(place, held, ())
+            self.keep(place, held, (), len(asked.settings.encode()))
+        now = self.trail.clock.now()
+        self.jobs.note("begun", asked, now)
+        compare_clocks(asked, now)
         return Parcel({"name": self.site.name, "version": held.after.version, "digest": held.after.digest})
 
-    def turn(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def turn(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Bring the state in step, train, answer; or answer again where this was done before."""
         place, held = self.open(asked)
-        job, current = place.setup.job, held.after
+        self.wanted.check_time()
+        job, rows = place.setup.job, Rows(asked.round, self.site.name)
         rounds = place.setup.config.federation.num_rounds
         if not 1 <= asked.round <= rounds:  # in a round beyond them the learning rate could be anything
             raise SiteError(f"a turn of round {asked.round} of a run of {rounds} rounds")
         state = held.base(asked.counted) if held.round != asked.round else held.before
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(job, state, payload)
+        state = place.bring_in_step(state, payloads, rows.received)
         spent = self.trail.count_spent(asked.job, asked.round)
         parts = job.method.parts(state, asked.round)
-        if held.round == asked.round and (current.version, current.digest) == (state.version, state.digest):
+        if held.round == asked.round and (held.after.version, held.after.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
+            held = replace(held, payload=place.store.read_payload())
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
+        self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
+        self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
+        del held
+        if place.store.exists():
+            place.held = None  # as large as the state that training begins with, and on disk
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
-        check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
-        facts = json.dumps(_facts(done)).encode()
-        held = TurnRecord(asked.round, state, done.state, facts, done.payload, "".join(charges))
-        rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
-        trained = done.trained
-        rows.append(
-            Training(asked.round, self.site.name, trained.loss, trained.steps, trained.num_examples, trained.seconds)
-        )
-        self.keep(place, held, [*rows, transfer_row(asked.round, self.site.name, "up", done.payload)])
+        rows.sent(done)
+        held = TurnRecord(asked.round, state, done.state, facts_of(done), done.payload, "".join(charges))
+        del done  # and with it the adapter after training
+        check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
+        self.keep(place, held, rows.found)
         return self.leave(asked, held)
 
     def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
@@ -162,52 +169,55 @@ class Desk:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
             trained = step(state, round, seed)
+            still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
             return replace(trained, steps=0) if hidden else trained
 
         epochs = place.setup.config.training_of(self.site.name).num_train_epochs
         hidden = policy.declared_examples is not None and epochs is not None
+        still_wanted = self.wanted.guard()
+        interrupt = self.wanted.guard(limit_time(policy))
         if self.own_trainer is None:
-            step = place.setup.train(self.site.name, limit_time(policy))
+            step = place.setup.train(self.site.name, interrupt)
         else:
-            step = self.own_trainer.for_task(place.setup.task(self.site.name, limit_time(policy)))
+            step = self.own_trainer.for_task(place.setup.task(self.site.name, interrupt))
         return guard_training(policy, ordered, place.setup.job.method.trainable, charge)
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
-        privacy = self.site.policy.privacy
-        mu = privacy.mu if privacy else None
+        self.jobs.check(asked, self.trail.clock.now())  # a person may have said no while it trained
+        mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
-    def withdraw(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
-        """Nothing is left to withdraw: here a request waits for the one before it."""
+    def withdraw(self, asked: Request, payloads: list[bytes]) -> Parcel:
+        """Nothing is left to withdraw: while a turn trains, `wanted` takes its withdrawal."""
         return Parcel({})
 
-    def deliver(self, asked: Request, payloads: Sequence[bytes]) -> Parcel:
+    def deliver(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Bring the state in step after the last round, and write the result as an adapter."""
         place, held = self.open(asked)
-        state = held.base(asked.counted)
-        fresh = [payload for payload in payloads if not _applied(payload, state.version)]
-        for payload in fresh:
-            state = accept(place.setup.job, state, payload)
+        rows = Rows(asked.round, self.site.name)
+        state = place.bring_in_step(held.base(asked.counted), payloads, rows.received)
         adapter, _ = export_adapter(state, None)
-        rows = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
-        self.keep(place, replace(held, before=state, after=state), rows, 4 * adapter.numel())
+        held = replace(held, before=state, after=state, payload=place.store.read_payload())
+        self.keep(place, held, rows.found, 4 * adapter.numel())
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
+        self.jobs.note("done", asked, self.trail.clock.now())
         return Parcel({"version": state.version, "digest": state.digest})
 
     def keep(self, place: Place, held: TurnRecord, rows: Sequence[Row], more: int = 0) -> None:
         """Have a state on disk, and be in it. more: bytes that will be written beside it."""
         if not place.store.exists():
             rows = (place.setup.describe(), *rows)
-        # A payload is written once more, to the audit record.
-        check_room(self.site.policy, Path(self.site.state), held.size() + len(held.payload) + more)
-        place.held = None  # where writing fails, what is on disk counts, and is read again
-        place.store.save(held, rows)
-        place.held = held
+        self.check_room(place, held, more)
+        place.save(held, rows)
+
+    def check_room(self, place: Place, held: TurnRecord, more: int = 0) -> None:
+        """Raises PolicyRefusal unless there is room for a record, or for the largest of the job so far, and more."""
+        check_room(self.site.policy, Path(self.site.state), place.store.count_room(held) + more + NOTES)
 
     def open(self, asked: Request) -> tuple[Place, TurnRecord]:
         """The job's model, data and state, loaded unless they are at hand.
@@ -223,6 +233,7 @@ class Desk:
                 f"the server's base model has digest {asked.base!r}, the one in {self.site.model} has {self._base}: "
                 "both sides need the same files"
             )
+        self.jobs.check(asked, self.trail.clock.now(), delivery=asked.ask == "deliver")
         place = self.places.find(asked.job, asked.settings)
         if place is None:
             if self.shared.is_loaded and not self.shared.holds(*base_form(config)):
@@ -231,7 +242,8 @@ class Desk:
             self.let_go(self.places.add(place))
         else:
             check_epochs(self.site.policy, config, self.site.name, self.count_steps(place.setup), asked.round)
-        place.held = held = place.held or place.store.load() or place.first_record(self.site.name)
+        held = place.recall()
+        assert held is not None  # a place has a first state, or one on disk
         return place, held
 
     def load_place(self, asked: Request, config: Config) -> Place:
@@ -252,7 +264,8 @@ class Desk:
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
-        return Place(asked.job, asked.settings, setup, Store(Path(self.site.state) / "jobs" / asked.job, seal))
+        store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
+        return Place.of(asked.job, asked.settings, setup, store, self.site.name)
 
     def count_steps(self, setup: Setup) -> int:
         """Optimiser steps of a round here."""
@@ -306,15 +319,3 @@ class Desk:
 
 
 _ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver}
-
-
-def _applied(payload: bytes, version: int) -> bool:
-    """Whether this change was applied before: it was sent again because nobody knew."""
-    header = read_header(payload)
-    return header.kind == "change" and header.base_version < version
-
-
-def _facts(done: ClientTurn) -> dict[str, Fact]:
-    trained = done.trained
-    loss = trained.loss if math.isfinite(trained.loss) else None
-    return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}

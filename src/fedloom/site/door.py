@@ -1,7 +1,8 @@
 """The worker's door: callers come in over the unix socket, and those who show the token are heard one after another.
 
-A caller without the token costs a few bytes of memory and a line of the log. It keeps nobody waiting: the door hears
-the greetings of all callers at the same time.
+Who withdraws a turn is heard before the others, also in the middle of a training (`next_urgent`). A caller without the
+token costs a few bytes of memory and a line of the log. It keeps nobody waiting: the door hears the greetings of all
+callers at the same time.
 """
 
 from __future__ import annotations
@@ -30,32 +31,49 @@ class Door:
     def __init__(self, listener: socket.socket, token: str) -> None:
         self.listener = listener
         self.listener.setblocking(False)
-        self._greeting = greeting(token)
+        self._greeting, self._urgent_greeting = greeting(token), greeting(token, urgent=True)
         self._strangers: dict[socket.socket, tuple[bytearray, float]] = {}
-        self._admitted: deque[socket.socket] = deque()
+        self._admitted: deque[tuple[socket.socket, float]] = deque()
+        self._urgent: deque[socket.socket] = deque()
+        self.waited = 0.0
+        """Seconds that the caller who was handed over last had waited."""
 
     def next_caller(self, seconds: float) -> socket.socket | None:
         """The next caller that has shown the token; None if none did within so many seconds."""
         until = time.monotonic() + seconds
-        while not self._admitted:
+        while not self._admitted and not self._urgent:
             left = until - time.monotonic()
-            for ready in self._readable(max(left, 0.0)):
-                if ready is self.listener:
-                    self._take_in()
-                elif ready in self._strangers:  # it may have had to give way meanwhile
-                    self._hear(ready)
-            # Only now: what a caller sent while the worker was busy counts, however long ago that was.
-            self._send_away_the_late()
-            if left <= 0 and not self._admitted:
+            self._listen(max(left, 0.0))
+            if left <= 0 and not self._admitted and not self._urgent:
                 return None
-        return self._admitted.popleft()
+        if self._urgent:
+            self.waited = 0.0
+            return self._urgent.popleft()
+        connection, since = self._admitted.popleft()
+        self.waited = time.monotonic() - since
+        return connection
+
+    def next_urgent(self) -> socket.socket | None:
+        """The next caller who brings a withdrawal, if one is there now."""
+        self._listen(0.0)
+        return self._urgent.popleft() if self._urgent else None
 
     def close(self) -> None:
         """Hang up on everybody who waits."""
-        for connection in (*self._strangers, *self._admitted):
+        for connection in (*self._strangers, *self._urgent, *(waiting for waiting, _ in self._admitted)):
             connection.close()
-        self._strangers.clear()
-        self._admitted.clear()
+        for held in (self._strangers, self._urgent, self._admitted):
+            held.clear()
+
+    def _listen(self, seconds: float) -> None:
+        """Hear everybody who has something to say, now or within so many seconds."""
+        for ready in self._readable(seconds):
+            if ready is self.listener:
+                self._take_in()
+            elif ready in self._strangers:  # it may have had to give way meanwhile
+                self._hear(ready)
+        # Only now: what a caller sent while the worker was busy counts, however long ago that was.
+        self._send_away_the_late()
 
     def _readable(self, seconds: float) -> list[socket.socket]:
         """Of the listener and the strangers those that have something, or the first of them that will."""
@@ -91,10 +109,14 @@ class Door:
         if not piece:
             self._dismiss(connection)
         elif len(heard) == GREETING_BYTES:
-            if hmac.compare_digest(bytes(heard), self._greeting):
+            urgent = hmac.compare_digest(bytes(heard), self._urgent_greeting)
+            if urgent or hmac.compare_digest(bytes(heard), self._greeting):
                 del self._strangers[connection]
                 connection.setblocking(True)
-                self._admitted.append(connection)
+                if urgent:
+                    self._urgent.append(connection)
+                else:
+                    self._admitted.append((connection, time.monotonic()))
             else:
                 log.warning("a request without the token was refused")
                 with suppress(OSError):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from fedloom.rounds.turns import start
+from fedloom.lora.pair import LoraPair
+from fedloom.methods.method import State
+from fedloom.records.ledger import Row
+from fedloom.rounds.turns import accept, start
 from fedloom.site.store import Store, TurnRecord
+from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup
 
 log = logging.getLogger("fedloom.worker")
@@ -22,8 +26,9 @@ site's examples as tokens."""
 class Place:
     """A job that the site is working for, with everything loaded.
 
-    held: the state that the job is in, None where what is on disk is to be read again. used: when a request was worked
-    on last, by the clock of `time.monotonic`.
+    held: the state that the job is in, None where what is on disk is to be read again. first: the state before the
+    first round, until it is on disk; of `setup.initial` the shapes alone are left. used: when a request was worked on
+    last, by the clock of `time.monotonic`.
     """
 
     job: str
@@ -31,12 +36,46 @@ class Place:
     setup: Setup
     store: Store
     held: TurnRecord | None = None
+    first: State | None = None
     used: float = field(default_factory=time.monotonic)
 
-    def first_record(self, site: str) -> TurnRecord:
-        """The state before the first round."""
-        state = start(self.setup.job, self.setup.initial, self.setup.sites[site].ranks)
-        return TurnRecord(0, state, state)
+    @classmethod
+    def of(cls, job: str, settings: str, setup: Setup, store: Store, site: str) -> Place:
+        """The place of a job, with the state before its first round where nothing of it is on disk."""
+        first = None if store.exists() else start(setup.job, setup.initial, setup.sites[site].ranks)
+        return cls(job, settings, replace(setup, initial=setup.initial.map(_outline)), store, first=first)
+
+    @property
+    def was_taken_away(self) -> bool:
+        """Whether the job's folder is gone (`fedloom site prune`): then the job is begun anew."""
+        return self.first is None and not self.store.exists()
+
+    def recall(self) -> TurnRecord | None:
+        """The state that the job is in, read from disk where it is not held."""
+        self.held = self.held or self.store.load()
+        if self.held is None and self.first is not None:
+            self.held = TurnRecord(0, self.first, self.first)
+        return self.held
+
+    def save(self, held: TurnRecord, rows: Sequence[Row]) -> None:
+        """Have a state on disk, and be in it."""
+        self.held = None  # where writing fails, what is on disk counts, and is read again
+        self.store.save(held, rows)
+        self.held, self.first = held.without_payload(), None
+
+    def bring_in_step(self, state: State, payloads: list[bytes], tell: Callable[[bytes], object]) -> State:
+        """The state after what the server sent; `tell` is called with what of that was new.
+
+        The payloads are taken out of the list as they are used up: each may be as large as the state. A change that was
+        applied before is skipped: it was sent again because nobody knew.
+        """
+        known = state.version
+        while payloads:
+            payload = payloads.pop(0)
+            if not _was_applied(payload, known):
+                state = accept(self.setup.job, state, payload)
+                tell(payload)
+        return state
 
 
 class Places:
@@ -64,6 +103,9 @@ class Places:
         """The job's place, asked for now; None where there is none with these settings."""
         place = self._by_job.get(job)
         if place is None or place.settings != settings:
+            return None
+        if place.was_taken_away:
+            self.drop([place])
             return None
         del self._by_job[job]
         self._by_job[job] = place
@@ -94,3 +136,12 @@ class Places:
         """Those that nobody has asked for in so many seconds."""
         now = time.monotonic()
         return [place for place in self if now - place.used > seconds]
+
+
+def _outline(pair: LoraPair) -> LoraPair:
+    return LoraPair(pair.A.to("meta"), pair.B.to("meta"))
+
+
+def _was_applied(payload: bytes, version: int) -> bool:
+    header = read_header(payload)
+    return header.kind == "change" and header.base_version < version

@@ -5,8 +5,7 @@
     check_epochs   once the examples are loaded: steps and learning rates, where the settings say epochs
     check_job      before anything is kept: the modules that there are, examples, what an update would rest on
     check_left     before training: bytes and ε that are left
-    limit_time     while training: the time that it takes
-    guarded        around training: size of the change, noise, what the server learns beside the change
+    (`guard`       around training: its time, size of the change, noise, what the server learns beside the change)
     check_room     before writing: what the state folder takes
     check_update   before a payload leaves: what is in it, and its bytes
     told_to_server what the server may know of an error
@@ -18,24 +17,21 @@ data, the server is told no more than that there was one.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from fedloom.errors import DataError, PolicyRefusal, VersionError
-from fedloom.lora.pair import PARTS, LoraState, from_tensors
+from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
 from fedloom.model.training import rate_at
 from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
 from fedloom.records.quantities import parse_bytes
 from fedloom.rounds.joint import split_entries
-from fedloom.rounds.turns import Train, Trained
-from fedloom.site.privacy import epsilon, release_change, total_norm
+from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Limits, decode
 
@@ -48,37 +44,45 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
 
     What follows from num_train_epochs and the site's own examples is not known yet: see `check_epochs`.
     """
+    for check in setting_checks(policy, config, site, [round]):
+        check()
+
+
+def setting_checks(policy: Policy, config: Config, site: str, rounds: Iterable[int]) -> Iterator[Callable[[], None]]:
+    """What `check_settings` asks, one question at a time; each raises PolicyRefusal."""
     training = config.training_of(site)
-    check_method_allowed(policy, config.method.name)
+    yield partial(check_method_allowed, policy, config.method.name)
     if policy.optimizers is not None:
-        _check_choice("training.optim", training.optim, "optimizers", policy.optimizers)
-    _check_targets(policy, config.lora_of(site))
+        yield partial(_check_choice, "training.optim", training.optim, "optimizers", policy.optimizers)
+    yield partial(_check_targets, policy, config.lora_of(site))
     batch, length = training.per_device_train_batch_size, config.data.max_length
-    _check_ranges(
+    for limit in (
         ("a rank", max(_ranks(config)), "max_rank", None, policy.max_rank),
         ("per_device_train_batch_size", batch, "max_batch", None, policy.max_batch),
         ("data.max_length", length, "min_length", policy.min_length, None),
         ("data.max_length", length, "max_length", None, policy.max_length),
-    )
+    ):
+        yield partial(_check_range, *limit)
     if training.num_train_epochs is None:
-        check_steps(policy, config, training, round)
+        yield from step_checks(policy, config, training, rounds)
 
 
-def check_steps(policy: Policy, config: Config, training: TrainingSettings, round: int) -> None:
-    """Raises PolicyRefusal where a site with these training settings takes more steps in a round than it gives, or at
-    learning rates that it does not allow. `training` is the site's own, with its steps counted.
-    """
-    rates, least = _rates(training, config.federation.num_rounds, round), policy.min_examples_update
-    _check_ranges(
-        ("training.max_steps", training.steps, "max_steps", None, policy.max_steps),
-        ("a learning rate", min(rates), "min_learning_rate", policy.min_learning_rate, None),
-        ("a learning rate", max(rates), "max_learning_rate", None, policy.max_learning_rate),
-        ("batch · accumulation · steps", count_drawn(training), "min_examples_update", least, None),
-    )
+def step_checks(
+    policy: Policy, config: Config, training: TrainingSettings, rounds: Iterable[int]
+) -> Iterator[Callable[[], None]]:
+    """The questions about steps and learning rates; `training` is the site's own, with its steps counted."""
+    least = policy.min_examples_update
+    yield partial(_check_range, "training.max_steps", training.steps, "max_steps", None, policy.max_steps)
+    for round in rounds:
+        low, high = _rates(training, config.federation.num_rounds, round)
+        yield partial(_check_range, "a learning rate", low, "min_learning_rate", policy.min_learning_rate, None)
+        yield partial(_check_range, "a learning rate", high, "max_learning_rate", None, policy.max_learning_rate)
+    drawn = count_drawn(training)
+    yield partial(_check_range, "batch · accumulation · steps", drawn, "min_examples_update", least, None)
 
 
 def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: int) -> None:
-    """`check_steps` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
+    """`step_checks` where the `steps` follow from num_train_epochs and the site's examples, of which the server learns
     nothing: it is told no more than that there was a reason. Does nothing where the settings give the steps.
     """
     training = config.training_of(site)
@@ -86,7 +90,8 @@ def check_epochs(policy: Policy, config: Config, site: str, steps: int, round: i
         return
     counted = training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
     try:
-        check_steps(policy, config, counted, round)
+        for check in step_checks(policy, config, counted, [round]):
+            check()
     except PolicyRefusal as refusal:
         raise PolicyRefusal(f"num_train_epochs = {training.num_train_epochs:g} here: {refusal}") from None
 
@@ -98,7 +103,12 @@ def check_job(policy: Policy, method: str, modules: Iterable[str], examples: int
     the training of a round draws, the same one again only once it has seen all.
     """
     check_method_allowed(policy, method)
-    _check_names(policy, modules)
+    check_modules(policy, modules)
+    check_examples(policy, examples, draws)
+
+
+def check_examples(policy: Policy, examples: int, draws: int) -> None:
+    """Raises PolicyRefusal unless so many examples are enough, of which a round draws so many."""
     if examples < policy.min_examples:
         raise PolicyRefusal(f"{examples} training examples; policy.min_examples is {policy.min_examples}")
     if min(examples, draws) < policy.min_examples_update:
@@ -133,7 +143,14 @@ def check_method_allowed(policy: Policy, method: str) -> None:
 
 
 def check_room(policy: Policy, folder: Path, more: int) -> None:
-    """Raises PolicyRefusal unless so many more bytes may be written to the state folder."""
+    """Raises PolicyRefusal unless so many more bytes may be written to the state folder, and can be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if more > free:
+        raise PolicyRefusal(
+            f"the disk of {folder} has {free:,} bytes free and {more:,} are needed: make room",
+            "the site's disk has no room for its state",
+        )
     if policy.max_disk is None:
         return
     taken = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
@@ -143,20 +160,6 @@ def check_room(policy: Policy, folder: Path, more: int) -> None:
             "remove jobs that are over, or move payloads of the audit record away",
             f"{REFUSED}: max_disk is used up",
         )
-
-
-def limit_time(policy: Policy) -> Callable[[], None]:
-    """Start the clock. Call the result before every forward pass: it raises PolicyRefusal once the time is over."""
-    until = math.inf if policy.max_seconds_round is None else time.monotonic() + policy.max_seconds_round
-
-    def check() -> None:
-        if time.monotonic() > until:
-            raise PolicyRefusal(
-                f"the training takes longer than policy.max_seconds_round = {policy.max_seconds_round:g}",
-                f"{REFUSED}: max_seconds_round is over",
-            )
-
-    return check
 
 
 def count_drawn(training: TrainingSettings) -> int:
@@ -187,36 +190,7 @@ def check_may_leave(
         if math.prod(entry.shape) > most or (part == CORE and entry.shape[:1] != (pair.rank,)):
             raise PolicyRefusal(f"the update's {name} has shape {entry.shape}, more than the adapter's own factor")
     check_method_allowed(policy, message.header.method)
-    _check_names(policy, {name.rpartition("/")[0] for name in entries})
-
-
-def guard_training(
-    policy: Policy, train: Train, parts: Callable[[int], Sequence[str]], charge: Callable[[], object]
-) -> Train:
-    """The training step as the policy lets its outcome be used; give this one to `rounds.client_turn`.
-
-    parts: the factors that a round trains (`Method.trainable`). Without noise a change beyond max_update_norm raises
-    PolicyRefusal. With noise the change is clipped instead, and the loss, which the noise does not cover, withheld.
-    charge() is called before noise is drawn: a draw that nobody has recorded could be released without being counted.
-    """
-
-    def step(state: State, round: int, seed: int) -> Trained:
-        trained = train(state, round, seed)
-        before, after = state.adapter.tensors(), trained.adapter.tensors()
-        # A site may train some of the modules only: what it did not train is not in `after`, and nothing of it leaves.
-        names = [name for name in after if name.rpartition("/")[2] in parts(round)]
-        change = {name: after[name].detach().cpu() - before[name] for name in names}
-        if policy.privacy is None:
-            _check_norm(policy, change)
-        else:
-            charge()
-            noisy = release_change(change, policy.privacy)
-            untouched = {name: before[name] for name in after}
-            adapter = from_tensors(untouched | {name: before[name] + noisy[name] for name in names})
-            trained = replace(trained, adapter=adapter, loss=math.nan)
-        return replace(trained, num_examples=policy.declared_examples or trained.num_examples)
-
-    return step
+    check_modules(policy, {name.rpartition("/")[0] for name in entries})
 
 
 def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
@@ -245,7 +219,9 @@ def _check_targets(policy: Policy, lora: LoraSettings) -> None:
     if policy.modules is None or isinstance(lora.target_modules, str):
         return
     if not any(set(pattern) & set(".*?[") for pattern in policy.modules):
-        _check_names(policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters)))
+        check_modules(
+            policy, (*lora.target_modules, *(name.removesuffix(".weight") for name in lora.target_parameters))
+        )
 
 
 def _ranks(config: Config) -> Iterator[int]:
@@ -256,25 +232,25 @@ def _ranks(config: Config) -> Iterator[int]:
         yield from (table.rank_pattern or {}).values()
 
 
-def _check_ranges(*limits: tuple[str, float, str, float | None, float | None]) -> None:
-    """Raises PolicyRefusal for the first value outside its limits: (what is asked, value, key, least, most)."""
-    for asked, value, key, least, most in limits:
-        if (least is not None and value < least) or (most is not None and value > most):
-            limit = least if most is None else most
-            raise PolicyRefusal(
-                f"{asked} is {value:g}; policy.{key} is {limit:g}",
-                f"{REFUSED}: {key} does not allow {asked} of {value:g}",
-            )
+def _check_range(asked: str, value: float, key: str, least: float | None, most: float | None) -> None:
+    """Raises PolicyRefusal where what is asked has a value outside the limits of a key."""
+    if (least is not None and value < least) or (most is not None and value > most):
+        limit = least if most is None else most
+        raise PolicyRefusal(
+            f"{asked} is {value:g}; policy.{key} is {limit:g}",
+            f"{REFUSED}: {key} does not allow {asked} of {value:g}",
+        )
 
 
 def _rates(training: TrainingSettings, rounds: int, round: int) -> tuple[float, float]:
-    """The learning rates of a round's first step and of its last; those between lie between."""
+    """The least and the largest learning rate of a round: of its first step and its last; others lie between."""
     place = min(max(round, 1), rounds)
     first, last = (rate_at(training, place, rounds, step) for step in (0, training.steps - 1))
-    return first, last
+    return min(first, last), max(first, last)
 
 
-def _check_names(policy: Policy, modules: Iterable[str]) -> None:
+def check_modules(policy: Policy, modules: Iterable[str]) -> None:
+    """Raises PolicyRefusal for the first module that may not be trained."""
     for module in sorted(modules):
         if policy.modules is not None and not any(_matches(module, pattern) for pattern in policy.modules):
             raise PolicyRefusal(
@@ -303,11 +279,3 @@ def _check_bytes(policy: Policy, size: int, spent: Spending) -> None:
                 f"{used} bytes have left and {size} more would; policy.{key} is {limit}",
                 f"{REFUSED}: {key} is used up",
             )
-
-
-def _check_norm(policy: Policy, change: Mapping[str, Tensor]) -> None:
-    if policy.max_update_norm is None:
-        return
-    size = total_norm(change)
-    if not size <= policy.max_update_norm:
-        raise PolicyRefusal(f"the change has norm {size:.4g}; policy.max_update_norm is {policy.max_update_norm:g}")

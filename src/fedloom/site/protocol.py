@@ -6,7 +6,7 @@ A parcel is a few named facts and any number of payloads. On the socket it is
 
 A request has a greeting of fixed size before it, so that the worker knows whom it hears before it reads more:
 
-    magic "FLWT" | SHA-256 of the token, 32 bytes
+    magic "FLWT", or "FLWU" before a withdrawal | SHA-256 of the token, 32 bytes
 
 Every length is checked before anything of that length is read. This module loads no torch: the shim is started anew
 for every message.
@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from io import BytesIO
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -38,6 +39,8 @@ from fedloom.records.text import to_printable
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
 GREETING = b"FLWT"
+URGENT = b"FLWU"
+"""Greets in place of `GREETING` where a withdrawal follows, which a worker takes while it trains."""
 GREETING_BYTES = len(GREETING) + hashlib.sha256().digest_size
 MOST_HEAD = 2**20
 """Bytes of a parcel's facts: the settings of a run take a few KiB."""
@@ -104,7 +107,11 @@ class Parcel:
     """Named facts and payloads."""
 
     facts: Mapping[str, Fact]
-    payloads: tuple[bytes, ...] = ()
+    payloads: Sequence[bytes] = ()
+
+    def used_up(self) -> Parcel:
+        """The same with payloads in a list, out of which who reads them may take them, to have their memory back."""
+        return Parcel(self.facts, list(self.payloads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +228,8 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     """The payloads that lie one after the other in `content`. Raises SiteError unless they fill it exactly."""
     if sum(lengths) != len(content):
         raise SiteError(f"{len(content):,} bytes of payloads arrived, {sum(lengths):,} were announced")
+    if len(lengths) == 1 and isinstance(content, bytes):
+        return (content,)
     view, ends, pieces = memoryview(content), 0, []
     for length in lengths:
         pieces.append(bytes(view[ends : ends + length]))
@@ -228,16 +237,16 @@ def cut_payloads(content: bytes | memoryview, lengths: Sequence[int]) -> tuple[b
     return tuple(pieces)
 
 
-def greeting(token: str) -> bytes:
+def greeting(token: str, *, urgent: bool = False) -> bytes:
     """What a caller shows first. A digest has one length, and holds no text that could fail to decode."""
-    return GREETING + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+    return (URGENT if urgent else GREETING) + hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
 def exchange(connection: socket.socket, token: str, parcel: Parcel) -> Parcel:
     """The worker's reply to a request. Raises OSError where it is lost, SiteError where it is not a reply."""
     # A worker that refuses hangs up before it has read all of it. Its reason is there to be read nevertheless.
     with suppress(ConnectionError):
-        connection.sendall(greeting(token))
+        connection.sendall(greeting(token, urgent=parcel.facts.get("ask") == "withdraw"))
         send_parcel(connection, parcel)
     return receive_parcel(connection)
 
@@ -253,7 +262,7 @@ def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
 
 
 def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
-    """Read one parcel with payloads of `most` bytes at most. They take twice the memory of the largest for a moment.
+    """Read one parcel with payloads of `most` bytes at most.
 
     hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
     Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
@@ -271,20 +280,20 @@ def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
         raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
-    return Parcel(facts, tuple(bytes(_take(connection, size, until)) for size in lengths))
+    return Parcel(facts, tuple(_take(connection, size, until) for size in lengths))
 
 
-def _take(connection: socket.socket, length: int, until: float | None) -> bytearray:
+def _take(connection: socket.socket, length: int, until: float | None) -> bytes:
     """Exactly so many bytes, by then. Memory is taken as they arrive, not as they are announced."""
-    taken = bytearray()
-    while len(taken) < length:
+    taken = BytesIO()  # gives its bytes away without a copy
+    while (missing := length - taken.tell()) > 0:
         if until is not None:
             # Time left for all that is missing: a byte now and then does not buy more. 0 would mean not to block.
             connection.settimeout(max(until - time.monotonic(), 1e-3))
-        piece = connection.recv(min(length - len(taken), 2**20))
+        piece = connection.recv(min(missing, 2**20))
         if not piece:
             raise ConnectionError("the other side hung up")
-        taken += piece
+        taken.write(piece)
         if until is not None and time.monotonic() > until:
-            raise TimeoutError(f"only {len(taken):,} of {length:,} bytes came in time")
-    return taken
+            raise TimeoutError(f"only {taken.tell():,} of {length:,} bytes came in time")
+    return taken.getvalue()

@@ -17,6 +17,10 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 class Policy(Section):
     """What is left out is not limited, except that error texts are withheld and the order of examples is the site's."""
 
+    approve: Literal["auto", "ask"] = Field(
+        "auto",
+        description='"ask": a new job waits until a person at the site allows it; `fedloom site jobs` lists who waits.',
+    )
     methods: Names | None = Field(
         None,
         description="Methods that may run here; without a list, fedloom's own. One of another package runs only where "

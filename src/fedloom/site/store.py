@@ -16,15 +16,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from fedloom.errors import SiteError
+from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.ledger import Ledger, Row
-from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_contents, save_contents
+from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_blob, load_contents, save_contents
 
 LEDGER = "ledger.jsonl"
 
@@ -33,7 +33,8 @@ LEDGER = "ledger.jsonl"
 class TurnRecord:
     """The state before and after the turn of `round` (0: none yet), and what was answered to it, facts and payload.
 
-    charge: digest of the line in the audit record that charged for the payload's noise, "" without noise.
+    charge: digest of the line in the audit record that charged for the payload's noise, "" without noise. left: bytes
+    of a payload that was left on disk, where `Store.read_payload` finds it.
     """
 
     round: int
@@ -42,6 +43,16 @@ class TurnRecord:
     facts: bytes = b""
     payload: bytes = b""
     charge: str = ""
+    left: int = 0
+
+    @property
+    def payload_bytes(self) -> int:
+        """The payload's size, wherever it is."""
+        return len(self.payload) or self.left
+
+    def without_payload(self) -> TurnRecord:
+        """The same with the payload left on disk: it is asked for again only where a reply was lost."""
+        return replace(self, payload=b"", left=self.payload_bytes)
 
     def size(self) -> int:
         """Bytes that this takes on disk, at most, but for names and the like."""
@@ -50,7 +61,12 @@ class TurnRecord:
             for part in (state.adapter, state.frozen, state.tail):
                 held |= {id(tensor): tensor for tensor in part.tensors().values()}
             held |= {id(tensor): tensor for tensor in state.memory.values()}
-        return sum(tensor.nbytes for tensor in held.values()) + len(self.facts) + len(self.payload)
+        return sum(tensor.nbytes for tensor in held.values()) + len(self.facts) + self.payload_bytes
+
+    @property
+    def room(self) -> int:
+        """Bytes that are written with it: a payload is written once more, to the audit record."""
+        return self.size() + self.payload_bytes
 
     def base(self, counted: int) -> State:
         """What the next turn starts from: the state after the last one if the server counted it."""
@@ -58,11 +74,15 @@ class TurnRecord:
 
 
 class Store:
-    """The folder of one job at one site. `seal` names what the job rests on: base weights and settings."""
+    """The folder of one job at one site. `seal` names what the job rests on: base weights and settings.
+
+    most: bytes that one of its records has taken so far, or would have taken on a disk with room.
+    """
 
     def __init__(self, folder: Path, seal: str) -> None:
         self.folder = folder
         self.seal = seal
+        self.most = 0
         self._ledger: Ledger | None = None
 
     def exists(self) -> bool:
@@ -70,34 +90,52 @@ class Store:
         return bool(list_checkpoints(self.folder))
 
     def load(self) -> TurnRecord | None:
-        """The record saved last, or None; the ledger is cut back to it. Raises SiteError where the seal differs."""
+        """The record saved last without its payload, or None; the ledger is cut back to it.
+
+        Raises SiteError where the seal differs.
+        """
         saved = list_checkpoints(self.folder)
         if not saved:
             if (self.folder / LEDGER).exists():
                 self._opened().truncate_to(0)
             return None
-        held = load_contents(saved[-1])
+        held = load_contents(saved[-1], leave=("payload",))
         if held.facts["seal"] != self.seal:
             raise SiteError(f"{self.folder} belongs to the same job with another base model or other settings")
         self._opened().truncate_to(held.facts["ledger_rows"])
-        return TurnRecord(
+        record = TurnRecord(
             round=held.facts["round"],
             before=held.states["before"],
             after=held.states["after"],
             facts=held.blobs.get("facts", b""),
-            payload=held.blobs.get("payload", b""),
             charge=held.facts["charge"],
+            left=held.left.get("payload", 0),
         )
+        self.count_room(record)
+        return record
+
+    def read_payload(self) -> bytes:
+        """The payload of the record saved last; b"" where there is none."""
+        saved = list_checkpoints(self.folder)
+        return load_blob(saved[-1], "payload") if saved else b""
+
+    def count_room(self, held: TurnRecord) -> int:
+        """Bytes that this record takes, or the largest so far, which the next one may take as well."""
+        self.most = max(self.most, held.room)
+        return self.most
 
     def save(self, held: TurnRecord, rows: Iterable[Row] = ()) -> None:
-        """Have it on disk, whole, with these rows at the end of the ledger. A first save that fails leaves nothing."""
-        first = not self.folder.exists()
+        """Have it on disk, whole, with these rows at the end of the ledger, or neither of the two.
+
+        A first save that fails leaves nothing.
+        """
+        first, before = not self.folder.exists(), self._opened().rows
         try:
             self._write(held, rows)
         except BaseException:
+            with suppress(OSError, CheckpointError):
+                self.close() if first else self._opened().truncate_to(before)
             if first:
-                with suppress(OSError):
-                    self.close()
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
@@ -117,9 +155,9 @@ class Store:
 
     def close(self) -> None:
         """Close the ledger."""
-        if self._ledger is not None:
-            self._ledger.close()
-        self._ledger = None
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
 
     def _opened(self) -> Ledger:
         if self._ledger is None:

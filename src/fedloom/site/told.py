@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from functools import lru_cache
 
 from fedloom.errors import ConfigError, UnknownKeyError, VersionError
 from fedloom.methods.foreign import is_foreign
@@ -13,6 +14,8 @@ from fedloom.records.text import to_printable
 from fedloom.site.config import SiteConfig
 from fedloom.site.protocol import own_release
 
+MOST_KEPT = 8
+"""Jobs whose settings are kept as they were read: more than a worker has loaded."""
 MOST_TOLD = 300
 """Characters of the server's own settings that it is told back."""
 
@@ -23,6 +26,14 @@ def read_told(text: str, site: SiteConfig) -> Config:
     Raises VersionError for what this fedloom does not know: the server's own words, which it may be told. Raises
     ConfigError for what is no TOML.
     """
+    config = _parse(text)
+    own = {"path": site.model, "device": site.device, "adapter": None, "threads": site.threads}
+    return config.model_copy(update={"model": config.model.model_copy(update=own)})
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _parse(text: str) -> Config:
+    """The settings as they were told: the same ones come with every request of a job."""
     try:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep tables beside bad syntax
@@ -40,5 +51,4 @@ def read_told(text: str, site: SiteConfig) -> Config:
         raise VersionError(
             f"this site ({own_release()}) does not take the server's settings: {to_printable(str(error), MOST_TOLD)}"
         ) from None
-    own = {"path": site.model, "device": site.device, "adapter": None, "threads": site.threads}
-    return config.model_copy(update={"model": config.model.model_copy(update=own)})
+    return config

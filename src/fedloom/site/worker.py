@@ -15,6 +15,8 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +26,10 @@ from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.door import Door
+from fedloom.site.gpu import claim_gpu
 from fedloom.site.log_lines import OneLine
 from fedloom.site.protocol import HEAD_SECONDS, SLOWEST, Parcel, error_parcel, receive_parcel, send_parcel
+from fedloom.site.systemd import as_service
 
 log = logging.getLogger("fedloom.worker")
 
@@ -58,7 +62,9 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
         with _listening(path, site.socket_group) as listener:
             door = Door(listener, token)
             try:
-                _loop(door, Desk(site, own=own), 60 * site.idle_minutes)
+                desk = Desk(claim_gpu(site), own=own)
+                with as_service(f"site {site.name}"):
+                    _loop(door, desk, 60 * site.idle_minutes)
             except _Stop:
                 log.info("the worker ends")
             finally:
@@ -109,6 +115,7 @@ def _listening(path: Path, group: str | None = None) -> socket.socket:
 
 
 def _loop(door: Door, desk: Desk, idle_seconds: float) -> None:
+    desk.wanted.look = partial(_take_withdrawals, door, desk)
     log.info("site %s is ready on %s", desk.site.name, desk.site.socket)
     while True:
         connection = door.next_caller(TICK_SECONDS)
@@ -116,21 +123,28 @@ def _loop(door: Door, desk: Desk, idle_seconds: float) -> None:
             desk.release(idle_seconds)
             continue
         with connection:
-            _serve_one(connection, desk)
+            _serve_one(connection, desk, partial(desk.answer, waited=door.waited))
 
 
-def _serve_one(connection: socket.socket, desk: Desk) -> None:
+def _take_withdrawals(door: Door, desk: Desk) -> None:
+    """Answer those who withdraw a turn, which the desk is training."""
+    while (connection := door.next_urgent()) is not None:
+        with connection:
+            _serve_one(connection, desk, desk.wanted.answer)
+
+
+def _serve_one(connection: socket.socket, desk: Desk, answer: Callable[[Parcel], Parcel] | None = None) -> None:
     """Answer a caller that has shown the token. Raises nothing but what ends the process."""
     try:
-        _reply(connection, _answer(connection, desk))
+        _reply(connection, _answer(connection, desk, answer or desk.answer))
     except Exception as error:
         # What was done is kept, and sent when it is asked for again.
         log.warning("a caller was lost: %s", error, exc_info=not isinstance(error, OSError))
 
 
-def _answer(connection: socket.socket, desk: Desk) -> Parcel:
+def _answer(connection: socket.socket, desk: Desk, answer: Callable[[Parcel], Parcel]) -> Parcel:
     try:
-        return desk.answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True))
+        return answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True).used_up())
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:

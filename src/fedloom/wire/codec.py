@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 
 import xxhash
 
@@ -38,6 +39,7 @@ from fedloom.wire.values import CODINGS, coding_of, tensor_of
 MAGIC = b"FLOM"
 VERSION = 2
 CHECKSUM_BYTES = 8
+_AT_ONCE = 128  # chunks that are packed before they are written: 16 MiB, worth the two threads
 Sinks = dict[int, Sink]
 
 
@@ -64,7 +66,9 @@ class UnpackedMessage:
 
     def payload(self, *, pack_streams: bool = True, pack_index: bool = True) -> tuple[bytes, int]:
         """The payload, and the size of its unpacked index."""
-        streams, chunks = _pack_streams(self.sinks, self.work, pack_streams)
+        # What is written to BytesIO can be taken out as bytes without a copy: payloads are as large as adapters.
+        whole = BytesIO()
+        streams = _pack_streams(self.sinks, self.work, pack_streams, whole)
         index = write_index(self.items, streams)
         out = FieldWriter()
         out.data += MAGIC
@@ -72,7 +76,11 @@ class UnpackedMessage:
         write_header(out, self.header)
         out.varint(len(index))
         out.sized_bytes(bytes(pack(index, text=True) if pack_index else index))
-        return b"".join([out.data, *chunks, _checksum([out.data, *chunks])]), len(index)
+        _put_before(out.data, whole)
+        with whole.getbuffer() as body:
+            check = _checksum([body])
+        whole.write(check)
+        return whole.getvalue(), len(index)
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
@@ -208,27 +216,31 @@ def _put_values(entries: dict[str, Entry]) -> Sinks:
     return dict(sinks)
 
 
-def _pack_streams(sinks: Sinks, work: int, smaller: bool) -> tuple[list[Stream], list[bytes | memoryview]]:
-    """The streams that hold anything, by increasing role, and all their chunks: packed, or as they are."""
-    chunks = {role: sink.chunks() for role, sink in sorted(sinks.items()) if sink.size}
-    raw = [chunk for of_stream in chunks.values() for chunk in of_stream]
-    packed: list[bytes | memoryview] = [b""] * len(raw)
-    if smaller:
-        packed[0::2], packed[1::2] = run_side_by_side(
-            partial(_pack_all, raw[0::2]), partial(_pack_all, raw[1::2]), work
-        )
-    else:
-        packed[:] = raw
-    streams, at = [], 0
-    for role, of_stream in chunks.items():
-        lengths = tuple(len(chunk) for chunk in packed[at : at + len(of_stream)])
-        streams.append(Stream(role, sinks[role].size, lengths))
-        at += len(of_stream)
-    return streams, packed
+def _pack_streams(sinks: Sinks, work: int, smaller: bool, out: BytesIO) -> list[Stream]:
+    """Write the streams that hold anything, by increasing role: chunks that are packed, or as they are."""
+    raw = [(role, number) for role, sink in sorted(sinks.items()) for number in range(sink.chunks)]
+    lengths: dict[int, list[int]] = {role: [] for role, _ in raw}
+
+    def packed(some: list[tuple[int, int]]) -> list[bytes | memoryview]:
+        chunks = [sinks[role].chunk(number) for role, number in some]
+        return [pack(chunk) for chunk in chunks] if smaller else list(chunks)
+
+    for start in range(0, len(raw), _AT_ONCE):
+        some = raw[start : start + _AT_ONCE]
+        made: list[bytes | memoryview] = [b""] * len(some)
+        made[0::2], made[1::2] = run_side_by_side(partial(packed, some[0::2]), partial(packed, some[1::2]), work)
+        for (role, _), chunk in zip(some, made, strict=True):
+            lengths[role].append(out.write(chunk))
+    return [Stream(role, sinks[role].size, tuple(held)) for role, held in lengths.items()]
 
 
-def _pack_all(chunks: list[memoryview]) -> list[bytes | memoryview]:
-    return [pack(chunk) for chunk in chunks]
+def _put_before(head: bytes | bytearray, whole: BytesIO) -> None:
+    """Write `head` before all that is there; the end is the place to go on at."""
+    size = whole.tell()
+    whole.write(bytes(len(head)))
+    with whole.getbuffer() as buffer:
+        buffer[len(head) :] = buffer[:size]
+        buffer[: len(head)] = head
 
 
 def _item(name: str, entry: Entry, cells: Cells | None) -> Item:

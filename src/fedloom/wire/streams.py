@@ -8,10 +8,11 @@ same bytes, and a reader never holds more than one of a stream.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import zstandard
@@ -85,28 +86,55 @@ def unpack(coded: memoryview, size: int, what: str) -> memoryview:
     return memoryview(raw)
 
 
+class Piece(Protocol):
+    """Bytes of a stream that may be made where they are asked for: an array of bytes is one."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+
+    def __getitem__(self, part: slice, /) -> Bytes:
+        """Some of them."""
+
+
 class Sink:
     """Collects the pieces of one stream."""
 
     def __init__(self) -> None:
-        self.pieces: list[Bytes] = []
-        self.size = 0
+        self.pieces: list[Piece] = []
+        self.ends: list[int] = []
 
-    def add(self, piece: Bytes) -> None:
-        """Append bytes."""
+    @property
+    def size(self) -> int:
+        """Bytes of all pieces."""
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks they make."""
+        return -(-self.size // CHUNK)
+
+    def add(self, piece: Piece) -> None:
+        """Append bytes. They are looked at when a chunk is asked for: until then they must not change."""
         if piece.size:
             self.pieces.append(piece)
-            self.size += piece.size
+            self.ends.append(self.size + piece.size)
 
     def join(self, other: Sink) -> None:
         """Append all that another one holds."""
-        self.pieces += other.pieces
-        self.size += other.size
+        for piece in other.pieces:
+            self.add(piece)
 
-    def chunks(self) -> list[memoryview]:
-        """The unpacked chunks."""
-        whole = np.concatenate(self.pieces).data if self.pieces else memoryview(b"")
-        return [whole[start : start + CHUNK] for start in range(0, len(whole), CHUNK)]
+    def chunk(self, number: int) -> memoryview:
+        """One of the unpacked chunks, made now: not all of a stream's bytes are in memory at the same time."""
+        at, stop = number * CHUNK, min((number + 1) * CHUNK, self.size)
+        parts, place = [], bisect_right(self.ends, at)
+        while at < stop:
+            piece, end = self.pieces[place], self.ends[place]
+            begin = end - piece.size
+            parts.append(piece[at - begin : min(stop, end) - begin])
+            at, place = min(stop, end), place + 1
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).data
 
 
 class Source:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedloom.compress.entries import Quantized, Values
 from fedloom.errors import WireError
-from fedloom.wire.streams import Sink, Sources
+from fedloom.wire.streams import Bytes, Sink, Sources
 
 Words = NDArray[Any]
 MOST_BLOCK = 65536
@@ -51,14 +51,36 @@ class ValueCoding:
     get: Callable[[ValueCoding, Sequence[int], Sequence[int], Sources], list[Values]]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Plane:
+    """One byte of each of some unsigned words that were rotated left by one bit; the bytes are made when asked for.
+
+    byte: 0 for the least significant.
+    """
+
+    words: Words
+    byte: int
+
+    @property
+    def size(self) -> int:
+        """Bytes: as many as there are words."""
+        return self.words.size
+
+    def __getitem__(self, part: slice) -> Bytes:
+        words = self.words[part]
+        # Bit k of a rotated word was bit k - 1, and its lowest was the highest.
+        if self.byte:
+            return (words >> words.dtype.type(8 * self.byte - 1)).astype(np.uint8)
+        low = words.astype(np.uint8) << np.uint8(1)
+        low |= (words >> words.dtype.type(8 * words.dtype.itemsize - 1)).astype(np.uint8)
+        return low
+
+
 def put_words(words: Words, role: int, sinks: Mapping[int, Sink]) -> None:
     """Append unsigned words, rotated left by one, to one stream a byte, the most significant first."""
     size = words.dtype.itemsize
-    rotated = words << words.dtype.type(1)
-    rotated |= words >> words.dtype.type(8 * size - 1)
-    planes = rotated.astype(f"<u{size}", copy=False).view(np.uint8).reshape(-1, size)
     for plane in range(size):
-        sinks[role + plane].add(np.ascontiguousarray(planes[:, size - 1 - plane]))
+        sinks[role + plane].add(Plane(words, size - 1 - plane))
 
 
 def get_words(count: int, size: int, role: int, sources: Sources) -> Words:
@@ -98,8 +120,10 @@ def _get_floats(coding: ValueCoding, counts: Sequence[int], blocks: Sequence[int
 
 def _put_blocks(coding: ValueCoding, tensors: Sequence[Values], sinks: Mapping[int, Sink]) -> None:
     quantized = [values for values in tensors if isinstance(values, Quantized)]
-    codes = np.concatenate([values.codes.numpy() for values in quantized])
-    sinks[coding.role].add(PACK[coding.bits](codes))
+    codes = [values.codes.numpy() for values in quantized]
+    # Codes of fewer bits share bytes with those of the next tensor.
+    for part in codes if coding.bits == 8 else [np.concatenate(codes)]:
+        sinks[coding.role].add(PACK[coding.bits](part))
     put_words(
         np.concatenate([values.scales.numpy() for values in quantized]).view(np.uint32), SCALES[coding.bits], sinks
     )

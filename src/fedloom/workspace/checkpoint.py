@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
 from fedloom.errors import CheckpointError
@@ -69,11 +69,15 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Contents:
-    """What a file of states holds: states and blobs by name, and facts that are plain JSON."""
+    """What a file of states holds: states and blobs by name, and facts that are plain JSON.
+
+    left: blob → bytes of it that were left in the file.
+    """
 
     states: Mapping[str, State]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -125,15 +129,26 @@ def save_contents(folder: Path, round: int, contents: Contents) -> Path:
     meta = {
         "format": _FORMAT,
         "states": {name: shelves.party(state) for name, state in contents.states.items()},
-        "blobs": shelves.put({name: _bytes(blob) for name, blob in contents.blobs.items()}),
+        "blobs": shelves.put({name: _tensor_of(blob) for name, blob in contents.blobs.items()}),
         "facts": dict(contents.facts),
         "shelves": shelves.names,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{round:05d}.safetensors"
     partial = path.with_suffix(".partial")
+    # Written from where the tensors lie: a copy of them all would take as much memory as the states themselves. Two may
+    # share memory, as those of a client of lower rank do with the server's.
+    specs = {
+        key: TensorSpec(
+            dtype=str(tensor.dtype).rpartition(".")[2],
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for key, tensor in shelves.tensors.items()
+    }
     try:
-        save_file(shelves.tensors, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
+        serialize_file(specs, partial, metadata={"fedloom": json.dumps(meta, sort_keys=True)})
         _sync(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
@@ -145,22 +160,25 @@ def save_contents(folder: Path, round: int, contents: Contents) -> Path:
     return path
 
 
-def load_contents(path: Path) -> Contents:
-    """Read such a file back. Raises CheckpointError, naming the file, if it is missing, truncated or altered."""
+def load_contents(path: Path, *, leave: Collection[str] = ()) -> Contents:
+    """Read such a file back, but for the blobs that are to be left in it.
+
+    Raises CheckpointError, naming the file, if it is missing, truncated or altered.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("fedloom", "{}"))
-            # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and
-            # the matrix kernels round the last bits of odd shapes in another way there.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            meta = _read_meta(path, file)
+            blobs = meta["shelves"][meta["blobs"]]
+            left = {name: _size_of(file, blobs[name]) for name in leave if name in blobs}
+            tensors = {
+                key: _read_tensor(path, file, key)
+                for shelf in meta["shelves"]
+                for name, key in shelf.items()
+                if not (shelf is blobs and name in left)
+            }
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
-    if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of fedloom (expected format {_FORMAT})")
-    for key, tensor in tensors.items():
-        if _key(tensor) != key:
-            raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
-    shelves = [{name: tensors[key] for name, key in shelf.items()} for shelf in meta["shelves"]]
+    shelves = [{name: tensors[key] for name, key in shelf.items() if key in tensors} for shelf in meta["shelves"]]
     held: dict[int, LoraState] = {}
 
     def lora(shelf: int) -> LoraState:
@@ -173,9 +191,42 @@ def load_contents(path: Path) -> Contents:
 
     return Contents(
         states={name: party(*parts) for name, parts in meta["states"].items()},
-        blobs={name: tensor.numpy().tobytes() for name, tensor in shelves[meta["blobs"]].items()},
+        blobs={name: tensor.numpy().tobytes() for name, tensor in shelves[meta["blobs"]].items() if name not in left},
         facts=meta["facts"],
+        left=left,
     )
+
+
+def load_blob(path: Path, name: str) -> bytes:
+    """One blob of such a file, b"" where it has none of this name. Raises CheckpointError as `load_contents` does."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = _read_meta(path, file)
+            key = meta["shelves"][meta["blobs"]].get(name)
+            return b"" if key is None else _read_tensor(path, file, key).numpy().tobytes()
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
+
+
+def _read_meta(path: Path, file: Any) -> dict[str, Any]:  # noqa: ANN401 (safetensors names no type)
+    meta: dict[str, Any] = json.loads((file.metadata() or {}).get("fedloom", "{}"))
+    if meta.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of fedloom (expected format {_FORMAT})")
+    return meta
+
+
+def _read_tensor(path: Path, file: Any, key: str) -> Tensor:  # noqa: ANN401 (safetensors names no type)
+    # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and the matrix
+    # kernels round the last bits of odd shapes in another way there.
+    tensor: Tensor = file.get_tensor(key).clone()
+    if _key(tensor) != key:
+        raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
+    return tensor
+
+
+def _size_of(file: Any, key: str) -> int:  # noqa: ANN401 (safetensors names no type)
+    """Bytes of a blob, which is a tensor of bytes."""
+    return int(file.get_slice(key).get_shape()[0])
 
 
 class _Shelves:
@@ -202,19 +253,21 @@ class _Shelves:
     def _key(self, tensor: Tensor) -> str:
         key = _key(tensor)
         if key not in self.tensors:
-            # A client of lower rank holds views of the server's tensors; safetensors stores no shared memory.
-            self.tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            self.tensors[key] = tensor.detach().cpu().contiguous()
         return key
 
 
-def _bytes(payload: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+def _tensor_of(payload: bytes) -> Tensor:
+    """The bytes as they lie, as a tensor that is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not writable", UserWarning)
+        return torch.frombuffer(payload, dtype=torch.uint8)
 
 
 def _key(tensor: Tensor) -> str:
     """A name that only this content, shape and type have."""
     hasher = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
-    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

@@ -25,8 +25,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from pydantic import ValidationError
 
 from fedloom.errors import ConfigError, RoundError
-from fedloom.flower.fleet import Node
 from fedloom.flower.launch import QUIET
+from fedloom.flower.messages import Node
 from fedloom.flower.settings import check_flower_settings, shared_settings
 from fedloom.flower.simulated import actors
 from fedloom.flower.simulated.cast import Cast

@@ -16,7 +16,12 @@ class FlowerSettings(Section):
     )
     insecure: bool = Field(False, description="Connect without TLS; for trials on one machine only.")
     min_replies: int = Field(2, ge=1, description="Updates that a round needs.")
-    deadline: float = Field(3600.0, gt=0, description="How long a round, or one try of it, waits for updates.")
+    deadline: float = Field(
+        3600.0,
+        gt=0,
+        description="How long a round, or one try of it, waits for updates, and the end of a run for sites that take "
+        "the result.",
+    )
     grace: float | None = Field(
         None,
         ge=0,

@@ -1,0 +1,1 @@
+"""`fedloom node SITE.toml`: carries messages between a SuperLink and a worker, and runs no code of the server."""
