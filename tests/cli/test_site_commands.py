@@ -119,6 +119,11 @@ def test_a_job_is_listed_shown_allowed_and_refused(call, project: Path):
     code, said = call("approve", JOB, "--rounds", 3, "--until", "2999-01-31")
     assert code == 0 and "approved by ada" in said and "for 3 rounds in all; until 2999-01-31 23:59" in said
     assert "approved" in call("jobs")[1] and "approved by ada" in call("show", name)[1]
+    trail = AuditTrail(project / "state" / "audit")
+    for number in range(3):
+        assert "approved" in call("jobs")[1]
+        trail.record(bytes(number + 1), JOB, number, None, NOW)
+    assert "over" in call("jobs")[1] and "3 updates have left, 6 bytes" in call("show", name)[1]
     code, said = call("refuse", JOB, "--reason", "no contract")
     assert "refused by ada" in said and said.endswith("because: no contract")
     rows = json.loads(call("jobs", "--json")[1])

@@ -44,16 +44,16 @@ def followed(folder, script, seconds):
 def test_setting_up_and_the_doctor_as_the_page_says(folder, monkeypatch):
     """Within this process, which has torch loaded already; the slow test below has the shell do it."""
     monkeypatch.chdir(folder)
-    script = commands("setup").replace("\\\n", " ").replace("$PWD", str(folder))
+    script = f"{commands('setup')}\n{commands('two')}".replace("\\\n", " ").replace("$PWD", str(folder))
     lines = [line for line in script.splitlines() if line]
-    assert len(lines) == 5
+    assert len(lines) == 8
     said = ""
     for line in lines:
         program, *arguments = shlex.split(line)
         done = CliRunner().invoke(app, arguments)
         assert (program, done.exit_code) == ("fedloom", 0), f"{line}: {done.output}"
         said += done.stdout
-    assert "fail" not in said and said.count("1800 examples") == 3
+    assert "fail" not in said and said.count("1800 examples") == 5
     for site in ("bank", "clinic", "lab"):
         assert stat.S_IMODE((folder / "fed" / "sites" / site / "node.key").stat().st_mode) == 0o600
 

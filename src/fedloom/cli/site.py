@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import os
 import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,7 @@ def jobs(site: File = HERE, as_json: AsJson = False) -> None:
 @app.command()
 def show(job: Name, site: Site = HERE, as_json: AsJson = False) -> None:
     """Say what a job is: what it trains, with how much of the data, what leaves, and what that costs."""
+    from fedloom.site.audit import AuditTrail
     from fedloom.site.dossier import describe_job
     from fedloom.site.told import read_told
 
@@ -91,7 +93,9 @@ def show(job: Name, site: Site = HERE, as_json: AsJson = False) -> None:
         print(escape_json(json.dumps({"job": asdict(found), **asdict(seen)}, indent=2, ensure_ascii=False)))
         return
     base = f"{here.model}, the very files that the server has (digest {found.base})"
-    print_rows([("job", found.name), ("state", standing_text(here, found)), *dossier_rows(here, seen, base)])
+    so_far = AuditTrail(Path(here.state) / "audit").payloads_of(found.job)
+    head = [("job", found.name), ("state", standing_text(here, found)), ("so far", so_far_text(so_far))]
+    print_rows([*head, *dossier_rows(here, seen, base)])
     if found.standing(here.policy.approve == "ask", datetime.now(UTC)) == "waiting":
         _say(f"allow it: fedloom site approve {found.name}{_option(site)} [--rounds N] [--until DATE]")
         _say(f"or not:   fedloom site refuse {found.name}{_option(site)} [--reason TEXT]")
@@ -202,17 +206,26 @@ def status(site: File = HERE, as_json: AsJson = False) -> None:
     print_rows(overview_rows(here, seen))
 
 
+def so_far_text(left: Mapping[str, int]) -> str:
+    """What has left of a job."""
+    return f"{len(left):,} updates have left, {sum(left.values()):,} bytes" if left else "nothing has left"
+
+
 def job_rows(here: SiteConfig, book: JobBook, now: datetime) -> list[JobRow]:
     """All jobs of the book, and the folders of those from before there was one."""
+    from fedloom.site.audit import AuditTrail
     from fedloom.site.prune import list_folders
 
     folders = {folder.path.name: folder for folder in list_folders(Path(here.state))}
+    trail = AuditTrail(Path(here.state) / "audit")
     rows = []
     for job in book.jobs():
         method, rounds = _told(book, job)
         folder, said = folders.get(job.job), job.decision
         standing = job.standing(here.policy.approve == "ask", now)
         when, who = (said.time, said.who) if said else ("", "")
+        if standing == "approved" and said and said.rounds is not None and said.rounds < (rounds or math.inf):
+            standing = "over" if len(trail.payloads_of(job.job)) >= said.rounds else standing
         rows.append(JobRow(job.name, standing, job.asked, when, who, method, rounds, folder.bytes if folder else 0))
     known = {job.job for job in book.jobs()}
     for name, folder in folders.items():

@@ -279,8 +279,8 @@ def _extract(tar: tarfile.TarFile, into: Path, digests: Mapping[str, str], archi
             target.mkdir(parents=True, exist_ok=True)
             target.chmod(member.mode & 0o777 | 0o700)
             continue
-        content = tar.extractfile(member)
-        if content is None or not member.isreg():
+        content = tar.extractfile(member) if member.isreg() else None
+        if content is None:
             raise ConfigError(f"{archive} holds {member.name!r}, which no copy has")
         if _copy_out(content, target, member.mode & 0o777) != digests[member.name]:
             raise ConfigError(f"{archive}: {member.name} was changed, or is not whole")

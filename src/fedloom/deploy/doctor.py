@@ -84,7 +84,8 @@ def check_server(folder: Path, online: bool) -> list[Check]:
         found.append(fail("certificate", str(error), "fedloom federation renew DIR"))
     found.append(try_check("ca.pem", "take it from ca/ again", lambda: machine.check_authority(folder / "ca.pem")))
     found.append(try_check("sites", "fedloom federation rotate DIR NAME", lambda: check_sites(folder)))
-    found.append(try_check("flwr", "put its absolute path into flwr/config.toml", lambda: check_connection(folder)))
+    put = "put its absolute path into flwr/config.toml"
+    found.append(try_check("connection", put, lambda: check_connection(folder)))
     if (folder / "state").exists():
         found.append(
             try_check("state", "run the doctor as the SuperLink's user", lambda: check_database(folder / "state"))
@@ -149,16 +150,22 @@ def check_audit(state: Path) -> Check:
 
 
 def check_worker(path: Path, token_file: str) -> Check:
-    """Whether a worker answers on its socket, and takes the token."""
-    from fedloom.site.protocol import WRONG_TOKEN, Parcel, exchange
+    """Whether a worker answers on its socket, takes the token, and is of this fedloom."""
+    from fedloom.site.protocol import SPOKEN, WRONG_TOKEN, Parcel, exchange
 
     token = Path(token_file).read_text(encoding="utf-8").strip()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(10.0)
         connection.connect(str(path))
-        said = exchange(connection, token, Parcel({})).facts.get("error")
-    if said == WRONG_TOKEN:
+        try:
+            said = exchange(connection, token, Parcel({})).facts
+        except TimeoutError:
+            return warn("worker", f"takes calls on {path}, but is busy: no answer in 10 s", "look at its log")
+    if said.get("error") == WRONG_TOKEN:
         return fail("worker", f"answers on {path}, but refuses the token in {token_file}", "restart the worker")
+    if (protocol := said.get("protocol", SPOKEN.newest)) != SPOKEN.newest:
+        found = f"answers on {path} in protocol {protocol}; the fedloom that is installed speaks {SPOKEN.newest}"
+        return warn("worker", found, "restart the worker, so that it is the one that is installed")
     return ok("worker", f"answers on {path}, and takes the token")
 
 
@@ -169,8 +176,8 @@ def check_connection(folder: Path) -> Check:
     settings = tomllib.loads((folder / "flwr" / "config.toml").read_text(encoding="utf-8"))
     named = Path(settings["superlink"]["federation"]["root-certificates"])
     if not named.is_file():
-        return fail("flwr", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
-    return ok("flwr", f"flwr/config.toml names {named}")
+        return fail("connection", f"flwr/config.toml names {named}, which is not there", "put the right path into it")
+    return ok("connection", f"flwr/config.toml names {named}")
 
 
 def check_database(state: Path) -> Check:

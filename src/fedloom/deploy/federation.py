@@ -58,6 +58,7 @@ _SITE_FILES = {
     "supernode.sh": 0o755,
     "fedloom-worker.service": 0o644,
     "fedloom-supernode.service": 0o644,
+    "fedloom-node.service": 0o644,
     "fedloom.logrotate": 0o644,
 }
 RECORD = "federation.toml"

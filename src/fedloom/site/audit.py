@@ -176,9 +176,9 @@ class AuditTrail:
             file.write(b"\n")
         return lines
 
-    def payloads_of(self, job: str) -> set[str]:
-        """Digests of the payloads of a job that have left."""
-        return {line.payload for line in self.lines() if line.job == job and line.payload}
+    def payloads_of(self, job: str) -> dict[str, int]:
+        """Digest → bytes of the payloads of a job that have left."""
+        return {line.payload: line.bytes for line in self.lines() if line.job == job and line.payload}
 
     def verify(self) -> tuple[list[Line], list[Line], list[str]]:
         """(all lines, those whose payload was moved away, payload files without a line).

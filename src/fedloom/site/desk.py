@@ -10,8 +10,6 @@ import gc
 import hashlib
 import json
 import logging
-import math
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fedloom.errors import FedloomError, PolicyRefusal, SiteError
+from fedloom.errors import SiteError
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
@@ -28,11 +26,10 @@ from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, Trained, accept, client_turn
+from fedloom.rounds.turns import Train, Trained, accept, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.log_lines import MOST_LOGGED, quote_trace
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
 from fedloom.site.policy import (
@@ -45,10 +42,10 @@ from fedloom.site.policy import (
     count_drawn,
     guard_training,
     limit_time,
-    text_for_server,
 )
 from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
+from fedloom.site.replies import facts_of, reply_error
 from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
@@ -90,7 +87,7 @@ class Desk:
     @property
     def held(self) -> TurnRecord | None:
         """The state that this job is in."""
-        return self.place and self.place.held
+        return None if self.place is None else self.place.held
 
     def answer(self, parcel: Parcel, waited: float = 0.0) -> Parcel:
         """The reply to a request that came `waited` seconds ago.
@@ -109,16 +106,7 @@ class Desk:
             log.info("the turn was dropped: %s", dropped.why)
             return Parcel({"dropped": dropped.why, "protocol": SPOKEN.newest})
         except Exception as error:  # a worker outlives every job
-            reference = secrets.token_hex(4)
-            trace = "" if isinstance(error, FedloomError) else quote_trace(error)
-            level = logging.WARNING if isinstance(error, PolicyRefusal) else logging.ERROR
-            log.log(level, "reference %s: %r%s", reference, str(error)[:MOST_LOGGED], trace)
-            said: dict[str, Fact] = {"error": text_for_server(self.site.policy, error, reference)}
-            said |= {"protocol": SPOKEN.newest, "name": self.site.name}
-            place = self.places.get(asked.job) if asked else None
-            if place is not None and place.held is not None:
-                said |= {"version": place.held.after.version, "digest": place.held.after.digest}
-            return Parcel(said)
+            return reply_error(self.site, error, self.places.get(asked.job) if asked else None)
         finally:
             if asked:
                 self.places.rest(asked.job)
@@ -162,7 +150,7 @@ class Desk:
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
         check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
-        facts = json.dumps(_facts(done)).encode()
+        facts = json.dumps(facts_of(done)).encode()
         held = TurnRecord(asked.round, state, done.state, facts, done.payload, "".join(charges))
         rows: list[Row] = [transfer_row(asked.round, self.site.name, "down", payload) for payload in fresh]
         trained = done.trained
@@ -200,8 +188,8 @@ class Desk:
 
     def leave(self, asked: Request, held: TurnRecord) -> Parcel:
         """The reply, recorded in the audit trail before it goes."""
-        privacy = self.site.policy.privacy
-        mu = privacy.mu if privacy else None
+        self.jobs.check(asked, self.trail.clock.now())  # a person may have said no while it trained
+        mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
 
@@ -339,9 +327,3 @@ def _applied(payload: bytes, version: int) -> bool:
     """Whether this change was applied before: it was sent again because nobody knew."""
     header = read_header(payload)
     return header.kind == "change" and header.base_version < version
-
-
-def _facts(done: ClientTurn) -> dict[str, Fact]:
-    trained = done.trained
-    loss = trained.loss if math.isfinite(trained.loss) else None
-    return {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}

@@ -10,7 +10,7 @@ NO_PROXY="${no_proxy:-${NO_PROXY:-}}"
 export NO_PROXY="${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1"
 export no_proxy="$NO_PROXY"
 # How often Flower's SuperExec looks for a message to work on; every message waits for it, by its own setting 1 s.
-export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.1}"
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.2}"
 umask 077
 mkdir -p flwr
 # The SuperNode must not outlive this script, however that ends.
