@@ -26,6 +26,7 @@ from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
+from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
@@ -148,11 +149,13 @@ class Desk:
         del held
         if place.store.exists():
             place.held = None  # as large as the state that training begins with, and on disk
+            give_back(4 * state.adapter.numel())
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
         rows.sent(done)
         held = TurnRecord(asked.round, state, done.state, facts_of(done), done.payload, "".join(charges))
         del done  # and with it the adapter after training
+        give_back(4 * state.adapter.numel())
         check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
         self.keep(place, held, rows.found)
         return self.leave(asked, held)
@@ -200,8 +203,11 @@ class Desk:
         rows = Rows(asked.round, self.site.name)
         state = place.bring_in_step(held.base(asked.counted), payloads, rows.received)
         adapter, _ = export_adapter(state, None)
-        held = replace(held, before=state, after=state, payload=place.store.read_payload())
-        self.keep(place, held, rows.found, 4 * adapter.numel())
+        held = replace(held, before=state, after=state)
+        if place.store.exists():
+            place.held = None  # as large as the state that was received, and on disk
+            give_back(4 * state.adapter.numel())
+        self.keep(place, replace(held, payload=place.store.read_payload()), rows.found, 4 * adapter.numel())
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )
