@@ -29,7 +29,7 @@ Rounds, sites, policy, records and everything on disk are the real code. Flower'
 made up, and time is simulated: {simulated} minutes of it passed. kill -9 comes at any step on disk or on the line, and
 takes back what the process had not handed to the system. A full disk is the system's own limit on the size of files.
 Whenever a session of the server ends early, the run is resumed, as its operator would. A request that was about to
-leave at that moment counts as sent; answers that were fetched and not yet written down are fetched anew, and count once.
+leave at that moment counts as sent; answers that were fetched and not yet written down come again, and count once.
 
 ## What holds at the end
 

@@ -30,12 +30,6 @@ FOLDERS = (
     "workspace/occupied.py",
     "workspace/resumption.py",
 )
-    "records/lock.py",
-    "report/standing.py",
-    "workspace/folder.py",
-    "workspace/occupied.py",
-    "workspace/resumption.py",
-)
 """What says whether a run's folder can be used."""
 ROOMS = [
     path
