@@ -36,8 +36,6 @@ def run(*, sites: int = 2, rounds: int = 8, way: WayIn = "node") -> dict[str, An
         with Loopback(Path(folder), names, testbed / "model", data, way=way) as loopback:
             config = settings(testbed, names, rounds, loopback)
             loopback.everything(config, names)
-            memory = None
-            cpu: dict[str, float] = {}
             launch.run_on_superlink(config, Path(folder) / RUN)
             memory = resident(loopback, names[0])
             cpu = {name: processor_seconds(loopback.started[name].pid) for name in loopback.started}
@@ -62,7 +60,7 @@ def settings(testbed: Path, names: Sequence[str], rounds: int, loopback: Loopbac
 def resident(loopback: Loopback, site: str) -> float:
     """MB in memory of what carries a site's messages, with all processes that it has started."""
     process = psutil.Process(loopback.started[f"node-{site}"].pid)
-    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6
+    return float(sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))) / 1e6
 
 
 def processor_seconds(pid: int) -> float:

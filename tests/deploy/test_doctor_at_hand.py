@@ -270,3 +270,18 @@ def test_a_worker_is_asked_for_token_and_protocol(tmp_path, monkeypatch, facts, 
             monkeypatch.setattr("fedloom.site.protocol.exchange", lambda *arguments: Parcel(facts))
         check = check_worker(tmp_path / "sock", str(tmp_path / "worker.token"))
     assert check.outcome == outcome and words in check.found
+
+
+def test_the_way_out_is_the_one_that_the_site_names(made):
+    """`fedloom node` goes by [node] of SITE.toml, so the doctor does as well."""
+    site = made / "sites" / "lab"
+    for name in ("node.key", "node.pub", "ca.pem"):
+        (site / name).rename(site / f"own-{name}")
+    (site / "federation.toml").unlink()
+    (site / "supernode.sh").unlink()
+    file = site / "SITE.toml"
+    told = file.read_text().replace('"./node.key"', '"./own-node.key"').replace('"./ca.pem"', '"./own-ca.pem"')
+    file.write_text(told.replace('superlink = "localhost:8443"', 'superlink = "127.0.0.1:1"'))
+    found = by_name(examine(site))
+    assert found["own-node.key"].outcome == found["own-ca.pem"].outcome == "ok" and "proxy" not in found
+    assert "nobody listens" in found["SuperLink 127.0.0.1:1"].found

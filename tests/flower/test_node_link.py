@@ -294,5 +294,6 @@ def test_the_node_loads_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, fedloom.cli.main, fedloom.cli.node, fedloom.flower.node.service; print({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
+    program = "import sys, fedloom.cli.main, fedloom.cli.node, fedloom.flower.node.service\n"
+    code = program + "print({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -59,17 +59,26 @@ def check_site(path: Path, online: bool) -> list[Check]:
     found.append(try_check("audit", "find out who touched it before going on", lambda: check_audit(Path(config.state))))
     found.append(machine.check_disk(Path(config.state)))
     ask_again = "ask the federation's operator for this site's files"
-    found.append(try_check("node.key", ask_again, lambda: machine.check_node_key(folder / "node.key")))
-    found.append(try_check("ca.pem", ask_again, lambda: machine.check_authority(folder / "ca.pem")))
-    found.append(network.check_proxies(folder / "supernode.sh"))
+    key, ca, superlink = _way_out(folder, config, told)
+    found.append(try_check(key.name, ask_again, lambda: machine.check_node_key(key)))
+    found.append(try_check(ca.name, ask_again, lambda: machine.check_authority(ca)))
+    if config.node is None or (folder / "supernode.sh").is_file():  # `fedloom node` asks no proxy for loopback
+        found.append(network.check_proxies(folder / "supernode.sh"))
     if not online:
         return found
     found.append(
         try_check("worker", "fedloom worker SITE.toml", lambda: check_worker(Path(config.socket), config.token_file))
     )
-    if told is None:
+    if not superlink:
         return [*found, warn("SuperLink", "its address is not known here", f"{ask_again} (federation.toml)")]
-    return [*found, *network.check_superlink(*parse_endpoint(told.address, "address"), folder / "ca.pem")]
+    return [*found, *network.check_superlink(*parse_endpoint(superlink, "node.superlink"), ca)]
+
+
+def _way_out(folder: Path, site: SiteConfig, told: FederationPlan | None) -> tuple[Path, Path, str]:
+    """(node's key, CA certificate, address of the SuperLink) as SITE.toml has them, or as `federation init` does."""
+    if site.node is not None:
+        return Path(site.node.key), Path(site.node.root_certificates), site.node.superlink
+    return folder / "node.key", folder / "ca.pem", told.address if told else ""
 
 
 def check_server(folder: Path, online: bool) -> list[Check]:

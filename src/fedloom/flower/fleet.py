@@ -30,7 +30,7 @@ asks allows as much again as a round may take: what is late is refused, but its 
 GREET_SECONDS = 30.0
 """How long a node that could not take part is left alone before it is greeted again."""
 AWAY = "is not connected"
-"""What is said of a site that nobody hears of; the report knows these words."""
+"""What is said of a site that nobody hears of. Flower tells of nodes that are connected, and of no others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class FlowerSites:
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
-        """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it cannot be averaged."""
+        """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
