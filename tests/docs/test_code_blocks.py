@@ -32,7 +32,7 @@ PAGES = sorted(
     if path.name not in ("LOG.md", "CHANGELOG.md") and path.parent.name != "text"
 )
 APPS = {"fedloom": "fedloom.cli.main", "benchmarks": "benchmarks.commands", "experiments": "experiments.__main__"}
-LANGUAGES = {"", "python", "sh", "toml", "json", "text"}
+LANGUAGES = {"", "python", "sh", "toml", "yaml", "json", "text"}
 SITE = {"name": "site", "model": "model", "data": "data"}
 
 
