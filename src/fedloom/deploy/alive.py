@@ -21,12 +21,18 @@ SECONDS = 5.0
 def answers(folder: Path) -> str:
     """What answered. Raises OSError, KeyError or ValueError where nothing did, or the folder is none of these."""
     if (folder / "SITE.toml").exists():
-        path = folder / tomllib.loads((folder / "SITE.toml").read_text(encoding="utf-8"))["socket"]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(SECONDS)
-            connection.connect(str(path))
-        return f"the worker at {path}"
-    listen = str(tomllib.loads((folder / "federation.toml").read_text(encoding="utf-8"))["listen"])
+        return _worker(folder / tomllib.loads((folder / "SITE.toml").read_text(encoding="utf-8"))["socket"])
+    return _superlink(folder, tomllib.loads((folder / "federation.toml").read_text(encoding="utf-8"))["listen"])
+
+
+def _worker(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(SECONDS)
+        connection.connect(str(path))
+    return f"the worker at {path}"
+
+
+def _superlink(folder: Path, listen: str) -> str:
     context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
     host, _, port = listen.rpartition(":")
     connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=SECONDS, context=context)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from fedloom.errors import SiteError
 from fedloom.site.protocol import Parcel, cut_payloads, parse_sizes
@@ -27,13 +28,13 @@ MOST_PIECES = 64
 class Array(FlowerArray):
     """Flower's array, cut into pieces of ours. It has its name, by which Flower knows the kind of an object."""
 
-    def slice_array(self) -> list[tuple[str, ArrayChunk]]:
+    def slice_array(self) -> list[tuple[str, InflatableObject]]:
         """(object id, piece) of all pieces in order; views of the data, made once."""
         if "_chunks" not in self.__dict__:  # under this name flwr forgets them when the data change
             size, view = piece_size(len(self.data)), memoryview(self.data)
             pieces = [ArrayChunk(view[start : start + size]) for start in range(0, len(view), size)]
             self.__dict__["_chunks"] = [(piece.object_id, piece) for piece in pieces]
-        chunks: list[tuple[str, ArrayChunk]] = self.__dict__["_chunks"]
+        chunks: list[tuple[str, InflatableObject]] = self.__dict__["_chunks"]
         return chunks
 
 
