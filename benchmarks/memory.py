@@ -138,6 +138,7 @@ def replay_site(desk: Desk, kept: Path) -> None:
             send_parcel(ours, reply)
             ours.shutdown(socket.SHUT_WR)
             reader.join()
+            del reply  # a worker holds none while it waits for a request
 
 
 def _send_kept(connection: socket.socket, path: Path) -> None:

@@ -23,6 +23,7 @@ from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
+from fedloom.rounds.memory import give_back
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -149,6 +150,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
             raise NumericError(
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
+    give_back(4 * trained.adapter.numel())  # what training took besides
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header, Outline.of(trained.adapter, whole_ranks(state)) if job.method.joins else None)
@@ -232,6 +234,7 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     result = combine(job.method, state, cohort, context, job.module_weighting)
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
     del draft, context, result  # what was averaged: as large as the state that follows
+    give_back(4 * state.adapter.numel())
     after = _take_up(job, replace(state, memory=memory), decode(payload))
     check_finite(after)
     if not job.consolidation.is_due(round):

@@ -27,6 +27,7 @@ from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
+from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
 from fedloom.server.disk import explain_full_disk
@@ -267,6 +268,7 @@ class Rounds:
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
+        give_back(4 * self.server.adapter.numel())
         self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
 
     def full_state(self) -> bytes:

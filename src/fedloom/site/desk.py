@@ -26,6 +26,7 @@ from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
+from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
@@ -148,11 +149,13 @@ class Desk:
         del held
         if place.store.exists():
             place.held = None  # as large as the state that training begins with, and on disk
+            give_back(4 * state.adapter.numel())
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
         rows.sent(done)
         held = TurnRecord(asked.round, state, done.state, facts_of(done), done.payload, "".join(charges))
         del done  # and with it the adapter after training
+        give_back(4 * state.adapter.numel())
         check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
         self.keep(place, held, rows.found)
         return self.leave(asked, held)

@@ -39,7 +39,7 @@ from fedloom.wire.values import CODINGS, coding_of, tensor_of
 MAGIC = b"FLOM"
 VERSION = 2
 CHECKSUM_BYTES = 8
-_AT_ONCE = 128  # chunks that are packed before they are written: 16 MiB, worth the two threads
+_AT_ONCE = 32  # chunks that are packed before they are written: 4 MiB, worth the two threads
 Sinks = dict[int, Sink]
 
 
@@ -222,8 +222,8 @@ def _pack_streams(sinks: Sinks, work: int, smaller: bool, out: BytesIO) -> list[
     lengths: dict[int, list[int]] = {role: [] for role, _ in raw}
 
     def packed(some: list[tuple[int, int]]) -> list[bytes | memoryview]:
-        chunks = [sinks[role].chunk(number) for role, number in some]
-        return [pack(chunk) for chunk in chunks] if smaller else list(chunks)
+        chunks = (sinks[role].chunk(number) for role, number in some)
+        return [pack(chunk) if smaller else chunk for chunk in chunks]
 
     for start in range(0, len(raw), _AT_ONCE):
         some = raw[start : start + _AT_ONCE]
