@@ -32,8 +32,8 @@ Whenever a session of the server ends early, the run is resumed, as its operator
 leave at that moment counts as sent; answers that were fetched and not yet written down come again, and count once.
 
 `make soak-processes`, and ten minutes of it in `make check-slow`, play a smaller one in real time: SuperLink, server
-app, `fedloom node` and workers over TLS, each site behind a line of its own. Its faults are these, but for messages that
-are doubled or changed, which TLS rules out, and with a slow line and a bit that changes on the line beside them.
+app, `fedloom node` and workers over TLS, each site behind a line of its own. Its faults are these, but for messages
+that are doubled or changed, which TLS rules out, and with a slow line and a bit that changes on the line beside them.
 
 ## What holds at the end
 
