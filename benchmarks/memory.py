@@ -27,7 +27,8 @@ from rich.table import Table
 
 from fedloom.compress.quantize import quantize
 from fedloom.errors import RoundError
-from fedloom.flower.fleet import Fleet, Grid
+from fedloom.flower.fleet import Fleet
+from fedloom.flower.messages import Grid
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.settings import shared_settings
 from fedloom.flower.simulated.direct import DirectNode
