@@ -72,6 +72,7 @@ class SuperLink:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(self.folder)
             (self.folder / "config.toml").write_text(dump_file(self.config))
+            (self.folder / "job").write_text("0123456789abcdef")
             keep_number(self.folder, 17)
         with Ledger(self.folder / "ledger.jsonl") as ledger:
             for row in rows:

@@ -236,7 +236,7 @@ def test_the_command_shows_a_run_and_refuses_what_is_none(tmp_path):
 def test_the_command_tells_a_run_that_goes_on_from_one_that_was_killed(tmp_path):
     run = tmp_path / "my run"
     written(run, ACROSS)
-    (run / "flower-run").write_text("17")
+    (run / "job").write_text("0123456789abcdef")
     with take_lock(run):
         code, text = asked(run)
         assert code == 0 and "last row" in text and "not running" not in text

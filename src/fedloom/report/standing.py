@@ -87,8 +87,8 @@ def judge_standing(rows: Sequence[Row], writer: Writer, quiet: float, again: str
 def resume_command(folder: Path) -> str:
     """The command that goes on with the run in a folder, by the settings that it keeps there."""
     engine = []
-    if (folder / "flower-run").exists():
-        engine = ["--engine", "flower"]
-    elif (folder / "sites").is_dir():
+    if (folder / "sites").is_dir():  # in which the simulation keeps its sites
         engine = ["--engine", "flower-sim"]
+    elif (folder / "job").exists():  # the name that a run has at its sites
+        engine = ["--engine", "flower"]
     return shlex.join(["fedloom", "run", str(folder / "config.toml"), "--out", str(folder), *engine, "--resume"])
