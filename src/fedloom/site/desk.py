@@ -203,8 +203,11 @@ class Desk:
         rows = Rows(asked.round, self.site.name)
         state = place.bring_in_step(held.base(asked.counted), payloads, rows.received)
         adapter, _ = export_adapter(state, None)
-        held = replace(held, before=state, after=state, payload=place.store.read_payload())
-        self.keep(place, held, rows.found, 4 * adapter.numel())
+        held = replace(held, before=state, after=state)
+        if place.store.exists():
+            place.held = None  # as large as the state that was received, and on disk
+            give_back(4 * state.adapter.numel())
+        self.keep(place, replace(held, payload=place.store.read_payload()), rows.found, 4 * adapter.numel())
         save_run_adapter(
             adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
         )

@@ -203,9 +203,12 @@ def load_blob(path: Path, name: str) -> bytes:
         with safe_open(path, framework="pt") as file:
             meta = _read_meta(path, file)
             key = meta["shelves"][meta["blobs"]].get(name)
-            return b"" if key is None else _read_tensor(path, file, key).numpy().tobytes()
+            blob = b"" if key is None else file.get_tensor(key).numpy().tobytes()
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
+    if key is not None and _key(_tensor_of(blob)) != key:
+        raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
+    return blob
 
 
 def _read_meta(path: Path, file: Any) -> dict[str, Any]:  # noqa: ANN401 (safetensors names no type)
