@@ -162,7 +162,7 @@ def operate(soak: Soak) -> None:
     for _ in range(soak.size.rounds + 3):
         soak.link.begin_session()
         try:
-            server.run_federation(soak.link, soak.config, soak.run, resume=resume, number=1)  # type: ignore[arg-type]
+            server.run_federation(soak.link, soak.config, soak.run, resume=resume, number=1)
             soak.finished = True
             return
         except Killed:

@@ -28,8 +28,12 @@ make soak
 Rounds, sites, policy, records and everything on disk are the real code. Flower's transport and the training step are
 made up, and time is simulated: {simulated} minutes of it passed. kill -9 comes at any step on disk or on the line, and
 takes back what the process had not handed to the system. A full disk is the system's own limit on the size of files.
-Whenever a session of the server ends early, the run is resumed, as its operator would. A request that was about to leave
-at that moment counts as sent; answers that were fetched and not yet written down are fetched anew, and count once.
+Whenever a session of the server ends early, the run is resumed, as its operator would. A request that was about to
+leave at that moment counts as sent; answers that were fetched and not yet written down come again, and count once.
+
+`make soak-processes`, and ten minutes of it in `make check-slow`, play a smaller one in real time: SuperLink, server
+app, `fedloom node` and workers over TLS, each site behind a line of its own. Its faults are these, but for messages
+that are doubled or changed, which TLS rules out, and with a slow line and a bit that changes on the line beside them.
 
 ## What holds at the end
 

@@ -16,7 +16,8 @@ from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import Config, LoraSettings
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import Train, Trained
-from fedloom.workspace.assemble import LocalClient, Setup
+from fedloom.workspace.assemble import Setup
+from fedloom.workspace.clients import LocalClient
 from fedloom.workspace.plan import caps_of
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
@@ -55,7 +56,8 @@ def assemble(config: Config) -> ToySetup:
     placed = {name: Placement(shape, RANK, 32.0) for name, shape in SHAPES.items()}
     adapter = Adapter(LoraSettings(r=RANK), placed)
     names = sorted(config.federation.participants or ())
-    sites = {name: LocalClient(adapter, TokenizedExamples((None,) * EXAMPLES, 0)) for name in names}
+    examples = TokenizedExamples((None,) * EXAMPLES, 0)  # type: ignore[arg-type]  # nobody looks at them
+    sites = {name: LocalClient(adapter, examples) for name in names}
     job = Job(build(config.method.name, config.method.settings), config.federation.seed, quantize("fp32"))
     ranks = {name: held.ranks for name, held in sites.items()}
     job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)

@@ -23,9 +23,17 @@ NOT_OPERATORS = {
     "studies",
 }
 """Files of cli that read adapters or play studies: nobody needs them to run a federation."""
+FOLDERS = (
+    "records/lock.py",
+    "report/standing.py",
+    "workspace/folder.py",
+    "workspace/occupied.py",
+    "workspace/resumption.py",
+)
+"""What says whether a run's folder can be used."""
 ROOMS = [
     path
-    for pattern in ("flower/**/*.py", "site/*.py", "server/*.py", "deploy/*.py", "cli/*.py")
+    for pattern in ("flower/**/*.py", "site/*.py", "server/*.py", "deploy/*.py", "cli/*.py", *FOLDERS)
     for path in sorted(SOURCE.glob(pattern))
     if not (path.parent.name == "cli" and path.stem in NOT_OPERATORS)
 ]
