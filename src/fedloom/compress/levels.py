@@ -119,7 +119,7 @@ def first_step(parts: Mapping[str, Part], bits: float) -> float:
     """A step that takes about so many bits a value: rounding errors are even over a step, so they have step² / 12."""
     squares = sum(float((part.values * part.weights).square().sum()) for part in parts.values())
     elements = max(sum(part.values.numel() for part in parts.values()), 1)
-    return math.sqrt(12 * squares / elements) * 2.0**-bits
+    return math.sqrt(12 * squares / elements) * math.pow(2.0, -bits)
 
 
 def made_with(parts: Mapping[str, Part], size: Size, step: float) -> Coded:

@@ -39,7 +39,7 @@ def rehearse_turn(site: SiteConfig, settings: str, base: str) -> Rehearsal:
         policy = site.policy.model_copy(update={"approve": "auto"})
         desk = Desk(site.model_copy(update={"state": folder, "policy": policy}))
         try:
-            reply = desk.turn(Request("turn", JOB, settings, base, 1), ())
+            reply = desk.turn(Request("turn", JOB, settings, base, 1), [])
         finally:
             desk.close()
     return Rehearsal(describe(reply.payloads[0]), reply.facts, time.perf_counter() - began)

@@ -70,10 +70,11 @@ class Plane:
         words = self.words[part]
         # Bit k of a rotated word was bit k - 1, and its lowest was the highest.
         if self.byte:
-            return (words >> words.dtype.type(8 * self.byte - 1)).astype(np.uint8)
+            whole: Bytes = (words >> words.dtype.type(8 * self.byte - 1)).astype(np.uint8)
+            return whole
         low = words.astype(np.uint8) << np.uint8(1)
-        low |= (words >> words.dtype.type(8 * words.dtype.itemsize - 1)).astype(np.uint8)
-        return low
+        high: Bytes = (words >> words.dtype.type(8 * words.dtype.itemsize - 1)).astype(np.uint8)
+        return low | high
 
 
 def put_words(words: Words, role: int, sinks: Mapping[int, Sink]) -> None:
