@@ -75,7 +75,7 @@ def stated(monkeypatch, **told):
 def test_another_minor_version_of_flwr_fails_here_and_at_the_server(monkeypatch):
     stated(monkeypatch, flwr="1.42.3")
     here = by_name(versions.check_versions(("torch", "flwr")))["flwr"]
-    assert here.outcome == "fail" and 'flwr~=1.41.0"' in here.advice
+    assert here.outcome == "fail" and '"flwr<1.42,>=1.41"' in here.advice
     (there,) = versions.check_superlink_version("1.41.0")
     assert there.outcome == "fail" and "1.41.0" in there.found and "1.42.3" in there.found
     stated(monkeypatch, flwr="1.41.7")

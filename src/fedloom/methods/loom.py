@@ -34,7 +34,7 @@ from fedloom.methods.shared.whole import add_to_whole, adopt_whole
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
-_RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew has done better (docs/LOG.md)
+_RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew is worth a try (docs/LOG.md)
 
 
 def loom(
@@ -65,13 +65,8 @@ def loom(
     bits up to 12 %, and in 8 bits above.
     """
     dial = Dial(upload_share, max_density, taper, newest=broadcast == "state")
-    for key, share in (("upload_share", upload_share), ("max_density", max_density)):
-        if not 0.0 < share <= 1.0:
-            raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
     if not 0.0 <= server_residual <= 1.0:
         raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
-    if not -1.0 < taper <= 1.0:
-        raise ConfigError(f"method.taper is {taper}: expected more than -1 and at most 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
     if broadcast == "state":
@@ -129,17 +124,15 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
 def advise_on_budget(dial: Dial, adapter: LoraState, context: Context) -> str:
     """A sentence for the user where a payload has too few bits for so many elements, with what helps; else ""."""
     mean = replace(context, num_rounds=0)
-    if context.downloads > _RARE:
-        return (
-            f"a client receives {context.downloads:.1f} broadcasts a turn, since few attend a round: "
-            "method.broadcast = 'state' sends it one, and may well end higher (docs/loom.md)"
-        )
     bits = 8 * min(dial.bytes(adapter, way, mean) for way in ("up", "down")) / max(adapter.numel(), 1)
     if bits >= _SPREAD:
         return ""
+    rare = context.downloads > _RARE
     return (
         f"wire.budget leaves a payload {bits:.2g} bits for every element of the adapter: a smaller lora.r with a "
-        "higher training.learning_rate, or a larger budget, may well end higher (docs/loom.md)"
+        "higher training.learning_rate, or a larger budget, may well end higher"
+        + (f", and so may method.broadcast = 'state', with {context.downloads:.0f} broadcasts a turn" * rare)
+        + " (docs/loom.md)"
     )
 
 

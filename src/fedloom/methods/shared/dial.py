@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedloom.compress.budget import Budget
+from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context
 
@@ -25,6 +26,13 @@ class Dial:
     most: float
     taper: float
     newest: bool = False
+
+    def __post_init__(self) -> None:
+        for key, share in (("upload_share", self.up), ("max_density", self.most)):
+            if not 0.0 < share <= 1.0:
+                raise ConfigError(f"method.{key} is {share}: expected more than 0 and at most 1")
+        if not -1.0 < self.taper <= 1.0:
+            raise ConfigError(f"method.taper is {self.taper}: expected more than -1 and at most 1")
 
     def bytes(self, adapter: LoraState, direction: str, context: Context) -> int:
         """What a payload in this direction may take. `adapter`: what dense fp32 would send, the measure of a budget."""
