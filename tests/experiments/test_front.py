@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 from experiments.figures import rows
-from experiments.points import Point, above, line_seconds
+from experiments.points import PUBLISHED, Point, above, line_seconds
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -162,3 +162,13 @@ def test_nothing_stands_for_a_reference_that_is_missing(made):
     for run in made[0].made:
         (run.folder / compare.FINISHED).unlink()
     assert front.points(made) == []
+
+
+def test_the_line_goes_through_a_methods_best_at_each_budget():
+    def point(variant: str, score: float, budget: str = "1%") -> Point:
+        return Point("demo", budget, variant, 5, 0.01, 1, 1, 0, score, 1.0, 1, (1, 1, 1), 1, "rank 16")
+
+    points = [point("loom:a=1", 96.0), point("loom:a=2", 94.0), point("fedit", 50.0), point("loom:a=2", 80.0, "0.3%")]
+    papers = [point("loom", 10.0, PUBLISHED), point("loom:a=3", 5.0, PUBLISHED)]
+    kept = picture.best_at_each_budget([*points, *papers])
+    assert kept == [points[0], points[2], points[3], *papers]
