@@ -115,6 +115,7 @@ def test_the_local_engine_counts_a_round_once_however_often_it_is_played(tmp_pat
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from fedloom.errors import CheckpointError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""No space left, and no more allowed to this user."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space left, no more allowed to this user, and no larger file allowed to this process."""
 
 
 def explain_full_disk(error: BaseException, folder: Path) -> CheckpointError | None:
