@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from fedloom.deploy.doctor import check_worker, examine
 from fedloom.deploy.federation import FederationPlan, read_plan, write_federation
 from fedloom.flower.proxies import exempt_loopback
 from fedloom.site.protocol import SPOKEN, WRONG_TOKEN, Parcel
+from pretend_superlink import serving
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -122,15 +122,8 @@ class SuperLink(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def superlink(made):
     kind = type("Pretending", (SuperLink,), {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield kind, server.server_address[1]
-        server.shutdown()
-        thread.join()
+    with serving(kind, made / "server") as port:
+        yield kind, port
 
 
 def described(version, title="SuperLink API"):

@@ -4,9 +4,7 @@ import http.server
 import json
 import os
 import shutil
-import ssl
 import subprocess
-import threading
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -49,6 +47,7 @@ from fedloom.errors import ConfigError
 from fedloom.site.config import SiteConfig, load_site_config
 from fedloom.site.privacy import Privacy
 from fedloom.site.rules import Policy
+from pretend_superlink import serving
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 ASKED = FederationPlan(
@@ -463,15 +462,8 @@ class Pretender(http.server.BaseHTTPRequestHandler):
 def pretender(made):
     """A TLS server with the federation's certificate; yields (its class, its port)."""
     kind = type("Pretending", (Pretender,), {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield kind, server.server_address[1]
-        server.shutdown()
-        thread.join()
+    with serving(kind, made / "server") as port:
+        yield kind, port
 
 
 def test_the_way_to_the_superlink_is_tried(made, pretender):

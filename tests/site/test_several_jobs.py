@@ -8,9 +8,8 @@ import pytest
 import tomli_w
 import torch
 
-import tiny_models
 from fedloom.model import shared_base
-from fedloom.model.base import load_base, quiet_transformers
+from fedloom.model.base import load_base
 from fedloom.model.identity import base_digest
 from fedloom.model.shared_base import SharedBase
 from fedloom.site.config import SiteConfig
@@ -31,16 +30,6 @@ JOBS = {
         "method": {"name": "flora"},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    with quiet_transformers():
-        tiny_models.llama().save_pretrained(folder / "model")
-        tiny_models.tokenizer().save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text('{"instruction": "a?", "output": "b"}\n{"instruction": "1+1", "output": "2"}\n')
-    return folder
 
 
 @pytest.fixture

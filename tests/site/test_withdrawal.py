@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import tiny_models
 from fedloom.errors import SiteError
-from fedloom.model.base import quiet_transformers
 from fedloom.model.identity import base_digest
 from fedloom.site import worker
 from fedloom.site.calling import call_worker
@@ -31,16 +29,6 @@ SETTINGS = {
 }
 JOB = "a" * 16
 NOISE = Policy(order="run", privacy=Privacy(clip_norm=1.0, noise_multiplier=2.0))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    with quiet_transformers():
-        tiny_models.llama().save_pretrained(folder / "model")
-        tiny_models.tokenizer().save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text('{"instruction": "a?", "output": "b"}\n{"instruction": "1+1", "output": "2"}\n')
-    return folder
 
 
 def made(base: Path, state: Path, policy: Policy | None = None) -> Desk:
