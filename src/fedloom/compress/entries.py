@@ -7,7 +7,8 @@ nothing, and the sender knows exactly what the receiver will see.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -105,6 +106,35 @@ def all_finite(tensor: Tensor) -> bool:
 def dense_entry(tensor: Tensor) -> Dense:
     """A float32 dense entry of a whole tensor."""
     return Dense(tuple(tensor.shape), tensor.detach().to(torch.float32).reshape(-1).contiguous())
+
+
+def plain_entry(entry: Entry) -> Entry:
+    """The entry with every tensor on the CPU, contiguous and free of gradients."""
+    values = entry.values
+    if isinstance(values, Quantized):
+        values = replace(values, codes=_plain(values.codes), scales=_plain(values.scales))
+    else:
+        values = _plain(values)
+    if isinstance(entry, Sparse):
+        return replace(entry, values=values, positions=_plain(entry.positions))
+    return replace(entry, values=values)
+
+
+def detach_entry(entry: Entry, shared: Collection[int] = ()) -> Entry:
+    """`plain_entry` for keeping: dense floats, which `to_dense` does not copy, are copied where they lie in one of these
+    stretches of memory (by address), or in a longer one that they would keep alive.
+    """
+    entry = plain_entry(entry)
+    values = entry.values
+    if isinstance(entry, Dense) and isinstance(values, Tensor):
+        held = values.untyped_storage()
+        if held.data_ptr() in shared or held.nbytes() > values.nbytes:
+            return replace(entry, values=values.clone())
+    return entry
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def to_dense(entry: Entry) -> Tensor:

@@ -31,6 +31,7 @@ from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import UpdateFacts, check_update
+from fedloom.rounds.decoded import Decoded
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
 from fedloom.server.spool import Spool
@@ -100,6 +101,7 @@ class FlowerSites:
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
         self.updates: Spool[str]
+        self.decoded: Decoded
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -111,7 +113,7 @@ class FlowerSites:
         if not self.fleet.names:
             take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
             muster_sites(self.fleet, rules, take, looked)
-        self.updates = Spool(rounds.folder.path)
+        self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
             self.fleet,
             rules,
@@ -133,7 +135,8 @@ class FlowerSites:
             ledger.sync()
         for site in self.updates.keys() - answers.keys():  # it was out of proportion
             del self.updates[site]
-        return Updates(self.updates, answers, rules.min_replies)
+            self.decoded.drop(site)
+        return Updates(self.updates, answers, rules.min_replies, decoded=self.decoded)
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -167,7 +170,7 @@ class FlowerSites:
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         payload = parcel.payloads[0]
         try:
-            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round)
+            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round, self.decoded)
         except FedloomError as error:
             raise type(error)(f"refused: {to_printable(str(error))}") from None
         self.know(site, rounds.server.version, rounds.server.digest)

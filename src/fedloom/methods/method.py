@@ -6,7 +6,7 @@ are bound when the record is built: the builder's keyword arguments are the keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as replace
 from typing import Literal, Protocol
@@ -52,6 +52,10 @@ class State:
     def total(self) -> LoraState:
         """The whole change of weight, W − W0, as one state."""
         return stack([self.adapter, self.frozen, self.tail])
+
+    def numel(self) -> int:
+        """Number of values in `total`, which is not made for it."""
+        return sum(part.numel() for part in (self.adapter, self.frozen, self.tail))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -234,10 +238,14 @@ class Method:
         reached = [share for share in self.wider if kept and kept.share > share]
         return self.wider[max(reached)] if reached else self.values
 
-    def says_all(self, entries: Entries, adapter: LoraState) -> bool:
-        """Whether a broadcast of these entries needs none before it: it replaces all that changes in `adapter`."""
-        wanted = [f"{module}/{part}" for module in adapter for part in self.replaces]
-        return bool(wanted) and all(name in entries for name in wanted)
+    def cuts(self, adapter: LoraState, ranks: Mapping[str, int]) -> bool:
+        """Whether `narrow` may change a broadcast of this adapter for a client of these ranks."""
+        return self.narrow is not send_all and any(ranks.get(m, pair.rank) < pair.rank for m, pair in adapter.items())
+
+    def says_all(self, names: Collection[str], adapter: LoraState) -> bool:
+        """Whether a broadcast of these tensors needs none before it: it replaces all that changes in `adapter`."""
+        wanted = {f"{module}/{part}" for module in adapter for part in self.replaces}
+        return bool(wanted) and wanted <= set(names)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

@@ -6,6 +6,7 @@ and values fit this run and this adapter. Every function raises a FedloomError t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, W
 from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.joint import split_entries
-from fedloom.wire import DEFAULT, Header, Limits, decode
+from fedloom.wire import DEFAULT, Header, Limits
 
 MOST_EXAMPLES = 10**9
 """Examples that one update may rest on: no site fine-tunes on more, and sums of such numbers are exact in a float."""
@@ -33,26 +34,35 @@ enough that a wrong rank gets an error that names the tensor, not one about the 
 
 @dataclass(frozen=True, slots=True)
 class UpdateFacts:
-    """What is known of an update after its check: the examples that it claims, its modules, and √Σ v² of its values."""
+    """What is known of an update after its check: the examples that it claims, its modules, and √Σ v² of its values.
+
+    digest: of its payload.
+    """
 
     examples: int
     modules: frozenset[str]
     norm: float
+    digest: bytes
 
 
-def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
-    """The facts of an update that may be averaged. Raises the FedloomError that says why it may not."""
+def check_update(
+    job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded | None = None
+) -> UpdateFacts:
+    """The facts of an update that may be averaged. Raises the FedloomError that says why it may not.
+
+    decoded: where its entries wait until it is.
+    """
     try:
-        return _look_at(job, state, client, payload, round)
+        return _look_at(job, state, client, payload, round, decoded or Decoded(state, 0))
     except FedloomError:
         raise
     except Exception as error:  # whatever a payload does to the reader is the payload's fault
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
-    message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
-    header, entries = message.header, split_entries(message.entries, state)
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:
+    message = decoded.read(payload, Limits(max_values=_SLACK * state.adapter.numel()))
+    header, entries = message.header, message.entries
     check_same_method(job, header)
     expect(header, "update", state)
     if header.round != round:
@@ -70,7 +80,9 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) ->
     modules = _check_names(job, entries, state, parts, own)
     for module in modules:
         _check_shapes(job, entries, state.adapter[module], module, parts, own)
-    return UpdateFacts(header.num_examples, modules, _check_norm(entries, job.caps.max_norm))
+    norm = _check_norm(entries, job.caps.max_norm)
+    decoded.keep(client, entries)
+    return UpdateFacts(header.num_examples, modules, norm, hashlib.blake2b(payload).digest())
 
 
 def _check_names(

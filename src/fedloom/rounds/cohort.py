@@ -18,64 +18,66 @@ from dataclasses import dataclass, replace
 
 from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
-from fedloom.lora.pair import module_of, subset
+from fedloom.lora.pair import subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
-from fedloom.rounds.joint import split_entries
-from fedloom.wire import decode
+from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.decoded import Decoded
 
 
 @dataclass(eq=False, slots=True)
 class Cohort:
-    """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
+    """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
-    reading: the client whose update the method is reading, "" before the first and after the last. Where a method
+    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
     fails, this names the suspect.
     """
 
     payloads: Mapping[str, bytes]
     weights: Mapping[str, float]
-    modules: Mapping[str, Collection[str]]
+    facts: Mapping[str, UpdateFacts]
+    decoded: Decoded
     reading: str = ""
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
         holders: dict[str, list[str]] = defaultdict(list)
         for client in self.weights:
-            for module in self.modules[client]:
+            for module in self.facts[client].modules:
                 holders[module].append(client)
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for module in sorted(holders):
             groups[tuple(holders[module])].append(module)
         return groups
 
+    def entries(self, client: str, modules: Collection[str]) -> Entries:
+        """What a client sent of some modules."""
+        return self.decoded.entries(client, self.payloads, modules)
+
     def digest(self, base: str) -> str:
         """32 hex digits for the state that follows `base` by these updates."""
         hasher = hashlib.blake2b(base.encode(), digest_size=16)
         for client, weight in self.weights.items():
             hasher.update(f"{client}\x00{weight}".encode())
-            hasher.update(hashlib.blake2b(self.payloads[client]).digest())
+            hasher.update(self.facts[client].digest)
         return hasher.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Group:
-    """The updates of some modules, which all of these clients sent; decoded one at a time on every pass.
+    """The updates of some modules, which all of these clients sent; those that did not wait are decoded on every pass.
 
-    state: the server's. unchanged: what the clients that did not train these modules would have sent, where they count.
+    unchanged: what the clients that did not train these modules would have sent, where they count.
     """
 
     cohort: Cohort
     weights: Mapping[str, float]
     modules: Collection[str]
-    state: State
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
         for client, weight in self.weights.items():
             self.cohort.reading = client
-            entries = split_entries(decode(self.cohort.payloads[client]).entries, self.state)
-            own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
-            yield Update(client, weight, own)
+            yield Update(client, weight, self.cohort.entries(client, self.modules))
         self.cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
@@ -93,7 +95,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
             held = {client: weight / sum(held.values()) for client, weight in held.items()}
             others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
-        result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
+        result = method.aggregate(part, Group(cohort, held, set(modules), unchanged), context)
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))

@@ -24,8 +24,9 @@ from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import About, Aggregation, Evaluation, Row, Training, read_rows
 from fedloom.records.session import Answer
-from fedloom.rounds.catchup import Archive
+from fedloom.rounds.catchup import Archive, Cut
 from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import full_state, server_turn, start
@@ -52,13 +53,14 @@ Not the first round: where few clients are asked, it may be one client's data th
 class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
-    diverged: whether there are none because every training ended in values that are not finite.
+    decoded: where what they sent waits, decoded by that check. diverged: whether there are none because every training ended in values that are not finite.
     """
 
     payloads: Mapping[str, bytes]
     seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
     least: int = 1
     diverged: bool = False
+    decoded: Decoded | None = None
 
 
 class Sites(Protocol):
@@ -110,7 +112,7 @@ class Rounds:
         self.observer = observer
         self.sites = sites
         self.server: State = start(setup.job, setup.initial)
-        self.archive = Archive(held=Spool(folder.path))
+        self.archive = Archive(held=Spool(folder.path), made=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -251,7 +253,15 @@ class Rounds:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
         try:
-            turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+            turn = server_turn(
+                self.setup.job,
+                self.server,
+                payloads,
+                round,
+                seen=updates.seen,
+                decoded=updates.decoded,
+                least=updates.least,
+            )
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
@@ -265,7 +275,7 @@ class Rounds:
             self.note(round, text)
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
-        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
         give_back(4 * self.server.adapter.numel())
@@ -311,7 +321,8 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path)), snapshot.best
+        held, made = Spool[int](self.folder.path), Spool[Cut](self.folder.path)
+        self.archive, self.best = Archive(snapshot.archive, held, made), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)

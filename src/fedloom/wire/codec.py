@@ -13,10 +13,10 @@ from io import BytesIO
 
 import xxhash
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count, plain_entry
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
-from fedloom.wire.checks import check_entry, check_mask, make_plain
+from fedloom.wire.checks import check_entry, check_mask
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints
 from fedloom.wire.index import (
@@ -112,7 +112,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
 def _unpacked(message: Message) -> UnpackedMessage:
     """The message checked and as streams. Raises WireError that names the entry that cannot travel."""
     names = sorted(message.entries, key=lambda name: name.encode(errors="surrogatepass"))
-    entries = {name: make_plain(message.entries[name]) for name in names}
+    entries = {name: plain_entry(message.entries[name]) for name in names}
     for name, entry in entries.items():
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
