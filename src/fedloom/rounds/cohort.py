@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
@@ -22,6 +22,7 @@ from fedloom.lora.pair import subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.stale import Past
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +30,7 @@ class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
     decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
-    fails, this names the suspect.
+    fails, this names the suspect. past: client → the older version that its update rests on, where it does.
     """
 
     payloads: Mapping[str, bytes]
@@ -37,6 +38,7 @@ class Cohort:
     facts: Mapping[str, UpdateFacts]
     decoded: Decoded
     reading: str = ""
+    past: Mapping[str, Past] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
@@ -52,6 +54,11 @@ class Cohort:
     def entries(self, client: str, modules: Collection[str]) -> Entries:
         """What a client sent of some modules."""
         return self.decoded.entries(client, self.payloads, modules)
+
+    def update(self, client: str, weight: float, modules: Collection[str]) -> Update:
+        """A client's update of some modules; one of an older version as it counts for the present one."""
+        entries, past = self.entries(client, modules), self.past.get(client)
+        return Update(client, weight, past.bring_forward(entries), past.staleness) if past else Update(client, weight, entries)
 
     def digest(self, base: str) -> str:
         """32 hex digits for the state that follows `base` by these updates."""
@@ -77,7 +84,7 @@ class Group:
     def __iter__(self) -> Iterator[Update]:
         for client, weight in self.weights.items():
             self.cohort.reading = client
-            yield Update(client, weight, self.cohort.entries(client, self.modules))
+            yield self.cohort.update(client, weight, self.modules)
         self.cohort.reading = ""
         if self.unchanged:
             yield self.unchanged

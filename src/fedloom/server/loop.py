@@ -3,6 +3,8 @@
     Rounds.play ─ each round ─→ sites.collect ─→ server_turn ─→ sites.advance ─→ evaluate ─→ checkpoint
                                  └ last round ─→ sites.deliver
 
+With `federation.mode = "buffered"` it is `sites.fill` that brings a round's updates: those with which `buffer` is full.
+
 `Sites` is what an engine brings: `server.local.LocalSites` trains in this process, `flower.sites.FlowerSites` asks over
 Flower's messages. All else of a run is here, once.
 """
@@ -29,8 +31,10 @@ from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.stale import Past
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.buffer import Buffer
 from fedloom.server.disk import explain_full_disk
 from fedloom.server.session import begin_session, record_end
 from fedloom.server.spool import Spool
@@ -54,6 +58,7 @@ class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
     decoded: where what they sent waits, decoded by that check. diverged: whether there are none because every training ended in values that are not finite.
+    past: of asynchronous rounds, the older versions that updates rest on; stats: numbers of the round worth recording.
     """
 
     payloads: Mapping[str, bytes]
@@ -61,6 +66,8 @@ class Updates:
     least: int = 1
     diverged: bool = False
     decoded: Decoded | None = None
+    past: Mapping[str, Past] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 class Sites(Protocol):
@@ -70,6 +77,12 @@ class Sites(Protocol):
 
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """Ask who is present; the updates that came. Each goes through `Rounds.take_update`."""
+
+    def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
+        """Have turns begun and ended until the buffer is full, or nobody is left who could fill it in this round.
+
+        Whether every training of the round diverged. Each update goes through `Rounds.take_update`.
+        """
 
     def advance(self, rounds: Rounds, payload: bytes, counted: Collection[str]) -> None:
         """The server has moved on by this broadcast, or to this full state; `counted` are those who were averaged."""
@@ -120,6 +133,8 @@ class Rounds:
         self.before = 0.0  # seconds of earlier sessions
         self.course = Course(setup.config.federation)
         self.best: State | None = None
+        federation = setup.config.federation
+        self.buffer = Buffer(setup.job, federation, len(setup.sites)) if federation.mode == "buffered" else None
 
     @property
     def is_over(self) -> bool:
@@ -206,7 +221,7 @@ class Rounds:
         """Download, train, upload, aggregate, evaluate."""
         began, ledger = time.perf_counter(), self.folder.ledger
         bytes_before = ledger.bytes_up, ledger.bytes_down
-        updates = self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
+        updates = self.collect(round)
         if updates.payloads:
             self.aggregate(updates, round)
         elif not updates.diverged:
@@ -224,6 +239,22 @@ class Rounds:
             ledger.bytes_up - bytes_before[0],
             ledger.bytes_down - bytes_before[1],
             time.perf_counter() - began,
+        )
+
+    def collect(self, round: int) -> Updates:
+        """The updates of one round: of everybody who is asked, or, in asynchronous rounds, the buffer once it is full."""
+        if self.buffer is None:
+            return self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
+        for client, reason in self.buffer.drop_stale(self.server).items():
+            self.note(round, f"client {client} refused: {reason}", "refused")
+        diverged = self.sites.fill(self, self.buffer)
+        taken = self.buffer.take()
+        return Updates(
+            {one.client: one.payload for one in taken},
+            {one.client: one.facts for one in taken},
+            diverged=diverged and not taken,
+            past=self.buffer.past_of(taken, self.server),
+            stats=self.buffer.describe(taken, self.server),
         )
 
     def take_update(self, trained: Training, payload: bytes, received: int) -> None:
@@ -261,6 +292,7 @@ class Rounds:
                 seen=updates.seen,
                 decoded=updates.decoded,
                 least=updates.least,
+                past=updates.past,
             )
         except RoundError as error:
             for client, reason in error.refused.items():
@@ -273,7 +305,7 @@ class Rounds:
             self.note(round, f"client {client} refused: {reason}", "refused")
         for text in turn.notes:
             self.note(round, text)
-        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
+        self.folder.ledger.append(Aggregation(round, {**turn.stats, **updates.stats}, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
@@ -300,19 +332,23 @@ class Rounds:
         for one in self.setup.answer(self.server):
             self.folder.ledger.append(Answer(self.round, one.domain, one.prompt, one.expected, one.text))
 
-    def save(self) -> None:
-        """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""
+    def save(self, *, midway: bool = False) -> None:
+        """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing.
+
+        midway: the round is not over, and goes on where this checkpoint is taken up.
+        """
         rows = self.folder.ledger.sync()
         self.folder.save(
             self.sites.remember(
                 Snapshot(
-                    round=self.round,
+                    round=self.round - midway,
                     server=self.server,
                     archive=self.archive.payloads,
                     ledger_rows=rows,
                     fingerprint=self.setup.fingerprint,
                     best=self.best,
                     seconds=self.seconds,
+                    underway=self.buffer and self.buffer.remember(),
                 )
             )
         )
@@ -325,6 +361,8 @@ class Rounds:
         self.archive, self.best = Archive(snapshot.archive, held, made), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
+        if self.buffer and snapshot.underway:
+            self.buffer.restore(snapshot.underway, self.server)
         self.sites.restore(self, snapshot)
 
 
