@@ -57,7 +57,9 @@ def test_where_nobody_is_late_the_bits_are_those_of_synchronous_rounds(method: s
     whole = play(tmp_path / "whole", settings(*more, method=method, rounds=4))
     steps = play(tmp_path / "steps", buffered("federation.buffer_size=3", *more, method=method, rounds=4))
     assert bits(steps) == bits(whole)
-    assert totals(read_rows(tmp_path / "steps" / "ledger.jsonl")) == totals(read_rows(tmp_path / "whole" / "ledger.jsonl"))
+    assert totals(read_rows(tmp_path / "steps" / "ledger.jsonl")) == totals(
+        read_rows(tmp_path / "whole" / "ledger.jsonl")
+    )
 
 
 def test_nobody_waits_for_a_slow_client(tmp_path: Path):

@@ -18,8 +18,8 @@ scores are taken at the server."""
 
 
 SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
-"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a site
-of the release before takes part in asynchronous rounds too."""
+"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a
+site of the release before takes part in asynchronous rounds too."""
 SINCE: dict[str, int] = {f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"}
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
 came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
@@ -74,8 +74,8 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 def server_settings(config: Config) -> str:
     """The settings that the sites are not told, as TOML."""
-    own = config.model_dump(include={**dict.fromkeys(SERVERS_OWN, True), "federation": set(SERVERS_RULES)}, exclude_none=True)
-    return tomli_w.dumps(own)
+    own: dict[str, bool | set[str]] = {**dict.fromkeys(SERVERS_OWN, True), "federation": set(SERVERS_RULES)}
+    return tomli_w.dumps(config.model_dump(include=own, exclude_none=True))
 
 
 def join_settings(shared: str, own: str) -> Config:

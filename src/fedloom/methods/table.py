@@ -161,7 +161,7 @@ def offline_methods() -> list[str]:
 
 
 def buffered_names() -> list[str]:
-    """Names of the methods that asynchronous rounds can have: an update still means something when the server has gone on."""
+    """Names of the methods whose updates still mean something when the server has gone on: for asynchronous rounds."""
     return [name for name in METHODS if build(name).updates]
 
 

@@ -29,8 +29,9 @@ from fedloom.rounds.stale import Past
 class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
-    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
-    fails, this names the suspect. past: client → the older version that its update rests on, where it does.
+    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading,
+    "" before the first and after the last. Where a method fails, this names the suspect. past: client → the older
+    version that its update rests on, where it does.
     """
 
     payloads: Mapping[str, bytes]
@@ -58,7 +59,9 @@ class Cohort:
     def update(self, client: str, weight: float, modules: Collection[str]) -> Update:
         """A client's update of some modules; one of an older version as it counts for the present one."""
         entries, past = self.entries(client, modules), self.past.get(client)
-        return Update(client, weight, past.bring_forward(entries), past.staleness) if past else Update(client, weight, entries)
+        if past is None:
+            return Update(client, weight, entries)
+        return Update(client, weight, past.bring_forward(entries), past.staleness)
 
     def digest(self, base: str) -> str:
         """32 hex digits for the state that follows `base` by these updates."""

@@ -5,10 +5,10 @@ A client began with version v of the server's adapter, and the server is at vers
 
     w(τ) = (1 + τ)^−a,    a = federation.staleness_exponent,
 
-which is FedBuff's 1 / √(1 + τ) for a = ½ (Nguyen et al., AISTATS 2022, arXiv 2106.06639). The shares p_k of a buffer sum to
-1 as those of a round do, so that a step is Σ p_k w(τ_k) Δ_k: where FedBuff divides by the number of updates, p_k divides
-by their examples, and a buffer of stale updates makes a shorter step. A method that multiplies factors sees those of the
-present version with the weakened change in them, (B + w ΔB_k)(A + w ΔA_k).
+which is FedBuff's 1 / √(1 + τ) for a = ½ (Nguyen et al., AISTATS 2022, arXiv 2106.06639). The shares p_k of a buffer
+sum to 1 as those of a round do, so that a step is Σ p_k w(τ_k) Δ_k: where FedBuff divides by the number of updates, p_k
+divides by their examples, and a buffer of stale updates makes a shorter step. A method that multiplies factors sees
+those of the present version with the weakened change in them, (B + w ΔB_k)(A + w ΔA_k).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fedloom.methods.method import Entries
 
 def weigh_staleness(staleness: int, exponent: float) -> float:
     """w(τ) = (1 + τ)^−exponent: 1 for an update of the present version, or for all where the exponent is 0."""
-    return (1.0 + staleness) ** -exponent
+    return float((1.0 + staleness) ** -exponent)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Past:
     """The version that an update rests on, and what its change counts for by now.
 
-    weight: w(τ). updates: what the client sent (`Method.updates`). base, now: the server's adapter then and now; changes
-    need neither.
+    weight: w(τ). updates: what the client sent (`Method.updates`). base, now: the server's adapter then and now; a
+    change needs neither.
     """
 
     staleness: int

@@ -1,8 +1,8 @@
 """Asynchronous rounds: the updates that wait for the server's next step, and the versions that turns under way rest on.
 
-A round is one step of the server, taken once the buffer is full (FedBuff, Nguyen et al., AISTATS 2022, arXiv 2106.06639).
-Nobody waits for a slower client: whoever has answered begins its next turn from the newest version, and an update of an
-older one counts by its staleness (`rounds.stale`).
+A round is one step of the server, taken once the buffer is full (FedBuff, Nguyen et al., AISTATS 2022, arXiv
+2106.06639). Nobody waits for a slower client: whoever has answered begins its next turn from the newest version, and an
+update of an older one counts by its staleness (`rounds.stale`).
 
 A client has one turn a round at most: a second one would be the first again, trained from the same version on the same
 examples. So one client has one update in a step.
@@ -97,7 +97,7 @@ class Buffer:
         return replace(server, version=then.version, digest=then.digest)
 
     def take_in(self, client: str, payload: bytes, facts: UpdateFacts, server: State) -> None:
-        """Have an update that passed its check wait for the next step. Raises StaleError where it is too old for that."""
+        """Have an update that passed its check wait for the next step. Raises StaleError where it is too old."""
         turn = self.begun[client]
         self.end(client)
         self.check_age(turn, server)
@@ -136,12 +136,13 @@ class Buffer:
     def past_of(self, taken: Sequence[Arrived], server: State) -> dict[str, Past]:
         """Client → the older version that its update rests on, where it does."""
         method, exponent = self.job.method, self.federation.staleness_exponent
-        ages = {one.client: (one.turn.version, server.version - one.turn.version) for one in taken}
-        return {
-            client: Past(age, weigh_staleness(age, exponent), method.updates, self.past[version].adapter, server.adapter)
-            for client, (version, age) in ages.items()
-            if age
-        }
+        found: dict[str, Past] = {}
+        for one in taken:
+            age, base = server.version - one.turn.version, self.past[one.turn.version]
+            if age:
+                weight = weigh_staleness(age, exponent)
+                found[one.client] = Past(age, weight, method.updates, base.adapter, server.adapter)
+        return found
 
     def describe(self, taken: Sequence[Arrived], server: State) -> dict[str, float]:
         """Numbers of a step worth recording."""
@@ -173,7 +174,7 @@ class Buffer:
         facts = held.facts
         self.begun = {client: Begun(*turn) for client, turn in facts["begun"].items()}
         self.under_way, self.now = set(facts["under_way"]), facts["now"]
-        self.past = {int(key.removeprefix("past/")): state for key, state in held.states.items() if key.startswith("past/")}
+        self.past = {state.version: state for key, state in held.states.items() if key.startswith("past/")}
         for place, (client, round, version) in enumerate(facts["waiting"]):
             then, payload = self.past[version], held.blobs[f"waiting/{place}"]
             base = replace(server, version=then.version, digest=then.digest)

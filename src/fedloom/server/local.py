@@ -15,7 +15,8 @@ from fedloom.rounds.checks import check_update
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer, choose_next
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.engine import Updates
+from fedloom.server.loop import Rounds
 from fedloom.server.roster import Roster
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup

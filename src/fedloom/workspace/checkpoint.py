@@ -137,10 +137,8 @@ def _underway_in(held: Contents) -> Contents | None:
     """What belongs to turns under way, in asynchronous rounds."""
     if "underway" not in held.facts:
         return None
-    states, blobs = (
-        {name.removeprefix(UNDERWAY): kept for name, kept in named.items() if name.startswith(UNDERWAY)}
-        for named in (held.states, held.blobs)
-    )
+    states = {name.removeprefix(UNDERWAY): kept for name, kept in held.states.items() if name.startswith(UNDERWAY)}
+    blobs = {name.removeprefix(UNDERWAY): kept for name, kept in held.blobs.items() if name.startswith(UNDERWAY)}
     return Contents(states, blobs, held.facts["underway"])
 
 

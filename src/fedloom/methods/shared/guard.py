@@ -88,7 +88,10 @@ class Witness:
         self.moves = {name: torch.zeros_like(step.values) for name, step in self.steps.items()}
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, seen. One that was begun before the last step says nothing of it: it repeats what led there."""
+        """The same updates, seen.
+
+        One that was begun before the last step says nothing of it: it repeats what led there.
+        """
         ranks = self.state.adapter.ranks()
         for update in updates:
             for name, step in self.steps.items():

@@ -72,15 +72,15 @@ class FederationSettings(Section):
     )
     mode: Literal["synchronous", "buffered"] = Field(
         "synchronous",
-        description="What a round is: a turn of everybody who is asked, or, buffered, a step that the server takes once "
-        "buffer_size updates have come in, while everybody trains on: no site waits for a slower one.",
+        description="What a round is: a turn of everybody who is asked, or, buffered, a step that the server takes "
+        "once buffer_size updates have come in, while everybody trains on: no site waits for a slower one.",
     )
     buffer_size: int | None = Field(
         None,
         ge=1,
         le=MOST_CLIENTS,
-        description="Buffered: updates that make a step, one of each client; otherwise half as many as clients train at "
-        "once.",
+        description="Buffered: updates that make a step, one of each client; otherwise half as many as clients train "
+        "at once.",
         examples=[2],
     )
     staleness_exponent: float = Field(
