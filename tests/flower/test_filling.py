@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_slow_site_keeps_nobody_waiting_and_its_update_counts(clocked, tmp_pat
     turns = [(at, site, round) for at, site, ask, round in grid.sent if ask == "turn"]
     began = {site: [at for at, name, _ in turns if name == site] for site in SITES}
     for site in ("bank", "depot"):
-        gaps = [after - before for before, after in zip(began[site], began[site][1:])]
+        gaps = [after - before for before, after in pairwise(began[site])]
         assert max(gaps) <= 1.0 + 4 * 0.25, "a turn of a second, and a few looks for replies"
     counted = [row.client for row in rows(tmp_path, Training)]
     assert counted.count("lab") >= 2 and len(counted) >= 23
@@ -71,7 +72,7 @@ def test_where_all_are_in_time_states_are_those_of_the_local_engine(toy_federati
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(toy_federation, tmp_path: Path, monkeypatch):
-    """Killed with one update of three in the buffer: the sites that answered say the same again, and nothing counts twice."""
+    """Killed with one update of three in the buffer: who answered says the same again, and nothing counts twice."""
     overrides = [
         "federation.mode=buffered",
         "federation.buffer_size=3",
@@ -98,23 +99,27 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(toy_federation, tmp
         assert held.keys() == twin.keys() and all(torch.equal(held[name], twin[name]) for name in twin)
 
 
-def test_what_a_slow_site_keeps_back_is_right_after_a_crash(clocked, tmp_path: Path, monkeypatch):
-    """Killed once the slow site's update waits and the site is at its next turn: a checkpoint has been made in between."""
-    overrides = [*BUFFERED, "method.name=fedsrd", *RESIDUAL]
-    found, begin, moments = counted(monkeypatch), Filling.begin, []
+@pytest.mark.parametrize("after", [0, 1])
+def test_what_a_slow_site_keeps_back_is_right_after_a_crash(clocked, tmp_path: Path, monkeypatch, after: int):
+    """Killed once the slow site's update waits or is in a step; the site, at its next turn, ends it alone."""
+    overrides = [*BUFFERED, "federation.num_rounds=9", "method.name=fedsrd", *RESIDUAL]
+    found, begin, asked, grids = counted(monkeypatch), Filling.begin, [], []
 
     def crash(self, site):
         begin(self, site)
-        if site == "lab" and self.round > 3 and not moments:
-            moments.append(self.round)
+        if site == "lab" and self.round > 3:
+            asked.append(self.round)
+        if asked and self.round == asked[0] + after:
+            grids[0].clock.now += 50.0
+            grids[0].advance()
             raise Crash
 
     with monkeypatch.context() as patch:
         patch.setattr(Filling, "begin", crash)
         with pytest.raises(Crash):
-            clocked(*overrides, ends=paced(lab=5.0))
-    federation, grid = clocked(*overrides, ends=paced(lab=5.0), resume=True)
-    assert moments and federation.server.version == 12
+            clocked(*overrides, ends=paced(lab=5.5), prepare=grids.append)
+    federation, grid = clocked(*overrides, resume=True)
+    assert ("lab", "turn", asked[0]) in grids[0].log and federation.server.version == 9
     for one in federation.buffer.waiting:
         found.setdefault(one.client, []).append(one.payload)
     assert len(found["lab"]) >= 2
