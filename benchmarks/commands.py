@@ -276,6 +276,33 @@ def crowd_command(
     print_result(crowd.run(load_config(folder / "demo.toml", wanted)), crowd.tables, as_json)
 
 
+@app.command("buffered")
+def buffered_command(
+    slow: Annotated[float, typer.Option(min=1, help="How many times slower the first site is.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Synchronous rounds.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the asynchronous run.")] = 60,
+    buffer: Annotated[int, typer.Option(min=1, help="Updates that make a step.")] = 3,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One slow site of the demo: simulated time until asynchronous rounds have the score of synchronous ones."""
+    from benchmarks import buffered
+    from fedloom.records.configfile import load_config
+
+    common = [f"method.name={method}", *(settings or [])]
+    asynchronous = [
+        "federation.mode=buffered",
+        f"federation.num_rounds={steps}",
+        f"federation.buffer_size={buffer}",
+        f"federation.pace={{bank = {slow}}}",
+    ]
+    demo = testbed_folder() / "demo.toml"
+    synchronous = load_config(demo, [f"federation.num_rounds={rounds}", *common])
+    result = buffered.run(synchronous, load_config(demo, [*asynchronous, *common]), slow)
+    print_result(result, buffered.tables, as_json)
+
+
 @app.command("catchup")
 def catchup_command(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that the client misses.")] = 20,
