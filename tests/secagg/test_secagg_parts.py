@@ -71,9 +71,8 @@ def test_packing_in_pieces_is_packing_as_a_whole(monkeypatch):
 
 
 def test_masks_in_pieces_are_masks_as_a_whole(monkeypatch):
-    from tests.secagg.cohort import session_of
-
     from fedloom.secagg.masks import add_mask
+    from secagg_cohort import session_of
 
     session, one, two = session_of(3), np.zeros(1000, np.uint32), np.zeros(1000, np.uint32)
     add_mask(one, bytes(32), session)

@@ -5,13 +5,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.secagg.cohort import IDENTITIES, NONCE, ROSTER, Cohort, session_of
 
 from fedloom.errors import SecureSumError
 from fedloom.secagg import Collector, Member, Session
 from fedloom.secagg.masks import unpack_vector
 from fedloom.secagg.messages import put_by_site, put_list, take_by_site
 from fedloom.secagg.session import MOST_SITES
+from secagg_cohort import IDENTITIES, NONCE, ROSTER, Cohort, session_of
 
 PHASES = ("announce", "share", "mask", "agree", "open")
 
