@@ -182,6 +182,21 @@ def memory_command(
     print_result(memory.run(sizes, method=method, values=values, rounds=rounds), memory.tables, as_json)
 
 
+@app.command("secagg")
+def secagg_command(
+    sites: Annotated[int, typer.Option(min=2, help="Sites.")] = 20,
+    vanish: Annotated[int, typer.Option(min=0, help="Sites that vanish, in each phase once.")] = 5,
+    values: Annotated[int, typer.Option(min=1, help="Length of a site's vector.")] = 100_000,
+    bits: Annotated[int, typer.Option(min=1, max=32, help="Bits of a value, and of the sum.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the vectors.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A secure sum of which some sites vanish: is it exact, processor time, bytes beside the vectors."""
+    from benchmarks import secagg
+
+    print_result(secagg.run(sites, vanish, values, bits, seed), secagg.tables, as_json)
+
+
 @app.command("rounds")
 def rounds_command(
     sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,
