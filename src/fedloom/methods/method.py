@@ -193,6 +193,7 @@ class Method:
     penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    needs_start: its steps ask for `Context.start`.
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
@@ -216,6 +217,7 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    needs_start: bool = False
     default_budget: float = 0.0
     values: str = "fp32"
     wider: Mapping[float, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from fedloom.lora.pair import subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 
 
 @dataclass(eq=False, slots=True)
@@ -49,10 +50,6 @@ class Cohort:
             groups[tuple(holders[module])].append(module)
         return groups
 
-    def entries(self, client: str, modules: Collection[str]) -> Entries:
-        """What a client sent of some modules."""
-        return self.decoded.entries(client, self.payloads, modules)
-
     def digest(self, base: str) -> str:
         """32 hex digits for the state that follows `base` by these updates."""
         hasher = hashlib.blake2b(base.encode(), digest_size=16)
@@ -66,19 +63,24 @@ class Cohort:
 class Group:
     """The updates of some modules, which all of these clients sent; those that did not wait are decoded on every pass.
 
-    unchanged: what the clients that did not train these modules would have sent, where they count.
+    state: the server's. unchanged: what the clients that did not train these modules would have sent, where they count.
     """
 
     cohort: Cohort
     weights: Mapping[str, float]
     modules: Collection[str]
+    state: State
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
+        cohort = self.cohort
         for client, weight in self.weights.items():
-            self.cohort.reading = client
-            yield Update(client, weight, self.cohort.entries(client, self.modules))
-        self.cohort.reading = ""
+            cohort.reading = client
+            entries = cohort.decoded.entries(client, cohort.payloads, self.state, self.modules)
+            yield Update(client, weight, entries)
+            del entries  # before the next are read: they are as large
+            give_back(cohort.facts[client].size)
+        cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
 
@@ -95,7 +97,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
             held = {client: weight / sum(held.values()) for client, weight in held.items()}
             others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
-        result = method.aggregate(part, Group(cohort, held, set(modules), unchanged), context)
+        result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))
