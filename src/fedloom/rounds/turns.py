@@ -261,7 +261,7 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     del draft, context, result  # what was averaged may be as large as the state that follows
     give_back(4 * state.adapter.numel())
     after = _take_up(job, replace(state, memory=memory), message)
-    check_finite(after)
+    check_finite(after, state)
     if not job.consolidation.is_due(round):
         return ServerTurn(after, payload, stats=stats)
     after, cost = consolidate(after, job.consolidation.energy)
