@@ -61,6 +61,33 @@ def aggregate_command(
     print_result(result, aggregate.tables, as_json)
 
 
+@app.command("round")
+def round_command(
+    preset: Preset = "llama-3.2-3b",
+    methods: Annotated[str, typer.Option(help="Methods: fedsrd,fedsrd-e,florist,loom.")] = "fedsrd,florist,loom",
+    clients: Annotated[str, typer.Option(help="Numbers of clients: 4,16.")] = "4,16",
+    layers: Annotated[str, typer.Option(help="So many of the first layers, or all.")] = "1",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the least is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the changes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A server's whole turn, every client with a payload of its own: processor seconds part by part, and memory."""
+    from benchmarks import server_turn
+
+    some = None if layers == "all" else split_numbers(layers, "--layers")[0]
+    result = server_turn.run(
+        preset,
+        split_words(methods),
+        clients=split_numbers(clients, "--clients"),
+        rank=rank,
+        layers=some,
+        repeats=repeats,
+        seed=seed,
+    )
+    print_result(result, server_turn.tables, as_json)
+
+
 @app.command("wire")
 def wire_command(
     preset: Preset = "llama-3.2-3b",
