@@ -200,20 +200,20 @@ def reconstruct(
     verdict = witness.judge()
     if verdict.wrong:
         return witness.take_back(verdict, context)
-    entries: dict[str, Entry] = {}
-    memory = dict(state.memory)
-    kept = []
-    for module, solved in zip(changes, map_modules(ProductChange.solve, changes.values()), strict=True):
-        name = f"{module}/{part}"
-        gain = verdict.gains[module]
+
+    def finish(module: str) -> tuple[str, Entry, Tensor, int]:
+        """The entry of one module's factor, what it leaves out, and the directions kept; its changes are let go of."""
+        solved, gain, name = changes.pop(module).solve(), verdict.gains[module], f"{module}/{part}"
         step = solved.delta if gain == 1.0 else gain * solved.delta
         delta = carry_residual(step, state.memory.get(name), down.decay)
-        entries[name], rest = thin_change(down, delta, state.adapter[module], name, context)
-        if down.decay:
-            memory[name] = rest
-        kept.append(solved.kept)
-    stats = {"mean_directions_kept": sum(kept) / max(len(kept), 1), **(verdict.stats if guard else {})}
-    return Aggregate(entries, {**memory, **witness.remember(verdict, entries)}, stats)
+        return name, *thin_change(down, delta, state.adapter[module], name, context), solved.kept
+
+    done = map_modules(finish, list(changes))
+    entries = {name: entry for name, entry, _, _ in done}
+    rest = {name: left for name, _, left, _ in done} if down.decay else {}
+    kept = sum(number for _, _, _, number in done) / max(len(done), 1)
+    stats = {"mean_directions_kept": kept, **(verdict.stats if guard else {})}
+    return Aggregate(entries, {**state.memory, **rest, **witness.remember(verdict, entries)}, stats)
 
 
 def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], update: Update, module: str) -> None:
