@@ -30,9 +30,7 @@ ROUND = 2
 """A client's second round: it has memory of the first one, and its B is no longer zero."""
 
 
-def run(
-    configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5
-) -> dict[str, Any]:
+def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5) -> dict[str, Any]:
     """{"rows": one for each of the settings and each client, "threads": …}: medians over interleaved repeats.
 
     Of the processor, all threads: turn_cpu_s: receive a broadcast, train, choose, encode, and save the site's state.
