@@ -120,21 +120,23 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """(flat positions, scores) of candidates: elements above zero, among them the `keep` largest; by position.
 
-    Selecting costs many times more than comparing, so a sample gives a limit, and only elements above it are selected
-    from. Where the sample misled, all elements above zero are listed.
+    Selecting costs many times more than comparing, so for a large tensor a sample gives a limit, and only elements above
+    it are selected from. Where the sample misled, or most are asked for, all elements above zero are listed.
     """
-    flat = scores.detach().cpu().flatten().numpy()
-    limit = _guessed_limit(flat, keep)
+    flat = _flat(scores)
+    limit = _limit(flat, keep)
     among = np.flatnonzero(flat >= limit) if limit > 0 else np.empty(0, dtype=np.int64)
     if among.size < keep:
         among = np.flatnonzero(flat > 0)
     return torch.from_numpy(among), torch.from_numpy(flat.take(among))
 
 
-def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
-    """A score that `keep` elements or somewhat more are likely to reach; 0 where a guess would not pay."""
-    if flat.size < _LARGE or keep < 1:
+def _limit(flat: NDArray[np.float32], keep: int) -> float:
+    """A score that `keep` elements reach, or of a large tensor likely somewhat more; 0 where that would not pay."""
+    if keep < 1 or 2 * keep > flat.size:
         return 0.0
+    if flat.size < _LARGE:
+        return float(np.partition(flat, -keep)[-keep])
     # An odd step meets every column of a matrix whose width is a power of two.
     sample = flat[:: flat.size // _SAMPLE | 1]
     wanted = keep / flat.size * sample.size
@@ -166,7 +168,14 @@ def counts_by_importance(over: OverScores) -> Callable[[float], dict[str, int]]:
     spent where it saves most error. Elements that score zero are not counted. The scores of all tensors are never in
     memory at once: each density takes a pass over them.
     """
-    table = sum(over(lambda scores: np.bincount(_bins(scores), minlength=_BINS)).values(), np.zeros(_BINS, np.int64))
+    table, lock = np.zeros(_BINS, dtype=np.int64), threading.Lock()
+
+    def enter(scores: Tensor) -> None:
+        found = np.bincount(_bins(scores), minlength=_BINS)
+        with lock:  # several threads may look at a tensor each
+            table[:] += found
+
+    over(enter)
     reach = table[::-1].cumsum()[::-1]  # how many scores are in this bin or above
 
     def counts(density: float) -> dict[str, int]:
