@@ -240,16 +240,21 @@ def rounds_command(
 @app.command("turn")
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods: fedit,loom. The settings' own if left out.")] = "",
+    clients: Annotated[str, typer.Option(help="Clients: bank,lab. All if left out.")] = "",
+    model: Annotated[str, typer.Option(help="A made-up model: smollm-135m.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=loom.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: lora.r=64.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A client's whole turn against a bare training loop over as many batches."""
+    """A client's whole turn, stage by stage, against a bare training loop over the same batches."""
     from benchmarks import turn
     from fedloom.records.configfile import load_config
 
-    folder = testbed_folder()
-    result = turn.run(load_config(config or folder / "demo.toml", settings or ()), repeats=repeats)
+    path, own = config or testbed_folder() / "demo.toml", list(settings or ())
+    chosen = [[*own, f"method.name={name}"] for name in split_words(methods)] or [own]
+    configs = [load_config(path, given) for given in chosen]
+    result = turn.run(configs, model=model, clients=split_words(clients), repeats=repeats)
     print_result(result, turn.tables, as_json)
 
 

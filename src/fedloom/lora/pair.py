@@ -146,9 +146,11 @@ def stack(states: list[LoraState]) -> LoraState:
 
 
 def stack_pairs(pairs: list[LoraPair]) -> LoraPair:
-    """One pair whose product is the sum of the products."""
+    """One pair whose product is the sum of the products; a single pair is that pair itself."""
     if len({pair.shape for pair in pairs}) != 1:
         raise ShapeError(f"pairs of shapes {[pair.shape for pair in pairs]} cannot be stacked: they must agree")
+    if len(pairs) == 1:
+        return pairs[0]
     return LoraPair(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 
