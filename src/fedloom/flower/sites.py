@@ -20,21 +20,25 @@ from flwr.serverapp import ServerApp
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
 from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
+from fedloom.flower.filling import Filling
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
+from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
-from fedloom.records.ledger import Presence, Row, Training, Transfer
+from fedloom.records.ledger import Presence, Roll, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import UpdateFacts, check_update
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.memory import give_back
 from fedloom.server.attendance import Attendance
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.buffer import Buffer
+from fedloom.server.engine import Updates
+from fedloom.server.loop import Rounds
 from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
@@ -109,6 +113,7 @@ class FlowerSites:
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
+        self.unsaved: set[str] = set()  # whose update waits in the buffer, and in no checkpoint
         self.updates: Spool[str]
         self.decoded: Decoded
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
@@ -137,15 +142,30 @@ class FlowerSites:
         try:
             answers = gathering.play()
         finally:
-            roll, ledger = gathering.roll(), rounds.folder.ledger
-            for site, reason in [*roll.failed.items(), *roll.late.items()]:
-                rounds.note(rounds.round, f"client {site}: {reason}")
-            ledger.append(roll)
-            ledger.sync()
+            self.note_roll(rounds, gathering.roll())
         for site in self.updates.keys() - answers.keys():  # it was out of proportion
             del self.updates[site]
             self.decoded.drop(site)
         return Updates(self.updates, answers, rules.min_replies, decoded=self.decoded)
+
+    def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
+        """Updates into the buffer until it is full; who gave none, and is not at a turn, is noted with the reason."""
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, self.setup.config.flower, take, looked)
+        filling = Filling(self, rounds, buffer)
+        try:
+            filling.play()
+        finally:
+            self.note_roll(rounds, filling.roll())
+        return False
+
+    def note_roll(self, rounds: Rounds, roll: Roll) -> None:
+        """Record who answered in a round, and say of everybody else why not."""
+        for site, reason in [*roll.failed.items(), *roll.late.items()]:
+            rounds.note(rounds.round, f"client {site}: {reason}")
+        rounds.folder.ledger.append(roll)
+        rounds.folder.ledger.sync()
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -174,6 +194,16 @@ class FlowerSites:
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
         """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
+        self.updates[site], seen = self.read_update(rounds, site, reply, rounds.server, self.decoded)
+        return seen
+
+    def read_update(
+        self, rounds: Rounds, site: str, reply: Reply, base: State, decoded: Decoded | None = None
+    ) -> tuple[bytes, UpdateFacts]:
+        """The update in a reply, which is to rest on `base`, and what was seen of it; recorded.
+
+        Raises the FedloomError that says why it is no use.
+        """
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
@@ -182,16 +212,15 @@ class FlowerSites:
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         payload = parcel.payloads[0]
         try:
-            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round, self.decoded)
+            seen = check_update(self.setup.job, base, site, payload, reply.asked.round, decoded)
         except FedloomError as error:
             raise type(error)(f"refused: {to_printable(str(error))}") from None
-        self.know(site, rounds.server.version, rounds.server.digest)
+        self.know(site, base.version, base.digest)
         said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
         rounds.folder.ledger.sync()
-        self.updates[site] = payload
-        return seen
+        return payload, seen
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
         """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
@@ -235,13 +264,22 @@ class FlowerSites:
         """Remember which state a site holds."""
         self.known[site] = replace(self.known[site], version=version, digest=digest)
 
+    def count(self, site: str, round: int) -> None:
+        """Its update of this round waits in the buffer, and counts from now on; the next checkpoint has it."""
+        self.known[site] = replace(self.known[site], counted=round)
+        self.unsaved.add(site)
+
     def advance(self, rounds: Rounds, payload: bytes, counted: Collection[str]) -> None:
-        """Remember whose updates were averaged; what the sites hold is theirs to say."""
-        for site in counted:
+        """Remember whose updates were averaged; what the sites hold is theirs to say.
+
+        In asynchronous rounds an update counts once it waits (`take_in`), and a site may be at a later turn by now.
+        """
+        for site in () if rounds.buffer else counted:
             self.known[site] = replace(self.known[site], counted=rounds.round)
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with what is known of every site in it."""
+        self.unsaved.clear()
         return replace(snapshot, known=self.known)
 
     def keep_sent(self, rows: Sequence[Row]) -> list[Row]:
@@ -251,14 +289,24 @@ class FlowerSites:
         return [replace(row, undone=True) for row in rows if isinstance(row, Transfer)]
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
-        """Take up what the checkpoint knows."""
+        """Take up what the checkpoint knows.
+
+        Turns that were under way are asked for anew: the messages that asked for them were the last server's.
+        """
         self.known |= snapshot.known
+        if rounds.buffer:
+            for site in sorted(rounds.buffer.under_way):
+                rounds.buffer.lose(site)
 
     def deliver(self, rounds: Rounds) -> None:
         """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
         owed = [site for site, known in self.known.items() if not known.delivered]
         if not owed:
             return
+        for site in owed:
+            turn = self.fleet.open_turn(site)
+            if turn is not None and rounds.buffer:  # of an asynchronous round: no step waits for it any more
+                self.fleet.withdraw(turn)
         rounds.save()  # no site may be ahead of the newest checkpoint: a crash from here on undoes no round
         deadline = self.setup.config.flower.deadline
         delivery = Delivery(

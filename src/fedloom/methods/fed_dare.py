@@ -34,6 +34,7 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
             receives="the mean change, sparse where that is shorter",
             broadcasts="change",
         ),
+        updates="change",
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,
         receive=add_to_whole,

@@ -124,6 +124,7 @@ def fedsrd(
             broadcasts="change",
             one_factor=True,
         ),
+        updates="change",
         compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down, step_guard),
         receive=add_to_whole,

@@ -50,6 +50,7 @@ def flasc(
             keeps="server: all of A and B, moments",
             broadcasts="step",
         ),
+        updates="change",
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
         receive=take_whole,

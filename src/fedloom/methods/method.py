@@ -60,11 +60,16 @@ class State:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Update:
-    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries."""
+    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries.
+
+    staleness: versions that the server has gone on since the client's training began, always 0 in synchronous rounds.
+    Entries of an older version are here as they count for the present one (`rounds.stale`).
+    """
 
     client: str
     weight: float
     entries: Entries
+    staleness: int = 0
 
 
 def no_bytes(entries: Entries) -> int:
@@ -200,6 +205,9 @@ class Method:
     some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few
     values travel together (see `rounds.joint`). smallest(first adapter, context): bytes of the smallest payload of a
     run, either way; its budget must leave room for one element.
+    updates: what a client's entries are, where they still mean something when the server has gone on: a "change" of the
+    factors, or the "factors" after it. Empty where they mean something beside those of the same version alone; such a
+    method has synchronous rounds only (`rounds.stale`).
     advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
@@ -226,6 +234,7 @@ class Method:
     joins: bool = False
     own_values: bool = False
     replaces: tuple[str, ...] = ()
+    updates: Literal["", "change", "factors"] = ""
     smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice

@@ -75,6 +75,14 @@ def _check_validation(config: Config) -> None:
         raise ValueError(f"federation.eval_every is 0: {asking} needs evaluations on the way; set it to 1 or more")
 
 
+def _check_mode(config: Config) -> None:
+    """Raises ValueError where settings of asynchronous rounds are set and the rounds are synchronous."""
+    federation = config.federation
+    for key in ("buffer_size", "pace"):
+        if getattr(federation, key) and federation.mode != "buffered":
+            raise ValueError(f"federation.{key} does nothing in synchronous rounds: set federation.mode = 'buffered'")
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -135,4 +143,5 @@ class Config(Section):
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
         _check_steps(self)
         _check_validation(self)
+        _check_mode(self)
         return self

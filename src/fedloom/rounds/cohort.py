@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
@@ -23,14 +23,16 @@ from fedloom.methods.method import Aggregate, Context, Entries, Method, State, U
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.stale import Past
 
 
 @dataclass(eq=False, slots=True)
 class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
-    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
-    fails, this names the suspect.
+    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading,
+    "" before the first and after the last. Where a method fails, this names the suspect. past: client → the older
+    version that its update rests on, where it does.
     """
 
     payloads: Mapping[str, bytes]
@@ -38,6 +40,7 @@ class Cohort:
     facts: Mapping[str, UpdateFacts]
     decoded: Decoded
     reading: str = ""
+    past: Mapping[str, Past] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
@@ -49,6 +52,13 @@ class Cohort:
         for module in sorted(holders):
             groups[tuple(holders[module])].append(module)
         return groups
+
+    def update(self, client: str, weight: float, state: State, modules: Collection[str]) -> Update:
+        """A client's update of some modules; one of an older version as it counts for the present one."""
+        entries, past = self.decoded.entries(client, self.payloads, state, modules), self.past.get(client)
+        if past is None:
+            return Update(client, weight, entries)
+        return Update(client, weight, past.bring_forward(entries), past.staleness)
 
     def digest(self, base: str) -> str:
         """32 hex digits for the state that follows `base` by these updates."""
@@ -76,9 +86,7 @@ class Group:
         cohort = self.cohort
         for client, weight in self.weights.items():
             cohort.reading = client
-            entries = cohort.decoded.entries(client, cohort.payloads, self.state, self.modules)
-            yield Update(client, weight, entries)
-            del entries  # before the next are read: they are as large
+            yield cohort.update(client, weight, self.state, self.modules)  # not held: the next one is as large
             give_back(cohort.facts[client].size)
         cohort.reading = ""
         if self.unchanged:

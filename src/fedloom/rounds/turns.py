@@ -27,6 +27,7 @@ from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.stale import Past
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -181,20 +182,22 @@ def server_turn(
     seen: Mapping[str, UpdateFacts] | None = None,
     decoded: Decoded | None = None,
     least: int = 1,
+    past: Mapping[str, Past] | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
     payloads: client → payload. An update that is invalid, stale, not finite, out of proportion or cannot be averaged is
     refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
     seen: the facts of payloads that `check_update` has read already, so that they are not read again. decoded: where
-    their entries wait.
+    their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
+    client sent must be among `seen`, since it is no update of this version.
     """
     decoded = decoded or Decoded.beside(state)
     passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
-        cohort = Cohort(payloads, weights, passed, decoded)
+        cohort = Cohort(payloads, weights, passed, decoded, past=past or {})
         try:
             turn = _average(job, state, cohort, round)
         except Exception as error:  # whatever one update does to the method, the others' round goes on

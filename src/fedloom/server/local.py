@@ -6,15 +6,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom.errors import NumericError
+from fedloom.errors import FedloomError, NumericError
 from fedloom.methods.method import Method, State
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Row, Training
+from fedloom.rounds.checks import check_update
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.buffer import Buffer, choose_next
+from fedloom.server.engine import Updates
+from fedloom.server.loop import Rounds
 from fedloom.server.roster import Roster
+from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
@@ -60,6 +64,7 @@ class LocalSites:
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
+        self.timeline = Timeline(setup.config.federation)
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -76,6 +81,20 @@ class LocalSites:
         """One client's turn, recorded; None where it does not answer."""
         rounds.observer.client_started(rounds.round, client)
         received = self.download(rounds, client)
+        turn = self.train(rounds, client, vanishes)
+        if turn is None:
+            return None
+        self.roster.hold(client, turn.state)
+        trained = turn.trained
+        rounds.take_update(
+            Training(rounds.round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds),
+            turn.payload,
+            received,
+        )
+        return turn.payload
+
+    def train(self, rounds: Rounds, client: str, vanishes: bool) -> ClientTurn | None:
+        """The turn of a client in step; None, noted, where nothing comes of it."""
         if vanishes:
             rounds.note(rounds.round, f"client {client} dropped out after the download")
             return None
@@ -86,16 +105,50 @@ class LocalSites:
             rounds.note(rounds.round, str(error), "diverged")
             self.diverged.add(client)
             return None
-        self.roster.hold(client, turn.state)
         if self.look is not None:
             self.look(rounds.round, client, state, turn)
-        trained = turn.trained
-        rounds.take_update(
-            Training(rounds.round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds),
-            turn.payload,
-            received,
-        )
-        return turn.payload
+        return turn
+
+    def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
+        """Let simulated time go by until the buffer is full: who is free begins a turn, who is due sends its update."""
+        federation, self.diverged = self.setup.config.federation, set()
+        order, begun = draw_order(federation, tuple(self.roster), rounds.round), 0
+        while not buffer.is_full:
+            for client in choose_next(order, buffer, rounds.round, self.roster):
+                vanishes = draw_vanishing(federation, client, rounds.round)
+                begun += not vanishes
+                self.begin(rounds, buffer, client, vanishes)
+            if not self.timeline.flights:
+                break
+            for flight in self.timeline.land(rounds.round):
+                buffer.now = flight.due
+                self.end(rounds, buffer, flight)
+        return 0 < begun == len(self.diverged)
+
+    def begin(self, rounds: Rounds, buffer: Buffer, client: str, vanishes: bool) -> None:
+        """A client begins its turn from the newest version; its update is in flight until the turn is due."""
+        rounds.observer.client_started(rounds.round, client)
+        received = self.download(rounds, client)
+        buffer.begin(client, rounds.round, rounds.server)
+        turn = self.train(rounds, client, vanishes)
+        self.timeline.begin(client, buffer.now, received, rounds.round, turn)
+
+    def end(self, rounds: Rounds, buffer: Buffer, flight: Flight) -> None:
+        """A client's turn is over; what it remembers of it counts where its update does."""
+        client = flight.client
+        if flight.trained is None:
+            buffer.end(client)
+            return
+        rounds.take_update(replace(flight.trained, round=rounds.round), flight.payload, flight.received)
+        base, asked = buffer.base_of(client, rounds.server), buffer.begun[client].round
+        try:
+            facts = check_update(self.setup.job, base, client, flight.payload, asked)
+            buffer.take_in(client, flight.payload, facts, rounds.server)
+        except FedloomError as error:
+            buffer.end(client)
+            rounds.note(rounds.round, f"client {client} refused: {error}", "refused")
+            return
+        self.roster.hold(client, replace(self.roster[client], memory=flight.memory))
 
     def download(self, rounds: Rounds, client: str, *, delivery: bool = False) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
@@ -117,8 +170,9 @@ class LocalSites:
         return ()
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
-        """The checkpoint, with every client's state in it."""
-        return replace(snapshot, clients=self.roster)
+        """The checkpoint, with every client's state in it, and every turn that is in flight."""
+        underway = snapshot.underway and snapshot.underway.joined(self.timeline.remember())
+        return replace(snapshot, clients=self.roster, underway=underway)
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
         """Every client's state as the checkpoint has it."""
@@ -126,6 +180,8 @@ class LocalSites:
             self.roster.follow(rounds.full_state())
         for client, state in snapshot.clients.items():
             self.roster.hold(client, state)
+        if snapshot.underway:
+            self.timeline.restore(snapshot.underway)
 
     @property
     def states(self) -> dict[str, State]:
