@@ -14,7 +14,7 @@ from fedloom.records.configfile import parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
-scores are taken at the server."""
+scores are taken at the server. [local] is for another engine, and nobody is told it."""
 
 
 SINCE: dict[str, int] = {}
@@ -52,7 +52,7 @@ def shared_settings(config: Config) -> str:
     """
     federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
     told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
-    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True)))
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude={"local"})))
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
