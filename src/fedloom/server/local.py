@@ -114,7 +114,8 @@ class LocalSites:
                 continue
             ticket = next(turns)
             version, payloads = sent.pop(client)
-            rounds.record_sent(client, version, payloads)
+            for held, payload in enumerate(payloads, start=version):
+                rounds.folder.transfer(rounds.round, client, "down", payload, version=held)
             yield client, self.take(rounds, client, sum(map(len, payloads)), ticket.result)
 
     def ask_ahead(
@@ -124,8 +125,8 @@ class LocalSites:
         for client in present.asked:
             if self.trains_here(client, present):
                 continue
-            version = self.roster[client].version
-            payloads = rounds.find_missed(client, version)
+            version, ranks = self.roster[client].version, self.setup.sites[client].ranks
+            payloads = rounds.archive.payloads_for(self.setup.job, rounds.server, version, ranks, rounds.round)
             self.roster.receive(client, payloads)
             sent[client] = version, payloads
             yield Turn(client, self.roster[client], rounds.round)

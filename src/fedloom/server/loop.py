@@ -62,9 +62,7 @@ class Updates:
 
 
 class Sites(Protocol):
-    """The clients of a run, and the way to them. Iterating gives their names. together: whether they train at the same
-    time.
-    """
+    """The clients of a run, and the way to them. Iterating gives their names. together: whether they train at once."""
 
     together: bool
 
@@ -246,19 +244,11 @@ class Rounds:
 
     def send_missed(self, client: str, version: int, *, delivery: bool = False) -> list[bytes]:
         """What brings a client at `version` in step with the server, recorded as sent; `delivery`: after all rounds."""
-        payloads = self.find_missed(client, version)
-        self.record_sent(client, version, payloads, delivery=delivery)
-        return payloads
-
-    def find_missed(self, client: str, version: int) -> list[bytes]:
-        """What brings a client at `version` in step with the server."""
         ranks = self.setup.sites[client].ranks
-        return self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
-
-    def record_sent(self, client: str, version: int, payloads: Sequence[bytes], *, delivery: bool = False) -> None:
-        """Record what a client at `version` is sent; `delivery`: after all rounds."""
+        payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
         for held, payload in enumerate(payloads, start=version):
             self.folder.transfer(self.round, client, "down", payload, version=held, delivery=delivery)
+        return payloads
 
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""

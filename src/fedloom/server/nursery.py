@@ -26,7 +26,7 @@ import torch
 
 from fedloom.methods.method import Method
 from fedloom.records.config import Config
-from fedloom.server.pipes import receive, send
+from fedloom.server.pipes import pack, receive, send
 from fedloom.server.tasks import Task
 from fedloom.workspace.assemble import Setup, load_setup
 
@@ -113,7 +113,7 @@ def _work(pipe: Connection, load: Callable[[], Setup], threads: int, device: str
     torch.set_num_threads(threads)
     while True:
         task: Task = receive(pipe)
-        send(pipe, _answer(task, load))
+        send(pipe, pack(_answer(task, load)))
 
 
 def _answer(task: Task, load: Callable[[], Setup]) -> object:

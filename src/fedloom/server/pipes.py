@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,16 +14,27 @@ import torch
 from torch import Tensor
 
 
-def send(pipe: Connection, value: object) -> None:
-    """Send a value. Raises OSError where nobody reads, and what pickle raises for a value that cannot be sent."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Parcel:
+    """A value as it is sent: what pickle makes of it, and the memory of its tensors."""
+
+    body: memoryview
+    planes: Sequence[memoryview]
+
+
+def pack(value: object) -> Parcel:
+    """Raises what pickle raises for a value that cannot be told to another process."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
-    planes = [buffer.raw() for buffer in buffers]
-    pipe.send([plane.nbytes for plane in planes])
-    pipe.send_bytes(file.getbuffer())
-    for plane in planes:
-        pipe.send_bytes(plane)
+    return Parcel(file.getbuffer(), [buffer.raw() for buffer in buffers])
+
+
+def send(pipe: Connection, parcel: Parcel) -> None:
+    """Raises OSError where nobody reads."""
+    pipe.send([plane.nbytes for plane in parcel.planes])
+    for part in (parcel.body, *parcel.planes):
+        pipe.send_bytes(part)
 
 
 def receive(pipe: Connection) -> Any:  # noqa: ANN401 (whatever was sent)
@@ -41,7 +54,7 @@ class _Pickler(pickle.Pickler):
         if type(held) is not Tensor:
             return NotImplemented
         plane = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return _tensor, (held.dtype, tuple(held.shape), pickle.PickleBuffer(plane))
+        return _tensor, (held.dtype, tuple(held.shape), pickle.PickleBuffer(plane.data))
 
 
 def _tensor(dtype: torch.dtype, shape: tuple[int, ...], plane: Any) -> Tensor:  # noqa: ANN401 (a buffer)

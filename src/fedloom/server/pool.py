@@ -23,7 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from fedloom.errors import ConfigError, RoundError
 from fedloom.server.nursery import Failure, Order
-from fedloom.server.pipes import receive, send
+from fedloom.server.pipes import pack, receive, send
 from fedloom.server.tasks import Task
 
 Work = TypeVar("Work", bound=Task)
@@ -83,6 +83,13 @@ class Pool:
         self._idle: list[Worker] = []
         self._busy: dict[Connection, tuple[Worker, Ticket[Any]]] = {}
         self._begun = 0
+        try:
+            told = pack(order)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"local.workers is {count}, but the method that was handed over cannot be told to another process "
+                f"({error}): name it, as package.module:builder, or leave local.workers out"
+            ) from None
         self._pipe, far = Pipe()
         code = f"from fedloom.server.nursery import tend; tend({far.fileno()})"
         crowded = order.shared and count * order.threads > (os.cpu_count() or 1)
@@ -94,15 +101,8 @@ class Pool:
             start_new_session=True,  # Ctrl-C on the terminal is for the run's process, which ends this group as a whole
         )
         far.close()
-        try:
-            self._pipe.send(sys.path)
-            send(self._pipe, order)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            self.close()
-            raise ConfigError(
-                f"local.workers is {count}, but the method that was handed over cannot be told to another process "
-                f"({error}): name it, as package.module:builder, or leave local.workers out"
-            ) from None
+        self._pipe.send(sys.path)
+        send(self._pipe, told)
 
     def run(self, tasks: Iterable[Work], begun: Callable[[Work], None] = lambda task: None) -> Iterator[Ticket[Work]]:
         """The tasks' tickets in their order, each once it is over. Tasks are drawn as workers become free.
@@ -111,17 +111,14 @@ class Pool:
         """
         source: Iterator[Work] = iter(tasks)
         line: deque[Ticket[Work]] = deque()
-        while True:
-            while len(line) < AHEAD * self._count and len(self._busy) < self._count:
-                task = next(source, None)
-                if task is None:
-                    break
+        task = next(source, None)
+        while task is not None or line:
+            while task is not None and len(line) < AHEAD * self._count and len(self._busy) < self._count:
                 line.append(Ticket(task))
                 begun(task)
                 self._hand_out(line[-1], self._idle.pop() if self._idle else self._begin())
-            if not line:
-                return
-            if line[0].over:
+                task = next(source, None)
+            if line and line[0].over:
                 yield line.popleft()
             else:
                 self._listen()
@@ -130,7 +127,7 @@ class Pool:
         """Give a task to a worker that is free."""
         self._busy[worker.pipe] = worker, ticket
         try:
-            send(worker.pipe, ticket.task)
+            send(worker.pipe, pack(ticket.task))
         except OSError:
             self._replace(worker, ticket)
 

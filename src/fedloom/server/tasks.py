@@ -1,4 +1,4 @@
-"""What a worker is asked to do: a client's turn, scores of one domain, answers. Each says what it is about, in words."""
+"""What a worker is asked to do: a client's turn, the scores of one domain, answers."""
 
 from __future__ import annotations
 

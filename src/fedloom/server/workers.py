@@ -52,15 +52,11 @@ def find_devices(config: Config) -> tuple[str, ...]:
         return ("cpu",)
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     known = {f"cuda:{k}": names[k] if names != [""] else str(k) for k in range(seen)}
-    for device in given:
-        if device not in known:
-            there = ", ".join(["cpu", *known])
-            mixed = device == "cpu"
-            raise ConfigError(
-                f"local.devices has {', '.join(given)}: "
-                + ("a CPU and a GPU do not give the same bits; name one kind" if mixed else f"{device!r} is not here")
-                + f"; here are {there}"
-            )
+    if "cpu" in given:
+        raise ConfigError("local.devices has a CPU and a GPU, which do not give the same bits: name one kind")
+    missing = [device for device in given if device not in known]
+    if missing:
+        raise ConfigError(f"local.devices has {missing[0]!r}; here are {', '.join(['cpu', *known])}")
     return tuple(known[device] for device in given)
 
 
@@ -100,10 +96,11 @@ def thread_notes(config: Config) -> list[str]:
     cpus, threads = os.cpu_count() or 1, torch.get_num_threads()
     if config.model.threads or threads * config.local.count <= cpus or find_devices(config) != ("cpu",):
         return []
+    count = config.local.count
     return [
-        f"model.threads is not set: each of {config.local.count} workers trains on {threads} threads, as the run would "
-        f"without workers, so that the bits are the same; with model.threads = {max(1, cpus // config.local.count)} they "
-        f"would not have to share {cpus} CPUs"
+        f"model.threads is not set: each of {count} workers trains on {threads} threads, as the run would without "
+        f"workers, so that the bits are the same; with model.threads = {max(1, cpus // count)} they would not have to "
+        f"share {cpus} CPUs"
     ]
 
 

@@ -17,8 +17,8 @@ class LocalSettings(Section):
         None,
         ge=1,
         le=MOST_WORKERS,
-        description="Processes that train a round's clients side by side; otherwise one for each of `devices`, and where "
-        "there are none, all clients are trained by the run's own process, one after another.",
+        description="Processes that train a round's clients side by side; otherwise one for each of `devices`, or none "
+        "and the run's own process trains the clients one after another.",
         examples=[4],
     )
     devices: Annotated[tuple[Name, ...], Field(strict=False, max_length=MOST_WORKERS)] = Field(
