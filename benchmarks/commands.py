@@ -385,3 +385,20 @@ def soak_command(
     print_result(result, report.tables, as_json)
     if any(result["checks"].values()):
         raise typer.Exit(1)
+
+
+@app.command("workers")
+def workers_command(
+    workers: Annotated[int, typer.Option(min=2, help="Worker processes, and flower-sim's.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the demo.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats in turns; the median is kept.")] = 1,
+    flower: Annotated[bool, typer.Option("--flower/--no-flower", help="Flower's simulation too.")] = True,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The demo one client after another, with worker processes, and on flower-sim: seconds, and the same bits?"""
+    from benchmarks import workers as bench
+    from fedloom.records.configfile import load_config
+
+    config = load_config(testbed_folder() / "demo.toml", [f"federation.num_rounds={rounds}", *(settings or [])])
+    print_result(bench.run(config, workers, repeats=repeats, flower=flower), bench.tables, as_json)

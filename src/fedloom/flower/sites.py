@@ -109,6 +109,7 @@ class FlowerSites:
 
     def __init__(self, setup: Setup, fleet: Fleet, *, simulated: bool = False) -> None:
         self.setup = setup
+        self.together = True
         self.fleet = fleet
         self.simulated = simulated
         self.sent: dict[str, int] = {}

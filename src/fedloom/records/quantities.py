@@ -18,6 +18,8 @@ MOST_PATTERNS = 1024
 MOST_CLIENTS = 10_000
 MOST_STEPS = 10**6
 """Steps, rounds and micro-batches: hours of work each at the least."""
+MOST_WORKERS = 1024
+"""Processes on one machine."""
 MOST_COUNT = 2**31 - 1
 """Numbers that are only compared or divided by, and so cost nothing."""
 

@@ -120,6 +120,7 @@ class Rounds:
                 out=self.folder.path,
                 first_round=self.round + 1,
                 warnings=(*self.folder.notes, *extension, *setup.warnings()),
+                together=self.sites.together,
             )
         )
         if not self.saved:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -52,6 +52,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Judge(Protocol):
+    """Who plays the model that a state stands for, in place of the process that has the set-up."""
+
+    def evaluate(self, state: State) -> dict[str, Scores]:
+        """See `Setup.evaluate`."""
+
+    def validate(self, state: State) -> dict[str, Scores]:
+        """See `Setup.validate`."""
+
+    def answer(self, state: State) -> list[Answered]:
+        """See `Setup.answer`."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
     """All that a run works with. `scorer` holds the examples that scores are taken on, `validation` those that a round
@@ -60,6 +73,7 @@ class Setup:
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
     data: what the clients' examples weigh, where they are at hand.
+    judge: who scores in place of this process, whose `model` then may have no weights.
     """
 
     config: Config
@@ -76,6 +90,7 @@ class Setup:
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
+    judge: Judge | None = None
 
     @property
     def heldout(self) -> Mapping[str, TokenizedExamples]:
@@ -161,10 +176,12 @@ class Setup:
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
-        return self.scorer.score(self._model_of(state))
+        return self.judge.evaluate(state) if self.judge else self.scorer.score(self._model_of(state))
 
     def validate(self, state: State) -> dict[str, Scores]:
         """The same on every domain's validation examples; exact match and loss alone."""
+        if self.judge:
+            return self.judge.validate(state)
         model, size = self._model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
@@ -179,18 +196,23 @@ class Setup:
         number = self.config.output.answers
         if not self.tokenizer or not self.heldout or not number:
             return []
+        if self.judge:
+            return self.judge.answer(state)
         return answer_examples(self._model_of(state), self.tokenizer, self.heldout, number)
 
 
-def load_setup(config: Config, method: Method | None = None) -> Setup:
-    """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
+def load_setup(config: Config, method: Method | None = None, load: LoadBase | None = None) -> Setup:
+    """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training.
+
+    load: see `build_setup`.
+    """
     notes: list[str] = []
     check_unseen(config.data)
     texts, manifest = client_examples(config, notes.append)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
     heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
-    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation)
+    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation, load=load)
     return replace(setup, data=weigh_examples(texts))
 
 
