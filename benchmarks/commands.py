@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.compared import add_to
+from benchmarks.output import print_result
 from fedloom.cli.funnel import Funnel
-from fedloom.cli.options import AsJson, print_result, split_numbers, split_words
+from fedloom.cli.options import AsJson, split_numbers, split_words
 from fedloom.testbeds import testbed_folder
 
 app = typer.Typer(
@@ -17,6 +19,13 @@ app = typer.Typer(
 
 WayIn = Literal["node", "supernode"]
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
+
+
+@app.callback()
+def benchmarks(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as the documentation has them.")] = False,
+) -> None:
+    """Measurements that can be repeated."""
 
 
 @app.command("aggregate")
@@ -338,3 +347,6 @@ def soak_command(
     print_result(result, report.tables, as_json)
     if any(result["checks"].values()):
         raise typer.Exit(1)
+
+
+add_to(app)

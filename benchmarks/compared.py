@@ -1,0 +1,70 @@
+"""The commands of `python -m benchmarks` that run other commands: old code against new, and the tables of a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.output import print_result
+from fedloom.cli.funnel import complaints
+from fedloom.cli.options import AsJson, split_words
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="Commit of the old code, by any name that git knows.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repeats of each, in turns; the median is kept.")]
+WORDS = {"allow_interspersed_args": False, "ignore_unknown_options": True}
+"""The options of the command that is compared are its own: those of `against` come before REF."""
+
+
+def against_command(
+    ref: Ref,
+    words: Annotated[list[str], typer.Argument(metavar="COMMAND…", help="A command of this program: aggregate --rank 8.")],
+    repeats: Repeats = 3,
+    own: Annotated[bool, typer.Option("--own", help="The old code by the measurements of its day.")] = False,
+    rows: Annotated[str, typer.Option(help="The list in the command's JSON that is compared.")] = "rows",
+    as_json: AsJson = False,
+) -> None:
+    """A measurement with the code of a commit and with today's, in turns: every number, old, new and new over old."""
+    from benchmarks import against
+
+    print_result(against.run(ref, words, repeats=repeats, own=own, rows=rows), against.tables, as_json)
+
+
+def goals_command(
+    ref: Ref,
+    only: Annotated[str, typer.Option(help="Goals: growth,memory; all if left out.")] = "",
+    repeats: Repeats = 3,
+    as_json: AsJson = False,
+) -> None:
+    """What was asked of the whole round, with the code of a commit and with today's; says first how long it takes."""
+    from benchmarks import goals
+
+    print_result(goals.run(ref, split_words(only), repeats=repeats, told=_tell), goals.tables, as_json)
+
+
+def page_command(
+    pages: Annotated[list[Path], typer.Argument(metavar="PAGE.md…", help="Pages of the documentation.")],
+    only: Annotated[str, typer.Option(help="Tables whose command begins so.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured.")] = False,
+) -> None:
+    """Measure the tables of pages again and write them there; says first how long it takes."""
+    from benchmarks import page
+
+    tables = page.tables_of(pages, only)
+    _tell(f"{len(tables)} tables: about {sum(table.minutes for table in tables)} minutes")
+    for table in tables:
+        _tell(f"{table.page}: python -m benchmarks {table.words} ({table.minutes} min)")
+        if not dry_run:
+            page.write(table)
+
+
+def _tell(line: str) -> None:
+    complaints.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make them commands of a program."""
+    app.command("against", context_settings=WORDS)(against_command)
+    app.command("goals")(goals_command)
+    app.command("page")(page_command)

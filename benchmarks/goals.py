@@ -1,0 +1,180 @@
+"""`python -m benchmarks goals REF`: what was asked of the whole round, measured with the code of a commit and today's.
+
+Every row is one command of this package and one number made of its rows; docs/benchmarks/rounds.md has the table.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.against import Row
+from benchmarks.trees import Tree, measure, settle, tree_of, tree_of_today
+from fedloom.errors import ConfigError
+
+LAYERS = "round --preset llama-3.2-3b"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A number of the whole round, and what was asked of it.
+
+    name: short, for the command line. what: in words. command: after `python -m benchmarks`. number: of its rows.
+    most, least: what was asked for; one of them. unit: of the number. then: whether the old code can play the command;
+    else `today` says what it was by another count. minutes: of one run, with the old code where it can.
+    """
+
+    name: str
+    what: str
+    command: str
+    number: Callable[[Sequence[Row]], float]
+    most: float | None = None
+    least: float | None = None
+    unit: str = ""
+    then: bool = True
+    today: str = "–"
+    minutes: float = 1.0
+
+    def met(self, value: float) -> bool:
+        """Whether the number is what was asked for."""
+        return (self.most is None or value <= self.most) and (self.least is None or value >= self.least)
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        return f"≤ {self.most:g}{self.unit}" if self.most is not None else f"≥ {self.least:g}{self.unit}"
+
+
+def chosen(rows: Sequence[Row], **names: object) -> Row:
+    """The one row that has these values. Raises ConfigError where there is not exactly one."""
+    found = [row for row in rows if all(row.get(key) == value for key, value in names.items())]
+    if len(found) != 1:
+        raise ConfigError(f"expected one row with {names}, found {len(found)} of {len(rows)}")
+    return found[0]
+
+
+def beyond_kernel(rows: Sequence[Row]) -> float:
+    """Seconds of FedSRD's server turn with four clients that are not the kernel's."""
+    row = chosen(rows, method="fedsrd", clients=4)
+    return float(row["cpu_s"] - row["kernel_cpu_s"])
+
+
+def growth(rows: Sequence[Row]) -> float:
+    """Sixteen clients over four, of whichever method grows most."""
+    methods = {str(row["method"]) for row in rows}
+    return max(
+        float(chosen(rows, method=m, clients=16)["cpu_s"] / chosen(rows, method=m, clients=4)["cpu_s"]) for m in methods
+    )
+
+
+def largest(key: str) -> Callable[[Sequence[Row]], float]:
+    """The largest of a column."""
+    return lambda rows: max(float(row[key]) for row in rows if row.get(key) is not None)
+
+
+def smallest(key: str) -> Callable[[Sequence[Row]], float]:
+    """The smallest of a column."""
+    return lambda rows: min(float(row[key]) for row in rows if row.get(key) is not None)
+
+
+GOALS = (
+    Goal(
+        "beyond-kernel",
+        "Llama-3.2-3B, FedSRD of 4 clients: the server's turn beyond its kernel",
+        f"{LAYERS} --layers all --methods fedsrd --clients 4",
+        beyond_kernel,
+        most=1.0,
+        unit=" s",
+        minutes=2,
+    ),
+    Goal(
+        "payloads",
+        "the same turn of FedSRD-e and loom, over reading and writing the payloads' values once",
+        f"{LAYERS} --layers all --methods fedsrd-e,loom --clients 4",
+        largest("times_floor"),
+        most=2.0,
+        unit=" ×",
+        minutes=3,
+    ),
+    Goal(
+        "growth",
+        "one layer, FedSRD and FLoRIST: 16 clients over 4",
+        f"{LAYERS} --layers 1 --methods fedsrd,florist --clients 4,16",
+        growth,
+        most=5.0,
+        unit=" ×",
+        minutes=1,
+    ),
+    Goal(
+        "memory",
+        "one layer, FedSRD and FLoRIST of 16 clients: peak memory, in adapters",
+        f"{LAYERS} --layers 1 --methods fedsrd,florist --clients 16",
+        largest("peak_adapters"),
+        most=4.0,
+        minutes=1,
+    ),
+)
+
+
+def run(ref: str, names: Sequence[str] = (), *, repeats: int = 3, told: Callable[[str], None] = print) -> dict[str, Any]:
+    """{"ref", "repeats", "rows": [{name, what, old, new, asked, met, command, remark}]}, a row for each goal.
+
+    names: of the goals; all if left out. told: is called with a line beforehand, which says how long it takes, and with
+    one for every row as it is done. A number that could not be measured is None, and `remark` says why.
+    Raises ConfigError for a goal or a commit that there is not.
+    """
+    goals = [goal for goal in GOALS if not names or goal.name in names]
+    if unknown := set(names) - {goal.name for goal in goals}:
+        raise ConfigError(f"no goal {min(unknown)!r}: expected {', '.join(goal.name for goal in GOALS)}")
+    minutes = sum(repeats * (1 + goal.then) * goal.minutes for goal in goals) + 1
+    told(f"{len(goals)} numbers, {repeats} repeats of old and new code in turns: about {minutes:.0f} minutes")
+    rows = []
+    with tree_of(ref) as then:
+        trees = [then, tree_of_today()]
+        for tree in trees:
+            settle(tree)
+        for goal in goals:
+            rows.append(measured(goal, trees, repeats))
+            told(f"{goal.name}: {', '.join(f'{key} {rows[-1][key]}' for key in ('old', 'new', 'asked'))}")
+    return {"ref": ref, "repeats": repeats, "rows": rows}
+
+
+def measured(goal: Goal, trees: Sequence[Tree], repeats: int) -> dict[str, Any]:
+    """The row of a goal: medians of its number over the repeats, old and new code in turns."""
+    taken: dict[str, list[float]] = {tree.name: [] for tree in trees}
+    remarks: dict[str, str] = {}
+    playing = [tree for tree in trees if goal.then or tree.name == "new"]
+    for repeat in range(repeats):
+        for tree in playing[:: -1 if repeat % 2 else 1]:
+            if tree.name not in remarks:
+                try:
+                    taken[tree.name].append(goal.number(measure(tree, shlex.split(goal.command)).result["rows"]))
+                except (ConfigError, KeyError, ValueError) as error:  # the other rows are measured nevertheless
+                    remarks[tree.name] = f"{tree.name}: {error}"
+    found = {name: statistics.median(values) if values else None for name, values in taken.items()}
+    told = {key: value for key, value in asdict(goal).items() if key in ("name", "what", "command", "unit", "today")}
+    met = None if found["new"] is None else goal.met(found["new"])
+    return {**told, **found, "asked": goal.asked, "met": met, "remark": "; ".join(remarks.values())}
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The rows as the page has them."""
+    table = Table(title=f"the whole round, {result['ref']} and today, medians of {result['repeats']} in turns")
+    for name in ("what", "before", "now", "asked for", "met", "command"):
+        table.add_column(name, justify="right" if name in ("before", "now", "asked for") else "left")
+    for row in result["rows"]:
+        before = _number(row["old"], row["unit"]) if row["old"] is not None else row["today"]
+        met = {True: "yes", False: "**no**", None: row["remark"]}[row["met"]]
+        table.add_row(
+            row["what"], before, _number(row["new"], row["unit"]), row["asked"], met, f"`{row['name']}`"
+        )
+    return [table]
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{value:.3g}{unit}"
