@@ -34,7 +34,10 @@ def run(ref: str, words: Sequence[str], *, repeats: int = 3, own: bool = False, 
         taken = in_turns([then, tree_of_today()], words, repeats)
     old, new = ([_listed(one, rows, words) for one in taken[name]] for name in ("old", "new"))
     whole = [
-        {"number": number, **_ratio(*(statistics.median(getattr(one, key) for one in taken[n]) for n in ("old", "new")))}
+        {
+            "number": number,
+            **_ratio(*(statistics.median(getattr(one, key) for one in taken[n]) for n in ("old", "new"))),
+        }
         for number, key in PROCESS.items()
     ]
     return {"ref": ref, "command": " ".join(words), "repeats": repeats, "rows": [*compare(old, new), *whole]}
@@ -69,6 +72,7 @@ def naming_columns(taken: Sequence[Sequence[Row]]) -> list[str]:
 
     taken: the rows of every measurement. A number that differs anywhere was measured.
     """
+
     def names(column: str) -> bool:
         values = [[row.get(column) for row in rows] for rows in taken]
         if all(isinstance(value, str | bool) for some in values for value in some):

@@ -19,7 +19,9 @@ WORDS = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 def against_command(
     ref: Ref,
-    words: Annotated[list[str], typer.Argument(metavar="COMMAND…", help="A command of this program: aggregate --rank 8.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="COMMAND…", help="A command of this program: aggregate --rank 8.")
+    ],
     repeats: Repeats = 3,
     own: Annotated[bool, typer.Option("--own", help="The old code by the measurements of its day.")] = False,
     rows: Annotated[str, typer.Option(help="The list in the command's JSON that is compared.")] = "rows",

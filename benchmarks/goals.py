@@ -121,7 +121,9 @@ GOALS = (
 )
 
 
-def run(ref: str, names: Sequence[str] = (), *, repeats: int = 3, told: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    ref: str, names: Sequence[str] = (), *, repeats: int = 3, told: Callable[[str], None] = print
+) -> dict[str, Any]:
     """{"ref", "repeats", "rows": [{name, what, old, new, asked, met, command, remark}]}, a row for each goal.
 
     names: of the goals; all if left out. told: is called with a line beforehand, which says how long it takes, and with
@@ -170,9 +172,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     for row in result["rows"]:
         before = _number(row["old"], row["unit"]) if row["old"] is not None else row["today"]
         met = {True: "yes", False: "**no**", None: row["remark"]}[row["met"]]
-        table.add_row(
-            row["what"], before, _number(row["new"], row["unit"]), row["asked"], met, f"`{row['name']}`"
-        )
+        table.add_row(row["what"], before, _number(row["new"], row["unit"]), row["asked"], met, f"`{row['name']}`")
     return [table]
 
 

@@ -23,7 +23,9 @@ from benchmarks.trees import REPOSITORY
 from fedloom.errors import ConfigError
 
 END = "<!-- end of what is printed -->"
-PRINTED = re.compile(rf"(?P<head><!-- printed by: (?P<words>[^\n]+?) \((?P<minutes>\d+) min\) -->\n).*?{END}", re.DOTALL)
+PRINTED = re.compile(
+    rf"(?P<head><!-- printed by: (?P<words>[^\n]+?) \((?P<minutes>\d+) min\) -->\n).*?{END}", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)

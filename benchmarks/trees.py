@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedloom.errors import ConfigError
 
@@ -113,7 +113,6 @@ def _call(tree: Tree, arguments: Sequence[str]) -> tuple[str, Any]:
     return texts[0], used
 
 
-def _content(file: Any) -> str:
+def _content(file: IO[bytes]) -> str:
     file.seek(0)
-    told: bytes = file.read()
-    return told.decode(errors="replace")
+    return file.read().decode(errors="replace")

@@ -159,7 +159,9 @@ def grown(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, structur
     fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
     return LoraState(
         {
-            module: LoraPair(pair.A, heavy_tailed((pair.shape[0], rank), structured, derived_seed(seed, "grown", module)))
+            module: LoraPair(
+                pair.A, heavy_tailed((pair.shape[0], rank), structured, derived_seed(seed, "grown", module))
+            )
             for module, pair in fresh.items()
         }
     )
@@ -203,9 +205,7 @@ def played(method: str, values: str, before: LoraState, clients: int, seed: int)
     return Played(down[0], own.payload, client_s, server_s)
 
 
-def turn_of(
-    job: Job, client: str, state: State, payloads: Sequence[bytes], round: int
-) -> tuple[ClientTurn, float]:
+def turn_of(job: Job, client: str, state: State, payloads: Sequence[bytes], round: int) -> tuple[ClientTurn, float]:
     """A client's turn, and its seconds of processor time without those of training."""
     training = 0.0
 

@@ -60,7 +60,10 @@ def row(method, clients, cost, **more):
 
 
 def test_rows_are_paired_by_what_names_them():
-    old = [[row("a", 4, 8.0, bytes=10), row("a", 16, 40.0, bytes=11)], [row("a", 4, 10.0, bytes=10), row("a", 16, 44.0)]]
+    old = [
+        [row("a", 4, 8.0, bytes=10), row("a", 16, 40.0, bytes=11)],
+        [row("a", 4, 10.0, bytes=10), row("a", 16, 44.0)],
+    ]
     new = [[row("a", 16, 4.0, bytes=12), row("a", 4, 3.0, bytes=10), row("b", 4, 1.0)]]
     found = against.compare(old, [new[0][:2]])
     assert [one for one in found if one["number"] == "cost_s"] == [
@@ -97,7 +100,12 @@ class tree_of_nothing:
 
 SERVER = [
     {"method": m, "clients": k, "cpu_s": s, "kernel_cpu_s": s / 2, "peak_adapters": p}
-    for m, k, s, p in (("fedsrd", 4, 2.0, 1.5), ("fedsrd", 16, 7.0, 3.0), ("florist", 4, 1.0, None), ("florist", 16, 4.5, 2))
+    for m, k, s, p in (
+        ("fedsrd", 4, 2.0, 1.5),
+        ("fedsrd", 16, 7.0, 3.0),
+        ("florist", 4, 1.0, None),
+        ("florist", 16, 4.5, 2),
+    )
 ]
 
 

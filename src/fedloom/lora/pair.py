@@ -119,6 +119,11 @@ def _initial_pair(m: int, n: int, rank: int, seed: int, module: str) -> LoraPair
     return LoraPair(a, torch.zeros(m, rank))
 
 
+def in_memory(state: LoraState) -> LoraState:
+    """The state in the computer's own memory: a factor that lies on a GPU is copied, once; others stay as they are."""
+    return state.map(lambda pair: LoraPair(pair.A.cpu(), pair.B.cpu()))
+
+
 def narrow(state: LoraState, ranks: Mapping[str, int]) -> LoraState:
     """The state cut to each module's first `ranks[module]` components; a module that `ranks` lacks stays whole."""
     return LoraState(
