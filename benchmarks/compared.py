@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks` that run other commands: old code against new, and the tables of a page."""
+"""Commands of `python -m benchmarks` about the whole round: old code against new, long runs, the tables of a page."""
 
 from __future__ import annotations
 
@@ -61,6 +61,35 @@ def page_command(
             page.write(table)
 
 
+def course_command(
+    clients: Annotated[int, typer.Option(min=1, help="Clients.")] = 4,
+    attending: Annotated[int, typer.Option(min=1, help="Clients of a round.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds.")] = 2000,
+    adapter: Annotated[str, typer.Option(help="Shapes: tiny, or demo.")] = "tiny",
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    as_json: AsJson = False,
+) -> None:
+    """What a run costs beside training: its early and late rounds, and its end with the result's delivery."""
+    from benchmarks import course
+
+    result = course.run(clients=clients, attending=attending, rounds=rounds, adapter=adapter, method=method)
+    print_result(result, course.tables, as_json)
+
+
+def predicted_command(
+    preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "tinyllama",
+    rank: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
+    clients: Annotated[int, typer.Option(min=1, help="Clients.")] = 4,
+    methods: Annotated[str, typer.Option(help="Methods: fedsrd,florist.")] = "fedit,fedsrd,fedsrd-e,florist",
+    as_json: AsJson = False,
+) -> None:
+    """What `fedloom estimate` predicts of a server's turn, beside all layers played."""
+    from benchmarks import predicted
+
+    result = predicted.run(preset, rank=rank, clients=clients, methods=split_words(methods))
+    print_result(result, predicted.tables, as_json)
+
+
 def _tell(line: str) -> None:
     complaints.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -70,3 +99,5 @@ def add_to(app: typer.Typer) -> None:
     app.command("against", context_settings=WORDS)(against_command)
     app.command("goals")(goals_command)
     app.command("page")(page_command)
+    app.command("course")(course_command)
+    app.command("predicted")(predicted_command)

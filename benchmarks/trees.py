@@ -106,11 +106,15 @@ def _call(tree: Tree, arguments: Sequence[str]) -> tuple[str, Any]:
         process.returncode = os.waitstatus_to_exitcode(status)  # it is known: nobody waits for it again
         texts = [_content(file) for file in (out, complaints)]
     if process.returncode:
-        told = [line.strip(" │") for line in texts[1].splitlines() if any(map(str.isalnum, line))]
-        raise ConfigError(
-            f"`{' '.join(arguments)}` fails with the {tree.name} code: {told[-1] if told else 'it says nothing'}"
-        )
+        raise ConfigError(f"`{' '.join(arguments)}` fails with the {tree.name} code: {_reason(texts[1])}")
     return texts[0], used
+
+
+def _reason(complaint: str) -> str:
+    """The last line, or what stands in typer's frame around a mistake."""
+    lines = [line for line in complaint.splitlines() if any(map(str.isalnum, line))]
+    framed = [line.strip(" │") for line in lines if line.startswith("│")]
+    return " ".join(framed) or (lines[-1].strip() if lines else "it says nothing")
 
 
 def _content(file: IO[bytes]) -> str:

@@ -125,7 +125,7 @@ def test_a_goal_that_old_code_cannot_play_has_its_other_numbers(monkeypatch):
 
     monkeypatch.setattr(goals, "measure", measured)
     told = goals.measured(goals.GOALS[2], [Tree("old", Path()), Tree("new", Path())], 3)
-    assert (told["old"], told["new"], told["met"], told["remark"]) == (None, 4.5, True, "old: no such measurement")
+    assert (told["old"], told["new"], told["met"], told["remark"]) == (None, 4.5, True, "old code: no such measurement")
     assert goals.Goal("x", "x", "x", len, least=1.7).met(1.6) is False
 
 
