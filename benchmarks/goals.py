@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
@@ -17,7 +18,10 @@ from benchmarks.against import Row
 from benchmarks.trees import Tree, measure, settle, tree_of, tree_of_today
 from fedloom.errors import ConfigError
 
-LAYERS = "round --preset llama-3.2-3b"
+WHOLE = "round --preset llama-3.2-3b --layers all --methods fedsrd,fedsrd-e,loom --clients 4"
+DELIVERY = "course --clients 10000 --attending 10 --rounds 20 --adapter demo"
+LONG = "course --clients 4 --rounds 2000"
+LAYER = "round --preset llama-3.2-3b --layers 1 --methods fedsrd,florist --clients 4,16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Goal:
 
     name: short, for the command line. what: in words. command: after `python -m benchmarks`. number: of its rows.
     most, least: what was asked for; one of them. unit: of the number. then: whether the old code can play the command;
-    else `today` says what it was by another count. minutes: of one run, with the old code where it can.
+    else `today` says what it was by another count.
     """
 
     name: str
@@ -38,7 +42,6 @@ class Goal:
     unit: str = ""
     then: bool = True
     today: str = "–"
-    minutes: float = 1.0
 
     def met(self, value: float) -> bool:
         """Whether the number is what was asked for."""
@@ -72,39 +75,34 @@ def growth(rows: Sequence[Row]) -> float:
     )
 
 
-def largest(key: str) -> Callable[[Sequence[Row]], float]:
-    """The largest of a column."""
-    return lambda rows: max(float(row[key]) for row in rows if row.get(key) is not None)
-
-
-def smallest(key: str) -> Callable[[Sequence[Row]], float]:
-    """The smallest of a column."""
-    return lambda rows: min(float(row[key]) for row in rows if row.get(key) is not None)
+def largest(key: str, **among: Sequence[object]) -> Callable[[Sequence[Row]], float]:
+    """The largest of a column. among: column → values of the rows that count; all rows if left out."""
+    return lambda rows: max(
+        float(row[key]) for row in rows if all(row[column] in values for column, values in among.items())
+    )
 
 
 GOALS = (
     Goal(
         "beyond-kernel",
         "Llama-3.2-3B, FedSRD of 4 clients: the server's turn beyond its kernel",
-        f"{LAYERS} --layers all --methods fedsrd --clients 4",
+        WHOLE,
         beyond_kernel,
         most=1.0,
         unit=" s",
-        minutes=2,
     ),
     Goal(
         "payloads",
-        "the same turn of FedSRD-e and loom, over reading and writing the payloads' values once",
-        f"{LAYERS} --layers all --methods fedsrd-e,loom --clients 4",
-        largest("times_floor"),
+        "the same turn of FedSRD-e and loom, over decoding the payloads and encoding the broadcast once",
+        WHOLE,
+        largest("times_floor", method=("fedsrd-e", "loom")),
         most=2.0,
         unit=" ×",
-        minutes=3,
     ),
     Goal(
         "growth",
         "one layer of it, FedSRD and FLoRIST: 16 clients over 4",
-        f"{LAYERS} --layers 1 --methods fedsrd,florist --clients 4,16",
+        LAYER,
         growth,
         most=5.0,
         unit=" ×",
@@ -112,27 +110,25 @@ GOALS = (
     Goal(
         "memory",
         "the same with 16 clients: peak memory, in adapters",
-        f"{LAYERS} --layers 1 --methods fedsrd,florist --clients 16",
-        largest("peak_adapters"),
+        LAYER,
+        largest("peak_adapters", clients=(16,)),
         most=4.0,
     ),
     Goal(
         "delivery",
         "10,000 clients, the demo's adapter: the result to everybody, and the end of the run",
-        "course --clients 10000 --attending 10 --rounds 20 --adapter demo",
+        DELIVERY,
         lambda rows: float(chosen(rows, part="end")["cpu_s"]),
         most=5.0,
         unit=" s",
-        minutes=4,
     ),
     Goal(
         "late-rounds",
         "a run of 2,000 rounds, beside training: the last 50 over the first",
-        "course --clients 4 --rounds 2000",
+        LONG,
         lambda rows: float(chosen(rows, part="late round")["times"]),
         most=1.1,
         unit=" ×",
-        minutes=6,
     ),
     Goal(
         "client",
@@ -151,21 +147,23 @@ GOALS = (
         unit=" ×",
         then=False,
         today="one at a time",
-        minutes=3,
     ),
     Goal(
         "buffered",
         "one site 10 × slower: buffered over synchronous, seconds to the same score",
         "buffered",
-        smallest("times_synchronous"),
+        largest("times_synchronous"),
         most=0.333,
         unit=" ×",
         then=False,
         today="synchronous alone",
-        minutes=5,
     ),
 )
-"""In the order of the page."""
+"""In the order of the page; goals of the same command stand together, since it is played once for them."""
+MINUTES = {
+    WHOLE: 8, LAYER: 2, DELIVERY: 4, LONG: 6, "turn": 1, "workers --workers 1,4": 3, "buffered": 5,
+}  # fmt: skip
+"""Command → minutes of one run, with the old code where it can."""
 
 
 def run(
@@ -180,36 +178,46 @@ def run(
     goals = [goal for goal in GOALS if not names or goal.name in names]
     if unknown := set(names) - {goal.name for goal in goals}:
         raise ConfigError(f"no goal {min(unknown)!r}: expected {', '.join(goal.name for goal in GOALS)}")
-    minutes = sum(repeats * (1 + goal.then) * goal.minutes for goal in goals) + 1
+    plays = {goal.command: repeats * (1 + goal.then) for goal in goals}
+    minutes = 1 + sum(count * MINUTES[command] for command, count in plays.items())
     told(f"{len(goals)} numbers, {repeats} repeats of old and new code in turns: about {minutes:.0f} minutes")
     rows = []
     with tree_of(ref) as then:
         trees = [then, tree_of_today()]
         for tree in trees:
             settle(tree)
-        for goal in goals:
-            rows.append(measured(goal, trees, repeats))
-            told(f"{goal.name}: {', '.join(f'{key} {rows[-1][key]}' for key in ('old', 'new', 'asked'))}")
+        for command, group in groupby(goals, lambda goal: goal.command):
+            rows += measured(command, list(group), trees, repeats)
+            told("; ".join(f"{row['name']}: {row['old']} → {row['new']}" for row in rows if row["command"] == command))
     return {"ref": ref, "repeats": repeats, "rows": rows}
 
 
-def measured(goal: Goal, trees: Sequence[Tree], repeats: int) -> dict[str, Any]:
-    """The row of a goal: medians of its number over the repeats, old and new code in turns."""
-    taken: dict[str, list[float]] = {tree.name: [] for tree in trees}
-    remarks: dict[str, str] = {}
-    playing = [tree for tree in trees if goal.then or tree.name == "new"]
+def measured(command: str, goals: Sequence[Goal], trees: Sequence[Tree], repeats: int) -> list[dict[str, Any]]:
+    """The rows of the goals that a command has the numbers of: medians over the repeats, old and new code in turns."""
+    taken: dict[str, list[Sequence[Row]]] = {tree.name: [] for tree in trees}
+    faults: dict[str, str] = {}
+    playing = [tree for tree in trees if goals[0].then or tree.name == "new"]
     for repeat in range(repeats):
         for tree in playing[:: -1 if repeat % 2 else 1]:
-            if tree.name not in remarks:
+            if tree.name not in faults:
                 try:
-                    taken[tree.name].append(goal.number(measure(tree, shlex.split(goal.command)).result["rows"]))
-                except (ConfigError, KeyError, ValueError) as error:  # the other rows are measured nevertheless
-                    words = f"its rows have no {error}" if isinstance(error, KeyError) else str(error)
-                    remarks[tree.name] = f"{tree.name} code: {words.rpartition(' code: ')[2]}"
-    found = {name: statistics.median(values) if values else None for name, values in taken.items()}
-    told = {key: value for key, value in asdict(goal).items() if key in ("name", "what", "command", "unit", "today")}
+                    taken[tree.name].append(measure(tree, shlex.split(command)).result["rows"])
+                except ConfigError as error:  # the other numbers are measured nevertheless
+                    faults[tree.name] = str(error).rpartition(" code: ")[2]
+    return [_row(goal, taken, faults) for goal in goals]
+
+
+def _row(goal: Goal, taken: Mapping[str, Sequence[Sequence[Row]]], faults: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, float | None] = {}
+    remarks = dict(faults)
+    for name, repeats in taken.items():
+        try:
+            found[name] = statistics.median(map(goal.number, repeats)) if repeats else None
+        except (ConfigError, KeyError, ValueError, TypeError) as error:
+            found[name], remarks[name] = None, f"{type(error).__name__}: {error}"
+    told = {key: getattr(goal, key) for key in ("name", "what", "command", "unit", "today", "asked")}
     met = None if found["new"] is None else goal.met(found["new"])
-    return {**told, **found, "asked": goal.asked, "met": met, "remark": "; ".join(remarks.values())}
+    return {**told, **found, "met": met, "remark": "; ".join(f"{name} code: {why}" for name, why in remarks.items())}
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
