@@ -5,6 +5,7 @@ from benchmarks.output import to_markdown
 
 from benchmarks import course, predicted
 from fedloom.errors import ConfigError
+from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import PRESETS, Preset
 
 
@@ -28,6 +29,7 @@ def test_runs_that_there_are_not(wrong):
 
 
 def test_what_is_predicted_stands_beside_all_layers(monkeypatch):
+    monkeypatch.setattr(machine, "measure_rates", lambda device: machine.Rates(1e9, 1e9, 1e9))
     monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", 3, {"q_proj": (48, 32), "k_proj": (16, 32)}, rank=4))
     result = predicted.run("tiny", rank=4, clients=2, methods=("fedit", "fedsrd"))
     assert [row["method"] for row in result["rows"]] == ["fedit", "fedsrd"]

@@ -15,7 +15,9 @@ from benchmarks.workload import Client, Module, module
 from rich.console import Console
 
 from benchmarks import device
-from fedloom.compress.entries import Sparse
+from fedloom.compress.entries import Sparse, dense_entry
+from fedloom.compress.quantize import VALUE_KINDS, quantize
+from fedloom.compress.sparsify import split
 from fedloom.lora.lowrank import sparse
 from fedloom.lora.pair import LoraPair
 from fedloom.methods.table import METHODS, build
@@ -24,6 +26,7 @@ from fedloom.records.events import Silent
 from fedloom.records.ledger import Training, read_rows, totals
 from fedloom.rounds.turns import client_turn, start
 from fedloom.server.local import run_local
+from fedloom.wire import Header, Message, encode
 from pretended_device import Pretended, There
 from small_testbed import small_testbed
 from toy import job, random_state, trainer
@@ -93,6 +96,23 @@ def test_what_was_trained_on_a_device_is_copied_out_once(name):
     assert put.copies == [tensor.numel() for tensor in random_state(1).tensors().values()]
 
 
+def test_what_is_chosen_on_a_device_is_encoded_to_the_same_bytes():
+    with Pretended() as there:
+        payload = message_of(there.to)
+    assert payload == message_of()
+
+
+def message_of(put=lambda tensor: tensor):
+    """A payload of entries of every form, made of tensors where `put` puts them."""
+    entries = {}
+    for kind in VALUE_KINDS:
+        for name, tensor in random_state(1).tensors().items():
+            there = put(tensor)
+            entries[f"{kind}/{name}"] = split(there, there.abs(), 7, quantize=quantize(kind), seed=1).sent
+    plain = {name: dense_entry(put(tensor)) for name, tensor in random_state(2).tensors().items()}
+    return encode(Message(Header("update", "fedsrd", 1, 0, "ab" * 16), entries | plain))
+
+
 def turn_of(name, put=lambda tensor: tensor):
     """The payload of a client whose step leaves the adapter where `put` puts it."""
     method = build(name)
@@ -128,6 +148,11 @@ def test_kernels_on_cuda_do_what_they_do_on_the_cpu(name, cuda):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_was_trained_on_cuda_is_sent_with_the_same_bytes(name, cuda):
     assert turn_of(name, cuda) == turn_of(name)
+
+
+@pytest.mark.gpu
+def test_what_is_chosen_on_cuda_is_encoded_to_the_same_bytes(cuda):
+    assert message_of(cuda) == message_of()
 
 
 @pytest.mark.gpu
