@@ -70,23 +70,6 @@ def aggregate_command(
     print_result(result, aggregate.tables, as_json)
 
 
-@app.command("device")
-def device_command(
-    preset: Preset = "llama-3.2-3b",
-    device: Annotated[str, typer.Option(help="Where adapters are trained: cuda, cuda:1 or cpu.")] = "cuda",
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """What leaves a GPU after training, and where it is chosen from: seconds of each stage."""
-    from benchmarks import device as measured
-
-    print_result(
-        measured.run(preset, device=device, rank=rank, layers=layers, repeats=repeats), measured.tables, as_json
-    )
-
-
 @app.command("wire")
 def wire_command(
     preset: Preset = "llama-3.2-3b",

@@ -1,4 +1,4 @@
-"""Commands of `python -m benchmarks` about the whole round: old code against new, long runs, the tables of a page."""
+"""Commands of `python -m benchmarks` about the whole round: old code against new, long runs, GPUs, a page's tables."""
 
 from __future__ import annotations
 
@@ -76,6 +76,22 @@ def course_command(
     print_result(result, course.tables, as_json)
 
 
+def device_command(
+    preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "llama-3.2-3b",
+    device: Annotated[str, typer.Option(help="Where adapters are trained: cuda, cuda:1 or cpu.")] = "cuda",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="The first layers only.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """What leaves a GPU after training, and where it is chosen from: seconds of each stage."""
+    from benchmarks import device as measured
+
+    print_result(
+        measured.run(preset, device=device, rank=rank, layers=layers, repeats=repeats), measured.tables, as_json
+    )
+
+
 def predicted_command(
     preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "tinyllama",
     rank: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
@@ -100,4 +116,5 @@ def add_to(app: typer.Typer) -> None:
     app.command("goals")(goals_command)
     app.command("page")(page_command)
     app.command("course")(course_command)
+    app.command("device")(device_command)
     app.command("predicted")(predicted_command)
