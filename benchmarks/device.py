@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.wire import DENSITY, heavy_tailed
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import kept_count, top_positions
-from fedloom.lora.pair import in_memory, initial_state
+from fedloom.lora.pair import initial_state
 from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 
@@ -46,7 +46,7 @@ def run(
     here = [tensor.cpu() for tensor in there]
     held = start.map(lambda pair: type(pair)(pair.A.to(device), pair.B.to(device)))
     stages: dict[str, Callable[[], object]] = {
-        "copy out, factor by factor": lambda: in_memory(held),
+        "copy out, factor by factor": held.in_memory,
         "copy out, all together": lambda: torch.cat([tensor.flatten() for tensor in there]).cpu(),
         "choose, in memory": lambda: [top_positions(tensor.abs(), _kept(tensor)) for tensor in here],
         "choose, on the device": lambda: [_choose_there(tensor) for tensor in there],

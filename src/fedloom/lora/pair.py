@@ -88,6 +88,10 @@ class LoraState(Mapping[str, LoraPair]):
         """The names used on the wire, "module/A" and "module/B" (or "module/<prefix>A" …), → tensor."""
         return {f"{module}/{prefix}{part}": pair.part(part) for module, pair in self.items() for part in PARTS}
 
+    def in_memory(self) -> LoraState:
+        """The state in the computer's own memory: a factor that lies on a GPU is copied, once; others stay."""
+        return self.map(lambda pair: LoraPair(pair.A.cpu(), pair.B.cpu()))
+
     def map(self, function: Callable[[LoraPair], LoraPair]) -> LoraState:
         """A state with `function` applied to every pair."""
         return LoraState({module: function(pair) for module, pair in self.items()})
@@ -117,11 +121,6 @@ def _initial_pair(m: int, n: int, rank: int, seed: int, module: str) -> LoraPair
     rows = [torch.empty(n).uniform_(-1.0, 1.0, generator=generator) for _ in range(rank)]
     a = torch.stack(rows) / n**0.5 if rows else torch.zeros(0, n)
     return LoraPair(a, torch.zeros(m, rank))
-
-
-def in_memory(state: LoraState) -> LoraState:
-    """The state in the computer's own memory: a factor that lies on a GPU is copied, once; others stay as they are."""
-    return state.map(lambda pair: LoraPair(pair.A.cpu(), pair.B.cpu()))
 
 
 def narrow(state: LoraState, ranks: Mapping[str, int]) -> LoraState:

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
-from fedloom.lora.pair import LoraState, digest, from_tensors, in_memory, narrow
+from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Entries, Method, State
 from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
@@ -145,7 +145,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
         state = accept(job, state, payload)
     train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
-    trained = replace(trained, adapter=in_memory(trained.adapter))  # what follows is on the CPU, beside `state`
+    trained = replace(trained, adapter=trained.adapter.in_memory())  # what follows is on the CPU, beside `state`
     for name, tensor in trained.adapter.tensors().items():
         if not all_finite(tensor):
             raise NumericError(
