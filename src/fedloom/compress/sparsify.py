@@ -210,5 +210,5 @@ def split(
     coded = values if quantize is None else quantize(values, seed)
     rest = flat.clone()
     # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
-    rest[positions] = (values - floats(coded).to(values.device)) / gain
+    rest[positions] = (values - floats(coded)) / gain
     return SparseSplit(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))
