@@ -28,6 +28,9 @@ def benchmarks(
     """Measurements that can be repeated."""
 
 
+add_to(app)
+
+
 @app.command("aggregate")
 def aggregate_command(
     preset: Preset = "llama-3.2-3b",
@@ -347,6 +350,3 @@ def soak_command(
     print_result(result, report.tables, as_json)
     if any(result["checks"].values()):
         raise typer.Exit(1)
-
-
-add_to(app)

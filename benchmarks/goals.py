@@ -21,6 +21,7 @@ from fedloom.errors import ConfigError
 WHOLE = "round --preset llama-3.2-3b --layers all --methods fedsrd,fedsrd-e,loom --clients 4"
 DELIVERY = "course --clients 10000 --attending 10 --rounds 20 --adapter demo"
 LONG = "course --clients 4 --rounds 2000"
+WORKERS = "workers --no-flower"
 LAYER = "round --preset llama-3.2-3b --layers 1 --methods fedsrd,florist --clients 4,16"
 
 
@@ -140,9 +141,9 @@ GOALS = (
     ),
     Goal(
         "workers",
-        "the demo on 2 cores: 4 workers over 1, in rounds a second",
-        "workers --workers 1,4",
-        largest("speedup"),
+        "the demo on 2 cores: 4 worker processes over one process, in rounds a second",
+        WORKERS,
+        lambda rows: float(chosen(rows, way="4 workers")["gain"]),
         least=1.7,
         unit=" ×",
         then=False,
@@ -161,7 +162,7 @@ GOALS = (
 )
 """In the order of the page; goals of the same command stand together, since it is played once for them."""
 MINUTES = {
-    WHOLE: 8, LAYER: 2, DELIVERY: 4, LONG: 6, "turn": 1, "workers --workers 1,4": 3, "buffered": 5,
+    WHOLE: 8, LAYER: 2, DELIVERY: 4, LONG: 6, "turn": 1, WORKERS: 3, "buffered": 5,
 }  # fmt: skip
 """Command → minutes of one run, with the old code where it can."""
 
