@@ -1,14 +1,16 @@
 """Old code against new: whose code a measurement imports, which rows are paired, what is asked of the whole round."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from benchmarks.output import to_markdown
 from benchmarks.trees import REPOSITORY, Measured, Tree, measure, tree_of
 from rich.table import Table
+from typer.main import get_command
 
-from benchmarks import against, goals, page
+from benchmarks import against, commands, goals, page
 from fedloom.errors import ConfigError
 
 
@@ -136,6 +138,27 @@ def test_a_goal_that_old_code_cannot_play_has_its_other_numbers(monkeypatch):
 def test_the_page_names_every_goal(goal):
     text = (REPOSITORY / "docs" / "benchmarks" / "rounds.md").read_text(encoding="utf-8")
     assert goal.command in re.sub(r"\s*\\\n\s*", " ", text) and goal.asked in text
+
+
+@pytest.mark.parametrize("words", sorted({goal.command for goal in goals.GOALS}))
+def test_every_goal_is_a_command_of_this_program(words):
+    parse(words)
+
+
+def test_every_table_that_is_printed_is_of_a_command():
+    pages = sorted((REPOSITORY / "docs" / "benchmarks").glob("*.md"))
+    tables = page.tables_of(pages)
+    assert {table.page.name for table in tables} >= {"rounds.md", "wire.md"}
+    for table in tables:
+        parse(table.words)
+
+
+def parse(words):
+    """Raises click's error for an unknown command or option."""
+    group = get_command(commands.app)
+    context = group.make_context("benchmarks", shlex.split(words))
+    name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(name, rest)
 
 
 def test_a_table_is_replaced_in_its_place(tmp_path):
