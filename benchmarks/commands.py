@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.compared import add_to
+from benchmarks.output import print_result
 from fedloom.cli.funnel import Funnel
-from fedloom.cli.options import AsJson, print_result, split_numbers, split_words
+from fedloom.cli.options import AsJson, split_numbers, split_words
 from fedloom.testbeds import testbed_folder
 
 app = typer.Typer(
@@ -17,6 +19,16 @@ app = typer.Typer(
 
 WayIn = Literal["node", "supernode"]
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
+
+
+@app.callback()
+def benchmarks(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as the documentation has them.")] = False,
+) -> None:
+    """Measurements that can be repeated."""
+
+
+add_to(app)
 
 
 @app.command("aggregate")

@@ -88,6 +88,10 @@ class LoraState(Mapping[str, LoraPair]):
         """The names used on the wire, "module/A" and "module/B" (or "module/<prefix>A" …), → tensor."""
         return {f"{module}/{prefix}{part}": pair.part(part) for module, pair in self.items() for part in PARTS}
 
+    def in_memory(self) -> LoraState:
+        """The state in the computer's own memory: a factor that lies on a GPU is copied, once; others stay."""
+        return self.map(lambda pair: LoraPair(pair.A.cpu(), pair.B.cpu()))
+
     def map(self, function: Callable[[LoraPair], LoraPair]) -> LoraState:
         """A state with `function` applied to every pair."""
         return LoraState({module: function(pair) for module, pair in self.items()})

@@ -159,6 +159,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
         state = accept(job, state, payload)
     train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
+    trained = replace(trained, adapter=trained.adapter.in_memory())  # what follows is on the CPU, beside `state`
     for name, tensor in trained.adapter.tensors().items():
         if not all_finite(tensor):
             raise NumericError(
