@@ -144,6 +144,11 @@ class Config(Section):
             )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
+        if self.wire.budget and self.wire.client_budget:
+            raise ValueError(
+                "wire.budget and wire.client_budget are both set: one is of a payload, the other of the whole run; "
+                "give one of them (--set wire.budget=null unsets a key)"
+            )
         _check_steps(self)
         _check_validation(self)
         _check_mode(self)

@@ -45,6 +45,7 @@ from fedloom.workspace.data import (
 )
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
+from fedloom.workspace.spending import spend_client_budget
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
 if TYPE_CHECKING:
@@ -236,6 +237,10 @@ def build_setup(
     method = choose_method(config, method)
     base, tokenizer = (load or load_base)(*base_form(config))
     linear = linear_modules(base)
+    data_bytes = weigh_examples(texts).by_client.values() if config.wire.client_budget else ()
+    config, spent = spend_client_budget(linear, config, data_bytes, len(texts), method)
+    method = choose_method(config, None) if spent else method
+    notes = (*notes, spent) if spent else notes
     plan = plan_job(linear, config, texts, method)
     data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
@@ -271,7 +276,12 @@ def base_form(config: Config) -> tuple[str, str, str, str]:
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
     """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
-    plan = plan_job(peft_bridge.linear_beneath(model), config, clients, choose_method(config, None))
+    linear, method = peft_bridge.linear_beneath(model), choose_method(config, None)
+    if config.wire.client_budget:  # the trainer's model has its ranks already
+        raise ConfigError(
+            "wire.client_budget chooses the rank, and a trainer of one's own has an adapter already: set wire.budget"
+        )
+    plan = plan_job(linear, config, clients, method)
     return Setup(
         config=config,
         job=plan.job,
