@@ -148,6 +148,15 @@ def to_dense(entry: Entry) -> Tensor:
     return flat.view(entry.shape)
 
 
+def add_entry(tensor: Tensor, entry: Entry) -> Tensor:
+    """`tensor + to_dense(entry)`, bit by bit, in one pass over the tensor where the entry is sparse."""
+    if not isinstance(entry, Sparse) or entry.shape != tuple(tensor.shape):
+        return tensor + to_dense(entry)
+    total = tensor + 0.0  # a sum with zeros has no -0.0 either
+    total.view(-1).index_add_(0, entry.positions, floats(entry.values))
+    return total
+
+
 def _check_count(form: str, shape: tuple[int, ...], values: Values, expected: int) -> None:
     if values.numel() != expected:
         raise ShapeError(f"a {form} entry of shape {shape} holds {values.numel()} values, expected {expected}")

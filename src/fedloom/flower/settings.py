@@ -14,7 +14,7 @@ from fedloom.records.configfile import parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
-scores are taken at the server."""
+scores are taken at the server. [local] is for another engine, and nobody is told it."""
 
 
 SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
@@ -58,7 +58,7 @@ def shared_settings(config: Config) -> str:
     usual = FederationSettings()
     federation = config.federation.model_copy(update={key: getattr(usual, key) for key in SERVERS_RULES})
     told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
-    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True)))
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude={"local"})))
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:

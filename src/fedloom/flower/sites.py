@@ -34,6 +34,7 @@ from fedloom.records.ledger import Presence, Roll, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import UpdateFacts, check_update
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer
 from fedloom.server.engine import Updates
@@ -70,15 +71,23 @@ def run_federation(
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
         keep_number(folder.path, number)
-        told = [*notes]
-        heldout = heldout_examples(config.data, told.append)
-        nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
-        setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
-        facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
-        fleet = Fleet(grid, facts, tuple(setup.sites))
-        ends = {} if number is None else certificate_ends(config.flower)
-        sites = FlowerSites(setup, fleet, simulated=number is None)
-        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
+        return prepare_rounds(grid, folder, resume, observer or Silent(), notes, number).play(resume)
+
+
+def prepare_rounds(
+    grid: Grid, folder: RunFolder, resume: bool, observer: Observer, notes: Sequence[str], number: int | None
+) -> Rounds:
+    """The run in an open folder, ready to be played. The first adapter is held by its state alone, and as long as that."""
+    config, told = folder.config, [*notes]
+    heldout = heldout_examples(config.data, told.append)
+    nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
+    setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
+    facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
+    fleet = Fleet(grid, facts, tuple(setup.sites))
+    ends = {} if number is None else certificate_ends(config.flower)
+    outlined = setup.outlined()
+    sites = FlowerSites(outlined, fleet, simulated=number is None)
+    return Rounds(outlined, folder, observer, sites, ends, setup.initial)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -100,6 +109,7 @@ class FlowerSites:
 
     def __init__(self, setup: Setup, fleet: Fleet, *, simulated: bool = False) -> None:
         self.setup = setup
+        self.together = True
         self.fleet = fleet
         self.simulated = simulated
         self.sent: dict[str, int] = {}
@@ -179,6 +189,9 @@ class FlowerSites:
         parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
+        size = sum(map(len, payloads))
+        del payloads, parcel
+        give_back(size)
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
         """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""

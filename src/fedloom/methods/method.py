@@ -17,6 +17,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Entry
 from fedloom.compress.sparsify import Quantize
 from fedloom.lora.pair import PARTS, LoraState, narrow, stack
+from fedloom.methods.spending import RunShape, Spending
 
 Entries = Mapping[str, Entry]
 CORE = "R"
@@ -194,10 +195,12 @@ def no_core(state: State) -> LoraState:
 class Method:
     """One way to federate LoRA.
 
+    spend(what the run is): how it divides the bytes of a whole run (see `spending`); None where it cannot.
     adopt: bring a participant to a full state. narrow: cut a broadcast down to what a client of given ranks needs.
     penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    needs_start: its steps ask for `Context.start`.
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
@@ -224,6 +227,7 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    needs_start: bool = False
     default_budget: float = 0.0
     values: str = "fp32"
     wider: Mapping[float, str] = field(default_factory=dict)
@@ -236,6 +240,7 @@ class Method:
     smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
+    spend: Callable[[RunShape, float], Spending] | None = None
 
     def budget(self, given: Budget | None) -> Budget | None:
         """The budget that is kept to: the one that is given, else the method's own, if it has one."""

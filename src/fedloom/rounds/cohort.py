@@ -22,6 +22,7 @@ from fedloom.lora.pair import subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 from fedloom.rounds.stale import Past
 
 
@@ -52,13 +53,9 @@ class Cohort:
             groups[tuple(holders[module])].append(module)
         return groups
 
-    def entries(self, client: str, modules: Collection[str]) -> Entries:
-        """What a client sent of some modules."""
-        return self.decoded.entries(client, self.payloads, modules)
-
-    def update(self, client: str, weight: float, modules: Collection[str]) -> Update:
+    def update(self, client: str, weight: float, state: State, modules: Collection[str]) -> Update:
         """A client's update of some modules; one of an older version as it counts for the present one."""
-        entries, past = self.entries(client, modules), self.past.get(client)
+        entries, past = self.decoded.entries(client, self.payloads, state, modules), self.past.get(client)
         if past is None:
             return Update(client, weight, entries)
         return Update(client, weight, past.bring_forward(entries), past.staleness)
@@ -76,19 +73,22 @@ class Cohort:
 class Group:
     """The updates of some modules, which all of these clients sent; those that did not wait are decoded on every pass.
 
-    unchanged: what the clients that did not train these modules would have sent, where they count.
+    state: the server's. unchanged: what the clients that did not train these modules would have sent, where they count.
     """
 
     cohort: Cohort
     weights: Mapping[str, float]
     modules: Collection[str]
+    state: State
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
+        cohort = self.cohort
         for client, weight in self.weights.items():
-            self.cohort.reading = client
-            yield self.cohort.update(client, weight, self.modules)
-        self.cohort.reading = ""
+            cohort.reading = client
+            yield cohort.update(client, weight, self.state, self.modules)  # not held: the next one is as large
+            give_back(cohort.facts[client].size)
+        cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
 
@@ -105,7 +105,7 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
             held = {client: weight / sum(held.values()) for client, weight in held.items()}
             others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
-        result = method.aggregate(part, Group(cohort, held, set(modules), unchanged), context)
+        result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries
         memory = result.memory
         stats.append((len(modules), result.stats))

@@ -1,7 +1,8 @@
 """The updates of a round in the form in which they are averaged: each is decoded once, when it is checked.
 
 Updates are checked before any is averaged, since a share of the round rests on who else is in it. Until then they wait
-here, as codes and positions, which take little more than their payloads. What is larger is decoded again.
+here, as codes and positions, which take little more than their payloads. What is too much is decoded again, and so are
+dense floats, tensor by tensor: they are quick to decode, and would take as much memory as the adapter itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fedloom.compress.entries import Entry, Quantized, Sparse
 from fedloom.lora.pair import module_of
 from fedloom.methods.method import Entries, State
 from fedloom.rounds.joint import split_entries
-from fedloom.wire import DEFAULT, Limits, Message, decode
+from fedloom.wire import DEFAULT, LazyEntries, Limits, Message, decode, decode_lazily
 
 SMALL = 2**23
 """Bytes that may always wait: beside a process they are nothing, and updates of small adapters all fit in them."""
@@ -21,32 +22,22 @@ SMALL = 2**23
 
 @dataclass(eq=False, slots=True)
 class Decoded:
-    """The entries of updates that wait to be averaged, by client; together less than `room` bytes.
+    """The entries of updates that wait to be averaged, by client; together less than `room` bytes."""
 
-    state: the server's, on which they rest.
-    """
-
-    state: State
     room: int
     held: dict[str, Entries] = field(default_factory=dict)
     used: int = 0
 
     @classmethod
     def beside(cls, state: State) -> Decoded:
-        """With the room that there is beside a server's state: less than one more adapter of float32 values.
-
-        So a dense update of float32 values never waits: it is quick to decode, and as large as the adapter itself.
-        """
-        return cls(state, max(SMALL, 4 * state.adapter.numel()))
-
-    def read(self, payload: bytes, limits: Limits = DEFAULT) -> Message:
-        """An update decoded, by whoever checks it; `keep` it where it is good. Raises WireError like `decode`."""
-        message = decode(payload, limits)
-        return Message(message.header, split_entries(message.entries, self.state))
+        """With the room that there is beside a server's state: less than one more adapter of float32 values."""
+        return cls(max(SMALL, 4 * state.adapter.numel()))
 
     def keep(self, client: str, entries: Entries) -> None:
         """Have a client's entries wait, if there is room."""
         self.drop(client)
+        if isinstance(entries, LazyEntries):
+            return
         size = sum(map(entry_bytes, entries.values()))
         if self.used + size < self.room:
             self.held[client], self.used = entries, self.used + size
@@ -60,10 +51,22 @@ class Decoded:
         self.held.clear()
         self.used = 0
 
-    def entries(self, client: str, payloads: Mapping[str, bytes], modules: Collection[str]) -> dict[str, Entry]:
-        """The entries of some modules of a client's update that passed its check; its payload is read if need be."""
-        entries = self.held.get(client) or self.read(payloads[client]).entries
-        return {name: entry for name, entry in entries.items() if module_of(name) in modules}
+    def entries(self, client: str, payloads: Mapping[str, bytes], state: State, modules: Collection[str]) -> Entries:
+        """The entries of some modules of a client's update that passed its check; its payload is read if need be.
+
+        state: the server's, on which the update rests.
+        """
+        entries = self.held.get(client) or read_update(payloads[client], state).entries
+        names = {name for name in entries if module_of(name) in modules}
+        if len(names) == len(entries):
+            return entries
+        return entries.subset(names) if isinstance(entries, LazyEntries) else {name: entries[name] for name in names}
+
+
+def read_update(payload: bytes, state: State, limits: Limits = DEFAULT) -> Message:
+    """An update decoded. Raises WireError like `decode`; faults of dense floats come to light as they are read."""
+    message = (decode if 4 * state.adapter.numel() < SMALL else decode_lazily)(payload, limits)
+    return Message(message.header, split_entries(message.entries, state))
 
 
 def entry_bytes(entry: Entry) -> int:

@@ -159,6 +159,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
         state = accept(job, state, payload)
     train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
+    trained = replace(trained, adapter=trained.adapter.in_memory())  # what follows is on the CPU, beside `state`
     for name, tensor in trained.adapter.tensors().items():
         if not all_finite(tensor):
             raise NumericError(
@@ -264,7 +265,7 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     del draft, context, result  # what was averaged may be as large as the state that follows
     give_back(4 * state.adapter.numel())
     after = _take_up(job, replace(state, memory=memory), message)
-    check_finite(after)
+    check_finite(after, state)
     if not job.consolidation.is_due(round):
         return ServerTurn(after, payload, stats=stats)
     after, cost = consolidate(after, job.consolidation.energy)

@@ -40,7 +40,9 @@ class Updates:
 
 
 class Sites(Protocol):
-    """The clients of a run, and the way to them. Iterating gives their names."""
+    """The clients of a run, and the way to them. Iterating gives their names. together: whether they train at once."""
+
+    together: bool
 
     def __iter__(self) -> Iterator[str]: ...
 

@@ -1,4 +1,4 @@
-"""Sites in this process: one resident base model, adapters swapped in and out, every payload through the wire."""
+"""Sites on this machine: one resident base model, adapters swapped in and out, every payload through the wire."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer, choose_next
 from fedloom.server.engine import Updates
 from fedloom.server.loop import Rounds
+from fedloom.server.pool import Pool
 from fedloom.server.roster import Roster
+from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
+from fedloom.server.workers import load_without_weights, open_pool
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
@@ -42,9 +45,10 @@ def run_local(
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
     another run or, with `resume`, nothing to go on from. A run that came to nothing says why in its summary.
     """
-    with RunFolder.open(out, config, resume=resume, force=force) as folder:
-        setup = load_setup(config, method)
-        return Rounds(setup, folder, observer or Silent(), LocalSites(setup, trainers=trainers)).play(resume)
+    with RunFolder.open(out, config, resume=resume, force=force) as folder, open_pool(config, method) as pool:
+        setup = load_without_weights(config, method, pool) if pool else load_setup(config, method)
+        sites = LocalSites(setup, trainers=trainers, pool=pool)
+        return Rounds(setup, folder, observer or Silent(), sites).play(resume)
 
 
 Look = Callable[[int, str, State, ClientTurn], None]
@@ -52,15 +56,24 @@ Look = Callable[[int, str, State, ClientTurn], None]
 
 
 class LocalSites:
-    """Every client of a simulation, played one after the other on the one model.
+    """Every client of a simulation: played one after the other on the one model, or side by side by the pool's workers.
 
     trainers: client → a training step of its own. Raises ConfigError for a client that there is not.
     """
 
-    def __init__(self, setup: Setup, look: Look | None = None, *, trainers: Mapping[str, Train] | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        look: Look | None = None,
+        *,
+        trainers: Mapping[str, Train] | None = None,
+        pool: Pool | None = None,
+    ) -> None:
         trainers = trainers or {}
         check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
+        self.pool = pool
+        self.together = pool is not None
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
@@ -73,15 +86,23 @@ class LocalSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
         self.diverged = set()
-        turns = {client: self.play(rounds, client, client in present.vanished) for client in present.asked}
-        there = {client: payload for client, payload in turns.items() if payload is not None}
+        turns = self.play_with(self.pool, rounds, present) if self.pool else self.play_alone(rounds, present)
+        there = {client: payload for client, payload in turns if payload is not None}
         return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
 
+    def play_alone(self, rounds: Rounds, present: Attendance) -> Iterator[tuple[str, bytes | None]]:
+        """Every client's turn, one after another."""
+        for client in present.asked:
+            yield client, self.play(rounds, client, client in present.vanished)
+
     def play(self, rounds: Rounds, client: str, vanishes: bool) -> bytes | None:
-        """One client's turn, recorded; None where it does not answer."""
+        """One client's turn in this process, recorded; None where it does not answer."""
         rounds.observer.client_started(rounds.round, client)
         received = self.download(rounds, client)
-        turn = self.train(rounds, client, vanishes)
+        return self.record(rounds, client, self.train(rounds, client, vanishes), received)
+
+    def record(self, rounds: Rounds, client: str, turn: ClientTurn | None, received: int) -> bytes | None:
+        """A turn that was played, recorded; None where nothing came of it."""
         if turn is None:
             return None
         self.roster.hold(client, turn.state)
@@ -99,8 +120,47 @@ class LocalSites:
             rounds.note(rounds.round, f"client {client} dropped out after the download")
             return None
         state, step = self.roster[client], self.steps.get(client) or self.setup.train(client)
+        return self.take(rounds, client, lambda: client_turn(self.setup.job, client, state, [], step, rounds.round))
+
+    def play_with(self, pool: Pool, rounds: Rounds, present: Attendance) -> Iterator[tuple[str, bytes | None]]:
+        """Every client's turn, side by side, recorded in their order; those with a step of their own train here."""
+        sent: dict[str, tuple[int, list[bytes]]] = {}  # what a client that trains was given, until it is recorded
+        turns = pool.run(
+            self.ask_ahead(rounds, present, sent), lambda turn: rounds.observer.client_started(turn.round, turn.client)
+        )
+        for client in present.asked:
+            if self.trains_here(client, present):
+                yield client, self.play(rounds, client, client in present.vanished)
+                continue
+            ticket = next(turns)
+            version, payloads = sent.pop(client)
+            for held, payload in enumerate(payloads, start=version):
+                rounds.folder.transfer(rounds.round, client, "down", payload, version=held)
+            turn = self.take(rounds, client, ticket.result)
+            yield client, self.record(rounds, client, turn, sum(map(len, payloads)))
+
+    def ask_ahead(
+        self, rounds: Rounds, present: Attendance, sent: dict[str, tuple[int, list[bytes]]]
+    ) -> Iterator[Turn]:
+        """What workers are asked; the client is brought in step with the server as its turn is drawn."""
+        for client in present.asked:
+            if self.trains_here(client, present):
+                continue
+            version, ranks = self.roster[client].version, self.setup.sites[client].ranks
+            payloads = rounds.archive.payloads_for(self.setup.job, rounds.server, version, ranks, rounds.round)
+            self.roster.receive(client, payloads)
+            sent[client] = version, payloads
+            yield Turn(client, self.roster[client], rounds.round)
+
+    def trains_here(self, client: str, present: Attendance) -> bool:
+        """Whether no worker can play it: it does not train, or by a step that only this process has."""
+        return client in present.vanished or client in self.steps
+
+    def take(self, rounds: Rounds, client: str, play: Callable[[], ClientTurn]) -> ClientTurn | None:
+        """Play a turn, or wait for it; None, noted, where its training came to nothing."""
+        state = self.roster[client]
         try:
-            turn = client_turn(self.setup.job, client, state, [], step, rounds.round)
+            turn = play()
         except NumericError as error:
             rounds.note(rounds.round, str(error), "diverged")
             self.diverged.add(client)

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from fedloom.compress.budget import Budget
 from fedloom.errors import CheckpointError, RoundError
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
@@ -51,7 +52,7 @@ Not the first round: where few clients are asked, it may be one client's data th
 class Rounds:
     """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    certificates: see `session.Session`.
+    certificates: see `session.Session`. first: the adapter that it begins with, where `setup` has its shapes alone.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Rounds:
         observer: Observer,
         sites: Sites,
         certificates: Mapping[str, str] | None = None,
+        first: LoraState | None = None,
     ) -> None:
         self.setup = setup
         self.certificates = certificates or {}
         self.folder = folder
         self.observer = observer
         self.sites = sites
-        self.server: State = start(setup.job, setup.initial)
+        self.server: State = start(setup.job, first or setup.initial)
         self.archive = Archive(held=Spool(folder.path), made=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
@@ -118,6 +120,7 @@ class Rounds:
                 out=self.folder.path,
                 first_round=self.round + 1,
                 warnings=(*self.folder.notes, *extension, *setup.warnings()),
+                together=self.sites.together,
             )
         )
         if not self.saved:
@@ -226,6 +229,7 @@ class Rounds:
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
+        give_back(max((seen.size for seen in updates.seen.values()), default=0))  # payloads that now lie on disk
         try:
             turn = server_turn(
                 self.setup.job,
@@ -254,8 +258,9 @@ class Rounds:
         self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
-        give_back(4 * self.server.adapter.numel())
         self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
+        del turn  # the payload, which is in the archive now
+        give_back(4 * self.server.adapter.numel())
 
     def full_state(self) -> bytes:
         """The payload that brings anybody to the server's state."""

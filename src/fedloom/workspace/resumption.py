@@ -15,7 +15,7 @@ from fedloom.records.ledger import Choice
 from fedloom.workspace.occupied import Occupant, find_occupant
 
 ROUNDS = "federation.num_rounds"
-FREE: Mapping[str, bool] = dict.fromkeys(("flower", "output", "evaluation"), True)
+FREE: Mapping[str, bool] = dict.fromkeys(("local", "flower", "output", "evaluation"), True)
 """Tables that may change at any time, since the outcome does not rest on them."""
 FREE_FEDERATION = {"eval_every"}
 """Keys of [federation] that may."""
