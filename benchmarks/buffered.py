@@ -1,8 +1,8 @@
 """One site much slower than the others: simulated time until asynchronous rounds have the score of synchronous ones.
 
 Time is counted in turns of the other sites. A synchronous round lasts as long as the turn of its slowest site; an
-asynchronous run keeps its own clock (`simulated_time` of its steps). The target is what the synchronous run scores at its
-end, the mean over domains, and a run's time is that of its first evaluation at least as good.
+asynchronous run keeps its own clock (`simulated_time` of its steps). The target is what the synchronous run scores at
+its end, the mean over domains, and a run's time is that of its first evaluation at least as good.
 """
 
 from __future__ import annotations

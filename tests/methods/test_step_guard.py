@@ -241,7 +241,9 @@ def test_the_run_says_that_the_guard_acted():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("fedsrd", {}), ("loom", {}), ("loom", {"broadcast": "state"})], ids=["fedsrd", "loom", "states"]
+    ("name", "settings"),
+    [("fedsrd", {}), ("loom", {}), ("loom", {"broadcast": "state"})],
+    ids=["fedsrd", "loom", "states"],
 )
 def test_updates_that_were_begun_before_a_step_say_nothing_of_it(name: str, settings: dict[str, str]):
     """In asynchronous rounds: those that have seen it would have it taken back, and older ones alone change nothing."""

@@ -12,7 +12,7 @@ from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Row, Training
 from fedloom.rounds.checks import check_update
-from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
+from fedloom.rounds.turns import ClientTurn, Train, Trained, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer, choose_next
 from fedloom.server.engine import Updates
@@ -53,6 +53,8 @@ def run_local(
 
 Look = Callable[[int, str, State, ClientTurn], None]
 """(round, client, its state before, its turn): called after every turn, for who studies what clients train."""
+Played = tuple[str, int, ClientTurn | None]
+"""A client, the bytes that it was sent, and its turn; None, noted, where nothing came of it."""
 
 
 class LocalSites:
@@ -86,33 +88,27 @@ class LocalSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
         self.diverged = set()
-        turns = self.play_with(self.pool, rounds, present) if self.pool else self.play_alone(rounds, present)
-        there = {client: payload for client, payload in turns if payload is not None}
+        there: dict[str, bytes] = {}
+        for client, received, turn in self.play_turns(rounds, present):
+            if turn is not None:
+                self.roster.hold(client, turn.state)
+                rounds.take_update(training_row(rounds.round, client, turn.trained), turn.payload, received)
+                there[client] = turn.payload
         return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
 
-    def play_alone(self, rounds: Rounds, present: Attendance) -> Iterator[tuple[str, bytes | None]]:
-        """Every client's turn, one after another."""
+    def play_turns(self, rounds: Rounds, present: Attendance) -> Iterator[Played]:
+        """The turns of those who are present, in their order: one after another, or side by side by the workers."""
+        if self.pool:
+            yield from self.play_with(self.pool, rounds, present)
+            return
         for client in present.asked:
-            yield client, self.play(rounds, client, client in present.vanished)
+            yield self.play(rounds, client, client in present.vanished)
 
-    def play(self, rounds: Rounds, client: str, vanishes: bool) -> bytes | None:
-        """One client's turn in this process, recorded; None where it does not answer."""
+    def play(self, rounds: Rounds, client: str, vanishes: bool) -> Played:
+        """One client's turn in this process."""
         rounds.observer.client_started(rounds.round, client)
         received = self.download(rounds, client)
-        return self.record(rounds, client, self.train(rounds, client, vanishes), received)
-
-    def record(self, rounds: Rounds, client: str, turn: ClientTurn | None, received: int) -> bytes | None:
-        """A turn that was played, recorded; None where nothing came of it."""
-        if turn is None:
-            return None
-        self.roster.hold(client, turn.state)
-        trained = turn.trained
-        rounds.take_update(
-            Training(rounds.round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds),
-            turn.payload,
-            received,
-        )
-        return turn.payload
+        return client, received, self.train(rounds, client, vanishes)
 
     def train(self, rounds: Rounds, client: str, vanishes: bool) -> ClientTurn | None:
         """The turn of a client in step; None, noted, where nothing comes of it."""
@@ -122,22 +118,21 @@ class LocalSites:
         state, step = self.roster[client], self.steps.get(client) or self.setup.train(client)
         return self.take(rounds, client, lambda: client_turn(self.setup.job, client, state, [], step, rounds.round))
 
-    def play_with(self, pool: Pool, rounds: Rounds, present: Attendance) -> Iterator[tuple[str, bytes | None]]:
-        """Every client's turn, side by side, recorded in their order; those with a step of their own train here."""
+    def play_with(self, pool: Pool, rounds: Rounds, present: Attendance) -> Iterator[Played]:
+        """Every client's turn, side by side; those with a step of their own train here."""
         sent: dict[str, tuple[int, list[bytes]]] = {}  # what a client that trains was given, until it is recorded
         turns = pool.run(
             self.ask_ahead(rounds, present, sent), lambda turn: rounds.observer.client_started(turn.round, turn.client)
         )
         for client in present.asked:
             if self.trains_here(client, present):
-                yield client, self.play(rounds, client, client in present.vanished)
+                yield self.play(rounds, client, client in present.vanished)
                 continue
             ticket = next(turns)
             version, payloads = sent.pop(client)
             for held, payload in enumerate(payloads, start=version):
                 rounds.folder.transfer(rounds.round, client, "down", payload, version=held)
-            turn = self.take(rounds, client, ticket.result)
-            yield client, self.record(rounds, client, turn, sum(map(len, payloads)))
+            yield client, sum(map(len, payloads)), self.take(rounds, client, ticket.result)
 
     def ask_ahead(
         self, rounds: Rounds, present: Attendance, sent: dict[str, tuple[int, list[bytes]]]
@@ -174,24 +169,19 @@ class LocalSites:
         federation, self.diverged = self.setup.config.federation, set()
         order, begun = draw_order(federation, tuple(self.roster), rounds.round), 0
         while not buffer.is_full:
-            for client in choose_next(order, buffer, rounds.round, self.roster):
-                vanishes = draw_vanishing(federation, client, rounds.round)
-                begun += not vanishes
-                self.begin(rounds, buffer, client, vanishes)
+            next_ones = choose_next(order, buffer, rounds.round, self.roster)
+            vanished = frozenset(name for name in next_ones if draw_vanishing(federation, name, rounds.round))
+            begun += len(next_ones) - len(vanished)
+            for client, received, turn in self.play_turns(rounds, Attendance(tuple(next_ones), vanished)):
+                buffer.begin(client, rounds.round, rounds.server)
+                trained = None if turn is None else training_row(rounds.round, client, turn.trained)
+                self.timeline.begin(client, buffer.now, received, turn, trained)
             if not self.timeline.flights:
                 break
             for flight in self.timeline.land(rounds.round):
                 buffer.now = flight.due
                 self.end(rounds, buffer, flight)
         return 0 < begun == len(self.diverged)
-
-    def begin(self, rounds: Rounds, buffer: Buffer, client: str, vanishes: bool) -> None:
-        """A client begins its turn from the newest version; its update is in flight until the turn is due."""
-        rounds.observer.client_started(rounds.round, client)
-        received = self.download(rounds, client)
-        buffer.begin(client, rounds.round, rounds.server)
-        turn = self.train(rounds, client, vanishes)
-        self.timeline.begin(client, buffer.now, received, rounds.round, turn)
 
     def end(self, rounds: Rounds, buffer: Buffer, flight: Flight) -> None:
         """A client's turn is over; what it remembers of it counts where its update does."""
@@ -247,3 +237,8 @@ class LocalSites:
     def states(self) -> dict[str, State]:
         """What each client holds."""
         return dict(self.roster)
+
+
+def training_row(round: int, client: str, said: Trained) -> Training:
+    """What a client's training said, as a row of the ledger."""
+    return Training(round, client, said.loss, said.steps, said.num_examples, said.seconds)

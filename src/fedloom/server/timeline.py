@@ -45,12 +45,10 @@ class Timeline:
         self.federation = federation
         self.flights: dict[str, Flight] = {}
 
-    def begin(self, client: str, now: float, received: int, round: int, turn: ClientTurn | None) -> None:
+    def begin(self, client: str, now: float, received: int, turn: ClientTurn | None, trained: Training | None) -> None:
         """A turn begins; without a `ClientTurn` nothing will come of it, but it takes as long."""
         flight = Flight(client, now + self.federation.pace.get(client, 1.0), received)
         if turn is not None:
-            said = turn.trained
-            trained = Training(round, client, said.loss, said.steps, said.num_examples, said.seconds)
             flight = replace(flight, payload=turn.payload, memory=turn.state.memory, trained=trained)
         self.flights[client] = flight
 
