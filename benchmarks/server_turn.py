@@ -11,7 +11,12 @@ the least of the repeats. The time inside a part does not count for the part tha
 from __future__ import annotations
 
 import gc
+import json
+import os
+import pickle
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -19,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,13 +126,43 @@ def _of_method(
     job: Job, modules: Mapping[str, tuple[int, int]], rank: int, clients: Sequence[int], repeats: int, copied: float
 ) -> Iterator[Row]:
     """A row for every number of clients, the fewest first."""
-    turns = {count: second_round(job, modules, rank, count) for count in sorted(set(clients))}
-    rows = [measure(job, *turn, repeats, copied) for turn in turns.values()]
-    for row, turn in zip(rows, turns.values(), strict=True):
-        # Last of all: it changes how this process gets its memory, and with that how long all takes.
-        peak = machine.extra_bytes(partial(server_turn, job, *turn, 2))
-        adapters = None if peak is None else peak / (4 * turn[0].adapter.numel())
+    turns = [second_round(job, modules, rank, count) for count in sorted(set(clients))]
+    rows = [measure(job, *turn, repeats, copied) for turn in turns]
+    for row, peak in zip(rows, peaks(job, turns), strict=True):
+        adapters = None if peak is None else peak / (4 * turns[0][0].adapter.numel())
         yield replace(row, ratio=row.cpu_s / rows[0].cpu_s, peak_adapters=adapters)
+
+
+def peaks(job: Job, turns: Sequence[tuple[State, Mapping[str, bytes]]]) -> list[int | None]:
+    """Bytes that each turn takes above what was there before it.
+
+    In a process of its own, in which large blocks of memory go back to the system at once from the beginning: what
+    malloc keeps of earlier work, in holes of its heap, would hide some of a turn's memory and add to the rest.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        pickle.dump((job.method.name, job.seed, turns), file)
+        file.flush()
+        asked = [sys.executable, "-m", "benchmarks.server_turn", file.name]
+        told = subprocess.run(
+            asked,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    found: list[int | None] = json.loads(told.stdout)
+    return found
+
+
+def tell_peaks(path: str) -> None:
+    """The other process of `peaks`: print its answer."""
+    name, seed, turns = pickle.loads(Path(path).read_bytes())
+    method = build(name)
+    job = Job(method, seed, quantize(method.form()))
+    torch.set_num_threads(1)
+    calls = [partial(server_turn, job, state, payloads, 2) for state, payloads in turns]
+    calls[0]()
+    print(json.dumps([machine.extra_bytes(call) for call in calls]))
 
 
 def measure(job: Job, state: State, payloads: Mapping[str, bytes], repeats: int, copied: float) -> Row:
@@ -263,3 +299,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         ratios = [f"{row['ratio']:.2f}", *times, f"{row['times_floor']:.1f}", peak, f"{row['payload_adapters']:.2f}"]
         table.add_row(row["method"], str(row["clients"]), *ratios)
     yield table
+
+
+if __name__ == "__main__":
+    tell_peaks(sys.argv[1])

@@ -8,8 +8,8 @@ M_k = F⁺ΔF_k, all r × r,
     FedSRD:    the same with w_k (P + M_k) replaced by Z_k, where [Z_1 | Z_2 | …] = [w_k (P + M_k)]_k Π and Π takes the
                stack of the G + ΔG_k to what its best rank-r approximation keeps of it.
 
-So sparse changes enter by sparse products alone; what cancels, cancels in r × r matrices of float64. With U the leading
-left directions of W, Z_k = F⁺U w_k Uᵀ(F + ΔF_k): that is how they are found where clients are many.
+So sparse changes enter by sparse products alone; what cancels, cancels in r × r matrices of float64. With X S⁻¹ Xᵀ
+the projection on the leading left directions of W, Z_k = F⁺X S⁻¹ w_k Xᵀ(F + ΔF_k): so it is done for many clients.
 """
 
 from __future__ import annotations
@@ -174,12 +174,12 @@ class ProductChange:
         left = Side(self._fixed, [held.kept for held in self._held])
         right = Side(self._moving.contiguous(), [held.moving for held in self._held])
         weights = [held.weight for held in self._held]
-        basis = leading_left(left, right, weights, rank)
-        if basis is None:
+        found = leading_left(left, right, weights, rank)
+        if found is None:
             return None
-        seen = self._inverse.left @ project(self._inverse.basis, basis)  # F⁺U
-        pieces = [w * (piece @ seen.T) for w, piece in zip(weights, left.seen_by(basis, quick=False), strict=True)]
-        return self._mixed(pieces)
+        lead, inverse = found  # X and S⁻¹
+        seen = self._inverse.left @ project(self._inverse.basis, lead) @ inverse  # F⁺X S⁻¹
+        return self._mixed([w * (piece @ seen.T) for w, piece in zip(weights, left.seen_by(lead), strict=True)])
 
     def _mixed(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(Σ ΔG_k Z_kᵀ, (Σ Z_k − P)ᵀ) from the Z_kᵀ, (r, r) each."""
