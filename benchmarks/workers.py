@@ -12,9 +12,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 
@@ -26,25 +29,45 @@ SECONDS = ("seconds", "time", "settings")
 """Fields of ledger rows in which two runs of the same bits may differ."""
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A time of the wall clock, and the seconds of CPU that this process and those below it had taken."""
+
+    wall: float
+    own: float
+    others: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """As it is."""
+        others = 0.0
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                others += times.user + times.system
+        return cls(time.perf_counter(), time.process_time(), others)
+
+
 class Clock(Silent):
     """When the first evaluation and the last round ended."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Moment] = []
 
     def round_finished(
         self, round: int, num_rounds: int, scores: object, bytes_up: int, bytes_down: int, seconds: float
     ) -> None:
         """Take the time."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(Moment.now())
 
 
 def run(config: Config, workers: int, *, repeats: int = 1, flower: bool = True) -> dict[str, Any]:
     """Rows of one process, `workers` and (with `flower`) flower-sim on as many CPUs: medians over the repeats.
 
-    rounds_s: the wall time of the rounds. whole_s: of the run, from settings to report. cpu_s: seconds of CPU of all
-    processes. gain: rounds_s of one process over that of the row. same: whether the row's adapter has the first row's
-    bits, and so its ledger, seconds left out.
+    rounds_s: the wall time of the rounds. whole_s: of the run, from settings to report. own_s, others_s: seconds of CPU
+    in the rounds, of the run's process and of all others. bound_s: what the rounds take at least on CPUs that nobody
+    else uses: own_s and, shared out, others_s. gain, gain_bound: rounds_s and bound_s of one process over the row's.
+    same_adapter, same_ledger: whether the row has the first row's bits, seconds left out; flower-sim has its own rows.
     """
     ways: dict[str, Callable[[Path, Clock], object]] = {
         "1 process": lambda out, clock: run_local(_with(config, None), out, observer=clock),
@@ -66,11 +89,13 @@ def run(config: Config, workers: int, *, repeats: int = 1, flower: bool = True) 
         row = {key: statistics.median(one[key] for one in found) for key in found[0]}
         ledger = None if name == "flower-sim" else left[name][1] == first[1]
         rows.append({"way": name, **row, "same_adapter": left[name][0] == first[0], "same_ledger": ledger})
+    cpus = os.cpu_count() or 1
     for row in rows:
-        row["gain"] = rows[0]["rounds_s"] / row["rounds_s"]
+        row["bound_s"] = row["own_s"] + row["others_s"] / min(workers, cpus)
+        row |= {"gain": rows[0]["rounds_s"] / row["rounds_s"], "gain_bound": rows[0]["bound_s"] / row["bound_s"]}
     threads = config.model.threads or torch.get_num_threads()
     rounds = config.federation.num_rounds
-    return {"rows": rows, "rounds": rounds, "cpus": os.cpu_count(), "threads": threads, "repeats": repeats}
+    return {"rows": rows, "rounds": rounds, "cpus": cpus, "threads": threads, "repeats": repeats}
 
 
 def _with(config: Config, workers: int | None) -> Config:
@@ -86,11 +111,11 @@ def _simulate(config: Config, processes: int, out: Path, clock: Clock) -> None:
 
 def _time(play: Callable[[Path, Clock], object], out: Path) -> dict[str, float]:
     """One run's seconds."""
-    clock, before, begun = Clock(), os.times(), time.perf_counter()
+    clock, begun = Clock(), time.perf_counter()
     play(out, clock)
-    whole, after = time.perf_counter() - begun, os.times()
-    cpu = sum(after[:4]) - sum(before[:4])
-    return {"rounds_s": clock.ends[-1] - clock.ends[0], "whole_s": whole, "cpu_s": cpu}
+    whole, first, last = time.perf_counter() - begun, clock.ends[0], clock.ends[-1]
+    own, others = last.own - first.own, last.others - first.others
+    return {"rounds_s": last.wall - first.wall, "whole_s": whole, "own_s": own, "others_s": others}
 
 
 def read_result(out: Path) -> tuple[bytes, str]:
@@ -103,12 +128,14 @@ def read_result(out: Path) -> tuple[bytes, str]:
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The rows for a terminal."""
     title = f"{result['rounds']} rounds on {result['cpus']} CPUs, {result['threads']} threads a process"
-    table = Table(title=f"{title}, median of {result['repeats']}")
-    for name in ("way", "rounds, s", "whole run, s", "CPU, s", "rounds: 1 process over it", "same adapter", "ledger"):
+    table = Table(title=f"{title}, median of {result['repeats']}; seconds of the rounds")
+    heads = ("way", "wall", "gain", "CPU: own", "others", "wall at least", "gain at most", "whole run", "same bits")
+    for name in heads:
         table.add_column(name, justify="left" if name == "way" else "right")
-    words = {True: "yes", False: "no", None: "its own"}
+    words = {True: "yes", False: "no", None: "–"}
     for row in result["rows"]:
-        numbers = [f"{row[key]:.1f}" for key in ("rounds_s", "whole_s", "cpu_s")]
-        told = (words[row["same_adapter"]], words[row["same_ledger"]])
-        table.add_row(row["way"], *numbers, f"{row['gain']:.2f}", *told)
+        cells = [f"{row['rounds_s']:.1f}", f"{row['gain']:.2f}", f"{row['own_s']:.1f}", f"{row['others_s']:.1f}"]
+        cells += [f"{row['bound_s']:.1f}", f"{row['gain_bound']:.2f}", f"{row['whole_s']:.1f}"]
+        same = f"adapter {words[row['same_adapter']]}, ledger {words[row['same_ledger']]}"
+        table.add_row(row["way"], *cells, same)
     return [table]
