@@ -150,7 +150,7 @@ def to_dense(entry: Entry) -> Tensor:
 
 def add_entry(tensor: Tensor, entry: Entry) -> Tensor:
     """`tensor + to_dense(entry)`, bit by bit, in one pass over the tensor where the entry is sparse."""
-    if not isinstance(entry, Sparse) or entry.shape != tuple(tensor.shape):
+    if not isinstance(entry, Sparse) or entry.shape != tuple(tensor.shape) or not tensor.is_contiguous():
         return tensor + to_dense(entry)
     total = tensor + 0.0  # a sum with zeros has no -0.0 either
     total.view(-1).index_add_(0, entry.positions, floats(entry.values))
