@@ -6,6 +6,7 @@ A round that is over leaves the turns under way as they are: their updates come 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedloom.errors import FedloomError, RoundError
@@ -120,7 +121,8 @@ class Filling:
         server = self.rounds.server
         payload, seen = self.sites.read_update(self.rounds, site, reply, self.buffer.base_of(site, server))
         self.buffer.take_in(site, payload, seen, server)
-        self.sites.count(site, reply.asked.round)
+        self.sites.known[site] = replace(self.sites.known[site], counted=reply.asked.round)
+        self.sites.unsaved.add(site)
 
     def roll(self) -> Roll:
         """The report of the round."""

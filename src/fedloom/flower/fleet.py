@@ -141,6 +141,11 @@ class Fleet:
         if self.spoken.get(turn.node, SPOKEN.newest) >= WITHDRAWS:
             self.post(turn.node, turn.site, "withdraw", turn.round, Parcel({}))
 
+    def withdraw_all(self) -> None:
+        """Tell every site that is at a turn that it is not wanted any more: after asynchronous rounds some are."""
+        for turn in [turn for site in self.turns if (turn := self.open_turn(site)) is not None]:
+            self.withdraw(turn)
+
     def collect(self) -> Iterator[Reply]:
         """What has come since the last call, one after the other. Replies to what nobody asked are dropped.
 

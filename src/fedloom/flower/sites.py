@@ -125,9 +125,7 @@ class FlowerSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round; who gave none is noted with the reason."""
         rules, job = self.setup.config.flower, self.setup.job
-        if not self.fleet.names:
-            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
-            muster_sites(self.fleet, rules, take, looked)
+        self.muster(rounds)
         self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
             self.fleet,
@@ -151,15 +149,19 @@ class FlowerSites:
 
     def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
         """Updates into the buffer until it is full; who gave none, and is not at a turn, is noted with the reason."""
-        if not self.fleet.names:
-            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
-            muster_sites(self.fleet, self.setup.config.flower, take, looked)
+        self.muster(rounds)
         filling = Filling(self, rounds, buffer)
         try:
             filling.play()
         finally:
             self.note_roll(rounds, filling.roll())
         return False
+
+    def muster(self, rounds: Rounds) -> None:
+        """Before the first round the sites come in."""
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, self.setup.config.flower, take, looked)
 
     def note_roll(self, rounds: Rounds, roll: Roll) -> None:
         """Record who answered in a round, and say of everybody else why not."""
@@ -265,11 +267,6 @@ class FlowerSites:
         """Remember which state a site holds."""
         self.known[site] = replace(self.known[site], version=version, digest=digest)
 
-    def count(self, site: str, round: int) -> None:
-        """Its update of this round waits in the buffer, and counts from now on; the next checkpoint has it."""
-        self.known[site] = replace(self.known[site], counted=round)
-        self.unsaved.add(site)
-
     def advance(self, rounds: Rounds, payload: bytes, counted: Collection[str]) -> None:
         """Remember whose updates were averaged; what the sites hold is theirs to say.
 
@@ -296,18 +293,15 @@ class FlowerSites:
         """
         self.known |= snapshot.known
         if rounds.buffer:
-            for site in sorted(rounds.buffer.under_way):
-                rounds.buffer.lose(site)
+            rounds.buffer.lose_all()
 
     def deliver(self, rounds: Rounds) -> None:
         """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
         owed = [site for site, known in self.known.items() if not known.delivered]
         if not owed:
             return
-        for site in owed:
-            turn = self.fleet.open_turn(site)
-            if turn is not None and rounds.buffer:  # of an asynchronous round: no step waits for it any more
-                self.fleet.withdraw(turn)
+        if rounds.buffer:
+            self.fleet.withdraw_all()
         rounds.save()  # no site may be ahead of the newest checkpoint: a crash from here on undoes no round
         deadline = self.setup.config.flower.deadline
         delivery = Delivery(

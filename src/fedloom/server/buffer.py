@@ -91,6 +91,11 @@ class Buffer:
         self.under_way.discard(client)
         self.begun.pop(client, None)
 
+    def lose_all(self) -> None:
+        """All turns under way are lost."""
+        for client in sorted(self.under_way):
+            self.lose(client)
+
     def base_of(self, client: str, server: State) -> State:
         """The state that the client's turn rests on, to check its update against: of `server`'s shapes."""
         then = self.past[self.begun[client].version]
