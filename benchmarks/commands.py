@@ -339,22 +339,26 @@ def crowd_command(
 def buffered_command(
     slow: Annotated[float, typer.Option(min=1, help="How many times slower the first site is.")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="Synchronous rounds.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the asynchronous run.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the asynchronous run.")] = 30,
     buffer: Annotated[int, typer.Option(min=1, help="Updates that make a step.")] = 3,
     method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    specialists: Annotated[
+        bool, typer.Option("--specialists", help="Each site has a domain of its own, not a share of all.")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One slow site of the demo: simulated time until asynchronous rounds have the score of synchronous ones."""
+    """One slow site of the demo's four: simulated time until asynchronous rounds have the score of synchronous ones."""
     from benchmarks import buffered
     from fedloom.records.configfile import load_config
 
-    common = [f"method.name={method}", *(settings or [])]
+    shared = ["data.partitioner=iid", "federation.num_clients=4"]
+    common = [f"method.name={method}", *([] if specialists else shared), *(settings or [])]
     asynchronous = [
         "federation.mode=buffered",
         f"federation.num_rounds={steps}",
         f"federation.buffer_size={buffer}",
-        f"federation.pace={{bank = {slow}}}",
+        f"federation.pace={{{'bank' if specialists else 'client-00'} = {slow}}}",
     ]
     demo = testbed_folder() / "demo.toml"
     synchronous = load_config(demo, [f"federation.num_rounds={rounds}", *common])
