@@ -5,11 +5,13 @@
 #   TORCH=torch==2.13.0     another build of torch, installed before everything else
 #   PIP_ARGS="…"            further arguments of pip, such as an index with CPU-only builds of torch
 #   JOBS=1                  how many processes run the tests
+#   REF=0af10fb             the commit whose code `make bench-round` measures beside today's
 #   ARGS="…"                further arguments of `fedloom demo`, such as ARGS="--method fedit --rounds 5"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+REF ?= 0af10fb
 JOBS ?= 2
 ARGS ?=
 
@@ -20,7 +22,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow soak soak-processes docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
+.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -42,6 +44,15 @@ format: $(DEV_READY) ## Lay the code out anew
 
 check-slow: $(DEV_READY) ## The tests that take minutes: a million fuzzed payloads, thousands of adapter folders, kill -9 of every process, ten minutes of soak
 	$(BIN)/python -m pytest -m slow
+
+check-gpu: $(DEV_READY) ## The tests on a CUDA device, and what leaves it after training; says so where there is none
+	$(BIN)/python -m pytest -m gpu -rs tests/lora/test_devices.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m benchmarks device && $(BIN)/python -m benchmarks aggregate --device cuda --all-modules; \
+	else echo "no CUDA device here: nothing on a GPU was measured"; fi
+
+bench-round: $(DEV_READY) ## What was asked of the whole round, old code (REF=commit) against new; says first how long; prints the table of docs/benchmarks/rounds.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --markdown goals $(REF) $(ARGS)
 
 soak: $(DEV_READY) ## 20 sites, 50 rounds, a fault in every round, a minute of CPU; writes docs/benchmarks/soak.md (ARGS="--seed 7")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --page docs/benchmarks/soak.md $(ARGS)

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.compared import add_to
+from benchmarks.output import print_result
 from fedloom.cli.funnel import Funnel
-from fedloom.cli.options import AsJson, print_result, split_numbers, split_words
+from fedloom.cli.options import AsJson, split_numbers, split_words
 from fedloom.testbeds import testbed_folder
 
 app = typer.Typer(
@@ -17,6 +19,16 @@ app = typer.Typer(
 
 WayIn = Literal["node", "supernode"]
 Preset = Annotated[str, typer.Option(help="Model whose shapes are used.")]
+
+
+@app.callback()
+def benchmarks(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as the documentation has them.")] = False,
+) -> None:
+    """Measurements that can be repeated."""
+
+
+add_to(app)
 
 
 @app.command("aggregate")
@@ -59,6 +71,33 @@ def aggregate_command(
         keep_results=keep_results,
     )
     print_result(result, aggregate.tables, as_json)
+
+
+@app.command("round")
+def round_command(
+    preset: Preset = "llama-3.2-3b",
+    methods: Annotated[str, typer.Option(help="Methods: fedsrd,fedsrd-e,florist,loom.")] = "fedsrd,florist,loom",
+    clients: Annotated[str, typer.Option(help="Numbers of clients: 4,16.")] = "4,16",
+    layers: Annotated[str, typer.Option(help="So many of the first layers, or all.")] = "1",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank; the preset's if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the least is kept.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the changes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A server's whole turn, every client with a payload of its own: processor seconds part by part, and memory."""
+    from benchmarks import server_turn
+
+    some = None if layers == "all" else split_numbers(layers, "--layers")[0]
+    result = server_turn.run(
+        preset,
+        split_words(methods),
+        clients=split_numbers(clients, "--clients"),
+        rank=rank,
+        layers=some,
+        repeats=repeats,
+        seed=seed,
+    )
+    print_result(result, server_turn.tables, as_json)
 
 
 @app.command("wire")
@@ -182,6 +221,21 @@ def memory_command(
     print_result(memory.run(sizes, method=method, values=values, rounds=rounds), memory.tables, as_json)
 
 
+@app.command("secagg")
+def secagg_command(
+    sites: Annotated[int, typer.Option(min=2, help="Sites.")] = 20,
+    vanish: Annotated[int, typer.Option(min=0, help="Sites that vanish, in each phase once.")] = 5,
+    values: Annotated[int, typer.Option(min=1, help="Length of a site's vector.")] = 100_000,
+    bits: Annotated[int, typer.Option(min=1, max=32, help="Bits of a value, and of the sum.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the vectors.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A secure sum of which some sites vanish: is it exact, processor time, bytes beside the vectors."""
+    from benchmarks import secagg
+
+    print_result(secagg.run(sites, vanish, values, bits, seed), secagg.tables, as_json)
+
+
 @app.command("rounds")
 def rounds_command(
     sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,
@@ -198,16 +252,21 @@ def rounds_command(
 @app.command("turn")
 def turn_command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods: fedit,loom. The settings' own if left out.")] = "",
+    clients: Annotated[str, typer.Option(help="Clients: bank,lab. All if left out.")] = "",
+    model: Annotated[str, typer.Option(help="A made-up model: smollm-135m.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is kept.")] = 5,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=loom.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: lora.r=64.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A client's whole turn against a bare training loop over as many batches."""
+    """A client's whole turn, stage by stage, against a bare training loop over the same batches."""
     from benchmarks import turn
     from fedloom.records.configfile import load_config
 
-    folder = testbed_folder()
-    result = turn.run(load_config(config or folder / "demo.toml", settings or ()), repeats=repeats)
+    path, own = config or testbed_folder() / "demo.toml", list(settings or ())
+    chosen = [[*own, f"method.name={name}"] for name in split_words(methods)] or [own]
+    configs = [load_config(path, given) for given in chosen]
+    result = turn.run(configs, model=model, clients=split_words(clients), repeats=repeats)
     print_result(result, turn.tables, as_json)
 
 
@@ -276,6 +335,37 @@ def crowd_command(
     print_result(crowd.run(load_config(folder / "demo.toml", wanted)), crowd.tables, as_json)
 
 
+@app.command("buffered")
+def buffered_command(
+    slow: Annotated[float, typer.Option(min=1, help="How many times slower the first site is.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Synchronous rounds.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the asynchronous run.")] = 30,
+    buffer: Annotated[int, typer.Option(min=1, help="Updates that make a step.")] = 3,
+    method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    specialists: Annotated[
+        bool, typer.Option("--specialists", help="Each site has a domain of its own, not a share of all.")
+    ] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One slow site of the demo's four: simulated time until asynchronous rounds have the score of synchronous ones."""
+    from benchmarks import buffered
+    from fedloom.records.configfile import load_config
+
+    shared = ["data.partitioner=iid", "federation.num_clients=4"]
+    common = [f"method.name={method}", *([] if specialists else shared), *(settings or [])]
+    asynchronous = [
+        "federation.mode=buffered",
+        f"federation.num_rounds={steps}",
+        f"federation.buffer_size={buffer}",
+        f"federation.pace={{{'bank' if specialists else 'client-00'} = {slow}}}",
+    ]
+    demo = testbed_folder() / "demo.toml"
+    synchronous = load_config(demo, [f"federation.num_rounds={rounds}", *common])
+    result = buffered.run(synchronous, load_config(demo, [*asynchronous, *common]), slow)
+    print_result(result, buffered.tables, as_json)
+
+
 @app.command("catchup")
 def catchup_command(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that the client misses.")] = 20,
@@ -338,3 +428,20 @@ def soak_command(
     print_result(result, report.tables, as_json)
     if any(result["checks"].values()):
         raise typer.Exit(1)
+
+
+@app.command("workers")
+def workers_command(
+    workers: Annotated[int, typer.Option(min=2, help="Worker processes, and flower-sim's.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the demo.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats in turns; the median is kept.")] = 1,
+    flower: Annotated[bool, typer.Option("--flower/--no-flower", help="Flower's simulation too.")] = True,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The demo one client after another, with worker processes, and on flower-sim: seconds, and the same bits?"""
+    from benchmarks import workers as bench
+    from fedloom.records.configfile import load_config
+
+    config = load_config(testbed_folder() / "demo.toml", [f"federation.num_rounds={rounds}", *(settings or [])])
+    print_result(bench.run(config, workers, repeats=repeats, flower=flower), bench.tables, as_json)

@@ -3,82 +3,203 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks.compress import sending
-from fedloom.methods.method import State
+from benchmarks.made_up import made_up_base
+from benchmarks.stages import STAGES, STEPS, Stopwatch, watch_method, watch_turn
+from fedloom.errors import ConfigError
 from fedloom.model import peft_bridge
-from fedloom.records.config import Config
-from fedloom.rounds.turns import client_turn, start
-from fedloom.workspace.assemble import Setup, load_setup
+from fedloom.model.tokens import TokenizedExamples, Tokens
+from fedloom.model.training import rate_at
+from fedloom.records.config import Config, TrainingSettings
+from fedloom.rounds.turns import ClientTurn, accept, client_turn, server_turn, start
+from fedloom.site.store import Store, TurnRecord
+from fedloom.workspace.assemble import Setup, build_setup, load_setup
+from fedloom.workspace.data import client_examples
+
+ROUND = 2
+"""A client's second round: it has memory of the first one, and its B is no longer zero."""
 
 
-def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
-    """Rows of the medians over interleaved repeats, and seconds of preparation.
+def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5) -> dict[str, Any]:
+    """{"rows": one for each of the settings and each client, "threads": …}: medians over interleaved repeats.
 
-    turn_s: receive, train, compress and encode. bare_s: forward, backward and AdamW on as many batches of the client's
-    examples, nothing else. overhead_s: turn_s − bare_s. train_s: the training of a turn. send_s and send_cpu_s: all but
-    receiving and training, where the client remembers an earlier turn, on the wall and of the processor. send_share:
-    send_s / train_s.
+    Of the processor, all threads: turn_cpu_s: receive a broadcast, train, choose, encode, and save the site's state.
+    stages: of these, by stage (`stages.STAGES`). bare_cpu_s: forward, backward, clipping and AdamW over the very
+    batches of the turn, nothing else. times_bare: turn_cpu_s over bare_cpu_s. beside_cpu_s: all stages but the steps;
+    of_ten_steps: over the time of ten steps. send_cpu_s: choosing and encoding; send_share: over the training.
+    prepare_s: loading, on the wall.
+
+    clients: by name; all if left out. model: a made-up one (`made_up.SHAPES`) in place of the settings' own.
     """
-    begun = time.perf_counter()
-    setup = load_setup(config)
-    prepared = time.perf_counter() - begun
     rows = []
-    for client, site in setup.sites.items():
-        state = start(setup.job, setup.initial, site.ranks)
-        taken = [repeat(setup, client, state) for _ in range(repeats + 1)][1:]  # the first one warms up
-        row = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
-        differences = {"overhead_s": row["turn_s"] - row["bare_s"], "send_share": row["send_s"] / row["train_s"]}
-        rows.append({"client": client, **row, **differences})
-    return {"rows": rows, "prepare_s": prepared, "threads": torch.get_num_threads()}
+    for config in configs:
+        begun = time.perf_counter()
+        setup = prepare(config, model)
+        prepared = time.perf_counter() - begun
+        rows += [{**measure(setup, client, repeats), "prepare_s": prepared} for client in clients or setup.sites]
+    return {"rows": rows, "threads": torch.get_num_threads()}
 
 
-def repeat(setup: Setup, client: str, state: State) -> dict[str, float]:
-    """One measurement of each kind."""
-    bare_s = bare_steps(setup, client)
-    begun = time.perf_counter()
-    turn = client_turn(setup.job, client, state, [], setup.train(client), 1)
-    turn_s = time.perf_counter() - begun
-    spent = sending(setup.job, client, turn.state, turn.trained, 1)[1]
-    train_s = turn.trained.seconds
-    return {"turn_s": turn_s, "bare_s": bare_s, "train_s": train_s, "send_s": spent.wall, "send_cpu_s": spent.cpu}
+def prepare(config: Config, model: str) -> Setup:
+    """The things of the run, on the settings' own model or on a made-up one."""
+    if not model:
+        return load_setup(config)
+    return build_setup(config, client_examples(config)[0], {}, load=made_up_base(model))
 
 
-def bare_steps(setup: Setup, client: str) -> float:
-    """Seconds of a plain loop over one turn's batches."""
-    data = setup.sites[client].data
-    training = setup.config.training_of(client).for_examples(len(data))
-    peft_bridge.write_adapter(setup.model, setup.initial)
-    peft_bridge.set_frozen(setup.model, None)
-    factors = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
-    setup.model.train()
-    begun = time.perf_counter()
-    optimizer = torch.optim.AdamW(factors, lr=training.learning_rate, weight_decay=training.weight_decay)
-    for step in range(training.steps * training.gradient_accumulation_steps):
-        first = step * training.per_device_train_batch_size
-        batch = [data[(first + i) % len(data)] for i in range(training.per_device_train_batch_size)]
-        setup.model(**data.collate(batch)).loss.backward()
-        if (step + 1) % training.gradient_accumulation_steps == 0:
-            torch.nn.utils.clip_grad_norm_(factors, training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    taken = time.perf_counter() - begun
-    setup.model.eval()
-    return taken
+def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:
+    """One row."""
+    with tempfile.TemporaryDirectory() as scratch:
+        played = Played.first_round(setup, client, Store(Path(scratch) / "job", "made up"))
+        taken = [played.again() for _ in range(repeats + 1)][1:]  # the first one warms up
+        played.store.close()
+    middle = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+    stages = {stage: middle.pop(stage) for stage in STAGES}
+    beside = sum(seconds for stage, seconds in stages.items() if stage != STEPS)
+    sent = stages["choose"] + stages["encode"]
+    return {
+        "client": client,
+        "method": setup.job.method.name,
+        "values": setup.initial.numel(),
+        "up_bytes": len(played.turn.payload),
+        "steps": played.steps,
+        **middle,
+        "stages": stages,
+        "times_bare": middle["turn_cpu_s"] / middle["bare_cpu_s"],
+        "beside_cpu_s": beside,
+        "of_ten_steps": beside / (10 * stages[STEPS] / played.steps),
+        "send_cpu_s": sent,
+        "send_share": sent / sum(stages[stage] for stage in ("write", "trainer", STEPS, "read")),
+    }
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The rows for a terminal."""
-    table = Table(title=f"a client's turn, {result['threads']} threads; prepared in {result['prepare_s']:.2f} s")
-    for name in ("client", "turn s", "bare loop s", "overhead s", "training s", "sending s", "of training"):
-        table.add_column(name, justify="left" if name == "client" else "right")
+@dataclass(frozen=True, eq=False)
+class Played:
+    """A client before its second round: its first turn, and the broadcast that it has yet to receive."""
+
+    setup: Setup
+    client: str
+    store: Store
+    turn: ClientTurn
+    broadcast: bytes
+
+    @classmethod
+    def first_round(cls, setup: Setup, client: str, store: Store) -> Played:
+        """Play the first round with this client alone."""
+        job = setup.job
+        state = start(job, setup.initial, setup.sites[client].ranks)
+        turn = client_turn(job, client, state, [], setup.train(client), 1)
+        broadcast = server_turn(job, start(job, setup.initial), {client: turn.payload}, 1).payload
+        return cls(setup, client, store, turn, broadcast)
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The client's settings, its steps counted."""
+        return self.setup.config.training_of(self.client).for_examples(self.setup.sites[self.client].data.num_rows)
+
+    @property
+    def steps(self) -> int:
+        """Of the optimiser, in a turn."""
+        return self.training.steps
+
+    def again(self) -> dict[str, float]:
+        """One turn and one bare loop."""
+        watch = Stopwatch()
+        drawn = Drawn.of(self.setup.sites[self.client].data)
+        turn_cpu_s = self.play(drawn, watch)
+        stages = dict.fromkeys(STAGES, 0.0) | watch.seconds
+        return {"turn_cpu_s": turn_cpu_s, "bare_cpu_s": self.bare(drawn), **stages}
+
+    def play(self, drawn: Drawn, watch: Stopwatch) -> float:
+        """CPU seconds of the turn."""
+        setup = self.with_examples(drawn)
+        job = replace(setup.job, method=watch_method(watch, setup.job.method))
+        begun = time.process_time()
+        with watch_turn(watch, setup.model), watch.during("rest"):
+            with watch.during("receive"):
+                state = accept(job, self.turn.state, self.broadcast)
+            train = watch.around("write", setup.train(self.client))
+            turn = client_turn(job, self.client, state, [], train, ROUND)
+            with watch.during("keep"):
+                self.store.save(TurnRecord(ROUND, state, turn.state, payload=turn.payload))
+        return time.process_time() - begun
+
+    def with_examples(self, data: TokenizedExamples) -> Setup:
+        """The same things, the client's examples replaced."""
+        mine = replace(self.setup.sites[self.client], data=data)
+        return replace(self.setup, sites={**self.setup.sites, self.client: mine})
+
+    def bare(self, drawn: Drawn) -> float:
+        """CPU seconds of a plain loop over the batches that a turn drew; its adapter stays in the model."""
+        training, model, plain = self.training, self.setup.model, drawn.plain
+        peft_bridge.write_adapter(model, accept(self.setup.job, self.turn.state, self.broadcast).adapter)
+        peft_bridge.set_frozen(model, None)
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rate = rate_at(training, ROUND, self.setup.config.federation.num_rounds, 0)
+        parts = training.gradient_accumulation_steps
+        model.train()
+        begun = time.process_time()
+        optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=training.weight_decay)
+        for number, batch in enumerate(drawn.batches[: training.steps * parts], start=1):
+            (model(**plain.collate(batch)).loss / parts).backward()
+            if number % parts == 0:
+                torch.nn.utils.clip_grad_norm_(factors, training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        taken = time.process_time() - begun
+        model.eval()
+        return taken
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Drawn(TokenizedExamples):
+    """A client's examples, and the batches that a training drew of them."""
+
+    batches: list[Sequence[Tokens]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, data: TokenizedExamples) -> Drawn:
+        """The same examples. Raises ConfigError for packed rows, of which no batches are noted."""
+        if data.rows:
+            raise ConfigError("the batches of packed rows are not noted: measure with data.packing = false")
+        return cls(data.examples, data.pad)
+
+    def collate(self, batch: Sequence[Tokens]) -> dict[str, Tensor]:
+        """The batch as tensors; it is noted."""
+        self.batches.append(batch)
+        return TokenizedExamples.collate(self, batch)
+
+    @property
+    def plain(self) -> TokenizedExamples:
+        """The examples, whose batches are not noted."""
+        return TokenizedExamples(self.examples, self.pad)
+
+
+def tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The rows for a terminal, CPU seconds in all columns that name none other."""
+    title = f"a client's turn: CPU seconds, {result['threads']} threads"
+    table = Table(title=title)
+    names = ("client", "method", "values", "turn", "bare loop", "× bare", "beside steps", "of ten steps", "sending")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number > 1 else "left")
     for row in result["rows"]:
-        times = [f"{row[key]:.3f}" for key in ("turn_s", "bare_s", "overhead_s", "train_s", "send_s")]
-        table.add_row(row["client"], *times, f"{row['send_share']:.1%}")
-    return [table]
+        shares = f"{row['times_bare']:.3f}", f"{row['beside_cpu_s']:.3f}", f"{row['of_ten_steps']:.1%}"
+        spent = f"{row['turn_cpu_s']:.3f}", f"{row['bare_cpu_s']:.3f}"
+        table.add_row(row["client"], row["method"], f"{row['values']:,}", *spent, *shares, f"{row['send_cpu_s']:.3f}")
+    yield table
+    table = Table(title="of these, by stage")
+    for number, name in enumerate(("client", "method", *STAGES)):
+        table.add_column(name, justify="right" if number > 1 else "left")
+    for row in result["rows"]:
+        table.add_row(row["client"], row["method"], *(f"{row['stages'][stage]:.3f}" for stage in STAGES))
+    yield table

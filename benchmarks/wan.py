@@ -1,9 +1,9 @@
 """`python -m benchmarks wan`: the wall time of a round over a slow line, method by method.
 
 A round is played by the real `client_turn` and `server_turn` on an adapter of true shapes with synthetic, heavy-tailed
-changes; its payloads cross a shaped line (`benchmarks.link`) in pieces over two connections, as Flower moves them.
-Training is left out: it is the same for all. Client and server are told in seconds of processor time, so that other
-work on the machine does not count; the line in seconds on the wall.
+changes, each client's drawn from its own seed; its payloads cross a shaped line (`benchmarks.link`) in pieces over two
+connections, as Flower moves them. Training is left out: it is the same for all. Client and server are told in seconds
+of processor time, so that other work on the machine does not count; the line in seconds on the wall.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import hashlib
 import http.client
 import http.server
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.link import Lane, Link
 from benchmarks.wire import heavy_tailed
@@ -32,10 +35,10 @@ from fedloom.flower.payload import piece_size
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
-from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.turns import Trained, client_turn, server_turn, start
+from fedloom.rounds.job import Job
+from fedloom.rounds.turns import ClientTurn, Trained, client_turn, server_turn, start
+from fedloom.server.spool import Spool
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
-from fedloom.wire import decode, encode
 
 CONNECTIONS = 2
 """Requests at the same time, as in flwr 1.41."""
@@ -77,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Workload:
-    """An adapter, and the change that training it makes in every round."""
+    """An adapter, and the change that training it makes in a round."""
 
     before: LoraState
     change: LoraState
@@ -112,12 +115,12 @@ def run(
     line = line or Line()
     modules = preset_shapes(preset_named(preset), layers=layers)
     width = preset_named(preset).rank if rank is None else rank
-    rows, work = [], workload(modules, width, seed)
+    rows, before = [], grown(modules, width, seed)
     for text in runs:
         method, colon, values = text.partition(":")
         if not colon:
             raise ConfigError(f"{text!r}: expected METHOD:VALUES, such as fedsrd:int8")
-        rows.append(_row(method, values, played(method, values, work, clients, seed), line, scale))
+        rows.append(_row(method, values, played(method, values, before, clients, seed), line, scale))
     return {
         "workload": {
             "name": f"{preset}, rank {width}",
@@ -141,57 +144,81 @@ def _row(method: str, values: str, round: Played, line: Line, scale: float) -> R
 
 
 def workload(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, structured: bool = False) -> Workload:
-    """A start whose B is not zero, as if some rounds had passed: no element of A is worth sending while B is.
-
-    structured: changes have row and column structure, see `bench.wire`.
-    """
-    fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
-    made = {
-        part: {
-            module: LoraPair(
-                *(heavy_tailed(shape, structured, derived_seed(seed, part, module)) for shape in ((rank, n), (m, rank)))
-            )
-            for module, (m, n) in modules.items()
-        }
-        for part in ("grown", "change")
+    """`grown`, and a change of it. structured: changes have row and column structure, see `bench.wire`."""
+    change = {
+        module: LoraPair(
+            *(heavy_tailed(shape, structured, derived_seed(seed, "change", module)) for shape in ((rank, n), (m, rank)))
+        )
+        for module, (m, n) in modules.items()
     }
-    before = {module: LoraPair(pair.A, made["grown"][module].B) for module, pair in fresh.items()}
-    return Workload(LoraState(before), LoraState(made["change"]))
+    return Workload(grown(modules, rank, seed, structured), LoraState(change))
 
 
-def played(method: str, values: str, work: Workload, clients: int, seed: int) -> Played:
-    """The second round of a run, whose download is the first one's outcome; one client's work, all clients' updates."""
+def grown(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, structured: bool = False) -> LoraState:
+    """A start whose B is not zero, as if some rounds had passed: no element of A is worth sending while B is."""
+    fresh = initial_state(modules, dict.fromkeys(modules, rank), seed)
+    return LoraState(
+        {
+            module: LoraPair(
+                pair.A, heavy_tailed((pair.shape[0], rank), structured, derived_seed(seed, "grown", module))
+            )
+            for module, pair in fresh.items()
+        }
+    )
+
+
+def changed(state: LoraState, seed: int) -> LoraState:
+    """The adapter after a round of made-up training; another seed makes another change."""
+
+    def moved(tensor: Tensor, *labels: str) -> Tensor:
+        rows, columns = tensor.shape
+        return heavy_tailed((rows, columns), False, derived_seed(seed, *labels)).add_(tensor)
+
+    return LoraState(
+        {name: LoraPair(moved(pair.A, name, "A"), moved(pair.B, name, "B")) for name, pair in state.items()}
+    )
+
+
+def played(method: str, values: str, before: LoraState, clients: int, seed: int) -> Played:
+    """The second round of a run, whose download is the first one's outcome: one client's work, all clients' updates.
+
+    Every client trains a change of its own. They are played one after the other and their payloads wait on disk, so
+    that one client's adapters are in memory at a time. The first one alone remembers its first turn; the updates of
+    the others are as large without.
+    """
     job = Job(build(method), seed, quantize(values))
-    server = site = start(job, work.before)
-    seconds: list[float] = []
+    server = fresh = known = start(job, before)
+    down: tuple[bytes, ...] = ()
+    for round in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            uploads = Spool[str](Path(folder))
+            own, client_s = turn_of(job, "site-0", known, down, round)
+            uploads["site-0"] = own.payload
+            for number in range(1, clients):
+                uploads[f"site-{number}"] = turn_of(job, f"site-{number}", fresh, down, round)[0].payload
+            began = time.process_time()
+            done = server_turn(job, server, uploads, round)
+            server_s = time.process_time() - began
+            if round == 2:
+                break
+            known, server, down = own.state, done.state, (done.payload,)
+    return Played(down[0], own.payload, client_s, server_s)
+
+
+def turn_of(job: Job, client: str, state: State, payloads: Sequence[bytes], round: int) -> tuple[ClientTurn, float]:
+    """A client's turn, and its seconds of processor time without those of training."""
+    training = 0.0
 
     def train(state: State, round: int, seed: int) -> Trained:
+        nonlocal training
         began = time.process_time()
-        after = {
-            module: LoraPair(pair.A + work.change[module].A, pair.B + work.change[module].B)
-            for module, pair in state.adapter.items()
-        }
-        seconds.append(time.process_time() - began)
-        return Trained(LoraState(after), num_examples=1, loss=0.0)
+        after = changed(state.adapter, seed)
+        training = time.process_time() - began
+        return Trained(after, num_examples=1, loss=0.0)
 
-    first = client_turn(job, "site", site, (), train, 1).payload
-    turn = server_turn(job, server, {"site": first}, 1)
-    server, down = turn.state, turn.payload
     began = time.process_time()
-    done = client_turn(job, "site", site, (down,), train, 2)
-    client_s = time.process_time() - began - seconds[-1]
-    uploads = {f"site-{number}": sent_by(f"site-{number}", done.payload) for number in range(clients)}
-    began = time.process_time()
-    server_turn(job, server, uploads, 2)
-    return Played(down, done.payload, client_s, time.process_time() - began)
-
-
-def sent_by(client: str, payload: bytes) -> bytes:
-    """The update of another client, with all else the same."""
-    message = decode(payload)
-    header = message.header
-    sender = sender_digest(client, header.base_digest, header.round)
-    return encode(replace(message, header=replace(header, result_digest=sender)))
+    turn = client_turn(job, client, state, payloads, train, round)
+    return turn, time.process_time() - began - training
 
 
 @contextmanager

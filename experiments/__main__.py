@@ -198,6 +198,7 @@ def base(
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    width: Annotated[int, typer.Option(min=64, help="Hidden size, a multiple of 64; shipped is 512.")] = 512,
 ) -> None:
     """Pre-train the base model of the real-text testbeds, or go on; Ctrl-C loses at most a hundred steps."""
     import torch
@@ -205,8 +206,8 @@ def base(
     from experiments.pretrain.base import bits_a_byte, make_base
 
     torch.set_num_threads(threads)
-    folder = make_base(work, steps, seed, lambda line: screen.print(cell(line)))
-    screen.print(f"{cell(str(folder))}: {bits_a_byte(work):.3f} bits a byte of held-out text")
+    folder = make_base(work, steps, seed, lambda line: screen.print(cell(line)), width)
+    screen.print(f"{cell(str(folder))}: {bits_a_byte(work, width):.3f} bits a byte of held-out text")
 
 
 @app.command()

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from fedloom.compress.entries import to_dense
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import build
@@ -18,14 +20,17 @@ from fedloom.model.placement import Adapter
 from fedloom.model.volume import Volume
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.events import Observer, Silent
-from fedloom.rounds.turns import Job, Train
+from fedloom.rounds.joint import split_entries
+from fedloom.rounds.turns import Job, Train, start
 from fedloom.server import local, loop
+from fedloom.server.buffer import Buffer
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
 from fedloom.server.roster import Roster
+from fedloom.wire import decode
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
-from toy import SHAPES, job, ranks, trainer
+from toy import SHAPES, client_seed, job, ranks, step, trainer
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,37 @@ def count_bytes(patch: pytest.MonkeyPatch) -> Counter[str]:
     patch.setattr(local, "client_turn", counted_client)
     patch.setattr(loop, "server_turn", counted_server)
     return crossed
+
+
+def counted(patch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
+    """Client → the updates of its that the server takes into a step, from now on."""
+    found: dict[str, list[bytes]] = {}
+    take = Buffer.take
+
+    def noting(self: Buffer) -> list:
+        taken = take(self)
+        for one in taken:
+            found.setdefault(one.client, []).append(one.payload)
+        return taken
+
+    patch.setattr(Buffer, "take", noting)
+    return found
+
+
+def check_nothing_is_lost(setup, client: str, updates: list[bytes], memory) -> None:
+    """What was sent and what is kept back add up to what the counted turns have changed, which is toy noise."""
+    whole = {name: torch.zeros_like(tensor) for name, tensor in setup.initial.tensors().items()}
+    left = {name: tensor.clone() for name, tensor in whole.items()}
+    for payload in updates:
+        message = decode(payload)
+        state = start(setup.job, setup.initial)
+        for name, entry in split_entries(message.entries, state).items():
+            whole[name] += to_dense(entry)
+        seed = client_seed(setup.job, client, message.header.round)
+        after = step(state, message.header.round, seed).adapter.tensors()
+        for name, tensor in after.items():
+            left[name] += tensor - setup.initial.tensors()[name]
+    for name, tensor in memory.items():
+        whole[name] += tensor
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, left[name], atol=1e-4), f"{client} {name}"

@@ -9,8 +9,9 @@ from pathlib import Path
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
 from fedloom.server.attendance import Attendance
+from fedloom.server.engine import Updates
 from fedloom.server.local import LocalSites
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.loop import Rounds
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
 

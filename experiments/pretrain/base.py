@@ -13,9 +13,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from experiments.pretrain import corpus, tokens, training
 
+WIDTH = 512
+"""Of the base model that is shipped."""
 
-def make_base(work: Path, steps: int, seed: int, tell: Callable[[str], None]) -> Path:
-    """Make the base model, or go on making it; returns the folder of the finished model, in bfloat16."""
+
+def make_base(work: Path, steps: int, seed: int, tell: Callable[[str], None], width: int = WIDTH) -> Path:
+    """Make the base model, or go on making it; returns the folder of the finished model, in bfloat16.
+
+    A base of another width than usual is made from the same text and tokens, in a folder beside them.
+    """
     work.mkdir(parents=True, exist_ok=True)
     documents = work / "corpus.jsonl.zst"
     if not documents.exists():
@@ -24,7 +30,9 @@ def make_base(work: Path, steps: int, seed: int, tell: Callable[[str], None]) ->
     tokenizer = _tokenizer(work, documents)
     held, trained = (_tokens(work, documents, split, tokenizer) for split in ("heldout", "train"))
     torch.manual_seed(seed)
-    sitting = training.new_sitting(training.new_model(tokenizer))
+    sitting = training.new_sitting(training.new_model(tokenizer, width))
+    work = sittings(work, width)
+    work.mkdir(exist_ok=True)
     if (work / "checkpoint.pt").exists():
         training.load(sitting, work / "checkpoint.pt")
     training.train(sitting, trained, held, steps, work, seed, tell)
@@ -34,9 +42,14 @@ def make_base(work: Path, steps: int, seed: int, tell: Callable[[str], None]) ->
     return target
 
 
-def bits_a_byte(work: Path) -> float:
+def sittings(work: Path, width: int) -> Path:
+    """Where the checkpoints, the log and the finished model of a width are."""
+    return work if width == WIDTH else work / f"width-{width}"
+
+
+def bits_a_byte(work: Path, width: int = WIDTH) -> float:
     """Of the held-out text, by the last line of the training's log."""
-    last = json.loads((work / "log.jsonl").read_text().splitlines()[-1])
+    last = json.loads((sittings(work, width) / "log.jsonl").read_text().splitlines()[-1])
     held = json.loads((work / "heldout.json").read_text())
     return float(last["heldout"] * held["tokens"] / held["bytes"] / math.log(2))
 

@@ -19,7 +19,8 @@ LENGTH = 256
 """Tokens of a training sequence; the testbeds' examples are shorter."""
 BATCH = 32
 POSITIONS = 512
-HIDDEN = 512
+HEAD = 64
+"""Width of an attention head."""
 PEAK_MATRICES = 0.02
 PEAK_REST = 3e-3
 WARMUP = 100
@@ -39,15 +40,15 @@ class Sitting:
     step: int = 0
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 9.8 million parameters: three layers of width 512, eight heads, embeddings tied to the head."""
+def new_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaForCausalLM:
+    """A Llama of three layers, embeddings tied to the head: 9.8 million parameters and eight heads at width 512."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=max(width // (4 * HEAD), 1),
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -12,6 +12,7 @@
     ├── CheckpointError              a run folder that cannot be resumed
     ├── PolicyRefusal                a job that the site's own rules do not allow
     ├── AuditError                   a site's record of what has left it was altered
+    ├── SecureSumError               a secure sum that cannot be completed, or that somebody tampers with
     ├── RoundError                   a round that cannot be completed (nobody answered, say)
     └── SiteError                    a site's worker that cannot be reached, or a request that it cannot serve
         └── VersionError             server and site are of versions of fedloom that do not go together
@@ -84,6 +85,10 @@ class PolicyRefusal(FedloomError):
 
 class AuditError(FedloomError):
     """A site's record of what has left it was altered or cannot be kept."""
+
+
+class SecureSumError(FedloomError):
+    """A secure sum that cannot be completed, or that somebody tampers with."""
 
 
 class RoundError(FedloomError):

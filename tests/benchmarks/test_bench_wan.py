@@ -10,6 +10,7 @@ from benchmarks.link import PACKET, PIECE, Lane, Link
 
 from benchmarks import wan
 from fedloom.errors import ConfigError
+from fedloom.wire import decode
 
 
 def test_a_piece_leaves_when_those_before_it_have():
@@ -86,6 +87,20 @@ def test_payloads_are_those_of_real_rounds(result):
     )
     assert fedit["up_bytes"] > 5 * lossless["up_bytes"] > 5 * coded["up_bytes"]
     assert lossless["down_bytes"] > coded["down_bytes"]
+
+
+def test_every_client_sends_a_change_of_its_own(monkeypatch):
+    """Said once: one payload under every name, which costs the server another sum than clients who differ."""
+    rounds, real = [], wan.server_turn
+
+    def server_turn(job, state, payloads, round):
+        rounds.append({client: decode(payload).entries for client, payload in payloads.items()})
+        return real(job, state, payloads, round)
+
+    monkeypatch.setattr(wan, "server_turn", server_turn)
+    wan.run("tinyllama", ("fedit:fp32",), rank=2, layers=1, clients=3, scale=50.0)
+    sent = [bytes(entries["layers.0.q_proj/A"].values.numpy()) for told in rounds for entries in told.values()]
+    assert [len(told) for told in rounds] == [3, 3] and len(set(sent)) == 6
 
 
 def test_no_row_is_faster_than_its_line_and_times_add_up(result):

@@ -3,12 +3,14 @@
 import gzip
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from experiments.pretrain import corpus, overlap, text, training
-from transformers import LlamaConfig, LlamaForCausalLM
+from experiments.pretrain.base import sittings
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments import docstrings, wordnet
 from fedloom.errors import DataError
@@ -189,3 +191,17 @@ def test_a_sitting_goes_on_as_if_it_had_not_ended(tmp_path, monkeypatch):
 def test_the_rate_rises_stays_and_falls():
     rates = [training.rate(step, 1000) for step in range(1001)]
     assert rates[0] == 0.01 and rates[99:800] == [1.0] * 701 and rates[900] == 0.5 and rates[1000] == 0.0
+
+
+@pytest.mark.parametrize(("width", "millions", "heads"), [(128, 1.23, (2, 1)), (512, 9.83, (8, 2))])
+def test_bases_of_several_widths_have_heads_of_one_size(width, millions, heads):
+    tokenizer = AutoTokenizer.from_pretrained(Path(wordnet.__file__).with_name("testbeds") / "wordnet" / "model")
+    model = training.new_model(tokenizer, width)
+    assert model.num_parameters() == pytest.approx(1e6 * millions, rel=0.01)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == heads
+    assert model.config.hidden_size // heads[0] == 64
+
+
+def test_a_base_of_another_width_has_a_folder_of_its_own():
+    assert sittings(Path("runs/base"), 512) == Path("runs/base")
+    assert sittings(Path("runs/base"), 128) == Path("runs/base/width-128")

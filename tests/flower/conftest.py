@@ -12,7 +12,7 @@ def toy_federation(tmp_path, monkeypatch):
     """play(grid's settings …) → the finished server and the grid, on made-up models."""
     import desks
 
-    from fedloom.flower import delivery, gathering, muster
+    from fedloom.flower import delivery, filling, gathering, muster
     from fedloom.flower import sites as server
     from fedloom.flower.fleet import Fleet
     from fedloom.records.events import Silent
@@ -25,6 +25,8 @@ def toy_federation(tmp_path, monkeypatch):
         (gathering, "POLL_SECONDS", 0.002),
         (muster, "POLL_SECONDS", 0.002),
         (gathering, "LOOK_SECONDS", 0.01),
+        (filling, "POLL_SECONDS", 0.002),
+        (filling, "LOOK_SECONDS", 0.01),
         (delivery, "POLL_SECONDS", 0.002),
         (delivery, "LOOK_SECONDS", 0.01),
     ):

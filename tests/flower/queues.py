@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from desks import DeskGrid, FakeNode
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedloom.flower import delivery, fleet, gathering, messages, muster, relay
+from fedloom.flower import delivery, filling, fleet, gathering, messages, muster, relay
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.settings import shared_settings
 from fedloom.site.protocol import Parcel
@@ -35,7 +35,7 @@ class Clock:
         self.now += seconds
 
     def install(self, monkeypatch) -> None:
-        for module in (delivery, fleet, gathering, messages, muster):
+        for module in (delivery, filling, fleet, gathering, messages, muster):
             monkeypatch.setattr(module, "time", self)
             for name, value in (("POLL_SECONDS", 0.25), ("LOOK_SECONDS", 1.0)):
                 if hasattr(module, name):

@@ -72,7 +72,6 @@ def test_the_change_is_that_of_the_dense_formula(backend, condition, side, rank)
     assert deviation(found, pair, side, changes, weights, rank=rank) < 2e-5
     assert found.kept == 8
     assert found.condition == pytest.approx(condition, rel=0.05)
-    assert (found.lost_energy > 0) == (rank is not None)
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,16 +151,51 @@ def test_clients_without_a_change_change_nothing(backend, rank):
 
 
 def test_many_clients_are_recompressed_not_held(monkeypatch):
-    monkeypatch.setattr(change, "HELD_RANK", 12)
+    monkeypatch.setattr(change, "streaming_cap", lambda rank: 8)
     pair, weights = global_pair(60, 50, 4), [1 / 20] * 20
-    changes = updates(60, 50, 4, 20, density=0.05)
+    changes = updates(60, 50, 4, 20, density=0.2)
     total = ProductChange(pair, "A", rank=4)
     for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
         total.add(delta_b, delta_a, weight)
-        assert len(total._held) <= 3
-    found = total.solve()
-    assert deviation(found, pair, "A", changes, weights, rank=4) < 0.05
-    assert found.lost_energy > 0
+        assert sum(held.bytes for held in total._held) <= 4 * 8 * (60 + 50)
+    assert total._spilled is not None
+    assert deviation(total.solve(), pair, "A", changes, weights, rank=4) < 0.1
+
+
+@pytest.fixture
+def one_way(monkeypatch):
+    """Of FedSRD's three ways the subspace alone: the others fail."""
+
+    def refuse(self, rank):
+        raise AssertionError("another way was taken")
+
+    monkeypatch.setattr(change, "PAIRED_RANK", 0)
+    monkeypatch.setattr(ProductChange, "_by_gram", refuse)
+    monkeypatch.setattr(ProductChange, "_by_sum", refuse)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("scale", [0.02, 1e-4])
+@pytest.mark.parametrize("count", [5, 40])
+def test_the_leading_directions_alone_give_the_dense_formulas_change(backend, one_way, side, scale, count):
+    pair, weights = global_pair(90, 70, 4, 3.0), [(1 + i % 3) / count for i in range(count)]
+    parts = range(count)
+    changes = [(some((90, 4), 0.1, 2 * i, scale), some((4, 70), 0.1, 2 * i + 1, scale)) for i in parts]
+    found = solved(pair, side, changes, weights, rank=4)
+    assert deviation(found, pair, side, changes, weights, rank=4) < 2e-5
+    mask = [(dense_entry(to_dense(b)), a) for b, a in changes]
+    assert torch.allclose(solved(pair, side, mask, weights, rank=4).delta, found.delta, atol=1e-6)
+
+
+def test_without_a_gap_behind_the_rank_the_leading_directions_do_not_answer(monkeypatch):
+    monkeypatch.setattr(change, "PAIRED_RANK", 0)
+    pair, weights = global_pair(90, 70, 4, 1e4), [1 / 12] * 12
+    changes = updates(90, 70, 4, 12, density=0.6)
+    total = ProductChange(pair, "A", rank=4)
+    for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
+        total.add(delta_b, delta_a, weight)
+    assert total._by_subspace(4) is None
+    assert deviation(total.solve(), pair, "A", changes, weights, rank=4) < 2e-4
 
 
 def test_solving_twice_gives_the_same_bits(backend):
@@ -180,13 +214,14 @@ def test_solving_twice_gives_the_same_bits(backend):
     density=st.sampled_from([0.0, 0.002, 0.05, 1.0]),
     turned=st.booleans(),
     quick=st.booleans(),
+    wider=st.sampled_from([0, 3]),
     seed=st.integers(0, 99),
 )
-def test_sparse_products_are_those_of_the_dense_matrix(backend, size, rank, density, turned, quick, seed):
+def test_sparse_products_are_those_of_the_dense_matrix(backend, size, rank, density, turned, quick, wider, seed):
     piece = sparse.tall_change(some((rank, size) if turned else (size, rank), density, seed, scale=1.0), turned)
     whole = piece.to_dense().double()
     generator = torch.Generator().manual_seed(seed)
-    factor, mixing = (torch.randn(lines, rank, generator=generator) for lines in (size, rank))
+    factor, mixing = (torch.randn(lines, rank + wider, generator=generator) for lines in (size, rank))
     found, bound = sparse.project(factor, piece, quick=quick), factor.abs().double().T @ whole.abs()
     assert found.dtype == torch.float64
     assert bool(((found - factor.double().T @ whole).abs() <= (1e-5 if quick else 1e-13) * bound).all())

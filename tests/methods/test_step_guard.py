@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -237,3 +238,27 @@ def test_the_run_says_that_the_guard_acted():
         "length at the least; in round 2 it took the step before back"
     )
     assert not outcome.judge_run([row for row in rows if row.round in (1, 4)], 1).notes
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("fedsrd", {}), ("loom", {}), ("loom", {"broadcast": "state"})],
+    ids=["fedsrd", "loom", "states"],
+)
+def test_updates_that_were_begun_before_a_step_say_nothing_of_it(name: str, settings: dict[str, str]):
+    """In asynchronous rounds: those that have seen it would have it taken back, and older ones alone change nothing."""
+    method, state = build(name, settings), State(random_state(1))
+    context = Context(1, 0, quantize("fp32"), Budget(0.5), start=random_state(1))
+    change = random_state(2).tensors()
+
+    def sent(sign: float, staleness: int) -> list[Update]:
+        return [Update("ada", 1.0, {key: dense_entry(sign * value) for key, value in change.items()}, staleness)]
+
+    first = method.aggregate(state, sent(1.0, 0), context)
+    after = replace(method.receive(state, first.entries, context), memory=first.memory)
+    later = replace(context, round=2)
+    assert UNDONE in method.aggregate(after, sent(-1.0, 0), later).stats
+    stale = method.aggregate(after, sent(-1.0, 1), later)
+    assert UNDONE not in stale.stats and stale.stats[GAIN] == 1.0
+    mixed = method.aggregate(after, [*sent(1.0, 0), *sent(-1.0, 1)], later)
+    assert UNDONE not in mixed.stats and mixed.stats[GAIN] == 1.0

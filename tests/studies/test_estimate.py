@@ -1,7 +1,9 @@
 """`fedloom estimate`: the published arithmetic, and bytes that a real round then takes."""
 
 import io
+import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def test_bytes_are_those_of_a_real_round(name):
     near = DATA_DECIDES.get(name, 0.05)
     assert told.up["fp32"] == pytest.approx((up[1] + up[2]) / 2, rel=near)
     assert told.down["fp32"] == pytest.approx((down[1] + down[2]) / 2, rel=near)
-    assert told.server_s > 0
+    assert told.server_cpu_s > 0
 
 
 def test_one_layer_stands_for_all():
@@ -98,11 +100,19 @@ def test_published_figures_stand_beside_ours():
     ours = {row["method"]: row["ours"] for row in result["published"]}
     assert ours == {"fedit": None, "flora": None, "ffa": {"efficiency": pytest.approx(28.4e-4, abs=0.05e-4)}}
     (row,) = result["rows"]
-    assert row["predicted_server_s"] > 0 and row["up_bytes"]["int4"] < row["up_bytes"]["fp32"] / 6
+    assert row["predicted_server_cpu_s"] > 0 and row["up_bytes"]["int4"] < row["up_bytes"]["fp32"] / 6
     assert json.loads(json.dumps(result))["rows"] == result["rows"]
     assert "28.41e-4" in "".join(
         str(cell) for column in estimate.estimate_tables(result)[1].columns for cell in column.cells
     )
+
+
+def test_what_else_the_machine_does_is_not_the_servers_time(monkeypatch):
+    """A clock on the wall that says a thousand seconds passed between any two looks at it."""
+    passing = itertools.count(step=1000)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(passing)))
+    told = predict({"fedit": build("fedit")}, SHAPES, {"ada": toy_ranks(RANK)}, with_memory=False)["fedit"]
+    assert 0 < told.server_cpu_s < 500
 
 
 def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():

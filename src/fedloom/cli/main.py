@@ -24,7 +24,7 @@ from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
-from fedloom.cli.options import AsJson, Set
+from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
 from fedloom.cli.preview import preview
 from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
@@ -85,6 +85,8 @@ def demo(
     method: Annotated[str | None, typer.Option(help="Another method than the built-in file's.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Another number of rounds.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed.")] = None,
+    workers: Workers = None,
+    devices: Devices = "",
     out: Out = None,
     sets: Set = None,
 ) -> None:
@@ -94,7 +96,7 @@ def demo(
     chosen = {"method.name": method, "federation.num_rounds": rounds, "federation.seed": seed}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     folder = testbed_folder()
-    config = load_config(folder / "demo.toml", [*overrides, *(sets or [])])
+    config = load_config(folder / "demo.toml", [*overrides, *override_local(workers, devices), *(sets or [])])
     folder = out or free_folder(Path("runs/demo"))
     words = [str(folder / "config.toml"), "--out", str(folder), "--resume"]
     play_local(config, folder, shlex.join(["fedloom", "run", *words]))
@@ -118,6 +120,8 @@ def run(
             "engine here, on Flower's Simulation Runtime with Ray."
         ),
     ] = Engine.local,
+    workers: Workers = None,
+    devices: Devices = "",
     detach: Annotated[
         bool, typer.Option("--detach", help="flower: return once the run is submitted; it goes on at the SuperLink.")
     ] = False,
@@ -125,10 +129,14 @@ def run(
     """Train the federation that a settings file describes."""
     from fedloom.records.configfile import load_config
 
-    settings = load_config(config, sets or [])
+    local = override_local(workers, devices)
+    if local and engine is not Engine.local:
+        raise ConfigError("--workers and --devices are for --engine local; flower-sim has flower.sim_cpus and sim_gpus")
+    sets = [*local, *(sets or [])]
+    settings = load_config(config, sets)
     folder = out or Path(settings.output.dir or Path("runs") / config.stem)
     chosen = ["--engine", engine.value] if engine is not Engine.local else []
-    words = (str(config), *chain.from_iterable(("--set", text) for text in sets or []))
+    words = (str(config), *chain.from_iterable(("--set", text) for text in sets))
     command = Command(words, folder, ("fedloom", "run", *words, "--out", str(folder), *chosen))
     if engine is Engine.flower:
         submit_run(screen, settings, command, resume=resume, force=force, detach=detach)

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="local: processes that train a round's clients side by side.")]
+Devices = Annotated[str, typer.Option(help="local: where they train: cpu, or GPUs such as cuda:0,cuda:1.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+
+
+def override_local(workers: int | None, devices: str) -> list[str]:
+    """What --workers and --devices say, as `--set` does."""
+    count = [] if workers is None else [f"local.workers={workers}"]
+    return count + ([f"local.devices={json.dumps(split_words(devices))}"] if devices else [])
 
 
 def split_words(text: str) -> list[str]:

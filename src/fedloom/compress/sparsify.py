@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,20 +21,23 @@ from fedloom.errors import ConfigError
 
 Rescale = Literal["l1", "none"]
 _LARGE = 2**15  # elements: below it, selecting at once is as fast as taking a sample first
+_BIN_SHIFT, _BINS = 19, 2**12  # a float32 but for its sign has 31 bits, of which a bin's number has the first 12
 _SAMPLE = 2**12  # elements of the sample at least: enough for a limit a few per cent off
+T = TypeVar("T")
 Quantize: TypeAlias = Callable[[Tensor, int], Values]
 """(1-D float32 values, seed) → the values as they will travel."""
 
 
-def importance(delta: Tensor, other: Tensor, part: str) -> Tensor:
+def importance(delta: Tensor, other: Tensor, part: str, *, out: Tensor | None = None) -> Tensor:
     """How much each element of a factor's change contributes to ΔW: its magnitude times the norm of its partner.
 
     The partner is the row or column of the other factor that the element is multiplied with.
 
     For part "A", `delta` is ΔA (r, n) and `other` is B (m, r): I[u, v] = |ΔA[u, v]| · ‖B[:, u]‖₂.
     For part "B", `delta` is ΔB (m, r) and `other` is A (r, n): I[u, v] = |ΔB[u, v]| · ‖A[v, :]‖₂.
+    out: memory for the result.
     """
-    return delta.abs().mul_(factor_norms(other, part))
+    return torch.abs(delta, out=out).mul_(factor_norms(other, part))
 
 
 def factor_norms(other: Tensor, part: str) -> Tensor:
@@ -59,17 +62,21 @@ class _Scratch(threading.local):
             self.held[use] = torch.empty(shape.numel())
         return self.held[use][: shape.numel()].view(shape)
 
+    def like(self, use: str, tensor: Tensor) -> Tensor | None:
+        """Such memory for a result of this shape, None where it is to be of another kind or elsewhere."""
+        plain = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        return self.floats(use, tensor.shape) if plain else None
+
 
 scratch = _Scratch()
 
 
 def kurtosis(values: Tensor) -> float:
     """Pearson kurtosis E(x−μ)⁴ / (E(x−μ)²)², 3 for a normal law; 1, its least value, where all are equal."""
-    centred = values.flatten().to(torch.float64)
-    centred = centred - centred.mean()
-    squares = centred * centred
+    centred = values.flatten().to(torch.float64, copy=True)
+    squares = centred.sub_(centred.mean()).square_()
     variance = squares.mean().item()
-    return squares.square().mean().item() / variance**2 if variance > 0 else 1.0
+    return squares.square_().mean().item() / variance**2 if variance > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +120,23 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """(flat positions, scores) of candidates: elements above zero, among them the `keep` largest; by position.
 
-    Selecting costs many times more than comparing, so a sample gives a limit, and only elements above it are selected
-    from. Where the sample misled, all elements above zero are listed.
+    Selecting costs many times more than comparing, so for a large tensor a sample gives a limit, and only elements above
+    it are selected from. Where the sample misled, or most are asked for, all elements above zero are listed.
     """
-    flat = scores.detach().cpu().flatten().numpy()
-    limit = _guessed_limit(flat, keep)
+    flat = _flat(scores)
+    limit = _limit(flat, keep)
     among = np.flatnonzero(flat >= limit) if limit > 0 else np.empty(0, dtype=np.int64)
     if among.size < keep:
         among = np.flatnonzero(flat > 0)
     return torch.from_numpy(among), torch.from_numpy(flat.take(among))
 
 
-def _guessed_limit(flat: NDArray[np.float32], keep: int) -> float:
-    """A score that `keep` elements or somewhat more are likely to reach; 0 where a guess would not pay."""
-    if flat.size < _LARGE or keep < 1:
+def _limit(flat: NDArray[np.float32], keep: int) -> float:
+    """A score that `keep` elements reach, or of a large tensor likely somewhat more; 0 where that would not pay."""
+    if keep < 1 or 2 * keep > flat.size:
         return 0.0
+    if flat.size < _LARGE:
+        return float(np.partition(flat, -keep)[-keep])
     # An odd step meets every column of a matrix whose width is a power of two.
     sample = flat[:: flat.size // _SAMPLE | 1]
     wanted = keep / flat.size * sample.size
@@ -152,31 +161,104 @@ def select_largest(scores: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen))
 
 
-def counts_by_importance(scores: Mapping[str, Tensor]) -> Callable[[float], dict[str, int]]:
+def counts_by_importance(over: OverScores) -> Callable[[float], dict[str, int]]:
     """A function from the density of all tensors together to the number of elements of each.
 
     One threshold on importance holds for all tensors. An element costs about the same in any of them, so every byte is
-    spent where it saves most error. Elements that score zero are not counted.
+    spent where it saves most error. Elements that score zero are not counted. The scores of all tensors are never in
+    memory at once: each density takes a pass over them.
     """
-    flat = {name: tensor.detach().cpu().flatten().numpy() for name, tensor in scores.items()}
-    whole = np.concatenate(list(flat.values())) if flat else np.empty(0, dtype=np.float32)
+    table, lock = np.zeros(_BINS, dtype=np.int64), threading.Lock()
+
+    def enter(scores: Tensor) -> None:
+        found = np.bincount(_bins(scores), minlength=_BINS)
+        with lock:  # several threads may look at a tensor each
+            table[:] += found
+
+    over(enter)
+    reach = table[::-1].cumsum()[::-1]  # how many scores are in this bin or above
 
     def counts(density: float) -> dict[str, int]:
-        keep = min(round(density * whole.size), whole.size)
+        keep = min(round(density * int(table.sum())), int(table.sum()))
         if not keep:
-            return dict.fromkeys(flat, 0)
-        least = np.partition(whole, -keep)[-keep]
-        return {name: int(np.count_nonzero((one >= least) & (one > 0))) for name, one in flat.items()}
+            return dict.fromkeys(over(lambda scores: 0), 0)
+        bin = int(np.flatnonzero(reach >= keep)[-1])
+
+        def look(scores: Tensor) -> tuple[int, NDArray[np.float32]]:
+            """How many scores are above the threshold's bin, and the scores in it."""
+            bins = _bins(scores)
+            return int(np.count_nonzero(bins > bin)), _flat(scores)[bins == bin]
+
+        found = over(look)
+        inside = np.concatenate([within for _, within in found.values()])
+        rank = keep - int(reach[bin] - table[bin])
+        least = np.partition(inside, -rank)[-rank]
+        return {
+            name: above + int(np.count_nonzero((within >= least) & (within > 0)))
+            for name, (above, within) in found.items()
+        }
 
     return counts
 
 
+class OverScores(Protocol):
+    """A function of scores, none of them negative → its result for each tensor's, by name."""
+
+    def __call__(self, function: Callable[[Tensor], T], /) -> Mapping[str, T]: ...
+
+
+def _flat(scores: Tensor) -> NDArray[np.float32]:
+    return scores.detach().cpu().flatten().numpy()
+
+
+def _bins(scores: Tensor) -> NDArray[np.int32]:
+    """The bins of some scores: sixteen an octave. As integers the bits of positive floats are in the floats' order."""
+    return (_flat(scores).view(np.int32) & 0x7FFFFFFF) >> _BIN_SHIFT
+
+
 def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:
     """The factor that gives the kept values the L1 norm of the whole tensor, at most `cap`; 1 for "none"."""
-    norm = kept.abs().sum().item()
-    if rescale == "none" or norm == 0.0:
+    if rescale == "none" or (norm := kept.abs().sum().item()) == 0.0:
         return 1.0
-    return min(tensor.abs().sum().item() / norm, cap)
+    return min(torch.abs(tensor, out=scratch.like("sizes", tensor)).sum().item() / norm, cap)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Choice:
+    """The elements of a tensor that are sent; their values, times `gain`, before these were coded."""
+
+    sent: Sparse
+    values: Tensor
+    gain: float
+
+    def rest(self, tensor: Tensor) -> Tensor:
+        """What is not sent of the tensor that they were chosen from, and what coding lost: tensor − sent / gain."""
+        rest = tensor.flatten().clone()
+        # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
+        rest[self.sent.positions] = (self.values - floats(self.sent.values)) / self.gain
+        return rest.view_as(tensor)
+
+
+def choose(
+    tensor: Tensor,
+    scores: Tensor,
+    keep: int,
+    *,
+    rescale: Rescale = "none",
+    cap: float = math.inf,
+    quantize: Quantize | None = None,
+    seed: int = 0,
+) -> Choice:
+    """The `keep` elements of highest score. With a gain above 1 they still count as delivered once: the gain stands in
+    for the step that the others did not make.
+    """
+    flat = tensor.flatten()
+    positions = top_positions(scores, keep)
+    kept = flat.index_select(0, positions)
+    gain = l1_gain(tensor, kept, rescale, cap)
+    values = kept * gain if gain != 1.0 else kept
+    coded = values if quantize is None else quantize(values, seed)
+    return Choice(Sparse(tuple(tensor.shape), positions, coded), values, gain)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -199,16 +281,7 @@ def split(
 ) -> SparseSplit:
     """Send the `keep` elements of highest score; the rest is all others, and what rounding lost.
 
-    With rescale "none", sent + rest = tensor; exactly so where values travel as float32. With a gain above 1, the sent
-    elements still count as delivered once: the gain stands in for the step that the others did not make.
+    With rescale "none", sent + rest = tensor; exactly so where values travel as float32.
     """
-    flat = tensor.flatten()
-    positions = top_positions(scores, keep)
-    kept = flat[positions]
-    gain = l1_gain(flat, kept, rescale, cap)
-    values = kept * gain if gain != 1.0 else kept
-    coded = values if quantize is None else quantize(values, seed)
-    rest = flat.clone()
-    # An exact coding leaves exactly zero behind, whatever the gain's own rounding.
-    rest[positions] = (values - floats(coded)) / gain
-    return SparseSplit(Sparse(tuple(tensor.shape), positions, coded), rest.view_as(tensor))
+    chosen = choose(tensor, scores, keep, rescale=rescale, cap=cap, quantize=quantize, seed=seed)
+    return SparseSplit(chosen.sent, chosen.rest(tensor))

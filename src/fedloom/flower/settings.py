@@ -14,10 +14,13 @@ from fedloom.records.configfile import parse
 
 SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
-scores are taken at the server."""
+scores are taken at the server. [local] is for another engine, and nobody is told it."""
 
 
-SINCE: dict[str, int] = {}
+SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
+"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a
+site of the release before takes part in asynchronous rounds too."""
+SINCE: dict[str, int] = {f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"}
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
 came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
 before takes the run, and a job goes on under a server that was updated meanwhile."""
@@ -41,6 +44,8 @@ def check_flower_settings(config: Config) -> None:
         raise ConfigError(
             f"flower.min_replies is {rules.min_replies}, but federation.participants names {len(names)} sites"
         )
+    if config.federation.pace:
+        raise ConfigError("federation.pace is for simulations: sites of a real federation have their own pace")
     if config.federation.drop_out:
         raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")
 
@@ -50,9 +55,10 @@ def shared_settings(config: Config) -> str:
 
     federation.eval_every may change while a job lasts, and a site holds a job to what it was told: it is not told.
     """
-    federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
+    usual = FederationSettings()
+    federation = config.federation.model_copy(update={key: getattr(usual, key) for key in SERVERS_RULES})
     told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
-    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True)))
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude={"local"})))
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +74,8 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 def server_settings(config: Config) -> str:
     """The settings that the sites are not told, as TOML."""
-    own = config.model_dump(include=set(SERVERS_OWN), exclude_none=True)
-    return tomli_w.dumps({**own, "federation": {"eval_every": config.federation.eval_every}})
+    own: dict[str, bool | set[str]] = {**dict.fromkeys(SERVERS_OWN, True), "federation": set(SERVERS_RULES)}
+    return tomli_w.dumps(config.model_dump(include=own, exclude_none=True))
 
 
 def join_settings(shared: str, own: str) -> Config:

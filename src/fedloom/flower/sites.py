@@ -20,19 +20,25 @@ from flwr.serverapp import ServerApp
 from fedloom.errors import CheckpointError, FedloomError, RoundError, StaleError, WireError
 from fedloom.flower.control import certificate_ends, keep_number
 from fedloom.flower.delivery import Delivery
+from fedloom.flower.filling import Filling
 from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
 from fedloom.flower.settings import check_flower_settings, join_settings
+from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
-from fedloom.records.ledger import Presence, Row, Training, Transfer
+from fedloom.records.ledger import Presence, Roll, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import UpdateFacts, check_update
+from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 from fedloom.server.attendance import Attendance
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.buffer import Buffer
+from fedloom.server.engine import Updates
+from fedloom.server.loop import Rounds
 from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
 from fedloom.wire import read_header
@@ -65,15 +71,23 @@ def run_federation(
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
         keep_number(folder.path, number)
-        told = [*notes]
-        heldout = heldout_examples(config.data, told.append)
-        nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
-        setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
-        facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
-        fleet = Fleet(grid, facts, tuple(setup.sites))
-        ends = {} if number is None else certificate_ends(config.flower)
-        sites = FlowerSites(setup, fleet, simulated=number is None)
-        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
+        return prepare_rounds(grid, folder, resume, observer or Silent(), notes, number).play(resume)
+
+
+def prepare_rounds(
+    grid: Grid, folder: RunFolder, resume: bool, observer: Observer, notes: Sequence[str], number: int | None
+) -> Rounds:
+    """The run in an open folder, ready to be played. The first adapter is held by its state alone, and as long as that."""
+    config, told = folder.config, [*notes]
+    heldout = heldout_examples(config.data, told.append)
+    nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
+    setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
+    facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
+    fleet = Fleet(grid, facts, tuple(setup.sites))
+    ends = {} if number is None else certificate_ends(config.flower)
+    outlined = setup.outlined()
+    sites = FlowerSites(outlined, fleet, simulated=number is None)
+    return Rounds(outlined, folder, observer, sites, ends, setup.initial)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -95,11 +109,14 @@ class FlowerSites:
 
     def __init__(self, setup: Setup, fleet: Fleet, *, simulated: bool = False) -> None:
         self.setup = setup
+        self.together = True
         self.fleet = fleet
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
+        self.unsaved: set[str] = set()  # whose update waits in the buffer, and in no checkpoint
         self.updates: Spool[str]
+        self.decoded: Decoded
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -108,10 +125,8 @@ class FlowerSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round; who gave none is noted with the reason."""
         rules, job = self.setup.config.flower, self.setup.job
-        if not self.fleet.names:
-            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
-            muster_sites(self.fleet, rules, take, looked)
-        self.updates = Spool(rounds.folder.path)
+        self.muster(rounds)
+        self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
             self.fleet,
             rules,
@@ -126,14 +141,34 @@ class FlowerSites:
         try:
             answers = gathering.play()
         finally:
-            roll, ledger = gathering.roll(), rounds.folder.ledger
-            for site, reason in [*roll.failed.items(), *roll.late.items()]:
-                rounds.note(rounds.round, f"client {site}: {reason}")
-            ledger.append(roll)
-            ledger.sync()
+            self.note_roll(rounds, gathering.roll())
         for site in self.updates.keys() - answers.keys():  # it was out of proportion
             del self.updates[site]
-        return Updates(self.updates, answers, rules.min_replies)
+            self.decoded.drop(site)
+        return Updates(self.updates, answers, rules.min_replies, decoded=self.decoded)
+
+    def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
+        """Updates into the buffer until it is full; who gave none, and is not at a turn, is noted with the reason."""
+        self.muster(rounds)
+        filling = Filling(self, rounds, buffer)
+        try:
+            filling.play()
+        finally:
+            self.note_roll(rounds, filling.roll())
+        return False
+
+    def muster(self, rounds: Rounds) -> None:
+        """Before the first round the sites come in."""
+        if not self.fleet.names:
+            take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
+            muster_sites(self.fleet, self.setup.config.flower, take, looked)
+
+    def note_roll(self, rounds: Rounds, roll: Roll) -> None:
+        """Record who answered in a round, and say of everybody else why not."""
+        for site, reason in [*roll.failed.items(), *roll.late.items()]:
+            rounds.note(rounds.round, f"client {site}: {reason}")
+        rounds.folder.ledger.append(roll)
+        rounds.folder.ledger.sync()
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -156,9 +191,22 @@ class FlowerSites:
         parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
+        size = sum(map(len, payloads))
+        del payloads, parcel
+        give_back(size)
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
         """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
+        self.updates[site], seen = self.read_update(rounds, site, reply, rounds.server, self.decoded)
+        return seen
+
+    def read_update(
+        self, rounds: Rounds, site: str, reply: Reply, base: State, decoded: Decoded | None = None
+    ) -> tuple[bytes, UpdateFacts]:
+        """The update in a reply, which is to rest on `base`, and what was seen of it; recorded.
+
+        Raises the FedloomError that says why it is no use.
+        """
         self.locate(rounds, site, reply)
         parcel = reply.parcel
         if reply.error or parcel is None:
@@ -167,16 +215,15 @@ class FlowerSites:
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         payload = parcel.payloads[0]
         try:
-            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round)
+            seen = check_update(self.setup.job, base, site, payload, reply.asked.round, decoded)
         except FedloomError as error:
             raise type(error)(f"refused: {to_printable(str(error))}") from None
-        self.know(site, rounds.server.version, rounds.server.digest)
+        self.know(site, base.version, base.digest)
         said, loss = reply.said, math.nan if reply.said.loss is None else reply.said.loss
         trained = Training(rounds.round, site, loss, said.steps, seen.examples, said.seconds)
         rounds.take_update(trained, payload, self.sent.pop(site, 0))
         rounds.folder.ledger.sync()
-        self.updates[site] = payload
-        return seen
+        return payload, seen
 
     def take_stray(self, rounds: Rounds, reply: Reply) -> str | None:
         """Take a reply that does not answer the round in progress. Returns what is worth reporting about it."""
@@ -221,12 +268,16 @@ class FlowerSites:
         self.known[site] = replace(self.known[site], version=version, digest=digest)
 
     def advance(self, rounds: Rounds, payload: bytes, counted: Collection[str]) -> None:
-        """Remember whose updates were averaged; what the sites hold is theirs to say."""
-        for site in counted:
+        """Remember whose updates were averaged; what the sites hold is theirs to say.
+
+        In asynchronous rounds an update counts once it waits (`take_in`), and a site may be at a later turn by now.
+        """
+        for site in () if rounds.buffer else counted:
             self.known[site] = replace(self.known[site], counted=rounds.round)
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
         """The checkpoint, with what is known of every site in it."""
+        self.unsaved.clear()
         return replace(snapshot, known=self.known)
 
     def keep_sent(self, rows: Sequence[Row]) -> list[Row]:
@@ -236,14 +287,21 @@ class FlowerSites:
         return [replace(row, undone=True) for row in rows if isinstance(row, Transfer)]
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
-        """Take up what the checkpoint knows."""
+        """Take up what the checkpoint knows.
+
+        Turns that were under way are asked for anew: the messages that asked for them were the last server's.
+        """
         self.known |= snapshot.known
+        if rounds.buffer:
+            rounds.buffer.lose_all()
 
     def deliver(self, rounds: Rounds) -> None:
         """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
         owed = [site for site, known in self.known.items() if not known.delivered]
         if not owed:
             return
+        if rounds.buffer:
+            self.fleet.withdraw_all()
         rounds.save()  # no site may be ahead of the newest checkpoint: a crash from here on undoes no round
         deadline = self.setup.config.flower.deadline
         delivery = Delivery(

@@ -88,6 +88,10 @@ class LoraState(Mapping[str, LoraPair]):
         """The names used on the wire, "module/A" and "module/B" (or "module/<prefix>A" …), → tensor."""
         return {f"{module}/{prefix}{part}": pair.part(part) for module, pair in self.items() for part in PARTS}
 
+    def in_memory(self) -> LoraState:
+        """The state in the computer's own memory: a factor that lies on a GPU is copied, once; others stay."""
+        return self.map(lambda pair: LoraPair(pair.A.cpu(), pair.B.cpu()))
+
     def map(self, function: Callable[[LoraPair], LoraPair]) -> LoraState:
         """A state with `function` applied to every pair."""
         return LoraState({module: function(pair) for module, pair in self.items()})
@@ -146,9 +150,11 @@ def stack(states: list[LoraState]) -> LoraState:
 
 
 def stack_pairs(pairs: list[LoraPair]) -> LoraPair:
-    """One pair whose product is the sum of the products."""
+    """One pair whose product is the sum of the products; a single pair is that pair itself."""
     if len({pair.shape for pair in pairs}) != 1:
         raise ShapeError(f"pairs of shapes {[pair.shape for pair in pairs]} cannot be stacked: they must agree")
+    if len(pairs) == 1:
+        return pairs[0]
     return LoraPair(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 

@@ -34,6 +34,7 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
             receives="the mean change, sparse where that is shorter",
             broadcasts="change",
         ),
+        updates="change",
         compress=partial(send_random, 1.0 - sparsity),
         aggregate=mean_change,
         receive=add_to_whole,
@@ -46,16 +47,15 @@ def send_random(
     density: float, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """A seeded share of ΔA and ΔB, divided by the share."""
-    before = state.adapter.tensors()
-    changes = {name: tensor - before[name] for name, tensor in after.tensors().items()}
+    before, now = state.adapter.tensors(), after.tensors()
 
     def entries_at(density: float) -> dict[str, Seeded]:
-        seeds = {name: derived_seed(context.seed, "upload", context.round, name) for name in changes}
-        return {name: drop_and_rescale(change, density, seeds[name], context)[0] for name, change in changes.items()}
+        seeds = {name: derived_seed(context.seed, "upload", context.round, name) for name in now}
+        return {name: drop_and_rescale(now[name] - before[name], density, seeds[name], context)[0] for name in now}
 
     if context.budget is None:
         return state.memory, entries_at(density)
-    done = fill_within_budget(state, len(changes), entries_at, context, positions=False)
+    done = fill_within_budget(state, len(now), entries_at, context, positions=False)
     return {**state.memory, **done.memory}, done.entries
 
 

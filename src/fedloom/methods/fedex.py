@@ -32,6 +32,7 @@ def fedex() -> Method:
             broadcasts="components",
             stateless=True,
         ),
+        updates="factors",
         compress=partial(send_factors, both_factors),
         aggregate=mean_and_residual,
         receive=take_up,

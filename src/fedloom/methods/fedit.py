@@ -22,6 +22,7 @@ def fedit() -> Method:
             own_part=True,
             stateless=True,
         ),
+        updates="factors",
         compress=partial(send_factors, both_factors),
         aggregate=average,
         receive=replace_factors,

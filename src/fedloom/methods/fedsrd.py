@@ -11,22 +11,25 @@ its B_k A_k has the server's other components as they are (`shared.whole`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedloom.compress.entries import Entry
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import (
     Adaptive,
+    Choice,
     Rescale,
-    SparseSplit,
+    choose,
     counts_by_importance,
     importance,
     kept_count,
+    scratch,
     split,
 )
 from fedloom.errors import ConfigError
@@ -37,6 +40,8 @@ from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, S
 from fedloom.methods.shared.averaging import alternating_factors, fill_within_budget
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole, widen_change
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,7 @@ def fedsrd(
             broadcasts="change",
             one_factor=True,
         ),
+        updates="change",
         compress=partial(send_important, up),
         aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down, step_guard),
         receive=add_to_whole,
@@ -129,52 +135,73 @@ def fedsrd(
     )
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Changes:
+    """What training changed in every factor, looked at one by one: all of it is never in memory."""
+
+    up: Upload
+    state: State
+    after: LoraState
+    context: Context
+
+    def of(self, module: str, part: str) -> tuple[Tensor, Tensor]:
+        """A factor's change and its importances, in memory that this thread's next change overwrites."""
+        now, before = self.after[module], self.state.adapter[module]
+        moved = torch.sub(now.part(part), before.part(part), out=scratch.floats("change", now.part(part).shape))
+        delta = carry_residual(moved, self.state.memory.get(f"{module}/{part}"), self.up.decay)
+        other = now.B if part == "A" else before.A
+        return delta, importance(delta, other, part, out=scratch.like("scores", delta))
+
+    def each(self, look: Callable[[str, Tensor, Tensor], T]) -> dict[str, T]:
+        """Tensor → look(tensor, change, importances)."""
+        pieces = map_modules(
+            lambda module: {f"{module}/{part}": look(f"{module}/{part}", *self.of(module, part)) for part in PARTS},
+            self.state.adapter,
+        )
+        return {tensor: found for piece in pieces for tensor, found in piece.items()}
+
+    def cut(self, count: Callable[[str, Tensor], int]) -> dict[str, Choice]:
+        """Of every change as many elements as count(tensor, importances) says."""
+
+        def choose_of(tensor: str, delta: Tensor, scores: Tensor) -> Choice:
+            seed = derived_seed(self.context.seed, "upload", self.context.round, tensor)
+            keep, up = count(tensor, scores), self.up
+            quantize = self.context.quantize
+            return choose(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=quantize, seed=seed)
+
+        return self.each(choose_of)
+
+
 def send_important(
     up: Upload, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The most important elements of ΔA and ΔB of every module (FedSRD eq. 4–7), or as many as the budget allows."""
-    changes: dict[str, tuple[Tensor, Tensor]] = {}
-    for module, before in state.adapter.items():
-        others = {"A": after[module].B, "B": before.A}
-        for part in PARTS:
-            tensor = f"{module}/{part}"
-            delta = carry_residual(after[module].part(part) - before.part(part), state.memory.get(tensor), up.decay)
-            changes[tensor] = delta, importance(delta, others[part], part)
-
-    def cuts(counts: Mapping[str, int]) -> dict[str, SparseSplit]:
-        """Every change divided: as many elements as `counts` says are sent, the rest is kept."""
-        return {
-            tensor: split(
-                delta,
-                scores,
-                counts[tensor],
-                rescale=up.rescale,
-                cap=up.cap,
-                quantize=context.quantize,
-                seed=derived_seed(context.seed, "upload", context.round, tensor),
-            )
-            for tensor, (delta, scores) in changes.items()
-        }
-
+    changes = Changes(up, state, after, context)
     kept: Mapping[str, Tensor] = {}
     if context.budget is None:
-        made = cuts({tensor: up.sparsity.keep(scores) for tensor, (_, scores) in changes.items()})
+        made = changes.cut(lambda tensor, scores: up.sparsity.keep(scores))
     else:
-        counts = counts_by_importance({tensor: scores for tensor, (_, scores) in changes.items()})
-        tried: dict[float, dict[str, SparseSplit]] = {}
+        made, kept = fill_with_important(changes)
+    rest = changes.each(lambda tensor, delta, scores: made[tensor].rest(delta)) if up.decay else {}
+    return {**kept, **rest}, {tensor: choice.sent for tensor, choice in made.items()}
 
-        # While B = 0 a change of A alone changes nothing, however important it looks after training.
-        still = {f"{module}/B": 1 for module, pair in state.adapter.items() if not pair.B.any()}
 
-        def entries_at(density: float) -> dict[str, Entry]:
-            found = counts(density)
-            tried[density] = cuts({name: max(count, still.get(name, 0)) for name, count in found.items()})
-            return {tensor: cut.sent for tensor, cut in tried[density].items()}
+def fill_with_important(changes: Changes) -> tuple[dict[str, Choice], Mapping[str, Tensor]]:
+    """(what is sent, what to remember for the next time) within the budget: the most important elements of all."""
+    state = changes.state
+    counts = counts_by_importance(lambda function: changes.each(lambda tensor, delta, scores: function(scores)))
+    tried: dict[float, dict[str, Choice]] = {}
 
-        done = fill_within_budget(state, len(changes), entries_at, context)
-        made, kept = tried[done.density], done.memory
-    rest = {tensor: cut.rest for tensor, cut in made.items()} if up.decay else {}
-    return {**kept, **rest}, {tensor: cut.sent for tensor, cut in made.items()}
+    # While B = 0 a change of A alone changes nothing, however important it looks after training.
+    still = {f"{module}/B": 1 for module, pair in state.adapter.items() if not pair.B.any()}
+
+    def entries_at(density: float) -> dict[str, Entry]:
+        found = counts(density)
+        tried[density] = changes.cut(lambda tensor, scores: max(found[tensor], still.get(tensor, 0)))
+        return {tensor: choice.sent for tensor, choice in tried[density].items()}
+
+    done = fill_within_budget(state, 2 * len(state.adapter), entries_at, changes.context)
+    return tried[done.density], done.memory
 
 
 def carry_residual(delta: Tensor, residual: Tensor | None, decay: float) -> Tensor:
@@ -200,20 +227,20 @@ def reconstruct(
     verdict = witness.judge()
     if verdict.wrong:
         return witness.take_back(verdict, context)
-    entries: dict[str, Entry] = {}
-    memory = dict(state.memory)
-    kept = []
-    for module, solved in zip(changes, map_modules(ProductChange.solve, changes.values()), strict=True):
-        name = f"{module}/{part}"
-        gain = verdict.gains[module]
+
+    def finish(module: str) -> tuple[str, Entry, Tensor, int]:
+        """The entry of one module's factor, what it leaves out, and the directions kept; its changes are let go of."""
+        solved, gain, name = changes.pop(module).solve(), verdict.gains[module], f"{module}/{part}"
         step = solved.delta if gain == 1.0 else gain * solved.delta
         delta = carry_residual(step, state.memory.get(name), down.decay)
-        entries[name], rest = thin_change(down, delta, state.adapter[module], name, context)
-        if down.decay:
-            memory[name] = rest
-        kept.append(solved.kept)
-    stats = {"mean_directions_kept": sum(kept) / max(len(kept), 1), **(verdict.stats if guard else {})}
-    return Aggregate(entries, {**memory, **witness.remember(verdict, entries)}, stats)
+        return name, *thin_change(down, delta, state.adapter[module], name, context), solved.kept
+
+    done = map_modules(finish, list(changes))
+    entries = {name: entry for name, entry, _, _ in done}
+    rest = {name: left for name, _, left, _ in done} if down.decay else {}
+    kept = sum(number for _, _, _, number in done) / max(len(done), 1)
+    stats = {"mean_directions_kept": kept, **(verdict.stats if guard else {})}
+    return Aggregate(entries, {**state.memory, **rest, **witness.remember(verdict, entries)}, stats)
 
 
 def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], update: Update, module: str) -> None:

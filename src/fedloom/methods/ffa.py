@@ -24,6 +24,7 @@ def ffa() -> Method:
             sends="B, dense",
             receives="B, dense",
         ),
+        updates="factors",
         compress=partial(send_factors, only_b),
         aggregate=average_whole,
         receive=take_whole,

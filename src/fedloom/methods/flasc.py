@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloom.compress.entries import Entry
 from fedloom.compress.seeds import derived_seed
-from fedloom.compress.sparsify import kept_count, split
+from fedloom.compress.sparsify import choose, kept_count
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
@@ -50,6 +50,7 @@ def flasc(
             keeps="server: all of A and B, moments",
             broadcasts="step",
         ),
+        updates="change",
         compress=partial(send_largest, upload_density),
         aggregate=partial(adam_step, adam, download_density),
         receive=take_whole,
@@ -62,25 +63,22 @@ def flasc(
 def largest_entry(tensor: Tensor, density: float, seed: int, context: Context) -> Entry:
     """The elements of largest magnitude."""
     keep = kept_count(tensor.numel(), density)
-    return split(tensor, tensor.abs(), keep, quantize=context.quantize, seed=seed).sent
+    return choose(tensor, tensor.abs(), keep, quantize=context.quantize, seed=seed).sent
 
 
 def send_largest(
     density: float, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The largest elements of the change from the masked download."""
-    before = state.adapter.tensors()
-    changes = {name: tensor - before[name] for name, tensor in after.tensors().items()}
+    before, now = state.adapter.tensors(), after.tensors()
 
     def entries_at(density: float) -> dict[str, Entry]:
-        return {
-            name: largest_entry(change, density, derived_seed(context.seed, "upload", context.round, name), context)
-            for name, change in changes.items()
-        }
+        seeds = {name: derived_seed(context.seed, "upload", context.round, name) for name in now}
+        return {name: largest_entry(now[name] - before[name], density, seeds[name], context) for name in now}
 
     if context.budget is None:
         return state.memory, entries_at(density)
-    done = fill_within_budget(state, len(changes), entries_at, context)
+    done = fill_within_budget(state, len(now), entries_at, context)
     return {**state.memory, **done.memory}, done.entries
 
 

@@ -42,6 +42,7 @@ def hetlora(*, tail_penalty: float = 0.0, tail_share: float = 0.25) -> Method:
             receives="the first rows and columns, dense",
             stateless=True,
         ),
+        updates="factors",
         compress=partial(send_factors, both_factors),
         aggregate=weigh_by_norm,
         receive=replace_factors,

@@ -25,7 +25,7 @@ from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
-from fedloom.methods.shared.dial import BUDGET, Dial
+from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
@@ -81,6 +81,7 @@ def loom(
             keeps="server: what it did not send, its last step",
             broadcasts="elements",
         ),
+        updates="change",
         compress=partial(send_signs, dial, step, importance),
         aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
         receive=add_to_whole,
@@ -90,6 +91,7 @@ def loom(
         advise=partial(advise_on_budget, dial),
         takes_budget=True,
         default_budget=BUDGET,
+        spend=spend_run,
         values="sign",
         wider=_WIDER,
     )
@@ -107,9 +109,11 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
             keeps="server: what rounding left out, its last adapter",
             broadcasts="elements",
         ),
+        updates="change",
         compress=partial(send_levels, dial.bytes),
         aggregate=partial(broadcast_state, dial.bytes, guard),
         receive=take_state,
+        needs_start=True,
         adopt=adopt_whole,
         replaces=PARTS,
         joins=True,
@@ -117,6 +121,7 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
         smallest=dial.smallest,
         takes_budget=True,
         default_budget=BUDGET,
+        spend=spend_run,
         values="int4",
     )
 

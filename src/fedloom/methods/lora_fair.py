@@ -32,6 +32,7 @@ def lora_fair(*, ridge: float = 0.01) -> Method:
             unequal_ranks=True,
             stateless=True,
         ),
+        updates="factors",
         compress=partial(send_factors, both_factors),
         aggregate=partial(correct_mean, ridge),
         receive=take_whole,

@@ -6,7 +6,7 @@ are bound when the record is built: the builder's keyword arguments are the keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as replace
 from typing import Literal, Protocol
@@ -17,6 +17,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Entry
 from fedloom.compress.sparsify import Quantize
 from fedloom.lora.pair import PARTS, LoraState, narrow, stack
+from fedloom.methods.spending import RunShape, Spending
 
 Entries = Mapping[str, Entry]
 CORE = "R"
@@ -53,14 +54,23 @@ class State:
         """The whole change of weight, W − W0, as one state."""
         return stack([self.adapter, self.frozen, self.tail])
 
+    def numel(self) -> int:
+        """Number of values in `total`, which is not made for it."""
+        return sum(part.numel() for part in (self.adapter, self.frozen, self.tail))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Update:
-    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries."""
+    """One client's contribution: its share p_k of the round (shares sum to 1) and its entries.
+
+    staleness: versions that the server has gone on since the client's training began, always 0 in synchronous rounds.
+    Entries of an older version are here as they count for the present one (`rounds.stale`).
+    """
 
     client: str
     weight: float
     entries: Entries
+    staleness: int = 0
 
 
 def no_bytes(entries: Entries) -> int:
@@ -185,16 +195,21 @@ def no_core(state: State) -> LoraState:
 class Method:
     """One way to federate LoRA.
 
+    spend(what the run is): how it divides the bytes of a whole run (see `spending`); None where it cannot.
     adopt: bring a participant to a full state. narrow: cut a broadcast down to what a client of given ranks needs.
     penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    needs_start: its steps ask for `Context.start`.
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
     some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few
     values travel together (see `rounds.joint`). smallest(first adapter, context): bytes of the smallest payload of a
     run, either way; its budget must leave room for one element.
+    updates: what a client's entries are, where they still mean something when the server has gone on: a "change" of the
+    factors, or the "factors" after it. Empty where they mean something beside those of the same version alone; such a
+    method has synchronous rounds only (`rounds.stale`).
     advise(first adapter, context): what a user should know of the settings, or "".
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
@@ -212,6 +227,7 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    needs_start: bool = False
     default_budget: float = 0.0
     values: str = "fp32"
     wider: Mapping[float, str] = field(default_factory=dict)
@@ -220,9 +236,11 @@ class Method:
     joins: bool = False
     own_values: bool = False
     replaces: tuple[str, ...] = ()
+    updates: Literal["", "change", "factors"] = ""
     smallest: Callable[[LoraState, Context], int] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
+    spend: Callable[[RunShape, float], Spending] | None = None
 
     def budget(self, given: Budget | None) -> Budget | None:
         """The budget that is kept to: the one that is given, else the method's own, if it has one."""
@@ -234,10 +252,14 @@ class Method:
         reached = [share for share in self.wider if kept and kept.share > share]
         return self.wider[max(reached)] if reached else self.values
 
-    def says_all(self, entries: Entries, adapter: LoraState) -> bool:
-        """Whether a broadcast of these entries needs none before it: it replaces all that changes in `adapter`."""
-        wanted = [f"{module}/{part}" for module in adapter for part in self.replaces]
-        return bool(wanted) and all(name in entries for name in wanted)
+    def cuts(self, adapter: LoraState, ranks: Mapping[str, int]) -> bool:
+        """Whether `narrow` may change a broadcast of this adapter for a client of these ranks."""
+        return self.narrow is not send_all and any(ranks.get(m, pair.rank) < pair.rank for m, pair in adapter.items())
+
+    def says_all(self, names: Collection[str], adapter: LoraState) -> bool:
+        """Whether a broadcast of these tensors needs none before it: it replaces all that changes in `adapter`."""
+        wanted = {f"{module}/{part}" for module in adapter for part in self.replaces}
+        return bool(wanted) and wanted <= set(names)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

@@ -160,6 +160,11 @@ def offline_methods() -> list[str]:
     return [name for name in METHODS if build(name).facts.stateless]
 
 
+def buffered_names() -> list[str]:
+    """Names of the methods whose updates still mean something when the server has gone on: for asynchronous rounds."""
+    return [name for name in METHODS if build(name).updates]
+
+
 def _checked(method: str, make: Callable[[], Built]) -> Built:
     """What `make` returns. Raises ConfigError naming the first setting that is missing or has a wrong type or value."""
     try:

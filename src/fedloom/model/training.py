@@ -30,6 +30,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
 from fedloom.model.packing import training_rows, without_mask
+from fedloom.model.settled import settle
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 from fedloom.records.text import to_printable
@@ -103,9 +104,11 @@ def local_update(
     settings = settings.for_examples(data.num_rows)  # an epoch draws every row once
     rates = partial(rate_at, settings, round, num_rounds)
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live_adapter(model))
-    with peft_bridge.training_core(model, core or LoraState()), _undisturbed(model), quiet_transformers():
-        arguments = _arguments(model, settings, seed)
-        loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
+    with peft_bridge.training_core(model, core or LoraState()):
+        with _undisturbed(model), settle(model), quiet_transformers():
+            arguments = _arguments(model, settings, seed)
+            loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
+        # Only now: up to here there were the optimiser's tensors too.
         trained = peft_bridge.read_adapter(model)
     peft_bridge.set_trainable(model, PARTS)
     changed = ("A",) if core else trainable
@@ -136,9 +139,18 @@ def _keep(before: LoraPair, after: LoraPair, trainable: Sequence[str]) -> LoraPa
     return LoraPair(*((after if part in trainable else before).part(part) for part in PARTS))
 
 
+class _Arguments(TrainingArguments):
+    """Arguments of a trainer whose model is where it is to be."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """No: looking at every module again would find nothing to move."""
+        return False
+
+
 def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> TrainingArguments:
     try:
-        arguments = TrainingArguments(
+        arguments = _Arguments(
             output_dir=tempfile.gettempdir(),  # must exist; nothing is written
             learning_rate=settings.learning_rate,
             max_steps=settings.max_steps or -1,  # transformers' word for none
@@ -155,6 +167,7 @@ def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> 
             dataloader_pin_memory=model.device.type != "cpu",
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # for a log that nobody keeps; the turn looks at what was trained
             report_to="none",
             disable_tqdm=True,
         )
@@ -201,6 +214,14 @@ class _LocalTrainer(Trainer):
         base, last = self.args.learning_rate, self.args.max_steps - 1
         self.lr_scheduler = LambdaLR(chosen, lambda step: self.rates(min(step, last)) / base)
         return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The parameters whose weights decay: where none does, there is no need to look for them."""
+        return super().get_decay_parameter_names(model) if self.args.weight_decay else []
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Not counted: nobody asks, and it takes a look at every module in every step."""
+        return 0
 
     def compute_loss(
         self,

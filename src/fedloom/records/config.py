@@ -16,6 +16,7 @@ from fedloom.records.sections.data import DataSettings, Source
 from fedloom.records.sections.evaluation import EvaluationSettings
 from fedloom.records.sections.federation import FederationSettings
 from fedloom.records.sections.flower import FlowerSettings
+from fedloom.records.sections.local import LocalSettings
 from fedloom.records.sections.method import MethodSettings, Values, WireSettings
 from fedloom.records.sections.model import ClientSettings, LoraSettings, ModelSettings
 from fedloom.records.sections.output import OutputSettings
@@ -29,6 +30,7 @@ __all__ = [
     "EvaluationSettings",
     "FederationSettings",
     "FlowerSettings",
+    "LocalSettings",
     "LoraSettings",
     "MethodSettings",
     "ModelSettings",
@@ -75,6 +77,14 @@ def _check_validation(config: Config) -> None:
         raise ValueError(f"federation.eval_every is 0: {asking} needs evaluations on the way; set it to 1 or more")
 
 
+def _check_mode(config: Config) -> None:
+    """Raises ValueError where settings of asynchronous rounds are set and the rounds are synchronous."""
+    federation = config.federation
+    for key in ("buffer_size", "pace"):
+        if getattr(federation, key) and federation.mode != "buffered":
+            raise ValueError(f"federation.{key} does nothing in synchronous rounds: set federation.mode = 'buffered'")
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -86,6 +96,7 @@ class Config(Section):
     training: TrainingSettings = TrainingSettings()
     method: MethodSettings = MethodSettings()
     wire: WireSettings = WireSettings()
+    local: LocalSettings = LocalSettings()
     flower: FlowerSettings = FlowerSettings()
     output: OutputSettings = OutputSettings()
     clients: Annotated[dict[Name, ClientSettings], Field(max_length=MOST_CLIENTS)] = {}
@@ -133,6 +144,12 @@ class Config(Section):
             )
         if self.training.warmup_ratio and self.training.warmup_steps:
             raise ValueError("training.warmup_ratio and training.warmup_steps are both set; give one of them")
+        if self.wire.budget and self.wire.client_budget:
+            raise ValueError(
+                "wire.budget and wire.client_budget are both set: one is of a payload, the other of the whole run; "
+                "give one of them (--set wire.budget=null unsets a key)"
+            )
         _check_steps(self)
         _check_validation(self)
+        _check_mode(self)
         return self

@@ -18,6 +18,8 @@ MOST_PATTERNS = 1024
 MOST_CLIENTS = 10_000
 MOST_STEPS = 10**6
 """Steps, rounds and micro-batches: hours of work each at the least."""
+MOST_WORKERS = 1024
+"""Processes on one machine."""
 MOST_COUNT = 2**31 - 1
 """Numbers that are only compared or divided by, and so cost nothing."""
 
@@ -71,12 +73,34 @@ def _checked_budget(text: str) -> str:
     return text
 
 
+def parse_client_budget(text: str) -> tuple[float, int]:
+    """(share, 0) of "80% of data", (0, bytes) of "15KB". Raises ValueError that says what is expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*% of data", text.strip())
+    if match and float(match[1]):
+        return float(match[1]) / 100, 0
+    try:
+        return 0.0, parse_bytes(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not a client's budget; expected bytes such as '15KB', or a share of what its own examples "
+            "take compressed, such as '80% of data'"
+        ) from None
+
+
+def _checked_client_budget(text: str) -> str:
+    parse_client_budget(text)
+    return text
+
+
 def _number_as_text(value: object) -> object:
     """A whole number without quotes means the same: --set wire.budget=1200."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 Bytes: TypeAlias = Annotated[str, Field(max_length=32), AfterValidator(_checked_bytes)]
+ClientBudgetText: TypeAlias = Annotated[
+    str, BeforeValidator(_number_as_text), Field(max_length=32), AfterValidator(_checked_client_budget)
+]
 BudgetText: TypeAlias = Annotated[
     str, BeforeValidator(_number_as_text), Field(max_length=32), AfterValidator(_checked_budget)
 ]

@@ -1,4 +1,4 @@
-"""Sites in this process: one resident base model, adapters swapped in and out, every payload through the wire."""
+"""Sites on this machine: one resident base model, adapters swapped in and out, every payload through the wire."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom.errors import NumericError
+from fedloom.errors import FedloomError, NumericError
 from fedloom.methods.method import Method, State
 from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Row, Training
-from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
+from fedloom.rounds.checks import check_update
+from fedloom.rounds.turns import ClientTurn, Train, Trained, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
-from fedloom.server.loop import Rounds, Updates
+from fedloom.server.buffer import Buffer, choose_next
+from fedloom.server.engine import Updates
+from fedloom.server.loop import Rounds
+from fedloom.server.pool import Pool
 from fedloom.server.roster import Roster
+from fedloom.server.tasks import Turn
+from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
+from fedloom.server.workers import load_without_weights, open_pool
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
@@ -38,28 +45,41 @@ def run_local(
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
     another run or, with `resume`, nothing to go on from. A run that came to nothing says why in its summary.
     """
-    with RunFolder.open(out, config, resume=resume, force=force) as folder:
-        setup = load_setup(config, method)
-        return Rounds(setup, folder, observer or Silent(), LocalSites(setup, trainers=trainers)).play(resume)
+    with RunFolder.open(out, config, resume=resume, force=force) as folder, open_pool(config, method) as pool:
+        setup = load_without_weights(config, method, pool) if pool else load_setup(config, method)
+        sites = LocalSites(setup, trainers=trainers, pool=pool)
+        return Rounds(setup, folder, observer or Silent(), sites).play(resume)
 
 
 Look = Callable[[int, str, State, ClientTurn], None]
 """(round, client, its state before, its turn): called after every turn, for who studies what clients train."""
+Played = tuple[str, int, ClientTurn | None]
+"""A client, the bytes that it was sent, and its turn; None, noted, where nothing came of it."""
 
 
 class LocalSites:
-    """Every client of a simulation, played one after the other on the one model.
+    """Every client of a simulation: played one after the other on the one model, or side by side by the pool's workers.
 
     trainers: client → a training step of its own. Raises ConfigError for a client that there is not.
     """
 
-    def __init__(self, setup: Setup, look: Look | None = None, *, trainers: Mapping[str, Train] | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        look: Look | None = None,
+        *,
+        trainers: Mapping[str, Train] | None = None,
+        pool: Pool | None = None,
+    ) -> None:
         trainers = trainers or {}
         check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
+        self.pool = pool
+        self.together = pool is not None
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
+        self.timeline = Timeline(setup.config.federation)
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -68,34 +88,117 @@ class LocalSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
         self.diverged = set()
-        turns = {client: self.play(rounds, client, client in present.vanished) for client in present.asked}
-        there = {client: payload for client, payload in turns.items() if payload is not None}
+        there: dict[str, bytes] = {}
+        for client, received, turn in self.play_turns(rounds, present):
+            if turn is not None:
+                self.roster.hold(client, turn.state)
+                rounds.take_update(training_row(rounds.round, client, turn.trained), turn.payload, received)
+                there[client] = turn.payload
         return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
 
-    def play(self, rounds: Rounds, client: str, vanishes: bool) -> bytes | None:
-        """One client's turn, recorded; None where it does not answer."""
+    def play_turns(self, rounds: Rounds, present: Attendance) -> Iterator[Played]:
+        """The turns of those who are present, in their order: one after another, or side by side by the workers."""
+        if self.pool:
+            yield from self.play_with(self.pool, rounds, present)
+            return
+        for client in present.asked:
+            yield self.play(rounds, client, client in present.vanished)
+
+    def play(self, rounds: Rounds, client: str, vanishes: bool) -> Played:
+        """One client's turn in this process."""
         rounds.observer.client_started(rounds.round, client)
         received = self.download(rounds, client)
+        return client, received, self.train(rounds, client, vanishes)
+
+    def train(self, rounds: Rounds, client: str, vanishes: bool) -> ClientTurn | None:
+        """The turn of a client in step; None, noted, where nothing comes of it."""
         if vanishes:
             rounds.note(rounds.round, f"client {client} dropped out after the download")
             return None
         state, step = self.roster[client], self.steps.get(client) or self.setup.train(client)
+        return self.take(rounds, client, lambda: client_turn(self.setup.job, client, state, [], step, rounds.round))
+
+    def play_with(self, pool: Pool, rounds: Rounds, present: Attendance) -> Iterator[Played]:
+        """Every client's turn, side by side; those with a step of their own train here."""
+        sent: dict[str, tuple[int, list[bytes]]] = {}  # what a client that trains was given, until it is recorded
+        turns = pool.run(
+            self.ask_ahead(rounds, present, sent), lambda turn: rounds.observer.client_started(turn.round, turn.client)
+        )
+        for client in present.asked:
+            if self.trains_here(client, present):
+                yield self.play(rounds, client, client in present.vanished)
+                continue
+            ticket = next(turns)
+            version, payloads = sent.pop(client)
+            for held, payload in enumerate(payloads, start=version):
+                rounds.folder.transfer(rounds.round, client, "down", payload, version=held)
+            yield client, sum(map(len, payloads)), self.take(rounds, client, ticket.result)
+
+    def ask_ahead(
+        self, rounds: Rounds, present: Attendance, sent: dict[str, tuple[int, list[bytes]]]
+    ) -> Iterator[Turn]:
+        """What workers are asked; the client is brought in step with the server as its turn is drawn."""
+        for client in present.asked:
+            if self.trains_here(client, present):
+                continue
+            version, ranks = self.roster[client].version, self.setup.sites[client].ranks
+            payloads = rounds.archive.payloads_for(self.setup.job, rounds.server, version, ranks, rounds.round)
+            self.roster.receive(client, payloads)
+            sent[client] = version, payloads
+            yield Turn(client, self.roster[client], rounds.round)
+
+    def trains_here(self, client: str, present: Attendance) -> bool:
+        """Whether no worker can play it: it does not train, or by a step that only this process has."""
+        return client in present.vanished or client in self.steps
+
+    def take(self, rounds: Rounds, client: str, play: Callable[[], ClientTurn]) -> ClientTurn | None:
+        """Play a turn, or wait for it; None, noted, where its training came to nothing."""
+        state = self.roster[client]
         try:
-            turn = client_turn(self.setup.job, client, state, [], step, rounds.round)
+            turn = play()
         except NumericError as error:
             rounds.note(rounds.round, str(error), "diverged")
             self.diverged.add(client)
             return None
-        self.roster.hold(client, turn.state)
         if self.look is not None:
             self.look(rounds.round, client, state, turn)
-        trained = turn.trained
-        rounds.take_update(
-            Training(rounds.round, client, trained.loss, trained.steps, trained.num_examples, trained.seconds),
-            turn.payload,
-            received,
-        )
-        return turn.payload
+        return turn
+
+    def fill(self, rounds: Rounds, buffer: Buffer) -> bool:
+        """Let simulated time go by until the buffer is full: who is free begins a turn, who is due sends its update."""
+        federation, self.diverged = self.setup.config.federation, set()
+        order, begun = draw_order(federation, tuple(self.roster), rounds.round), 0
+        while not buffer.is_full:
+            next_ones = choose_next(order, buffer, rounds.round, self.roster)
+            vanished = frozenset(name for name in next_ones if draw_vanishing(federation, name, rounds.round))
+            begun += len(next_ones) - len(vanished)
+            for client, received, turn in self.play_turns(rounds, Attendance(tuple(next_ones), vanished)):
+                buffer.begin(client, rounds.round, rounds.server)
+                trained = None if turn is None else training_row(rounds.round, client, turn.trained)
+                self.timeline.begin(client, buffer.now, received, turn, trained)
+            if not self.timeline.flights:
+                break
+            for flight in self.timeline.land(rounds.round):
+                buffer.now = flight.due
+                self.end(rounds, buffer, flight)
+        return 0 < begun == len(self.diverged)
+
+    def end(self, rounds: Rounds, buffer: Buffer, flight: Flight) -> None:
+        """A client's turn is over; what it remembers of it counts where its update does."""
+        client = flight.client
+        if flight.trained is None:
+            buffer.end(client)
+            return
+        rounds.take_update(replace(flight.trained, round=rounds.round), flight.payload, flight.received)
+        base, asked = buffer.base_of(client, rounds.server), buffer.begun[client].round
+        try:
+            facts = check_update(self.setup.job, base, client, flight.payload, asked)
+            buffer.take_in(client, flight.payload, facts, rounds.server)
+        except FedloomError as error:
+            buffer.end(client)
+            rounds.note(rounds.round, f"client {client} refused: {error}", "refused")
+            return
+        self.roster.hold(client, replace(self.roster[client], memory=flight.memory))
 
     def download(self, rounds: Rounds, client: str, *, delivery: bool = False) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
@@ -117,8 +220,9 @@ class LocalSites:
         return ()
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
-        """The checkpoint, with every client's state in it."""
-        return replace(snapshot, clients=self.roster)
+        """The checkpoint, with every client's state in it, and every turn that is in flight."""
+        underway = snapshot.underway and snapshot.underway.joined(self.timeline.remember())
+        return replace(snapshot, clients=self.roster, underway=underway)
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
         """Every client's state as the checkpoint has it."""
@@ -126,8 +230,15 @@ class LocalSites:
             self.roster.follow(rounds.full_state())
         for client, state in snapshot.clients.items():
             self.roster.hold(client, state)
+        if snapshot.underway:
+            self.timeline.restore(snapshot.underway)
 
     @property
     def states(self) -> dict[str, State]:
         """What each client holds."""
         return dict(self.roster)
+
+
+def training_row(round: int, client: str, said: Trained) -> Training:
+    """What a client's training said, as a row of the ledger."""
+    return Training(round, client, said.loss, said.steps, said.num_examples, said.seconds)

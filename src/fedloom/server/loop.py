@@ -3,34 +3,35 @@
     Rounds.play ─ each round ─→ sites.collect ─→ server_turn ─→ sites.advance ─→ evaluate ─→ checkpoint
                                  └ last round ─→ sites.deliver
 
-`Sites` is what an engine brings: `server.local.LocalSites` trains in this process, `flower.sites.FlowerSites` asks over
-Flower's messages. All else of a run is here, once.
+With `federation.mode = "buffered"` it is `sites.fill` that brings a round's updates: those with which `buffer` is full.
+
+`Sites` is what an engine brings (`server.engine`). All else of a run is here, once.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from fedloom.compress.budget import Budget
 from fedloom.errors import CheckpointError, RoundError
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import About, Aggregation, Evaluation, Row, Training, read_rows
+from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
 from fedloom.records.session import Answer
-from fedloom.rounds.catchup import Archive
-from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.catchup import Archive, Cut
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import full_state, server_turn, start
-from fedloom.server.attendance import Attendance, draw_attendance
+from fedloom.server.attendance import draw_attendance
+from fedloom.server.buffer import Buffer
 from fedloom.server.disk import explain_full_disk
+from fedloom.server.engine import Sites, Updates
 from fedloom.server.session import begin_session, record_end
 from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
@@ -48,52 +49,10 @@ Not the first round: where few clients are asked, it may be one client's data th
 """
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Updates:
-    """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
-
-    diverged: whether there are none because every training ended in values that are not finite.
-    """
-
-    payloads: Mapping[str, bytes]
-    seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
-    least: int = 1
-    diverged: bool = False
-
-
-class Sites(Protocol):
-    """The clients of a run, and the way to them. Iterating gives their names."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def collect(self, rounds: Rounds, present: Attendance) -> Updates:
-        """Ask who is present; the updates that came. Each goes through `Rounds.take_update`."""
-
-    def advance(self, rounds: Rounds, payload: bytes, counted: Collection[str]) -> None:
-        """The server has moved on by this broadcast, or to this full state; `counted` are those who were averaged."""
-
-    def deliver(self, rounds: Rounds) -> None:
-        """After the last round: everybody who can be reached receives the result, who has not had it.
-
-        Also called where a run goes on whose rounds are over.
-        """
-
-    def keep_sent(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Of ledger rows after the newest checkpoint, which a run that goes on plays anew, those that are to stay: the
-        payloads that have really travelled.
-        """
-
-    def remember(self, snapshot: Snapshot) -> Snapshot:
-        """The checkpoint, with what is known of each client in it."""
-
-    def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
-        """Take up what a checkpoint knows of each client."""
-
-
 class Rounds:
     """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    certificates: see `session.Session`.
+    certificates: see `session.Session`. first: the adapter that it begins with, where `setup` has its shapes alone.
     """
 
     def __init__(
@@ -103,14 +62,15 @@ class Rounds:
         observer: Observer,
         sites: Sites,
         certificates: Mapping[str, str] | None = None,
+        first: LoraState | None = None,
     ) -> None:
         self.setup = setup
         self.certificates = certificates or {}
         self.folder = folder
         self.observer = observer
         self.sites = sites
-        self.server: State = start(setup.job, setup.initial)
-        self.archive = Archive(held=Spool(folder.path))
+        self.server: State = start(setup.job, first or setup.initial)
+        self.archive = Archive(held=Spool(folder.path), made=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -118,6 +78,8 @@ class Rounds:
         self.before = 0.0  # seconds of earlier sessions
         self.course = Course(setup.config.federation)
         self.best: State | None = None
+        federation = setup.config.federation
+        self.buffer = Buffer(setup.job, federation, len(setup.sites)) if federation.mode == "buffered" else None
 
     @property
     def is_over(self) -> bool:
@@ -158,6 +120,7 @@ class Rounds:
                 out=self.folder.path,
                 first_round=self.round + 1,
                 warnings=(*self.folder.notes, *extension, *setup.warnings()),
+                together=self.sites.together,
             )
         )
         if not self.saved:
@@ -204,7 +167,7 @@ class Rounds:
         """Download, train, upload, aggregate, evaluate."""
         began, ledger = time.perf_counter(), self.folder.ledger
         bytes_before = ledger.bytes_up, ledger.bytes_down
-        updates = self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
+        updates = self.collect(round)
         if updates.payloads:
             self.aggregate(updates, round)
         elif not updates.diverged:
@@ -222,6 +185,22 @@ class Rounds:
             ledger.bytes_up - bytes_before[0],
             ledger.bytes_down - bytes_before[1],
             time.perf_counter() - began,
+        )
+
+    def collect(self, round: int) -> Updates:
+        """The updates of one round: of everybody who is asked or, in asynchronous rounds, what fills the buffer."""
+        if self.buffer is None:
+            return self.sites.collect(self, draw_attendance(self.setup.config, tuple(self.sites), round))
+        for client, reason in self.buffer.drop_stale(self.server).items():
+            self.note(round, f"client {client} refused: {reason}", "refused")
+        diverged = self.sites.fill(self, self.buffer)
+        taken = self.buffer.take()
+        return Updates(
+            {one.client: one.payload for one in taken},
+            {one.client: one.facts for one in taken},
+            diverged=diverged and not taken,
+            past=self.buffer.past_of(taken, self.server),
+            stats=self.buffer.describe(taken, self.server),
         )
 
     def take_update(self, trained: Training, payload: bytes, received: int) -> None:
@@ -250,8 +229,18 @@ class Rounds:
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
+        give_back(max((seen.size for seen in updates.seen.values()), default=0))  # payloads that now lie on disk
         try:
-            turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+            turn = server_turn(
+                self.setup.job,
+                self.server,
+                payloads,
+                round,
+                seen=updates.seen,
+                decoded=updates.decoded,
+                least=updates.least,
+                past=updates.past,
+            )
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
@@ -263,13 +252,15 @@ class Rounds:
             self.note(round, f"client {client} refused: {reason}", "refused")
         for text in turn.notes:
             self.note(round, text)
-        self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
+        stats = {**turn.stats, **updates.stats}
+        self.folder.ledger.append(Aggregation(round, stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
-        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
-        give_back(4 * self.server.adapter.numel())
         self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
+        del turn  # the payload, which is in the archive now
+        give_back(4 * self.server.adapter.numel())
 
     def full_state(self) -> bytes:
         """The payload that brings anybody to the server's state."""
@@ -290,19 +281,23 @@ class Rounds:
         for one in self.setup.answer(self.server):
             self.folder.ledger.append(Answer(self.round, one.domain, one.prompt, one.expected, one.text))
 
-    def save(self) -> None:
-        """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing."""
+    def save(self, *, midway: bool = False) -> None:
+        """Ledger first, then the checkpoint that counts its rows: a crash between the two loses nothing.
+
+        midway: the round is not over, and goes on where this checkpoint is taken up.
+        """
         rows = self.folder.ledger.sync()
         self.folder.save(
             self.sites.remember(
                 Snapshot(
-                    round=self.round,
+                    round=self.round - midway,
                     server=self.server,
                     archive=self.archive.payloads,
                     ledger_rows=rows,
                     fingerprint=self.setup.fingerprint,
                     best=self.best,
                     seconds=self.seconds,
+                    underway=None if self.buffer is None else self.buffer.remember(),
                 )
             )
         )
@@ -311,9 +306,12 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path)), snapshot.best
+        held, made = Spool[int](self.folder.path), Spool[Cut](self.folder.path)
+        self.archive, self.best = Archive(snapshot.archive, held, made), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
+        if self.buffer and snapshot.underway:
+            self.buffer.restore(snapshot.underway, self.server)
         self.sites.restore(self, snapshot)
 
 

@@ -17,8 +17,8 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.rounds.checks import expect
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import accept, accept_own, narrow_broadcast, start
-from fedloom.wire import read_header
+from fedloom.rounds.turns import accept, accept_own, start
+from fedloom.wire import decode, read_header
 
 Ranks = tuple[tuple[str, int], ...]
 
@@ -68,9 +68,9 @@ class Roster(ClientStates):
 
     def follow(self, payload: bytes) -> None:
         """Bring the state of every kind of client forward. A client without the payload is behind from now on."""
+        message = decode(payload)  # once for all kinds
         self._latest = {
-            kind: accept_own(self._job, latest, narrow_broadcast(self._job, payload, dict(kind)))
-            for kind, latest in self._latest.items()
+            kind: accept_own(self._job, latest, message, dict(kind)) for kind, latest in self._latest.items()
         }
         for client, state in self._states.items():
             self.hold(client, state)

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from fedloom.adapters.folder import AdapterFolder, other_base_note
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraState, subset
+from fedloom.lora.pair import LoraPair, LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
@@ -45,11 +45,25 @@ from fedloom.workspace.data import (
 )
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
+from fedloom.workspace.spending import spend_client_budget
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+class Judge(Protocol):
+    """Who plays the model that a state stands for, in place of the process that has the set-up."""
+
+    def evaluate(self, state: State) -> dict[str, Scores]:
+        """See `Setup.evaluate`."""
+
+    def validate(self, state: State) -> dict[str, Scores]:
+        """See `Setup.validate`."""
+
+    def answer(self, state: State) -> list[Answered]:
+        """See `Setup.answer`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,6 +74,7 @@ class Setup:
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
     data: what the clients' examples weigh, where they are at hand.
+    judge: who scores in place of this process, whose `model` then may have no weights.
     """
 
     config: Config
@@ -76,11 +91,16 @@ class Setup:
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
+    judge: Judge | None = None
 
     @property
     def heldout(self) -> Mapping[str, TokenizedExamples]:
         """Domain → the examples that scores are taken on."""
         return self.scorer.data
+
+    def outlined(self) -> Setup:
+        """The same without the values of the first adapter, for whoever has them in a state: its shapes are left."""
+        return replace(self, initial=self.initial.map(lambda pair: LoraPair(pair.A.to("meta"), pair.B.to("meta"))))
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""
@@ -157,10 +177,12 @@ class Setup:
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
-        return self.scorer.score(self._model_of(state))
+        return self.judge.evaluate(state) if self.judge else self.scorer.score(self._model_of(state))
 
     def validate(self, state: State) -> dict[str, Scores]:
         """The same on every domain's validation examples; exact match and loss alone."""
+        if self.judge:
+            return self.judge.validate(state)
         model, size = self._model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
@@ -175,18 +197,23 @@ class Setup:
         number = self.config.output.answers
         if not self.tokenizer or not self.heldout or not number:
             return []
+        if self.judge:
+            return self.judge.answer(state)
         return answer_examples(self._model_of(state), self.tokenizer, self.heldout, number)
 
 
-def load_setup(config: Config, method: Method | None = None) -> Setup:
-    """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training."""
+def load_setup(config: Config, method: Method | None = None, load: LoadBase | None = None) -> Setup:
+    """Load and check everything. Raises ConfigError, DataError or ModelError before any time is spent on training.
+
+    load: see `build_setup`.
+    """
     notes: list[str] = []
     check_unseen(config.data)
     texts, manifest = client_examples(config, notes.append)
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
     heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
-    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation)
+    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation, load=load)
     return replace(setup, data=weigh_examples(texts))
 
 
@@ -210,6 +237,10 @@ def build_setup(
     method = choose_method(config, method)
     base, tokenizer = (load or load_base)(*base_form(config))
     linear = linear_modules(base)
+    data_bytes = weigh_examples(texts).by_client.values() if config.wire.client_budget else ()
+    config, spent = spend_client_budget(linear, config, data_bytes, len(texts), method)
+    method = choose_method(config, None) if spent else method
+    notes = (*notes, spent) if spent else notes
     plan = plan_job(linear, config, texts, method)
     data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
@@ -245,7 +276,12 @@ def base_form(config: Config) -> tuple[str, str, str, str]:
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
     """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
-    plan = plan_job(peft_bridge.linear_beneath(model), config, clients, choose_method(config, None))
+    linear, method = peft_bridge.linear_beneath(model), choose_method(config, None)
+    if config.wire.client_budget:  # the trainer's model has its ranks already
+        raise ConfigError(
+            "wire.client_budget chooses the rank, and a trainer of one's own has an adapter already: set wire.budget"
+        )
+    plan = plan_job(linear, config, clients, method)
     return Setup(
         config=config,
         job=plan.job,

@@ -33,6 +33,8 @@ BEST = "best"
 """The name of the best round's state."""
 CLIENT = "client/"
 """Before a client's name: no client can take the server's place."""
+UNDERWAY = "underway/"
+"""Before the names of what belongs to turns under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Snapshot:
 
     clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
     after the round with the best score on the validation split, where the run shall end with it. seconds: what the run
-    took up to then, in all its sessions.
+    took up to then, in all its sessions. underway: of asynchronous rounds, the turns that are under way and the updates
+    that wait.
     """
 
     round: int
@@ -65,6 +68,7 @@ class Snapshot:
     known: Mapping[str, KnownSite] = field(default_factory=dict)
     best: State | None = None
     seconds: float = 0.0
+    underway: Contents | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,24 +83,34 @@ class Contents:
     facts: Mapping[str, Any] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
 
+    def joined(self, other: Contents) -> Contents:
+        """Both, whose names differ."""
+        return Contents(
+            {**self.states, **other.states}, {**self.blobs, **other.blobs}, {**self.facts, **other.facts}, self.left
+        )
+
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
     best = {} if snapshot.best is None else {BEST: snapshot.best}
+    underway = snapshot.underway or Contents({})
     return save_contents(
         folder,
         snapshot.round,
         Contents(
             states={SERVER: snapshot.server}
             | best
-            | {CLIENT + name: state for name, state in snapshot.clients.items()},
-            blobs={str(version): payload for version, payload in snapshot.archive.items()},
+            | {CLIENT + name: state for name, state in snapshot.clients.items()}
+            | {UNDERWAY + name: state for name, state in underway.states.items()},
+            blobs={str(version): payload for version, payload in snapshot.archive.items()}
+            | {UNDERWAY + name: payload for name, payload in underway.blobs.items()},
             facts={
                 "round": snapshot.round,
                 "ledger_rows": snapshot.ledger_rows,
                 "fingerprint": snapshot.fingerprint,
                 "known": {name: asdict(known) for name, known in snapshot.known.items()},
                 "seconds": snapshot.seconds,
+                **({"underway": dict(underway.facts)} if snapshot.underway else {}),
             },
         ),
     )
@@ -109,13 +123,23 @@ def load_checkpoint(path: Path) -> Snapshot:
         round=held.facts["round"],
         server=held.states[SERVER],
         clients={name.removeprefix(CLIENT): state for name, state in held.states.items() if name.startswith(CLIENT)},
-        archive={int(version): payload for version, payload in held.blobs.items()},
+        archive={int(name): payload for name, payload in held.blobs.items() if not name.startswith(UNDERWAY)},
         ledger_rows=held.facts["ledger_rows"],
         fingerprint=held.facts["fingerprint"],
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
         best=held.states.get(BEST),
         seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept
+        underway=_underway_in(held),
     )
+
+
+def _underway_in(held: Contents) -> Contents | None:
+    """What belongs to turns under way, in asynchronous rounds."""
+    if "underway" not in held.facts:
+        return None
+    states = {name.removeprefix(UNDERWAY): kept for name, kept in held.states.items() if name.startswith(UNDERWAY)}
+    blobs = {name.removeprefix(UNDERWAY): kept for name, kept in held.blobs.items() if name.startswith(UNDERWAY)}
+    return Contents(states, blobs, held.facts["underway"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

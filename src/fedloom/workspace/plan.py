@@ -13,7 +13,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, ModelError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
-from fedloom.methods.table import build
+from fedloom.methods.table import buffered_names, build
 from fedloom.model.identity import weights_digest
 from fedloom.model.placement import Adapter, LinearModule, place_adapter
 from fedloom.records.config import Config, FederationSettings
@@ -51,6 +51,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
     shared = place_shared(linear, common, ranks)
     initial = first_adapter(config, shared.shapes, ranks)
     federation = config.federation
+    check_buffer(federation, clients)
     budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     job = Job(
         method=method,
@@ -62,9 +63,9 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         consolidation=Consolidation(federation.consolidate_every, federation.consolidate_energy),
         num_rounds=federation.num_rounds,
         downloads=downloads_of(
-            method, initial, client_ranks, federation.clients_per_round(len(clients)), federation.num_rounds
+            method, initial, client_ranks, turns_per_round(federation, len(clients)), federation.num_rounds
         ),
-        start=initial,
+        start=initial if method.needs_start else LoraState(),
         caps=caps_of(federation, clients),
         ranks=client_ranks,
     )
@@ -87,6 +88,32 @@ def check_method_takes(method: Method, config: Config) -> None:
         raise ConfigError(
             f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"
         )
+    if config.federation.mode == "buffered" and not method.updates:
+        raise ConfigError(
+            f"federation.mode is 'buffered', but what clients of method {method.name!r} send means something beside "
+            f"updates of the same version alone: use one of {', '.join(buffered_names())}, or synchronous rounds"
+        )
+
+
+def check_buffer(federation: FederationSettings, clients: Collection[str]) -> None:
+    """Raises ConfigError where asynchronous rounds ask for more updates than there are clients, or name nobody."""
+    if federation.buffer_size and federation.buffer_size > len(clients):
+        raise ConfigError(
+            f"federation.buffer_size is {federation.buffer_size}, but there are {len(clients)} clients, each with one "
+            "update in a step at most"
+        )
+    for name in federation.pace:
+        if name not in clients:
+            raise ConfigError(
+                f"federation.pace has a number for {name!r}, which takes no part; there are "
+                f"{', '.join(sorted(clients)[:9])}"
+            )
+
+
+def turns_per_round(federation: FederationSettings, clients: int) -> int:
+    """How many turns so many clients have in a round, on the mean."""
+    buffered = federation.mode == "buffered"
+    return federation.updates_per_step(clients) if buffered else federation.clients_per_round(clients)
 
 
 def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:

@@ -15,10 +15,12 @@ from fedloom.records.ledger import Choice
 from fedloom.workspace.occupied import Occupant, find_occupant
 
 ROUNDS = "federation.num_rounds"
-FREE: Mapping[str, bool] = dict.fromkeys(("flower", "output", "evaluation"), True)
+FREE: Mapping[str, bool] = dict.fromkeys(("local", "flower", "output", "evaluation"), True)
 """Tables that may change at any time, since the outcome does not rest on them."""
 FREE_FEDERATION = {"eval_every"}
 """Keys of [federation] that may."""
+BUFFERED = {"mode", "buffer_size", "staleness_exponent", "max_staleness", "pace"}
+"""Keys of [federation] that asynchronous rounds rest on."""
 SHOWN = 4
 """Settings that a message names; who has changed more has another run in mind."""
 
@@ -48,7 +50,9 @@ def check_way(
 
 def dump_fixed(config: Config) -> str:
     """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
-    without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds"}}
+    # Where rounds are synchronous, runs of before there were others go on as well.
+    unused = BUFFERED if config.federation.mode == "synchronous" else set()
+    without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds", *unused}}
     return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=without), sort_keys=True)
 
 

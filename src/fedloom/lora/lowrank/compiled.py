@@ -72,12 +72,12 @@ def _scatter(positions: Array, values: Array, rows: Array, part: Array) -> None:
     The numbers have no sign, so that numba looks for none that count from the end; a division costs less than a branch
     on where the next row begins.
     """
-    columns = part.shape[1]
+    columns, width = part.shape
     for k in range(positions.size):
         row = np.uint64(positions[k]) // np.uint64(columns)
         column = np.uint64(positions[k]) - row * np.uint64(columns)
         value = part.dtype.type(values[k])
-        for j in range(columns):
+        for j in range(width):
             part[column, j] += value * rows[row, j]
 
 
@@ -111,12 +111,12 @@ def spread_sparse(positions: Array, values: Array, width: int, turned: bool, mix
     if turned:
         _spread_turned(positions, values, width, mixing, total)
         return
-    columns = total.shape[1]
+    columns, across = mixing.shape
     for k in range(positions.size):
         row = np.uint64(positions[k]) // np.uint64(columns)
         column = np.uint64(positions[k]) - row * np.uint64(columns)
         value = values[k]
-        for j in range(columns):
+        for j in range(across):
             total[row, j] += value * mixing[column, j]
 
 

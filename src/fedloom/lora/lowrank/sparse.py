@@ -127,7 +127,7 @@ def _not_finite(turned: bool) -> NumericError:
 
 
 def project(factor: Tensor, change: TallChange, *, quick: bool = False) -> Tensor:
-    """factorᵀ @ change, r × r in float64, of a contiguous d × r factor.
+    """factorᵀ @ change, q × r in float64, of a contiguous d × q factor.
 
     quick: sums of some hundred terms in float32, which leaves a relative error of about 1e-7.
     """
@@ -151,10 +151,10 @@ def _dense_project(factor: Tensor, change: Tensor) -> Tensor:
 
 
 def spread(total: Tensor, change: TallChange, mixing: Tensor) -> None:
-    """Add change @ mixing to `total`, in place; total is contiguous float32, d × r, mixing is r × r."""
-    mixing = mixing.to(torch.float32, memory_format=torch.contiguous_format)
+    """Add change @ mixing to `total`, in place and in its type; total is contiguous, d × q, mixing is r × q."""
+    mixing = mixing.to(total.dtype, memory_format=torch.contiguous_format)
     if not isinstance(change, Tall):
-        total.addmm_(change, mixing)
+        total.addmm_(change.to(total.dtype), mixing)
         return
     kernels = compiled_for(total)
     if kernels is None:

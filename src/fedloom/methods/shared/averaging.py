@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -88,18 +89,26 @@ def weighted_mean(
 ) -> dict[str, Tensor]:
     """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
 
-    read: entries → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
+    read: entries of some modules → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
     in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
     added to the leading rows and columns.
     """
     sums = dict(start or {})
     for update in updates:
-        for name, tensor in read(update.entries).items():
-            if name not in sums:
-                sums[name] = torch.zeros_like(tensor)
-            leading = tuple(slice(size) for size in tensor.shape)
-            sums[name][leading].add_(tensor, alpha=weight(update, name))
+        for entries in by_module(update.entries):
+            for name, tensor in read(entries).items():
+                if name not in sums:
+                    sums[name] = torch.zeros_like(tensor)
+                leading = tuple(slice(size) for size in tensor.shape)
+                sums[name][leading].add_(tensor, alpha=weight(update, name))
+        del update  # the next one is read before the loop lets go of this one
     return sums
+
+
+def by_module(entries: Entries) -> Iterator[Entries]:
+    """The entries of one module after the other, in order of name: they may be decoded where they are asked for."""
+    for _, names in groupby(sorted(entries), lambda name: name.rpartition("/")[0]):
+        yield {name: entries[name] for name in names}
 
 
 def product_sums(

@@ -8,9 +8,18 @@ from fedloom.compress.budget import Budget
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context
+from fedloom.methods.spending import RunShape, Spending
 
 BUDGET = 0.01
 """Share of dense fp32 where no budget is set."""
+
+_RARE = 6.0
+"""Broadcasts from turn to turn above which the whole adapter goes down: at nine it is the better, at five not."""
+_UP, _UP_RARE, _UP_STATES = 0.42, 0.27, 0.35
+"""Share of the bytes that goes up: where all attend, where some do, and where whole adapters go down."""
+_TAPER = 0.5
+_CHANGE_BITS, _STATE_BITS = 0.5, 1.5
+"""Bits of a payload for a value, mean of both ways: with fewer, a lower rank does better (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +59,23 @@ class Dial:
         """A round's bytes over the mean of all rounds; it falls from 1 + taper to 1 − taper."""
         done = (round - 0.5) / num_rounds if num_rounds else 0.5
         return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
+
+
+def spend_run(shape: RunShape, size: float) -> Spending:
+    """How loom divides a client's bytes of a whole run: rank, mode and ways by the rules that the trials led to."""
+    payload = size / (2 * shape.turns)
+    states = shape.broadcasts > _RARE
+    up = _UP_STATES if states else _UP_RARE if shape.broadcasts > 1.0 else _UP
+    down = 1.0 + 1.0 / shape.turns if states else shape.broadcasts
+    mean = payload * (up + (1.0 - up) / down)
+    rank = int(8 * mean / ((_STATE_BITS if states else _CHANGE_BITS) * shape.per_rank))
+    rank = min(max(rank, 1), shape.most_rank)
+    settings = {"upload_share": up, "broadcast": "state" if states else "change"}
+    if not states and shape.broadcasts > 1.0:
+        settings["taper"] = _TAPER
+    what = "the whole adapter" if states else "changes"
+    said = (
+        f"loom sends {what} of rank {rank} (lora.r is {shape.most_rank}), {2 * payload * up:,.0f} bytes up "
+        f"in a turn and {2 * payload * (1.0 - up) / down:,.0f} in a broadcast, on the mean of all rounds"
+    )
+    return Spending(rank, payload, settings, said)

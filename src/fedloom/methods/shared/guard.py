@@ -88,11 +88,14 @@ class Witness:
         self.moves = {name: torch.zeros_like(step.values) for name, step in self.steps.items()}
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, seen."""
+        """The same updates, seen.
+
+        One that was begun before the last step says nothing of it: it repeats what led there.
+        """
         ranks = self.state.adapter.ranks()
         for update in updates:
             for name, step in self.steps.items():
-                if name in update.entries:
+                if name in update.entries and not update.staleness:
                     module, _, part = name.rpartition("/")
                     change = widen_change(update.entries[name], part, ranks[module])
                     self.moves[name].add_(step.read(change), alpha=update.weight)

@@ -6,7 +6,7 @@ Server and clients go on from the rounded one. So a client needs the newest broa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -39,9 +39,13 @@ def send_levels(room: Room, state: State, after: LoraState, context: Context) ->
 def broadcast_state(room: Room, guard: bool, state: State, updates: Iterable[Update], context: Context) -> Aggregate:
     """The mean adapter, as far as the budget goes; with `guard` its step is judged by `shared.guard`."""
     start, memory = _start(context), state.memory
-    means = weighted_mean(updates, start=zero_change(state.adapter))
+    ages: list[int] = []
+    means = weighted_mean(_note_ages(updates, ages), start=zero_change(state.adapter))
+    seen = means
+    if guard and any(ages):  # an update that was begun before the last step says nothing of it
+        seen = weighted_mean((one for one in updates if not one.staleness), start=zero_change(state.adapter))
     now = {name: t + memory[name] if name in memory else t for name, t in state.adapter.tensors().items()}
-    verdict = judge_step(state, now, means) if guard else Verdict(1.0, dict.fromkeys(state.adapter, 1.0))
+    verdict = judge_step(state, now, seen) if guard else Verdict(1.0, dict.fromkeys(state.adapter, 1.0))
     exact = before_step(state) if verdict.wrong else _step(now, means, verdict)
     parts: dict[str, Part] = {}
     for module, pair in from_tensors(exact).items():
@@ -60,6 +64,13 @@ def broadcast_state(room: Room, guard: bool, state: State, updates: Iterable[Upd
         whole += float((part.values * part.weights).square().sum())
     stats = {_LOST: lost / whole if whole else 0.0, **(verdict.stats if guard else {})}
     return Aggregate(coded.entries, kept, {**stats, UNDONE: 1.0} if verdict.wrong else stats)
+
+
+def _note_ages(updates: Iterable[Update], ages: list[int]) -> Iterator[Update]:
+    """The same updates; how stale each is goes to `ages`."""
+    for update in updates:
+        ages.append(update.staleness)
+        yield update
 
 
 def _step(now: Mapping[str, Tensor], means: Mapping[str, Tensor], verdict: Verdict) -> dict[str, Tensor]:

@@ -102,7 +102,8 @@ def configure(model: peft.PeftModel, adapter: Adapter) -> None:
         # PEFT has none on a parameter: a client with dropout trains modules alone.
         dropout = 0.0 if held.parameter else adapter.lora.lora_dropout
         layer.use_rslora[TRAINED] = adapter.lora.use_rslora
-        layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
+        if getattr(layer.lora_dropout[TRAINED], "p", 0.0) != dropout:
+            layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 def active_slot(model: object) -> str:

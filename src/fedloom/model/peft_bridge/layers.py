@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import peft
@@ -15,6 +16,8 @@ from fedloom.adapters.parameters import WRAPPED, join_pairs, matrix_names, param
 from fedloom.lora.pair import LoraPair
 
 TRAINED = "default"
+BASE = "base_layer"
+"""What PEFT calls the module that a layer wraps."""
 FROZEN = "fedloom_frozen"
 """No name that somebody would give an adapter of a model that he has wrapped himself."""
 
@@ -60,7 +63,15 @@ class AdaptedLayer:
         down, up = self.factors(slot)
         with torch.no_grad():
             _fill_linear(down, whole.A)
-            _fill_linear(up, whole.B / scale)
+            if _is_like(up.weight, whole.B):
+                torch.div(whole.B, scale, out=up.weight)
+            else:
+                _fill_linear(up, whole.B / scale)
+
+
+def _is_like(held: Tensor, values: Tensor) -> bool:
+    """Whether what is computed of the values can be written where it is held, without a copy."""
+    return (held.shape, held.dtype, held.device) == (values.shape, values.dtype, values.device)
 
 
 def _fill_linear(linear: nn.Linear, values: Tensor) -> None:
@@ -74,13 +85,34 @@ def _fill_linear(linear: nn.Linear, values: Tensor) -> None:
 
 
 def lora_layers(model: peft.PeftModel) -> Iterator[AdaptedLayer]:
-    """The layers in the model's order, those of one module's parameters from the last to the first."""
-    for path, module in model.get_base_model().named_modules():
-        if isinstance(module, ParamWrapper):
-            parameter = f"{path.replace(WRAPPED, '')}.{module.parameter_name}"
-            yield AdaptedLayer(tuple(matrix_names(parameter, module.num_experts)), module, parameter)
-        elif isinstance(module, LoraLayer):
-            yield AdaptedLayer((path,), module)
+    """The layers in the model's order, those of one module's parameters from the last to the first.
+
+    Of PEFT's layers what they wrap is looked at alone: a round asks several times, and PEFT makes ten modules of one.
+    """
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module]] = [("", model.get_base_model())]
+    while ahead:
+        path, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        kind = _layer_kind(type(module))
+        if kind is ParamWrapper:
+            wrapper = cast(ParamWrapper, module)
+            parameter = f"{path.replace(WRAPPED, '')}.{wrapper.parameter_name}"
+            yield AdaptedLayer(tuple(matrix_names(parameter, wrapper.num_experts)), wrapper, parameter)
+        elif kind is LoraLayer:
+            yield AdaptedLayer((path,), cast(LoraLayer, module))
+        inside = module._modules.items()
+        if kind is not None:
+            inside = {name: child for name, child in inside if name == BASE}.items()
+        ahead += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside) if child is not None]
+
+
+@cache
+def _layer_kind(kind: type[nn.Module]) -> type[LoraLayer] | None:
+    """Which of PEFT's layers a module of this class is. PEFT's classes take long to ask."""
+    return next((layer for layer in (ParamWrapper, LoraLayer) if issubclass(kind, layer)), None)
 
 
 def slotted_layers(model: peft.PeftModel, slot: str) -> list[AdaptedLayer]:

@@ -48,12 +48,19 @@ def live_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
 
 def read_adapter(model: peft.PeftModel, slot: str = TRAINED) -> LoraState:
     """A copy of the trained adapter, float32 on the CPU, the scale folded into B."""
+    found: dict[str, LoraPair] = {}
     with torch.no_grad():
-        return live_adapter(model, slot).map(lambda pair: LoraPair(_copied(pair.A), _copied(pair.B)))
+        for held in slotted_layers(model, slot):
+            # B times the scale is new already, but for matrices that are cut out of a parameter's.
+            found |= {
+                name: LoraPair(_copied(pair.A), _copied(pair.B, copy=bool(held.parameter)))
+                for name, pair in held.pairs(slot).items()
+            }
+    return LoraState(found)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _copied(tensor: Tensor, *, copy: bool = True) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=copy, memory_format=torch.contiguous_format)
 
 
 def write_adapter(model: peft.PeftModel, state: LoraState, slot: str = TRAINED) -> None:
@@ -98,7 +105,8 @@ def training_core(model: peft.PeftModel, core: LoraState, slot: str = TRAINED) -
 
     An empty core changes nothing.
     """
-    downs = [(held.factors(slot)[0], _rows(held, core)) for held in slotted_layers(model, slot) if core]
+    held_layers = slotted_layers(model, slot) if core else []
+    downs = [(held.factors(slot)[0], _rows(held, core)) for held in held_layers]
     for down, rows in downs:
         between = _Between(rows.to(down.weight.device, down.weight.dtype))
         parametrize.register_parametrization(down, "weight", between, unsafe=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from fedloom.records.quantities import MOST_CLIENTS, MOST_COUNT, MOST_STEPS, Examples, Name, Probability
 from fedloom.records.sections.section import Section
+
+MOST_EXPONENT = 100.0
+"""Of the weight of a stale update: beyond it one that is a single version old counts for nothing."""
+Pace: TypeAlias = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class FederationSettings(Section):
@@ -66,6 +70,33 @@ class FederationSettings(Section):
         description="An update is refused whose norm is over so many times the round's median, in a round of three "
         "updates or more.",
     )
+    mode: Literal["synchronous", "buffered"] = Field(
+        "synchronous",
+        description="What a round is: a turn of everybody who is asked, or, buffered, a step that the server takes "
+        "once buffer_size updates have come in, while everybody trains on: no site waits for a slower one.",
+    )
+    buffer_size: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CLIENTS,
+        description="Buffered: updates that make a step, one of each client; otherwise half as many as clients train "
+        "at once.",
+        examples=[2],
+    )
+    staleness_exponent: float = Field(
+        0.5,
+        ge=0,
+        le=MOST_EXPONENT,
+        description="Buffered: an update that was begun t versions ago counts (1 + t)^-this; 0 counts all alike.",
+    )
+    max_staleness: int = Field(
+        100, ge=0, le=MOST_COUNT, description="Buffered: an update that was begun more versions ago is refused."
+    )
+    pace: Annotated[dict[Name, Pace], Field(max_length=MOST_CLIENTS)] = Field(
+        {},
+        description="Buffered, in a simulation: client → how long its turn takes, where that of the others takes 1.",
+        examples=[{"bank": 10.0}],
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="Fixes everything random: split, sampling, masks, order of examples."
     )
@@ -98,3 +129,7 @@ class FederationSettings(Section):
     def clients_per_round(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
         return max(1, int(self.fraction_train * clients + 0.5))
+
+    def updates_per_step(self, clients: int) -> int:
+        """How many updates make a step of the server, in asynchronous rounds of so many clients."""
+        return self.buffer_size or max(1, self.clients_per_round(clients) // 2)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedloom.records.quantities import BudgetText, Name, Scalar
+from fedloom.records.quantities import BudgetText, ClientBudgetText, Name, Scalar
 from fedloom.records.sections.section import Section
 
 
@@ -46,4 +46,11 @@ class WireSettings(Section):
         description="What one client's payload of a round may take, for methods that choose how much they send: bytes, "
         'or a share of the dense fp32 update such as "1%". loom keeps to it on the mean of both ways.',
         examples=["8MiB"],
+    )
+    client_budget: ClientBudgetText | None = Field(
+        None,
+        description="What one client may take in the whole run, both ways, on the mean: bytes, or a share of what its "
+        'own examples take compressed ("80% of data"). The method chooses rank, scale, bits and what goes down; '
+        "lora.r is the largest rank that it may choose.",
+        examples=["15KB"],
     )

@@ -138,8 +138,9 @@ def run_estimate(case: Case, methods: Sequence[str], *, seed: int = 0, whole: bo
     with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of
     dense FedIT's with the same attendance. A method that cannot combine these clients has the row
     {"method", "refused": why}; alone, it raises its ConfigError. Everything but bytes and the published figures is a
-    prediction from one layer of made-up updates, timed now on this machine; with `whole` every layer is played, which
-    is slow and predicts nothing.
+    prediction from one layer of made-up updates, played now on this machine: "predicted_server_cpu_s" counts seconds of
+    processor time, so that other work on the machine changes little. With `whole` every layer is played, which is slow
+    and predicts nothing.
     """
     built = {}
     for variant in methods:
@@ -209,7 +210,7 @@ def _row(told: Prediction, case: Case, dense: int) -> dict[str, Any]:
         "delivery_bytes": round(course.delivery),
         "share_of_dense": (course.bytes if rounds else total) / dense,
         "efficiency": told.efficiency,
-        "predicted_server_s": told.server_s,
+        "predicted_server_cpu_s": told.server_cpu_s,
         "predicted_server_bytes": told.memory and round(told.memory),
     }
 

@@ -59,9 +59,8 @@ class Prediction:
     states: bytes of the full state after each round played; merges: whether it grows with every further one.
     replaces: whether the newest broadcast is enough for whoever missed some.
     efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
-    broadcast is sparse or has no factors. server_s: seconds
-    of the server's turn; memory: bytes that it needs beside its state, payloads included (None where the system does
-    not tell).
+    broadcast is sparse or has no factors. server_cpu_s: seconds of processor time of the server's turn, the sum over
+    threads; memory: bytes that it needs beside its state, payloads included (None where the system does not tell).
     """
 
     method: str
@@ -70,7 +69,7 @@ class Prediction:
     first: float
     auto: str
     efficiency: float | None
-    server_s: float
+    server_cpu_s: float
     memory: float | None = None
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     states: tuple[float, ...] = ()
@@ -89,20 +88,20 @@ class Traffic:
 
 
 class Play(Federation):
-    """A federation of a few modules in progress; it remembers its last round, and how long the server took in each."""
+    """A federation of a few modules in progress; it remembers its last round, and what the server took in each."""
 
     def __init__(self, job: Job, adapter: LoraState, clients: Mapping[str, Ranks]) -> None:
         super().__init__(job, adapter, clients)
-        self.server_s: list[float] = []
+        self.server_cpu_s: list[float] = []
         self.uploads: Mapping[str, bytes] = {}
         self.before = self.server
 
     def server_turn(self, uploads: Mapping[str, bytes]) -> ServerTurn:
         """The server's turn, timed."""
         self.uploads, self.before = uploads, self.server
-        began = time.perf_counter()
+        began = time.process_time()  # the clock on the wall would count whatever else the machine does
         turn = super().server_turn(uploads)
-        self.server_s.append(time.perf_counter() - began)
+        self.server_cpu_s.append(time.process_time() - began)
         return turn
 
 
@@ -210,7 +209,7 @@ def _predict(
         sum(own.first_up + own.first_down for own in traffic.values()),
         auto,
         efficient,
-        chosen.scale * sum(play.server_s[1:]) / (ROUNDS - 1),
+        chosen.scale * sum(play.server_cpu_s[1:]) / (ROUNDS - 1),
         traffic=traffic,
         states=states,
         merges=job.method.merges,

@@ -47,7 +47,7 @@ def _round_table(result: Mapping[str, Any]) -> Table:
     )
     # On a narrow terminal sizes are broken at their sign before the name of any built-in method is broken.
     table.add_column("method", overflow="fold", min_width=9)
-    for name in (PAPER, *CODINGS, "auto", "round", "of dense", "1 / Σ rank", "server s", "MiB"):
+    for name in (PAPER, *CODINGS, "auto", "round", "of dense", "1 / Σ rank", "server CPU s", "MiB"):
         table.add_column(name, justify="right", overflow="fold")
     for row in result["rows"]:
         if "refused" in row:
@@ -63,7 +63,7 @@ def _round_table(result: Mapping[str, Any]) -> Table:
             human_bytes(row["total_bytes"]),
             f"{100 * row['share_of_dense']:.2f} %",
             _scientific(row["efficiency"]),
-            f"{row['predicted_server_s']:.2f}",
+            f"{row['predicted_server_cpu_s']:.2f}",
             "–" if row["predicted_server_bytes"] is None else f"{row['predicted_server_bytes'] / MIB:,.0f}",
         )
     return table
@@ -76,11 +76,11 @@ def _caption(case: Mapping[str, Any]) -> str:
         if case["rounds"]
         else ("of all clients", "the round")
     )
-    how = "server: measured, every layer" if case["whole"] else "server: predictions, one layer timed now"
+    how = "server: measured, every layer" if case["whole"] else "server: predictions, from one layer played now"
     return (
         f"round: {who}, in the coding before it, wire.values. of dense: {what}, against "
         f"{human_bytes(case['dense_bytes'])} of dense fp32 FedIT of {case['dense_rank']} with the same attendance."
-        f"{_data_words(case)} Seconds and memory of the {how}, {case['threads']} threads"
+        f"{_data_words(case)} CPU seconds and memory of the {how}, {case['threads']} threads"
     )
 
 
