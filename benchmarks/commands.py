@@ -433,7 +433,7 @@ def soak_command(
 @app.command("workers")
 def workers_command(
     workers: Annotated[int, typer.Option(min=2, help="Worker processes, and flower-sim's.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the demo.")] = 20,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of the demo; the first is left out.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats in turns; the median is kept.")] = 1,
     flower: Annotated[bool, typer.Option("--flower/--no-flower", help="Flower's simulation too.")] = True,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,

@@ -1,7 +1,7 @@
 """The local engine with worker processes against the same run one client after another, and against flower-sim.
 
 All runs have the same settings, take turns, and are compared bit by bit. What is timed are the rounds, evaluation
-included: from the end of round 0, when everything is loaded and was used once, to the end of the last.
+included: from the end of round 1, when all processes are there and have loaded everything, to the end of the last.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Moment:
 
 
 class Clock(Silent):
-    """When the first evaluation and the last round ended."""
+    """When each round ended; the first is round 0."""
 
     def __init__(self) -> None:
         self.ends: list[Moment] = []
@@ -84,7 +84,7 @@ def run(config: Config, workers: int, *, repeats: int = 1, flower: bool = True) 
                 taken[name].append(_time(play, out))
                 left[name] = read_result(out)
     first, *_ = left.values()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, found in taken.items():
         row = {key: statistics.median(one[key] for one in found) for key in found[0]}
         ledger = None if name == "flower-sim" else left[name][1] == first[1]
@@ -113,7 +113,7 @@ def _time(play: Callable[[Path, Clock], object], out: Path) -> dict[str, float]:
     """One run's seconds."""
     clock, begun = Clock(), time.perf_counter()
     play(out, clock)
-    whole, first, last = time.perf_counter() - begun, clock.ends[0], clock.ends[-1]
+    whole, first, last = time.perf_counter() - begun, clock.ends[1], clock.ends[-1]
     own, others = last.own - first.own, last.others - first.others
     return {"rounds_s": last.wall - first.wall, "whole_s": whole, "own_s": own, "others_s": others}
 
@@ -127,7 +127,7 @@ def read_result(out: Path) -> tuple[bytes, str]:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The rows for a terminal."""
-    title = f"{result['rounds']} rounds on {result['cpus']} CPUs, {result['threads']} threads a process"
+    title = f"rounds 2 to {result['rounds']} on {result['cpus']} CPUs, {result['threads']} threads a process"
     table = Table(title=f"{title}, median of {result['repeats']}; seconds of the rounds")
     heads = ("way", "wall", "gain", "CPU: own", "others", "wall at least", "gain at most", "whole run", "same bits")
     for name in heads:

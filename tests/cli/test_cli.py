@@ -33,7 +33,7 @@ class Engine:
         self.reason, self.notes = "", ()
         self.writes_settings = False
 
-    def run(self, config, out, *, resume, force, observer):
+    def run(self, config, out, *, resume, force, observer, nursery=None):
         self.calls.append((config, out, resume))
         self.forced = force
         out.mkdir(parents=True)

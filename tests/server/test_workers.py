@@ -21,6 +21,7 @@ from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, read_rows
 from fedloom.server import local, workers
 from fedloom.server.nursery import Order
+from fedloom.server.nursery_process import Nursery
 from fedloom.server.pool import Pool, Ticket
 from fedloom.server.workers import find_devices, thread_notes
 from small_testbed import small_testbed
@@ -42,29 +43,27 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def shared(config: Config) -> Iterator[Pool]:
-    """The one pool of this file: what takes seconds is to import the libraries."""
-    model = config.model.model_copy(update={"device": "cpu"})
-    with Pool(Order(config.model_copy(update={"model": model}), None, 1, shared=True), 3, ("cpu",)) as pool:
-        yield pool
+def nursery() -> Iterator[Nursery]:
+    """The one process of this file that workers come from: what takes seconds is to import the libraries."""
+    with Nursery(crowded=False) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def shared(config: Config, nursery: Nursery) -> Pool:
+    return Pool(nursery, Order(config, None, 1, shared=True), 3, ("cpu",))
 
 
 @pytest.fixture
 def pool(shared: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
-    """Runs that ask for workers have those of the pool."""
+    """Runs that ask for workers have those of the one pool."""
 
-    class Lent:
-        def __init__(self, order: Order, count: int, devices: tuple[str, ...]) -> None:
-            assert (order.threads, order.shared, devices) == (1, True, ("cpu",))
-            monkeypatch.setattr(shared, "_count", count)
+    def lend(nursery: object, order: Order, count: int, devices: tuple[str, ...]) -> Pool:
+        assert (order.threads, order.shared, devices) == (1, True, ("cpu",))
+        monkeypatch.setattr(shared, "_count", count)
+        return shared
 
-        def __enter__(self) -> Pool:
-            return shared
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(workers, "Pool", Lent)
+    monkeypatch.setattr(workers, "Pool", lend)
     return shared
 
 
@@ -100,9 +99,9 @@ def test_the_run_tells_of_everything_that_workers_might_get_wrong(alone: Path):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_side_by_side_every_bit_and_row_is_as_one_after_another(
-    count: int, config: Config, alone: Path, pool: Pool, tmp_path: Path
+    count: int, config: Config, alone: Path, nursery: Nursery, pool: Pool, tmp_path: Path
 ):
-    local.run_local(with_workers(config, count), tmp_path / "run")
+    local.run_local(with_workers(config, count), tmp_path / "run", nursery=nursery)
     assert left(tmp_path / "run") == left(alone)
 
 
@@ -114,14 +113,19 @@ class Killed(Silent):
             raise KeyboardInterrupt
 
 
-def test_a_run_goes_on_with_another_number_of_workers(config: Config, alone: Path, pool: Pool, tmp_path: Path):
+def test_a_run_goes_on_with_another_number_of_workers(
+    config: Config, alone: Path, nursery: Nursery, pool: Pool, tmp_path: Path
+):
+    out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        local.run_local(with_workers(config, 3), tmp_path / "run", observer=Killed())
-    local.run_local(with_workers(config, 2), tmp_path / "run", resume=True)
-    assert left(tmp_path / "run") == left(alone)
+        local.run_local(with_workers(config, 3), out, observer=Killed(), nursery=nursery)
+    local.run_local(with_workers(config, 2), out, resume=True, nursery=nursery)
+    assert left(out) == left(alone)
 
 
-def test_a_client_with_a_step_of_its_own_trains_in_this_process(config: Config, pool: Pool, tmp_path: Path):
+def test_a_client_with_a_step_of_its_own_trains_in_this_process(
+    config: Config, nursery: Nursery, pool: Pool, tmp_path: Path
+):
     seen = []
 
     def still(state: State, round: int, seed: int) -> fedloom.Trained:
@@ -129,8 +133,8 @@ def test_a_client_with_a_step_of_its_own_trains_in_this_process(config: Config, 
         return fedloom.Trained(state.adapter, num_examples=3, loss=0.5)
 
     once = config.model_copy(update={"federation": config.federation.model_copy(update={"num_rounds": 1})})
-    for number, settings in enumerate((once, with_workers(once, 2))):
-        local.run_local(settings, tmp_path / str(number), trainers={"lab": still})
+    local.run_local(once, tmp_path / "0", trainers={"lab": still})
+    local.run_local(with_workers(once, 2), tmp_path / "1", trainers={"lab": still}, nursery=nursery)
     assert left(tmp_path / "1") == left(tmp_path / "0")
     assert set(seen) == {os.getpid()}
 
@@ -154,7 +158,7 @@ def test_an_error_comes_back_as_what_it_is_with_the_way_it_came(shared: Pool):
         odd.result()
 
 
-def test_a_method_that_only_this_process_has_is_refused_before_a_process_is_begun(config: Config, tmp_path: Path):
+def test_a_method_that_only_this_process_has_is_refused(config: Config, tmp_path: Path):
     method = fedloom.replace(build("fedit", {}), name="mine", receive=lambda state, entries, context: state)
     with pytest.raises(ConfigError, match="name it, as package.module:builder, or leave local.workers out"):
         local.run_local(with_workers(config, 2), tmp_path / "run", method=method)
@@ -188,15 +192,15 @@ def test_threads_that_share_cpus_are_told_of(config: Config, monkeypatch: pytest
     assert "with model.threads = 2 they would not have to share 8 CPUs" in thread_notes(with_workers(free, 4))[0]
 
 
-def test_when_the_runs_process_is_gone_so_are_its_workers(shared: Pool, tmp_path: Path):
+def test_when_the_runs_process_is_gone_so_are_its_workers(nursery: Nursery, shared: Pool, tmp_path: Path):
     """The last test here: it ends the pool. The system closes a killed process's pipes, as is done here."""
     notes = tmp_path / "number"
     shared._hand_out(Ticket(Waiting(notes)), shared._idle.pop())
     while not (notes.exists() and notes.read_text()):
         time.sleep(0.01)
     worker = int(notes.read_text())
-    shared._pipe.close()
-    assert shared._nursery.wait(30) == 0
+    nursery.pipe.close()
+    assert nursery._process.wait(30) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
     with pytest.raises(RoundError, match="was ended with exit code 0: go on with --resume"):

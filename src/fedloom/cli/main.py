@@ -243,11 +243,12 @@ for command in (aggregate, preview, estimate, compare, tune, evaluate):
 def play_local(config: Config, folder: Path, command: str, *, resume: bool = False, force: bool = False) -> None:
     """Run the local engine with its progress on screen, then say what came of it. command: the one that goes on."""
     from fedloom.report.live import watch
+    from fedloom.server.nursery_process import begin_nursery
 
-    with explain_resume(folder, command), watch(screen) as observer:
-        from fedloom.server import local
+    with explain_resume(folder, command), watch(screen) as observer, begin_nursery(config) as nursery:
+        from fedloom.server import local  # takes seconds, while the workers' process loads the same
 
-        summary = local.run_local(config, folder, resume=resume, force=force, observer=observer)
+        summary = local.run_local(config, folder, resume=resume, force=force, observer=observer, nursery=nursery)
     close_run(summary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer, choose_next
 from fedloom.server.engine import Updates
 from fedloom.server.loop import Rounds
+from fedloom.server.nursery_process import Nursery, begin_nursery
 from fedloom.server.pool import Pool
 from fedloom.server.roster import Roster
 from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
-from fedloom.server.workers import load_without_weights, open_pool
+from fedloom.server.workers import fill_pool, load_without_weights
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
@@ -36,16 +38,20 @@ def run_local(
     observer: Observer | None = None,
     method: Method | None = None,
     trainers: Mapping[str, Train] | None = None,
+    nursery: Nursery | None = None,
 ) -> RunSummary:
     """Simulate the whole federation that `config` describes, leaving its results in the folder `out`.
 
     resume: go on with the run in `out`; it may be given more rounds. force: move that run aside.
     method: takes the place of the one that `config` names. Its settings are bound in it and are not checked on resume.
     trainers: client → its training step, such as `patch` makes; the other clients train as `config` says.
+    nursery: where the workers that `config` asks for come from, if that was begun already.
     Raises ConfigError, DataError or ModelError for what the user can mend, CheckpointError where `out` holds
     another run or, with `resume`, nothing to go on from. A run that came to nothing says why in its summary.
     """
-    with RunFolder.open(out, config, resume=resume, force=force) as folder, open_pool(config, method) as pool:
+    nest = nullcontext(nursery) if nursery else begin_nursery(config)
+    with RunFolder.open(out, config, resume=resume, force=force) as folder, nest as begun:
+        pool = fill_pool(config, method, begun) if begun else None
         setup = load_without_weights(config, method, pool) if pool else load_setup(config, method)
         sites = LocalSites(setup, trainers=trainers, pool=pool)
         return Rounds(setup, folder, observer or Silent(), sites).play(resume)

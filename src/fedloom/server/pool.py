@@ -6,23 +6,17 @@ worker that is killed, for lack of memory say, costs its task's time: another on
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import send_handle
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fedloom.errors import ConfigError, RoundError
 from fedloom.server.nursery import Failure, Order
+from fedloom.server.nursery_process import Nursery
 from fedloom.server.pipes import pack, receive, send
 from fedloom.server.tasks import Task
 
@@ -32,15 +26,6 @@ TRIES = 2
 """How often a task is done whose worker is killed. What kills two would kill the third."""
 AHEAD = 4
 """Tasks for each worker that may be begun or done before the first of them is taken: what waits is in memory."""
-PATIENCE = 10.0
-"""Seconds that the process which workers come from may take to end them."""
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive a fork
-    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # nor do those that transformers loads weights with
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or a look whether there is a GPU leaves none to what is forked
-}
-PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-"""For more threads than CPUs: a thread that waits leaves its CPU to the others."""
 
 
 @dataclass(eq=False, slots=True)
@@ -73,13 +58,13 @@ class Ticket(Generic[Work]):
 
 
 class Pool:
-    """Up to `count` workers, begun as they are needed, on the devices in turn. Use as a context manager.
+    """Up to `count` workers, forked as they are needed, on the devices in turn.
 
     Raises ConfigError where the order's method cannot be told to another process.
     """
 
-    def __init__(self, order: Order, count: int, devices: Sequence[str]) -> None:
-        self._count, self._devices = count, tuple(devices)
+    def __init__(self, nursery: Nursery, order: Order, count: int, devices: Sequence[str]) -> None:
+        self._nursery, self._count, self._devices = nursery, count, tuple(devices)
         self._idle: list[Worker] = []
         self._busy: dict[Connection, tuple[Worker, Ticket[Any]]] = {}
         self._begun = 0
@@ -90,19 +75,8 @@ class Pool:
                 f"local.workers is {count}, but the method that was handed over cannot be told to another process "
                 f"({error}): name it, as package.module:builder, or leave local.workers out"
             ) from None
-        self._pipe, far = Pipe()
-        code = f"from fedloom.server.nursery import tend; tend({far.fileno()})"
-        crowded = order.shared and count * order.threads > (os.cpu_count() or 1)
-        self._nursery = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[far.fileno()],
-            env={**os.environ, **QUIET, **(PASSIVE if crowded else {})},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C on the terminal is for the run's process, which ends this group as a whole
-        )
-        far.close()
-        self._pipe.send(sys.path)
-        send(self._pipe, told)
+        with suppress(OSError):  # what is wrong shows when a worker is forked
+            send(nursery.pipe, told)
 
     def run(self, tasks: Iterable[Work], begun: Callable[[Work], None] = lambda task: None) -> Iterator[Ticket[Work]]:
         """The tasks' tickets in their order, each once it is over. Tasks are drawn as workers become free.
@@ -149,7 +123,7 @@ class Pool:
         """A worker has ended amid its task: have another one do it."""
         del self._busy[worker.pipe]
         worker.pipe.close()
-        ended = describe_end(self._asked("bury", worker.number))
+        ended = self._nursery.bury(worker.number)
         ticket.tries += 1
         if ticket.tries < TRIES:
             self._hand_out(ticket, self._fork(worker.device))
@@ -169,49 +143,5 @@ class Pool:
         return self._fork(self._devices[(self._begun - 1) % len(self._devices)])
 
     def _fork(self, device: str) -> Worker:
-        """A new worker."""
-        near, far = Pipe()
-        with far, suppress(OSError):  # what is wrong shows in the answer
-            self._pipe.send(("fork", device))
-            send_handle(self._pipe, far.fileno(), self._nursery.pid)
-        return Worker(self._answer(), near, device)
-
-    def _asked(self, command: str, value: object) -> int:
-        with suppress(OSError):  # what is wrong shows in the answer
-            self._pipe.send((command, value))
-        return self._answer()
-
-    def _answer(self) -> int:
-        try:
-            answer: int = self._pipe.recv()
-        except (EOFError, OSError):
-            raise RoundError(
-                f"the process that the run's workers come from was ended {describe_end(self._nursery.wait())}: go on "
-                "with --resume"
-            ) from None
-        return answer
-
-    def close(self) -> None:
-        """End all workers, whatever they are doing."""
-        self._pipe.close()
-        if self._begun:  # else it may still be loading, and would not notice
-            with suppress(subprocess.TimeoutExpired):
-                self._nursery.wait(PATIENCE)
-        with suppress(ProcessLookupError):
-            os.killpg(self._nursery.pid, signal.SIGKILL)
-        self._nursery.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def describe_end(code: int) -> str:
-    """How a process ended, in words; `code` as subprocess has it: minus the signal, or what it said itself."""
-    if code == -signal.SIGKILL:
-        return "by the signal SIGKILL, as a system does that is out of memory"
-    return f"by the signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        number, pipe = self._nursery.fork(device)
+        return Worker(number, pipe, device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,28 +17,24 @@ from fedloom.model.base import load_base
 from fedloom.model.evaluate import Scores
 from fedloom.records.config import Config
 from fedloom.server.nursery import Order
+from fedloom.server.nursery_process import Nursery
 from fedloom.server.pool import Pool
 from fedloom.server.tasks import Ask, Score, Task, Validate
 from fedloom.workspace.assemble import Setup, load_setup
 
 
-@contextmanager
-def open_pool(config: Config, method: Method | None) -> Iterator[Pool | None]:
-    """The workers that [local] asks for; None where the run's own process trains.
+def fill_pool(config: Config, method: Method | None, nursery: Nursery) -> Pool:
+    """The workers that [local] asks for.
 
     Raises ConfigError for a device that there is not, and where the method cannot be told to another process.
     """
-    if not config.local.count:
-        yield None
-        return
     devices = find_devices(config)
     shared = devices == ("cpu",)
     model = config.model.model_copy(update={"device": "cpu" if shared else "cuda"})
     # As many threads for any number of workers: how sums are shared out among threads decides their last bits.
     threads = config.model.threads or torch.get_num_threads()
     order = Order(config.model_copy(update={"model": model}), method, threads, shared)
-    with Pool(order, config.local.count, devices) as pool:
-        yield pool
+    return Pool(nursery, order, config.local.count, devices)
 
 
 def find_devices(config: Config) -> tuple[str, ...]:
