@@ -18,7 +18,8 @@ from fedloom.lora.lowrank import (
     truncate,
     truncate_all,
 )
-from fedloom.lora.lowrank.kernels import Wanted, spectrum_by_gram
+from fedloom.lora.lowrank.kernels import spectrum_by_gram
+from fedloom.lora.lowrank.spectrum import Wanted
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair, stack_pairs
 
@@ -349,6 +350,9 @@ def test_the_streaming_cap_is_exact_for_common_cohorts_and_far_above_the_rank():
 def test_a_sum_holds_what_it_is_given_and_copies_nothing():
     first = pair(30, 20, 4)
     total = summed([first], [1.0])
+    later = summed([first], [1.0])
+    later.add_later(lambda: first, first.rank, 0.5)
+    assert later.rank == 8 and relative_error(later.factors(), [first], [1.5]) < 1e-6
     held = total._stack().terms[0][0]
     assert held.A.data_ptr() == first.A.data_ptr()
     assert held.B.data_ptr() == first.B.data_ptr()
