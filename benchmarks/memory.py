@@ -117,9 +117,15 @@ def read_status(key: str) -> int:
 def play(config: Config, out: Path, grid: Grid) -> None:
     """All rounds of the server app, with the sites that the grid reaches."""
     with RunFolder.open(out, config) as folder:
-        setup = made_up_setup(config)
-        facts = {"job": "0123456789abcdef", "base": base_digest(config.model.path)}
-        Rounds(setup, folder, Silent(), FlowerSites(setup, Fleet(grid, facts, SITES))).play(resume=False)
+        prepare(folder, grid).play(resume=False)
+
+
+def prepare(folder: RunFolder, grid: Grid) -> Rounds:
+    """As `flower.sites.prepare_rounds` does, but with the made-up setup."""
+    setup = made_up_setup(folder.config)
+    facts = {"job": "0123456789abcdef", "base": base_digest(folder.config.model.path)}
+    outlined = setup.outlined()
+    return Rounds(outlined, folder, Silent(), FlowerSites(outlined, Fleet(grid, facts, SITES)), first=setup.initial)
 
 
 def replay_site(desk: Desk, kept: Path) -> None:

@@ -53,7 +53,7 @@ PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
         (lowrank, "truncate"),
         (guard, "inner_products"),
     ),
-    "decode": ((wire, "decode"), (sparsify, "floats")),
+    "decode": ((wire, "decode"), (wire, "decode_lazily"), (sparsify, "floats")),
     "encode": ((wire, "encode"),),
     "choose": ((sparsify, "split"), (sparsify, "importance"), (sparsify, "shortlist"), (sparsify, "select_largest")),
     "average": ((averaging, "weighted_mean"), (guard.Step, "read"), (guard.Witness, "judge")),

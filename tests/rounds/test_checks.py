@@ -326,6 +326,6 @@ def test_any_exception_of_a_reader_is_the_updates_fault(monkeypatch):
         raise ZeroDivisionError("integer division by zero")
 
     payload = uploads(federation)["ada"]
-    monkeypatch.setattr("fedloom.rounds.checks.decode", broken)
+    monkeypatch.setattr("fedloom.rounds.decoded.decode", broken)
     with pytest.raises(FedloomError, match="ZeroDivisionError"):
         check_update(federation.job, federation.server, "ada", payload, 1)

@@ -30,3 +30,13 @@ def test_on_a_disk_without_room_a_payload_stays_in_memory(tmp_path, monkeypatch)
     assert held[3] == bytes(SMALL) and list(held) == [3]
     with pytest.raises(KeyError):
         held[4]
+
+
+def test_nothing_is_read_to_know_what_is_there_or_to_let_go_of_it(tmp_path, monkeypatch):
+    held: Spool[int] = Spool(tmp_path)
+    held[1] = held[2] = bytes(SMALL)
+    monkeypatch.setattr(Spool, "__getitem__", None)
+    held[1] = bytes(SMALL)
+    assert 1 in held and 3 not in held
+    held.clear()
+    assert not held

@@ -7,7 +7,8 @@ nothing, and the sender knows exactly what the receiver will see.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -107,6 +108,35 @@ def dense_entry(tensor: Tensor) -> Dense:
     return Dense(tuple(tensor.shape), tensor.detach().to(torch.float32).reshape(-1).contiguous())
 
 
+def plain_entry(entry: Entry) -> Entry:
+    """The entry with every tensor on the CPU, contiguous and free of gradients."""
+    values = entry.values
+    if isinstance(values, Quantized):
+        values = replace(values, codes=_plain(values.codes), scales=_plain(values.scales))
+    else:
+        values = _plain(values)
+    if isinstance(entry, Sparse):
+        return replace(entry, values=values, positions=_plain(entry.positions))
+    return replace(entry, values=values)
+
+
+def detach_entry(entry: Entry, shared: Collection[int] = ()) -> Entry:
+    """`plain_entry` for keeping: dense floats, which `to_dense` does not copy, are copied where they lie in one of these
+    stretches of memory (by address), or in a longer one that they would keep alive.
+    """
+    entry = plain_entry(entry)
+    values = entry.values
+    if isinstance(entry, Dense) and isinstance(values, Tensor):
+        held = values.untyped_storage()
+        if held.data_ptr() in shared or held.nbytes() > values.nbytes:
+            return replace(entry, values=values.clone())
+    return entry
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
 def to_dense(entry: Entry) -> Tensor:
     """The whole tensor as float32, with zeros where the entry holds nothing."""
     values = floats(entry.values)
@@ -116,6 +146,15 @@ def to_dense(entry: Entry) -> Tensor:
     where = entry.positions if isinstance(entry, Sparse) else seeded_mask(flat.numel(), entry.density, entry.seed)
     flat[where] = values
     return flat.view(entry.shape)
+
+
+def add_entry(tensor: Tensor, entry: Entry) -> Tensor:
+    """`tensor + to_dense(entry)`, bit by bit, in one pass over the tensor where the entry is sparse."""
+    if not isinstance(entry, Sparse) or entry.shape != tuple(tensor.shape) or not tensor.is_contiguous():
+        return tensor + to_dense(entry)
+    total = tensor + 0.0  # a sum with zeros has no -0.0 either
+    total.view(-1).index_add_(0, entry.positions, floats(entry.values))
+    return total
 
 
 def _check_count(form: str, shape: tuple[int, ...], values: Values, expected: int) -> None:

@@ -11,7 +11,8 @@ Flower says that it is lost. Until then the site is asked for no other.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -140,15 +141,24 @@ class Fleet:
         if self.spoken.get(turn.node, SPOKEN.newest) >= WITHDRAWS:
             self.post(turn.node, turn.site, "withdraw", turn.round, Parcel({}))
 
-    def collect(self) -> list[Reply]:
-        """What has come since the last call. Replies to what nobody asked are dropped."""
-        replies = []
+    def collect(self) -> Iterator[Reply]:
+        """What has come since the last call, one after the other. Replies to what nobody asked are dropped.
+
+        A reply is as large as its payload, and let go of here before the next one is read.
+        """
+        came = deque(self.pull())
+        while came:
+            reply = read_reply(*came.popleft())
+            self.close_withdrawn(reply)
+            yield reply
+            del reply
+
+    def pull(self) -> Iterator[tuple[SentRequest, Message]]:
+        """The messages that have come, each with what it answers."""
         for message in self.grid.pull_messages(list(self.outstanding)) if self.outstanding else ():
             asked = self.outstanding.pop(message.metadata.reply_to_message_id, None)
             if asked is not None:
-                replies.append(read_reply(asked, message))
-                self.close_withdrawn(replies[-1])
-        return replies
+                yield asked, message
 
     def close_withdrawn(self, reply: Reply) -> None:
         """A site that has answered a withdrawal works on that turn no more. What it sent before may still arrive."""

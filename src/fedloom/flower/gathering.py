@@ -98,6 +98,7 @@ class Gathering:
         while True:
             for reply in self.fleet.collect():
                 self.take(reply)
+                del reply  # as large as its payload
             if all(site in self.failed for site in self.missing):
                 return
             now = time.monotonic()

@@ -56,15 +56,16 @@ def pack_parcel(parcel: Parcel) -> RecordDict:
 
 def unpack_parcel(content: RecordDict) -> Parcel:
     """The parcel in a message's content. Raises SiteError where there is none, or its sizes do not fit."""
-    try:
-        facts = dict(content.config_records[FACTS])
-    except KeyError:
-        raise SiteError("the message is none of fedloom's") from None
-    lengths = parse_sizes(facts.pop(SIZES, []))
-    arrays = list(content.array_records.get(ARRAYS, {}).values())
+    # Not by content.array_records: such a view and its record hold each other, and with them the payloads, until some
+    # later collection of garbage.
+    facts, held = content.get(FACTS), content.get(ARRAYS, {})
+    if not isinstance(facts, ConfigRecord):
+        raise SiteError("the message is none of fedloom's")
+    arrays = list(held.values()) if isinstance(held, ArrayRecord) else []
+    lengths = parse_sizes(facts.get(SIZES, []))
     if any(array.stype != STYPE for array in arrays) or len(arrays) > 1:
         raise SiteError(f"the message's array is not of type {STYPE}: both sides need the same version of fedloom")
     return Parcel(
-        {name: value for name, value in facts.items() if isinstance(value, str | int | float | bool)},
+        {name: value for name, value in facts.items() if isinstance(value, str | int | float | bool) and name != SIZES},
         cut_payloads(arrays[0].data if arrays else b"", lengths),
     )

@@ -31,6 +31,8 @@ from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Presence, Row, Training, Transfer
 from fedloom.records.text import to_printable
 from fedloom.rounds.checks import UpdateFacts, check_update
+from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
 from fedloom.server.spool import Spool
@@ -65,15 +67,23 @@ def run_federation(
     check_flower_settings(config)
     with RunFolder.open(out, config, resume=resume, force=force, extend=False) as folder:
         keep_number(folder.path, number)
-        told = [*notes]
-        heldout = heldout_examples(config.data, told.append)
-        nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
-        setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
-        facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
-        fleet = Fleet(grid, facts, tuple(setup.sites))
-        ends = {} if number is None else certificate_ends(config.flower)
-        sites = FlowerSites(setup, fleet, simulated=number is None)
-        return Rounds(setup, folder, observer or Silent(), sites, ends).play(resume)
+        return prepare_rounds(grid, folder, resume, observer or Silent(), notes, number).play(resume)
+
+
+def prepare_rounds(
+    grid: Grid, folder: RunFolder, resume: bool, observer: Observer, notes: Sequence[str], number: int | None
+) -> Rounds:
+    """The run in an open folder, ready to be played. The first adapter is held by its state alone, and as long as that."""
+    config, told = folder.config, [*notes]
+    heldout = heldout_examples(config.data, told.append)
+    nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
+    setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
+    facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
+    fleet = Fleet(grid, facts, tuple(setup.sites))
+    ends = {} if number is None else certificate_ends(config.flower)
+    outlined = setup.outlined()
+    sites = FlowerSites(outlined, fleet, simulated=number is None)
+    return Rounds(outlined, folder, observer, sites, ends, setup.initial)
 
 
 def job_id(path: Path, resume: bool) -> str:
@@ -100,6 +110,7 @@ class FlowerSites:
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
         self.updates: Spool[str]
+        self.decoded: Decoded
         self.known = dict.fromkeys(setup.sites, KnownSite(UNKNOWN))
 
     def __iter__(self) -> Iterator[str]:
@@ -111,7 +122,7 @@ class FlowerSites:
         if not self.fleet.names:
             take, looked = partial(self.take_stray, rounds), partial(self.note_presence, rounds)
             muster_sites(self.fleet, rules, take, looked)
-        self.updates = Spool(rounds.folder.path)
+        self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
             self.fleet,
             rules,
@@ -133,7 +144,8 @@ class FlowerSites:
             ledger.sync()
         for site in self.updates.keys() - answers.keys():  # it was out of proportion
             del self.updates[site]
-        return Updates(self.updates, answers, rules.min_replies)
+            self.decoded.drop(site)
+        return Updates(self.updates, answers, rules.min_replies, decoded=self.decoded)
 
     def note_presence(self, rounds: Rounds) -> None:
         """Record who is there and who is not, where that has changed."""
@@ -156,6 +168,9 @@ class FlowerSites:
         parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
         self.fleet.post(self.fleet.names[site], site, ask, rounds.round, parcel, ttl)
+        size = sum(map(len, payloads))
+        del payloads, parcel
+        give_back(size)
 
     def check(self, rounds: Rounds, site: str, reply: Reply) -> UpdateFacts:
         """Keep the update in a reply; what was seen of it. Raises the FedloomError that says why it is no use."""
@@ -167,7 +182,7 @@ class FlowerSites:
             raise WireError(f"refused: {len(parcel.payloads)} payloads where one update was expected")
         payload = parcel.payloads[0]
         try:
-            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round)
+            seen = check_update(self.setup.job, rounds.server, site, payload, reply.asked.round, self.decoded)
         except FedloomError as error:
             raise type(error)(f"refused: {to_printable(str(error))}") from None
         self.know(site, rounds.server.version, rounds.server.digest)

@@ -123,7 +123,7 @@ class FedLoomStrategy(Strategy):
             self.refused |= error.refused
             return None, None
         self.refused |= turn.refused
-        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         self.server = turn.state
         sizes = {"bytes_up": sum(map(len, payloads.values())), "bytes_down": len(turn.payload)}
         return self.arrays(), MetricRecord({**turn.stats, **sizes, "refused": len(self.refused)})

@@ -110,6 +110,7 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
         compress=partial(send_levels, dial.bytes),
         aggregate=partial(broadcast_state, dial.bytes, guard),
         receive=take_state,
+        needs_start=True,
         adopt=adopt_whole,
         replaces=PARTS,
         joins=True,

@@ -6,7 +6,7 @@ are bound when the record is built: the builder's keyword arguments are the keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as replace
 from typing import Literal, Protocol
@@ -52,6 +52,10 @@ class State:
     def total(self) -> LoraState:
         """The whole change of weight, W − W0, as one state."""
         return stack([self.adapter, self.frozen, self.tail])
+
+    def numel(self) -> int:
+        """Number of values in `total`, which is not made for it."""
+        return sum(part.numel() for part in (self.adapter, self.frozen, self.tail))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -189,6 +193,7 @@ class Method:
     penalty(before, now): is added to a client's loss; `now` holds live parameters. takes_budget: compress keeps to
     context.budget, which is the share default_budget of dense fp32 where none is set (0: no limit). values: the form of
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
+    needs_start: its steps ask for `Context.start`.
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
     whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
@@ -212,6 +217,7 @@ class Method:
     narrow: Callable[[Entries, Mapping[str, int]], Entries] = send_all
     penalty: Callable[[LoraState, LoraState], Tensor] | None = None
     takes_budget: bool = False
+    needs_start: bool = False
     default_budget: float = 0.0
     values: str = "fp32"
     wider: Mapping[float, str] = field(default_factory=dict)
@@ -234,10 +240,14 @@ class Method:
         reached = [share for share in self.wider if kept and kept.share > share]
         return self.wider[max(reached)] if reached else self.values
 
-    def says_all(self, entries: Entries, adapter: LoraState) -> bool:
-        """Whether a broadcast of these entries needs none before it: it replaces all that changes in `adapter`."""
-        wanted = [f"{module}/{part}" for module in adapter for part in self.replaces]
-        return bool(wanted) and all(name in entries for name in wanted)
+    def cuts(self, adapter: LoraState, ranks: Mapping[str, int]) -> bool:
+        """Whether `narrow` may change a broadcast of this adapter for a client of these ranks."""
+        return self.narrow is not send_all and any(ranks.get(m, pair.rank) < pair.rank for m, pair in adapter.items())
+
+    def says_all(self, names: Collection[str], adapter: LoraState) -> bool:
+        """Whether a broadcast of these tensors needs none before it: it replaces all that changes in `adapter`."""
+        wanted = {f"{module}/{part}" for module in adapter for part in self.replaces}
+        return bool(wanted) and wanted <= set(names)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""

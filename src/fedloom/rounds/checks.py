@@ -6,21 +6,22 @@ and values fit this run and this adapter. Every function raises a FedloomError t
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Quantized, Values, all_finite, floats
+from fedloom.compress.entries import Entry, Quantized, Values, all_finite, floats
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
 from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
+from fedloom.rounds.decoded import Decoded, read_update
 from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.joint import split_entries
-from fedloom.wire import DEFAULT, Header, Limits, decode
+from fedloom.wire import DEFAULT, Header, Limits
 
 MOST_EXAMPLES = 10**9
 """Examples that one update may rest on: no site fine-tunes on more, and sums of such numbers are exact in a float."""
@@ -33,26 +34,36 @@ enough that a wrong rank gets an error that names the tensor, not one about the 
 
 @dataclass(frozen=True, slots=True)
 class UpdateFacts:
-    """What is known of an update after its check: the examples that it claims, its modules, and √Σ v² of its values."""
+    """What is known of an update after its check: the examples that it claims, its modules, and √Σ v² of its values.
+
+    digest, size: of its payload.
+    """
 
     examples: int
     modules: frozenset[str]
     norm: float
+    digest: bytes
+    size: int
 
 
-def check_update(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
-    """The facts of an update that may be averaged. Raises the FedloomError that says why it may not."""
+def check_update(
+    job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded | None = None
+) -> UpdateFacts:
+    """The facts of an update that may be averaged. Raises the FedloomError that says why it may not.
+
+    decoded: where its entries wait until it is.
+    """
     try:
-        return _look_at(job, state, client, payload, round)
+        return _look_at(job, state, client, payload, round, decoded or Decoded(0))
     except FedloomError:
         raise
     except Exception as error:  # whatever a payload does to the reader is the payload's fault
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) -> UpdateFacts:
-    message = decode(payload, Limits(max_values=_SLACK * state.adapter.numel()))
-    header, entries = message.header, split_entries(message.entries, state)
+def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:
+    message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel()))
+    header, entries = message.header, message.entries
     check_same_method(job, header)
     expect(header, "update", state)
     if header.round != round:
@@ -68,9 +79,9 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int) ->
     parts = job.method.parts(state, round)
     own = job.ranks.get(client)
     modules = _check_names(job, entries, state, parts, own)
-    for module in modules:
-        _check_shapes(job, entries, state.adapter[module], module, parts, own)
-    return UpdateFacts(header.num_examples, modules, _check_norm(entries, job.caps.max_norm))
+    norm = _check_modules(job, entries, state, modules, parts, own)
+    decoded.keep(client, entries)
+    return UpdateFacts(header.num_examples, modules, norm, hashlib.blake2b(payload).digest(), len(payload))
 
 
 def _check_names(
@@ -92,38 +103,51 @@ def _check_names(
     return modules
 
 
+def _check_modules(
+    job: Job,
+    entries: Entries,
+    state: State,
+    modules: Collection[str],
+    parts: tuple[str, ...],
+    own: Mapping[str, int] | None,
+) -> float:
+    """√Σ v² of all values. Raises ShapeError or NumericError for what is not as it should be; reads each entry once."""
+    total = 0.0
+    for module in sorted(modules, key=lambda module: f"{module}/"):  # the order of names, in which they are decoded
+        held = {part: entries[f"{module}/{part}"] for part in sorted(parts)}
+        _check_shapes(job, held, state.adapter[module], module, parts, own)
+        for part, entry in held.items():
+            size = _norm(floats(entry.values))
+            if not math.isfinite(size):
+                raise NumericError(f"{module}/{part} holds NaN or infinity: the client's training diverged")
+            total += size * size
+    if math.sqrt(total) > job.caps.max_norm:
+        raise NumericError(
+            f"its update has norm {math.sqrt(total):.3g}, federation.max_norm is {job.caps.max_norm:g}: where training "
+            "diverges, lower training.learning_rate"
+        )
+    return math.sqrt(total)
+
+
 def _check_shapes(
-    job: Job, entries: Entries, pair: LoraPair, module: str, parts: tuple[str, ...], own: Mapping[str, int] | None
+    job: Job,
+    held: Mapping[str, Entry],
+    pair: LoraPair,
+    module: str,
+    parts: tuple[str, ...],
+    own: Mapping[str, int] | None,
 ) -> None:
     """Raises ShapeError unless a module's parts have one rank: the announced one, or one up to the adapter's."""
     m, n = pair.shape
     rank = pair.rank if own is None else own[module]
     if own is None and job.method.facts.unequal_ranks:
-        first = entries[f"{module}/{parts[0]}"].shape
+        first = held[parts[0]].shape
         sent = first[-1 if parts[0] == "B" else 0] if len(first) == 2 else rank
         rank = min(max(sent, 1), rank)
     for part in parts:
-        shape, wanted = (
-            entries[f"{module}/{part}"].shape,
-            {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part],
-        )
+        shape, wanted = held[part].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part]
         if shape != wanted:
             raise ShapeError(f"{module}/{part} has shape {shape}, expected {wanted}: rank {rank}, at most {pair.rank}")
-
-
-def _check_norm(entries: Entries, most: float) -> float:
-    total = 0.0
-    for name, entry in entries.items():
-        size = _norm(floats(entry.values))
-        if not math.isfinite(size):
-            raise NumericError(f"{name} holds NaN or infinity: the client's training diverged")
-        total += size * size
-    if math.sqrt(total) > most:
-        raise NumericError(
-            f"its update has norm {math.sqrt(total):.3g}, federation.max_norm is {most:g}: where training diverges, "
-            "lower training.learning_rate"
-        )
-    return math.sqrt(total)
 
 
 def _norm(values: Tensor) -> float:
@@ -235,10 +259,14 @@ def check_form(before: State, after: State) -> None:
         raise ShapeError("the payload leads to an adapter of other modules, shapes or ranks than the receiver's")
 
 
-def check_finite(state: State) -> None:
-    """Raises NumericError where a value of the state, or of what is remembered beside it, is NaN or infinite."""
+def check_finite(state: State, before: State | None = None) -> None:
+    """Raises NumericError where a value of the state, or of what is remembered beside it, is NaN or infinite.
+
+    before: a state that was checked; a tensor that it shares is not looked at again.
+    """
+    known = set() if before is None else {id(tensor) for tensor in before.adapter.tensors().values()}
     parts = {"adapter": state.adapter, "frozen": state.frozen, "tail": state.tail}
     tensors = {f"{part} {name}": t for part, held in parts.items() for name, t in held.tensors().items()}
     for name, tensor in {**tensors, **state.memory}.items():
-        if not all_finite(tensor):
+        if tensor.is_floating_point() and id(tensor) not in known and not all_finite(tensor):
             raise NumericError(f"the new state's {name} holds NaN or infinity")

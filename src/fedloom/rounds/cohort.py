@@ -18,30 +18,32 @@ from dataclasses import dataclass, replace
 
 from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
-from fedloom.lora.pair import module_of, subset
+from fedloom.lora.pair import subset
 from fedloom.methods.method import Aggregate, Context, Entries, Method, State, Update
-from fedloom.rounds.joint import split_entries
-from fedloom.wire import decode
+from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.memory import give_back
 
 
 @dataclass(eq=False, slots=True)
 class Cohort:
-    """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
+    """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
-    reading: the client whose update the method is reading, "" before the first and after the last. Where a method
+    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
     fails, this names the suspect.
     """
 
     payloads: Mapping[str, bytes]
     weights: Mapping[str, float]
-    modules: Mapping[str, Collection[str]]
+    facts: Mapping[str, UpdateFacts]
+    decoded: Decoded
     reading: str = ""
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
         holders: dict[str, list[str]] = defaultdict(list)
         for client in self.weights:
-            for module in self.modules[client]:
+            for module in self.facts[client].modules:
                 holders[module].append(client)
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for module in sorted(holders):
@@ -53,13 +55,13 @@ class Cohort:
         hasher = hashlib.blake2b(base.encode(), digest_size=16)
         for client, weight in self.weights.items():
             hasher.update(f"{client}\x00{weight}".encode())
-            hasher.update(hashlib.blake2b(self.payloads[client]).digest())
+            hasher.update(self.facts[client].digest)
         return hasher.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Group:
-    """The updates of some modules, which all of these clients sent; decoded one at a time on every pass.
+    """The updates of some modules, which all of these clients sent; those that did not wait are decoded on every pass.
 
     state: the server's. unchanged: what the clients that did not train these modules would have sent, where they count.
     """
@@ -71,12 +73,14 @@ class Group:
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
+        cohort = self.cohort
         for client, weight in self.weights.items():
-            self.cohort.reading = client
-            entries = split_entries(decode(self.cohort.payloads[client]).entries, self.state)
-            own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
-            yield Update(client, weight, own)
-        self.cohort.reading = ""
+            cohort.reading = client
+            entries = cohort.decoded.entries(client, cohort.payloads, self.state, self.modules)
+            yield Update(client, weight, entries)
+            del entries  # before the next are read: they are as large
+            give_back(cohort.facts[client].size)
+        cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
 

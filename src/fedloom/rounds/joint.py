@@ -12,7 +12,7 @@ q is the largest rank of the sender: a module has the smaller of q and the rank 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from fedloom.errors import WireError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Entries, State
 from fedloom.methods.shared.whole import whole_rank
+from fedloom.wire import decode, describe
 
 SCALES = "scales"
 FEW = 64
@@ -127,6 +128,17 @@ def split_entries(entries: Entries, state: State) -> Entries:
         if named is not None:
             return _split(entries, named, kind, state)
     return entries
+
+
+def is_joined(names: Iterable[str]) -> bool:
+    """Whether entries of these names are joined ones."""
+    return any(name.startswith(kind.prefix) for name in names for kind in (SIGNS, CODES))
+
+
+def names_in(payload: bytes, state: State) -> Collection[str]:
+    """The names of a payload's tensors; of joined ones the names of what they hold. See `split_entries`."""
+    names = [tensor.name for tensor in describe(payload).tensors]
+    return split_entries(decode(payload).entries, state).keys() if is_joined(names) else names
 
 
 def _split(entries: Entries, named: str, kind: Kind, state: State) -> Entries:

@@ -8,19 +8,22 @@ The training step is an argument. The server applies the decoded broadcast, as e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from fedloom.compress.entries import all_finite, dense_entry, to_dense
+from torch import Tensor
+
+from fedloom.compress.entries import all_finite, dense_entry, detach_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Entries, Method, State
+from fedloom.methods.method import FROZEN, Entries, Method, State, send_all
 from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
@@ -111,6 +114,7 @@ class Draft:
     outline: Outline | None = None
     entries: Entries = field(default_factory=dict)
     encoded: bytes = b""
+    joined: bool = False
 
     def size(self, entries: Entries) -> int:
         """Bytes of the payload that carries these entries."""
@@ -120,12 +124,21 @@ class Draft:
         """The payload that carries these entries."""
         known = self.encoded and entries.keys() == self.entries.keys()
         if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
-            self.entries, self.encoded = dict(entries), encode(self.message(entries))
+            travelling = join_entries(entries, self.outline)
+            self.joined = travelling is not entries
+            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
         return self.encoded
 
-    def message(self, entries: Entries) -> Message:
-        """The message that carries these entries."""
-        return Message(self.header, join_entries(entries, self.outline))
+    def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:
+        """What a receiver decodes from the payload of these entries, bit by bit, in memory that `apart` has no part in.
+
+        Nothing is decoded for it but what travels joined, which is little: encoding loses nothing.
+        """
+        payload = self.payload(entries)
+        if self.joined:
+            return decode(payload)
+        shared = {tensor.untyped_storage().data_ptr() for tensor in apart}
+        return Message(self.header, {name: detach_entry(entries[name], shared) for name in sorted(entries)})
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
@@ -166,19 +179,22 @@ def server_turn(
     round: int,
     *,
     seen: Mapping[str, UpdateFacts] | None = None,
+    decoded: Decoded | None = None,
     least: int = 1,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
     payloads: client → payload. An update that is invalid, stale, not finite, out of proportion or cannot be averaged is
     refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
-    seen: the facts of payloads that `check_update` has read already, so that they are not read again.
+    seen: the facts of payloads that `check_update` has read already, so that they are not read again. decoded: where
+    their entries wait.
     """
-    passed, refused = _check_all(job, state, payloads, round, seen or {})
+    decoded = decoded or Decoded.beside(state)
+    passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
-        cohort = Cohort(payloads, weights, {client: one.modules for client, one in passed.items()})
+        cohort = Cohort(payloads, weights, passed, decoded)
         try:
             turn = _average(job, state, cohort, round)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
@@ -196,17 +212,24 @@ def server_turn(
 
 
 def _check_all(
-    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, UpdateFacts]
+    job: Job,
+    state: State,
+    payloads: Mapping[str, bytes],
+    round: int,
+    seen: Mapping[str, UpdateFacts],
+    decoded: Decoded,
 ) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
     passed: dict[str, UpdateFacts] = {}
     refused: dict[str, str] = {}
     for client in sorted(payloads):
         try:
-            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round)
+            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round, decoded)
         except FedloomError as error:
             refused[client] = str(error)
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
+    for client in outliers:
+        decoded.drop(client)
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
@@ -216,7 +239,7 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
     A factorisation most likely stumbles over the largest update, be it at once or while a later one is folded in.
     """
     if cohort.reading:
-        alone = Cohort(cohort.payloads, {cohort.reading: 1.0}, cohort.modules)
+        alone = replace(cohort, weights={cohort.reading: 1.0}, reading="")
         try:
             _average(job, state, alone, round)
         except Exception:
@@ -232,11 +255,13 @@ def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
     draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
+    cohort.decoded.clear()
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
-    del draft, context, result  # what was averaged: as large as the state that follows
+    message = draft.received(result.entries, memory.values())
+    del draft, context, result  # what was averaged may be as large as the state that follows
     give_back(4 * state.adapter.numel())
-    after = _take_up(job, replace(state, memory=memory), decode(payload))
-    check_finite(after)
+    after = _take_up(job, replace(state, memory=memory), message)
+    check_finite(after, state)
     if not job.consolidation.is_due(round):
         return ServerTurn(after, payload, stats=stats)
     after, cost = consolidate(after, job.consolidation.energy)
@@ -253,9 +278,12 @@ def accept(job: Job, state: State, payload: bytes) -> State:
     return _take_up(job, state, decode(payload, limits_of(job, state)))
 
 
-def accept_own(job: Job, state: State, payload: bytes) -> State:
-    """`accept` for a broadcast that this process made itself; it may be of any size, as a stack of many clients is."""
-    return _take_up(job, state, decode(payload))
+def accept_own(job: Job, state: State, message: Message, ranks: Mapping[str, int]) -> State:
+    """`accept` for a broadcast that this process made itself, or its own full state, by a client of these ranks.
+
+    It may be of any size, as a stack of many clients is.
+    """
+    return _take_up(job, state, replace(message, entries=job.method.narrow(message.entries, ranks)))
 
 
 def _take_up(job: Job, state: State, message: Message) -> State:
@@ -286,6 +314,8 @@ def full_state(job: Job, state: State, round: int) -> bytes:
 
 def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
+    if job.method.narrow is send_all:
+        return payload
     message = decode(payload)
     entries = job.method.narrow(message.entries, ranks)
     return payload if entries is message.entries else encode(Message(message.header, entries))

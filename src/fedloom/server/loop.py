@@ -18,14 +18,16 @@ from typing import Protocol
 
 from fedloom.compress.budget import Budget
 from fedloom.errors import CheckpointError, RoundError
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import About, Aggregation, Evaluation, Row, Training, read_rows
 from fedloom.records.session import Answer
-from fedloom.rounds.catchup import Archive
+from fedloom.rounds.catchup import Archive, Cut
 from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import full_state, server_turn, start
@@ -52,13 +54,14 @@ Not the first round: where few clients are asked, it may be one client's data th
 class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
-    diverged: whether there are none because every training ended in values that are not finite.
+    decoded: where what they sent waits, decoded by that check. diverged: whether there are none because every training ended in values that are not finite.
     """
 
     payloads: Mapping[str, bytes]
     seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
     least: int = 1
     diverged: bool = False
+    decoded: Decoded | None = None
 
 
 class Sites(Protocol):
@@ -93,7 +96,7 @@ class Sites(Protocol):
 class Rounds:
     """A run in progress: the server's state, the broadcasts that a client may have missed, and where it is recorded.
 
-    certificates: see `session.Session`.
+    certificates: see `session.Session`. first: the adapter that it begins with, where `setup` has its shapes alone.
     """
 
     def __init__(
@@ -103,14 +106,15 @@ class Rounds:
         observer: Observer,
         sites: Sites,
         certificates: Mapping[str, str] | None = None,
+        first: LoraState | None = None,
     ) -> None:
         self.setup = setup
         self.certificates = certificates or {}
         self.folder = folder
         self.observer = observer
         self.sites = sites
-        self.server: State = start(setup.job, setup.initial)
-        self.archive = Archive(held=Spool(folder.path))
+        self.server: State = start(setup.job, first or setup.initial)
+        self.archive = Archive(held=Spool(folder.path), made=Spool(folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -250,8 +254,17 @@ class Rounds:
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
+        give_back(max((seen.size for seen in updates.seen.values()), default=0))  # payloads that now lie on disk
         try:
-            turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+            turn = server_turn(
+                self.setup.job,
+                self.server,
+                payloads,
+                round,
+                seen=updates.seen,
+                decoded=updates.decoded,
+                least=updates.least,
+            )
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
@@ -265,11 +278,12 @@ class Rounds:
             self.note(round, text)
         self.folder.ledger.append(Aggregation(round, turn.stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
-        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.total.numel())
+        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
-        give_back(4 * self.server.adapter.numel())
         self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
+        del turn  # the payload, which is in the archive now
+        give_back(4 * self.server.adapter.numel())
 
     def full_state(self) -> bytes:
         """The payload that brings anybody to the server's state."""
@@ -311,7 +325,8 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path)), snapshot.best
+        held, made = Spool[int](self.folder.path), Spool[Cut](self.folder.path)
+        self.archive, self.best = Archive(snapshot.archive, held, made), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)

@@ -25,7 +25,8 @@ class Spool(MutableMapping[Key, bytes]):
         self._held: dict[Key, bytes | IO[bytes]] = {}
 
     def __setitem__(self, key: Key, payload: bytes) -> None:
-        self.pop(key, None)
+        if key in self:
+            del self[key]
         self._held[key] = payload
         if len(payload) >= SMALL:
             with suppress(OSError):
@@ -43,6 +44,14 @@ class Spool(MutableMapping[Key, bytes]):
         if not isinstance(held, bytes):
             held.close()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._held  # Mapping's own would read the payload
+
+    def clear(self) -> None:
+        """Forget all of them, unread."""
+        for key in list(self._held):
+            del self[key]
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._held)
 
@@ -50,15 +59,16 @@ class Spool(MutableMapping[Key, bytes]):
         return len(self._held)
 
     def __del__(self) -> None:
-        for key in list(self._held):
-            del self[key]
+        self.clear()
 
 
 def _written(folder: Path, payload: bytes) -> IO[bytes]:
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it stays open)
+    # Without a buffer: what is left in one when the file is read makes `read` put the two together, in a second copy.
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it stays open)
     try:
-        file.write(payload)
-        file.flush()
+        left = memoryview(payload)
+        while left:
+            left = left[file.write(left) :]
     except BaseException:
         with suppress(OSError):
             file.close()

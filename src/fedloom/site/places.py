@@ -43,7 +43,7 @@ class Place:
     def of(cls, job: str, settings: str, setup: Setup, store: Store, site: str) -> Place:
         """The place of a job, with the state before its first round where nothing of it is on disk."""
         first = None if store.exists() else start(setup.job, setup.initial, setup.sites[site].ranks)
-        return cls(job, settings, replace(setup, initial=setup.initial.map(_outline)), store, first=first)
+        return cls(job, settings, setup.outlined(), store, first=first)
 
     @property
     def was_taken_away(self) -> bool:
@@ -136,10 +136,6 @@ class Places:
         """Those that nobody has asked for in so many seconds."""
         now = time.monotonic()
         return [place for place in self if now - place.used > seconds]
-
-
-def _outline(pair: LoraPair) -> LoraPair:
-    return LoraPair(pair.A.to("meta"), pair.B.to("meta"))
 
 
 def _was_applied(payload: bytes, version: int) -> bool:

@@ -2,6 +2,7 @@
 
 from fedloom.wire.codec import VERSION, decode, encode, read_header
 from fedloom.wire.describe import Description, describe
+from fedloom.wire.lazy import LazyEntries, decode_lazily
 from fedloom.wire.limits import DEFAULT, Limits
 from fedloom.wire.message import Header, Message
 
@@ -10,9 +11,11 @@ __all__ = [
     "VERSION",
     "Description",
     "Header",
+    "LazyEntries",
     "Limits",
     "Message",
     "decode",
+    "decode_lazily",
     "describe",
     "encode",
     "read_header",

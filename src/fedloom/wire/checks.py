@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
 from fedloom.compress.masks import seeded_count, threshold
 from fedloom.errors import ConfigError, WireError
 from fedloom.wire.index import MOST_DIMENSIONS, MOST_NAME, is_too_large
 from fedloom.wire.values import MOST_BLOCK, check_scales, coding_of
-
-
-def make_plain(entry: Entry) -> Entry:
-    """The entry with every tensor on the CPU, contiguous and free of gradients."""
-    if isinstance(entry, Sparse):
-        return replace(entry, values=_plain_values(entry.values), positions=_plain(entry.positions))
-    return replace(entry, values=_plain_values(entry.values))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _plain_values(values: Values) -> Values:
-    if isinstance(values, Quantized):
-        return replace(values, codes=_plain(values.codes), scales=_plain(values.scales))
-    return _plain(values)
 
 
 def check_entry(name: str, entry: Entry) -> None:

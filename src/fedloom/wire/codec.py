@@ -13,10 +13,10 @@ from io import BytesIO
 
 import xxhash
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count, plain_entry
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
-from fedloom.wire.checks import check_entry, check_mask, make_plain
+from fedloom.wire.checks import check_entry, check_mask
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints
 from fedloom.wire.index import (
@@ -68,7 +68,12 @@ class UnpackedMessage:
         """The payload, and the size of its unpacked index."""
         # What is written to BytesIO can be taken out as bytes without a copy: payloads are as large as adapters.
         whole = BytesIO()
+        # What grows piece by piece is copied as it grows, and there twice meanwhile. No chunk is longer than unpacked.
+        whole.seek(sum(sink.size for sink in self.sinks.values()) + 64 * len(self.items))
+        whole.write(b"\0")
+        whole.seek(0)
         streams = _pack_streams(self.sinks, self.work, pack_streams, whole)
+        whole.truncate()
         index = write_index(self.items, streams)
         out = FieldWriter()
         out.data += MAGIC
@@ -112,7 +117,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
 def _unpacked(message: Message) -> UnpackedMessage:
     """The message checked and as streams. Raises WireError that names the entry that cannot travel."""
     names = sorted(message.entries, key=lambda name: name.encode(errors="surrogatepass"))
-    entries = {name: make_plain(message.entries[name]) for name in names}
+    entries = {name: plain_entry(message.entries[name]) for name in names}
     for name, entry in entries.items():
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
@@ -129,7 +134,11 @@ def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
     Raises WireError, and only that, for a payload that is invalid, of another version of the format, or asks for more
     than `limits`. Nothing is allocated for a number in the payload before that number was checked.
     """
-    opened = open_payload(payload, limits)
+    return decode_opened(open_payload(payload, limits))
+
+
+def decode_opened(opened: OpenedPayload) -> Message:
+    """The message of an opened payload. Raises WireError like `decode`."""
     sources = Sources(opened.streams, opened.coded)
     work = sum(item.output_bytes for item in opened.items)
     positions, values = run_side_by_side(

@@ -58,10 +58,18 @@ class FieldReader:
 
     def byte(self, what: str) -> int:
         """One byte."""
-        return self.take(1, what)[0]
+        at = self.at
+        if at >= len(self.data):
+            self.take(1, what)  # says what is missing
+        self.at = at + 1
+        return self.data[at]
 
     def varint(self, what: str, most: int = VARINT_END - 1) -> int:
         """A whole number, at most `most`."""
+        # An index is thousands of numbers, and most of them fill one byte.
+        if self.at < len(self.data) and (byte := self.data[self.at]) < 0x80 and byte <= most:
+            self.at += 1
+            return byte
         value = shift = 0
         while True:
             byte = self.byte(what)

@@ -142,8 +142,8 @@ class Source:
 
     def __init__(self, stream: Stream, coded: memoryview) -> None:
         self.stream = stream
-        self.coded = coded
         self.left = stream.size
+        self._whole = self._coded = coded
         self._next = 0
         self._chunk = np.empty(0, dtype=np.uint8)
 
@@ -165,6 +165,16 @@ class Source:
         self._chunk = self._chunk[size:]
         return pieces[-1] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def seek(self, at: int) -> None:
+        """Go on at this byte of the stream. Where it stands there already, no chunk is unpacked again."""
+        if at == self.stream.size - self.left:
+            return
+        self._next = min(at, self.stream.size) // CHUNK
+        self._coded = self._whole[sum(self.stream.chunks[: self._next]) :]
+        self._chunk = np.empty(0, dtype=np.uint8)
+        self.left = self.stream.size - self._next * CHUNK
+        self.take(at - self._next * CHUNK)
+
     def end(self) -> None:
         """Raises WireError unless everything was read."""
         if self.left:
@@ -174,7 +184,7 @@ class Source:
         number, length = self._next, self.stream.chunks[self._next]
         self._next += 1
         size = min(CHUNK, self.stream.size - number * CHUNK)
-        coded, self.coded = self.coded[:length], self.coded[length:]
+        coded, self._coded = self._coded[:length], self._coded[length:]
         return np.frombuffer(unpack(coded, size, f"chunk {number} of stream {self.stream.role}"), dtype=np.uint8)
 
 

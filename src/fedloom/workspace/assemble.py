@@ -12,7 +12,7 @@ import torch
 
 from fedloom.adapters.folder import AdapterFolder, other_base_note
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraState, subset
+from fedloom.lora.pair import LoraPair, LoraState, subset
 from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
@@ -81,6 +81,10 @@ class Setup:
     def heldout(self) -> Mapping[str, TokenizedExamples]:
         """Domain → the examples that scores are taken on."""
         return self.scorer.data
+
+    def outlined(self) -> Setup:
+        """The same without the values of the first adapter, for whoever has them in a state: its shapes are left."""
+        return replace(self, initial=self.initial.map(lambda pair: LoraPair(pair.A.to("meta"), pair.B.to("meta"))))
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""

@@ -9,7 +9,7 @@ from fedloom.adapters.merge.companions import copy_tokenizer
 from fedloom.adapters.settings import save_adapter
 from fedloom.errors import ModelError
 from fedloom.lora.lowrank import truncate
-from fedloom.lora.pair import LoraPair, LoraState
+from fedloom.lora.pair import LoraPair, LoraState, stack_pairs
 from fedloom.methods.method import State
 from fedloom.model.identity import base_folder, weights_digest
 from fedloom.model.placement import Adapter
@@ -92,7 +92,10 @@ def export_adapter(server: State, max_rank: int | None) -> tuple[LoraState, floa
     """
     pairs: dict[str, LoraPair] = {}
     energy = lost = 0.0
-    for module, pair in server.total.items():
+    states = (server.adapter, server.frozen, server.tail)
+    for module in sorted({module for state in states for module in state}):
+        parts = [state[module] for state in states if module in state]
+        pair = parts[0] if len(parts) == 1 else stack_pairs(parts)  # one is only read: a copy would double the state
         cap = min(*pair.shape, max_rank or min(pair.shape))
         if pair.rank <= cap:
             pairs[module] = pair

@@ -64,7 +64,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         downloads=downloads_of(
             method, initial, client_ranks, federation.clients_per_round(len(clients)), federation.num_rounds
         ),
-        start=initial,
+        start=initial if method.needs_start else LoraState(),
         caps=caps_of(federation, clients),
         ranks=client_ranks,
     )

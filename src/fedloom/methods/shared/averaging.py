@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fedloom.compress.budget import BudgetFill, Made, Room, fill_budget, value_bits
-from fedloom.compress.entries import Dense, Entry, dense_entry, to_dense
+from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, floats, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
@@ -64,9 +65,9 @@ def average(state: State, updates: Iterable[Update], context: Context) -> Aggreg
     return Aggregate({name: code_dense(name, tensor, context) for name, tensor in means.items()})
 
 
-def read_dense(entries: Entries) -> dict[str, Tensor]:
-    """Every entry as a dense tensor."""
-    return {name: to_dense(entry) for name, entry in entries.items()}
+def read_as_sent(entries: Entries) -> Entries:
+    """Every entry as it is."""
+    return entries
 
 
 def zero_change(adapter: LoraState) -> dict[str, Tensor]:
@@ -83,23 +84,40 @@ def weighted_mean(
     updates: Iterable[Update],
     *,
     start: Mapping[str, Tensor] | None = None,
-    read: Callable[[Entries], Mapping[str, Tensor]] = read_dense,
+    read: Callable[[Entries], Mapping[str, Tensor | Entry]] = read_as_sent,
     weight: Callable[[Update, str], float] = client_share,
 ) -> dict[str, Tensor]:
     """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
 
-    read: entries → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
-    in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
-    added to the leading rows and columns.
+    read: entries of a module → the T_k to add; of a sparse one only its elements are. weight: p_k unless a method
+    weighs otherwise. start: the tensors to add to, in place; zeros for a name that is not in it. A T_k may be smaller
+    than the tensor of its name in `start`: it is added to the leading rows and columns.
     """
     sums = dict(start or {})
     for update in updates:
-        for name, tensor in read(update.entries).items():
-            if name not in sums:
-                sums[name] = torch.zeros_like(tensor)
-            leading = tuple(slice(size) for size in tensor.shape)
-            sums[name][leading].add_(tensor, alpha=weight(update, name))
+        for entries in by_module(update.entries):
+            for name, tensor in read(entries).items():
+                if name not in sums:
+                    sums[name] = torch.zeros(tensor.shape)
+                add_weighted(sums[name], tensor, weight(update, name))
+        del update  # the next one is read before the loop lets go of this one
     return sums
+
+
+def add_weighted(total: Tensor, part: Tensor | Entry, weight: float) -> None:
+    """Add weight · part to the leading rows and columns of `total`, in place: the same bits for every form of `part`."""
+    if isinstance(part, Sparse) and part.shape == tuple(total.shape) and total.is_contiguous():
+        flat, where = total.view(-1), part.positions
+        flat[where] = flat[where].add_(floats(part.values), alpha=weight)
+        return
+    whole = part if isinstance(part, Tensor) else to_dense(part)
+    total[tuple(slice(size) for size in whole.shape)].add_(whole, alpha=weight)
+
+
+def by_module(entries: Entries) -> Iterator[Entries]:
+    """The entries of one module after the other, in order of name: they may be decoded where they are asked for."""
+    for _, names in groupby(sorted(entries), lambda name: name.rpartition("/")[0]):
+        yield {name: entries[name] for name in names}
 
 
 def product_sums(

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Entry, Sparse, count, dense_entry, to_dense
+from fedloom.compress.entries import Entry, Sparse, add_entry, count, dense_entry, to_dense
 from fedloom.lora.pair import LoraState, from_tensors, stack
 from fedloom.methods.method import Aggregate, Context, Entries, State, Update, adopt_leading
 from fedloom.methods.shared.averaging import code_dense, weighted_mean
@@ -52,7 +52,7 @@ def take_whole(state: State, entries: Entries, context: Context) -> State:
 def add_to_whole(state: State, entries: Entries, context: Context) -> State:
     """Add the decoded change to the whole adapter: the same single addition on the server and on every client."""
     whole = whole_adapter(state).tensors()
-    whole |= {name: whole[name] + to_dense(entry) for name, entry in entries.items()}
+    whole |= {name: add_entry(whole[name], entry) for name, entry in entries.items()}
     return adopt_whole(state, from_tensors(whole), state.frozen)
 
 
