@@ -41,7 +41,6 @@ from fedloom.lora.lowrank.subspace import Side, leading_left
 from fedloom.lora.pair import LoraPair
 
 
-
 @dataclass(frozen=True, eq=False, slots=True)
 class FactorChange:
     """The change of one factor.

@@ -105,10 +105,10 @@ def weighted_mean(
 
 
 def add_weighted(total: Tensor, part: Tensor | Entry, weight: float) -> None:
-    """Add weight · part to the leading rows and columns of `total`, in place: the same bits for every form of `part`."""
+    """Add weight · part to the leading rows and columns of `total`, in place: the same numbers for every form of it."""
     if isinstance(part, Sparse) and part.shape == tuple(total.shape) and total.is_contiguous():
         flat, where = total.view(-1), part.positions
-        flat[where] = flat[where].add_(floats(part.values), alpha=weight)
+        flat.index_copy_(0, where, flat.index_select(0, where).add_(floats(part.values), alpha=weight))
         return
     whole = part if isinstance(part, Tensor) else to_dense(part)
     total[tuple(slice(size) for size in whole.shape)].add_(whole, alpha=weight)
