@@ -18,7 +18,9 @@ from fedloom.lora.lowrank import (
     truncate,
     truncate_all,
 )
-from fedloom.lora.lowrank.kernels import Wanted, spectrum_by_gram
+from fedloom.lora.lowrank import products
+from fedloom.lora.lowrank.kernels import spectrum_by_gram
+from fedloom.lora.lowrank.spectrum import Wanted
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair, stack_pairs
 
@@ -342,6 +344,46 @@ def test_a_tail_too_small_for_float32_gram_matrices_is_not_lost():
     assert cut.lost_energy == pytest.approx(float(sizes[4:].square().sum() / sizes.square().sum()), rel=1e-4)
 
 
+def around(common, count, spread):
+    """Clients that began with the same adapter, and moved by so much."""
+    moves = [pair(*common.shape, common.rank, seed=i + 1) for i in range(count)]
+    return [LoraPair(common.A + spread * p.A, common.B + spread * p.B) for p in moves]
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.05, 0.3])
+@pytest.mark.parametrize("wanted", [{"rank": 4}, {"energy": 0.9}, {"energy": 0.999}])
+def test_products_alone_find_what_clients_have_in_common(monkeypatch, spread, wanted):
+    monkeypatch.setattr(products, "PAIRED_RANK", 0)
+    pairs, weights = around(pair(110, 100, 4), 24, spread), [1 / 24] * 24
+    cut, matrix = summed(pairs, weights).truncate(**wanted), reference.product_sum(pairs, weights)
+    exact = reference.singular_values(matrix)
+    assert cut.pair.rank == wanted.get("rank") or cut.pair.rank == reference.energy_rank(matrix, wanted["energy"])
+    best = float(exact[cut.pair.rank :].square().sum().sqrt())
+    error = float((reference.dense(cut.pair) - matrix).norm())
+    assert error <= best * (1 + 1e-8) + 1e-6 * float(exact[0])
+    gram = cut.pair.A.double() @ cut.pair.A.double().T
+    assert torch.allclose(gram, torch.eye(cut.pair.rank, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(cut.singular_values[: cut.pair.rank], exact[: cut.pair.rank], atol=1e-6 * float(exact[0]))
+    if cut.kernel == "products":
+        assert cut.lost_energy == pytest.approx(best**2 / float(exact.square().sum()), rel=0.5)
+    assert cut.kernel == "products" or wanted == {"energy": 0.999}
+
+
+def test_products_decline_where_their_answer_would_be_a_guess(monkeypatch):
+    monkeypatch.setattr(products, "PAIRED_RANK", 0)
+    flat = decaying(100, 90, 64, 1.0)
+    assert truncate(flat, rank=4, kernel="products").kernel == "qr"
+    pairs, weights = around(pair(110, 100, 4), 24, 0.3), [1 / 24] * 24
+    matrix = reference.product_sum(pairs, weights)
+    exact = reference.singular_values(matrix).square()
+    held = float(exact[:4].sum() / exact.sum())
+    # So near to what four components hold that the sample cannot tell on which side of it.
+    for share in (held * (1 - 1e-4), held * (1 + 1e-4)):
+        cut = summed(pairs, weights).truncate(energy=share)
+        assert cut.kernel == "gram"
+        assert cut.pair.rank == reference.energy_rank(matrix, share)
+
+
 def test_the_streaming_cap_is_exact_for_common_cohorts_and_far_above_the_rank():
     assert [streaming_cap(rank) for rank in (8, 128, 256)] == [512, 512, 1024]
 
@@ -349,6 +391,9 @@ def test_the_streaming_cap_is_exact_for_common_cohorts_and_far_above_the_rank():
 def test_a_sum_holds_what_it_is_given_and_copies_nothing():
     first = pair(30, 20, 4)
     total = summed([first], [1.0])
+    later = summed([first], [1.0])
+    later.add_later(lambda: first, first.rank, 0.5)
+    assert later.rank == 8 and relative_error(later.factors(), [first], [1.5]) < 1e-6
     held = total._stack().terms[0][0]
     assert held.A.data_ptr() == first.A.data_ptr()
     assert held.B.data_ptr() == first.B.data_ptr()

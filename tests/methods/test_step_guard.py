@@ -203,7 +203,7 @@ def test_a_step_reads_an_entry_as_a_dense_twin_does(own, sent):
     where = step.nonzero().flatten()
     held = entry.flatten().nonzero().flatten()
     for form in (dense_entry(entry), Sparse((6, 10), held, entry.flatten()[held])):
-        assert torch.equal(Step(where, step[where]).read(form), entry.flatten()[where])
+        assert torch.equal(Step.of(where, step[where], step.numel()).read(form), entry.flatten()[where])
 
 
 def test_inner_products_are_those_of_two_pairs():

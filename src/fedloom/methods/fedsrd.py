@@ -231,7 +231,8 @@ def reconstruct(
     def finish(module: str) -> tuple[str, Entry, Tensor, int]:
         """The entry of one module's factor, what it leaves out, and the directions kept; its changes are let go of."""
         solved, gain, name = changes.pop(module).solve(), verdict.gains[module], f"{module}/{part}"
-        step = solved.delta if gain == 1.0 else gain * solved.delta
+        # Turned once into the order of its elements, not again by every step that looks at them one after the other.
+        step = solved.delta.contiguous() if gain == 1.0 else gain * solved.delta.contiguous()
         delta = carry_residual(step, state.memory.get(name), down.decay)
         return name, *thin_change(down, delta, state.adapter[module], name, context), solved.kept
 

@@ -91,15 +91,16 @@ def leading_components(
     """
     tail = partial(components_beyond, state.adapter) if client_init == "warm" else None
     sums = product_sums(updates, state.adapter, capped=tau < 1.0, beside=tail)
-    cut_all = map_modules(lambda total: total.truncate(energy=tau), sums.values())
-    verdict = judge_products(state, {m: cut.pair for m, cut in zip(sums, cut_all, strict=True)}) if guard else None
+    modules = list(sums)
+    cut_all = map_modules(lambda module: sums.pop(module).truncate(energy=tau), modules)
+    cuts = dict(zip(modules, cut_all, strict=True))
+    verdict = judge_products(state, {module: cut.pair for module, cut in cuts.items()}) if guard else None
     if verdict and min(verdict.gains.values(), default=1.0) < 1.0:
         held = state.adapter
-        cut_all = [
-            damp(cut.pair, held[module], verdict.gains[module]).truncate(energy=tau)
-            for module, cut in zip(sums, cut_all, strict=True)
-        ]
-    cuts = dict(zip(sums, cut_all, strict=True))
+        cuts = {
+            module: damp(cut.pair, held[module], verdict.gains[module]).truncate(energy=tau)
+            for module, cut in cuts.items()
+        }
     trained = {module: 0 if client_init == "merge_reinit" else pair.rank for module, pair in state.adapter.items()}
     lead = LoraState({module: components(cut.pair, 0, trained[module]) for module, cut in cuts.items()})
     rest = LoraState({module: components(cut.pair, trained[module]) for module, cut in cuts.items()})

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fedloom.compress.budget import Room, fill_budget, value_bits
-from fedloom.compress.entries import Sparse, count, to_dense
+from fedloom.compress.entries import Sparse, count
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import weighted_mean
+from fedloom.methods.shared.averaging import add_weighted, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
@@ -187,10 +187,16 @@ def broadcast_signs(
 
     memory, entries = fill_payload(moved, dial.bytes(state.adapter, "down", context), dial.most, state, context)
     # What waits is kept without the gain, so that the next round's gain holds for all of it.
-    rest = {name: (sums[name] - to_dense(entry)).div_(gains[name]) for name, entry in entries.items() if residual}
+    rest = {name: _left(sums[name], entry, gains[name]) for name, entry in entries.items()} if residual else {}
     sent = sum(entry.positions.numel() for entry in entries.values())
     stats = {"density": sent / max(state.adapter.numel(), 1), **(verdict.stats if guard else {})}
     return Aggregate(entries, {**state.memory, **memory, **rest, **witness.remember(verdict, entries)}, stats)
+
+
+def _left(total: Tensor, sent: Sparse, gain: float) -> Tensor:
+    """(total − sent) / gain, in the memory of `total`."""
+    add_weighted(total, sent, -1.0)
+    return total if gain == 1.0 else total.div_(gain)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

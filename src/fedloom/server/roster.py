@@ -56,6 +56,7 @@ class Roster(ClientStates):
         self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
         self._first = {kind: start(job, initial, dict(kind)) for kind in kinds}
         self._latest = dict(self._first)
+        self._stated: dict[Ranks, bytes] = {}  # full states that were found to lead to the latest
         super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
 
     def hold(self, client: str, state: State) -> None:
@@ -69,6 +70,7 @@ class Roster(ClientStates):
     def follow(self, payload: bytes) -> None:
         """Bring the state of every kind of client forward. A client without the payload is behind from now on."""
         message = decode(payload)  # once for all kinds
+        self._stated.clear()
         self._latest = {
             kind: accept_own(self._job, latest, message, dict(kind)) for kind, latest in self._latest.items()
         }
@@ -81,13 +83,16 @@ class Roster(ClientStates):
         Raises StaleError where a payload rests on another state than the one before leads to, and RoundError where all
         of them together do not lead to the latest.
         """
-        state, latest = self[client], self._latest[self._kinds[client]]
+        kind = self._kinds[client]
+        state, latest = self[client], self._latest[kind]
         whole = True
         for payload in payloads:
             header = read_header(payload)
             if header.kind == "state":
-                state = accept(self._job, state, payload)
-                whole = same_state(state, latest)
+                if payload != self._stated.get(kind):  # the first client of its kind: the others are sent the same
+                    whole = same_state(accept(self._job, state, payload), latest)
+                    self._stated |= {kind: payload} if whole else {}
+                state = replace(latest, memory=state.memory)
             else:
                 if not (self._job.method.replaces and header.base_version > state.version):
                     expect(header, "change", state)

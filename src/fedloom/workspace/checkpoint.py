@@ -227,7 +227,7 @@ def load_blob(path: Path, name: str) -> bytes:
         with safe_open(path, framework="pt") as file:
             meta = _read_meta(path, file)
             key = meta["shelves"][meta["blobs"]].get(name)
-            blob = b"" if key is None else file.get_tensor(key).numpy().tobytes()
+        blob = b"" if key is None else _read_bytes(path, key)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
     if key is not None and _key(_tensor_of(blob)) != key:
@@ -249,6 +249,15 @@ def _read_tensor(path: Path, file: Any, key: str) -> Tensor:  # noqa: ANN401 (sa
     if _key(tensor) != key:
         raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
     return tensor
+
+
+def _read_bytes(path: Path, key: str) -> bytes:
+    """A tensor of bytes as it lies in the file. Through safetensors it would be in memory three times for a while."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(size))[key]["data_offsets"]
+        file.seek(8 + size + begin)
+        return file.read(end - begin)
 
 
 def _size_of(file: Any, key: str) -> int:  # noqa: ANN401 (safetensors names no type)

@@ -25,7 +25,7 @@ from fedloom.compress.entries import Entry
 from fedloom.errors import ShapeError
 from fedloom.lora.lowrank.gram import core, gram
 from fedloom.lora.lowrank.inverse import inverse
-from fedloom.lora.lowrank.leading import OVERSAMPLING
+from fedloom.lora.lowrank.leading import OVERSAMPLING, PAIRED_RANK
 from fedloom.lora.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
 from fedloom.lora.lowrank.sparse import (
     Tall,
@@ -39,9 +39,6 @@ from fedloom.lora.lowrank.sparse import (
 )
 from fedloom.lora.lowrank.subspace import Side, leading_left
 from fedloom.lora.pair import LoraPair
-
-PAIRED_RANK = 256
-"""Up to this stacked rank the Gram matrices of all pairs of clients cost less than a search for leading directions."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -7,15 +7,14 @@ needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom.lora.lowrank.gram import EPS, QUICK_ERROR, Core, core, gram_of
 from fedloom.lora.lowrank.leading import core_holding_energy, leading_core, subspace_pays
+from fedloom.lora.lowrank.spectrum import Spectrum, Wanted, noise_floor
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
@@ -23,36 +22,7 @@ MAX_GROWTH = 16.0
 """Rows of V are formed in float32 where the squared rounding error grows by this factor at most: two bits lost."""
 
 
-class Wanted(NamedTuple):
-    """The leading `rank` components, or as many as hold the share `energy` of Σσ², or all where both are None.
-
-    expected: the rank that an energy cut is likely to keep.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    expected: int | None = None
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Spectrum:
-    """energies: σ², descending, float64. beyond: Σσ² of what was not computed. floor: energies up to it are zero.
-
-    expand(p): the leading p components as B = U diag(σ), A = Vᵀ, signs not yet fixed.
-    """
-
-    energies: Tensor
-    beyond: float
-    floor: float
-    expand: Callable[[int], LoraPair]
-
-
 Find = Callable[..., Core | None]
-
-
-def noise_floor(top: float, noise: float, dtype: torch.dtype) -> float:
-    """The energy up to which a component may be rounding alone: an error of four units in the last place, squared."""
-    return max(noise, top * (4 * torch.finfo(dtype).eps) ** 2)
 
 
 def spectrum_by_gram(stack: Stack, wanted: Wanted) -> Spectrum | None:

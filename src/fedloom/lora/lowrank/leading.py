@@ -13,6 +13,8 @@ OVERSAMPLING = 16
 """Directions beyond the rank: they make the last wanted one converge as fast as the spectrum falls behind them."""
 QUICK_STEPS = 2
 """First steps, in float32. The steps after them measure how good the subspace is and cost four times as much."""
+PAIRED_RANK = 256
+"""Up to this stacked rank Gram matrices cost less than products with the sum itself."""
 MAX_STEPS = 8
 """Beyond so many steps all components cost less."""
 MAX_EXCESS = 1e-8

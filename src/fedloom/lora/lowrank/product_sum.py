@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from fedloom.errors import ConfigError, ShapeError
-from fedloom.lora.lowrank.kernels import Wanted
+from fedloom.lora.lowrank.spectrum import Wanted
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.lowrank.truncation import Truncation, truncate_stack
 from fedloom.lora.pair import LoraPair
@@ -22,7 +24,8 @@ def streaming_cap(rank: int) -> int:
 class ProductSum:
     """Σ w_k B_k A_k of one module of `shape` (m, n), in memory that does not grow with the number of clients.
 
-    The pairs are held, not copied: leave their tensors unchanged until the sum is no longer used. Where the stacked
+    The pairs are held, not copied: leave their tensors unchanged until the sum is no longer used. `add_later` holds
+    what they are made of instead, and makes them while the sum is worked on. Where the stacked
     rank exceeds 2 min(m, n), the pairs are recompressed to rank min(m, n), which loses nothing but rounding. With a
     `cap`, pairs whose stacked rank exceeds 2 cap are recompressed to the leading `cap` components. That loss adds up in
     `lost`, and `truncate` counts it in the energy that it reports as lost.
@@ -38,7 +41,7 @@ class ProductSum:
         self.rank = 0
         """Stacked rank held at present."""
         self._widest = 0
-        self._terms: list[tuple[LoraPair, float]] = []
+        self._terms: list[tuple[Callable[[], LoraPair], float]] = []
 
     def add(self, pair: LoraPair, weight: float) -> None:
         """Add weight · B A. Raises ShapeError where the pair is of another module's shape."""
@@ -50,8 +53,19 @@ class ProductSum:
             # Twice the limit: each recompression then makes room for as much again, so the cost per client is bounded.
             if self.rank + piece.rank > 2 * self.limit:
                 self._recompress()
-            self._terms.append((piece, weight))
+            self._terms.append((partial(_same, piece), weight))
             self.rank += piece.rank
+
+    def add_later(self, read: Callable[[], LoraPair], rank: int, weight: float) -> None:
+        """`add` of the pair that `read` gives, which is of this rank: it is read anew whenever it is needed."""
+        if rank > self.limit:
+            self.add(read(), weight)
+            return
+        self._widest = max(self._widest, rank)
+        if self.rank + rank > 2 * self.limit:
+            self._recompress()
+        self._terms.append((read, weight))
+        self.rank += rank
 
     def factors(self) -> LoraPair:
         """One pair whose product is the sum so far."""
@@ -63,15 +77,19 @@ class ProductSum:
         return cut if not self.lost else replace(cut, lost_energy=self._lost_energy(cut))
 
     def _stack(self) -> Stack:
-        return Stack(self.shape, tuple(self._terms))
+        return Stack(self.shape, tuple((read(), weight) for read, weight in self._terms))
 
     def _recompress(self) -> None:
         cut = truncate_stack(self._stack(), Wanted(rank=self.limit))
         self.lost += (cut.lost_energy * cut.energy) ** 0.5
-        self._terms = [(cut.pair, 1.0)]
+        self._terms = [(partial(_same, cut.pair), 1.0)]
         self.rank = cut.pair.rank
 
     def _lost_energy(self, cut: Truncation) -> float:
         """Upper bound: the norm left out now and the norms left out before, over the norm of what is there."""
         left = cut.lost_energy**0.5 + self.lost / cut.energy**0.5 if cut.energy else 1.0
         return min(left**2, 1.0)
+
+
+def _same(pair: LoraPair) -> LoraPair:
+    return pair

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
-from fedloom.lora.lowrank.kernels import Spectrum, Wanted, spectrum_by_gram, spectrum_by_qr
+from fedloom.lora.lowrank.kernels import spectrum_by_gram, spectrum_by_qr
 from fedloom.lora.lowrank.parallel import map_modules
+from fedloom.lora.lowrank.products import spectrum_by_products
+from fedloom.lora.lowrank.spectrum import Spectrum, Wanted
 from fedloom.lora.lowrank.stack import Stack
 from fedloom.lora.pair import LoraPair
 
-KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {"gram": spectrum_by_gram, "qr": spectrum_by_qr}
+KERNELS: Mapping[str, Callable[[Stack, Wanted], Spectrum | None]] = {
+    "products": spectrum_by_products,
+    "gram": spectrum_by_gram,
+    "qr": spectrum_by_qr,
+}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,7 +29,8 @@ class Truncation:
 
     pair: B = U diag(σ), A = Vᵀ with orthonormal rows, of which the element of largest magnitude is positive; float64
     where a factor was, else float32. singular_values: all that were computed, float64, descending. energy: Σσ² of all.
-    lost_energy: that of what is left out, over `energy`, 0 … 1. kernel: the algorithm that gave the result.
+    lost_energy: that of what is left out, over `energy`, 0 … 1. kernel: the algorithm that gave the result; with
+    "products" the energy left out is a sample's, good to some per cent.
     """
 
     pair: LoraPair
@@ -62,9 +69,10 @@ def plan_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels to try, the cheapest first; each but the last checks itself.
 
     float64 factors have more digits than Gram matrices keep. For float32 they are always the cheaper: R² (m + n)
-    operations against 4 R² (m + n) of two QR decompositions, and R ≤ min(m, n) here.
+    operations against 4 R² (m + n) of two QR decompositions, and R ≤ min(m, n) here. Products are cheaper still where
+    few components of many are wanted.
     """
-    return ("qr",) if dtype == torch.float64 else ("gram", "qr")
+    return ("qr",) if dtype == torch.float64 else ("products", "gram", "qr")
 
 
 def truncate_all(

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fedloom.compress.budget import BudgetFill, Made, Room, fill_budget, value_bits
-from fedloom.compress.entries import Dense, Entry, dense_entry, to_dense
+from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, floats, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
-from fedloom.lora.pair import LoraPair, LoraState, from_tensors
+from fedloom.lora.pair import PARTS, LoraPair, LoraState, from_tensors
 from fedloom.methods.method import Aggregate, Context, Entries, State, Update
-from fedloom.methods.shared.components import read_pairs
 
 Parts = Callable[[int], tuple[str, ...]]
 """Round → the factors that are trained and sent in it."""
@@ -65,9 +65,9 @@ def average(state: State, updates: Iterable[Update], context: Context) -> Aggreg
     return Aggregate({name: code_dense(name, tensor, context) for name, tensor in means.items()})
 
 
-def read_dense(entries: Entries) -> dict[str, Tensor]:
-    """Every entry as a dense tensor."""
-    return {name: to_dense(entry) for name, entry in entries.items()}
+def read_as_sent(entries: Entries) -> Entries:
+    """Every entry as it is."""
+    return entries
 
 
 def zero_change(adapter: LoraState) -> dict[str, Tensor]:
@@ -84,25 +84,34 @@ def weighted_mean(
     updates: Iterable[Update],
     *,
     start: Mapping[str, Tensor] | None = None,
-    read: Callable[[Entries], Mapping[str, Tensor]] = read_dense,
+    read: Callable[[Entries], Mapping[str, Tensor | Entry]] = read_as_sent,
     weight: Callable[[Update, str], float] = client_share,
 ) -> dict[str, Tensor]:
     """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
 
-    read: entries of some modules → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
-    in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
-    added to the leading rows and columns.
+    read: entries of a module → the T_k to add; of a sparse one only its elements are. weight: p_k unless a method
+    weighs otherwise. start: the tensors to add to, in place; zeros for a name that is not in it. A T_k may be smaller
+    than the tensor of its name in `start`: it is added to the leading rows and columns.
     """
     sums = dict(start or {})
     for update in updates:
         for entries in by_module(update.entries):
             for name, tensor in read(entries).items():
                 if name not in sums:
-                    sums[name] = torch.zeros_like(tensor)
-                leading = tuple(slice(size) for size in tensor.shape)
-                sums[name][leading].add_(tensor, alpha=weight(update, name))
+                    sums[name] = torch.zeros(tensor.shape)
+                add_weighted(sums[name], tensor, weight(update, name))
         del update  # the next one is read before the loop lets go of this one
     return sums
+
+
+def add_weighted(total: Tensor, part: Tensor | Entry, weight: float) -> None:
+    """Add weight · part to the leading rows and columns of `total`, in place: the same numbers for every form of it."""
+    if isinstance(part, Sparse) and part.shape == tuple(total.shape) and total.is_contiguous():
+        flat, where = total.view(-1), part.positions
+        flat.index_copy_(0, where, flat.index_select(0, where).add_(floats(part.values), alpha=weight))
+        return
+    whole = part if isinstance(part, Tensor) else to_dense(part)
+    total[tuple(slice(size) for size in whole.shape)].add_(whole, alpha=weight)
 
 
 def by_module(entries: Entries) -> Iterator[Entries]:
@@ -126,11 +135,18 @@ def product_sums(
     caps = {module: streaming_cap(pair.rank) if capped else None for module, pair in adapter.items()}
     sums = {module: ProductSum(pair.shape, cap=caps[module]) for module, pair in adapter.items()}
     for update in updates:
-        for module, pair in read_pairs(update.entries).items():
-            sums[module].add(pair, update.weight)
+        for module in sorted({name.rpartition("/")[0] for name in update.entries}):
+            a, b = (update.entries[f"{module}/{part}"] for part in PARTS)
+            # Codes take a quarter of the memory of what they stand for, or less.
+            sums[module].add_later(partial(read_pair, a, b), a.shape[0], update.weight)
             if beside is not None:
-                sums[module].add(beside(module, pair.rank), update.weight)
+                sums[module].add(beside(module, a.shape[0]), update.weight)
     return sums
+
+
+def read_pair(a: Entry, b: Entry) -> LoraPair:
+    """The pair of two entries."""
+    return LoraPair(to_dense(a), to_dense(b))
 
 
 def fill_within_budget(
