@@ -31,7 +31,9 @@ names = pytest.mark.parametrize("name", sorted(METHODS))
 
 def uploads(federation: Federation) -> dict[str, bytes]:
     return {
-        client: client_turn(federation.job, client, state, [], federation.training(client), federation.number + 1).payload
+        client: client_turn(
+            federation.job, client, state, [], federation.training(client), federation.number + 1
+        ).payload
         for client, state in federation.clients.items()
     }
 

@@ -12,9 +12,8 @@ from fedloom.rounds.job import Job
 from fedloom.rounds.joint import names_in
 from fedloom.rounds.turns import full_state, narrow_broadcast
 
-
 Cut = tuple[int, frozenset[tuple[str, int]]]
-"""A version, and the ranks that the broadcast which applies to it is cut to; no ranks: the full state of this version."""
+"""A version, and the ranks that the broadcast which applies to it is cut to; no ranks: this version's full state."""
 
 
 class Archive:

@@ -29,8 +29,8 @@ from fedloom.rounds.memory import give_back
 class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and what the check saw of each.
 
-    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, "" before the first and after the last. Where a method
-    fails, this names the suspect.
+    decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading, ""
+    before the first and after the last. Where a method fails, this names the suspect.
     """
 
     payloads: Mapping[str, bytes]

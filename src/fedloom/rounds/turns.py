@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.wire import Header, Message, decode, encode
+from fedloom.wire.streams import run_side_by_side
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -220,13 +222,22 @@ def _check_all(
     decoded: Decoded,
 ) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
-    passed: dict[str, UpdateFacts] = {}
-    refused: dict[str, str] = {}
-    for client in sorted(payloads):
-        try:
-            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round, decoded)
-        except FedloomError as error:
-            refused[client] = str(error)
+    found = dict(seen)
+
+    def check(clients: Sequence[str]) -> dict[str, str]:
+        refused = {}
+        for client in clients:
+            try:
+                found[client] = check_update(job, state, client, payloads[client], round, decoded)
+            except FedloomError as error:
+                refused[client] = str(error)
+        return refused
+
+    new = sorted(payloads.keys() - seen.keys())
+    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
+    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
+    refused = dict(sorted((odd | even).items()))
+    passed = {client: found[client] for client in sorted(payloads) if client not in refused}
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
     for client in outliers:
         decoded.drop(client)

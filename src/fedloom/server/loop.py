@@ -54,7 +54,8 @@ Not the first round: where few clients are asked, it may be one client's data th
 class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
-    decoded: where what they sent waits, decoded by that check. diverged: whether there are none because every training ended in values that are not finite.
+    diverged: whether there are none because every training ended in values that are not finite. decoded: where what
+    they sent waits, decoded by that check.
     """
 
     payloads: Mapping[str, bytes]

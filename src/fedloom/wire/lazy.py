@@ -73,4 +73,6 @@ def _lazy(opened: OpenedPayload) -> Mapping[str, Entry]:
     for role in sizes.keys() | wanted.keys():
         if sizes.get(role, 0) != wanted.get(role, 0):
             raise WireError(f"stream {role} has {sizes.get(role, 0):,} bytes where {wanted.get(role, 0):,} are needed")
-    return LazyEntries(opened.items, [starts[item.name] for item in opened.items], Sources(opened.streams, opened.coded))
+    return LazyEntries(
+        opened.items, [starts[item.name] for item in opened.items], Sources(opened.streams, opened.coded)
+    )

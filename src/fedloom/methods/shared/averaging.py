@@ -89,9 +89,9 @@ def weighted_mean(
 ) -> dict[str, Tensor]:
     """Σ_k weight(update_k, name) · T_k of every name; one update is in memory at a time.
 
-    read: entries of some modules → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the tensors to add to,
-    in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in `start`: it is
-    added to the leading rows and columns.
+    read: entries of some modules → the tensors T_k to add. weight: p_k unless a method weighs otherwise. start: the
+    tensors to add to, in place; zeros for a name that is not in it. A T_k may be smaller than the tensor of its name in
+    `start`: it is added to the leading rows and columns.
     """
     sums = dict(start or {})
     for update in updates:
