@@ -8,25 +8,24 @@ The training step is an argument. The server applies the decoded broadcast, as e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
-from fedloom.compress.entries import all_finite, dense_entry, detach_entry, to_dense
+from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Entries, Method, State, send_all
+from fedloom.methods.method import FROZEN, Method, State, send_all
 from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.draft import Draft
 from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
+from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.streams import run_side_by_side
@@ -103,44 +102,6 @@ class ServerTurn:
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-
-
-@dataclass(eq=False, slots=True)
-class Draft:
-    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
-
-    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do.
-    """
-
-    header: Header
-    outline: Outline | None = None
-    entries: Entries = field(default_factory=dict)
-    encoded: bytes = b""
-    joined: bool = False
-
-    def size(self, entries: Entries) -> int:
-        """Bytes of the payload that carries these entries."""
-        return len(self.payload(entries))
-
-    def payload(self, entries: Entries) -> bytes:
-        """The payload that carries these entries."""
-        known = self.encoded and entries.keys() == self.entries.keys()
-        if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
-            travelling = join_entries(entries, self.outline)
-            self.joined = travelling is not entries
-            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
-        return self.encoded
-
-    def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:
-        """What a receiver decodes from the payload of these entries, bit by bit, in memory that `apart` has no part in.
-
-        Nothing is decoded for it but what travels joined, which is little: encoding loses nothing.
-        """
-        payload = self.payload(entries)
-        if self.joined:
-            return decode(payload)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in apart}
-        return Message(self.header, {name: detach_entry(entries[name], shared) for name in sorted(entries)})
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
