@@ -1,9 +1,10 @@
 """One round, in two functions. Every engine calls only these, so all engines move identical bytes.
 
     client_turn:  payloads ─decode→ state ─train→ adapter' ─compress→ entries ─encode→ payload
-    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload ─decode→ state'
+    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload
+                                                           └─────receive─→ state'
 
-The training step is an argument. The server applies the decoded broadcast, as every client does.
+The training step is an argument. The server applies what every client will decode, as every client does.
 """
 
 from __future__ import annotations
