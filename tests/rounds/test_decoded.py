@@ -14,13 +14,14 @@ from fedloom.compress.entries import Dense, Sparse, add_entry, detach_entry, to_
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
-from fedloom.rounds import catchup, decoded
+from fedloom.rounds import catchup, decoded, draft
 from fedloom.rounds import turns as rounds
 from fedloom.rounds.caps import USUAL
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import check_update
 from fedloom.rounds.decoded import Decoded
-from fedloom.rounds.turns import Draft, accept_own, client_turn, server_turn
+from fedloom.rounds.draft import Draft
+from fedloom.rounds.turns import accept_own, client_turn, server_turn
 from fedloom.server.roster import same_state
 from fedloom.wire import decode, encode
 from toy import Federation, initial, job, random_state, ranks, step
@@ -97,10 +98,9 @@ def test_the_server_takes_up_its_own_broadcast_as_if_it_had_decoded_it(name: str
     own = federation.server.adapter.ranks()
     for _ in range(4):
         before = federation.server
-        monkeypatch.setattr(rounds, "decode", None)  # nothing is decoded for it
+        monkeypatch.setattr(draft, "decode", None)  # nothing is decoded for it
         federation.number += 1
         turn = server_turn(federation.job, before, uploads_now(federation), federation.number)
-        monkeypatch.setattr(rounds, "decode", decode)
         read = accept_own(federation.job, replace(before, memory=turn.state.memory), decode(turn.payload), own)
         assert same_state(turn.state, read) and turn.state.version == read.version
         kept = {tensor.untyped_storage().data_ptr() for tensor in turn.state.memory.values() if tensor.numel()}
@@ -127,9 +127,9 @@ def test_what_is_taken_up_is_what_a_receiver_decodes(kind: str, seed: int, size:
         "m/A": dense((3, size), kind, seed),
         "n/A": seeded((5, size), 0.25, kind, seed),
     }
-    draft = Draft(HEADER)
-    taken = draft.received(entries, ())
-    assert equal(taken, decode(draft.payload(entries))) and list(taken.entries) == sorted(entries)
+    made = Draft(HEADER)
+    taken = made.received(entries, ())
+    assert equal(taken, decode(made.payload(entries))) and list(taken.entries) == sorted(entries)
 
 
 @pytest.mark.parametrize("name", sorted(samples()))

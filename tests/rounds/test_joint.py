@@ -17,9 +17,10 @@ from fedloom.lora.pair import LoraPair, initial_state
 from fedloom.methods.method import Context, State, Update
 from fedloom.methods.shared.averaging import weighted_mean
 from fedloom.methods.table import build
+from fedloom.rounds.draft import Draft
 from fedloom.rounds.joint import CODES, SCALES, SIGNS, Outline, join_entries, split_entries
 from fedloom.rounds.least import check_room, least_bytes
-from fedloom.rounds.turns import Draft, Job, accept, client_turn, server_turn, start
+from fedloom.rounds.turns import Job, accept, client_turn, server_turn, start
 from fedloom.wire import Header, Message, decode, encode
 from toy import step
 

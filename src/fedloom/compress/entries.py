@@ -121,8 +121,10 @@ def plain_entry(entry: Entry) -> Entry:
 
 
 def detach_entry(entry: Entry, shared: Collection[int] = ()) -> Entry:
-    """`plain_entry` for keeping: dense floats, which `to_dense` does not copy, are copied where they lie in one of these
-    stretches of memory (by address), or in a longer one that they would keep alive.
+    """`plain_entry` for keeping: nothing else is kept alive by it, or changed with it.
+
+    Dense floats, which `to_dense` does not copy, are copied where they lie in one of the `shared` stretches of memory
+    (by address), or in a longer one.
     """
     entry = plain_entry(entry)
     values = entry.values

@@ -58,7 +58,7 @@ def unpack_parcel(content: RecordDict) -> Parcel:
     """The parcel in a message's content. Raises SiteError where there is none, or its sizes do not fit."""
     # Not by content.array_records: such a view and its record hold each other, and with them the payloads, until some
     # later collection of garbage.
-    facts, held = content.get(FACTS), content.get(ARRAYS, {})
+    facts, held = content.get(FACTS), content.get(ARRAYS)
     if not isinstance(facts, ConfigRecord):
         raise SiteError("the message is none of fedloom's")
     arrays = list(held.values()) if isinstance(held, ArrayRecord) else []

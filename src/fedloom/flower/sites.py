@@ -77,7 +77,7 @@ def run_federation(
 def prepare_rounds(
     grid: Grid, folder: RunFolder, resume: bool, observer: Observer, notes: Sequence[str], number: int | None
 ) -> Rounds:
-    """The run in an open folder, ready to be played. The first adapter is held by its state alone, and as long as that."""
+    """The run in an open folder, ready to be played. The first adapter is held by the server's first state alone."""
     config, told = folder.config, [*notes]
     heldout = heldout_examples(config.data, told.append)
     nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())

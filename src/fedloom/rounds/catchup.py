@@ -5,35 +5,34 @@ Where the newest broadcast says all there is (`Method.replaces`), it alone is en
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
 from fedloom.rounds.joint import names_in
 from fedloom.rounds.turns import full_state, narrow_broadcast
 
-
 Cut = tuple[int, frozenset[tuple[str, int]]]
-"""A version, and the ranks that the broadcast which applies to it is cut to; no ranks: the full state of this version."""
+"""A version, and the ranks that the broadcast which applies to it is cut to; no ranks: this version's full state."""
 
 
 class Archive:
     """The broadcasts that a client may still have missed, by the version they apply to.
 
-    It holds at most as many bytes as one full state: beyond that, the full state is cheaper. held: where they are kept;
-    a dictionary if left out. made: the same for what is made of them once for all clients of the same ranks.
+    It holds at most as many bytes as one full state: beyond that, the full state is cheaper. hold: makes what they are
+    kept in, and what is made of them once for all clients of the same ranks; dictionaries if left out.
     """
 
     def __init__(
         self,
         payloads: Mapping[int, bytes] | None = None,
-        held: MutableMapping[int, bytes] | None = None,
-        made: MutableMapping[Cut, bytes] | None = None,
+        hold: Callable[[], MutableMapping[Any, bytes]] = dict,
     ) -> None:
-        self.payloads: MutableMapping[int, bytes] = {} if held is None else held
+        self.payloads: MutableMapping[int, bytes] = hold()
         self.payloads.update(payloads or {})
         self._sizes = {version: len(payload) for version, payload in (payloads or {}).items()}
-        self._made: MutableMapping[Cut, bytes] = {} if made is None else made
+        self._made: MutableMapping[Cut, bytes] = hold()
         self._lengths: dict[Cut, int] = {}
         self._whole: tuple[int, bool] | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 
 from fedloom.compress.entries import Entry, Quantized, Sparse
 from fedloom.lora.pair import module_of
@@ -22,11 +23,15 @@ SMALL = 2**23
 
 @dataclass(eq=False, slots=True)
 class Decoded:
-    """The entries of updates that wait to be averaged, by client; together less than `room` bytes."""
+    """The entries of updates that wait to be averaged, by client; together less than `room` bytes.
+
+    Several threads may check updates at once: which of them find room is up to chance, and changes no bit of a round.
+    """
 
     room: int
     held: dict[str, Entries] = field(default_factory=dict)
     used: int = 0
+    lock: Lock = field(default_factory=Lock)
 
     @classmethod
     def beside(cls, state: State) -> Decoded:
@@ -39,12 +44,14 @@ class Decoded:
         if isinstance(entries, LazyEntries):
             return
         size = sum(map(entry_bytes, entries.values()))
-        if self.used + size < self.room:
-            self.held[client], self.used = entries, self.used + size
+        with self.lock:
+            if self.used + size < self.room:
+                self.held[client], self.used = entries, self.used + size
 
     def drop(self, client: str) -> None:
         """Forget a client's entries."""
-        self.used -= sum(map(entry_bytes, self.held.pop(client, {}).values()))
+        with self.lock:
+            self.used -= sum(map(entry_bytes, self.held.pop(client, {}).values()))
 
     def clear(self) -> None:
         """Forget all of them."""

@@ -1,34 +1,36 @@
 """One round, in two functions. Every engine calls only these, so all engines move identical bytes.
 
     client_turn:  payloads ─decode→ state ─train→ adapter' ─compress→ entries ─encode→ payload
-    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload ─decode→ state'
+    server_turn:  payloads ─decode→ updates ─aggregate→ entries ─encode→ payload
+                                                           └─────receive─→ state'
 
-The training step is an argument. The server applies the decoded broadcast, as every client does.
+The training step is an argument. The server applies what every client will decode, as every client does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
-from fedloom.compress.entries import all_finite, dense_entry, detach_entry, to_dense
+from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Entries, Method, State, send_all
+from fedloom.methods.method import FROZEN, Method, State, send_all
 from fedloom.rounds.caps import find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.draft import Draft
 from fedloom.rounds.job import Job, sender_digest
-from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
+from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.stale import Past
 from fedloom.wire import Header, Message, decode, encode
+from fedloom.wire.streams import run_side_by_side
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -102,44 +104,6 @@ class ServerTurn:
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-
-
-@dataclass(eq=False, slots=True)
-class Draft:
-    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
-
-    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do.
-    """
-
-    header: Header
-    outline: Outline | None = None
-    entries: Entries = field(default_factory=dict)
-    encoded: bytes = b""
-    joined: bool = False
-
-    def size(self, entries: Entries) -> int:
-        """Bytes of the payload that carries these entries."""
-        return len(self.payload(entries))
-
-    def payload(self, entries: Entries) -> bytes:
-        """The payload that carries these entries."""
-        known = self.encoded and entries.keys() == self.entries.keys()
-        if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
-            travelling = join_entries(entries, self.outline)
-            self.joined = travelling is not entries
-            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
-        return self.encoded
-
-    def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:
-        """What a receiver decodes from the payload of these entries, bit by bit, in memory that `apart` has no part in.
-
-        Nothing is decoded for it but what travels joined, which is little: encoding loses nothing.
-        """
-        payload = self.payload(entries)
-        if self.joined:
-            return decode(payload)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in apart}
-        return Message(self.header, {name: detach_entry(entries[name], shared) for name in sorted(entries)})
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
@@ -224,13 +188,22 @@ def _check_all(
     decoded: Decoded,
 ) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
-    passed: dict[str, UpdateFacts] = {}
-    refused: dict[str, str] = {}
-    for client in sorted(payloads):
-        try:
-            passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round, decoded)
-        except FedloomError as error:
-            refused[client] = str(error)
+    found = dict(seen)
+
+    def check(clients: Sequence[str]) -> dict[str, str]:
+        refused = {}
+        for client in clients:
+            try:
+                found[client] = check_update(job, state, client, payloads[client], round, decoded)
+            except FedloomError as error:
+                refused[client] = str(error)
+        return refused
+
+    new = sorted(payloads.keys() - seen.keys())
+    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
+    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
+    refused = dict(sorted((odd | even).items()))
+    passed = {client: found[client] for client in sorted(payloads) if client not in refused}
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
     for client in outliers:
         decoded.drop(client)

@@ -10,12 +10,11 @@ With `federation.mode = "buffered"` it is `sites.fill` that brings a round's upd
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 
-from fedloom.compress.budget import Budget
 from fedloom.errors import CheckpointError, RoundError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
@@ -24,18 +23,16 @@ from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
 from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
 from fedloom.records.session import Answer
-from fedloom.rounds.catchup import Archive, Cut
-from fedloom.rounds.joint import SCALES
+from fedloom.rounds.catchup import Archive
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import draw_attendance
 from fedloom.server.buffer import Buffer
 from fedloom.server.disk import explain_full_disk
 from fedloom.server.engine import Sites, Updates
-from fedloom.server.session import begin_session, record_end
+from fedloom.server.session import begin_session, describe_spending, record_end
 from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
-from fedloom.wire import describe
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.export import finish_run
@@ -70,7 +67,7 @@ class Rounds:
         self.observer = observer
         self.sites = sites
         self.server: State = start(setup.job, first or setup.initial)
-        self.archive = Archive(held=Spool(folder.path), made=Spool(folder.path))
+        self.archive = Archive(hold=partial(Spool, folder.path))
         self.round = 0
         self.saved = False  # whether there is a checkpoint
         self.hopeless = False
@@ -228,11 +225,11 @@ class Rounds:
 
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
-        began, payloads = time.perf_counter(), updates.payloads
+        began, job, payloads = time.perf_counter(), self.setup.job, updates.payloads
         give_back(max((seen.size for seen in updates.seen.values()), default=0))  # payloads that now lie on disk
         try:
             turn = server_turn(
-                self.setup.job,
+                job,
                 self.server,
                 payloads,
                 round,
@@ -306,19 +303,9 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        held, made = Spool[int](self.folder.path), Spool[Cut](self.folder.path)
-        self.archive, self.best = Archive(snapshot.archive, held, made), snapshot.best
+        self.archive, self.best = Archive(snapshot.archive, partial(Spool, self.folder.path)), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         if self.buffer and snapshot.underway:
             self.buffer.restore(snapshot.underway, self.server)
         self.sites.restore(self, snapshot)
-
-
-def describe_spending(payload: bytes, budget: Budget) -> str:
-    """What a byte budget was spent on, in words."""
-    # Scales that travel as a tensor of their own are no values of the adapter.
-    tensors = [tensor for tensor in describe(payload).tensors if tensor.name != SCALES]
-    share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
-    kinds = ", ".join(sorted({t.coding for t in tensors}))
-    return f"wire.budget of {budget}: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"

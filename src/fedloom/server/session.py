@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedloom.compress.budget import Budget
 from fedloom.model.training import rate_at
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
 from fedloom.records.ledger import RunRow, read_rows
 from fedloom.records.session import End, Session, describe_error
+from fedloom.rounds.joint import SCALES
+from fedloom.wire import describe
 
 if TYPE_CHECKING:
     from fedloom.server.loop import Rounds
@@ -72,6 +76,15 @@ def describe_extension(config: Config, before: int, round: int) -> str:
         f"{text}; the learning rate goes on as in a run of {now} rounds: {new:.3g} in round {round + 1}, after "
         f"{old:.3g} in round {round}. A run of {now} rounds from the start ends otherwise"
     )
+
+
+def describe_spending(payload: bytes, budget: Budget) -> str:
+    """What a byte budget was spent on, in words."""
+    # Scales that travel as a tensor of their own are no values of the adapter.
+    tensors = [tensor for tensor in describe(payload).tensors if tensor.name != SCALES]
+    share = sum(t.values for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
+    kinds = ", ".join(sorted({t.coding for t in tensors}))
+    return f"wire.budget of {budget}: {100 * share:.2f} % of the values as {kinds} in {len(payload)} bytes"
 
 
 def record_end(rounds: Rounds, error: BaseException) -> None:

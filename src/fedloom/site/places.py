@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import State
 from fedloom.records.ledger import Row
+from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import accept, start
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import read_header
@@ -75,6 +75,9 @@ class Place:
             if not _was_applied(payload, known):
                 state = accept(self.setup.job, state, payload)
                 tell(payload)
+            size = len(payload)
+            del payload
+            give_back(size)
         return state
 
 

@@ -1,0 +1,51 @@
+"""A payload in the making: how large entries would be, and what its receiver will decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedloom.compress.entries import detach_entry
+from fedloom.methods.method import Entries
+from fedloom.rounds.joint import Outline, join_entries
+from fedloom.wire import Header, Message, decode, encode
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
+
+    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do.
+    """
+
+    header: Header
+    outline: Outline | None = None
+    entries: Entries = field(default_factory=dict)
+    encoded: bytes = b""
+    joined: bool = False
+
+    def size(self, entries: Entries) -> int:
+        """Bytes of the payload that carries these entries."""
+        return len(self.payload(entries))
+
+    def payload(self, entries: Entries) -> bytes:
+        """The payload that carries these entries."""
+        known = self.encoded and entries.keys() == self.entries.keys()
+        if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
+            travelling = join_entries(entries, self.outline)
+            self.joined = travelling is not entries
+            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
+        return self.encoded
+
+    def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:
+        """What a receiver decodes from the payload of these entries, bit by bit, in memory that `apart` has no part in.
+
+        Nothing is decoded for it but what travels joined, which is little: encoding loses nothing.
+        """
+        payload = self.payload(entries)
+        if self.joined:
+            return decode(payload)
+        shared = {tensor.untyped_storage().data_ptr() for tensor in apart}
+        return Message(self.header, {name: detach_entry(entries[name], shared) for name in sorted(entries)})
