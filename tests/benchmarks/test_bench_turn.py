@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.stages import STAGES, STEPS, Stopwatch
 
 from benchmarks import made_up, turn
-from benchmarks.stages import STAGES, STEPS, Stopwatch
 from fedloom.errors import ConfigError
 from fedloom.model import peft_bridge
 from fedloom.records.configfile import load_config

@@ -74,7 +74,7 @@ def job_of(method: str, share: float | None, **settings: Any) -> Job:
     [("fedsrd", None), ("fedsrd", 0.01), ("loom", 0.01), ("flasc", 0.01), ("fed-dare", 0.01), ("fedit", None)],
 )
 def test_a_turn_holds_two_adapters_and_little_else(method: str, share: float | None) -> None:
-    """Before and after are there already. A payload of FedIT is itself a quarter of an adapter, and is made of codes."""
+    """Before and after are there already. A payload of FedIT is a quarter of an adapter, and is made of codes."""
     before, after = adapters(24, 1024, 16)
     job, adapter = job_of(method, share), 4 * before.numel()
     state, trained = start(job, before), Trained(after, 1, 0.0)

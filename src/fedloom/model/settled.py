@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from accelerate import optimizer as accelerated
+from accelerate import optimizer as accelerated  # type: ignore[import-untyped]
 from torch import nn
 
 
