@@ -145,3 +145,19 @@ def test_fedsrd_sends_what_it_would_with_everything_in_memory(share: float | Non
             assert torch.equal(entry.values.codes, sent[name].values.codes)
             assert torch.equal(entry.values.scales, sent[name].values.scales)
         state = replace(state, memory=memory)
+
+
+@pytest.mark.parametrize("share", [None, 0.02])
+def test_fedsrd_sends_the_same_on_any_number_of_threads(share: float | None) -> None:
+    before, after = adapters(4, 4400, 8)  # sums of so many values are split among threads where torch may
+    job, threads = job_of("fedsrd", share, client_residual=0.7), torch.get_num_threads()
+    trained, found = Trained(after, 1, 0.0), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            turn = client_turn(job, "ada", start(job, before), (), lambda state, round, seed: trained, 1)
+            found.append((turn.payload, {name: tensor.clone() for name, tensor in turn.state.memory.items()}))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0][0] == found[1][0] and found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
