@@ -33,8 +33,8 @@ def made_up_base(name: str) -> LoadBase:
     def load(path: str, dtype: str, quantization: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         with torch.random.fork_rng(()):
             torch.manual_seed(0)
-            config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True, dtype=DTYPES[dtype])
-            model = LlamaForCausalLM(config).to(DTYPES[dtype])
+            config = LlamaConfig.from_dict({**SHAPES[name], "tie_word_embeddings": True})
+            model = LlamaForCausalLM(config).to(dtype=DTYPES[dtype])  # type: ignore[call-arg]
         return model.eval().requires_grad_(False), load_tokenizer(path)
 
     return load

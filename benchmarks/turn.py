@@ -23,7 +23,7 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import Config, TrainingSettings
 from fedloom.rounds.turns import ClientTurn, accept, client_turn, server_turn, start
 from fedloom.site.store import Store, TurnRecord
-from fedloom.workspace.assemble import Setup, build_setup, load_setup
+from fedloom.workspace.assemble import Setup, build_setup, load_setup, select_participants
 from fedloom.workspace.data import client_examples
 
 ROUND = 2
@@ -54,7 +54,8 @@ def prepare(config: Config, model: str) -> Setup:
     """The things of the run, on the settings' own model or on a made-up one."""
     if not model:
         return load_setup(config)
-    return build_setup(config, client_examples(config)[0], {}, load=made_up_base(model))
+    texts = select_participants(client_examples(config)[0], config.federation.participants)
+    return build_setup(config, texts, {}, load=made_up_base(model))
 
 
 def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_a_budget_for_nothing_is_refused(name):
 @given(st.lists(st.lists(st.floats(0, 4, width=16), max_size=30), max_size=4), st.floats(0, 1))
 def test_one_threshold_counts_the_most_important_of_all(rows, density):
     scores = {str(number): torch.tensor(row, dtype=torch.float32) for number, row in enumerate(rows)}
-    counts = counts_by_importance(scores)(density)
+    counts = counts_by_importance(lambda look: {name: look(one) for name, one in scores.items()})(density)
     every = sorted((value for row in rows for value in row), reverse=True)
     keep = round(density * len(every))
     least = every[keep - 1] if keep else math.inf

@@ -12,6 +12,7 @@ from fedloom.adapters.settings import AdapterSettings
 from fedloom.errors import ConfigError, ModelError, ShapeError
 from fedloom.lora.pair import LoraPair, LoraState, digest, stack
 from fedloom.model import peft_bridge
+from fedloom.model.peft_bridge.layers import LoraLayer  # by way of fedloom, which keeps its imports quiet
 from tiny_models import MODELS, llama, placed
 
 NARROW = {"llama": "k_proj", "qwen2": "k_proj", "mistral": "k_proj", "gpt2": "c_attn"}
@@ -208,3 +209,43 @@ def test_an_adapter_of_another_model_is_refused() -> None:
         peft_bridge.set_frozen(model, random_state({"other": (3, 4)}, {"other": 2}))
     with pytest.raises(ModelError, match="already carries an adapter"):
         peft_bridge.attach(model, placed(llama(), r=2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_found_in_the_order_of_all_modules(name: str) -> None:
+    base = MODELS[name]()
+    adapter = placed(base, r=4)
+    model, state = peft_bridge.attach(base, adapter), random_state(adapter.shapes, adapter.ranks)
+    for _ in range(2):
+        whole = model.get_base_model().named_modules()
+        paths = [path for path, module in whole if isinstance(module, LoraLayer)]
+        assert [held.names for held in peft_bridge.lora_layers(model)] == [(path,) for path in paths]
+        peft_bridge.set_frozen(model, random_state(state.shapes(), dict.fromkeys(state, 2)))  # a second slot
+
+
+def test_what_is_read_is_nobody_elses() -> None:
+    """B times the scale is new memory, and A is copied: training goes on in the model, not in what was read."""
+    model, shapes = resident()
+    peft_bridge.write_adapter(model, random_state(shapes, dict.fromkeys(shapes, 4)))
+    read = peft_bridge.read_adapter(model)
+    before = digest(read)
+    for parameter in model.parameters():
+        parameter.data.fill_(9.0)
+    assert digest(read) == before
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in read.tensors().values())
+
+
+def test_a_layer_keeps_its_dropout_unless_it_changes() -> None:
+    base = MODELS["llama"]()
+    adapter = placed(base, r=4)
+    model = peft_bridge.attach(base, adapter)
+
+    def dropouts() -> list[torch.nn.Module]:
+        return [held.layer.lora_dropout[peft_bridge.TRAINED] for held in peft_bridge.lora_layers(model)]
+
+    first = dropouts()
+    peft_bridge.configure(model, adapter)
+    assert all(one is other for one, other in zip(dropouts(), first, strict=True))
+    for rate, kind in ((0.25, torch.nn.Dropout), (0.5, torch.nn.Dropout), (0.0, torch.nn.Identity)):
+        peft_bridge.configure(model, placed(MODELS["llama"](), r=4, lora_dropout=rate))
+        assert all(type(one) is kind and getattr(one, "p", 0.0) == rate for one in dropouts())

@@ -63,8 +63,8 @@ class _Scratch(threading.local):
         return self.held[use][: shape.numel()].view(shape)
 
     def like(self, use: str, tensor: Tensor) -> Tensor | None:
-        """Such memory for a result of this shape, None where it is to be of another kind or elsewhere."""
-        plain = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        """Such memory for a result like this tensor; None where fresh memory serves better, or is all that there is."""
+        plain = tensor.numel() >= _LARGE and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         return self.floats(use, tensor.shape) if plain else None
 
 
@@ -114,14 +114,14 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
     Elements that score zero are never kept, since they carry nothing.
     """
     positions, left = shortlist(scores, keep)
-    return positions[select_largest(left, keep)]
+    return positions if left.numel() <= keep else positions[select_largest(left, keep)]
 
 
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """(flat positions, scores) of candidates: elements above zero, among them the `keep` largest; by position.
 
-    Selecting costs many times more than comparing, so for a large tensor a sample gives a limit, and only elements above
-    it are selected from. Where the sample misled, or most are asked for, all elements above zero are listed.
+    Selecting costs many times more than comparing, so in a large tensor only elements above a limit are selected from,
+    which a sample gives. Where the sample misled, or most are asked for, all elements above zero are listed.
     """
     flat = _flat(scores)
     limit = _limit(flat, keep)

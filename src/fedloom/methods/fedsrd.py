@@ -147,7 +147,7 @@ class Changes:
     def of(self, module: str, part: str) -> tuple[Tensor, Tensor]:
         """A factor's change and its importances, in memory that this thread's next change overwrites."""
         now, before = self.after[module], self.state.adapter[module]
-        moved = torch.sub(now.part(part), before.part(part), out=scratch.floats("change", now.part(part).shape))
+        moved = torch.sub(now.part(part), before.part(part), out=scratch.like("change", now.part(part)))
         delta = carry_residual(moved, self.state.memory.get(f"{module}/{part}"), self.up.decay)
         other = now.B if part == "A" else before.A
         return delta, importance(delta, other, part, out=scratch.like("scores", delta))

@@ -101,14 +101,16 @@ class PatchedTrainer:
         parts = method.trainable(round) if method else PARTS
         self.write(before, state)
         peft_bridge.set_trainable(self.model, () if core else parts, self.slot)
-        with ExitStack() as changes:
-            changes.callback(peft_bridge.set_trainable, self.model, PARTS, self.slot)
-            changes.enter_context(peft_bridge.training_core(self.model, core, self.slot))
-            changes.enter_context(set_older_objects_aside())
-            changes.enter_context(keep_random_state())
-            changes.enter_context(_settings_of_round(self.trainer, task, self.count_steps(task), round, seed))
-            penalty = changes.enter_context(self.add_penalty(task, before))
-            outcome = self.trainer.train()
+        with ExitStack() as core_changes:
+            core_changes.callback(peft_bridge.set_trainable, self.model, PARTS, self.slot)
+            core_changes.enter_context(peft_bridge.training_core(self.model, core, self.slot))
+            with ExitStack() as changes:
+                changes.enter_context(set_older_objects_aside())
+                changes.enter_context(keep_random_state())
+                changes.enter_context(_settings_of_round(self.trainer, task, self.count_steps(task), round, seed))
+                penalty = changes.enter_context(self.add_penalty(task, before))
+                outcome = self.trainer.train()
+            # Only now: up to here there were the optimiser's tensors too.
             after = peft_bridge.read_adapter(self.model, self.slot)
         steps = outcome.global_step
         loss = outcome.training_loss - penalty.total / max(steps, 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
+from accelerate import optimizer as accelerated  # type: ignore[import-untyped]
 from torch import nn
 
 
@@ -22,7 +24,10 @@ def settle(model: nn.Module) -> Iterator[None]:
     """
     kind = type(model)
     model.train()
-    named = tuple(model.named_parameters())
+    named, all_modules = tuple(model.named_parameters()), tuple(model.modules())
+
+    def modules() -> Iterator[nn.Module]:
+        return iter(all_modules)
 
     def named_parameters(
         prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -43,10 +48,21 @@ def settle(model: nn.Module) -> Iterator[None]:
     def train(mode: bool = True) -> nn.Module:
         return model if model.training is mode else kind.train(model, mode)
 
-    answers = {answer.__name__: answer for answer in (named_parameters, parameters, zero_grad, train)}
+    answers = {answer.__name__: answer for answer in (modules, named_parameters, parameters, zero_grad, train)}
     vars(model).update(answers)  # found before the class's own
     try:
         yield
     finally:
         for name in answers:
             del vars(model)[name]
+
+
+@contextmanager
+def ask_once() -> Iterator[None]:
+    """Accelerate looks on the disk for an optimiser's library twice in every step; while this lasts, once in all."""
+    known = accelerated.is_lomo_available
+    accelerated.is_lomo_available = cache(known)
+    try:
+        yield
+    finally:
+        accelerated.is_lomo_available = known

@@ -9,13 +9,13 @@ from __future__ import annotations
 import gc
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
 from fedloom.model.packing import training_rows, without_mask
-from fedloom.model.settled import settle
+from fedloom.model.settled import ask_once, settle
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 from fedloom.records.text import to_printable
@@ -105,7 +105,12 @@ def local_update(
     rates = partial(rate_at, settings, round, num_rounds)
     extra = None if penalty is None else lambda: penalty(state, peft_bridge.live_adapter(model))
     with peft_bridge.training_core(model, core or LoraState()):
-        with _undisturbed(model), settle(model), quiet_transformers():
+        with (
+            _undisturbed(model, checkpointed=settings.gradient_checkpointing),
+            settle(model),
+            ask_once(),
+            quiet_transformers(),
+        ):
             arguments = _arguments(model, settings, seed)
             loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
         # Only now: up to here there were the optimiser's tensors too.
@@ -151,7 +156,7 @@ class _Arguments(TrainingArguments):
 def _arguments(model: peft.PeftModel, settings: TrainingSettings, seed: int) -> TrainingArguments:
     try:
         arguments = _Arguments(
-            output_dir=tempfile.gettempdir(),  # must exist; nothing is written
+            output_dir=str(Path(__file__).parent),  # must exist, and is looked through; nothing is written
             learning_rate=settings.learning_rate,
             max_steps=settings.max_steps or -1,  # transformers' word for none
             per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -218,6 +223,11 @@ class _LocalTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """The parameters whose weights decay: where none does, there is no need to look for them."""
         return super().get_decay_parameter_names(model) if self.args.weight_decay else []
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        """What accelerate does on one device, of the factors alone: the others have no gradient to look for."""
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """Not counted: nobody asks, and it takes a look at every module in every step."""
@@ -292,13 +302,17 @@ def set_older_objects_aside() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: peft.PeftModel) -> Iterator[None]:
-    """Leave random state as it was, and the model as it is used between trainings."""
+def _undisturbed(model: peft.PeftModel, *, checkpointed: bool) -> Iterator[None]:
+    """Leave random state as it was, and the model as it is used between trainings.
+
+    checkpointed: whether the training recomputes activations.
+    """
     base = cast(PreTrainedModel, model.get_base_model())
     with keep_random_state(), keep_use_cache(base.config):
         try:
             with set_older_objects_aside():
                 yield
         finally:
-            base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+            if checkpointed:
+                base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
             model.eval()

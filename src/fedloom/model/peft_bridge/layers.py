@@ -96,7 +96,7 @@ def lora_layers(model: peft.PeftModel) -> Iterator[AdaptedLayer]:
         if module in seen:
             continue
         seen.add(module)
-        kind = _layer_kind(type(module))
+        kind = _layer_kind(type(module))  # type: ignore[arg-type]  # taken for an object
         if kind is ParamWrapper:
             wrapper = cast(ParamWrapper, module)
             parameter = f"{path.replace(WRAPPED, '')}.{wrapper.parameter_name}"
