@@ -182,14 +182,15 @@ def run(
     plays = {goal.command: repeats * (1 + goal.then) for goal in goals}
     minutes = 1 + sum(count * MINUTES[command] for command, count in plays.items())
     told(f"{len(goals)} numbers, {repeats} repeats of old and new code in turns: about {minutes:.0f} minutes")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tree_of(ref) as then:
         trees = [then, tree_of_today()]
         for tree in trees:
             settle(tree)
         for command, group in groupby(goals, lambda goal: goal.command):
-            rows += measured(command, list(group), trees, repeats)
-            told("; ".join(f"{row['name']}: {row['old']} → {row['new']}" for row in rows if row["command"] == command))
+            found = measured(command, list(group), trees, repeats)
+            rows += found
+            told("; ".join(map(_line, found)))
     return {"ref": ref, "repeats": repeats, "rows": rows}
 
 
@@ -219,6 +220,10 @@ def _row(goal: Goal, taken: Mapping[str, Sequence[Sequence[Row]]], faults: Mappi
     told = {key: getattr(goal, key) for key in ("name", "what", "command", "unit", "today", "asked")}
     met = None if found["new"] is None else goal.met(found["new"])
     return {**told, **found, "met": met, "remark": "; ".join(f"{name} code: {why}" for name, why in remarks.items())}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return f"{row['name']}: {_number(row['old'], row['unit'])} → {_number(row['new'], row['unit'])} {row['remark']}"
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
