@@ -32,7 +32,7 @@ def run(ref: str, words: Sequence[str], *, repeats: int = 3, own: bool = False, 
         raise ConfigError("nothing to measure: give a command, such as aggregate --methods fedsrd")
     with tree_of(ref, own=own) as then:
         taken = in_turns([then, tree_of_today()], words, repeats)
-    old, new = ([_listed(one, rows, words) for one in taken[name]] for name in ("old", "new"))
+    old, new = ([rows_of(one, rows, words) for one in taken[name]] for name in ("old", "new"))
     whole = [
         {
             "number": number,
@@ -98,11 +98,14 @@ def _by_name(repeats: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[tup
     return {name: {c: statistics.median(taken) for c, taken in numbers.items()} for name, numbers in found.items()}
 
 
-def _listed(measured: Measured, key: str, words: Sequence[str]) -> Sequence[Row]:
+def rows_of(measured: Measured, key: str, words: Sequence[str]) -> Sequence[Row]:
+    """The rows that a command printed under a key, as a list or by name. Raises ConfigError where there are none."""
     rows = measured.result.get(key)
+    if isinstance(rows, dict):
+        rows = [{"name": name, **row} for name, row in rows.items() if isinstance(row, dict)]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        lists = [name for name, value in measured.result.items() if isinstance(value, list)]
-        raise ConfigError(f"`{' '.join(words)}` prints no rows called {key!r}; its lists: {', '.join(lists) or 'none'}")
+        kept = [name for name, value in measured.result.items() if isinstance(value, list | dict)]
+        raise ConfigError(f"`{' '.join(words)}` prints no rows called {key!r}; it has {', '.join(kept) or 'none'}")
     return [_flat(row) for row in rows]
 
 

@@ -50,7 +50,8 @@ def run(
             method,
             told[method]["predicted_server_cpu_s"],
             whole[method]["predicted_server_cpu_s"],
-            *(_mib(found[method]["predicted_server_bytes"]) for found in (told, whole)),
+            _mib(told[method]["predicted_server_bytes"]),
+            _mib(whole[method]["predicted_server_bytes"]),
             alone[method]["seconds"],
             alone[method]["share"],
         )

@@ -81,6 +81,11 @@ def test_rows_without_names_are_paired_by_their_order():
     assert [one["ratio"] for one in found] == [3.0, 4.0]
 
 
+def test_rows_may_have_names():
+    told = Measured({"reached": {"loss": {"ratio": 0.25}}, "rows": []}, 1.0, 1.0)
+    assert against.rows_of(told, "reached", ["buffered"]) == [{"name": "loss", "ratio": 0.25}]
+
+
 def test_what_a_row_holds_by_name_is_compared_too(monkeypatch):
     told = Measured({"rows": [{"client": "ada", "stages": {"read": 2.0}}]}, 1.0, 100.0)
     monkeypatch.setattr(against, "in_turns", lambda trees, words, repeats: {"old": [told], "new": [told]})
@@ -88,7 +93,7 @@ def test_what_a_row_holds_by_name_is_compared_too(monkeypatch):
     result = against.run("HEAD", ["turn"], repeats=1)
     assert [one["number"] for one in result["rows"]] == ["stages.read", "process_cpu_s", "process_peak_mib"]
     assert "| ada | stages.read | 2 | 2 | 1 |" in to_markdown(against.tables(result)[0])
-    with pytest.raises(ConfigError, match="prints no rows called 'details'; its lists: rows"):
+    with pytest.raises(ConfigError, match="prints no rows called 'details'; it has rows"):
         against.run("HEAD", ["turn"], rows="details")
 
 
