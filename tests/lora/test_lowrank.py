@@ -13,12 +13,12 @@ from fedloom.lora.lowrank import (
     ProductSum,
     frobenius_norm,
     inner_product,
+    products,
     relative_error,
     streaming_cap,
     truncate,
     truncate_all,
 )
-from fedloom.lora.lowrank import products
 from fedloom.lora.lowrank.kernels import spectrum_by_gram
 from fedloom.lora.lowrank.spectrum import Wanted
 from fedloom.lora.lowrank.stack import Stack

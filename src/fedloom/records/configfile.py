@@ -240,14 +240,18 @@ def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest(key: str) -> str | None:
-    """The valid key that was probably meant: one with the same or a similar last word, the same section first."""
+    """The valid key that was probably meant: one with the same or a similar last word, the same section first.
+
+    At the top, where tables are named, it is a table before it is a key.
+    """
     prefix, _, last = key.rpartition(".")
     if prefix.startswith("clients."):
         words = {name: f"{prefix}.{name}" for name in ClientSettings.model_fields}
     else:
         ordered = sorted(setting_keys(), key=lambda valid: valid.startswith(f"{prefix}."))
         words = {valid.rpartition(".")[2]: valid for valid in ordered}
-        words |= {} if prefix else {name: name for name in _sections()}
+    if not prefix and (table := difflib.get_close_matches(last, _sections(), n=1, cutoff=0.7)):
+        return table[0]
     near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)  # a slip of a letter or two, not another word
     return words[near[0]] if near else None
 
