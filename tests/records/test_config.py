@@ -38,6 +38,7 @@ def test_examples_of_unset_keys_are_valid():
     tree = tomllib.loads("\n".join(line for line in lines if re.match(r"\[[\w.]+\]$|\w+ = ", line)))
     # num_train_epochs and sources are in their places
     del tree["training"]["max_steps"], tree["data"]["source"]
+    tree["federation"]["mode"] = "buffered"  # that is what buffer_size is about
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
     assert (config.output.max_rank, config.clients["NAME"].r) == (64, 8)

@@ -248,7 +248,9 @@ def _nearest(key: str) -> str | None:
         ordered = sorted(setting_keys(), key=lambda valid: valid.startswith(f"{prefix}."))
         words = {valid.rpartition(".")[2]: valid for valid in ordered}
         words |= {} if prefix else {name: name for name in _sections()}
-    near = difflib.get_close_matches(last, words, n=1, cutoff=0.7)  # a slip of a letter or two, not another word
+    near = difflib.get_close_matches(last, words, n=3, cutoff=0.7)  # a slip of a letter or two, not another word
+    # Two letters that have changed places are the likeliest slip; to difflib a letter too many is as near.
+    near.sort(key=lambda word: sorted(word) != sorted(last))
     return words[near[0]] if near else None
 
 
