@@ -153,7 +153,11 @@ def test_a_buffer_takes_one_update_of_each_client_in_the_order_in_which_they_cam
     """A client that came late and is quick afterwards has two updates there: the second waits for a step more."""
     job = toy.job(build("fedit"))
     federation = buffered("federation.buffer_size=2", "federation.max_staleness=1").federation
-    buffer, server, facts = Buffer(job, federation, 3), start(job, toy.initial()), UpdateFacts(1, frozenset(), 1.0, b"", 1)
+    buffer, server, facts = (
+        Buffer(job, federation, 3),
+        start(job, toy.initial()),
+        UpdateFacts(1, frozenset(), 1.0, b"", 1),
+    )
     for round in (1, 2):
         assert buffer.may_begin("ada", round)
         buffer.begin("ada", round, replace(server, version=round))
