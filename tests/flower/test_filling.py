@@ -21,7 +21,7 @@ from toy_run import check_nothing_is_lost, counted
 
 pytestmark = pytest.mark.flower
 RESIDUAL = ("method.client_residual=1.0", "method.rescale=none")
-BUFFERED = ("federation.mode=buffered", "federation.buffer_size=2", "federation.num_rounds=12", "flower.deadline=100")
+BUFFERED = ("federation.mode=buffered", "federation.buffer_size=2", "federation.num_rounds=8", "flower.deadline=100")
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def test_a_slow_site_keeps_nobody_waiting_and_its_update_counts(clocked, tmp_pat
         gaps = [after - before for before, after in pairwise(began[site])]
         assert max(gaps) <= 1.0 + 4 * 0.25, "a turn of a second, and a few looks for replies"
     counted = [row.client for row in rows(tmp_path, Training)]
-    assert counted.count("lab") >= 2 and len(counted) >= 23
+    assert counted.count("lab") >= 1 and len(counted) >= 15
     stale = [step.stats["max_staleness"] for step in rows(tmp_path, Aggregation)]
     assert max(stale) >= 4 and "refused" not in notes(tmp_path)
-    assert federation.server.version == 12
+    assert federation.server.version == 8
     held = [grid.node(site).desk.held.after for site in SITES]
     assert {(one.version, one.digest) for one in held} == {(federation.server.version, federation.server.digest)}
 
@@ -153,7 +153,7 @@ def test_a_step_is_taken_with_fewer_at_the_deadline_and_not_below_min_replies(cl
 def test_the_sites_are_told_nothing_of_it():
     """So a site of the release before takes part; and what the server is told comes back whole."""
     config = settings(*BUFFERED, "federation.staleness_exponent=1", "federation.max_staleness=7")
-    assert shared_settings(config) == shared_settings(settings("federation.num_rounds=12"))
+    assert shared_settings(config) == shared_settings(settings("federation.num_rounds=8"))
     assert join_settings(shared_settings(config), server_settings(config)).federation == config.federation
     with pytest.raises(ConfigError, match=r"federation\.pace is for simulations"):
         check_flower_settings(settings(*BUFFERED, 'federation.pace={"lab" = 2.0}'))

@@ -105,6 +105,15 @@ def test_side_by_side_every_bit_and_row_is_as_one_after_another(
     assert left(tmp_path / "run") == left(alone)
 
 
+def test_asynchronous_rounds_have_the_same_bits_with_workers(config: Config, pool: Pool, tmp_path: Path):
+    """One client diverges, one is slow, some drop out."""
+    asked = {"mode": "buffered", "buffer_size": 2, "pace": {"bank": 3.0}}
+    buffered = config.model_copy(update={"federation": config.federation.model_copy(update=asked)})
+    for count in (0, 2):
+        local.run_local(with_workers(buffered, count), tmp_path / str(count))
+    assert left(tmp_path / "0") == left(tmp_path / "2")
+
+
 class Killed(Silent):
     """Ends the run amid a round, with tasks under way."""
 
