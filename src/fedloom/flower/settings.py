@@ -9,12 +9,26 @@ from typing import Any
 import tomli_w
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, EvaluationSettings, FederationSettings, FlowerSettings, OutputSettings
+from fedloom.records.config import (
+    Config,
+    EvaluationSettings,
+    FederationSettings,
+    FlowerSettings,
+    LocalSettings,
+    OutputSettings,
+)
 from fedloom.records.configfile import parse
 
-SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
+SERVERS_OWN = {
+    "local": LocalSettings(),
+    "flower": FlowerSettings(),
+    "output": OutputSettings(),
+    "evaluation": EvaluationSettings(),
+}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
-scores are taken at the server. [local] is for another engine, and nobody is told it."""
+scores are taken at the server."""
+UNTOLD = {"local"}
+"""Tables of another engine, which nobody is told: so a server of the release before takes the run too."""
 
 
 SINCE: dict[str, int] = {}
@@ -52,7 +66,7 @@ def shared_settings(config: Config) -> str:
     """
     federation = config.federation.model_copy(update={"eval_every": FederationSettings().eval_every})
     told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
-    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude={"local"})))
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude=UNTOLD)))
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +82,7 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 def server_settings(config: Config) -> str:
     """The settings that the sites are not told, as TOML."""
-    own = config.model_dump(include=set(SERVERS_OWN), exclude_none=True)
+    own = config.model_dump(include=set(SERVERS_OWN) - UNTOLD, exclude_none=True)
     return tomli_w.dumps({**own, "federation": {"eval_every": config.federation.eval_every}})
 
 
