@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from fedloom.cli import main as cli
 from fedloom.cli import studies as commands
 from fedloom.errors import ConfigError, DataError, FedloomError
 from fedloom.records.config import Config
-from fedloom.records.configfile import load_config
+from fedloom.records.configfile import load_config, parse
 from fedloom.records.events import RunFacts, RunSummary
 from fedloom.records.ledger import Evaluation, Ledger, RunRow, Training, Transfer
 from fedloom.report.live import LineView, LiveView, watch
@@ -35,7 +36,7 @@ class Engine:
 
     def run(self, config, out, *, resume, force, observer, nursery=None):
         self.calls.append((config, out, resume))
-        self.forced = force
+        self.forced, self.nursery = force, nursery
         out.mkdir(parents=True)
         if self.writes_settings:
             (out / "config.toml").touch()
@@ -217,6 +218,20 @@ def test_the_command_names_the_engine(call, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "simulate", interrupted)
     err = call("run", settings_file(tmp_path), "--engine", "flower-sim", "--out", tmp_path / "x")[2]
     assert "--engine flower-sim --resume" in err
+
+
+def test_workers_and_devices_are_settings_of_this_run_alone(call, engine, monkeypatch, tmp_path):
+    monkeypatch.setattr("fedloom.server.nursery_process.begin_nursery", lambda config: nullcontext("begun"))
+    file = settings_file(tmp_path)
+    assert call("run", file, "--workers", 8, "--devices", "cuda:0, cuda:1")[0] == 0
+    assert call("demo", "--workers", 2)[0] == 0
+    (both, _, _), (demo, _, _) = engine.calls
+    assert (both.local.workers, both.local.devices, both.local.count) == (8, ("cuda:0", "cuda:1"), 8)
+    assert (demo.local.workers, demo.local.count, Config().local.count) == (2, 2, 0)
+    assert parse({"local": {"devices": ["cuda:0", "cuda:1"]}}, "here").local.count == 2
+    assert engine.nursery == "begun"
+    code, _, err = call("run", file, "--workers", 8, "--engine", "flower-sim")
+    assert (code, err.count("\n")) == (2, 1) and "flower-sim has flower.sim_cpus" in err
 
 
 def test_a_run_that_came_to_nothing_is_an_error_and_shows_no_scores(call, engine, tmp_path):

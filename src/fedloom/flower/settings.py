@@ -9,18 +9,35 @@ from typing import Any
 import tomli_w
 
 from fedloom.errors import ConfigError
-from fedloom.records.config import Config, EvaluationSettings, FederationSettings, FlowerSettings, OutputSettings
+from fedloom.records.config import (
+    Config,
+    EvaluationSettings,
+    FederationSettings,
+    FlowerSettings,
+    LocalSettings,
+    OutputSettings,
+)
 from fedloom.records.configfile import parse
 
-SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluation": EvaluationSettings()}
+SERVERS_OWN = {
+    "local": LocalSettings(),
+    "flower": FlowerSettings(),
+    "output": OutputSettings(),
+    "evaluation": EvaluationSettings(),
+}
 """Tables that the sites are not told: where the server is and how long it waits may change while a job lasts, and
-scores are taken at the server. [local] is for another engine, and nobody is told it."""
+scores are taken at the server."""
+UNTOLD = {"local"}
+"""Tables of another engine, which nobody is told: so a server of the release before takes the run too."""
 
 
 SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
 """Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a
 site of the release before takes part in asynchronous rounds too."""
-SINCE: dict[str, int] = {f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"}
+SINCE: dict[str, int] = {
+    **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
+    "wire.client_budget": 2,
+}
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
 came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
 before takes the run, and a job goes on under a server that was updated meanwhile."""
@@ -58,7 +75,7 @@ def shared_settings(config: Config) -> str:
     usual = FederationSettings()
     federation = config.federation.model_copy(update={key: getattr(usual, key) for key in SERVERS_RULES})
     told = config.model_copy(update={**SERVERS_OWN, "federation": federation})
-    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude={"local"})))
+    return tomli_w.dumps(_without_defaults(told.model_dump(exclude_none=True, exclude=UNTOLD)))
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +91,8 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 def server_settings(config: Config) -> str:
     """The settings that the sites are not told, as TOML."""
-    own: dict[str, bool | set[str]] = {**dict.fromkeys(SERVERS_OWN, True), "federation": set(SERVERS_RULES)}
+    tables = dict.fromkeys(SERVERS_OWN.keys() - UNTOLD, True)
+    own: dict[str, bool | set[str]] = {**tables, "federation": set(SERVERS_RULES)}
     return tomli_w.dumps(config.model_dump(include=own, exclude_none=True))
 
 

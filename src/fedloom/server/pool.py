@@ -128,7 +128,7 @@ class Pool:
         if ticket.tries < TRIES:
             self._hand_out(ticket, self._fork(worker.device))
             return
-        self._begun -= 1
+        self._idle.append(self._fork(worker.device))
         ticket.close(
             Failure(
                 RoundError(
