@@ -277,7 +277,7 @@ def _clocked(
     """The function with a clock that stands still while another clock inside it runs."""
 
     @wraps(plain)
-    def call(*given: Any, **named: Any) -> Any:
+    def call(*given: object, **named: object) -> object:
         held = vars(stack).setdefault("inner", [0.0])
         held.append(0.0)
         began = time.thread_time()
