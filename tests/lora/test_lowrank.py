@@ -13,12 +13,12 @@ from fedloom.lora.lowrank import (
     ProductSum,
     frobenius_norm,
     inner_product,
+    products,
     relative_error,
     streaming_cap,
     truncate,
     truncate_all,
 )
-from fedloom.lora.lowrank import products
 from fedloom.lora.lowrank.kernels import spectrum_by_gram
 from fedloom.lora.lowrank.spectrum import Wanted
 from fedloom.lora.lowrank.stack import Stack
@@ -392,7 +392,7 @@ def test_a_sum_holds_what_it_is_given_and_copies_nothing():
     first = pair(30, 20, 4)
     total = summed([first], [1.0])
     later = summed([first], [1.0])
-    later.add_later(lambda: first, first.rank, 0.5)
+    later.add_later(lambda: first, first.shape, first.rank, 0.5)
     assert later.rank == 8 and relative_error(later.factors(), [first], [1.5]) < 1e-6
     held = total._stack().terms[0][0]
     assert held.A.data_ptr() == first.A.data_ptr()

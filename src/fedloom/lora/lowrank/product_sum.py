@@ -45,8 +45,7 @@ class ProductSum:
 
     def add(self, pair: LoraPair, weight: float) -> None:
         """Add weight · B A. Raises ShapeError where the pair is of another module's shape."""
-        if pair.shape != self.shape:
-            raise ShapeError(f"a pair of shape {pair.shape} cannot be added to a sum of shape {self.shape}")
+        self._check(pair.shape)
         self._widest = max(self._widest, pair.rank)
         for first in range(0, pair.rank, self.limit):
             piece = LoraPair(pair.A[first : first + self.limit], pair.B[:, first : first + self.limit])
@@ -56,8 +55,9 @@ class ProductSum:
             self._terms.append((partial(_same, piece), weight))
             self.rank += piece.rank
 
-    def add_later(self, read: Callable[[], LoraPair], rank: int, weight: float) -> None:
-        """`add` of the pair that `read` gives, which is of this rank: it is read anew whenever it is needed."""
+    def add_later(self, read: Callable[[], LoraPair], shape: tuple[int, int], rank: int, weight: float) -> None:
+        """`add` of the pair of this shape and rank that `read` gives: it is read anew whenever it is needed."""
+        self._check(shape)
         if rank > self.limit:
             self.add(read(), weight)
             return
@@ -66,6 +66,10 @@ class ProductSum:
             self._recompress()
         self._terms.append((read, weight))
         self.rank += rank
+
+    def _check(self, shape: tuple[int, int]) -> None:
+        if shape != self.shape:
+            raise ShapeError(f"a pair of shape {shape} cannot be added to a sum of shape {self.shape}")
 
     def factors(self) -> LoraPair:
         """One pair whose product is the sum so far."""

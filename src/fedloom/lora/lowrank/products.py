@@ -1,7 +1,7 @@
 """The leading components of Σ w_k B_k A_k from products with it, at a cost linear in the number of clients.
 
-A product with the sum costs 2 R (m + n) operations a column, R the stacked rank, where two Gram matrices cost R² (m + n).
-All of them are in float32; nothing here is R × R.
+A product with the sum costs 2 R (m + n) operations a column, R the stacked rank; two Gram matrices cost R² (m + n). All
+products are in float32; nothing here is R × R.
 """
 
 from __future__ import annotations
