@@ -153,11 +153,11 @@ def test_clients_without_a_change_change_nothing(backend, rank):
 def test_many_clients_are_recompressed_not_held(monkeypatch):
     monkeypatch.setattr(change, "streaming_cap", lambda rank: 8)
     pair, weights = global_pair(60, 50, 4), [1 / 20] * 20
-    changes = updates(60, 50, 4, 20, density=0.2)
+    changes = updates(60, 50, 4, 20, density=0.3)
     total = ProductChange(pair, "A", rank=4)
     for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
         total.add(delta_b, delta_a, weight)
-        assert sum(held.bytes for held in total._held) <= 4 * 8 * (60 + 50)
+        assert sum(held.bytes for held in total._held) <= 4 * 2 * 8 * (60 + 50)
     assert total._spilled is not None
     assert deviation(total.solve(), pair, "A", changes, weights, rank=4) < 0.1
 

@@ -122,7 +122,7 @@ class ProductChange:
         self._held.append(client)
         # From here on one sum with dense factors takes less memory than the changes one by one.
         sizes = self._fixed.shape[0] + self._moving.shape[0]
-        if sum(held.bytes for held in self._held) > 4 * streaming_cap(self.rank) * sizes:
+        if sum(held.bytes for held in self._held) > 4 * 2 * streaming_cap(self.rank) * sizes:
             self._spilled, self._held = self._as_sum(self.rank), []
 
     def solve(self) -> FactorChange:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedloom.compress.budget import BudgetFill, Made, Room, fill_budget, value_bits
-from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, floats, to_dense
+from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, entry_bytes, floats, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
@@ -139,7 +139,8 @@ def product_sums(
             a, b = (update.entries[f"{module}/{part}"] for part in PARTS)
             # Codes take a quarter of the memory of what they stand for, or less.
             shape = b.shape[0], a.shape[1]
-            sums[module].add_later(partial(read_pair, a, b), shape, a.shape[0], update.weight)
+            size = entry_bytes(a) + entry_bytes(b)
+            sums[module].add_later(partial(read_pair, a, b), shape, a.shape[0], size, update.weight)
             if beside is not None:
                 sums[module].add(beside(module, a.shape[0]), update.weight)
     return sums
