@@ -153,7 +153,7 @@ def test_clients_without_a_change_change_nothing(backend, rank):
 def test_many_clients_are_recompressed_not_held(monkeypatch):
     monkeypatch.setattr(change, "streaming_cap", lambda rank: 8)
     pair, weights = global_pair(60, 50, 4), [1 / 20] * 20
-    changes = updates(60, 50, 4, 20, density=0.3)
+    changes = updates(60, 50, 4, 20, density=0.2)
     total = ProductChange(pair, "A", rank=4)
     for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
         total.add(delta_b, delta_a, weight)
