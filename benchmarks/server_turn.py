@@ -272,8 +272,8 @@ def _modules_with(function: object) -> list[object]:
 
 
 def _clocked(
-    plain: Callable[..., Any], part: str, spent: dict[str, float], lock: threading.Lock, stack: threading.local
-) -> Callable[..., Any]:
+    plain: Callable[..., object], part: str, spent: dict[str, float], lock: threading.Lock, stack: threading.local
+) -> Callable[..., object]:
     """The function with a clock that stands still while another clock inside it runs."""
 
     @wraps(plain)

@@ -1,6 +1,7 @@
 """Truncation of sums of products: identities, the dense float64 twin, hostile input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -384,6 +385,17 @@ def test_products_decline_where_their_answer_would_be_a_guess(monkeypatch):
         assert cut.pair.rank == reference.energy_rank(matrix, share)
 
 
+def test_what_is_made_later_counts_as_the_memory_that_it_takes():
+    pairs, weights = around(pair(40, 50, 4), 40, 0.1), [1 / 40] * 40
+    total = ProductSum((40, 50), cap=20)
+    for p, w in zip(pairs, weights, strict=True):
+        total.add_later(partial(LoraPair, p.A, p.B), p.shape, 4, 4 * 90, w)  # a byte a value
+    assert total.rank == 160 and total.lost == 0.0
+    assert relative_error(total.factors(), pairs, weights) < 1e-6
+    total.add_later(partial(LoraPair, pairs[0].A, pairs[0].B), (40, 50), 4, 4 * 90, 1.0)
+    assert total.rank == 24 and total.lost > 0.0
+
+
 def test_the_streaming_cap_is_exact_for_common_cohorts_and_far_above_the_rank():
     assert [streaming_cap(rank) for rank in (8, 128, 256)] == [512, 512, 1024]
 
@@ -392,7 +404,7 @@ def test_a_sum_holds_what_it_is_given_and_copies_nothing():
     first = pair(30, 20, 4)
     total = summed([first], [1.0])
     later = summed([first], [1.0])
-    later.add_later(lambda: first, first.rank, 0.5)
+    later.add_later(lambda: first, first.shape, first.rank, 800, 0.5)
     assert later.rank == 8 and relative_error(later.factors(), [first], [1.5]) < 1e-6
     held = total._stack().terms[0][0]
     assert held.A.data_ptr() == first.A.data_ptr()

@@ -157,7 +157,7 @@ def test_many_clients_are_recompressed_not_held(monkeypatch):
     total = ProductChange(pair, "A", rank=4)
     for (delta_b, delta_a), weight in zip(changes, weights, strict=True):
         total.add(delta_b, delta_a, weight)
-        assert sum(held.bytes for held in total._held) <= 4 * 8 * (60 + 50)
+        assert sum(held.bytes for held in total._held) <= 4 * 2 * 8 * (60 + 50)
     assert total._spilled is not None
     assert deviation(total.solve(), pair, "A", changes, weights, rank=4) < 0.1
 

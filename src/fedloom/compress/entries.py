@@ -159,6 +159,13 @@ def add_entry(tensor: Tensor, entry: Entry) -> Tensor:
     return total
 
 
+def entry_bytes(entry: Entry) -> int:
+    """What an entry takes in memory."""
+    values = entry.values
+    size = values.codes.nbytes + values.scales.nbytes if isinstance(values, Quantized) else values.nbytes
+    return size + entry.positions.nbytes if isinstance(entry, Sparse) else size
+
+
 def _check_count(form: str, shape: tuple[int, ...], values: Values, expected: int) -> None:
     if values.numel() != expected:
         raise ShapeError(f"a {form} entry of shape {shape} holds {values.numel()} values, expected {expected}")

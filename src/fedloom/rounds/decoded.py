@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 
-from fedloom.compress.entries import Entry, Quantized, Sparse
+from fedloom.compress.entries import entry_bytes
 from fedloom.lora.pair import module_of
 from fedloom.methods.method import Entries, State
 from fedloom.rounds.joint import split_entries
@@ -74,10 +74,3 @@ def read_update(payload: bytes, state: State, limits: Limits = DEFAULT) -> Messa
     """An update decoded. Raises WireError like `decode`; faults of dense floats come to light as they are read."""
     message = (decode if 4 * state.adapter.numel() < SMALL else decode_lazily)(payload, limits)
     return Message(message.header, split_entries(message.entries, state))
-
-
-def entry_bytes(entry: Entry) -> int:
-    """What an entry takes in memory."""
-    values = entry.values
-    size = values.codes.nbytes + values.scales.nbytes if isinstance(values, Quantized) else values.nbytes
-    return size + entry.positions.nbytes if isinstance(entry, Sparse) else size

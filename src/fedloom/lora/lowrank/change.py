@@ -72,9 +72,9 @@ class ProductChange:
     """The change of `side` that brings B A as near as possible to Σ w_k (B + ΔB_k)(A + ΔA_k).
 
     rank: None for FedSRD-e, whose memory does not grow with the number of clients; r for FedSRD, the best rank-r
-    approximation, which holds the changes while they take less memory than their recompressed sum would. ridge, rcond: a singular value σ of the
-    kept factor is inverted as σ / (σ² + ridge σ_max²), and not at all below rcond σ_max. A kept factor of zeros, as B
-    is at the start, gives a change of zero and kept = 0.
+    approximation, which holds the changes while they take less memory than their recompressed sum would.
+    ridge, rcond: a singular value σ of the kept factor is inverted as σ / (σ² + ridge σ_max²), and not at all below
+    rcond σ_max. A kept factor of zeros, as B is at the start, gives a change of zero and kept = 0.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ProductChange:
         self._held.append(client)
         # From here on one sum with dense factors takes less memory than the changes one by one.
         sizes = self._fixed.shape[0] + self._moving.shape[0]
-        if sum(held.bytes for held in self._held) > 4 * streaming_cap(self.rank) * sizes:
+        if sum(held.bytes for held in self._held) > 4 * 2 * streaming_cap(self.rank) * sizes:
             self._spilled, self._held = self._as_sum(self.rank), []
 
     def solve(self) -> FactorChange:

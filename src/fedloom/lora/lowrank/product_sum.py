@@ -25,7 +25,8 @@ class ProductSum:
     """Σ w_k B_k A_k of one module of `shape` (m, n), in memory that does not grow with the number of clients.
 
     The pairs are held, not copied: leave their tensors unchanged until the sum is no longer used. `add_later` holds
-    what they are made of instead, and makes them while the sum is worked on. Where the stacked
+    what they are made of instead, makes them while the sum is worked on, and counts as the rank that takes as much
+    memory. Where the stacked
     rank exceeds 2 min(m, n), the pairs are recompressed to rank min(m, n), which loses nothing but rounding. With a
     `cap`, pairs whose stacked rank exceeds 2 cap are recompressed to the leading `cap` components. That loss adds up in
     `lost`, and `truncate` counts it in the energy that it reports as lost.
@@ -41,31 +42,42 @@ class ProductSum:
         self.rank = 0
         """Stacked rank held at present."""
         self._widest = 0
+        self._taken = 0.0  # the rank that takes as much memory as what is held
         self._terms: list[tuple[Callable[[], LoraPair], float]] = []
 
     def add(self, pair: LoraPair, weight: float) -> None:
         """Add weight · B A. Raises ShapeError where the pair is of another module's shape."""
-        if pair.shape != self.shape:
-            raise ShapeError(f"a pair of shape {pair.shape} cannot be added to a sum of shape {self.shape}")
+        self._check(pair.shape)
         self._widest = max(self._widest, pair.rank)
         for first in range(0, pair.rank, self.limit):
             piece = LoraPair(pair.A[first : first + self.limit], pair.B[:, first : first + self.limit])
             # Twice the limit: each recompression then makes room for as much again, so the cost per client is bounded.
-            if self.rank + piece.rank > 2 * self.limit:
-                self._recompress()
-            self._terms.append((partial(_same, piece), weight))
-            self.rank += piece.rank
+            self._hold(partial(_same, piece), piece.rank, piece.rank, weight)
 
-    def add_later(self, read: Callable[[], LoraPair], rank: int, weight: float) -> None:
-        """`add` of the pair that `read` gives, which is of this rank: it is read anew whenever it is needed."""
+    def add_later(
+        self, read: Callable[[], LoraPair], shape: tuple[int, int], rank: int, size: int, weight: float
+    ) -> None:
+        """`add` of the pair of this shape and rank that `read` gives: it is read anew whenever it is needed.
+
+        size: bytes of what it is read from.
+        """
+        self._check(shape)
         if rank > self.limit:
             self.add(read(), weight)
             return
         self._widest = max(self._widest, rank)
-        if self.rank + rank > 2 * self.limit:
+        self._hold(read, rank, min(size / (4 * sum(shape)), rank), weight)
+
+    def _hold(self, read: Callable[[], LoraPair], rank: int, taken: float, weight: float) -> None:
+        if self._taken + taken > 2 * self.limit:
             self._recompress()
         self._terms.append((read, weight))
         self.rank += rank
+        self._taken += taken
+
+    def _check(self, shape: tuple[int, int]) -> None:
+        if shape != self.shape:
+            raise ShapeError(f"a pair of shape {shape} cannot be added to a sum of shape {self.shape}")
 
     def factors(self) -> LoraPair:
         """One pair whose product is the sum so far."""
@@ -84,6 +96,7 @@ class ProductSum:
         self.lost += (cut.lost_energy * cut.energy) ** 0.5
         self._terms = [(partial(_same, cut.pair), 1.0)]
         self.rank = cut.pair.rank
+        self._taken = self.rank
 
     def _lost_energy(self, cut: Truncation) -> float:
         """Upper bound: the norm left out now and the norms left out before, over the norm of what is there."""

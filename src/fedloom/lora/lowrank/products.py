@@ -1,7 +1,7 @@
 """The leading components of Σ w_k B_k A_k from products with it, at a cost linear in the number of clients.
 
-A product with the sum costs 2 R (m + n) operations a column, R the stacked rank, where two Gram matrices cost R² (m + n).
-All of them are in float32; nothing here is R × R.
+A product with the sum costs 2 R (m + n) operations a column, R the stacked rank; two Gram matrices cost R² (m + n). All
+products are in float32; nothing here is R × R.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _ritz(seen: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(energies, descending; right vectors n × q; left vectors m × q) from Wᵀ Y and Y."""
     energies, mixing = (part.flip(-1) for part in torch.linalg.eigh(gram(seen.T)))
     # In float64: small components are what is left where large ones cancel.
-    rows = torch.cat([part.double() @ mixing for part in seen.split(1024)])
+    rows = torch.cat([part.double() @ mixing for part in torch.split(seen, 1024)])
     return energies, rows.div_(energies.clamp_min(0.0).sqrt()).float(), basis @ mixing.float()
 
 

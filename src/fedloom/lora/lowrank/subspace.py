@@ -44,7 +44,7 @@ class Side:
     def seen_by(self, basis: Tensor) -> list[Tensor]:
         """(F + ΔF_k)ᵀ @ basis of every client, r × q, float64; for a basis of float32 good to about 1e-7."""
         quick = basis.dtype == torch.float32
-        pairs = zip(basis.split(_ROWS), self.factor.split(_ROWS), strict=True)
+        pairs = zip(torch.split(basis, _ROWS), torch.split(self.factor, _ROWS), strict=True)
         own = torch.stack([(rows.T @ own.to(rows.dtype)).double() for rows, own in pairs]).sum(0)
         return [(own + project(basis, change, quick=quick)).T for change in self.changes]
 
@@ -52,7 +52,7 @@ class Side:
         """Σ (F + ΔF_k) @ piece_k, d × q."""
         whole = torch.stack(list(pieces)).sum(0).to(dtype)
         total = self.factor.new_empty(self.factor.shape[0], whole.shape[1], dtype=dtype)
-        for rows, out in zip(self.factor.split(_ROWS), total.split(_ROWS), strict=True):
+        for rows, out in zip(torch.split(self.factor, _ROWS), torch.split(total, _ROWS), strict=True):
             torch.mm(rows.to(dtype), whole, out=out)
         for change, piece in zip(self.changes, pieces, strict=True):
             spread(total, change, piece)

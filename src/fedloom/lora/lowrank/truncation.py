@@ -56,9 +56,10 @@ def truncate_stack(stack: Stack, wanted: Wanted, kernel: str | None = None) -> T
     _check(stack, wanted)
     if wanted.energy == 1.0:
         wanted = wanted._replace(energy=None)
-    stack = _folded(stack)
     names = plan_kernels(stack.dtype) if kernel is None else (kernel, "qr")
     for name in names:
+        if name != "products":  # to which no rank is too much
+            stack = _folded(stack)
         spectrum = KERNELS[name](stack, wanted) if stack.rank and all(stack.shape) else _nothing(stack)
         if spectrum is not None:
             return _cut(spectrum, wanted, name)

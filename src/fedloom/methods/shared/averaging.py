@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedloom.compress.budget import BudgetFill, Made, Room, fill_budget, value_bits
-from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, floats, to_dense
+from fedloom.compress.entries import Dense, Entry, Sparse, dense_entry, entry_bytes, floats, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductSum, streaming_cap
@@ -98,7 +98,7 @@ def weighted_mean(
         for entries in by_module(update.entries):
             for name, tensor in read(entries).items():
                 if name not in sums:
-                    sums[name] = torch.zeros(tensor.shape)
+                    sums[name] = torch.zeros_like(tensor) if isinstance(tensor, Tensor) else torch.zeros(tensor.shape)
                 add_weighted(sums[name], tensor, weight(update, name))
         del update  # the next one is read before the loop lets go of this one
     return sums
@@ -138,7 +138,9 @@ def product_sums(
         for module in sorted({name.rpartition("/")[0] for name in update.entries}):
             a, b = (update.entries[f"{module}/{part}"] for part in PARTS)
             # Codes take a quarter of the memory of what they stand for, or less.
-            sums[module].add_later(partial(read_pair, a, b), a.shape[0], update.weight)
+            shape = b.shape[0], a.shape[1]
+            size = entry_bytes(a) + entry_bytes(b)
+            sums[module].add_later(partial(read_pair, a, b), shape, a.shape[0], size, update.weight)
             if beside is not None:
                 sums[module].add(beside(module, a.shape[0]), update.weight)
     return sums
