@@ -59,7 +59,7 @@ def test_a_method_may_weigh_and_read_otherwise():
     module = "layers.1.down"
     found = weighted_mean(
         updates,
-        read=lambda entries: {module: entries[f"{module}/A"].values.double()},
+        read=lambda entries: {module: e.values.double() for name, e in entries.items() if name == f"{module}/A"},
         weight=lambda update, name: 10.0 if update.client == "1" else 0.0,
     )
     assert found.keys() == {module}
