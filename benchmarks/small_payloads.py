@@ -9,8 +9,8 @@ from fedloom.compress.quantize import quantize
 from fedloom.lora.pair import LoraPair, initial_state
 from fedloom.methods.method import Context, State
 from fedloom.methods.table import build
+from fedloom.rounds.draft import Draft
 from fedloom.rounds.joint import Outline
-from fedloom.rounds.turns import Draft
 from fedloom.wire import Header, describe
 
 BUDGETS = (200, 500, 1000, 1700, 4000)
