@@ -20,7 +20,7 @@ from fedloom.methods.table import METHODS, build
 from fedloom.records.config import Config
 from fedloom.records.configfile import merge_trees, override, parse
 from fedloom.records.quantities import parse_budget
-from fedloom.rounds.turns import Draft
+from fedloom.rounds.draft import Draft
 from fedloom.wire import Header, Message, encode
 
 SHAPES = {"a.q_proj": (96, 160), "b.down": (160, 240)}

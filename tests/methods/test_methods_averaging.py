@@ -57,9 +57,13 @@ def test_smaller_tensors_are_added_to_the_leading_rows_and_columns(ranks, seed):
 def test_a_method_may_weigh_and_read_otherwise():
     _, updates = updates_of([2, 2], 5)
     module = "layers.1.down"
+
+    def read(entries):
+        return {module: entries[f"{module}/A"].values.double()} if f"{module}/A" in entries else {}
+
     found = weighted_mean(
         updates,
-        read=lambda entries: {module: entries[f"{module}/A"].values.double()} if f"{module}/A" in entries else {},
+        read=read,
         weight=lambda update, name: 10.0 if update.client == "1" else 0.0,
     )
     assert found.keys() == {module}

@@ -20,7 +20,8 @@ from fedloom.methods.method import Context, State, Update
 from fedloom.methods.shared.dial import Dial
 from fedloom.methods.table import build
 from fedloom.records.quantities import parse_budget
-from fedloom.rounds.turns import Draft, Job, client_turn, server_turn, start
+from fedloom.rounds.draft import Draft
+from fedloom.rounds.turns import Job, client_turn, server_turn, start
 from fedloom.wire import Header, Message, encode
 from fedloom.workspace.plan import download_share
 from toy import step
@@ -204,7 +205,7 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
 
 def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
     encoded = []
-    monkeypatch.setattr("fedloom.rounds.turns.encode", lambda message: encoded.append(message) or encode(message))
+    monkeypatch.setattr("fedloom.rounds.draft.encode", lambda message: encoded.append(message) or encode(message))
     run, adapter = job({"max_density": 0.5}, "3%"), initial_state(SHAPES, RANKS, 0)
     turn = client_turn(run, "ada", start(run, adapter, RANKS), (), step, 1)
     encoded.clear()
