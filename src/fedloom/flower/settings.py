@@ -17,7 +17,7 @@ SERVERS_OWN = {"flower": FlowerSettings(), "output": OutputSettings(), "evaluati
 scores are taken at the server."""
 
 
-SINCE: dict[str, int] = {}
+SINCE: dict[str, int] = {"federation.regions": 2}
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
 came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
 before takes the run, and a job goes on under a server that was updated meanwhile."""
@@ -40,6 +40,10 @@ def check_flower_settings(config: Config) -> None:
     if rules.min_replies > len(names):
         raise ConfigError(
             f"flower.min_replies is {rules.min_replies}, but federation.participants names {len(names)} sites"
+        )
+    if config.federation.regions is not None:
+        raise ConfigError(
+            "federation.regions is for simulations: across machines every site is asked by the one server; leave it out"
         )
     if config.federation.drop_out:
         raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedloom.compress.entries import Entry, Values
 from fedloom.compress.seeds import derived_seed
@@ -29,13 +29,14 @@ class Cohort:
     """The clients whose updates are averaged, in order of name: payload, share p_k and modules of each.
 
     reading: the client whose update the method is reading, "" before the first and after the last. Where a method
-    fails, this names the suspect.
+    fails, this names the suspect. sums: region → the sum of its clients' updates, which is read in their place.
     """
 
     payloads: Mapping[str, bytes]
     weights: Mapping[str, float]
     modules: Mapping[str, Collection[str]]
     reading: str = ""
+    sums: Mapping[str, bytes] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
@@ -71,27 +72,40 @@ class Group:
     unchanged: Update | None = None
 
     def __iter__(self) -> Iterator[Update]:
-        for client, weight in self.weights.items():
-            self.cohort.reading = client
-            entries = split_entries(decode(self.cohort.payloads[client]).entries, self.state)
-            own = {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
-            yield Update(client, weight, own)
+        if self.cohort.sums:  # the shares are in the sums already
+            for region, payload in self.cohort.sums.items():
+                if own := self._read(payload):
+                    yield Update(region, 1.0, own)
+        else:
+            for client, weight in self.weights.items():
+                self.cohort.reading = client
+                yield Update(client, weight, self._read(self.cohort.payloads[client]))
         self.cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
+
+    def _read(self, payload: bytes) -> dict[str, Entry]:
+        entries = split_entries(decode(payload).entries, self.state)
+        return {name: entry for name, entry in entries.items() if module_of(name) in self.modules}
+
+
+def weigh_groups(cohort: Cohort, module_weighting: str) -> Iterator[tuple[list[str], dict[str, float], float]]:
+    """(modules, client → its share of them, the share of those that did not train them), group by group."""
+    for clients, modules in cohort.groups().items():
+        held = {client: cohort.weights[client] for client in clients}
+        others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
+        if others and module_weighting == "holders":
+            held = {client: weight / sum(held.values()) for client, weight in held.items()}
+            others = 0.0
+        yield modules, held, others
 
 
 def combine(method: Method, state: State, cohort: Cohort, context: Context, module_weighting: str) -> Aggregate:
     """The method's aggregate of the modules that were sent; a module that nobody sent is left out."""
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
-    for clients, modules in cohort.groups().items():
+    for modules, held, others in weigh_groups(cohort, module_weighting):
         part = replace(restrict_state(state, modules), memory=memory)
-        held = {client: cohort.weights[client] for client in clients}
-        others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
-        if others and module_weighting == "holders":
-            held = {client: weight / sum(held.values()) for client, weight in held.items()}
-            others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
         result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries

@@ -24,6 +24,7 @@ from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, join_entries, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.regions import Tree
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -167,20 +168,22 @@ def server_turn(
     *,
     seen: Mapping[str, UpdateFacts] | None = None,
     least: int = 1,
+    tree: Tree | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
     payloads: client → payload. An update that is invalid, stale, not finite, out of proportion or cannot be averaged is
     refused and reported; the round goes on with the others. Raises RoundError if fewer than `least` are left.
     seen: the facts of payloads that `check_update` has read already, so that they are not read again.
+    tree: the regions whose servers check and sum the updates; without it they come straight to this one.
     """
-    passed, refused = _check_all(job, state, payloads, round, seen or {})
+    passed, refused = _check_all(job, state, payloads, round, seen or {}, tree)
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
         cohort = Cohort(payloads, weights, {client: one.modules for client, one in passed.items()})
         try:
-            turn = _average(job, state, cohort, round)
+            turn = _average(job, state, cohort, round, tree)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
             culprit = _find_culprit(job, state, cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
@@ -196,7 +199,12 @@ def server_turn(
 
 
 def _check_all(
-    job: Job, state: State, payloads: Mapping[str, bytes], round: int, seen: Mapping[str, UpdateFacts]
+    job: Job,
+    state: State,
+    payloads: Mapping[str, bytes],
+    round: int,
+    seen: Mapping[str, UpdateFacts],
+    tree: Tree | None,
 ) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
     passed: dict[str, UpdateFacts] = {}
@@ -206,6 +214,8 @@ def _check_all(
             passed[client] = seen.get(client) or check_update(job, state, client, payloads[client], round)
         except FedloomError as error:
             refused[client] = str(error)
+    if tree:
+        passed, refused = tree.report(passed, refused, payloads, state.adapter)
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
     return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
@@ -224,8 +234,10 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
     return max(passed, key=lambda client: passed[client].norm)
 
 
-def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
+def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None) -> ServerTurn:
     """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
+    if tree:
+        cohort.sums = tree.sum_up(job, state, cohort, round)
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )

@@ -14,6 +14,7 @@ from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
+from fedloom.server.regions import plan_regions
 from fedloom.server.roster import Roster
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
@@ -60,6 +61,7 @@ class LocalSites:
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
+        self.regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -70,7 +72,8 @@ class LocalSites:
         self.diverged = set()
         turns = {client: self.play(rounds, client, client in present.vanished) for client in present.asked}
         there = {client: payload for client, payload in turns.items() if payload is not None}
-        return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
+        diverged = not there and self.diverged == set(present.asked) - present.vanished != set()
+        return Updates(there, diverged=diverged, tree=self.regions.tree(rounds) if self.regions else None)
 
     def play(self, rounds: Rounds, client: str, vanishes: bool) -> bytes | None:
         """One client's turn, recorded; None where it does not answer."""
@@ -100,6 +103,8 @@ class LocalSites:
     def download(self, rounds: Rounds, client: str, *, delivery: bool = False) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
         payloads = rounds.send_missed(client, self.roster[client].version, delivery=delivery)
+        if self.regions:
+            self.regions.bring(rounds, client, payloads, delivery=delivery)
         self.roster.receive(client, payloads)
         return sum(map(len, payloads))
 

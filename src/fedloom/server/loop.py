@@ -28,6 +28,7 @@ from fedloom.rounds.catchup import Archive
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.regions import Tree
 from fedloom.rounds.turns import full_state, server_turn, start
 from fedloom.server.attendance import Attendance, draw_attendance
 from fedloom.server.disk import explain_full_disk
@@ -52,13 +53,15 @@ Not the first round: where few clients are asked, it may be one client's data th
 class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
-    diverged: whether there are none because every training ended in values that are not finite.
+    diverged: whether there are none because every training ended in values that are not finite. tree: see
+    `server_turn`.
     """
 
     payloads: Mapping[str, bytes]
     seen: Mapping[str, UpdateFacts] = field(default_factory=dict)
     least: int = 1
     diverged: bool = False
+    tree: Tree | None = None
 
 
 class Sites(Protocol):
@@ -251,7 +254,15 @@ class Rounds:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
         began, payloads = time.perf_counter(), updates.payloads
         try:
-            turn = server_turn(self.setup.job, self.server, payloads, round, seen=updates.seen, least=updates.least)
+            turn = server_turn(
+                self.setup.job,
+                self.server,
+                payloads,
+                round,
+                seen=updates.seen,
+                least=updates.least,
+                tree=updates.tree,
+            )
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
