@@ -72,7 +72,7 @@ def plan_regions(
 
 
 def split_evenly(number: int, clients: Sequence[str]) -> dict[str, Sequence[str]]:
-    """So many regions of neighbours in the list, of sizes that differ by one at most. Raises ConfigError for too many."""
+    """So many regions of neighbours in the list, as equal as can be. Raises ConfigError for more than clients."""
     if number > len(clients):
         raise ConfigError(
             f"federation.regions is {number}, but there are {len(clients)} clients: each needs one at least"
