@@ -38,8 +38,8 @@ class FederationSettings(Section):
     ) = Field(
         None,
         description="Regional servers between the clients and the root, each of which sums its clients' updates: how "
-        "many, of neighbours by name, or each region's clients. Otherwise one server has all clients. For methods whose "
-        "updates add; simulations only.",
+        "many, of neighbours by name, or each region's clients. Otherwise one server has all clients. For methods "
+        "whose updates add; simulations only.",
         examples=[{"north": ["bank", "lab"], "south": ["clinic"]}],
     )
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
