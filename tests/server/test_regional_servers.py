@@ -16,7 +16,7 @@ from fedloom.records.ledger import Aggregation, Note, Relay, Training, Transfer,
 from fedloom.report.numbers import summarise
 from fedloom.report.tables import region_sentence
 from fedloom.server.loop import Rounds
-from fedloom.server.regions import plan_regions, split_evenly
+from fedloom.workspace.regions import plan_regions, split_evenly
 from fedloom.workspace.resumption import dump_fixed
 from toy import initial
 from toy_run import count_bytes, simulation, toy_setup
@@ -104,7 +104,7 @@ def test_regions_by_name_come_back_from_their_file():
     tree = {"federation": {"regions": {"north": ["a", "b"], "south": ["c"]}}, "training": {"max_steps": 1}}
     config = parse({**tree, "data": {"source": "x.jsonl"}}, "a test")
     assert config.federation.regions == {"north": ("a", "b"), "south": ("c",)}
-    assert plan_regions(config.federation.regions, ["a", "b", "c"], build("ffa")).regions["south"] == ("c",)
+    assert plan_regions(config.federation.regions, ["a", "b", "c"], build("ffa"))["south"] == ("c",)
     assert parse(tomllib.loads(dump(config)), "its dump") == config
 
 

@@ -14,11 +14,12 @@ from fedloom.records.ledger import Row, Training
 from fedloom.rounds.turns import ClientTurn, Train, client_turn, fit_to_task
 from fedloom.server.attendance import Attendance
 from fedloom.server.loop import Rounds, Updates
-from fedloom.server.regions import plan_regions
+from fedloom.server.regions import RegionalServers
 from fedloom.server.roster import Roster
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.regions import plan_regions
 
 
 def run_local(
@@ -61,7 +62,8 @@ class LocalSites:
         self.look = look
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
-        self.regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
+        regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
+        self.regions = RegionalServers(regions) if regions else None
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:

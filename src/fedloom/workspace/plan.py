@@ -23,6 +23,7 @@ from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
 from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
+from fedloom.workspace.regions import plan_regions
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,6 +52,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
     shared = place_shared(linear, common, ranks)
     initial = first_adapter(config, shared.shapes, ranks)
     federation = config.federation
+    plan_regions(federation.regions, clients, method)  # so that a run that cannot be is refused before any training
     budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     job = Job(
         method=method,
