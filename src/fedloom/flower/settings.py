@@ -36,6 +36,7 @@ SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max
 site of the release before takes part in asynchronous rounds too."""
 SINCE: dict[str, int] = {
     **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
+    "federation.regions": 2,
     "wire.client_budget": 2,
 }
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
@@ -63,6 +64,10 @@ def check_flower_settings(config: Config) -> None:
         )
     if config.federation.pace:
         raise ConfigError("federation.pace is for simulations: sites of a real federation have their own pace")
+    if config.federation.regions is not None:
+        raise ConfigError(
+            "federation.regions is for simulations: across machines every site is asked by the one server; leave it out"
+        )
     if config.federation.drop_out:
         raise ConfigError("federation.drop_out is for simulations: sites of a real federation drop out by themselves")
 

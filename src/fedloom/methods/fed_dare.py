@@ -18,7 +18,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import code_dense, fill_within_budget, weighted_mean, zero_change
-from fedloom.methods.shared.whole import add_to_whole, adopt_whole
+from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
 
 
 def fed_dare(*, sparsity: float = 0.9) -> Method:
@@ -39,6 +39,7 @@ def fed_dare(*, sparsity: float = 0.9) -> Method:
         aggregate=mean_change,
         receive=add_to_whole,
         adopt=adopt_whole,
+        adds=read_whole_change,
         takes_budget=True,
     )
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from fedloom.lora.pair import PARTS
 from fedloom.methods.method import Facts, Method, both_factors
-from fedloom.methods.shared.averaging import average, narrow_factors, replace_factors, send_factors
+from fedloom.methods.shared.averaging import average, narrow_factors, pad_factors, replace_factors, send_factors
 
 
 def fedit() -> Method:
@@ -28,5 +28,6 @@ def fedit() -> Method:
         receive=replace_factors,
         replaces=PARTS,
         narrow=narrow_factors,
+        adds=pad_factors,
         values="int8",
     )

@@ -16,7 +16,7 @@ from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import dense_entries, only_b, send_factors
 from fedloom.methods.shared.components import fill_rank
-from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole, take_whole
 
 
 def fedsvd() -> Method:
@@ -34,6 +34,7 @@ def fedsvd() -> Method:
         receive=take_whole,
         replaces=PARTS,
         adopt=adopt_whole,
+        adds=read_whole,
         trainable=only_b,
     )
 

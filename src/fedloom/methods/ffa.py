@@ -10,7 +10,7 @@ from functools import partial
 
 from fedloom.methods.method import Facts, Method
 from fedloom.methods.shared.averaging import only_b, send_factors
-from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole, take_whole
 
 
 def ffa() -> Method:
@@ -30,5 +30,6 @@ def ffa() -> Method:
         receive=take_whole,
         replaces=("B",),
         adopt=adopt_whole,
+        adds=read_whole,
         trainable=only_b,
     )

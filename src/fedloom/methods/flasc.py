@@ -20,7 +20,7 @@ from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import fill_within_budget, weighted_mean, zero_change
 from fedloom.methods.shared.server_optimiser import ServerOptimiser
-from fedloom.methods.shared.whole import adopt_whole, take_whole
+from fedloom.methods.shared.whole import adopt_whole, read_whole_change, take_whole
 
 
 def flasc(
@@ -56,6 +56,7 @@ def flasc(
         receive=take_whole,
         replaces=PARTS,
         adopt=adopt_whole,
+        adds=read_whole_change,
         takes_budget=True,
     )
 

@@ -29,7 +29,7 @@ from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
-from fedloom.methods.shared.whole import add_to_whole, adopt_whole
+from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
@@ -86,6 +86,7 @@ def loom(
         aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
         receive=add_to_whole,
         adopt=adopt_whole,
+        adds=read_whole_change,
         joins=True,
         smallest=dial.smallest,
         advise=partial(advise_on_budget, dial),
@@ -115,6 +116,7 @@ def loom_of_states(dial: Dial, guard: bool) -> Method:
         receive=take_state,
         needs_start=True,
         adopt=adopt_whole,
+        adds=read_whole_change,
         replaces=PARTS,
         joins=True,
         own_values=True,

@@ -211,6 +211,9 @@ class Method:
     factors, or the "factors" after it. Empty where they mean something beside those of the same version alone; such a
     method has synchronous rounds only (`rounds.stale`).
     advise(first adapter, context): what a user should know of the settings, or "".
+    adds(entries, adapter): the tensors T_k that a client's entries stand for, as large as those of the server's
+    `adapter`, where Σ p_k T_k is all that `aggregate` needs of the updates: sums of clients then add up (see
+    `rounds.regions`), and `aggregate` takes one as the entries of an update of share 1. None where that is not so.
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
@@ -238,6 +241,7 @@ class Method:
     replaces: tuple[str, ...] = ()
     updates: Literal["", "change", "factors"] = ""
     smallest: Callable[[LoraState, Context], int] | None = None
+    adds: Callable[[Entries, LoraState], Mapping[str, Tensor]] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
     spend: Callable[[RunShape, float], Spending] | None = None

@@ -10,7 +10,7 @@ from functools import partial
 
 from fedloom.methods.method import Facts, Method
 from fedloom.methods.shared.averaging import alternating_factors, send_factors
-from fedloom.methods.shared.whole import adopt_whole, average_whole, take_whole
+from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole, take_whole
 
 
 def rolora() -> Method:
@@ -28,5 +28,6 @@ def rolora() -> Method:
         aggregate=average_whole,
         receive=take_whole,
         adopt=adopt_whole,
+        adds=read_whole,
         trainable=alternating_factors,
     )

@@ -29,6 +29,7 @@ from fedloom.records.rows import (
     ModuleGroup,
     Note,
     Presence,
+    Relay,
     Roll,
     Row,
     RunRow,
@@ -48,6 +49,7 @@ __all__ = [
     "ModuleGroup",
     "Note",
     "Presence",
+    "Relay",
     "Roll",
     "Row",
     "RunRow",
@@ -67,6 +69,7 @@ class Totals:
     """Sums of bytes. Keys: client, round, part of the payload.
 
     Equal for a resumed and an undisturbed run of the local engine. Across machines, what had left counts in any case.
+    All of these are of the clients' lines. by_region: region → bytes up and down between it and the root, besides.
     """
 
     transfers: int = 0
@@ -75,11 +78,18 @@ class Totals:
     by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     by_round: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     by_part: Mapping[str, int] = field(default_factory=dict)
+    by_region: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Both ways."""
         return self.bytes_up + self.bytes_down
+
+    @property
+    def by_level(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes up and down of each level: clients to their server, and regional servers to the root."""
+        up, down = (sum(sizes[way] for sizes in self.by_region.values()) for way in (0, 1))
+        return {"clients": (self.bytes_up, self.bytes_down), "regions": (up, down)}
 
 
 def payload_name(round: int, client: str, direction: Direction) -> str:
@@ -88,12 +98,15 @@ def payload_name(round: int, client: str, direction: Direction) -> str:
 
 
 def totals(rows: Iterable[Row]) -> Totals:
-    """Bytes up and down in all, by client, by round and by part."""
+    """Bytes up and down in all, by client, by round, by part and by region."""
     by_client: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     by_round: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     by_part: dict[str, int] = defaultdict(int)
+    by_region: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     count = 0
     for row in rows:
+        if isinstance(row, Relay):
+            by_region[row.region][("up", "down").index(row.direction)] += row.bytes
         if not isinstance(row, Transfer):
             continue
         count += 1
@@ -109,6 +122,7 @@ def totals(rows: Iterable[Row]) -> Totals:
         by_client={client: (up, down) for client, (up, down) in sorted(by_client.items())},
         by_round={round: (up, down) for round, (up, down) in sorted(by_round.items())},
         by_part=dict(sorted(by_part.items())),
+        by_region={region: (up, down) for region, (up, down) in sorted(by_region.items())},
     )
 
 

@@ -78,6 +78,24 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class Relay:
+    """Something that travelled between a regional server and the root, in a run with federation.regions.
+
+    kind: "facts" (what a region says of its clients' updates), "shares" (what each of them counts for), "sum" (of its
+    clients' updates), or the kind of a payload that the region hands on to its clients. delivery: as of `Transfer`.
+    """
+
+    __pydantic_config__ = FORBID
+    row: Literal["relay"] = field(default="relay", kw_only=True)
+    round: int
+    region: str
+    direction: Direction
+    kind: str
+    bytes: int
+    delivery: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """One client's local training: mean loss, optimiser steps, examples it holds."""
 
@@ -203,6 +221,7 @@ class Note:
 Row: TypeAlias = (
     RunRow
     | Transfer
+    | Relay
     | Training
     | Evaluation
     | Validation

@@ -19,6 +19,7 @@ from fedloom.report.answers import Answers, count_answers, find_awaited, find_pr
 from fedloom.report.measures import phrase_scores
 from fedloom.report.numbers import Report, human_bytes, summarise
 from fedloom.report.standing import Standing, read_run
+from fedloom.report.tables import region_sentence
 
 LOOK_SECONDS = 1.0
 NOTES = 6
@@ -81,7 +82,7 @@ def _clients(report: Report, tallies: dict[str, Answers]) -> Table:
 
 
 def _closing(report: Report) -> list[Text]:
-    said = []
+    said = [cell(text, limit=LONG) for text in (region_sentence(report),) if text]
     if report.points:
         said.append(cell(";  ".join(phrase_scores(report.points)), limit=LONG))
     return said + [cell(f"round {note.round}: {note.text}", "yellow", LONG) for note in report.notes[-NOTES:]]

@@ -82,7 +82,19 @@ def cost_sentence(report: Report) -> str:
         f"{human_bytes(sent)} in all: {100 * sent / dense:.1f} % of the {human_bytes(dense)} that {baseline.name}"
         f"{everybody} sends to and from the same clients in the same rounds ({dense / sent:.1f} × fewer)."
     )
-    return " ".join(filter(None, (whole, data_sentence(report))))
+    return " ".join(filter(None, (whole, data_sentence(report), region_sentence(report))))
+
+
+def region_sentence(report: Report) -> str:
+    """What travelled between regional servers and the root, in words; "" where there are no regions."""
+    regions = report.totals.by_region
+    if not regions:
+        return ""
+    up, down = report.totals.by_level["regions"]
+    return (
+        f"Between {len(regions)} regional server{'s' * (len(regions) > 1)} and the root, {human_bytes(up)} went up and "
+        f"{human_bytes(down)} down besides."
+    )
 
 
 def data_sentence(report: Report) -> str:

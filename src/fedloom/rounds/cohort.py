@@ -32,7 +32,8 @@ class Cohort:
 
     decoded: where the updates wait that are decoded already. reading: the client whose update the method is reading,
     "" before the first and after the last. Where a method fails, this names the suspect. past: client → the older
-    version that its update rests on, where it does.
+    version that its update rests on, where it does. sums: region → the sum of its clients' updates, which is read in
+    their place.
     """
 
     payloads: Mapping[str, bytes]
@@ -41,6 +42,7 @@ class Cohort:
     decoded: Decoded
     reading: str = ""
     past: Mapping[str, Past] = field(default_factory=dict)
+    sums: Mapping[str, bytes] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Clients → the modules that exactly they have sent."""
@@ -84,26 +86,42 @@ class Group:
 
     def __iter__(self) -> Iterator[Update]:
         cohort = self.cohort
-        for client, weight in self.weights.items():
-            cohort.reading = client
-            yield cohort.update(client, weight, self.state, self.modules)  # not held: the next one is as large
-            give_back(cohort.facts[client].size)
-        cohort.reading = ""
+        if cohort.sums:
+            yield from self._sums()
+        else:
+            for client, weight in self.weights.items():
+                cohort.reading = client
+                yield cohort.update(client, weight, self.state, self.modules)  # not held: the next one is as large
+                give_back(cohort.facts[client].size)
+            cohort.reading = ""
         if self.unchanged:
             yield self.unchanged
+
+    def _sums(self) -> Iterator[Update]:
+        """The regions' sums, in which the shares are already; decoded on every pass."""
+        for region in self.cohort.sums:
+            own = self.cohort.decoded.entries(region, self.cohort.sums, self.state, self.modules)
+            if own:
+                yield Update(region, 1.0, own)
+
+
+def weigh_groups(cohort: Cohort, module_weighting: str) -> Iterator[tuple[list[str], dict[str, float], float]]:
+    """(modules, client → its share of them, the share of those that did not train them), group by group."""
+    for clients, modules in cohort.groups().items():
+        held = {client: cohort.weights[client] for client in clients}
+        others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
+        if others and module_weighting == "holders":
+            held = {client: weight / sum(held.values()) for client, weight in held.items()}
+            others = 0.0
+        yield modules, held, others
 
 
 def combine(method: Method, state: State, cohort: Cohort, context: Context, module_weighting: str) -> Aggregate:
     """The method's aggregate of the modules that were sent; a module that nobody sent is left out."""
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
-    for clients, modules in cohort.groups().items():
+    for modules, held, others in weigh_groups(cohort, module_weighting):
         part = replace(restrict_state(state, modules), memory=memory)
-        held = {client: cohort.weights[client] for client in clients}
-        others = 1.0 - sum(held.values()) if len(held) < len(cohort.weights) else 0.0
-        if others and module_weighting == "holders":
-            held = {client: weight / sum(held.values()) for client, weight in held.items()}
-            others = 0.0
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
         result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries

@@ -28,6 +28,7 @@ from fedloom.rounds.draft import Draft
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
+from fedloom.rounds.regions import Tree
 from fedloom.rounds.stale import Past
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.streams import run_side_by_side
@@ -148,6 +149,7 @@ def server_turn(
     decoded: Decoded | None = None,
     least: int = 1,
     past: Mapping[str, Past] | None = None,
+    tree: Tree | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
@@ -156,15 +158,19 @@ def server_turn(
     seen: the facts of payloads that `check_update` has read already, so that they are not read again. decoded: where
     their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
     client sent must be among `seen`, since it is no update of this version.
+    tree: the regions whose servers check and sum the updates; without it they come straight to this one.
     """
     decoded = decoded or Decoded.beside(state)
     passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
+    if tree:
+        passed, refused = tree.report(passed, refused, state.adapter)
+    passed, refused = _leave_out(job, passed, refused, decoded)
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
         cohort = Cohort(payloads, weights, passed, decoded, past=past or {})
         try:
-            turn = _average(job, state, cohort, round)
+            turn = _average(job, state, cohort, round, tree)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
             culprit = _find_culprit(job, state, cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
@@ -203,7 +209,13 @@ def _check_all(
     size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
     odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
     refused = dict(sorted((odd | even).items()))
-    passed = {client: found[client] for client in sorted(payloads) if client not in refused}
+    return {client: found[client] for client in sorted(payloads) if client not in refused}, refused
+
+
+def _leave_out(
+    job: Job, passed: dict[str, UpdateFacts], refused: dict[str, str], decoded: Decoded
+) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
+    """The same without those that are out of proportion, which are refused."""
     outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
     for client in outliers:
         decoded.drop(client)
@@ -224,8 +236,10 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
     return max(passed, key=lambda client: passed[client].norm)
 
 
-def _average(job: Job, state: State, cohort: Cohort, round: int) -> ServerTurn:
+def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None) -> ServerTurn:
     """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
+    if tree:
+        cohort.sums = tree.sum_up(job, state, cohort, round)
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )

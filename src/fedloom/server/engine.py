@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from fedloom.records.ledger import Row
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.decoded import Decoded
+from fedloom.rounds.regions import Tree
 from fedloom.rounds.stale import Past
 from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer
@@ -28,6 +29,7 @@ class Updates:
     decoded: where what they sent waits, decoded by that check. diverged: whether there are none because every training
     ended in values that are not finite.
     past: of asynchronous rounds, the older versions that updates rest on; stats: numbers of the round worth recording.
+    tree: see `server_turn`.
     """
 
     payloads: Mapping[str, bytes]
@@ -37,6 +39,7 @@ class Updates:
     decoded: Decoded | None = None
     past: Mapping[str, Past] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
+    tree: Tree | None = None
 
 
 class Sites(Protocol):

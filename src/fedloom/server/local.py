@@ -20,6 +20,7 @@ from fedloom.server.engine import Updates
 from fedloom.server.loop import Rounds
 from fedloom.server.nursery_process import Nursery, begin_nursery
 from fedloom.server.pool import Pool
+from fedloom.server.regions import RegionalServers
 from fedloom.server.roster import Roster
 from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
@@ -27,6 +28,7 @@ from fedloom.server.workers import fill_pool, load_without_weights
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.regions import plan_regions
 
 
 def run_local(
@@ -86,6 +88,8 @@ class LocalSites:
         self.steps = {client: fit_to_task(train, setup.task(client)) for client, train in trainers.items()}
         self.diverged: set[str] = set()  # clients whose training of this round came to nothing
         self.timeline = Timeline(setup.config.federation)
+        regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
+        self.regions = RegionalServers(regions) if regions else None
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -100,7 +104,8 @@ class LocalSites:
                 self.roster.hold(client, turn.state)
                 rounds.take_update(training_row(rounds.round, client, turn.trained), turn.payload, received)
                 there[client] = turn.payload
-        return Updates(there, diverged=not there and self.diverged == set(present.asked) - present.vanished != set())
+        diverged = not there and self.diverged == set(present.asked) - present.vanished != set()
+        return Updates(there, diverged=diverged, tree=self.regions.tree(rounds) if self.regions else None)
 
     def play_turns(self, rounds: Rounds, present: Attendance) -> Iterator[Played]:
         """The turns of those who are present, in their order: one after another, or side by side by the workers."""
@@ -138,6 +143,8 @@ class LocalSites:
             version, payloads = sent.pop(client)
             for held, payload in enumerate(payloads, start=version):
                 rounds.folder.transfer(rounds.round, client, "down", payload, version=held)
+            if self.regions:
+                self.regions.bring(rounds, client, payloads, delivery=False)
             yield client, sum(map(len, payloads)), self.take(rounds, client, ticket.result)
 
     def ask_ahead(
@@ -209,6 +216,8 @@ class LocalSites:
     def download(self, rounds: Rounds, client: str, *, delivery: bool = False) -> int:
         """Bring the client in step with the server; returns the bytes that it received."""
         payloads = rounds.send_missed(client, self.roster[client].version, delivery=delivery)
+        if self.regions:
+            self.regions.bring(rounds, client, payloads, delivery=delivery)
         self.roster.receive(client, payloads)
         return sum(map(len, payloads))
 

@@ -237,6 +237,7 @@ class Rounds:
                 decoded=updates.decoded,
                 least=updates.least,
                 past=updates.past,
+                tree=updates.tree,
             )
         except RoundError as error:
             for client, reason in error.refused.items():

@@ -23,6 +23,7 @@ from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job
 from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
+from fedloom.workspace.regions import plan_regions
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -52,6 +53,12 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
     initial = first_adapter(config, shared.shapes, ranks)
     federation = config.federation
     check_buffer(federation, clients)
+    plan_regions(federation.regions, clients, method)  # so that a run that cannot be is refused before any training
+    if federation.regions is not None and federation.mode == "buffered":
+        raise ConfigError(
+            "federation.regions sums a round's updates, and with federation.mode = 'buffered' each comes by itself: leave "
+            "one of them out"
+        )
     budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     job = Job(
         method=method,

@@ -75,6 +75,16 @@ def read_whole(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
     return whole
 
 
+def read_whole_change(entries: Entries, adapter: LoraState) -> dict[str, Tensor]:
+    """A client's changes of the factors as changes of the whole ones: zero beyond its rank."""
+    ranks = adapter.ranks()
+    change = {}
+    for name, entry in entries.items():
+        module, _, part = name.rpartition("/")
+        change[name] = to_dense(widen_change(entry, part, ranks[module]))
+    return change
+
+
 def read_whole_pairs(entries: Entries, adapter: LoraState) -> LoraState:
     """`read_whole` for entries that hold both factors of their modules."""
     return from_tensors(read_whole(entries, adapter))

@@ -32,6 +32,20 @@ class FederationSettings(Section):
             examples=[["bank", "lab"]],
         )
     )
+    regions: (
+        Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+        | Annotated[
+            dict[Name, Annotated[tuple[Name, ...], Field(strict=False, min_length=1, max_length=MOST_CLIENTS)]],
+            Field(min_length=1, max_length=MOST_CLIENTS),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Regional servers between the clients and the root, each of which sums its clients' updates: how "
+        "many, of neighbours by name, or each region's clients. Otherwise one server has all clients. For methods "
+        "whose updates add; simulations only.",
+        examples=[{"north": ["bank", "lab"], "south": ["clinic"]}],
+    )
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients sampled in a round.")
     drop_out: Probability = Field(0.0, description="Probability that a sampled client does not answer.")
     weighting: Literal["examples", "uniform"] = Field("examples", description="Weight of a client in the average.")
