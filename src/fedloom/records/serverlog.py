@@ -24,9 +24,10 @@ class ServerLog:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def row(self, row: Row) -> None:
-        """One line: {"time", "level", "event", …}, the event being the kind of row."""
-        facts = {key: value for key, value in json.loads(dump_row(row)).items() if key != "row" and value != {}}
+    def row(self, row: Row, line: bytes = b"") -> None:
+        """One line: {"time", "level", "event", …}, the event being the kind of row. line: the row in a ledger."""
+        held = json.loads(line or dump_row(row))
+        facts = {key: value for key, value in held.items() if key != "row" and value != {}}
         told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": log_level(row), "event": row.row}
         try:
             self._file.write(escape_json(json.dumps({**told, **facts}, ensure_ascii=False)) + "\n")

@@ -27,11 +27,12 @@ from fedloom.errors import CheckpointError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump_file
-from fedloom.records.ledger import Aggregation, Direction, Ledger, Row, Transfer, payload_name, read_rows
+from fedloom.records.ledger import Direction, Ledger, Row, Transfer, payload_name
 from fedloom.records.lock import take_lock
 from fedloom.records.serverlog import ServerLog
 from fedloom.records.session import End, describe_error
 from fedloom.report import metrics
+from fedloom.report.progress import Progress
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
@@ -53,7 +54,7 @@ class RunFolder:
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
         self._metrics = MetricsFile(path / metrics.FILE)
-        self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
+        self.ledger = Ledger(path / "ledger.jsonl", self._log.row, Progress)
 
     @classmethod
     def open(
@@ -107,8 +108,7 @@ class RunFolder:
     def write_metrics(self) -> None:
         """What Prometheus reads, from the rows so far."""
         self.ledger.sync()
-        text = metrics.prometheus_text(read_rows(self.ledger.path), self.path.resolve().name, time.time())
-        self._metrics.write(text)
+        self._metrics.write(metrics.progress_text(self.ledger.kept, self.path.resolve().name, time.time()))
 
     def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
@@ -160,12 +160,11 @@ class RunFolder:
     def _record_end(self, error: BaseException) -> None:
         """Say how the run ended where no row says so yet: it was to go on, and its set-up failed."""
         self.ledger.sync()
-        rows = read_rows(self.ledger.path)
+        newest, done = self.ledger.kept.last, self.ledger.kept.done
         status, reason = describe_error(error)
-        end = rows[-1] if isinstance(rows[-1], End) else None
+        end = newest if isinstance(newest, End) else None
         if end is None or (end.status != "finished" and status == "failed" and end.reason != reason):
-            last = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
-            self.ledger.append(End(last, status, reason, end.seconds if end else math.nan))
+            self.ledger.append(End(done, status, reason, end.seconds if end else math.nan))
 
 
 def holds_settings(settings: Path, config: Config) -> bool:
