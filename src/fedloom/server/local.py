@@ -117,11 +117,11 @@ class LocalSites:
         return ()
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
-        """The checkpoint, with every client's state in it."""
-        return replace(snapshot, clients=self.roster)
+        """The checkpoint, with the state of every client that was ever asked in it."""
+        return replace(snapshot, clients=self.roster.attended())
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
-        """Every client's state as the checkpoint has it."""
+        """Every client's state as the checkpoint has it; who is not in it was never asked."""
         if snapshot.server.version:
             self.roster.follow(rounds.full_state())
         for client, state in snapshot.clients.items():

@@ -25,6 +25,7 @@ from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.ledger import Ledger, Row
 from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_blob, load_contents, save_contents
+from fedloom.workspace.keys import ContentKeys
 
 LEDGER = "ledger.jsonl"
 
@@ -83,6 +84,7 @@ class Store:
         self.folder = folder
         self.seal = seal
         self.most = 0
+        self._keys = ContentKeys()
         self._ledger: Ledger | None = None
 
     def exists(self) -> bool:
@@ -151,7 +153,7 @@ class Store:
         facts = {"round": held.round, "seal": self.seal, "charge": held.charge, "ledger_rows": ledger.sync()}
         states = {"before": held.before, "after": held.after}
         kept = {name: blob for name, blob in blobs.items() if blob}
-        save_contents(self.folder, held.round, Contents(states, kept, facts))
+        save_contents(self.folder, held.round, Contents(states, kept, facts), self._keys)
 
     def close(self) -> None:
         """Close the ledger."""

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -36,7 +35,9 @@ from fedloom.report.progress import Progress
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
+from fedloom.workspace.keys import ContentKeys
 from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
+from fedloom.workspace.recall import Recall
 from fedloom.workspace.pulse import MetricsFile, write_whole
 from fedloom.workspace.resumption import check_way, find_differences
 
@@ -54,6 +55,8 @@ class RunFolder:
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
         self._metrics = MetricsFile(path / metrics.FILE)
+        self._keys = ContentKeys()
+        self._told_of = Recall(describe_payload)
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row, Progress)
 
     @classmethod
@@ -92,8 +95,10 @@ class RunFolder:
         delivery: bool = False,
     ) -> None:
         """Record a payload, and keep it if the settings say so. version, delivery: see `ledger.Transfer`."""
-        row = transfer_row(round, client, direction, payload)
-        self.ledger.append(replace(row, version=version, delivery=delivery))
+        # What goes down goes to many; an update is described once anyway.
+        kind, parts = self._told_of.of(payload) if direction == "down" else describe_payload(payload)
+        row = Transfer(round, client, direction, kind, len(payload), parts, version=version, delivery=delivery)
+        self.ledger.append(row)
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
@@ -102,7 +107,7 @@ class RunFolder:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
-        checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
+        checkpoint.save_checkpoint(self.path / "checkpoints", snapshot, self._keys)
         self.write_metrics()
 
     def write_metrics(self) -> None:
@@ -175,4 +180,10 @@ def holds_settings(settings: Path, config: Config) -> bool:
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
     """The ledger's row about a payload."""
-    return Transfer(round, client, direction, read_header(payload).kind, len(payload), describe(payload).parts)
+    kind, parts = describe_payload(payload)
+    return Transfer(round, client, direction, kind, len(payload), parts)
+
+
+def describe_payload(payload: bytes) -> tuple[str, Mapping[str, int]]:
+    """(its kind, part → bytes)."""
+    return read_header(payload).kind, describe(payload).parts

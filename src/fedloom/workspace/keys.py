@@ -1,0 +1,71 @@
+"""Names of tensors by their content, computed again only for what has changed since the last checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A tensor as it was when it was hashed: torch's count of changes in place, where it lay, and the sum of its bits."""
+
+    changes: int
+    place: int
+    total: int
+
+
+class ContentKeys:
+    """The keys of tensors and payloads that were hashed already, as long as they live.
+
+    A state's tensors are replaced, never written into. Should one be changed in place all the same, three things tell:
+    torch counts such changes, a tensor may lie elsewhere, and the sum of its bits is taken anew, at the speed of memory.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._payloads: dict[tuple[str, int], str] = {}
+
+    def of(self, tensor: Tensor) -> str:
+        """The key of a tensor's content, shape and type."""
+        if tensor.is_inference():  # torch counts no changes there
+            return content_key(tensor)
+        now = Seen(tensor._version, tensor.data_ptr(), _sum_bits(tensor))  # noqa: SLF001 (torch's documented counter)
+        held = self._tensors.get(tensor)
+        if held is None or held[0] != now:
+            held = self._tensors[tensor] = now, content_key(tensor)
+        return str(held[1])
+
+    def of_payload(self, name: str, payload: Tensor) -> str:
+        """The key of a payload that is always the same under this name, such as the broadcast of a version."""
+        found = self._payloads.get((name, payload.numel()))
+        if found is None:
+            found = self._payloads[name, payload.numel()] = content_key(payload)
+        return found
+
+    def forget_payloads(self, names: frozenset[str]) -> None:
+        """Keep the keys of payloads of these names only."""
+        self._payloads = {of: key for of, key in self._payloads.items() if of[0] in names}
+
+
+def content_key(tensor: Tensor) -> str:
+    """A name that only this content, shape and type have."""
+    hasher = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
+    hasher.update(_bytes_of(tensor).numpy().data)
+    return hasher.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _sum_bits(tensor: Tensor) -> int:
+    """Any one bit that changes changes it."""
+    content = _bytes_of(tensor)
+    whole = content.numel() // 4 * 4
+    aligned = content[:whole].view(torch.int32) if content.storage_offset() % 4 == 0 else content[:whole]
+    return int(aligned.sum(dtype=torch.int64)) + int(content[whole:].sum(dtype=torch.int64))
