@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
-from fedloom.records.ledger import Ledger, Row
+from fedloom.records.ledger import Ledger, Row, Taker
 from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_blob, load_contents, save_contents
 from fedloom.workspace.keys import ContentKeys
 
@@ -85,7 +85,7 @@ class Store:
         self.seal = seal
         self.most = 0
         self._keys = ContentKeys()
-        self._ledger: Ledger | None = None
+        self._ledger: Ledger[Taker] | None = None
 
     def exists(self) -> bool:
         """Whether anything was saved of the job."""
@@ -161,7 +161,7 @@ class Store:
         if ledger is not None:
             ledger.close()
 
-    def _opened(self) -> Ledger:
+    def _opened(self) -> Ledger[Taker]:
         if self._ledger is None:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._ledger = Ledger(self.folder / LEDGER)
