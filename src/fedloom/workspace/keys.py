@@ -35,10 +35,11 @@ class ContentKeys:
         if tensor.is_inference():  # torch counts no changes there
             return content_key(tensor)
         now = Seen(tensor._version, tensor.data_ptr(), _sum_bits(tensor))  # noqa: SLF001 (torch's documented counter)
-        held = self._tensors.get(tensor)
-        if held is None or held[0] != now:
-            held = self._tensors[tensor] = now, content_key(tensor)
-        return str(held[1])
+        seen, key = self._tensors[tensor] if tensor in self._tensors else (None, "")
+        if seen != now:
+            key = content_key(tensor)
+            self._tensors[tensor] = now, key
+        return key
 
     def of_payload(self, name: str, payload: Tensor) -> str:
         """The key of a payload that is always the same under this name, such as the broadcast of a version."""
