@@ -17,11 +17,14 @@ CLIENTS = 4
 
 
 def run(rounds: int, method: str) -> dict[str, Any]:
-    """{"method", "rounds", "early", "late": {"round_s", "keeping_s"}, "ratio", "keeping_ratio", "report_s"}: processor's
-    seconds of a round with `CLIENTS` made-up clients, and of what is recorded, counted and saved at its end.
+    """{"method", "rounds", "early", "late": {"round_s", "keeping_s"}, "ratio", "keeping_ratio", "report_s"}.
+
+    round_s: processor's seconds of a round with `CLIENTS` made-up clients; keeping_s: of what is recorded, counted and
+    saved at its end.
     """
+    config = settings(CLIENTS, CLIENTS, rounds, [f"method.name={method}"])
     with tempfile.TemporaryDirectory() as folder:
-        _, played, report = play(settings(CLIENTS, CLIENTS, rounds, [f"method.name={method}"]), CLIENTS, Path(folder) / "run")
+        _, played, report = play(config, CLIENTS, Path(folder) / "run")
     early, late = (
         {"round_s": median(played.costs[part]), "keeping_s": median(played.keeping[part])}
         for part in (slice(2, 2 + WINDOW), slice(-WINDOW, None))

@@ -1,4 +1,4 @@
-"""Runs without a model and without data, for what does not depend on them: small modules, and training that adds noise."""
+"""Runs without model and data, for what does not depend on them: small modules, and training that adds noise."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from fedloom.records.session import End
 from fedloom.report.answers import Answers, count_answers
 from fedloom.report.figure import _points_of
 from fedloom.report.live import EventKeeper
-from fedloom.report.measures import order_measures
+from fedloom.report.measures import TRAINING_LOSS, order_measures
 from fedloom.report.metrics import MOST_SITES, prometheus_text
 from fedloom.report.numbers import summarise
 from fedloom.report.page import page
@@ -36,7 +36,6 @@ from fedloom.report.progress import Progress
 from fedloom.report.sampling import MOST, sample
 from fedloom.report.standing import judge_progress
 from fedloom.report.status import WatchedRun, render_progress
-from fedloom.report.measures import TRAINING_LOSS
 
 CLIENTS = ("ada", "bob", "cyd")
 RUN = RunRow(method="fedsrd", model="m", clients=CLIENTS, num_rounds=9, adapter_values=1000, seed=0)
@@ -56,7 +55,8 @@ def rows_of(draw: st.DataObject) -> list:
             rows.append(Roll(round, tuple(came), {c: "away" for c in sorted(asked) if c not in came}, {}, 2))
         if came and draw.draw(st.booleans()):
             rows.append(Aggregation(round, {}, 0.25))
-        rows += [Evaluation(round, domain, 0.1 * round, 1.0) for domain in ("x", "y")] if draw.draw(st.booleans()) else []
+        if draw.draw(st.booleans()):
+            rows += [Evaluation(round, domain, 0.1 * round, 1.0) for domain in ("x", "y")]
         rows += [Note(round, "words")] * draw.draw(st.integers(0, 4))
     return rows
 

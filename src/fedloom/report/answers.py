@@ -23,10 +23,10 @@ class Answers:
 
 
 class AnswerCount:
-    """Who answered, as the rows come in. A roll in the ledger decides; without one, a client that was sent something was
-    asked.
+    """Who answered, as the rows come in.
 
-    A payload sent after a round's aggregation delivers the result: it does not ask for an update.
+    A roll in the ledger decides; without one, a client that was sent something was asked. A payload sent after a
+    round's aggregation delivers the result: it does not ask for an update.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class AnswerCount:
             self._called.add(row.round)
             self._came[row.round] = set(row.answered)
             self._asked[row.round] = {*row.answered, *row.failed}
-        elif isinstance(row, Transfer) and not row.undone and row.round >= self._before and not self._is_over(row.round):
+        elif isinstance(row, Transfer) and not (row.undone or row.round < self._before or self._is_over(row.round)):
             sent = self._came if row.direction == "up" else self._asked
             sent.setdefault(row.round, set()).add(row.client)
 

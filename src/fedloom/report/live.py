@@ -135,10 +135,9 @@ class EventKeeper:
             line = cell(text, style if self.console.is_terminal else "", LONG)
             self.console.print(line, highlight=False, soft_wrap=True)
 
-
     @property
     def telling(self) -> list[Point]:
-        """The points that say which measure leads: the first, the first at which exact match was above 0, the newest."""
+        """Points that say which measure leads: the first, the first at which exact match was above 0, the newest."""
         return [point for point in (*self.points[:1], self.moved, *self.points[-1:]) if point is not None]
 
 

@@ -23,8 +23,8 @@ FILE = "metrics.prom"
 UPDATED = "fedloom_last_update_timestamp_seconds"
 MISSED = "fedloom_site_missed_rounds"
 MOST_SITES = 1000
-"""Clients up to which each has series of its own: six for each of 10,000 would be a file of megabytes after every round,
-and more than a monitor should take from one run."""
+"""Clients up to which each has series of its own: six for each of 10,000 would be megabytes after every round, and more
+than a monitor should take from one run."""
 Labels = Mapping[str, str]
 
 
@@ -58,7 +58,7 @@ def progress_text(progress: Progress, run: str, now: float) -> str:
     where no row says what the run is.
     """
     base = {"run": run, "method": progress.run.method}
-    planned, total = progress.run.num_rounds, float(progress.transfers)
+    planned, total, retries = progress.run.num_rounds, progress.transfers, progress.retries
     metrics = (
         *_standing(base, progress, now),
         Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, planned)]),
@@ -66,7 +66,7 @@ def progress_text(progress: Progress, run: str, now: float) -> str:
         *_by_site(base, progress),
         Metric("fedloom_payloads_total", "counter", "Payloads sent either way.", [(base, total)]),
         Metric("fedloom_late_answers_total", "counter", "Updates that came too late.", [(base, progress.late)]),
-        Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, progress.retries)]),
+        Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, retries)]),
         Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, progress.notes)]),
         *_scores(base, latest_values(progress)),
         Metric("fedloom_server_seconds_total", "counter", "Seconds of aggregation.", [(base, progress.server_seconds)]),

@@ -13,12 +13,11 @@ from fedloom.rounds.joint import split_entries
 from fedloom.rounds.turns import full_state, narrow_broadcast
 from fedloom.wire import decode, read_header
 
-
 MOST_DIGESTS = 1000
 """Versions whose digests are remembered, 32 characters each: a checkpoint has them all."""
 Ranks = tuple[tuple[str, int], ...]
 HELD_BYTES = 16 * 2**20
-"""Bytes of broadcasts, as they were cut for clients of some ranks, up to which they are kept for the next such client."""
+"""Bytes of broadcasts, as they were cut for clients of some ranks, that are kept for the next such client."""
 
 
 class Archive:

@@ -240,10 +240,7 @@ class Rounds:
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
     def send_missed(self, client: str, version: int, *, delivery: bool = False, alone: bool = True) -> list[bytes]:
-        """What brings a client at `version` in step with the server, recorded as sent.
-
-        delivery: after all rounds. alone: see `Archive.payloads_for`.
-        """
+        """What brings a client at `version` in step, recorded as sent; `delivery`: after all rounds; `alone`: `Archive`."""
         ranks = self.setup.sites[client].ranks
         payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round, alone=alone)
         for held, payload in enumerate(payloads, start=version):
@@ -316,8 +313,7 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive = Archive(snapshot.archive, Spool(self.folder.path), snapshot.digests)
-        self.best = snapshot.best
+        self.archive, self.best = Archive(snapshot.archive, Spool(self.folder.path), snapshot.digests), snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         self.sites.restore(self, snapshot)

@@ -56,9 +56,7 @@ class Roster(Mapping[str, State]):
         if held is None:
             return first
         there = (held.version, held.digest) == (latest.version, latest.digest)
-        return replace(
-            latest if there else first, version=held.version, digest=held.digest, memory=held.memory
-        )
+        return replace(latest if there else first, version=held.version, digest=held.digest, memory=held.memory)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)

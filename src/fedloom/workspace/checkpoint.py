@@ -49,9 +49,9 @@ class KnownSite:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Snapshot:
-    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
+    """A run after `round` rounds. archive: version → broadcast; digests: see `catchup.Archive`.
 
-    digests: see `catchup.Archive`. clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
+    fingerprint: of settings, base weights and data. clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
     after the round with the best score on the validation split, where the run shall end with it. seconds: what the run
     took up to then, in all its sessions.
     """

@@ -37,8 +37,8 @@ from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.keys import ContentKeys
 from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
-from fedloom.workspace.recall import Recall
 from fedloom.workspace.pulse import MetricsFile, write_whole
+from fedloom.workspace.recall import Recall
 from fedloom.workspace.resumption import check_way, find_differences
 
 

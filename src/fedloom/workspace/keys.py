@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A tensor as it was when it was hashed: torch's count of changes in place, where it lay, and the sum of its bits."""
+    """A tensor as it was when it was hashed: torch's count of changes in place, its place, and the sum of its bits."""
 
     changes: int
     place: int
@@ -23,7 +23,7 @@ class ContentKeys:
     """The keys of tensors and payloads that were hashed already, as long as they live.
 
     A state's tensors are replaced, never written into. Should one be changed in place all the same, three things tell:
-    torch counts such changes, a tensor may lie elsewhere, and the sum of its bits is taken anew, at the speed of memory.
+    torch counts such changes, a tensor may lie elsewhere, and the sum of its bits is taken anew, as fast as memory is.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class ContentKeys:
         """The key of a tensor's content, shape and type."""
         if tensor.is_inference():  # torch counts no changes there
             return content_key(tensor)
-        now = Seen(tensor._version, tensor.data_ptr(), _sum_bits(tensor))  # noqa: SLF001 (torch's documented counter)
-        seen, key = self._tensors[tensor] if tensor in self._tensors else (None, "")
+        now = Seen(tensor._version, tensor.data_ptr(), _sum_bits(tensor))
+        seen, key = self._tensors[tensor] if tensor in self._tensors else (None, "")  # noqa: SIM401 (`get` has no types)
         if seen != now:
             key = content_key(tensor)
             self._tensors[tensor] = now, key
