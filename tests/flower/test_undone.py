@@ -122,11 +122,11 @@ def test_the_local_engine_counts_a_round_once_however_often_it_is_played(tmp_pat
 def test_a_server_whose_disk_is_full_says_what_to_do(toy_federation, tmp_path, monkeypatch, error):
     saved = []
 
-    def full(folder, snapshot):
+    def full(folder, snapshot, keys):
         saved.append(snapshot.round)
         if snapshot.round == 2:
             raise error
-        return save(folder, snapshot)
+        return save(folder, snapshot, keys)
 
     save = checkpoint.save_checkpoint
     with monkeypatch.context() as patch:

@@ -233,7 +233,7 @@ def test_an_older_broadcast_is_stale_even_where_it_says_all():
 
 
 def test_who_does_not_take_the_newest_alone_is_sent_the_chain_or_the_full_state():
-    federation = Attended(job(build("fedit")), dict.fromkeys("abc", RANK))
+    federation = Attended(job(build("fedit"), values="int8"), dict.fromkeys("abc", RANK))
     for _ in range(3):
         federation.attend(["a", "b"], set())
     archive, given = federation.archive, (federation.job, federation.server, 0, ranks(RANK), 4)

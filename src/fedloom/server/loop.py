@@ -240,7 +240,7 @@ class Rounds:
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
     def send_missed(self, client: str, version: int, *, delivery: bool = False, alone: bool = True) -> list[bytes]:
-        """What brings a client at `version` in step, recorded as sent. delivery: after all rounds; alone: as `Archive`."""
+        """What brings a client at `version` in step, recorded. delivery: after all rounds; alone: see `Archive`."""
         ranks = self.setup.sites[client].ranks
         payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round, alone=alone)
         for held, payload in enumerate(payloads, start=version):

@@ -51,9 +51,9 @@ class KnownSite:
 class Snapshot:
     """A run after `round` rounds. archive: version → broadcast; digests: see `catchup.Archive`.
 
-    fingerprint: of settings, base weights and data. clients: the states of clients in this process; known: what is known
-    of sites elsewhere. best: the server's state after the round with the best score on the validation split, where the
-    run shall end with it. seconds: what the run took up to then, in all its sessions.
+    fingerprint: of settings, base weights and data. clients: the states of clients in this process; known: what is
+    known of sites elsewhere. best: the server's state after the round with the best score on the validation split,
+    where the run shall end with it. seconds: what the run took up to then, in all its sessions.
     """
 
     round: int
