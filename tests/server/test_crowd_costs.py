@@ -59,8 +59,6 @@ def test_a_delivery_to_many_reads_each_payload_once(tmp_path: Path, monkeypatch:
             counted(patch, calls, folder, "describe_payload")
             counted(patch, calls, roster, "accept")
             counted(patch, calls, loop, "full_state")
-            # `Recall` and `Archive` hold on to the functions that they were made with: those of this module's time.
-            patch.setattr(folder, "Recall", lambda find: Recall(lambda payload: folder.describe_payload(payload)))
             run = play(tmp_path / str(clients), clients, 3)
         reached = {row.client for row in read_rows(run.folder.path / "ledger.jsonl") if isinstance(row, Transfer)}
         assert len(reached) == clients, "everybody has received the result"

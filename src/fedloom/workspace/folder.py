@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -56,7 +57,7 @@ class RunFolder:
         self._log = ServerLog(path / serverlog.FILE)
         self._metrics = MetricsFile(path / metrics.FILE)
         self._keys = ContentKeys()
-        self._told_of = Recall(describe_payload)
+        self._told_of = Recall(lambda payload: transfer_row(0, "", "down", payload))
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row, Progress)
 
     @classmethod
@@ -96,9 +97,8 @@ class RunFolder:
     ) -> None:
         """Record a payload, and keep it if the settings say so. version, delivery: see `ledger.Transfer`."""
         # What goes down goes to many; an update is described once anyway.
-        kind, parts = self._told_of.of(payload) if direction == "down" else describe_payload(payload)
-        row = Transfer(round, client, direction, kind, len(payload), parts, version=version, delivery=delivery)
-        self.ledger.append(row)
+        known = self._told_of.of(payload) if direction == "down" else transfer_row(round, client, direction, payload)
+        self.ledger.append(replace(known, round=round, client=client, version=version, delivery=delivery))
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
