@@ -313,13 +313,22 @@ def crowd_command(
     clients: Annotated[int, typer.Option(min=1, help="Clients that the demo's data are split among.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 100,
     method: Annotated[str, typer.Option(help="Method.")] = "fedsrd",
+    made_up: Annotated[bool, typer.Option("--made-up", help="No model, no data: training adds noise.")] = False,
+    attending: Annotated[int, typer.Option(min=1, help="Made-up clients that are asked in a round.")] = 100,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Very many clients, 1 % of them a round, 30 % dropping out: peak memory, seconds, bytes."""
+    """Very many clients, 1 % of them a round, 30 % dropping out: peak memory, seconds, bytes.
+
+    --made-up: what the crowd itself costs at start-up, in a round, in the delivery.
+    """
     from benchmarks import crowd
     from fedloom.records.configfile import load_config
 
+    if made_up:
+        own = [f"method.name={method}", *(settings or [])]
+        print_result(crowd.run_made_up(clients, attending, rounds, own), crowd.made_up_tables, as_json)
+        return
     wanted = [
         "data.partitioner=iid",
         f"federation.num_clients={clients}",

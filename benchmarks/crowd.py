@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks.made_up_runs import median, settings
+from benchmarks.made_up_runs import play as play_made_up
 from fedloom.records.config import Config
 from fedloom.records.events import RunFacts, Silent
 from fedloom.records.ledger import Training, read_rows, totals
@@ -56,6 +58,56 @@ def run(config: Config) -> dict[str, Any]:
         "bytes_down": sums.bytes_down,
         "rows": meter.rows,
     }
+
+
+def run_made_up(clients: int, attending: int, rounds: int, own: Sequence[str]) -> dict[str, Any]:
+    """A run of made-up clients whose training adds noise: what is left is what a crowd itself costs.
+
+    start_s: processor's seconds up to the first round; early_s, late_s: of a round, the median of five; keeping_s: of
+    what is recorded and saved at the end of a late one.
+    """
+    config = settings(clients, attending, rounds, own)
+    with tempfile.TemporaryDirectory() as folder:
+        start, played, report = play_made_up(config, clients, Path(folder) / "run")
+        sums = totals(read_rows(Path(folder) / "run" / "ledger.jsonl"))
+    every = max(rounds // 5, 1)
+    return {
+        "method": config.method.name,
+        "clients": clients,
+        "attending": attending,
+        "start_s": start,
+        "early_s": median(played.costs[2:7]),
+        "late_s": median(played.costs[-5:]),
+        "keeping_s": median(played.keeping[-6:-1] or played.keeping),
+        "delivery_s": played.delivery,
+        "report_s": report,
+        "reached": len(sums.by_client),
+        "transfers": sums.transfers,
+        "bytes_up": sums.bytes_up,
+        "bytes_down": sums.bytes_down,
+        "peaks": {round: played.peaks[round] for round in range(0, rounds + 1, every)},
+    }
+
+
+def made_up_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The result for a terminal."""
+    title = f"{result['method']}, {result['clients']:,} made-up clients, {result['attending']} a round"
+    table = Table("", "", title=title, show_header=False)
+    for name, key in (
+        ("start-up, s", "start_s"),
+        ("an early round, s", "early_s"),
+        ("a late round, s", "late_s"),
+        ("of which recorded and saved", "keeping_s"),
+        ("delivery, s", "delivery_s"),
+        ("report, s", "report_s"),
+    ):
+        table.add_row(name, f"{result[key]:.3f}")
+    for round, peak in result["peaks"].items():
+        table.add_row(f"peak after round {round}, MiB", f"{peak:.0f}")
+    table.add_row("transfers", f"{result['transfers']:,}")
+    table.add_row("bytes up, down", f"{result['bytes_up']:,}, {result['bytes_down']:,}")
+    table.add_row("clients reached", f"{result['reached']:,}")
+    return [table]
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:

@@ -13,6 +13,7 @@ from fedloom.flower import fleet
 from fedloom.flower import settings as shared
 from fedloom.records.configfile import setting_keys
 from fedloom.records.ledger import Roll, read_rows
+from fedloom.rounds.catchup import Archive
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import SPOKEN, Parcel, Spoken, parse_request, parse_statement, write_facts
 
@@ -84,6 +85,22 @@ def test_a_site_of_the_release_before_takes_part(toy_federation, tmp_path, monke
     assert all(roll.answered == desks.SITES for roll in rolls(tmp_path))
     assert sorted(federation.sites.fleet.spoken.values()) == [1, 2, 2]
     assert [facts["ask"] for facts in heard][:3] == ["hello", "hello", "turn"] and "protocol" not in heard[2]
+
+
+def test_a_site_of_the_release_before_is_sent_every_broadcast_that_it_missed(toy_federation, tmp_path, monkeypatch):
+    """It would refuse the newest alone as one that rests on a state that it does not have."""
+    grid = desks.DeskGrid(settings(), tmp_path)
+    first_release(grid.node("bank").desk, monkeypatch)
+    asked, find = {}, Archive.payloads_for
+
+    def look(archive, job, server, version, ranks, round, *, alone):
+        asked.setdefault(alone, 0)
+        asked[alone] += 1
+        return find(archive, job, server, version, ranks, round, alone=alone)
+
+    monkeypatch.setattr(Archive, "payloads_for", look)
+    toy_federation(grid=grid)
+    assert asked[True] == 2 * asked[False] > 0, "one of three sites"
 
 
 @pytest.mark.parametrize(

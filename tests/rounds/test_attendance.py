@@ -13,7 +13,7 @@ from fedloom.errors import RoundError, StaleError
 from fedloom.lora.pair import LoraState, stack
 from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
-from fedloom.rounds.catchup import Archive
+from fedloom.rounds.catchup import MOST_DIGESTS, Archive
 from fedloom.rounds.consolidation import Consolidation, consolidate
 from fedloom.rounds.turns import Job, ServerTurn, Train, accept, full_state, start
 from fedloom.server.roster import Roster, same_state
@@ -230,3 +230,28 @@ def test_an_older_broadcast_is_stale_even_where_it_says_all():
     federation.bring("a")
     with pytest.raises(StaleError, match="rests on version 0"):
         accept(federation.job, federation.clients["a"], first)
+
+
+def test_who_does_not_take_the_newest_alone_is_sent_the_chain_or_the_full_state():
+    federation = Attended(job(build("fedit"), values="int8"), dict.fromkeys("abc", RANK))
+    for _ in range(3):
+        federation.attend(["a", "b"], set())
+    archive, given = federation.archive, (federation.job, federation.server, 0, ranks(RANK), 4)
+    assert [read_header(payload).base_version for payload in archive.payloads_for(*given)] == [2]
+    older = archive.payloads_for(*given, alone=False)
+    assert [read_header(payload).base_version for payload in older] in ([0, 1, 2], [3])
+    state = start(federation.job, federation.top)
+    for payload in older:  # as a receiver that knows nothing of newest broadcasts: each rests on the one before
+        header = read_header(payload)
+        assert header.kind == "state" or header.base_version == state.version
+        state = accept(federation.job, state, payload)
+    assert_same_model(state, federation.server)
+
+
+def test_digests_outlive_the_broadcasts_that_are_forgotten():
+    """A site many versions back is known by its digest, and the newest broadcast alone brings it in step."""
+    archive = Archive()
+    for version in range(MOST_DIGESTS + 5):
+        archive.add(version, b"xx", limit=4, digest=f"d{version}")
+    assert len(archive.payloads) == 2 and archive.digests[MOST_DIGESTS] == f"d{MOST_DIGESTS}"
+    assert len(archive.digests) == MOST_DIGESTS and min(archive.digests) == 5

@@ -21,7 +21,7 @@ from fedloom.errors import VersionError
 from fedloom.flower.messages import Grid, Node, Reply, SentRequest, read_reply
 from fedloom.flower.payload import pack_parcel
 from fedloom.records.ledger import Presence
-from fedloom.site.protocol import SPOKEN, WITHDRAWS, Fact, Parcel, write_facts
+from fedloom.site.protocol import NEWEST_ALONE, SPOKEN, WITHDRAWS, Fact, Parcel, write_facts
 
 TTL_SECONDS = 12 * 3600.0
 """How long Flower keeps a message that says nothing of it: longer than any deadline that makes sense for a round."""
@@ -135,6 +135,10 @@ class Fleet:
                 self.outstanding[identifier] = SentRequest(node, site, ask, round, activated, time.monotonic())
                 if ask == "turn":
                     self.turns[site] = identifier
+
+    def takes_newest(self, site: str) -> bool:
+        """Whether a site takes the newest broadcast without those before it, where that says all there is."""
+        return self.spoken.get(self.names[site], SPOKEN.newest) >= NEWEST_ALONE
 
     def withdraw(self, turn: SentRequest) -> None:
         """Tell a site that a turn is not wanted any more, if it understands that."""

@@ -41,7 +41,6 @@ from fedloom.server.engine import Updates
 from fedloom.server.loop import Rounds
 from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
-from fedloom.wire import read_header
 from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
 from fedloom.workspace.data import heldout_examples, validation_examples
@@ -186,7 +185,8 @@ class FlowerSites:
     def send(self, rounds: Rounds, site: str, ask: str, facts: Mapping[str, Fact], ttl: float) -> None:
         """Ask a site, with whatever it has missed. facts: what else it is told; ttl: how long Flower keeps it."""
         rounds.observer.client_started(rounds.round, site)
-        payloads = tuple(rounds.send_missed(site, self.known[site].version, delivery=ask == "deliver"))
+        delivery, alone = ask == "deliver", self.fleet.takes_newest(site)
+        payloads = tuple(rounds.send_missed(site, self.known[site].version, delivery=delivery, alone=alone))
         self.sent[site] = self.sent.get(site, 0) + sum(map(len, payloads))
         parcel = Parcel({**facts, "counted": self.known[site].counted}, payloads)
         rounds.folder.ledger.sync()  # first, so that nothing leaves that a crash could leave uncounted
@@ -330,8 +330,7 @@ def digest_of(rounds: Rounds, version: int) -> str:
     """The digest of the global state of a version; "" where the server no longer knows it."""
     if version == rounds.server.version:
         return rounds.server.digest
-    payload = rounds.archive.payloads.get(version)
-    return "" if payload is None else read_header(payload).base_digest
+    return rounds.archive.digests.get(version, "")
 
 
 app = ServerApp()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -66,16 +66,16 @@ class Adapter:
     stacked: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
+    ranks: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    """Module → rank; the same object at every look, so that ten thousand clients of one adapter share it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", {module: placement.rank for module, placement in self.modules.items()})
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Module → (m, n)."""
         return {module: placement.shape for module, placement in self.modules.items()}
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Module → rank."""
-        return {module: placement.rank for module, placement in self.modules.items()}
 
     @property
     def settings(self) -> AdapterSettings:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Generic, Protocol, Self, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
@@ -152,24 +152,43 @@ def read_rows(path: Path) -> list[Row]:
     return _scan(path)[0]
 
 
-class Ledger:
+class Taker(Protocol):
+    """What keeps count of a ledger's rows, so that nobody has to read them again."""
+
+    def take(self, row: Row) -> None:
+        """Take in the next row."""
+
+
+Told = Callable[[Row, bytes], None]
+"""(a row that is appended, its line in the ledger)."""
+Kept = TypeVar("Kept", bound=Taker)
+
+
+class _Nothing:
+    def take(self, row: Row) -> None:
+        """Nobody keeps count."""
+
+
+class Ledger(Generic[Kept]):
     """The ledger of a run in progress, opened for appending. Use as a context manager or call `close`.
 
-    told(row) is called for every row that is appended. examples: client → examples in its last training row.
+    told is called for every row that is appended. kept: made by `keeper`, it has taken in every row that stands in the
+    ledger; it is made anew where rows are forgotten. examples: client → examples in its last training row.
     """
 
-    def __init__(self, path: Path, told: Callable[[Row], None] | None = None) -> None:
+    kept: Kept
+
+    def __init__(self, path: Path, told: Told | None = None, keeper: Callable[[], Kept] = _Nothing) -> None:  # type: ignore[assignment]
         self.path = path
         self._told = told
+        self._keeper = keeper
         self._offsets = [0]
         rows: list[Row] = []
         if path.exists():
             rows, self._offsets = _scan(path)
         self._file = path.open("ab")
         self._file.truncate(self._offsets[-1])
-        self.bytes_up = self.bytes_down = 0
-        self.examples: dict[str, int] = {}
-        self._count(rows)
+        self._count_anew(rows)
 
     @property
     def rows(self) -> int:
@@ -188,9 +207,9 @@ class Ledger:
         self._offsets.append(self._offsets[-1] + len(line))
         self._file.write(line)
         self._file.flush()  # whoever follows the run from another process sees each row at once
-        self._count([row])
+        self._count(row)
         if self._told:
-            self._told(row)
+            self._told(row, line)
 
     def note(self, round: int, text: str, about: About = "") -> None:
         """Add a row of words, which may quote others'."""
@@ -225,9 +244,7 @@ class Ledger:
             os.truncate(self.path, end)
         self._file = self.path.open("ab")
         found, self._offsets = _scan(self.path)
-        self.bytes_up = self.bytes_down = 0
-        self.examples = {}
-        self._count(found)
+        self._count_anew(found)
         self.sync()
 
     def close(self) -> None:
@@ -245,13 +262,20 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _count(self, rows: Iterable[Row]) -> None:
+    def _count_anew(self, rows: Iterable[Row]) -> None:
+        self.bytes_up = self.bytes_down = 0
+        self.examples: dict[str, int] = {}
+        self.kept = self._keeper()
         for row in rows:
-            if isinstance(row, Transfer):
-                self.bytes_up += row.bytes * (row.direction == "up")
-                self.bytes_down += row.bytes * (row.direction == "down")
-            elif isinstance(row, Training):
-                self.examples[row.client] = row.examples
+            self._count(row)
+
+    def _count(self, row: Row) -> None:
+        if isinstance(row, Transfer):
+            self.bytes_up += row.bytes * (row.direction == "up")
+            self.bytes_down += row.bytes * (row.direction == "down")
+        elif isinstance(row, Training):
+            self.examples[row.client] = row.examples
+        self.kept.take(row)
 
 
 def _scan(path: Path) -> tuple[list[Row], list[int]]:

@@ -15,7 +15,7 @@ MOST_RANK = 4096
 """Far above any LoRA that is trained; a rank takes memory before anything else can be asked about it."""
 MOST_PATTERNS = 1024
 """Patterns in one table, or modules in one list: more than a model has kinds of layers."""
-MOST_CLIENTS = 10_000
+MOST_CLIENTS = 100_000
 MOST_STEPS = 10**6
 """Steps, rounds and micro-batches: hours of work each at the least."""
 MOST_WORKERS = 1024

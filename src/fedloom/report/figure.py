@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from fedloom.records.text import to_printable
 from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_pictured
 from fedloom.report.numbers import MEAN, Point, Report, human_bytes, interval
+from fedloom.report.sampling import sample
 
 MIB = 2**20
 INK = "#222222"
@@ -58,7 +59,7 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
         figure, rows = _panels(_pictured([report]))
         sent = f"{human_bytes(report.totals.bytes)} in all; {report.baseline.name}: {human_bytes(report.dense_bytes)}"
         for measure, panels in rows:
-            points = _points_of(report, measure)
+            points = sample(_points_of(report, measure))
             axes_of = ([float(p.round) for p in points], [p.bytes / MIB for p in points])
             for axes, xs in zip(panels, axes_of, strict=True):
                 for number, domain in enumerate(report.domains):

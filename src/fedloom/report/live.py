@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.records.events import RunFacts, RunSummary, Scores
 from fedloom.records.text import LONG, cell
-from fedloom.report.measures import order_measures, phrase_scores
+from fedloom.report.measures import exact_match_moves, order_measures, phrase_scores
 from fedloom.report.numbers import MEAN, Point, human_bytes, values_of
 
 LOADING = "loading model and data …"
@@ -66,6 +66,7 @@ class EventKeeper:
     tallies: dict[str, Tally] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    moved: Point | None = None
     seconds: list[float] = field(default_factory=list)
     round_began: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -116,6 +117,8 @@ class EventKeeper:
         self.notes = []
         if scores:
             self.points.append(Point(round, values_of(scores), bytes_up + bytes_down))
+            if self.moved is None and exact_match_moves(self.points[-1:]):
+                self.moved = self.points[-1]
         if round:
             self.seconds.append(seconds)
 
@@ -131,6 +134,11 @@ class EventKeeper:
         if self.console is not None:
             line = cell(text, style if self.console.is_terminal else "", LONG)
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    @property
+    def telling(self) -> list[Point]:
+        """Points that say which measure leads: the first, the first at which exact match was above 0, the newest."""
+        return [point for point in (*self.points[:1], self.moved, *self.points[-1:]) if point is not None]
 
 
 class LineView(EventKeeper):
@@ -153,7 +161,7 @@ class LineView(EventKeeper):
         parts.append(f"up {human_bytes(bytes_up)}, down {human_bytes(bytes_down)}")
         if scores:
             now = self.points[-1].values
-            parts += [f"{m.name} {m.phrase(now[m.key][MEAN])}" for m in order_measures(self.points)]
+            parts += [f"{m.name} {m.phrase(now[m.key][MEAN])}" for m in order_measures(self.telling)]
         self.say("  ".join([*parts, f"{seconds:.1f} s"]), "")
 
 
@@ -207,7 +215,7 @@ class LiveView(EventKeeper):
     def _score(self) -> RenderableType:
         if not self.points:
             return Text("")
-        lead, now = order_measures(self.points)[0], self.points[-1].values
+        lead, now = order_measures(self.telling)[0], self.points[-1].values
         domains = [(domain, value) for domain, value in sorted(now[lead.key].items()) if domain != MEAN]
         by_domain = f"{lead.name}: " + "   ".join(f"{domain} {lead.show(value)}" for domain, value in domains)
         return Group(*(cell(text, limit=LONG) for text in [*phrase_scores(self.points), by_domain]))

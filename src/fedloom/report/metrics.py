@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import get_args
 
-from fedloom.records.ledger import Aggregation, Note, Roll, Row
+from fedloom.records.ledger import Row
 from fedloom.records.session import EndStatus
 from fedloom.records.text import distinct_name
-from fedloom.report.answers import count_answers, find_presence
-from fedloom.report.numbers import MEAN, Report, summarise
+from fedloom.report.numbers import MEAN
+from fedloom.report.progress import Progress, latest_values
 
 FILE = "metrics.prom"
 """Its name in a run's folder."""
 UPDATED = "fedloom_last_update_timestamp_seconds"
 MISSED = "fedloom_site_missed_rounds"
+MOST_SITES = 1000
+"""Clients up to which each has series of its own: six for each of 10,000 would be megabytes after every round, and more
+than a monitor should take from one run."""
 Labels = Mapping[str, str]
 
 
@@ -43,44 +46,57 @@ class Metric:
             yield f"{self.name}{{{text}}} {_number(value)}"
 
 
-def prometheus_text(rows: Sequence[Row], run: str, now: float) -> str:
+def prometheus_text(rows: Iterable[Row], run: str, now: float) -> str:
+    """The whole file, from all rows of a run. Raises CheckpointError where they record no run."""
+    return progress_text(Progress.of(rows), run, now)
+
+
+def progress_text(progress: Progress, run: str, now: float) -> str:
     """The whole file. run: what the run is called, its folder's name; now: seconds since 1970.
 
-    Raises CheckpointError where the rows record no run.
+    A run of more than `MOST_SITES` clients has no series by client, and its bytes in two sums. Raises CheckpointError
+    where no row says what the run is.
     """
-    report, tallies = summarise(rows), count_answers(rows)
-    sums = report.totals
-    base = {"run": run, "method": report.run.method}
-    done = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
-    tries = sum(row.tries - 1 for row in rows if isinstance(row, Roll))
-    late = sum(len(row.late) for row in rows if isinstance(row, Roll))
-    notes = sum(isinstance(row, Note) for row in rows)
+    base = {"run": run, "method": progress.run.method}
+    planned, total, retries = progress.run.num_rounds, progress.transfers, progress.retries
+    metrics = (
+        *_standing(base, progress, now),
+        Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, planned)]),
+        Metric("fedloom_rounds_done_total", "counter", "The last round that was aggregated.", [(base, progress.done)]),
+        *_by_site(base, progress),
+        Metric("fedloom_payloads_total", "counter", "Payloads sent either way.", [(base, total)]),
+        Metric("fedloom_late_answers_total", "counter", "Updates that came too late.", [(base, progress.late)]),
+        Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, retries)]),
+        Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, progress.notes)]),
+        *_scores(base, latest_values(progress)),
+        Metric("fedloom_server_seconds_total", "counter", "Seconds of aggregation.", [(base, progress.server_seconds)]),
+        Metric("fedloom_training_seconds_total", "counter", "Seconds of training.", [(base, progress.train_seconds)]),
+    )
+    return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
+
+
+def _by_site(base: Labels, progress: Progress) -> list[Metric]:
+    """What is told of every client, or of all of them together."""
+    name, help = "fedloom_payload_bytes_total", "Bytes of payloads between server and clients."
+    if len(progress.run.clients) > MOST_SITES:
+        sums = (("up", progress.bytes_up), ("down", progress.bytes_down))
+        return [Metric(name, "counter", help, [({**base, "direction": way}, float(size)) for way, size in sums])]
+    tallies = progress.answers.counts()
     sent = [
         ({**base, "site": client, "direction": direction}, float(size))
-        for client, both in sums.by_client.items()
+        for client, both in sorted(progress.sent.items())
         for direction, size in zip(("up", "down"), both, strict=True)
     ]
-    taken = report.points[-1].values if report.points else {}
-    losses = [({**base, "site": client}, held[-1]) for client, held in report.losses.items() if held]
-    metrics = (
-        *_standing(base, report, now),
-        Metric("fedloom_rounds_planned", "gauge", "Rounds that the run shall have.", [(base, report.run.num_rounds)]),
-        Metric("fedloom_rounds_done_total", "counter", "The last round that was aggregated.", [(base, done)]),
-        Metric("fedloom_payload_bytes_total", "counter", "Bytes of payloads between server and clients.", sent),
-        Metric("fedloom_payloads_total", "counter", "Payloads sent either way.", [(base, sums.transfers)]),
+    online = [({**base, "site": site}, float(not reason)) for site, reason in sorted(progress.online.items())]
+    losses = [({**base, "site": client}, loss) for client, loss in sorted(progress.losses.items())]
+    return [
+        Metric(name, "counter", help, sent),
         Metric("fedloom_answers_total", "counter", "Updates that came in time.", _of(base, tallies, "answered")),
         Metric("fedloom_failures_total", "counter", "Rounds asked in vain.", _of(base, tallies, "missed")),
         Metric(MISSED, "gauge", "Rounds asked in vain since the last update came.", _of(base, tallies, "row")),
-        Metric("fedloom_site_online", "gauge", "Whether the site is connected, 1 or 0.", _online(base, rows)),
-        Metric("fedloom_late_answers_total", "counter", "Updates that came too late.", [(base, late)]),
-        Metric("fedloom_retries_total", "counter", "Times that the missing were asked again.", [(base, tries)]),
-        Metric("fedloom_notes_total", "counter", "Notes in the ledger: refusals, drop-outs.", [(base, notes)]),
+        Metric("fedloom_site_online", "gauge", "Whether the site is connected, 1 or 0.", online),
         Metric("fedloom_training_loss", "gauge", "Mean loss of a client's last training.", losses),
-        *_scores(base, taken),
-        Metric("fedloom_server_seconds_total", "counter", "Seconds of aggregation.", [(base, report.server_seconds)]),
-        Metric("fedloom_training_seconds_total", "counter", "Seconds of training.", [(base, report.train_seconds)]),
-    )
-    return "\n".join(line for metric in metrics if metric.samples for line in metric.lines()) + "\n"
+    ]
 
 
 def renew_update(text: str, now: float) -> str:
@@ -88,14 +104,14 @@ def renew_update(text: str, now: float) -> str:
     return re.sub(rf"(?m)^({UPDATED}{{.*}}) \S+$", rf"\1 {_number(now)}", text)
 
 
-def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
+def _standing(base: Labels, progress: Progress, now: float) -> list[Metric]:
     """How the run stands, when that was so, and when certificates end."""
-    end, sessions = report.facts.end, report.facts.sessions
+    end, session = progress.end, progress.session
     state = end.status if end else "running"
     states = [({**base, "state": name}, float(name == state)) for name in ("running", *get_args(EndStatus))]
     ends = {
         name: datetime.fromisoformat(time).timestamp() - now
-        for name, time in (sessions[-1].certificates if sessions else {}).items()
+        for name, time in (session.certificates if session else {}).items()
     }
     days = [({**base, "certificate": name}, math.floor(left / 86400)) for name, left in ends.items()]
     times = [({**base, "certificate": name}, now + left) for name, left in ends.items()]
@@ -105,10 +121,6 @@ def _standing(base: Labels, report: Report, now: float) -> list[Metric]:
         Metric("fedloom_certificate_days_left", "gauge", "Whole days until it ends, when this was written.", days),
         Metric("fedloom_certificate_end_timestamp_seconds", "gauge", "When it ends, seconds since 1970.", times),
     ]
-
-
-def _online(base: Labels, rows: Sequence[Row]) -> list[tuple[Labels, float]]:
-    return [({**base, "site": site}, float(not reason)) for site, reason in sorted(find_presence(rows).items())]
 
 
 _SCORES = {

@@ -11,6 +11,7 @@ from fedloom.report.facts import LINES, describe_circumstances, human_seconds
 from fedloom.report.figure import draw_svg
 from fedloom.report.measures import TRAINING_LOSS, list_measures
 from fedloom.report.numbers import MEAN, Report, human_bytes
+from fedloom.report.sampling import MOST, sample, say_sampled
 from fedloom.report.scores import NO_SCORE, score_cells, score_head
 from fedloom.report.tables import cost_sentence
 
@@ -56,20 +57,24 @@ def page(report: Report) -> str:
         _failure(report),
         f'<p class="sum">{_shown(cost_sentence(report))}</p>',
         draw_svg(report) if report.points or report.training else "",
+        _said(say_sampled("points of a line", max(len(report.points), 0 if report.points else len(report.training)))),
         "<h2>Held-out scores, before → after</h2>",
         _score_section(report),
         "<h2>Bytes sent, by client</h2>",
         _table(("client", "examples", "turns", "up", "down", "delivery", "in all"), _clients(report), total=True),
+        _said(say_sampled("clients", len(report.totals.by_client), "by name")),
         *_durations(report),
         "<h2>Bytes sent, by part of the payload</h2>",
         _table(("part", "bytes"), [(part, human_bytes(size)) for part, size in report.totals.by_part.items()]),
         "<h2>Bytes sent, by round</h2>",
         _rounds(report),
+        _said(say_sampled("rounds", len(report.totals.by_round))),
     ]
     sections += _answers(report)
     if report.notes:
-        happened = [(str(note.round), note.text) for note in report.notes]
-        sections += ["<h2>Notes</h2>", _table(("round", "what happened"), happened, words=True)]
+        happened = [(str(note.round), note.text) for note in report.notes[-MOST:]]
+        more = _said(say_sampled("notes", len(report.notes), "the newest"))
+        sections += ["<h2>Notes</h2>", _table(("round", "what happened"), happened, words=True), more]
     sections += _circumstances(report)
     body = "\n".join(section for section in sections if section)
     return (
@@ -78,6 +83,10 @@ def page(report: Report) -> str:
         f"<title>fedloom run: {_shown(run.method)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _said(text: str) -> str:
+    return f"<p>{_shown(text)}</p>" if text else ""
 
 
 def _score_section(report: Report) -> str:
@@ -93,7 +102,7 @@ def _clients(report: Report) -> list[tuple[str, ...]]:
     examples, sums = report.facts.examples, report.totals
     lines = [
         (client, examples.get(client, 0), len(report.losses.get(client, [])), up, down, report.delivered.get(client, 0))
-        for client, (up, down) in sums.by_client.items()
+        for client, (up, down) in list(sums.by_client.items())[:MOST]
     ]
     given = sum(report.delivered.values())
     lines.append(("all", sum(examples.values()), report.turns, sums.bytes_up, sums.bytes_down, given))
@@ -122,7 +131,7 @@ def _rounds(report: Report) -> str:
                 for m in measures
             ),
         )
-        for round, (up, down) in report.totals.by_round.items()
+        for round, (up, down) in sample(list(report.totals.by_round.items()))
     ]
     return _table(("round", "up", "down", *(measure.title for measure in measures)), rows)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fedloom.errors import CheckpointError
-from fedloom.records.ledger import Aggregation, Row, read_rows
+from fedloom.records.ledger import Row, read_rows
 from fedloom.records.lock import Writer, find_writer
 from fedloom.records.session import End
 from fedloom.report.facts import human_seconds
-from fedloom.report.numbers import summarise
+from fedloom.report.progress import Progress
 
 State: TypeAlias = Literal["running", "finished", "failed", "interrupted", "gone"]
 
@@ -58,21 +58,33 @@ class Standing:
 
 def read_run(folder: Path) -> tuple[list[Row], Standing]:
     """The rows of the run in a folder, and how it stands. Raises CheckpointError where the folder holds none."""
-    path = folder / "ledger.jsonl"
-    writer = find_writer(folder)  # first: a run that ends between the two looks has said how
+    writer, quiet = look_at(folder)
+    rows = read_rows(folder / "ledger.jsonl")
+    return rows, judge_standing(rows, writer, quiet, resume_command(folder))
+
+
+def look_at(folder: Path) -> tuple[Writer, float]:
+    """(who writes into a run's folder, seconds since its last row), to be asked before its rows are read.
+
+    A run that ends between the two looks has said how. Raises CheckpointError where the folder holds no run.
+    """
+    path, writer = folder / "ledger.jsonl", find_writer(folder)
     if writer.alive and (not path.is_file() or not path.stat().st_size):
         raise CheckpointError(f"the run in {folder} is being set up by process {writer.pid}: look again in a moment")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a run that has begun")
-    quiet, rows = time.time() - path.stat().st_mtime, read_rows(path)
-    return rows, judge_standing(rows, writer, quiet, resume_command(folder))
+    return writer, time.time() - path.stat().st_mtime
 
 
-def judge_standing(rows: Sequence[Row], writer: Writer, quiet: float, again: str = "") -> Standing:
+def judge_standing(rows: Iterable[Row], writer: Writer, quiet: float, again: str = "") -> Standing:
     """How the run of these rows stands. again: the command that would go on with it."""
-    planned = summarise(rows).run.num_rounds
-    rounds = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
-    end = rows[-1] if isinstance(rows[-1], End) else None
+    return judge_progress(Progress.of(rows), writer, quiet, again)
+
+
+def judge_progress(progress: Progress, writer: Writer, quiet: float, again: str = "") -> Standing:
+    """The same of a run that has come so far."""
+    planned, rounds = progress.run.num_rounds, progress.done
+    end = progress.last if isinstance(progress.last, End) else None
     state: State = end.status if end else "running"
     reason = end.reason if end else ""
     if end and writer.alive and end.status != "finished":

@@ -82,15 +82,17 @@ def cost_sentence(report: Report) -> str:
         f"{human_bytes(sent)} in all: {100 * sent / dense:.1f} % of the {human_bytes(dense)} that {baseline.name}"
         f"{everybody} sends to and from the same clients in the same rounds ({dense / sent:.1f} × fewer)."
     )
-    return " ".join(filter(None, (whole, data_sentence(report), region_sentence(report))))
+    return " ".join(filter(None, (whole, data_sentence(report), region_sentence(report.totals.by_region))))
 
 
-def region_sentence(report: Report) -> str:
-    """What travelled between regional servers and the root, in words; "" where there are no regions."""
-    regions = report.totals.by_region
+def region_sentence(regions: Mapping[str, Sequence[int]]) -> str:
+    """What travelled between regional servers and the root, in words; "" where there are no regions.
+
+    regions: region → bytes up and down.
+    """
     if not regions:
         return ""
-    up, down = report.totals.by_level["regions"]
+    up, down = (sum(sizes[way] for sizes in regions.values()) for way in (0, 1))
     return (
         f"Between {len(regions)} regional server{'s' * (len(regions) > 1)} and the root, {human_bytes(up)} went up and "
         f"{human_bytes(down)} down besides."

@@ -12,7 +12,10 @@ from fedloom.methods.method import State
 from fedloom.rounds.job import Job
 from fedloom.rounds.joint import names_in
 from fedloom.rounds.turns import full_state, narrow_broadcast
+from fedloom.wire import read_header
 
+MOST_DIGESTS = 1000
+"""Versions whose digests are remembered, 32 characters each: a checkpoint has them all."""
 Cut = tuple[int, frozenset[tuple[str, int]]]
 """A version, and the ranks that the broadcast which applies to it is cut to; no ranks: this version's full state."""
 
@@ -21,42 +24,60 @@ class Archive:
     """The broadcasts that a client may still have missed, by the version they apply to.
 
     It holds at most as many bytes as one full state: beyond that, the full state is cheaper. hold: makes what they are
-    kept in, and what is made of them once for all clients of the same ranks; dictionaries if left out.
+    kept in, and what is made of them once for all clients of the same ranks; dictionaries if left out. digests: version
+    → digest of the state, of broadcasts that are forgotten too.
     """
 
     def __init__(
         self,
         payloads: Mapping[int, bytes] | None = None,
         hold: Callable[[], MutableMapping[Any, bytes]] = dict,
+        digests: Mapping[int, str] | None = None,
     ) -> None:
+        kept = dict(sorted((payloads or {}).items()))
         self.payloads: MutableMapping[int, bytes] = hold()
-        self.payloads.update(payloads or {})
-        self._sizes = {version: len(payload) for version, payload in (payloads or {}).items()}
+        self.payloads.update(kept)
+        self.digests = dict(digests or {}) | {v: read_header(payload).base_digest for v, payload in kept.items()}
+        self._sizes = {version: len(payload) for version, payload in kept.items()}
+        self._total = sum(self._sizes.values())
         self._made: MutableMapping[Cut, bytes] = hold()
         self._lengths: dict[Cut, int] = {}
         self._whole: tuple[int, bool] | None = None
 
-    def add(self, version: int, payload: bytes, limit: int) -> None:
-        """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all."""
-        if version - 1 not in self.payloads:  # the server consolidated: older broadcasts lead nowhere now
+    def add(self, version: int, payload: bytes, limit: int, digest: str = "") -> None:
+        """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all.
+
+        digest: of the state at `version`, where sites elsewhere may come back with it.
+        """
+        if version - 1 not in self._sizes:  # the server consolidated: older broadcasts lead nowhere now
             self.payloads.clear()
             self._sizes.clear()
+            self._total = 0
         self.payloads[version], self._sizes[version] = payload, len(payload)
-        while len(self.payloads) > 1 and sum(self._sizes.values()) > limit:
-            oldest = min(self.payloads)
-            del self.payloads[oldest], self._sizes[oldest]
-        for cut in [cut for cut in self._made if not cut[1] or cut[0] not in self.payloads]:
+        self._total += len(payload)
+        while len(self._sizes) > 1 and self._total > limit:
+            oldest = next(iter(self._sizes))
+            self._total -= self._sizes.pop(oldest)
+            del self.payloads[oldest]
+        for cut in [cut for cut in self._made if not cut[1] or cut[0] not in self._sizes]:
             del self._made[cut], self._lengths[cut]
+        self.digests[version] = digest
+        if len(self.digests) > MOST_DIGESTS:
+            del self.digests[next(iter(self.digests))]
 
     def reach(self, version: int) -> int:
         """The oldest version from which the broadcasts lead to `version`; older ones need a full state."""
-        while version - 1 in self.payloads:
-            version -= 1
-        return version
+        # Versions that are held follow on each other: `add` clears what does not lead on.
+        return next(iter(self._sizes)) if version - 1 in self._sizes else version
 
-    def payloads_for(self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int) -> list[bytes]:
-        """The payloads, in order, that bring a client at `version` in step with the server."""
-        needed = self.versions_for(job, server, version)
+    def payloads_for(
+        self, job: Job, server: State, version: int, ranks: Mapping[str, int], round: int, *, alone: bool = True
+    ) -> list[bytes]:
+        """The payloads, in order, that bring a client at `version` in step with the server.
+
+        alone: whether it takes the newest broadcast without those before it, where that says all there is.
+        """
+        needed = self.versions_for(job, server, version, alone=alone)
         cut = frozenset(ranks.items()) if job.method.cuts(server.adapter, ranks) else None
         if cut is not None:
             for held in needed or ():
@@ -75,18 +96,18 @@ class Archive:
     def _keep(self, cut: Cut, payload: bytes) -> None:
         self._made[cut], self._lengths[cut] = payload, len(payload)
 
-    def versions_for(self, job: Job, server: State, version: int) -> range | None:
+    def versions_for(self, job: Job, server: State, version: int, *, alone: bool = True) -> range | None:
         """The versions whose broadcasts bring a client at `version` in step; None where only a full state does."""
         newest = server.version - 1
-        if 0 <= version < newest and self.says_all(job, server):
+        if alone and 0 <= version < newest and self.says_all(job, server):
             return range(newest, server.version)
         return range(version, server.version) if version >= self.reach(server.version) else None
 
     def says_all(self, job: Job, server: State) -> bool:
         """Whether the newest broadcast alone brings a client of any version in step."""
         newest = server.version - 1
-        if not job.method.replaces or newest not in self.payloads:
+        if newest not in self._sizes or not job.method.replaces:
             return False
-        if self._whole is None or self._whole[0] != server.version:
-            self._whole = server.version, job.method.says_all(names_in(self.payloads[newest], server), server.adapter)
+        if self._whole is None or self._whole[0] != newest:
+            self._whole = newest, job.method.says_all(names_in(self.payloads[newest], server), server.adapter)
         return self._whole[1]

@@ -43,11 +43,7 @@ class Job:
     tops: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tops: dict[str, int] = {}
-        for own in self.ranks.values():
-            for module, rank in own.items():
-                tops[module] = max(rank, tops.get(module, 0))
-        object.__setattr__(self, "tops", tops)
+        object.__setattr__(self, "tops", find_tops(self.ranks))
 
     def context(self, round: int, party: str = "") -> Context:
         """The context of one round. A client has a seed of its own; the server and broadcasts use the run's seed."""
@@ -62,6 +58,27 @@ class Job:
             downloads=self.downloads,
             start=self.start,
         )
+
+
+def group_alike(ranks: Mapping[str, Mapping[str, int]]) -> list[tuple[str, Mapping[str, int], int]]:
+    """(the first client, its ranks, how many clients share that very mapping), in order of the first.
+
+    Crowds are few kinds: what is asked of each kind need not be asked of each client.
+    """
+    kinds: dict[int, tuple[str, Mapping[str, int], int]] = {}
+    for client, own in ranks.items():
+        first, _, count = kinds.get(id(own), (client, own, 0))
+        kinds[id(own)] = first, own, count + 1
+    return list(kinds.values())
+
+
+def find_tops(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank of each module among the clients that train it."""
+    tops: dict[str, int] = {}
+    for _, own, _ in group_alike(ranks):
+        for module, rank in own.items():
+            tops[module] = max(rank, tops.get(module, 0))
+    return tops
 
 
 def sender_digest(client: str, base_digest: str, round: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from fedloom.compress.entries import Sparse, count
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, narrow, subset
-from fedloom.rounds.job import Job
+from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.joint import Outline, join_entries
 from fedloom.wire import Header, Message, encode
 
@@ -26,7 +26,8 @@ def check_room(job: Job, initial: LoraState, clients: Mapping[str, Mapping[str, 
     smallest = job.method.smallest
     if smallest is None or job.budget is None:
         return
-    adapters = {tuple(sorted(held.items())): subset(narrow(initial, held), held.keys()) for held in clients.values()}
+    kinds = {tuple(sorted(held.items())): held for _, held, _ in group_alike(clients)}
+    adapters = {kind: subset(narrow(initial, held), held.keys()) for kind, held in kinds.items()}
     for adapter in (initial, *adapters.values()):
         allowed, least = smallest(adapter, job.context(1)), least_bytes(job, adapter, initial)
         if allowed < least:

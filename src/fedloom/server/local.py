@@ -235,12 +235,12 @@ class LocalSites:
         return ()
 
     def remember(self, snapshot: Snapshot) -> Snapshot:
-        """The checkpoint, with every client's state in it, and every turn that is in flight."""
+        """The checkpoint, with the state of every client that was ever asked, and every turn that is in flight."""
         underway = snapshot.underway and snapshot.underway.joined(self.timeline.remember())
-        return replace(snapshot, clients=self.roster, underway=underway)
+        return replace(snapshot, clients=self.roster.attended(), underway=underway)
 
     def restore(self, rounds: Rounds, snapshot: Snapshot) -> None:
-        """Every client's state as the checkpoint has it."""
+        """Every client's state as the checkpoint has it; who is not in it was never asked."""
         if snapshot.server.version:
             self.roster.follow(rounds.full_state())
         for client, state in snapshot.clients.items():

@@ -215,10 +215,10 @@ class Rounds:
             ledger.note(trained.round, f"client {trained.client}: {describe_spending(payload, budget)}")
         self.observer.client_finished(trained.round, trained.client, trained.loss, len(payload), received)
 
-    def send_missed(self, client: str, version: int, *, delivery: bool = False) -> list[bytes]:
-        """What brings a client at `version` in step with the server, recorded as sent; `delivery`: after all rounds."""
+    def send_missed(self, client: str, version: int, *, delivery: bool = False, alone: bool = True) -> list[bytes]:
+        """What brings a client at `version` in step, recorded. delivery: after all rounds; alone: see `Archive`."""
         ranks = self.setup.sites[client].ranks
-        payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round)
+        payloads = self.archive.payloads_for(self.setup.job, self.server, version, ranks, self.round, alone=alone)
         for held, payload in enumerate(payloads, start=version):
             self.folder.transfer(self.round, client, "down", payload, version=held, delivery=delivery)
         return payloads
@@ -253,7 +253,8 @@ class Rounds:
         stats = {**turn.stats, **updates.stats}
         self.folder.ledger.append(Aggregation(round, stats, time.perf_counter() - began, turn.state.version))
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
-        self.archive.add(self.server.version, turn.payload, limit=4 * turn.state.numel())
+        limit = 4 * turn.state.numel()
+        self.archive.add(self.server.version, turn.payload, limit, self.server.digest)
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
         self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
@@ -291,6 +292,7 @@ class Rounds:
                     round=self.round - midway,
                     server=self.server,
                     archive=self.archive.payloads,
+                    digests=self.archive.digests,
                     ledger_rows=rows,
                     fingerprint=self.setup.fingerprint,
                     best=self.best,
@@ -304,7 +306,8 @@ class Rounds:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a checkpoint."""
         self.round, self.server = snapshot.round, snapshot.server
-        self.archive, self.best = Archive(snapshot.archive, partial(Spool, self.folder.path)), snapshot.best
+        self.archive = Archive(snapshot.archive, partial(Spool, self.folder.path), snapshot.digests)
+        self.best = snapshot.best
         self.course.take(read_rows(self.folder.ledger.path))
         self.saved, self.before = True, snapshot.seconds
         if self.buffer and snapshot.underway:

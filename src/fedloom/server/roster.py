@@ -8,7 +8,7 @@ and memory are kept: the payloads that it is sent next lead to that one state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,66 +16,71 @@ from fedloom.errors import RoundError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.rounds.checks import expect
-from fedloom.rounds.job import Job
+from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.turns import accept, accept_own, start
 from fedloom.wire import decode, read_header
+from fedloom.workspace.recall import Recall
 
 Ranks = tuple[tuple[str, int], ...]
 
 
-class ClientStates(Mapping[str, State]):
-    """Client → what is known of its state."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """What is kept of a client that has been asked."""
 
-    def __init__(self, states: Mapping[str, State]) -> None:
-        self._states = dict(states)
-
-    def __getitem__(self, client: str) -> State:
-        return self._states[client]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def hold(self, client: str, state: State) -> None:
-        """The client now holds `state`."""
-        self._states[client] = state
-
-    def follow(self, payload: bytes) -> None:
-        """The server has moved on by this broadcast, or to this full state."""
+    version: int
+    digest: str
+    memory: Mapping[str, torch.Tensor]
 
 
-class Roster(ClientStates):
-    """Every client's state. A client that is behind has the tensors of the start: use their shapes only."""
+class Roster(Mapping[str, State]):
+    """Client → its state. One that is behind has the tensors of the start: use their shapes only.
+
+    Nothing is kept of a client until it is asked for the first time, and nothing is done about those who are absent.
+    """
 
     def __init__(self, job: Job, initial: LoraState, ranks: Mapping[str, Mapping[str, int]]) -> None:
         kinds: dict[Ranks, Ranks] = {}
-        keys = {client: tuple(sorted(own.items())) for client, own in ranks.items()}
+        alike = {id(own): tuple(sorted(own.items())) for _, own, _ in group_alike(ranks)}
         self._job = job
-        self._kinds = {client: kinds.setdefault(key, key) for client, key in keys.items()}
+        self._kinds = {client: kinds.setdefault(alike[id(own)], alike[id(own)]) for client, own in ranks.items()}
         self._first = {kind: start(job, initial, dict(kind)) for kind in kinds}
         self._latest = dict(self._first)
-        self._stated: dict[Ranks, bytes] = {}  # full states that were found to lead to the latest
-        super().__init__({client: self._first[kind] for client, kind in self._kinds.items()})
+        self._held: dict[str, Held] = {}
+        self._headers = Recall(read_header)
+        self._arrived: dict[Ranks, tuple[bytes, State]] = {}
+
+    def __getitem__(self, client: str) -> State:
+        kind, held = self._kinds[client], self._held.get(client)
+        first, latest = self._first[kind], self._latest[kind]
+        if held is None:
+            return first
+        there = (held.version, held.digest) == (latest.version, latest.digest)
+        return replace(latest if there else first, version=held.version, digest=held.digest, memory=held.memory)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
 
     def hold(self, client: str, state: State) -> None:
         """Keep the client's version, digest and memory. Its tensors are those of its ranks and version."""
-        latest, first = self._latest[self._kinds[client]], self._first[self._kinds[client]]
-        there = (state.version, state.digest) == (latest.version, latest.digest)
-        tensors = latest if there else first
-        own = replace(tensors, version=state.version, digest=state.digest, memory=state.memory)
-        super().hold(client, own)
+        self._held[client] = Held(state.version, state.digest, state.memory)
+
+    def attended(self) -> dict[str, State]:
+        """The states of those who were ever asked; all others have that of the start."""
+        return {client: self[client] for client in self._held}
 
     def follow(self, payload: bytes) -> None:
-        """Bring the state of every kind of client forward. A client without the payload is behind from now on."""
+        """The server has moved on by this broadcast, or to this full state: bring the state of every kind of client
+        forward. A client without the payload is behind from now on.
+        """
         message = decode(payload)  # once for all kinds
-        self._stated.clear()
         self._latest = {
             kind: accept_own(self._job, latest, message, dict(kind)) for kind, latest in self._latest.items()
         }
-        for client, state in self._states.items():
-            self.hold(client, state)
+        self._arrived.clear()
 
     def receive(self, client: str, payloads: Sequence[bytes]) -> None:
         """Bring one client to the latest state by what it is sent.
@@ -87,12 +92,10 @@ class Roster(ClientStates):
         state, latest = self[client], self._latest[kind]
         whole = True
         for payload in payloads:
-            header = read_header(payload)
+            header = self._headers.of(payload)
             if header.kind == "state":
-                if payload != self._stated.get(kind):  # the first client of its kind: the others are sent the same
-                    whole = same_state(accept(self._job, state, payload), latest)
-                    self._stated |= {kind: payload} if whole else {}
-                state = replace(latest, memory=state.memory)
+                state = self._adopt(state, kind, payload)
+                whole = state.adapter is latest.adapter
             else:
                 if not (self._job.method.replaces and header.base_version > state.version):
                     expect(header, "change", state)
@@ -100,6 +103,21 @@ class Roster(ClientStates):
         if not whole or (state.version, state.digest) != (latest.version, latest.digest):
             raise RoundError(f"what client {client} was sent leads to version {state.version}, not to the server's")
         self.hold(client, state)
+
+    def _adopt(self, state: State, kind: Ranks, payload: bytes) -> State:
+        """The state that a full state leads to, with the latest one's tensors where they are the same bits.
+
+        Of clients without memory, all of one kind come to the same by the same payload: it is read once for them.
+        """
+        latest, (known, found) = self._latest[kind], self._arrived.get(kind, (b"", state))
+        if known == payload and not state.memory:
+            return found
+        found = accept(self._job, state, payload)
+        if same_state(found, latest):
+            found = replace(latest, version=found.version, digest=found.digest, memory=found.memory)
+        if not state.memory:
+            self._arrived[kind] = payload, found
+        return found
 
 
 def same_state(one: State, two: State) -> bool:

@@ -100,6 +100,9 @@ SPOKEN = Spoken(1, 2)
 beginning."""
 WITHDRAWS = 2
 """The first protocol in which a site can be asked to withdraw a turn."""
+NEWEST_ALONE = 2
+"""The first protocol whose sites take a broadcast that says all there is without the ones before it; others refuse it,
+since it rests on a state that they do not have."""
 
 
 @dataclass(frozen=True, slots=True)

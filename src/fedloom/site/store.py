@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
-from fedloom.records.ledger import Ledger, Row
+from fedloom.records.ledger import Ledger, Row, Taker
 from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_blob, load_contents, save_contents
+from fedloom.workspace.keys import ContentKeys
 
 LEDGER = "ledger.jsonl"
 
@@ -83,7 +84,8 @@ class Store:
         self.folder = folder
         self.seal = seal
         self.most = 0
-        self._ledger: Ledger | None = None
+        self._keys = ContentKeys()
+        self._ledger: Ledger[Taker] | None = None
 
     def exists(self) -> bool:
         """Whether anything was saved of the job."""
@@ -151,7 +153,7 @@ class Store:
         facts = {"round": held.round, "seal": self.seal, "charge": held.charge, "ledger_rows": ledger.sync()}
         states = {"before": held.before, "after": held.after}
         kept = {name: blob for name, blob in blobs.items() if blob}
-        save_contents(self.folder, held.round, Contents(states, kept, facts))
+        save_contents(self.folder, held.round, Contents(states, kept, facts), self._keys)
 
     def close(self) -> None:
         """Close the ledger."""
@@ -159,7 +161,7 @@ class Store:
         if ledger is not None:
             ledger.close()
 
-    def _opened(self) -> Ledger:
+    def _opened(self) -> Ledger[Taker]:
         if self._ledger is None:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._ledger = Ledger(self.folder / LEDGER)

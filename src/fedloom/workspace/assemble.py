@@ -33,7 +33,7 @@ from fedloom.model.volume import Volume, weigh_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import RunRow
 from fedloom.report.baseline import group_modules
-from fedloom.rounds.job import Job
+from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.turns import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.data import (
@@ -118,7 +118,9 @@ class Setup:
     def describe(self) -> RunRow:
         """The run, as the first row of a ledger says it."""
         whole = self.initial.numel()
-        held = {name: count_values(self.initial, site.ranks) for name, site in self.sites.items()}
+        ranks = {name: site.ranks for name, site in self.sites.items()}
+        values = {id(own): count_values(self.initial, own) for _, own, _ in group_alike(ranks)}
+        held = {name: values[id(own)] for name, own in ranks.items()}
         return RunRow(
             method=self.job.method.name,
             model=self.config.model.path,
@@ -126,10 +128,10 @@ class Setup:
             num_rounds=self.config.federation.num_rounds,
             adapter_values=whole,
             seed=self.config.federation.seed,
-            client_values={name: values for name, values in held.items() if values != whole},
+            client_values={name: count for name, count in held.items() if count != whole},
             modules=group_modules(
                 {module: (pair.shape, pair.rank) for module, pair in self.initial.items()},
-                {name: site.ranks for name, site in self.sites.items()},
+                ranks,
             ),
             baseline_r=self.config.output.baseline_r,
             data_bytes=self.data.by_client,

@@ -6,7 +6,6 @@ step with others costs a line.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor
 from fedloom.errors import CheckpointError
 from fedloom.lora.pair import LoraState, from_tensors
 from fedloom.methods.method import State
+from fedloom.workspace.keys import ContentKeys, content_key
 
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
@@ -51,12 +51,12 @@ class KnownSite:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Snapshot:
-    """A run after `round` rounds. archive: version → broadcast. fingerprint: of settings, base weights and data.
+    """A run after `round` rounds. archive: version → broadcast; digests: see `catchup.Archive`.
 
-    clients: the states of clients in this process; known: what is known of sites elsewhere. best: the server's state
-    after the round with the best score on the validation split, where the run shall end with it. seconds: what the run
-    took up to then, in all its sessions. underway: of asynchronous rounds, the turns that are under way and the updates
-    that wait.
+    fingerprint: of settings, base weights and data. clients: the states of clients in this process; known: what is
+    known of sites elsewhere. best: the server's state after the round with the best score on the validation split,
+    where the run shall end with it. seconds: what the run took up to then, in all its sessions. underway: of
+    asynchronous rounds, the turns that are under way and the updates that wait.
     """
 
     round: int
@@ -69,19 +69,22 @@ class Snapshot:
     best: State | None = None
     seconds: float = 0.0
     underway: Contents | None = None
+    digests: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Contents:
     """What a file of states holds: states and blobs by name, and facts that are plain JSON.
 
-    left: blob → bytes of it that were left in the file.
+    left: blob → bytes of it that were left in the file. fixed: blobs that are the same under their name as long as the
+    keys of a `ContentKeys` are kept.
     """
 
     states: Mapping[str, State]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
     def joined(self, other: Contents) -> Contents:
         """Both, whose names differ."""
@@ -90,8 +93,11 @@ class Contents:
         )
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
-    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
+def save_checkpoint(folder: Path, snapshot: Snapshot, keys: ContentKeys | None = None) -> Path:
+    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`.
+
+    keys: of what was hashed for the checkpoints before this one.
+    """
     best = {} if snapshot.best is None else {BEST: snapshot.best}
     underway = snapshot.underway or Contents({})
     return save_contents(
@@ -110,9 +116,12 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
                 "fingerprint": snapshot.fingerprint,
                 "known": {name: asdict(known) for name, known in snapshot.known.items()},
                 "seconds": snapshot.seconds,
+                "digests": [[version, digest] for version, digest in snapshot.digests.items()],
                 **({"underway": dict(underway.facts)} if snapshot.underway else {}),
             },
+            fixed=frozenset(map(str, snapshot.archive)),
         ),
+        keys,
     )
 
 
@@ -128,7 +137,8 @@ def load_checkpoint(path: Path) -> Snapshot:
         fingerprint=held.facts["fingerprint"],
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
         best=held.states.get(BEST),
-        seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept
+        seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept, here and in the next line
+        digests=dict(held.facts.get("digests", [])),
         underway=_underway_in(held),
     )
 
@@ -147,13 +157,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"))
 
 
-def save_contents(folder: Path, round: int, contents: Contents) -> Path:
-    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`."""
-    shelves = _Shelves()
+def save_contents(folder: Path, round: int, contents: Contents, keys: ContentKeys | None = None) -> Path:
+    """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`; `keys`: see above."""
+    shelves = _Shelves(keys or ContentKeys())
     meta = {
         "format": _FORMAT,
         "states": {name: shelves.party(state) for name, state in contents.states.items()},
-        "blobs": shelves.put({name: _tensor_of(blob) for name, blob in contents.blobs.items()}),
+        "blobs": shelves.put_blobs(contents.blobs, contents.fixed),
         "facts": dict(contents.facts),
         "shelves": shelves.names,
     }
@@ -230,7 +240,7 @@ def load_blob(path: Path, name: str) -> bytes:
         blob = b"" if key is None else _read_bytes(path, key)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
-    if key is not None and _key(_tensor_of(blob)) != key:
+    if key is not None and content_key(_tensor_of(blob)) != key:
         raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
     return blob
 
@@ -246,7 +256,7 @@ def _read_tensor(path: Path, file: Any, key: str) -> Tensor:  # noqa: ANN401 (sa
     # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and the matrix
     # kernels round the last bits of odd shapes in another way there.
     tensor: Tensor = file.get_tensor(key).clone()
-    if _key(tensor) != key:
+    if content_key(tensor) != key:
         raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
     return tensor
 
@@ -268,9 +278,10 @@ def _size_of(file: Any, key: str) -> int:  # noqa: ANN401 (safetensors names no 
 class _Shelves:
     """What is to be stored: tensors by content, and lists of tensors, each list once however many share the object."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: ContentKeys) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.names: list[dict[str, str]] = []
+        self._keys = keys
         self._places: dict[int, tuple[int, object]] = {}
 
     def party(self, state: State) -> list[int | str]:
@@ -280,17 +291,34 @@ class _Shelves:
 
     def put(self, named: LoraState | Mapping[str, Tensor]) -> int:
         """The number of the shelf that holds these tensors."""
+        named = named or _NOTHING  # thousands of clients remember nothing, each in an object of its own
         if id(named) not in self._places:
             tensors = named.tensors() if isinstance(named, LoraState) else named
-            self._places[id(named)] = len(self.names), named  # held on to, so that no other object gets its id
-            self.names.append({name: self._key(tensor) for name, tensor in tensors.items()})
+            self._place(named, {name: self._store(self._keys.of(tensor), tensor) for name, tensor in tensors.items()})
         return self._places[id(named)][0]
 
-    def _key(self, tensor: Tensor) -> str:
-        key = _key(tensor)
+    def put_blobs(self, blobs: Mapping[str, bytes], fixed: frozenset[str]) -> int:
+        """The number of the shelf that holds these blobs, of which those named in `fixed` never change."""
+        tensors = {name: _tensor_of(blob) for name, blob in blobs.items()}
+        self._keys.forget_payloads(fixed)
+        names = {
+            name: self._store(self._keys.of_payload(name, held) if name in fixed else content_key(held), held)
+            for name, held in tensors.items()
+        }
+        return self._place(blobs, names)
+
+    def _place(self, named: object, names: dict[str, str]) -> int:
+        self._places[id(named)] = len(self.names), named  # held on to, so that no other object gets its id
+        self.names.append(names)
+        return len(self.names) - 1
+
+    def _store(self, key: str, tensor: Tensor) -> str:
         if key not in self.tensors:
             self.tensors[key] = tensor.detach().cpu().contiguous()
         return key
+
+
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 def _tensor_of(payload: bytes) -> Tensor:
@@ -298,13 +326,6 @@ def _tensor_of(payload: bytes) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*not writable", UserWarning)
         return torch.frombuffer(payload, dtype=torch.uint8)
-
-
-def _key(tensor: Tensor) -> str:
-    """A name that only this content, shape and type have."""
-    hasher = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
-    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from fedloom.model.placement import (
 )
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import ClientSettings, Config
+from fedloom.rounds.job import find_tops, group_alike
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,11 +69,8 @@ def top_ranks(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[st
 
     Raises ConfigError if ranks or modules differ and the method forbids it.
     """
-    top: dict[str, int] = {}
-    for held in ranks.values():
-        for module, rank in held.items():
-            top[module] = max(rank, top.get(module, 0))
-    for client, held in ranks.items():
+    top = find_tops(ranks)
+    for client, held, _ in group_alike(ranks):
         missing = sorted(set(top) - set(held))
         if missing and not method.module_subsets:
             raise ConfigError(

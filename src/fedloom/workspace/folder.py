@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +27,19 @@ from fedloom.errors import CheckpointError
 from fedloom.records import serverlog
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump_file
-from fedloom.records.ledger import Aggregation, Direction, Ledger, Row, Transfer, payload_name, read_rows
+from fedloom.records.ledger import Direction, Ledger, Row, Transfer, payload_name
 from fedloom.records.lock import take_lock
 from fedloom.records.serverlog import ServerLog
 from fedloom.records.session import End, describe_error
 from fedloom.report import metrics
+from fedloom.report.progress import Progress
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
+from fedloom.workspace.keys import ContentKeys
 from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
 from fedloom.workspace.pulse import MetricsFile, write_whole
+from fedloom.workspace.recall import Recall
 from fedloom.workspace.resumption import check_way, find_differences
 
 
@@ -53,7 +56,9 @@ class RunFolder:
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
         self._metrics = MetricsFile(path / metrics.FILE)
-        self.ledger = Ledger(path / "ledger.jsonl", self._log.row)
+        self._keys = ContentKeys()
+        self._told_of = Recall(lambda payload: transfer_row(0, "", "down", payload))
+        self.ledger = Ledger(path / "ledger.jsonl", self._log.row, Progress)
 
     @classmethod
     def open(
@@ -91,8 +96,9 @@ class RunFolder:
         delivery: bool = False,
     ) -> None:
         """Record a payload, and keep it if the settings say so. version, delivery: see `ledger.Transfer`."""
-        row = transfer_row(round, client, direction, payload)
-        self.ledger.append(replace(row, version=version, delivery=delivery))
+        # What goes down goes to many; an update is described once anyway.
+        known = self._told_of.of(payload) if direction == "down" else transfer_row(round, client, direction, payload)
+        self.ledger.append(replace(known, round=round, client=client, version=version, delivery=delivery))
         if self.config.output.keep_payloads:
             folder = self.path / "payloads"
             folder.mkdir(exist_ok=True)
@@ -101,14 +107,13 @@ class RunFolder:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, and the metrics that go with it."""
-        checkpoint.save_checkpoint(self.path / "checkpoints", snapshot)
+        checkpoint.save_checkpoint(self.path / "checkpoints", snapshot, self._keys)
         self.write_metrics()
 
     def write_metrics(self) -> None:
         """What Prometheus reads, from the rows so far."""
         self.ledger.sync()
-        text = metrics.prometheus_text(read_rows(self.ledger.path), self.path.resolve().name, time.time())
-        self._metrics.write(text)
+        self._metrics.write(metrics.progress_text(self.ledger.kept, self.path.resolve().name, time.time()))
 
     def restore(self, fingerprint: str, keep: Callable[[Sequence[Row]], Sequence[Row]]) -> Snapshot | None:
         """The newest checkpoint, with the ledger cut back to it; None if the run died before its first.
@@ -160,12 +165,11 @@ class RunFolder:
     def _record_end(self, error: BaseException) -> None:
         """Say how the run ended where no row says so yet: it was to go on, and its set-up failed."""
         self.ledger.sync()
-        rows = read_rows(self.ledger.path)
+        newest, done = self.ledger.kept.last, self.ledger.kept.done
         status, reason = describe_error(error)
-        end = rows[-1] if isinstance(rows[-1], End) else None
+        end = newest if isinstance(newest, End) else None
         if end is None or (end.status != "finished" and status == "failed" and end.reason != reason):
-            last = max((row.round for row in rows if isinstance(row, Aggregation)), default=0)
-            self.ledger.append(End(last, status, reason, end.seconds if end else math.nan))
+            self.ledger.append(End(done, status, reason, end.seconds if end else math.nan))
 
 
 def holds_settings(settings: Path, config: Config) -> bool:
@@ -176,4 +180,10 @@ def holds_settings(settings: Path, config: Config) -> bool:
 
 def transfer_row(round: int, client: str, direction: Direction, payload: bytes) -> Transfer:
     """The ledger's row about a payload."""
-    return Transfer(round, client, direction, read_header(payload).kind, len(payload), describe(payload).parts)
+    kind, parts = describe_payload(payload)
+    return Transfer(round, client, direction, kind, len(payload), parts)
+
+
+def describe_payload(payload: bytes) -> tuple[str, Mapping[str, int]]:
+    """(its kind, part → bytes)."""
+    return read_header(payload).kind, describe(payload).parts

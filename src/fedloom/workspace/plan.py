@@ -20,7 +20,7 @@ from fedloom.records.config import Config, FederationSettings
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
-from fedloom.rounds.job import Job
+from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
 from fedloom.workspace.regions import plan_regions
@@ -56,8 +56,8 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
     plan_regions(federation.regions, clients, method)  # so that a run that cannot be is refused before any training
     if federation.regions is not None and federation.mode == "buffered":
         raise ConfigError(
-            "federation.regions sums a round's updates, and with federation.mode = 'buffered' each comes by itself: leave "
-            "one of them out"
+            "federation.regions sums a round's updates, and with federation.mode = 'buffered' each comes by itself: "
+            "leave one of them out"
         )
     budget = Budget(*parse_budget(config.wire.budget)) if config.wire.budget else None
     job = Job(
@@ -152,6 +152,11 @@ def count_values(adapter: LoraState, ranks: Mapping[str, int]) -> int:
     return sum(rank * sum(adapter[module].shape) for module, rank in ranks.items())
 
 
+def count_all_values(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]]) -> int:
+    """How many values all clients hold together."""
+    return sum(count * count_values(adapter, ranks) for _, ranks, count in group_alike(client_ranks))
+
+
 def downloads_of(
     method: Method, adapter: LoraState, client_ranks: Mapping[str, Mapping[str, int]], asked: int, num_rounds: int
 ) -> float:
@@ -160,7 +165,7 @@ def downloads_of(
     num_rounds: 0 where it is not known. Where the newest broadcast is enough, a turn has one, and the result besides.
     """
     if method.replaces:
-        each = len(client_ranks) / sum(count_values(adapter, ranks) for ranks in client_ranks.values())
+        each = len(client_ranks) / count_all_values(adapter, client_ranks)
         return adapter.numel() * each * (1.0 + (len(client_ranks) / (asked * num_rounds) if num_rounds else 0.0))
     return download_share(adapter, client_ranks, asked)
 
@@ -173,7 +178,7 @@ def download_share(adapter: LoraState, client_ranks: Mapping[str, Mapping[str, i
     # Of K clients, `asked` turn in each round, so one turns every K / asked rounds and receives as many broadcasts,
     # each of all the server's values. A client holds held / K values on the mean. So the share is
     # (values · K / asked) / (held / K) = values · K² / (held · asked).
-    held = sum(count_values(adapter, ranks) for ranks in client_ranks.values())
+    held = count_all_values(adapter, client_ranks)
     return adapter.numel() * len(client_ranks) ** 2 / (held * asked) if held else 1.0
 
 
