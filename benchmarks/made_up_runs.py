@@ -91,10 +91,10 @@ class TimedRounds(Rounds):
         self.delivery = 0.0
         self.last = time.process_time()
 
-    def save(self) -> None:
+    def save(self, *, midway: bool = False) -> None:
         """Save: a round ends with it."""
         began = time.process_time()
-        super().save()
+        super().save(midway=midway)
         now = time.process_time()
         self.costs.append(now - self.last)
         self.keeping.append(now - began)

@@ -13,7 +13,6 @@ from fedloom.flower.settings import check_flower_settings
 from fedloom.methods.table import build
 from fedloom.records.configfile import dump, load_config, parse
 from fedloom.records.ledger import Aggregation, Note, Relay, Training, Transfer, read_rows, totals
-from fedloom.report.numbers import summarise
 from fedloom.report.tables import region_sentence
 from fedloom.server.loop import Rounds
 from fedloom.workspace.regions import plan_regions, split_evenly
@@ -57,7 +56,7 @@ def test_bytes_by_level(tmp_path, monkeypatch):
     assert {row.bytes for row in relays if row.kind in BROADCASTS} <= sent, "the region hands on the same bytes"
     up = sum(row.bytes for row in relays if row.kind == "sum")
     assert 2 / 6 * sums.bytes_up < up < 1.2 * 2 / 6 * sums.bytes_up, "two sums in place of six dense updates"
-    assert "Between 2 regional servers and the root" in region_sentence(summarise(rows))
+    assert "Between 2 regional servers and the root" in region_sentence(totals(rows).by_region)
 
 
 def test_without_regions_a_run_is_as_it_was(tmp_path):
@@ -65,7 +64,7 @@ def test_without_regions_a_run_is_as_it_was(tmp_path):
     assert "regions" not in dump_fixed(without) and "regions" in dump_fixed(with_regions)
     _, rows = play(without, tmp_path / "run")
     assert not [row for row in rows if isinstance(row, Relay)] and not totals(rows).by_region
-    assert region_sentence(summarise(rows)) == ""
+    assert region_sentence(totals(rows).by_region) == ""
 
 
 def test_a_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):

@@ -37,7 +37,8 @@ NOTES = 6
 @dataclass(eq=False, slots=True)
 class Progress:
     """losses: client → mean loss of its last training. sent: client → [bytes up, bytes down]; relayed: the
-    same of regions. done: the last round that was aggregated. roll, presence, session, end: the newest of each. last: the newest row.
+    same of regions. done: the last round that was aggregated. roll, presence, session, end: the newest of each. last:
+    the newest row.
 
     train_seconds, server_seconds: as in `numbers.Report`.
     """
