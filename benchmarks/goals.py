@@ -5,6 +5,7 @@ Every row is one command of this package and one number made of its rows; docs/b
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -78,9 +79,14 @@ def growth(rows: Sequence[Row]) -> float:
 
 
 def largest(key: str, **among: Sequence[object]) -> Callable[[Sequence[Row]], float]:
-    """The largest of a column. among: column → values of the rows that count; all rows if left out."""
+    """The largest of a column, infinity where one has no number (a score that was never reached).
+
+    among: column → values of the rows that count; all rows if left out.
+    """
     return lambda rows: max(
-        float(row[key]) for row in rows if all(row[column] in values for column, values in among.items())
+        math.inf if row[key] is None else float(row[key])
+        for row in rows
+        if all(row[column] in values for column, values in among.items())
     )
 
 
@@ -152,7 +158,8 @@ GOALS = (
     ),
     Goal(
         "buffered",
-        "the demo, one site 10 × slower: buffered over synchronous, simulated time to the same score and loss",
+        "the demo's data shared by four sites, one of them 10 × slower: buffered over synchronous, simulated time to the "
+        "same score and loss",
         "buffered",
         largest("ratio"),
         most=0.333,
