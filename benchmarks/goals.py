@@ -158,8 +158,8 @@ GOALS = (
     ),
     Goal(
         "buffered",
-        "the demo's data shared by four sites, one of them 10 × slower: buffered over synchronous, simulated time to the "
-        "same score and loss",
+        "the demo's data shared by four sites, one of them 10 × slower: buffered over synchronous, simulated time to "
+        "the same score and loss",
         "buffered",
         largest("ratio"),
         most=0.333,
