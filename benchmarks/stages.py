@@ -17,7 +17,11 @@ import torch
 
 from fedloom.methods.method import Method
 from fedloom.model import peft_bridge, training
-from fedloom.rounds import turns
+
+try:
+    from fedloom.rounds import draft
+except ImportError:  # code of before 2026-11-28, under `benchmarks against`
+    from fedloom.rounds import turns as draft  # type: ignore[no-redef]
 
 STEPS = "steps"
 """Forward, backward, clipping and the optimiser: what a bare loop does too."""
@@ -70,7 +74,7 @@ WATCHED = (
     ("write", peft_bridge, "set_trainable"),
     ("read", peft_bridge, "read_adapter"),
     ("trainer", training, "_fit"),
-    ("encode", turns, "encode"),
+    ("encode", draft, "encode"),
     (STEPS, torch.Tensor, "backward"),
     (STEPS, torch.optim.AdamW, "step"),
     (STEPS, torch.nn.utils, "clip_grad_norm_"),

@@ -151,7 +151,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row", BAD_ROWS, ids=ascii)
 def test_a_row_that_could_not_be_read_back_is_not_written(tmp_path, row):
     told = []
-    with Ledger(tmp_path / "ledger.jsonl", told.append) as ledger:
+    with Ledger(tmp_path / "ledger.jsonl", lambda row, line: told.append(row)) as ledger:
         ledger.append(ROWS[0])
         with pytest.raises(CheckpointError, match=rf"ledger\.jsonl: a row of kind '{row.row}' cannot be kept"):
             ledger.append(row)
