@@ -211,9 +211,11 @@ class Ledger(Generic[Kept]):
         if self._told:
             self._told(row, line)
 
-    def note(self, round: int, text: str, about: About = "") -> None:
-        """Add a row of words, which may quote others'."""
-        self.append(Note(round, to_printable(text, LONG), about))
+    def note(self, round: int, text: str, about: About = "") -> Note:
+        """Add a row of words, which may quote others', and return it."""
+        row = Note(round, to_printable(text, LONG), about)
+        self.append(row)
+        return row
 
     def sync(self) -> int:
         """Write every row to disk and return how many there are. Call it once a round."""

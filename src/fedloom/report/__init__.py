@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.records.ledger import read_rows
+from fedloom.records.ledger import Row, read_rows
 from fedloom.report.numbers import Report, summarise
 
 __all__ = ["Report", "summarise", "write_report"]
 
 
-def write_report(folder: Path) -> Report:
-    """Read `folder/ledger.jsonl`; write `curve.png` and `report.html` beside it."""
+def write_report(folder: Path, rows: Sequence[Row] | None = None) -> Report:
+    """Write `curve.png` and `report.html` into a run's folder. rows: of its ledger, which is read if left out."""
     from fedloom.report.figure import draw_curve
     from fedloom.report.page import page
 
-    report = summarise(read_rows(folder / "ledger.jsonl"), str(folder))
+    report = summarise(read_rows(folder / "ledger.jsonl") if rows is None else rows, str(folder))
     draw_curve(report, folder / "curve.png")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
     return report

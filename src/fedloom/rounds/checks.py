@@ -65,7 +65,7 @@ def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, de
     message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel()))
     header, entries = message.header, message.entries
     check_same_method(job, header)
-    expect(header, "update", state)
+    expect(header, "update", state.version, state.digest)
     if header.round != round:
         raise StaleError(f"an update of round {header.round} arrived in round {round}: it is too late to be averaged")
     if header.result_digest != sender_digest(client, header.base_digest, round):
@@ -164,14 +164,14 @@ def check_same_method(job: Job, header: Header) -> None:
         raise WireError(f"a payload of method {header.method!r} reached a run of {job.method.name!r}")
 
 
-def expect(header: Header, kind: str, state: State) -> None:
-    """Raises WireError for a payload of another kind, StaleError for one that rests on another state."""
+def expect(header: Header, kind: str, version: int, digest: str) -> None:
+    """Raises WireError for a payload of another kind, StaleError for one that rests on another state than this one."""
     if header.kind != kind:
         raise WireError(f"a payload of kind {header.kind!r} arrived where {kind!r} was expected")
-    if (header.base_version, header.base_digest) != (state.version, state.digest):
+    if (header.base_version, header.base_digest) != (version, digest):
         raise StaleError(
             f"the payload rests on version {header.base_version} ({header.base_digest[:8]}), the receiver holds "
-            f"version {state.version} ({state.digest[:8]}): send the missed broadcasts or the full state first"
+            f"version {version} ({digest[:8]}): send the missed broadcasts or the full state first"
         )
 
 
@@ -194,7 +194,7 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
     whole = header.kind == "state"
     # What says all there is may be taken up by whoever missed the rounds before.
     if not whole and not (header.base_version > state.version and job.method.says_all(entries, state.adapter)):
-        expect(header, "change", state)
+        expect(header, "change", state.version, state.digest)
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
         if module not in state.adapter or part not in (

@@ -90,19 +90,19 @@ class Roster(Mapping[str, State]):
         """
         kind = self._kinds[client]
         state, latest = self[client], self._latest[kind]
-        whole = True
+        version, digest, whole = state.version, state.digest, True
         for payload in payloads:
             header = self._headers.of(payload)
             if header.kind == "state":
-                state = self._adopt(state, kind, payload)
-                whole = state.adapter is latest.adapter
-            else:
-                if not (self._job.method.replaces and header.base_version > state.version):
-                    expect(header, "change", state)
-                state = replace(state, version=header.base_version + 1, digest=header.result_digest)
-        if not whole or (state.version, state.digest) != (latest.version, latest.digest):
-            raise RoundError(f"what client {client} was sent leads to version {state.version}, not to the server's")
-        self.hold(client, state)
+                state = self._adopt(replace(state, version=version, digest=digest), kind, payload)
+                version, digest, whole = state.version, state.digest, state.adapter is latest.adapter
+                continue
+            if not (self._job.method.replaces and header.base_version > version):
+                expect(header, "change", version, digest)
+            version, digest = header.base_version + 1, header.result_digest
+        if not whole or (version, digest) != (latest.version, latest.digest):
+            raise RoundError(f"what client {client} was sent leads to version {version}, not to the server's")
+        self._held[client] = Held(version, digest, state.memory)
 
     def _adopt(self, state: State, kind: Ranks, payload: bytes) -> State:
         """The state that a full state leads to, with the latest one's tensors where they are the same bits.

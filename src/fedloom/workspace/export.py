@@ -30,7 +30,8 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seco
     """
     ledger, lost, state = folder.ledger, 0.0, None
     ledger.sync()
-    outcome = judge_run(read_rows(ledger.path), rounds)
+    rows = read_rows(ledger.path)
+    outcome = judge_run(rows, rounds)
     notes = list(outcome.notes)
     if not outcome.failure:
         state, lost = export_adapter(server, setup.config.output.max_rank)
@@ -40,11 +41,11 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seco
             f"output.max_rank = {setup.config.output.max_rank}: the exported adapter lacks {100 * lost:.2g} % of the "
             "energy ‖ΔW‖² of the run's own; the scores are those of the whole"
         )
-    for text in notes:
-        ledger.note(rounds, text)
-    ledger.append(End(rounds, "failed" if outcome.failure else "finished", outcome.failure, seconds, lost))
+    rows += [ledger.note(rounds, text) for text in notes]
+    rows.append(End(rounds, "failed" if outcome.failure else "finished", outcome.failure, seconds, lost))
+    ledger.append(rows[-1])
     ledger.sync()
-    report = write_report(folder.path)
+    report = write_report(folder.path, rows)
     if state is not None:
         write_companions(setup, folder, state, report)
     return RunSummary(
