@@ -116,7 +116,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keys: ContentKeys | None =
                 "fingerprint": snapshot.fingerprint,
                 "known": {name: asdict(known) for name, known in snapshot.known.items()},
                 "seconds": snapshot.seconds,
-                "digests": [[version, digest] for version, digest in snapshot.digests.items()],
+                # One text: a list of a thousand pairs would take longer to write than the rest of a small run's round.
+                "digests": " ".join(f"{version}:{digest}" for version, digest in snapshot.digests.items()),
                 **({"underway": dict(underway.facts)} if snapshot.underway else {}),
             },
             fixed=frozenset(map(str, snapshot.archive)),
@@ -138,9 +139,14 @@ def load_checkpoint(path: Path) -> Snapshot:
         known={name: KnownSite(**facts) for name, facts in held.facts["known"].items()},
         best=held.states.get(BEST),
         seconds=held.facts.get("seconds", 0.0),  # checkpoints of before it was kept, here and in the next line
-        digests=dict(held.facts.get("digests", [])),
+        digests=_digests_in(held.facts.get("digests", "")),
         underway=_underway_in(held),
     )
+
+
+def _digests_in(text: str) -> dict[int, str]:
+    pairs = (pair.partition(":") for pair in text.split())
+    return {int(version): digest for version, _, digest in pairs}
 
 
 def _underway_in(held: Contents) -> Contents | None:
