@@ -36,7 +36,7 @@ LOSSES = (5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.0)
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and pictures are tested elsewhere, and take longer than these runs."""
-    monkeypatch.setattr(export, "write_report", lambda folder: summarise(read_rows(folder / "ledger.jsonl")))
+    monkeypatch.setattr(export, "write_report", lambda folder, rows: summarise(rows))
 
 
 @dataclass(frozen=True)
