@@ -14,6 +14,7 @@ from fedloom.model.placement import LinearModule
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, read_rows, totals
 from fedloom.server.local import run_local
+from fedloom.studies.estimate import config_case
 from fedloom.workspace.spending import spend_client_budget
 from small_testbed import small_testbed
 
@@ -123,6 +124,11 @@ def test_what_cannot_be_spent_is_refused(sets, said):
 def test_what_is_no_budget_is_refused_with_the_settings(sets, said):
     with pytest.raises(ConfigError, match=said):
         config_of(*sets)
+
+
+def test_an_estimate_says_that_it_cannot_tell():
+    with pytest.raises(ConfigError, match="wire.client_budget has the method choose both"):
+        config_case(config_of("wire.client_budget=15KB"))
 
 
 @settings(max_examples=60, deadline=None)
