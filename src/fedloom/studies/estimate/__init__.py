@@ -109,8 +109,8 @@ def config_case(config: Config) -> Case:
 
     if config.wire.client_budget:
         raise ConfigError(
-            "an estimate is of a rank and a payload, and wire.client_budget has the method choose both: `fedloom run` says "
-            "before its first round what it chose; set lora.r and wire.budget to that here"
+            "an estimate is of a rank and a payload, and wire.client_budget has the method choose both: `fedloom run` "
+            "says before its first round what it chose; set lora.r and wire.budget to that here"
         )
     linear = linear_modules(empty_base(config.model.path))
     texts = select_participants(client_examples(config)[0], config.federation.participants)
