@@ -26,8 +26,9 @@ class ServerLog:
 
     def row(self, row: Row, line: bytes = b"") -> None:
         """One line: {"time", "level", "event", …}, the event being the kind of row. line: the row in a ledger."""
-        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": log_level(row), "event": row.row}
-        text = f"{json.dumps(told)[:-1]}, {_facts_of(row, line.strip() or dump_row(row))}"
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        facts = _facts_of(row, line.strip() or dump_row(row))
+        text = f'{{"time": "{time}", "level": "{log_level(row)}", "event": "{row.row}", {facts}'
         try:
             self._file.write(text + "\n")
         except OSError:
