@@ -25,6 +25,7 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from rich.table import Table
 
+from benchmarks.made_up_runs import NoisySetup
 from fedloom.compress.quantize import quantize
 from fedloom.errors import RoundError
 from fedloom.flower.fleet import Fleet
@@ -33,8 +34,7 @@ from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.settings import shared_settings
 from fedloom.flower.simulated.direct import DirectNode
 from fedloom.flower.sites import FlowerSites
-from fedloom.lora.pair import LoraPair, LoraState, initial_state
-from fedloom.methods.method import State
+from fedloom.lora.pair import initial_state
 from fedloom.methods.table import build
 from fedloom.model.identity import base_digest
 from fedloom.model.placement import Adapter, Placement
@@ -44,7 +44,6 @@ from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Transfer, read_rows
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Train, Trained
 from fedloom.server.loop import Rounds
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
@@ -257,27 +256,6 @@ def site_config(folder: Path, name: str) -> SiteConfig:
         state=str(folder / name),
         policy=Policy(order="run"),
     )
-
-
-class NoisySetup(Setup):
-    """A setup without a model, whose training step adds noise."""
-
-    def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
-        """Noise on both factors, drawn from the seed."""
-        return _add_noise
-
-    def evaluate(self, state: State) -> dict[str, Any]:
-        """Nothing is held out."""
-        return {}
-
-
-def _add_noise(state: State, round: int, seed: int) -> Trained:
-    draw = torch.Generator().manual_seed(seed)
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.randn(tensor.shape, generator=draw).mul_(1e-3).add_(tensor)
-
-    return Trained(LoraState({name: LoraPair(moved(p.A), moved(p.B)) for name, p in state.adapter.items()}), 3, 1.0, 1)
 
 
 def made_up_setup(config: Config) -> Setup:
