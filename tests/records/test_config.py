@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedloom.errors import ConfigError
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump, dump_file, load_config, override, parse, setting_keys, settings_template
-from fedloom.records.quantities import parse_budget, parse_bytes, parse_client_budget
+from fedloom.records.quantities import ClientBudget, parse_budget, parse_bytes, parse_client_budget
 
 
 def written(path, text):
@@ -39,7 +39,7 @@ def test_examples_of_unset_keys_are_valid():
     # num_train_epochs and sources are in their places
     del tree["training"]["max_steps"], tree["data"]["source"]
     tree["federation"]["mode"] = "buffered"  # in which all of its keys mean something
-    assert parse_client_budget(tree["wire"].pop("client_budget")) == (0.0, 15_000)  # in the place of wire.budget
+    assert parse_client_budget(tree["wire"].pop("client_budget")) == ClientBudget(15_000)  # in the place of wire.budget
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
     assert (config.output.max_rank, config.clients["NAME"].r) == (64, 8)

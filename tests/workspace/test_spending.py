@@ -96,6 +96,15 @@ def test_a_share_of_the_data_is_of_their_mean():
     assert config == spend("wire.client_budget=20000", "federation.num_rounds=10")[0]
 
 
+def test_a_share_alone_is_of_dense_fp32_at_the_largest_rank():
+    dense = 2 * 10 * 4 * 16 * PER_RANK  # both ways, ten rounds
+    for clients, asked in ((4, 4), (20, 5)):
+        sets = ["federation.num_rounds=10", f"federation.fraction_train={asked / clients}"]
+        turns = asked / clients
+        config = spend("wire.client_budget=0.5%", *sets, clients=clients)[0]
+        assert config == spend(f"wire.client_budget={round(0.005 * dense * turns)}", *sets, clients=clients)[0]
+
+
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
@@ -115,7 +124,7 @@ def test_what_cannot_be_spent_is_refused(sets, said):
     [
         (
             ["wire.client_budget=lots"],
-            "wire.client_budget is \"lots\"; expected bytes such as '15KB', or a share of what",
+            "wire.client_budget is \"lots\"; expected bytes such as '15KB', a share of what",
         ),
         (["wire.client_budget=0% of data"], 'wire.client_budget is "0% of data"; expected'),
         (["wire.client_budget=15KB", "wire.budget=1%"], "wire.budget and wire.client_budget are both set"),

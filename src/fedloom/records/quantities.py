@@ -7,6 +7,7 @@ memory and no time yet. A site's policy may set narrower bounds (`site.policy`).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -73,17 +74,27 @@ def _checked_budget(text: str) -> str:
     return text
 
 
-def parse_client_budget(text: str) -> tuple[float, int]:
-    """(share, 0) of "80% of data", (0, bytes) of "15KB". Raises ValueError that says what is expected."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*% of data", text.strip())
+@dataclass(frozen=True, slots=True)
+class ClientBudget:
+    """What one client may take in a whole run: `size` bytes, or else a share of its data or of dense fp32."""
+
+    size: int = 0
+    of_data: float = 0.0
+    of_dense: float = 0.0
+
+
+def parse_client_budget(text: str) -> ClientBudget:
+    """What "15KB", "0.3%" (of dense fp32) or "80% of data" means. Raises ValueError that says what is expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%( of data)?", text.strip())
     if match and float(match[1]):
-        return float(match[1]) / 100, 0
+        share = float(match[1]) / 100
+        return ClientBudget(of_data=share) if match[2] else ClientBudget(of_dense=share)
     try:
-        return 0.0, parse_bytes(text)
+        return ClientBudget(parse_bytes(text))
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a client's budget; expected bytes such as '15KB', or a share of what its own examples "
-            "take compressed, such as '80% of data'"
+            f"{text!r} is not a client's budget; expected bytes such as '15KB', a share of what dense fp32 takes such "
+            "as '0.3%', or of what its own examples take compressed, such as '80% of data'"
         ) from None
 
 

@@ -47,20 +47,26 @@ def spend_client_budget(
     ones = place_adapter(linear, config.lora.model_copy(update={"r": 1}))
     per_rank = sum(sum(shape) for shape in ones.shapes.values())
     shape = RunShape(per_rank, config.lora.r, federation.num_rounds, clients, federation.clients_per_round(clients))
-    chosen = method.spend(shape, total_bytes(asked, data))
+    chosen = method.spend(shape, total_bytes(asked, data, shape))
     return apply_spending(config, chosen, per_rank), f"wire.client_budget of {asked}: {chosen.said}"
 
 
-def total_bytes(asked: str, data: Collection[int] | None) -> float:
-    """The bytes that a client's budget means. Raises ConfigError where it is of data that nobody has counted."""
-    share, size = parse_client_budget(asked)
-    if not share:
-        return size
+def total_bytes(asked: str, data: Collection[int] | None, shape: RunShape) -> float:
+    """The bytes that a client's budget means. Raises ConfigError where it is of data that nobody has counted.
+
+    A share of dense is of fp32 values at the largest rank, once up and once down in every turn.
+    """
+    budget = parse_client_budget(asked)
+    if budget.size:
+        return budget.size
+    if budget.of_dense:
+        return budget.of_dense * 2 * shape.turns * 4 * shape.per_rank * shape.most_rank
     if not data or not all(data):
         raise ConfigError(
-            f"wire.client_budget is {asked!r}, but the clients' examples are not all at hand here: give it in bytes"
+            f"wire.client_budget is {asked!r}, but the clients' examples are not all at hand here: give it in bytes "
+            "or as a share of dense fp32, such as '0.3%'"
         )
-    return share * fmean(data)
+    return budget.of_data * fmean(data)
 
 
 def apply_spending(config: Config, chosen: Spending, per_rank: int) -> Config:

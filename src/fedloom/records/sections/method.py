@@ -49,8 +49,8 @@ class WireSettings(Section):
     )
     client_budget: ClientBudgetText | None = Field(
         None,
-        description="What one client may take in the whole run, both ways, on the mean: bytes, or a share of what its "
-        'own examples take compressed ("80% of data"). The method chooses rank, scale, bits and what goes down; '
-        "lora.r is the largest rank that it may choose.",
+        description="What one client may take in the whole run, both ways, on the mean: bytes, a share of what dense "
+        'fp32 takes at lora.r ("0.3%"), or of what its own examples take compressed ("80% of data"). '
+        "The method chooses rank, scale, bits and what goes down; lora.r is the largest rank that it may choose.",
         examples=["15KB"],
     )
