@@ -26,6 +26,7 @@ from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
 from fedloom.cli.preview import preview
+from fedloom.cli.serve import serve
 from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.cli.submission import Command, stop_run, submit_run
@@ -236,7 +237,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, preview, estimate, compare, tune, evaluate):
+for command in (aggregate, preview, estimate, compare, tune, evaluate, serve):
     app.command()(command)
 
 
