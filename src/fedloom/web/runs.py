@@ -53,7 +53,7 @@ def _check(path: Path) -> None:
         raise ConfigError(f"{path} is a file; expected the folder of a run, such as runs/my, or a folder of runs")
     if next(_runs_below(path), None) is None and any(not found.name.startswith(".") for found in path.iterdir()):
         raise ConfigError(
-            f"{path} holds no run: no ledger.jsonl lies there or in its folders; expected a run's folder, or one of runs"
+            f"{path} holds no run: no ledger.jsonl there or in its folders; expected a run's folder, or one of runs"
         )
 
 
