@@ -43,7 +43,9 @@ def make_app(board: Board, hosts: Iterable[str]) -> ASGIApp:
         for prefix in ("", "/run/{run:path}")
         for path, answer in answers
     ]
-    return Guard(GZipMiddleware(Starlette(routes=routes), minimum_size=1000, compresslevel=5), hosts)
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False  # an address is there or not
+    return Guard(GZipMiddleware(app, minimum_size=1000, compresslevel=5), hosts)
 
 
 def show_page(board: Board, request: Request) -> Response:

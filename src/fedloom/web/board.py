@@ -69,7 +69,8 @@ class _View:
             return self._set.read()
         except CheckpointError as error:
             self._set = RunSet([])  # from the beginning at the next look
-            return Waiting(str(error))
+            sound = [folder for folder in begun if len(begun) > 1 and _is_sound(folder)]
+            return self._read(sound, found) if sound else Waiting(str(error))
 
 
 def _stamp(folder: Path) -> Stamp:
@@ -79,6 +80,15 @@ def _stamp(folder: Path) -> Stamp:
     except OSError:
         return (folder, None)
     return (folder, held.st_ino, held.st_size, held.st_mtime_ns, find_writer(folder).alive)
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a run can be read. One that cannot says why on its own page, and does not hide the others."""
+    try:
+        RunSet([folder]).read()
+    except CheckpointError:
+        return False
+    return True
 
 
 def _has_begun(folder: Path) -> bool:

@@ -61,7 +61,11 @@ class Service:
         try:
             self._server.run(sockets=[self._socket])
         finally:
-            self._socket.close()
+            self.close()
+
+    def close(self) -> None:
+        """Give the address back, where nothing was served or is any more."""
+        self._socket.close()
 
     def stop(self) -> None:
         """Have `serve` return."""
