@@ -26,7 +26,7 @@ from fedloom.records.ledger import (
 from fedloom.records.lock import Writer
 from fedloom.records.session import End
 from fedloom.report.answers import Answers, count_answers
-from fedloom.report.figure import _points_of
+from fedloom.report.curves import points_of
 from fedloom.report.live import EventKeeper
 from fedloom.report.measures import TRAINING_LOSS, order_measures
 from fedloom.report.metrics import MOST_SITES, prometheus_text
@@ -155,7 +155,7 @@ def test_long_runs_are_sampled_on_the_page():
     assert len(text) < 2 * len(page(summarise(rows[: 4 * MOST + 1]))), "five times as many rounds"
     for words in ("rounds are shown, at even", "notes are shown, the newest", "points of a line are shown"):
         assert f"{MOST} of 1,000 {words}" in text
-    assert len(sample(_points_of(report, TRAINING_LOSS))) == MOST
+    assert len(sample(points_of(report, TRAINING_LOSS))) == MOST
     assert sample(range(1001))[0] == 0 and sample(range(1001))[-1] == 1000 and sample(range(MOST)) == range(MOST)
 
 

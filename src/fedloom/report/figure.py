@@ -7,10 +7,8 @@ drawn.
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedloom.records.text import to_printable
+from fedloom.report.curves import Stretch, over_seeds, points_of, shown_value
 from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_pictured
-from fedloom.report.numbers import MEAN, Point, Report, human_bytes, interval
+from fedloom.report.numbers import MEAN, Report, human_bytes
 from fedloom.report.sampling import sample
 
 MIB = 2**20
@@ -59,15 +58,15 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
         figure, rows = _panels(_pictured([report]))
         sent = f"{human_bytes(report.totals.bytes)} in all; {report.baseline.name}: {human_bytes(report.dense_bytes)}"
         for measure, panels in rows:
-            points = sample(_points_of(report, measure))
+            points = sample(points_of(report, measure))
             axes_of = ([float(p.round) for p in points], [p.bytes / MIB for p in points])
             for axes, xs in zip(panels, axes_of, strict=True):
                 for number, domain in enumerate(report.domains):
                     colour, marker = line_style(number)
-                    ys = [_shown_value(point, measure, domain) for point in points]
+                    ys = [shown_value(point, measure, domain) for point in points]
                     label = legend_label(domain)
                     axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label, color=colour, marker=marker)
-                ys = [_shown_value(point, measure, MEAN) for point in points]
+                ys = [shown_value(point, measure, MEAN) for point in points]
                 axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
             _begin_at_0(panels[0], measure)
         left, right = rows[0][1]
@@ -87,9 +86,9 @@ def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[by
         figure, rows = _panels(_pictured([report for reports in groups.values() for report in reports]))
         for measure, (left, right) in rows:
             for number, (name, reports) in enumerate(groups.items()):
-                stretches = _over_seeds(reports, measure)
+                stretches = over_seeds(reports, measure)
                 _overlay(left, [(float(s.round), s) for s in stretches], name, number)
-                _overlay(right, [(s.mib, s) for s in stretches if s.mib > 0], name, number)
+                _overlay(right, [(s.bytes / MIB, s) for s in stretches if s.bytes > 0], name, number)
             _begin_at_0(left, measure)
             if right.lines:  # a logarithm needs a number
                 right.set_xscale("log")
@@ -111,7 +110,7 @@ def _begin_at_0(axes: Axes, measure: Measure) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _overlay(axes: Axes, along: Sequence[tuple[float, _Stretch]], name: str, number: int) -> None:
+def _overlay(axes: Axes, along: Sequence[tuple[float, Stretch]], name: str, number: int) -> None:
     """One label's line and band; nothing where no seed has a point."""
     if not along:
         return
@@ -134,37 +133,6 @@ def draw_svg(report: Report) -> str:
 def _pictured(reports: Sequence[Report]) -> list[Measure]:
     """What the picture shows: the measures, or the training loss where nothing was held out."""
     return list_pictured(reports) or [TRAINING_LOSS]
-
-
-def _points_of(report: Report, measure: Measure) -> Sequence[Point]:
-    return report.training if measure == TRAINING_LOSS else report.points
-
-
-def _shown_value(point: Point, measure: Measure, domain: str) -> float:
-    """The value in the measure's own units; NaN, which leaves a gap, where it was not taken or is infinite."""
-    value = measure.factor * point.values.get(measure.key, {}).get(domain, math.nan)
-    return value if math.isfinite(value) else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Several runs after one round: mean of a measure and half its interval, mean MiB sent by then."""
-
-    round: int
-    mib: float
-    mean: float
-    half: float
-
-
-def _over_seeds(reports: Sequence[Report], measure: Measure) -> list[_Stretch]:
-    """One stretch for each round of which all runs have a value."""
-    by_round = [{point.round: point for point in _points_of(report, measure)} for report in reports]
-    stretches = []
-    for round in sorted(set.intersection(*(set(points) for points in by_round))):
-        mib = sum(points[round].bytes for points in by_round) / len(by_round) / MIB
-        mean, half = interval([_shown_value(points[round], measure, MEAN) for points in by_round])
-        stretches.append(_Stretch(round, mib, mean, half))
-    return stretches
 
 
 def line_style(number: int) -> tuple[str, str]:

@@ -6,6 +6,7 @@ a CSV. So they cannot say different things.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -48,18 +49,24 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """kind: "lines"; "bars", stacked where there are several series; "dots", named points; "heat", where a point is
-    (place in x.names, place in y.names, value).
+    """kind: "lines"; "stack", the same as areas one upon the other; "bars", lying, (length, place in y.names), one after
+    the other where there are several series; "dots", named points, and a series with several is a line; "heat", where a
+    point is (place in x.names, place in y.names, value).
 
     id: its name in links and files. title: of the figure. note: what is to be known of it, in a sentence or two.
     scale: what the values of a heat map are.
     """
 
     id: str
-    kind: Literal["lines", "bars", "dots", "heat"]
+    kind: Literal["lines", "stack", "bars", "dots", "heat"]
     title: str
     x: Axis
     y: Axis
     series: Sequence[Series]
     note: str = ""
     scale: Axis | None = None
+
+
+def number(value: float, digits: int = 6) -> Number:
+    """A value for a chart, in so many digits: more make a page longer and no picture better."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

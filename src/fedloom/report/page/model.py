@@ -30,13 +30,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A paragraph, or a text in its own lines (`code`). alarm: something went wrong."""
+    """A paragraph, or a text in its own lines (`code`). alarm: something went wrong. folded: as of `Table`."""
 
     id: str
     text: str
     title: str = ""
     code: bool = False
     alarm: bool = False
+    folded: bool = False
 
 
 Block: TypeAlias = Chart | Table | Words
@@ -53,13 +54,29 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class Headline:
+    """One of the few numbers at the top: what it is, the number with its unit, and what belongs to it."""
+
+    what: str
+    value: str
+    more: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
-    """title: of the window. state: "running" while rows may still come. version: changes with what is shown."""
+    """title: of the window. state: "running" while rows may still come. version: changes with what is shown.
+
+    heading, subtitle: the first lines; status: how the run stands, in a word or two.
+    """
 
     title: str
     state: PageState
     version: str
     sections: Sequence[Section]
+    heading: str = ""
+    subtitle: str = ""
+    status: str = ""
+    headlines: Sequence[Headline] = ()
 
     @property
     def charts(self) -> list[Chart]:

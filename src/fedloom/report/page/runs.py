@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.errors import CheckpointError
+from fedloom.records.ledger import Row
+from fedloom.report.follow import LedgerTail
+from fedloom.report.numbers import Report, summarise
+from fedloom.report.page.build import build_page
 from fedloom.report.page.model import Page
-from fedloom.report.standing import read_run
+from fedloom.report.page.run import PageRun
+from fedloom.report.prediction import compare_prediction
+from fedloom.report.standing import Standing, judge_standing, look_at, resume_command
+
+
+@dataclass(eq=False, slots=True)
+class _Followed:
+    """A run's folder, what was read of its ledger, and what it came to."""
+
+    folder: Path
+    tail: LedgerTail
+    rows: list[Row]
+    report: Report | None = None
+
+    def look(self) -> tuple[Report, Standing]:
+        """What it comes to now."""
+        writer, quiet = look_at(self.folder)
+        again, new = self.tail.read()
+        if again:  # the run was cut back to its checkpoint, or another takes its place
+            self.rows.clear()
+        self.rows += new
+        if again or new or self.report is None:
+            self.report = summarise(self.rows, str(self.folder))
+        return self.report, judge_standing(self.rows, writer, quiet, resume_command(self.folder))
 
 
 class RunSet:
@@ -15,14 +44,25 @@ class RunSet:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = tuple(folders)
+        self._runs = [_Followed(folder, LedgerTail(folder / "ledger.jsonl"), []) for folder in self.folders]
+        self._seen = ""
+        self._page: Page | None = None
 
     def read(self) -> Page:
         """All that the page shows now; of a ledger only the rows are read that are new.
 
         Raises CheckpointError where a folder holds no run.
         """
-        over = [read_run(folder)[1].is_over for folder in self.folders]
-        return Page("fedloom", "over" if all(over) else "running", "0", ())
+        looks = [run.look() for run in self._runs]
+        seen = repr([(len(run.rows), standing.state) for run, (_, standing) in zip(self._runs, looks, strict=True)])
+        if self._page is None or seen != self._seen:
+            runs = [
+                PageRun(run.folder, report, run.rows, standing, compare_prediction(run.folder, run.rows))
+                for run, (report, standing) in zip(self._runs, looks, strict=True)
+            ]
+            self._page = build_page(runs, hashlib.sha256(seen.encode()).hexdigest()[:16])
+            self._seen = seen
+        return self._page
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -32,8 +72,11 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for folder in folders:
-        own = [folder] if (folder / "ledger.jsonl").exists() else sorted(p.parent for p in folder.glob("*/**/ledger.jsonl"))
-        if not own:
+        if (folder / "ledger.jsonl").exists():
+            found.append(folder)
+            continue
+        below = sorted(path.parent for path in folder.glob("*/**/ledger.jsonl"))
+        if not below:
             raise CheckpointError(f"{folder} holds no run: expected ledger.jsonl in it, or in a folder below it")
-        found += own
+        found += below
     return list(dict.fromkeys(found))
