@@ -50,18 +50,20 @@ class Browser:
     def __init__(self, port):
         self._port = port
 
-    def open(self, url, *, size=DESKTOP, dark=False, scale=1, script=""):
-        """A tab with a page that has been loaded. script: run in the page before anything of its own."""
+    @contextmanager
+    def open(self, url, *, size=DESKTOP, dark=False, scale=1):
+        """A tab with a page that has been loaded; it is closed afterwards."""
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}/json/new", method="PUT")
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            tab = Tab(json.load(answer)["webSocketDebuggerUrl"])
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            tab.call(f"{domain}.enable")
-        tab.shape(size, dark=dark, scale=scale)
-        if script:
-            tab.call("Page.addScriptToEvaluateOnNewDocument", source=script)
-        tab.go(url)
-        return tab
+            address = json.load(answer)["webSocketDebuggerUrl"]
+        with connect(address, max_size=None, open_timeout=PATIENCE, ping_interval=None) as line:
+            tab = Tab(line)
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                tab.call(f"{domain}.enable")
+            tab.shape(size, dark=dark, scale=scale)
+            tab.go(url)
+            yield tab
+            tab.call("Page.close")
 
 
 @contextmanager
@@ -105,8 +107,8 @@ def _read_port(file, process):
 class Tab:
     """One page. problems: what it complained of so far: errors and warnings of its console, and what was refused."""
 
-    def __init__(self, address):
-        self._line = connect(address, max_size=None, open_timeout=PATIENCE, ping_interval=None)
+    def __init__(self, line):
+        self._line = line
         self._calls = 0
         self._events = []
         self.problems = []
@@ -194,9 +196,3 @@ class Tab:
             area = {"clip": {**dict(zip(("x", "y", "width", "height"), clip, strict=True)), "scale": 1}}
         told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=bool(area), **area)
         return base64.b64decode(told["data"])
-
-    def close(self):
-        """Close the tab."""
-        with suppress(Exception):
-            self.call("Page.close")
-        self._line.close()

@@ -50,9 +50,18 @@ class WrittenRun:
     def end(self, status="finished", reason=""):
         """Its last row; the lock is free."""
         self._write(End(self.round, status, reason, 12.5))
-        self._ledger.close()
-        self._lock.close()
+        self.close()
         return self
+
+    def close(self):
+        """Write no more, without a word: the lock is free."""
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+        self._lock.close()
+
+    def __del__(self):
+        self.close()
 
     def _write(self, *rows):
         for row in rows:

@@ -63,7 +63,9 @@ def test_every_answer_says_what_a_browser_may_do_with_it(one, path):
     assert "access-control-allow-origin" not in headers and "server" not in headers
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8321", "localhost.evil.example", "8.8.8.8", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:8321", "localhost.evil.example", "8.8.8.8", ""]
+)
 def test_another_name_for_this_machine_is_refused(one, host):
     status, _, body = ask(one, "/data.json", host=host)
     assert status == 421 and b"under no other name" in body
