@@ -35,7 +35,8 @@ class WrittenRun:
 
     def play(self, rounds=1):
         """So many more rounds."""
-        for self.round in range(self.round + 1, self.round + rounds + 1):
+        for _ in range(rounds):
+            self.round += 1
             share = self.round / self._rounds
             for place, client in enumerate(CLIENTS):
                 self._write(

@@ -47,8 +47,8 @@ def _sources(given: Sequence[str], file: Path) -> Mapping[str, object]:
         names = [_site_name(name) for name in given]
         if len(set(names)) < len(names):
             raise ConfigError(
-                f"--data: {' and '.join(given)} would be sites of the same name; rename a file, or name them yourself in "
-                "data.sources"
+                f"--data: {' and '.join(given)} would be sites of the same name; rename a file, or name the sites "
+                "yourself, in data.sources"
             )
         return {"data.source": None, "data.sources": dict(zip(names, places, strict=True))}
     if Path(given[0]).is_file():
