@@ -192,7 +192,7 @@ class Layers:
 
     ranks: of what was sent; densities: the share of its values that was not left out; norms: √Σ v² of it; kept: the
     share of the energy ‖ΔW‖² of the clients' sum that the method kept, empty where the method does not say. Such a row
-    is written in some rounds of a long run, see `server.layers`.
+    is written in some rounds of a long run, see `rounds.facts`.
     """
 
     __pydantic_config__ = FORBID
