@@ -1,4 +1,4 @@
-"""The page in a browser: it is drawn, complains of nothing, can be read with mouse, keys and a phone, and follows a run."""
+"""The page in a browser: drawn without a complaint, read with mouse, keys and a phone, and live."""
 
 import pytest
 from scripts.browser import DESKTOP, PHONE
