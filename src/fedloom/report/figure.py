@@ -149,7 +149,7 @@ def _panels(measures: Sequence[Measure]) -> tuple[Figure, list[tuple[Measure, li
         rows.append((measure, [left, right]))
     grid[-1][0].set_xlabel("round")
     grid[-1][1].set_xlabel("sent so far, both ways (MiB)")
-    grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    mark_whole(grid[-1][0])
     return figure, rows
 
 
@@ -170,6 +170,11 @@ def set_logarithm(axes: Axes, which: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def mark_whole(axes: Axes) -> None:
+    """Marks of whole numbers on the x axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def fill_map(
