@@ -43,7 +43,7 @@ CHECKED = {"fail", "warn"}
 EXPLAIN = {"flower"}
 """Rooms whose functions give back reasons."""
 ELSEWHERE = {
-    "cli/main.py: … exists already; give another name: fedloom init other.toml",  # `fedloom init`, no federation
+    "cli/init.py: … exists already; give another name: fedloom init other.toml",  # `fedloom init`, no federation
 }
 """Messages of no federation."""
 

@@ -26,7 +26,7 @@ _LINES = 20
 
 
 def write_html(page: Page, *, live: bool = False) -> str:
-    """The whole page in one text. live: it asks for data.json beside it again and again, until the runs are over."""
+    """The whole page in one text. live: it asks for data.json beside it again and again, more rarely once the runs are over."""
     scripts = [read_asset("theme.js"), read_asset("echarts.min.js"), read_asset("page.js")]
     digests = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     fills = {

@@ -54,7 +54,7 @@ class RunSet:
         Raises CheckpointError where a folder holds no run.
         """
         looks = [run.look() for run in self._runs]
-        seen = repr([(len(run.rows), standing.state) for run, (_, standing) in zip(self._runs, looks, strict=True)])
+        seen = repr([(len(run.rows), run.rows[-1:], standing.state) for run, (_, standing) in zip(self._runs, looks, strict=True)])
         if self._page is None or seen != self._seen:
             runs = [
                 PageRun(run.folder, report, run.rows, standing, _compare(run.folder, run.rows))

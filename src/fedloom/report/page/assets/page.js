@@ -3,7 +3,7 @@
 (() => {
   const held = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement, spoken = document.getElementById("spoken");
-  const POLL_MS = 2000, AWAY_MS = 5000; // between two looks, and after one that failed
+  const POLL_MS = 2000, AWAY_MS = 5000; // between two looks; after one that failed, or where all is over
   const figures = new Map(); // id → the chart that is drawn and what its reader has done with it
   const probe = document.body.appendChild(document.createElement("i"));
   probe.hidden = true;
@@ -445,12 +445,12 @@
       if (told.version !== held.version) { held.version = told.version; held.state = told.state; takeUp(told); }
       line.textContent = held.state === "running" ? "live" : "";
     } catch { line.textContent = "no answer, trying again"; wait = AWAY_MS; }
-    if (held.state === "running") setTimeout(follow, wait);
+    setTimeout(follow, held.state === "running" ? wait : AWAY_MS); // a run may go on, another may begin
   }
 
   mark();
   drawAll();
   addCopying();
   watchSections();
-  if (held.live && held.state === "running") setTimeout(follow, POLL_MS);
+  if (held.live) setTimeout(follow, POLL_MS);
 })();
