@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -91,10 +92,7 @@ def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[by
                 _overlay(right, [(s.bytes / MIB, s) for s in stretches if s.bytes > 0], name, number)
             _begin_at_0(left, measure)
             if right.lines:  # a logarithm needs a number
-                right.set_xscale("log")
-                right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-                right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                right.xaxis.set_minor_formatter(NullFormatter())
+                set_logarithm(right, "x")
         left, right = rows[0][1]
         over = "clients; nothing was held out" if rows[0][0] == TRAINING_LOSS else "domains"
         left.set_title(f"mean over {over}; bands: 95 % intervals over seeds")
@@ -120,14 +118,6 @@ def _overlay(axes: Axes, along: Sequence[tuple[float, Stretch]], name: str, numb
     axes.plot(xs, [s.mean for s in shown], line, lw=1.8, ms=4, label=legend_label(name), color=colour, marker=marker)
     low, high = [s.mean - s.half for s in shown], [s.mean + s.half for s in shown]
     axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
-
-
-def draw_svg(report: Report) -> str:
-    """The picture of one run as an <svg> element, the same bytes for the same report."""
-    buffer = io.BytesIO()
-    draw_curve(report, buffer, form="svg")
-    text = buffer.getvalue().decode()
-    return text[text.index("<svg") :]
 
 
 def _pictured(reports: Sequence[Report]) -> list[Measure]:
@@ -159,8 +149,50 @@ def _panels(measures: Sequence[Measure]) -> tuple[Figure, list[tuple[Measure, li
         rows.append((measure, [left, right]))
     grid[-1][0].set_xlabel("round")
     grid[-1][1].set_xlabel("sent so far, both ways (MiB)")
-    grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    mark_whole(grid[-1][0])
     return figure, rows
+
+
+def draw_panel(draw: Callable[[Axes], None], size: tuple[float, float], form: str) -> bytes:
+    """A picture of one panel, which `draw` fills. size: width and height in inches."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        save_figure(figure, buffer, form)
+    return buffer.getvalue()
+
+
+def set_logarithm(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic scale whose marks are plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def mark_whole(axes: Axes) -> None:
+    """Marks of whole numbers on the x axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def fill_map(
+    axes: Axes,
+    grid: Sequence[Sequence[float]],
+    colours: Sequence[str],
+    ends: tuple[float | None, float | None],
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """A map of cells with its scale beside it. names: of the colours, where they are states and no range."""
+    steps = LinearSegmentedColormap.from_list("fedloom", colours)
+    map_ = ListedColormap(colours) if names else steps
+    drawn = axes.imshow(grid, cmap=map_, vmin=ends[0], vmax=ends[1], aspect="auto", interpolation="nearest")
+    bar = axes.figure.colorbar(drawn, ax=axes, label=title, pad=0.02)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    if names:
+        bar.set_ticks(range(len(names)), labels=names)
 
 
 def save_figure(figure: Figure, target: Path | IO[bytes], form: str) -> None:

@@ -14,7 +14,7 @@ from fedloom.report.numbers import Report, summarise
 from fedloom.report.page.build import build_page
 from fedloom.report.page.model import Page
 from fedloom.report.page.run import PageRun
-from fedloom.report.prediction import compare_prediction
+from fedloom.report.prediction import ComparedRow, compare_prediction
 from fedloom.report.standing import Standing, judge_standing, look_at, resume_command
 
 
@@ -57,12 +57,25 @@ class RunSet:
         seen = repr([(len(run.rows), run.rows[-1:], standing.state) for run, (_, standing) in zip(self._runs, looks, strict=True)])
         if self._page is None or seen != self._seen:
             runs = [
-                PageRun(run.folder, report, run.rows, standing, compare_prediction(run.folder, run.rows))
+                PageRun(run.folder, report, run.rows, standing, _compare(run.folder, run.rows))
                 for run, (report, standing) in zip(self._runs, looks, strict=True)
             ]
             self._page = build_page(runs, hashlib.sha256(seen.encode()).hexdigest()[:16])
             self._seen = seen
         return self._page
+
+
+def page_of(folder: Path, report: Report, rows: Sequence[Row]) -> Page:
+    """The page of one run that is over, or that nobody asks about any more."""
+    return build_page([PageRun(folder, report, rows, None, _compare(folder, rows))])
+
+
+def _compare(folder: Path, rows: Sequence[Row]) -> list[ComparedRow]:
+    """Predicted beside measured; nothing where the prediction cannot be read, which is no reason to have no page."""
+    try:
+        return compare_prediction(folder, rows)
+    except CheckpointError:
+        return []
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
