@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
+import fedloom
 from fedloom.cli.main import app
 
 README = Path(__file__).parents[2] / "README.md"
@@ -57,8 +58,7 @@ def test_five_commands_lead_from_two_files_to_a_page(newcomer):
         [sys.executable, "-m", *last],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "PYTHONPATH": str(Path(fedloom.__file__).parents[1])},  # this very package
     )
     try:
         address = re.search(r"http://\S+", process.stdout.readline())[0]

@@ -236,13 +236,7 @@ def test_others_may_read_only_where_the_user_says_so(tmp_path):
 def test_the_command_says_its_address_once_it_is_bound_and_ends_in_one_line(tmp_path):
     run = WrittenRun(tmp_path / "my").begin().play().end()
     command = [sys.executable, "-m", "fedloom", "serve", str(run.folder), "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said = process.stdout.readline()
         assert said.startswith("1 run at http://127.0.0.1:") and said.endswith("(Ctrl-C ends it)\n")
