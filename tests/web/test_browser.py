@@ -101,6 +101,13 @@ def test_nothing_scrolls_sideways_on_a_phone(browser, address, path):
         assert tab.problems == []
 
 
+def test_a_figure_opens_by_itself_and_is_found_in_the_list(browser, address):
+    with browser.open(f"{address}run/loom/figures/") as tab:
+        tab.go(tab.ask("document.querySelector('a[href$=svg]').href"))
+        assert tab.ask("document.documentElement.tagName") == "svg"
+        assert tab.problems == []  # a style that is refused would be one
+
+
 def test_a_page_follows_its_run_and_those_beside_it(browser, tmp_path):
     run = WrittenRun(tmp_path / "my").begin().play()
     with served(tmp_path) as service, browser.open(service.url, size=DESKTOP) as tab:

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -121,6 +122,22 @@ def test_no_address_leads_to_a_file(one, path):
 def test_a_packed_answer_is_the_same(one):
     plain, packed = ask(one, "/"), ask(one, "/", accept_encoding="gzip")
     assert packed[1].get("content-encoding") == "gzip" and gzip.decompress(packed[2]) == plain[2]
+
+
+def test_figures_are_files_of_three_kinds(one):
+    status, headers, listed = ask(one, "/figures/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    names = re.findall(r'href="([\w-]+)\.png"', listed.decode())
+    assert len(names) >= 6 and f'href="{names[0]}.csv"' in listed.decode()
+    status, headers, picture = ask(one, f"/figures/{names[0]}.png")
+    assert (status, headers["content-type"], picture[:4]) == (200, "image/png", b"\x89PNG")
+    status, headers, drawing = ask(one, f"/figures/{names[0]}.svg")
+    assert headers["content-type"] == "image/svg+xml" and b"<svg" in drawing[:600]
+    assert "script-src" not in headers["content-security-policy"]  # nor anything else that it may load
+    for name in names:
+        status, headers, numbers = ask(one, f"/run/demo/figures/{name}.csv")
+        assert status == 200 and headers["content-type"].startswith("text/csv") and numbers.count(b"\n") >= 2
+        assert ask(one, f"/figures/{name}.csv", if_none_match=headers["etag"])[0] == 304
 
 
 def test_data_is_sent_once_and_again_where_a_round_was_played(tmp_path, monkeypatch):
