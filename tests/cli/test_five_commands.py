@@ -11,10 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import tiny_models
 from typer.testing import CliRunner
 
 import fedloom
+import tiny_models
 from fedloom.cli.main import app
 
 README = Path(__file__).parents[2] / "README.md"
