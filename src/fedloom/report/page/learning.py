@@ -74,7 +74,7 @@ def _curves_alone(report: Report, measure: Measure, key: str) -> list[Block]:
     by_round, by_bytes = [], []
     for slot, domain in enumerate([MEAN, *domains], start=-1):
         ys = [number(shown_value(point, measure, domain)) for point in points]
-        name = to_printable(domain) if domains else measure.name
+        name = to_printable(domain if domains else measure.name)
         style: Style = "bold" if domain == MEAN else "thin"
         by_round.append(Series(name, [(p.round, y) for p, y in zip(points, ys, strict=True)], slot, style))
         by_bytes.append(Series(name, [(p.bytes, y) for p, y in zip(points, ys, strict=True)], slot, style))
