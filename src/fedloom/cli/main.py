@@ -27,6 +27,7 @@ from fedloom.cli.init import init
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
 from fedloom.cli.preview import preview
+from fedloom.cli.report import report
 from fedloom.cli.serve import serve
 from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
@@ -227,7 +228,7 @@ def status(
         raise typer.Exit(1)
 
 
-for command in (init, aggregate, preview, estimate, compare, tune, evaluate, serve):
+for command in (init, aggregate, preview, estimate, compare, tune, evaluate, report, serve):
     app.command()(command)
 
 

@@ -190,7 +190,7 @@ def fill_map(
     map_ = ListedColormap(colours) if names else steps
     drawn = axes.imshow(grid, cmap=map_, vmin=ends[0], vmax=ends[1], aspect="auto", interpolation="nearest")
     bar = axes.figure.colorbar(drawn, ax=axes, label=title, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if names:
         bar.set_ticks(range(len(names)), labels=names)
 

@@ -272,9 +272,7 @@ def _average(
     watch.stages["encode"] = draft.seconds  # what a budget has measured on the way
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
     watch.lap("encode")
-    facts = TurnFacts(
-        agreement=agreement, modules=describe_modules(result.entries, result.kept) if told else None
-    )
+    facts = TurnFacts(agreement=agreement, modules=describe_modules(result.entries, result.kept) if told else None)
     message = draft.received(result.entries, memory.values())
     del draft, context, result  # what was averaged may be as large as the state that follows
     give_back(4 * state.adapter.numel())

@@ -103,7 +103,9 @@ def record_turn(ledger: Ledger[Any], round: int, turn: ServerTurn, stats: Mappin
     if told.modules is not None:
         one = told.modules
         ledger.append(
-            Layers(round, tuple(one.modules), tuple(one.ranks), _short(one.densities), _short(one.norms), _short(one.kept))
+            Layers(
+                round, tuple(one.modules), tuple(one.ranks), _short(one.densities), _short(one.norms), _short(one.kept)
+            )
         )
 
 

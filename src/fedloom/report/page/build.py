@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import human_seconds
@@ -53,7 +54,7 @@ def _one(run: PageRun, state: PageState, version: str) -> Page:
         version,
         [section for section in sections if section and section.blocks],
         heading=method,
-        subtitle=f"{facts}, base model {to_printable(report.run.model)}",
+        subtitle=f"{facts}, base model {_short_model(report.run.model)}",
         status=_status(run),
         headlines=_headlines(report),
     )
@@ -84,6 +85,11 @@ def _several(runs: Sequence[PageRun], state: PageState, version: str) -> Page:
     )
 
 
+def _short_model(model: str) -> str:
+    """The base model's name: of a folder, its last part."""
+    return to_printable(PurePath(model).name if model.startswith(("/", ".", "~")) else model)
+
+
 def _status(run: PageRun) -> str:
     """How it stands, in a word or two."""
     standing, end = run.standing, run.report.facts.end
@@ -111,10 +117,12 @@ def _headlines(report: Report) -> list[Headline]:
     for measure in measures[:2]:
         before, after = report.value(measure.key, at=0), report.value(measure.key)
         if math.isfinite(after):
-            found.append(Headline(measure.name, measure.phrase(after), f"at first {measure.phrase(before)}"))
+            unit = " %" if measure.unit == "%" else ""
+            name = measure.name if unit else measure.title
+            found.append(Headline(name, f"{measure.show(after)}{unit}", f"at first {measure.show(before)}{unit}"))
     if not measures and report.training:
         last = report.training[-1].values[TRAINING_LOSS.key][MEAN]
-        found.append(Headline(TRAINING_LOSS.name, TRAINING_LOSS.phrase(last), ""))
+        found.append(Headline(TRAINING_LOSS.title, TRAINING_LOSS.show(last)))
     sent, dense = report.totals.bytes, report.dense_bytes
     ways = f"{human_bytes(report.totals.bytes_up)} up, {human_bytes(report.totals.bytes_down)} down"
     found.append(Headline("sent in all", human_bytes(sent), ways))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Unit: TypeAlias = Literal["", "bytes", "seconds", "%"]
+Style: TypeAlias = Literal["", "thin", "bold"]
 Number: TypeAlias = float | None
 """None where nothing was measured: JSON has no NaN, and a line has a gap there."""
 
@@ -44,14 +45,14 @@ class Series:
     name: str
     points: Sequence[Sequence[Number]]
     slot: int = 0
-    style: Literal["", "thin", "bold"] = ""
+    style: Style = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """kind: "lines"; "stack", the same as areas one upon the other; "bars", lying, (length, place in y.names), one after
-    the other where there are several series; "dots", named points, and a series with several is a line; "heat", where a
-    point is (place in x.names, place in y.names, value).
+    """kind: "lines"; "stack", the same as areas one upon the other; "bars", lying, (length, place in y.names), one
+    after the other where there are several series; "dots", named points, and a series with several is a line; "heat",
+    where a point is (place in x.names, place in y.names, value).
 
     id: its name in links and files. title: of the figure. note: what is to be known of it, in a sentence or two.
     scale: what the values of a heat map are.

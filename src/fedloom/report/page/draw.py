@@ -163,7 +163,10 @@ def _draw_dots(chart: Chart, axes: Axes) -> None:
         ends = None
         if len(ys) > 1:
             mean, low, high = ys
-            ends = [[m - end for m, end in zip(mean, low, strict=True)], [end - m for m, end in zip(mean, high, strict=True)]]
+            ends = [
+                [m - end for m, end in zip(mean, low, strict=True)],
+                [end - m for m, end in zip(mean, high, strict=True)],
+            ]
         axes.errorbar(xs, ys[0], yerr=ends, fmt=marker, ms=8, color=colour, elinewidth=1.2, label=label)
     for scale in (x, y):
         scale.end(axes)
@@ -182,8 +185,8 @@ def _draw_map(chart: Chart, axes: Axes) -> None:
     figure.fill_map(axes, grid, _STATES if scale.names else _MAP, ends, list(scale.names), scale.title + unit)
     every, step = max(1, len(names) // 30), max(1, len(chart.y.names) // 50)
     rows = [figure.legend_label(name[:_NAME]) for name in chart.y.names]
-    slant = {"rotation": 40.0, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-    axes.set_xticks(range(0, len(names), every), names[::every], **slant)
+    axes.set_xticks(range(0, len(names), every), names[::every])
+    axes.tick_params("x", rotation=40 if turned else 0, rotation_mode="xtick")
     axes.set_yticks(range(0, len(rows), step), rows[::step])
     axes.set_xlabel(chart.x.title)
     axes.set_ylabel(chart.y.title)

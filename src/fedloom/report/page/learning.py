@@ -9,7 +9,7 @@ from fedloom.records.text import to_printable
 from fedloom.report.curves import Stretch, over_seeds, points_of, shown_value
 from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_measures, list_pictured
 from fedloom.report.numbers import MEAN, Report, human_bytes, interval
-from fedloom.report.page.charts import Axis, Chart, Series, number
+from fedloom.report.page.charts import Axis, Chart, Series, Style, Unit, number
 from fedloom.report.page.model import Block, Section, Table
 from fedloom.report.page.run import Variant
 from fedloom.report.sampling import MOST, sample, say_sampled
@@ -17,6 +17,7 @@ from fedloom.report.scores import score_cells, score_head, score_rows
 
 MOST_DOMAINS = 16
 """Domains that have a line of their own: more are a thicket."""
+_KEYS = {"exact_match": "exact-match", "loss": "loss", "bits_per_byte": "bits", "training_loss": "training-loss"}
 _ROUND = Axis("round", whole=True)
 _BYTES = Axis("bytes sent so far, both ways", "bytes", low=0)
 
@@ -28,8 +29,9 @@ def describe_learning(variants: Sequence[Variant]) -> Section:
     measures = [*pictured, TRAINING_LOSS] if any(report.training for report in reports) else pictured
     alone = len(reports) == 1
     blocks: list[Block] = []
-    for measure in measures:
-        blocks += _curves_alone(reports[0], measure) if alone else _curves(variants, measure)
+    for place, measure in enumerate(measures):
+        key = _KEYS.get(measure.key, f"metric-{place}")  # a name of the user's is no part of an address
+        blocks += _curves_alone(reports[0], measure, key) if alone else _curves(variants, measure, key)
     table = _domains(reports[0]) if alone else _ends(variants)
     return Section("learning", "Learning", [*blocks, *([table] if table else [])], _lead(reports, alone))
 
@@ -43,10 +45,17 @@ def _lead(reports: Sequence[Report], alone: bool) -> str:
     return "Scores on held-out examples, on the mean over domains. Lines are means over seeds, bands 95 % intervals."
 
 
-def _pair(measure: Measure, by_round: Sequence[Series], by_bytes: Sequence[Series], note: str, log: bool) -> list[Block]:
+def _pair(
+    measure: Measure,
+    key: str,
+    by_round: Sequence[Series],
+    by_bytes: Sequence[Series],
+    note: str = "",
+    log: bool = False,
+) -> list[Block]:
     """The two charts of one measure."""
     held = measure.name if measure == TRAINING_LOSS else f"held-out {measure.name}"
-    title, key = to_printable(held), "".join(c if c.isalnum() else "-" for c in measure.key)[:60]
+    title = to_printable(held)
     percent = measure.unit == "%"
     scale = Axis(to_printable(measure.title), "%" if percent else "", low=0 if percent else None)
     if measure == EXACT_MATCH:
@@ -58,22 +67,22 @@ def _pair(measure: Measure, by_round: Sequence[Series], by_bytes: Sequence[Serie
     ]
 
 
-def _curves_alone(report: Report, measure: Measure) -> list[Block]:
+def _curves_alone(report: Report, measure: Measure, key: str) -> list[Block]:
     """One run: the mean in bold, every domain thin."""
     points = sample(points_of(report, measure))
     domains = report.domains[:MOST_DOMAINS] if measure != TRAINING_LOSS and len(report.domains) > 1 else []
     by_round, by_bytes = [], []
     for slot, domain in enumerate([MEAN, *domains], start=-1):
         ys = [number(shown_value(point, measure, domain)) for point in points]
-        name = to_printable(domain) if domains else measure.name
-        style = "bold" if domain == MEAN else "thin"
+        name = to_printable(domain if domains else measure.name)
+        style: Style = "bold" if domain == MEAN else "thin"
         by_round.append(Series(name, [(p.round, y) for p, y in zip(points, ys, strict=True)], slot, style))
         by_bytes.append(Series(name, [(p.bytes, y) for p, y in zip(points, ys, strict=True)], slot, style))
     note = say_sampled("points of a line", len(points_of(report, measure)))
-    return _pair(measure, by_round, by_bytes, note, log=False)
+    return _pair(measure, key, by_round, by_bytes, note)
 
 
-def _curves(variants: Sequence[Variant], measure: Measure) -> list[Block]:
+def _curves(variants: Sequence[Variant], measure: Measure, key: str) -> list[Block]:
     """Several runs: means over seeds with their intervals."""
     by_round, by_bytes = [], []
     for variant in variants:
@@ -83,7 +92,7 @@ def _curves(variants: Sequence[Variant], measure: Measure) -> list[Block]:
         sent = [stretch for stretch in shown if stretch.bytes > 0]  # a logarithm needs a number
         by_round.append(Series(variant.name, [(s.round, *_band(s, several)) for s in shown], variant.slot))
         by_bytes.append(Series(variant.name, [(s.bytes, *_band(s, several)) for s in sent], variant.slot))
-    return _pair(measure, by_round, by_bytes, "", log=True)
+    return _pair(measure, key, by_round, by_bytes, log=True)
 
 
 def _band(stretch: Stretch, several: bool) -> tuple[float | None, ...]:
@@ -128,7 +137,7 @@ def describe_front(variants: Sequence[Variant]) -> Section:
     ]
     steps = sorted((ends[place][1], number(ends[place][2])) for place in best)
     front = Series("nobody is better for fewer bytes", steps, -1, "thin")
-    unit = "%" if lead.unit == "%" else ""
+    unit: Unit = "%" if lead.unit == "%" else ""
     chart = Chart(
         "front",
         "dots",
@@ -136,8 +145,8 @@ def describe_front(variants: Sequence[Variant]) -> Section:
         Axis("bytes of the whole run, both ways", "bytes", log=True),
         Axis(to_printable(lead.title), unit),
         [*dots, *([front] if len(steps) > 1 else [])],
-        f"{'Up' if lead.higher else 'Down'} and to the left is better. The thin line joins the runs that no other beats "
-        "in both; bars are 95 % intervals over seeds.",
+        f"{'Up' if lead.higher else 'Down'} and to the left is better. The thin line joins the runs that no other "
+        "beats in both; bars are 95 % intervals over seeds.",
     )
     dense = [f"{human_bytes(sent)} by {v.name}" for v, sent, _, _ in sorted(ends, key=lambda end: end[1])[:1]]
     return Section("front", "Score against bytes", [chart], f"The fewest bytes: {dense[0]}." if dense else "")

@@ -20,13 +20,15 @@ from fedloom.report.page.charts import Chart
 from fedloom.report.page.model import Block, Headline, Page, Section, Table, Words
 from fedloom.report.page.values import MOST_ROWS, chart_table
 
-
 _LINES = 20
 """Lines of a cell: the first of many."""
 
 
 def write_html(page: Page, *, live: bool = False) -> str:
-    """The whole page in one text. live: it asks for data.json beside it again and again, more rarely once the runs are over."""
+    """The whole page in one text.
+
+    live: it asks for data.json beside it again and again, more rarely once the runs are over.
+    """
     scripts = [read_asset("theme.js"), read_asset("echarts.min.js"), read_asset("page.js")]
     digests = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     fills = {
@@ -143,7 +145,7 @@ def _chart(chart: Chart) -> str:
     more = f"<p class='note'>{MOST_ROWS} rows at even distances; the CSV has all.</p>" if len(rows) == MOST_ROWS else ""
     return (
         f'<figure class="chart{wide}" id="{ident}">'
-        f'<figcaption><h3>{title}</h3></figcaption>'
+        f"<figcaption><h3>{title}</h3></figcaption>"
         f'<div class="plot" data-chart="{ident}" tabindex="0" role="img" aria-label="{title}; the values stand in the '
         f'table below. Arrow keys read them one by one, + and - zoom, 0 shows all."></div>{note}'
         f'<div class="below"><details class="values"><summary>Values</summary>'
@@ -155,7 +157,9 @@ def _chart(chart: Chart) -> str:
 def _table_block(block: Table) -> str:
     ident = _shown(block.id)
     note = f'<p class="note">{_shown(block.note)}</p>' if block.note else ""
-    body = f'<div data-part="{ident}">{_table(block.head, block.rows, block.title, block.total, block.words)}{note}</div>'
+    body = (
+        f'<div data-part="{ident}">{_table(block.head, block.rows, block.title, block.total, block.words)}{note}</div>'
+    )
     if block.folded:
         return f'<details id="{ident}"><summary>{_shown(block.title)}</summary>{body}</details>'
     return f'<div class="block" id="{ident}"><h3>{_shown(block.title)}</h3>{body}</div>'

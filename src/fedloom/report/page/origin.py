@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.records.ledger import Row
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import describe_circumstances
 from fedloom.report.numbers import Report, human_bytes
@@ -15,7 +14,6 @@ from fedloom.report.page.model import Block, Section, Table, Words
 from fedloom.report.page.run import PageRun, Variant
 from fedloom.report.sampling import MOST, say_sampled
 
-_INSTALLED = "fedloom"
 MOST_LINES = 2000
 """Lines of settings that a page shows: a run with a table for each of many clients has no end of them."""
 
@@ -36,7 +34,9 @@ def describe_origin(run: PageRun) -> Section:
 
 def _facts(report: Report) -> str:
     run = report.run
-    facts = f"{run.num_rounds} rounds, {len(run.clients)} clients, seed {run.seed}, {run.adapter_values:,} adapter values"
+    facts = (
+        f"{run.num_rounds} rounds, {len(run.clients)} clients, seed {run.seed}, {run.adapter_values:,} adapter values"
+    )
     if run.data_bytes:
         facts += f", the clients' own data {human_bytes(sum(run.data_bytes.values()))} by {run.data_coding}"
     return facts
@@ -53,12 +53,16 @@ def reproduce(run: PageRun) -> list[str]:
     commands = [shlex.join(install)] if install else []
     engine = _engine(run.folder)
     commands.append(f"fedloom run {config} --out {shlex.quote(f'runs/{name}-again')}{engine}")
-    return [
-        "# the versions that it was made with",
-        *commands[:-1],
-        "# the settings that it keeps; the same seed on the same machine makes the same bytes",
-        commands[-1],
-    ] if install else commands
+    return (
+        [
+            "# the versions that it was made with",
+            *commands[:-1],
+            "# the settings that it keeps; the same seed on the same machine makes the same bytes",
+            commands[-1],
+        ]
+        if install
+        else commands
+    )
 
 
 def _is_package(name: str, version: str) -> bool:
@@ -125,8 +129,3 @@ def _state(run: PageRun) -> str:
     if run.standing is not None:
         return to_printable(run.standing.describe() if run.standing.is_over else "running", LONG)
     return to_printable(": ".join(filter(None, (end.status, end.reason))), LONG) if end else "–"
-
-
-def describe_privacy(rows: Sequence[Row]) -> Section | None:
-    """What privacy was spent, where the ledger says so."""
-    return None

@@ -23,7 +23,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PageRun:
-    """A run: its folder, what it comes to, its rows, how it stands now, and what was predicted beside what was measured.
+    """A run: its folder, what it comes to, its rows, how it stands now, what was predicted beside what was measured.
 
     standing: None where it is over and nobody asks.
     """
@@ -71,7 +71,9 @@ def group_runs(runs: Sequence[PageRun]) -> list[Variant]:
     names: list[str] = []
     for own, group in zip(told, groups.values(), strict=True):
         method = group[0].report.run.method
-        alike = [other for other, them in zip(told, groups.values(), strict=True) if them[0].report.run.method == method]
+        alike = [
+            other for other, them in zip(told, groups.values(), strict=True) if them[0].report.run.method == method
+        ]
         names.append(_name_variant(method, own, alike, group[0].folder))
     return [
         Variant(name if names.count(name) == 1 else f"{name} ({number + 1})", group, number)

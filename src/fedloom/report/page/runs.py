@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class RunSet:
         Raises CheckpointError where a folder holds no run.
         """
         looks = [run.look() for run in self._runs]
-        seen = repr([(len(run.rows), run.rows[-1:], standing.state) for run, (_, standing) in zip(self._runs, looks, strict=True)])
+        stand = [standing.state for _, standing in looks]
+        seen = repr([(len(run.rows), run.rows[-1:], state) for run, state in zip(self._runs, stand, strict=True)])
         if self._page is None or seen != self._seen:
             runs = [
                 PageRun(run.folder, report, run.rows, standing, _compare(run.folder, run.rows))
@@ -88,8 +90,16 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         if (folder / "ledger.jsonl").exists():
             found.append(folder)
             continue
-        below = sorted(path.parent for path in folder.glob("*/**/ledger.jsonl"))
+        below = sorted(_below(folder))
         if not below:
             raise CheckpointError(f"{folder} holds no run: expected ledger.jsonl in it, or in a folder below it")
         found += below
     return list(dict.fromkeys(found))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The runs in a folder of runs. Nothing is looked for within a run, which may keep its sites' own records."""
+    for path, folders, files in os.walk(folder):
+        if "ledger.jsonl" in files:
+            folders.clear()
+            yield Path(path)

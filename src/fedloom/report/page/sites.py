@@ -52,7 +52,12 @@ _DRIFTS = (
         "Cosine between a client's update and the mean of all, on the mean over clients: 1 where all change the same.",
         Axis("agreement", high=1),
     ),
-    ("spread", "Spread of training losses", "Standard deviation over the clients of a round.", Axis("nats a token", low=0)),
+    (
+        "spread",
+        "Spread of training losses",
+        "Standard deviation over the clients of a round.",
+        Axis("nats a token", low=0),
+    ),
 )
 
 
@@ -66,12 +71,14 @@ def _drift(rows: Sequence[Row], key: str) -> dict[int, float]:
         if isinstance(row, Training) and math.isfinite(row.loss):
             losses.setdefault(row.round, []).append(row.loss)
     return {
-        round: math.sqrt(fmean((loss - fmean(them)) ** 2 for loss in them)) for round, them in losses.items() if len(them) > 1
+        round: math.sqrt(fmean((loss - fmean(them)) ** 2 for loss in them))
+        for round, them in losses.items()
+        if len(them) > 1
     }
 
 
 def _lines(by_client: Mapping[str, Sequence[tuple[int, float]]]) -> list[Series]:
-    """A thin line for every client, and the mean in bold; of many clients the mean, the lowest and the highest alone."""
+    """A thin line for every client, the mean in bold; of many clients the mean, the lowest and the highest alone."""
     by_round: dict[int, list[float]] = {}
     for points in by_client.values():
         for round, value in points:
@@ -171,7 +178,7 @@ def _attendance(run: PageRun) -> list[Block]:
         note,
         Axis("", names=STATES),
     )
-    counts = {client: {state: 0 for state in STATES} for client in clients[:MOST]}
+    counts = {client: dict.fromkeys(STATES, 0) for client in clients[:MOST]}
     for states in found.values():
         for client, state in states.items():
             if client in counts:
@@ -222,5 +229,3 @@ def _presence(rows: Sequence[Row]) -> list[Block]:
         head = ("round", "site", "went", "why")
         blocks.append(Table("changes", "Sites on and off", head, changes[: -MOST - 1 : -1], note, words=True))
     return blocks
-
-

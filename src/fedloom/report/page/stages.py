@@ -15,8 +15,8 @@ from fedloom.report.sampling import sample, say_sampled
 STAGES = ("train", "compress", "encode", "transfer", "decode", "aggregate", "evaluate")
 _SECONDS = Axis("seconds", "seconds", low=0)
 _NOTE = (
-    "Clients' stages are sums over the clients of a round, which may have worked side by side. Transfer is what a round "
-    "across machines waited beyond its slowest training."
+    "Clients' stages are sums over the clients of a round, which may have worked side by side. Transfer is what a "
+    "round across machines waited beyond its slowest training."
 )
 
 
@@ -65,7 +65,7 @@ def describe_time(rows: Sequence[Row]) -> Section | None:
     ]
     sums = {stage: sum(held.get(stage, 0.0) for held in found.values()) for stage in stages}
     whole = sum(sums.values())
-    rows_ = [(stage, human_seconds(seconds), f"{100 * seconds / whole:.1f} %") for stage, seconds in sums.items()]
+    told = [(stage, human_seconds(seconds), f"{100 * seconds / whole:.1f} %") for stage, seconds in sums.items()]
     chart = Chart(
         "stages-rounds",
         "stack",
@@ -76,7 +76,11 @@ def describe_time(rows: Sequence[Row]) -> Section | None:
         f"{_NOTE} {say_sampled('rounds', len(found))}".strip(),
     )
     total = Table(
-        "stages", "Time by stage", ("stage", "seconds", "share"), [*rows_, ("all", human_seconds(whole), "")], total=True
+        "stages",
+        "Time by stage",
+        ("stage", "time", "share"),
+        [*told, ("all", human_seconds(whole), "")],
+        total=True,
     )
     return Section("time", "Time", [chart, total])
 
@@ -85,14 +89,14 @@ def compare_time(variants: Sequence[Variant]) -> Section | None:
     """Where the time of several variants went, on the mean over seeds."""
     sums: list[dict[str, float]] = []
     for variant in variants:
-        held: dict[str, float] = {}
+        sum_: dict[str, float] = {}
         for run in variant.runs:
             for stages in add_stages(run.rows).values():
                 for stage, seconds in stages.items():
-                    held[stage] = held.get(stage, 0.0) + seconds / len(variant.runs)
-        sums.append(held)
-    stages = [stage for stage in STAGES if any(stage in held for held in sums)]
-    if not stages:
+                    sum_[stage] = sum_.get(stage, 0.0) + seconds / len(variant.runs)
+        sums.append(sum_)
+    told = [stage for stage in STAGES if any(stage in held for held in sums)]
+    if not told:
         return None
     series = [
         Series(
@@ -100,7 +104,7 @@ def compare_time(variants: Sequence[Variant]) -> Section | None:
             [(number(held.get(stage, 0.0), 4), place) for place, held in enumerate(sums)],
             STAGES.index(stage),
         )
-        for stage in stages
+        for stage in told
     ]
     axis = Axis("run", names=[variant.name for variant in variants])
     chart = Chart("stages", "bars", "Time by stage", _SECONDS, axis, series, _NOTE)

@@ -1,4 +1,4 @@
-"""What was sent: by direction, round, client and part of the payload; against dense FedIT; and what that takes in time."""
+"""What was sent: by direction, round, client, part of the payload; against dense FedIT; and what it takes in time."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def _rounds(report: Report) -> list[Block]:
 def _clients(report: Report) -> Chart:
     """Up and down by client."""
     held = list(report.totals.by_client.items())
-    rows = [(to_printable(client), *sizes) for client, sizes in held[:MOST_BARS]]
-    rest = held[MOST_BARS:]
+    rows = [(to_printable(client), sizes) for client, sizes in held[:MOST_BARS]]
+    rest = [sizes for _, sizes in held[MOST_BARS:]]
     if rest:
-        rows.append((f"{len(rest):,} others", *(sum(sizes[way] for _, sizes in rest) for way in (0, 1))))
-    names = [name for name, *_ in rows]
+        rows.append((f"{len(rest):,} others", (sum(up for up, _ in rest), sum(down for _, down in rest))))
+    names = [name for name, _ in rows]
     series = [
-        Series(name, [(row[1 + way], place) for place, row in enumerate(rows)], way)
+        Series(name, [(sizes[way], place) for place, (_, sizes) in enumerate(rows)], way)
         for way, name in enumerate(("up, from clients", "down, to clients"))
     ]
     return Chart("bytes-clients", "bars", "Bytes by client", _SIZE, Axis("client", names=names), series)
