@@ -123,8 +123,11 @@ def test_a_page_follows_its_run_and_those_beside_it(browser, tmp_path):
         run.end("failed", "the disk is <b>full</b>")
         reason = tab.wait("document.querySelector('[role=alert]')?.textContent")
         assert "the disk is <b>full</b>" in reason and tab.ask(status) == "failed"
-        WrittenRun(tmp_path / "other", method="fedit").begin().end()
-        assert tab.wait("document.querySelector('.runs a[href=\"/run/other/\"]')?.textContent") == "other"
+        other = WrittenRun(tmp_path / "other", method="fedit").begin()
+        link = "document.querySelector('.runs a[href=\"/run/other/\"]')?.textContent"
+        assert tab.wait(link) == "other" and tab.ask(status) == "1 of 2 running"
+        other.play().end()
+        assert tab.wait(f"{status} === 'all over'") and tab.ask(link) == "other"
         assert tab.ask("window.marked") is True, "the page was never loaded anew"
         assert tab.problems == []
 

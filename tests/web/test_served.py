@@ -162,6 +162,17 @@ def test_data_is_sent_once_and_again_where_a_round_was_played(tmp_path, monkeypa
         assert status == 200 and again != over
 
 
+def test_a_run_whose_process_is_gone_is_not_shown_as_running(tmp_path):
+    run = WrittenRun(tmp_path / "my").begin().play()
+    with served(run.folder) as service:
+        first = json.loads(ask(service.url, "/data.json")[2])
+        run.close()  # as kill -9 does: not a row more, and the lock is free
+        status, _, body = ask(service.url, "/data.json", if_none_match=f'W/"{first["version"]}"')
+        told = json.loads(body)
+    assert status == 200 and (first["state"], told["state"]) == ("running", "over")
+    assert "running" in first["main"] and "ended without a word" in told["main"]
+
+
 def test_runs_of_a_folder_appear_and_go(tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()

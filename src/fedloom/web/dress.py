@@ -73,7 +73,7 @@ def _links(names: Sequence[str], current: str) -> str:
         for url, words, name in shown
     ]
     more = [f"<span>and {len(names) - MOST_LINKS} more</span>"] if len(names) > MOST_LINKS else []
-    return f'<nav class="runs" aria-label="Runs" data-part="runs">{" ".join(links + more)}</nav>'
+    return f'<nav class="runs" aria-label="Runs" data-part="served-runs">{" ".join(links + more)}</nav>'
 
 
 def plain_page(body: str, *, again: bool = False) -> str:
