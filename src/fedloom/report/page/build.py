@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from fedloom.records.ledger import Aggregation, Row
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import human_seconds
 from fedloom.report.measures import TRAINING_LOSS, list_measures
@@ -56,7 +57,7 @@ def _one(run: PageRun, state: PageState, version: str) -> Page:
         heading=method,
         subtitle=f"{facts}, base model {_short_model(report.run.model)}",
         status=_status(run),
-        headlines=_headlines(report),
+        headlines=_headlines(report, run.rows),
     )
 
 
@@ -110,7 +111,7 @@ def _alarm(run: PageRun) -> list[Section]:
     return [Section(ident, "", [Words(f"{ident}-why", text, alarm=True)])]
 
 
-def _headlines(report: Report) -> list[Headline]:
+def _headlines(report: Report, rows: Sequence[Row]) -> list[Headline]:
     """The few numbers that say it all."""
     found: list[Headline] = []
     measures = list_measures([report])
@@ -128,6 +129,9 @@ def _headlines(report: Report) -> list[Headline]:
     found.append(Headline("sent in all", human_bytes(sent), ways))
     if sent and dense:
         found.append(Headline("of dense fp32", f"{100 * sent / dense:.1f} %", f"{dense / sent:.1f} × fewer"))
+    spent = [row.stats["epsilon"] for row in rows if isinstance(row, Aggregation) and "epsilon" in row.stats]
+    if spent:
+        found.append(Headline("ε spent", f"{spent[-1]:.3g}", "as the server accounts for it"))
     end = report.facts.end
     if end is not None and end.seconds:
         found.append(Headline("took", human_seconds(end.seconds), f"{report.turns:,} turns of clients"))
