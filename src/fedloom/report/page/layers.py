@@ -32,7 +32,7 @@ _MAPS = (
     _Map(
         "density",
         "Density",
-        Axis("values sent", "%", low=0, high=100),
+        Axis("values sent", "%", low=0),
         "Share of the values that were sent; the others were left as they are.",
         lambda row: [100 * value for value in row.densities],
     ),
