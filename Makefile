@@ -22,7 +22,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages front front-real base-model data base-wordnet data-docstrings charts clean
+.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages screenshots front front-real base-model data base-wordnet data-docstrings charts clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -31,7 +31,7 @@ demo: $(RUN_READY) ## Train a small federation with real bytes, as it goes on sc
 	$(BIN)/fedloom demo $(ARGS)
 
 test: $(DEV_READY) lint ## Everything that must hold before a change is taken
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -rs --numprocesses $(JOBS) --dist worksteal
 
 lint: $(DEV_READY) ## Style and types
 	$(BIN)/ruff check .
@@ -69,6 +69,9 @@ docs-serve: $(DEV_READY) ## Show the documentation at http://127.0.0.1:8000 whil
 pages: $(DEV_READY) ## Write the pages that come from the code: methods with their pictures, settings
 	$(BIN)/python -m scripts.make_method_pages
 	$(BIN)/python -m scripts.make_settings_page
+
+screenshots: $(DEV_READY) ## Take the pictures of docs/page.md from runs that it plays, with Chromium; leaves docs/pictures
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.make_screenshots $(ARGS)
 
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
 	$(BIN)/python -m experiments front --jobs 2 --out runs/front

@@ -105,13 +105,17 @@ def _read_port(file, process):
 
 
 class Tab:
-    """One page. problems: what it complained of so far: errors and warnings of its console, and what was refused."""
+    """One page. problems: what it complained of so far: errors and warnings of its console, and what was refused.
+
+    patience: seconds for which `wait` waits.
+    """
 
     def __init__(self, line):
         self._line = line
         self._calls = 0
         self._events = []
         self.problems = []
+        self.patience = PATIENCE
 
     def call(self, method, **parameters):
         """One call of the DevTools protocol; its result."""
@@ -142,6 +146,7 @@ class Tab:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=scale, mobile=phone
         )
+        self.call("Emulation.setScrollbarsHidden", hidden=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         motion = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme, motion])
@@ -166,12 +171,12 @@ class Tab:
         return told["result"].get("value")
 
     def wait(self, expression):
-        """The first value of a JavaScript expression that is true."""
-        until = time.monotonic() + PATIENCE
+        """The first value of a JavaScript expression that is true; within `patience` seconds."""
+        until = time.monotonic() + self.patience
         while not (value := self.ask(expression)):
             if time.monotonic() > until:
-                raise TimeoutError(f"not within {PATIENCE:.0f} s: {expression}")
-            time.sleep(0.05)
+                raise TimeoutError(f"not within {self.patience:.0f} s: {expression}")
+            time.sleep(0.1)
         return value
 
     def hover(self, x, y):

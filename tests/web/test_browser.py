@@ -1,4 +1,4 @@
-"""The page in a browser: it is drawn, complains of nothing, can be read with mouse, keys and a phone, and follows a run."""
+"""The page in a browser: drawn without a complaint, read with mouse, keys and a phone, and live."""
 
 import pytest
 from scripts.browser import DESKTOP, PHONE
@@ -99,6 +99,13 @@ def test_nothing_scrolls_sideways_on_a_phone(browser, address, path):
             red, green, blue = tab.ask("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
             assert max(red, green, blue) < 60, "a dark page where the phone is dark"
         assert tab.problems == []
+
+
+def test_a_figure_opens_by_itself_and_is_found_in_the_list(browser, address):
+    with browser.open(f"{address}run/loom/figures/") as tab:
+        tab.go(tab.ask("document.querySelector('a[href$=svg]').href"))
+        assert tab.ask("document.documentElement.tagName") == "svg"
+        assert tab.problems == []  # a style that is refused would be one
 
 
 def test_a_page_follows_its_run_and_those_beside_it(browser, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -123,6 +124,22 @@ def test_a_packed_answer_is_the_same(one):
     assert packed[1].get("content-encoding") == "gzip" and gzip.decompress(packed[2]) == plain[2]
 
 
+def test_figures_are_files_of_three_kinds(one):
+    status, headers, listed = ask(one, "/figures/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    names = re.findall(r'href="([\w-]+)\.png"', listed.decode())
+    assert len(names) >= 6 and f'href="{names[0]}.csv"' in listed.decode()
+    status, headers, picture = ask(one, f"/figures/{names[0]}.png")
+    assert (status, headers["content-type"], picture[:4]) == (200, "image/png", b"\x89PNG")
+    status, headers, drawing = ask(one, f"/figures/{names[0]}.svg")
+    assert headers["content-type"] == "image/svg+xml" and b"<svg" in drawing[:600]
+    assert "script-src" not in headers["content-security-policy"]  # nor anything else that it may load
+    for name in names:
+        status, headers, numbers = ask(one, f"/run/demo/figures/{name}.csv")
+        assert status == 200 and headers["content-type"].startswith("text/csv") and numbers.count(b"\n") >= 2
+        assert ask(one, f"/figures/{name}.csv", if_none_match=headers["etag"])[0] == 304
+
+
 def test_data_is_sent_once_and_again_where_a_round_was_played(tmp_path, monkeypatch):
     run = WrittenRun(tmp_path / "my").begin().play()
     reads = []
@@ -236,13 +253,7 @@ def test_others_may_read_only_where_the_user_says_so(tmp_path):
 def test_the_command_says_its_address_once_it_is_bound_and_ends_in_one_line(tmp_path):
     run = WrittenRun(tmp_path / "my").begin().play().end()
     command = [sys.executable, "-m", "fedloom", "serve", str(run.folder), "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said = process.stdout.readline()
         assert said.startswith("1 run at http://127.0.0.1:") and said.endswith("(Ctrl-C ends it)\n")

@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[str, Callable[[Figure], str | bytes]]] = {
     "csv": ("text/csv; charset=utf-8", Figure.csv),
 }
 """Ending of a figure's file → its type, and what makes it."""
+_DRAWING = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""The policy of a figure that is opened by itself: an SVG has its colours in style attributes, and runs nothing."""
 NO_RUN = "there is no such run here, or not any more; / has those that there are\n"
 NO_FIGURE = "the page has no such figure, or not in such a file\n"
 
@@ -89,7 +91,9 @@ def send_figure(board: Board, request: Request) -> Response:
     figure = next((one for one in list_figures(shown) if one.name == request.path_params["figure"]), None)
     if make is None or figure is None:
         return PlainTextResponse(NO_FIGURE, 404)
-    return _unless_known(request, shown.version, lambda: (make(figure), kind))
+    answer = _unless_known(request, shown.version, lambda: (make(figure), kind))
+    answer.headers["content-security-policy"] = _DRAWING
+    return answer
 
 
 def _name(request: Request) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.errors import CheckpointError
+from fedloom.errors import FedloomError
 from fedloom.records.lock import find_writer
 from fedloom.report.page import Page, RunSet
 from fedloom.web.runs import Runs
@@ -67,7 +67,7 @@ class _View:
             self._set = RunSet(begun)
         try:
             return self._set.read()
-        except CheckpointError as error:
+        except (FedloomError, OSError) as error:
             self._set = RunSet([])  # from the beginning at the next look
             sound = [folder for folder in begun if len(begun) > 1 and _is_sound(folder)]
             return self._read(sound, found) if sound else Waiting(str(error))
@@ -86,7 +86,7 @@ def _is_sound(folder: Path) -> bool:
     """Whether a run can be read. One that cannot says why on its own page, and does not hide the others."""
     try:
         RunSet([folder]).read()
-    except CheckpointError:
+    except (FedloomError, OSError):
         return False
     return True
 

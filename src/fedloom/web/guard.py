@@ -7,6 +7,7 @@ a name of its own that it points at this machine (DNS rebinding): so the Host he
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -80,7 +81,7 @@ def is_address(name: str) -> bool:
 
 def allowed_hosts(host: str) -> tuple[str, ...]:
     """The names for a server that is bound to `host`; "*": any address, where others than this machine may ask."""
-    return LOOPBACK if is_loopback(host) else (*LOOPBACK, host, "*")
+    return LOOPBACK if is_loopback(host) else (*LOOPBACK, host, socket.gethostname(), "*")
 
 
 def is_loopback(host: str) -> bool:
