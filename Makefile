@@ -22,7 +22,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages screenshots front front-real base-model data base-wordnet data-docstrings clean
+.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages screenshots front front-real base-model data base-wordnet data-docstrings charts clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -94,6 +94,9 @@ base-wordnet: $(RUN_READY) ## Pre-train the base model of the real-text testbeds
 
 data-docstrings: $(DEV_READY) ## Write the data of the testbed docstrings from the libraries that are installed
 	$(BIN)/python -m experiments data docstrings
+
+charts: ## Bundle anew what the page of a run draws with, from npm; needs Node
+	scripts/charts/bundle.sh
 
 clean: ## Remove the environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

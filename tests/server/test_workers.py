@@ -33,7 +33,7 @@ SETTINGS = [
     "federation.drop_out=0.2",
     "federation.seed=5",
 ]
-OWN = ("seconds", "time", "settings")
+OWN = ("seconds", "stages", "time", "settings")
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 

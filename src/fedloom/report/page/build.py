@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from fedloom.records.ledger import Aggregation, Row
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import human_seconds
 from fedloom.report.measures import TRAINING_LOSS, list_measures
 from fedloom.report.numbers import MEAN, Report, human_bytes
 from fedloom.report.page.layers import describe_layers
-from fedloom.report.page.learning import describe_front, describe_learning
+from fedloom.report.page.learning import describe_front, describe_learning, find_ends
 from fedloom.report.page.model import Headline, Page, PageState, Section, Words
 from fedloom.report.page.origin import (
     compare_origins,
@@ -19,7 +20,7 @@ from fedloom.report.page.origin import (
     describe_notes,
     describe_origin,
 )
-from fedloom.report.page.run import PageRun, group_runs
+from fedloom.report.page.run import PageRun, Variant, group_runs
 from fedloom.report.page.sites import compare_drift, describe_sites
 from fedloom.report.page.stages import compare_time, describe_time
 from fedloom.report.page.traffic import compare_traffic, describe_traffic
@@ -56,7 +57,7 @@ def _one(run: PageRun, state: PageState, version: str) -> Page:
         heading=method,
         subtitle=f"{facts}, base model {_short_model(report.run.model)}",
         status=_status(run),
-        headlines=_headlines(report),
+        headlines=_headlines(report, run.rows),
     )
 
 
@@ -64,8 +65,8 @@ def _several(runs: Sequence[PageRun], state: PageState, version: str) -> Page:
     variants = group_runs(runs)
     sections = [
         *(section for run in runs for section in _alarm(run)),
-        describe_learning(variants),
         describe_front(variants),
+        describe_learning(variants),
         compare_traffic(variants),
         compare_drift(variants),
         compare_time(variants),
@@ -82,7 +83,25 @@ def _several(runs: Sequence[PageRun], state: PageState, version: str) -> Page:
         heading=f"{what[0].upper()}{what[1:]} side by side" if len(variants) > 1 else what,
         subtitle=f"{len(runs)} runs, {seeds} seed{'s' * (seeds > 1)}",
         status=f"{going} of {len(runs)} running" if going else "all over",
+        headlines=_best(variants),
     )
+
+
+def _best(variants: Sequence[Variant]) -> list[Headline]:
+    """Who ended best, and who sent the fewest bytes for what."""
+    measure, ends = find_ends(variants)
+    if len(ends) < 2:
+        return []
+    unit = " %" if measure.unit == "%" else ""
+    told = [(end, f"{end.mean:.{measure.digits}f}{unit}", human_bytes(end.sent)) for end in ends]
+    top = (max if measure.higher else min)(told, key=lambda one: one[0].mean)
+    least, most = (choose(told, key=lambda one: one[0].sent) for choose in (min, max))
+    name = measure.name if unit else measure.title
+    return [
+        Headline(f"best {name}", top[1], f"{top[0].variant.name}, with {top[2]}"),
+        Headline("fewest bytes", least[2], f"{least[0].variant.name}, {name} {least[1]}"),
+        Headline("most bytes", most[2], f"{most[0].variant.name}, {name} {most[1]}"),
+    ]
 
 
 def _short_model(model: str) -> str:
@@ -110,7 +129,7 @@ def _alarm(run: PageRun) -> list[Section]:
     return [Section(ident, "", [Words(f"{ident}-why", text, alarm=True)])]
 
 
-def _headlines(report: Report) -> list[Headline]:
+def _headlines(report: Report, rows: Sequence[Row]) -> list[Headline]:
     """The few numbers that say it all."""
     found: list[Headline] = []
     measures = list_measures([report])
@@ -128,6 +147,9 @@ def _headlines(report: Report) -> list[Headline]:
     found.append(Headline("sent in all", human_bytes(sent), ways))
     if sent and dense:
         found.append(Headline("of dense fp32", f"{100 * sent / dense:.1f} %", f"{dense / sent:.1f} × fewer"))
+    spent = [row.stats["epsilon"] for row in rows if isinstance(row, Aggregation) and "epsilon" in row.stats]
+    if spent:
+        found.append(Headline("ε spent", f"{spent[-1]:.3g}", "as the server accounts for it"))
     end = report.facts.end
     if end is not None and end.seconds:
         found.append(Headline("took", human_seconds(end.seconds), f"{report.turns:,} turns of clients"))

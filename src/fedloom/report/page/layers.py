@@ -1,16 +1,17 @@
-"""What the server sent of every layer and module: ranks, densities, sizes, kept energy, as maps."""
+"""What the server sent of every layer and module, as maps; and what the method says of itself in numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedloom.records.ledger import Layers, Row
+from fedloom.records.ledger import Aggregation, Layers, Row
 from fedloom.records.text import to_printable
 from fedloom.report.page.charts import Axis, Chart, Number, Series, number
-from fedloom.report.page.model import Block, Section
-from fedloom.report.sampling import sample
+from fedloom.report.page.model import Block, Section, Table
+from fedloom.report.sampling import MOST, sample
 
 MOST_LAYERS, MOST_KINDS = 96, 24
 """Rows and columns of a map."""
@@ -31,7 +32,7 @@ _MAPS = (
     _Map(
         "density",
         "Density",
-        Axis("values sent", "%", low=0, high=100),
+        Axis("values sent", "%", low=0),
         "Share of the values that were sent; the others were left as they are.",
         lambda row: [100 * value for value in row.densities],
     ),
@@ -48,9 +49,9 @@ _MAPS = (
 
 def describe_layers(rows: Sequence[Row]) -> Section | None:
     """Maps of the last round that was told of, and what became of them over the rounds."""
-    told = [row for row in rows if isinstance(row, Layers)]
+    told, own = [row for row in rows if isinstance(row, Layers)], _numbers(rows)
     if not told:
-        return None
+        return Section("layers", "The method", own) if own else None
     last, charts = told[-1], list[Block]()
     for one in _MAPS:
         values = one.read(last)
@@ -58,7 +59,23 @@ def describe_layers(rows: Sequence[Row]) -> Section | None:
             charts.append(_draw_map(one, last, values))
     charts += [chart for one in _MAPS for chart in _course(one, told)]
     lead = f"What the server sent after round {last.round}, by layer and module."
-    return Section("layers", "Layers", charts, lead)
+    return Section("layers", "Layers", [*charts, *own], lead)
+
+
+def _numbers(rows: Sequence[Row]) -> list[Block]:
+    """The method's own numbers: at first, at last, and their ends."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if isinstance(row, Aggregation):
+            for name, value in row.stats.items():
+                if math.isfinite(value):
+                    found.setdefault(name, []).append(value)
+    lines = [
+        (name, *(f"{value:.4g}" for value in (held[0], held[-1], min(held), max(held))))
+        for name, held in list(found.items())[:MOST]
+    ]
+    head = ("number", "first", "last", "least", "most")
+    return [Table("numbers", "What the method says of itself", head, lines)] if lines else []
 
 
 def place_module(module: str) -> tuple[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedloom.records.text import to_printable
 from fedloom.report.curves import Stretch, over_seeds, points_of, shown_value
 from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_measures, list_pictured
-from fedloom.report.numbers import MEAN, Report, human_bytes, interval
+from fedloom.report.numbers import MEAN, Report, interval
 from fedloom.report.page.charts import Axis, Chart, Series, Style, Unit, number
 from fedloom.report.page.model import Block, Section, Table
 from fedloom.report.page.run import Variant
@@ -120,22 +121,41 @@ def _ends(variants: Sequence[Variant]) -> Table | None:
     return Table("scores", "Where the runs ended", list(rows[0]), [list(row.values()) for row in rows])
 
 
-def describe_front(variants: Sequence[Variant]) -> Section:
-    """Score against bytes: who is better for fewer."""
-    measures = list_pictured([report for variant in variants for report in variant.reports]) or [TRAINING_LOSS]
-    lead = measures[0]
-    ends: list[tuple[Variant, float, float, float]] = []
+@dataclass(frozen=True, eq=False, slots=True)
+class End:
+    """Where a variant ended: mean and half the interval of the leading measure, as it is shown; bytes of a run."""
+
+    variant: Variant
+    sent: float
+    mean: float
+    half: float
+
+
+def find_ends(variants: Sequence[Variant]) -> tuple[Measure, list[End]]:
+    """The leading measure, and where each variant ended in it; without those that have not sent or scored anything."""
+    lead = (list_pictured([report for variant in variants for report in variant.reports]) or [TRAINING_LOSS])[0]
+    ends: list[End] = []
     for variant in variants:
         sent = sum(report.totals.bytes for report in variant.reports) / len(variant.runs)
         values = [shown_value(points[-1], lead, MEAN) for r in variant.reports if (points := points_of(r, lead))]
         if sent and values and all(map(math.isfinite, values)):
-            ends.append((variant, sent, *interval(values)))
-    best = find_front([(sent, mean if lead.higher else -mean) for _, sent, mean, _ in ends])
+            ends.append(End(variant, sent, *interval(values)))
+    return lead, ends
+
+
+def describe_front(variants: Sequence[Variant]) -> Section:
+    """Score against bytes: who is better for fewer."""
+    lead, ends = find_ends(variants)
+    best = find_front([(end.sent, end.mean if lead.higher else -end.mean) for end in ends])
     dots = [
-        Series(v.name, [(sent, number(mean), number(mean - half), number(mean + half))], v.slot)
-        for v, sent, mean, half in ends
+        Series(
+            end.variant.name,
+            [(end.sent, number(end.mean), number(end.mean - end.half), number(end.mean + end.half))],
+            end.variant.slot,
+        )
+        for end in ends
     ]
-    steps = sorted((ends[place][1], number(ends[place][2])) for place in best)
+    steps = sorted((ends[place].sent, number(ends[place].mean)) for place in best)
     front = Series("nobody is better for fewer bytes", steps, -1, "thin")
     unit: Unit = "%" if lead.unit == "%" else ""
     chart = Chart(
@@ -148,8 +168,7 @@ def describe_front(variants: Sequence[Variant]) -> Section:
         f"{'Up' if lead.higher else 'Down'} and to the left is better. The thin line joins the runs that no other "
         "beats in both; bars are 95 % intervals over seeds.",
     )
-    dense = [f"{human_bytes(sent)} by {v.name}" for v, sent, _, _ in sorted(ends, key=lambda end: end[1])[:1]]
-    return Section("front", "Score against bytes", [chart], f"The fewest bytes: {dense[0]}." if dense else "")
+    return Section("front", "Score against bytes", [chart] if ends else [])
 
 
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:

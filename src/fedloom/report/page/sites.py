@@ -136,6 +136,8 @@ def attend(rows: Sequence[Row]) -> dict[int, dict[str, str]]:
     for row in rows:
         states = found.setdefault(getattr(row, "round", 0), {})
         if isinstance(row, Transfer) and not (row.delivery or row.undone or row.round in closed or row.round < 1):
+            if row.kind.startswith("sum:"):  # talk beside an update: it asks for none and is none
+                continue
             if row.direction == "up":
                 states[row.client] = "answered"
             else:

@@ -67,13 +67,17 @@
   function valueAxis(axis, values, ink, extra) {
     const known = finite(values), most = Math.max(...known, 0), unit = unitOf(axis, most);
     // A logarithm tells nothing where all is of one size.
-    const log = axis.log && known.length > 0 && Math.min(...known) > 0 && most / Math.min(...known) >= 10;
+    const least = Math.min(...known), log = axis.log && known.length > 0 && least > 0 && most / least >= 10;
+    // Powers of 2, 4 or 32 of a byte are round numbers of KiB, MiB and GiB: each mark has a unit of its own.
+    const own = log && axis.unit === "bytes";
+    if (own) Object.assign(unit, { by: 1, name: "" });
     const shown = {
       type: log ? "log" : "value", name: titled(axis, unit), nameLocation: "middle", scale: axis.low === null,
       axisLine: { lineStyle: { color: ink.line } }, axisTick: { show: false },
       splitLine: { lineStyle: { color: ink.grid } }, nameTextStyle: { color: ink.soft, fontSize: 12 },
-      axisLabel: { color: ink.soft, fontSize: 11, hideOverlap: true, formatter: (value) => plain(value) }, ...extra,
+      axisLabel: { color: ink.soft, fontSize: 11, hideOverlap: true, formatter: (value) => (own ? show(value, axis).replace(/\.0+ /, " ") : plain(value)) }, ...extra,
     };
+    if (own) shown.logBase = most / least < 40 ? 2 : most / least < 5000 ? 4 : 32;
     if (axis.low !== null && !log) shown.min = axis.low / unit.by;
     if (axis.high !== null) shown.max = axis.high / unit.by;
     if (axis.whole) shown.minInterval = 1;
@@ -176,6 +180,8 @@
     const seen = chart.series.filter((one) => !hidden.has(one.name)), points = seen.flatMap((one) => one.points);
     const x = valueAxis(chart.x, points.map((p) => p[0]), ink, { nameGap: 26, splitLine: { lineStyle: { color: ink.grid } } });
     const y = valueAxis(chart.y, points.flatMap((p) => p.slice(1)), ink, { nameGap: 42, axisLine: { show: false } });
+    // Names stand on the side that has more room, clear of the bars of their intervals.
+    const places = seen.filter((one) => one.slot >= 0).sort((a, b) => a.points[0][0] - b.points[0][0]);
     const series = seen.flatMap((one) => {
       const own = one.points.map((p) => [p[0] / x.by, p[1] / y.by]);
       if (one.slot < 0) return [{ type: "line", step: false, name: one.name, data: own, symbol: "none", silent: true, color: ink.soft, lineStyle: { width: 1, type: [4, 4] }, z: 1, tooltip: { show: false } }];
@@ -185,8 +191,8 @@
         renderItem: (params, api) => { const [px, low] = api.coord([api.value(0), api.value(1)]), high = api.coord([api.value(0), api.value(2)])[1]; return { type: "line", shape: { x1: px, y1: low, x2: px, y2: high }, style: { stroke: colour(one.slot, ink), lineWidth: 1.5, opacity: 0.6 } }; },
       };
       const dots = {
-        type: "scatter", name: one.name, data: own, color: colour(one.slot, ink), symbol: SYMBOLS[one.slot % 4], symbolSize: 12, z: 5,
-        label: { show: true, formatter: () => (one.name.length > 28 ? `${one.name.slice(0, 27)}…` : one.name), position: "top", color: ink.ink, fontSize: 11, distance: 7 }, labelLayout: { hideOverlap: true }, emphasis: { scale: 1.25 },
+        type: "scatter", name: one.name, data: own, color: colour(one.slot, ink), symbol: SYMBOLS[one.slot % 4], symbolSize: 12, z: 5, itemStyle: { opacity: 1 },
+        label: { show: true, formatter: () => (one.name.length > 28 ? `${one.name.slice(0, 27)}…` : one.name), position: places.indexOf(one) >= places.length / 2 ? "left" : "right", color: ink.ink, fontSize: 12, distance: 8 }, labelLayout: { hideOverlap: true }, emphasis: { scale: 1.25 },
       };
       return [bars, dots];
     });
