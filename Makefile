@@ -22,7 +22,7 @@ RUN_READY := $(VENV)/ready-to-run
 DEV_READY := $(VENV)/ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages front front-real base-model data base-wordnet data-docstrings clean
+.PHONY: help demo test lint format check-slow check-gpu bench-round soak soak-processes docs docs-serve pages screenshots front front-real base-model data base-wordnet data-docstrings charts clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -31,7 +31,7 @@ demo: $(RUN_READY) ## Train a small federation with real bytes, as it goes on sc
 	$(BIN)/fedloom demo $(ARGS)
 
 test: $(DEV_READY) lint ## Everything that must hold before a change is taken
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -rs --numprocesses $(JOBS) --dist worksteal
 
 lint: $(DEV_READY) ## Style and types
 	$(BIN)/ruff check .
@@ -70,6 +70,9 @@ pages: $(DEV_READY) ## Write the pages that come from the code: methods with the
 	$(BIN)/python -m scripts.make_method_pages
 	$(BIN)/python -m scripts.make_settings_page
 
+screenshots: $(DEV_READY) ## Take the pictures of docs/page.md from runs that it plays, with Chromium; leaves docs/pictures
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.make_screenshots $(ARGS)
+
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
 	$(BIN)/python -m experiments front --jobs 2 --out runs/front
 	cp runs/front/front.png runs/front/front.csv docs/
@@ -91,6 +94,9 @@ base-wordnet: $(RUN_READY) ## Pre-train the base model of the real-text testbeds
 
 data-docstrings: $(DEV_READY) ## Write the data of the testbed docstrings from the libraries that are installed
 	$(BIN)/python -m experiments data docstrings
+
+charts: ## Bundle anew what the page of a run draws with, from npm; needs Node
+	scripts/charts/bundle.sh
 
 clean: ## Remove the environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

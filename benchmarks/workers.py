@@ -25,7 +25,7 @@ from fedloom.records.config import Config
 from fedloom.records.events import Silent
 from fedloom.server.local import run_local
 
-SECONDS = ("seconds", "time", "settings")
+SECONDS = ("seconds", "stages", "time", "settings")
 """Fields of ledger rows in which two runs of the same bits may differ."""
 
 

@@ -31,4 +31,3 @@ def libraries_set_aside() -> Iterator[None]:
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs whose curve nobody looks at: drawing it takes longer than their rounds. tests/report looks at curves."""
     monkeypatch.setattr("fedloom.report.figure.draw_curve", lambda *arguments: None)
-    monkeypatch.setattr("fedloom.report.page.draw_svg", lambda report: "")

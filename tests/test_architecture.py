@@ -32,6 +32,8 @@ DOORS = {
     "typer": {"cli"},
     "datasets": {"model/sources.py"},
     "re2": {"adapters/patterns.py"},
+    "starlette": {"web/"},
+    "uvicorn": {"web/serving.py"},
 }
 """Library → the only files that may import it."""
 

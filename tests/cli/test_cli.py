@@ -122,6 +122,49 @@ def test_init_writes_a_file_that_loads_to_the_defaults(call, tmp_path, monkeypat
     assert "fedloom.toml exists already" in err
 
 
+def test_init_fills_in_what_it_is_told(call, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows").mkdir()
+    for name in ("rows/bank.jsonl", "rows/my lab.jsonl.gz", "test.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    both = ("--data", "rows/bank.jsonl", "--data", "rows/my lab.jsonl.gz")
+    code, out, _ = call("init", "a.toml", "--model", "model", *both, "--heldout", "test.jsonl")
+    assert (code, out) == (0, "wrote a.toml; next: fedloom preview a.toml\n")
+    config = load_config(tmp_path / "a.toml")
+    assert (config.model.path, config.data.heldout) == (str(tmp_path / "model"), str(tmp_path / "test.jsonl"))
+    found = {name: [one.source for one in sources] for name, sources in config.data.sources.items()}
+    assert found == {
+        "bank": [str(tmp_path / "rows" / "bank.jsonl")],
+        "my lab": [str(tmp_path / "rows" / "my lab.jsonl.gz")],
+    }
+    # From another folder, and with names of the Hub, which stay as they are.
+    assert call("init", "rows/b.toml", "--model", "owner/name-1.5B", "--data", "rows")[0] == 0
+    config = load_config(tmp_path / "rows" / "b.toml")
+    assert (config.model.path, config.data.source) == ("owner/name-1.5B", str(tmp_path / "rows"))
+    assert call("init", "c.toml", "--data", "test.jsonl", "--heldout", "validation")[0] == 0
+    config = load_config(tmp_path / "c.toml")
+    assert (config.data.partitioner, config.federation.num_clients, config.data.heldout) == ("iid", 2, "validation")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "nowhere"), "--model nowhere: no such file or folder, and no name on the Hub"),
+        (("--data", "rows/lap.jsonl"), "--data rows/lap.jsonl: no such file or folder"),
+        (("--data", "rows/lab.jsonl", "--data", "more/lab.csv"), "would be sites of the same name"),
+    ],
+)
+def test_init_writes_nothing_where_something_is_missing(call, tmp_path, monkeypatch, words, said):
+    for name in ("rows/lab.jsonl", "more/lab.csv"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("init", "a.toml", *words)
+    assert code == 2 and said in " ".join(err.split())
+    assert not (tmp_path / "a.toml").exists()
+
+
 def test_a_run_prints_one_plain_line_a_round_and_closes_with_tables(call, engine, tmp_path):
     code, out, err = call("run", settings_file(tmp_path), "--set", "lora.r=4")
     assert (code, err) == (0, "")

@@ -19,7 +19,10 @@ NOT_OPERATORS = {
     "merge",
     "methods",
     "options",
+    "init",
     "preview",
+    "report",
+    "serve",
     "studies",
 }
 """Files of cli that read adapters or play studies: nobody needs them to run a federation."""
@@ -42,10 +45,6 @@ CHECKED = {"fail", "warn"}
 """What makes a line of the doctor: name, what was found, what to do."""
 EXPLAIN = {"flower"}
 """Rooms whose functions give back reasons."""
-ELSEWHERE = {
-    "cli/main.py: … exists already; give another name: fedloom init other.toml",  # `fedloom init`, no federation
-}
-"""Messages of no federation."""
 
 
 def words(node: ast.expr) -> str:
@@ -100,7 +99,7 @@ def messages() -> dict[str, str]:
         explains = path.parent.name in EXPLAIN
         for text in texts(ast.parse(path.read_text(encoding="utf-8")), explains):
             plain = " ".join(text.replace("`", "").split())
-            if len(re.findall(r"[\w'-]+", plain)) > 2 and f"{path.relative_to(SOURCE)}: {plain}" not in ELSEWHERE:
+            if len(re.findall(r"[\w'-]+", plain)) > 2:
                 found.setdefault(plain, str(path.relative_to(SOURCE)))
     return found
 

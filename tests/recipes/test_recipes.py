@@ -20,7 +20,7 @@ from fedloom.adapters.config import read_config
 from fedloom.cli import main as cli
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Training, read_rows
-from fedloom.report import figure, page
+from fedloom.report import figure
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ROWS = {
@@ -89,7 +89,6 @@ def test_a_recipe_runs_on_rows_as_the_hub_has_them(
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     monkeypatch.setattr(figure, "save_figure", lambda *given: None)  # pictures take a third of the time
-    monkeypatch.setattr(page, "draw_svg", lambda report: "")
     config, out = load_config(recipe), tmp_path / "run"
     sets = [*SHORT, *FEW[config.method.name], f"model.path={models[config.model.path]}"]
     told = CliRunner().invoke(cli.app, ["run", str(recipe), "--out", str(out), *(f"--set={one}" for one in sets)])

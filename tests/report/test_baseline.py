@@ -17,10 +17,10 @@ from fedloom.records.ledger import Aggregation, ModuleGroup, RunRow, Training, T
 from fedloom.report import summarise
 from fedloom.report.baseline import DenseRun, group_modules, play_ledger
 from fedloom.report.numbers import common_rank
-from fedloom.report.page import page
 from fedloom.report.tables import comparison_rows, cost_sentence, traffic_table
 from fedloom.wire import describe
 from fedloom.workspace import folder
+from page_reading import page_text
 from toy import SHAPES, initial
 from toy_run import ToySetup, simulation, toy_setup
 
@@ -183,14 +183,15 @@ def test_the_delivery_has_a_column_of_its_own(tmp_path):
     assert head[-9:] == ["up", "/", "turn", "down", "/", "turn", "delivery", "in", "all"] or "delivery" in head
     assert every[:2] == ["all", "3"] and every[4:6] == ["0", "B"], "nothing came down before the turns of round 1"
     assert len(report.delivered) == 150
-    assert "<th>delivery</th>" in page(report)
+    assert "<th scope=col>delivery</th>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_clients_own_data_stand_beside():
     run = RunRow("fedit", "m", ("a", "b"), 1, 100, 0, {}, (ModuleGroup(100, 1),), None, {"a": 1024, "b": 3072}, "xz")
-    report = summarise([run, Transfer(1, "a", "up", "update", 2048)])
+    rows = [run, Transfer(1, "a", "up", "update", 2048)]
+    report = summarise(rows)
     assert "That is 0.5 times the clients' own data: 4.0 KiB by xz, 2.0 KiB a client." in cost_sentence(report)
-    assert "the clients&#x27; own data 4.0 KiB by xz" in page(report)
+    assert "the clients&#x27; own data 4.0 KiB by xz" in page_text(rows)
 
 
 def test_modules_are_grouped_by_who_trains_them():

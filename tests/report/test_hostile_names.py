@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,10 @@ from fedloom.records.events import RunFacts
 from fedloom.records.ledger import (
     Aggregation,
     Evaluation,
+    Layers,
     Ledger,
     Note,
+    Presence,
     Roll,
     Row,
     RunRow,
@@ -40,7 +41,7 @@ from fedloom.records.serverlog import ServerLog
 from fedloom.report import figure, summarise, write_report
 from fedloom.report.live import LineView, LiveView
 from fedloom.report.metrics import prometheus_text
-from fedloom.report.page import page
+from fedloom.report.page import list_figures, page_of, write_html, write_update
 from fedloom.report.standing import judge_standing
 from fedloom.report.status import render_rows
 from fedloom.report.tables import closing_tables, comparison_rows, comparison_table, to_markdown
@@ -49,6 +50,7 @@ from fedloom.studies import compare
 from fedloom.wire import Message, encode
 from fedloom.workspace.folder import RunFolder
 from hostile import NAMES, WHOLE, is_tame
+from page_reading import Reading
 from wire_samples import HEADER, dense
 
 SLOW = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
@@ -64,7 +66,12 @@ def rows(name: str, text: str) -> list[Row]:
         ledger.append(Roll(round, (name,), {"bob": text}, {"bob": text}, 2))
         ledger.append(Aggregation(round, {name: 1.0}, 0.1))
         ledger.append(Evaluation(round, name, 0.4, 1.0))
-    return [*ledger, Note(2, text)]
+    ledger.append(Presence(2, (name,), {"bob": text}))
+    ledger.append(Layers(2, (name, f"{name}.1"), (4, 4), (0.5, 1.0), (1.0, 2.0)))
+    return [*ledger, Note(2, text, "refused")]
+
+
+PLAIN = rows("ada", "away")
 
 
 def screened(shown: RenderableType) -> str:
@@ -123,7 +130,9 @@ def test_a_name_is_drawn_as_it_is_written(name: str):
     report, held = summarise(rows(name, name)), io.BytesIO()
     figure.draw_curve(report, held)
     assert held.getvalue().startswith(b"\x89PNG")
-    drawn = figure.draw_svg(report)
+    drawing = io.BytesIO()
+    figure.draw_curve(report, drawing, form="svg")
+    drawn = drawing.getvalue().decode()
     assert "<script" not in drawn and "onerror" not in re.sub(r"<!--.*?-->", "", drawn, flags=re.S)
 
 
@@ -146,29 +155,34 @@ def test_a_name_with_an_underscore_has_its_place_in_the_legend():
     assert not figure.legend_label("_x").startswith("_")
 
 
-class Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.keys: set[str] = set()
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.keys |= {key for key, _ in attributes}
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
 @settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(WHOLE, WHOLE)
 def test_no_name_is_code_for_a_browser(name: str, text: str):
-    parsed = Tags()
-    parsed.feed(page(summarise(rows(name, text))))
-    assert not {"script", "img", "iframe", "a", "link", "foreignobject"} & parsed.tags
+    """Not in the page, not in the data that its script reads, and not in what a live page is sent."""
+    held = rows(name, text)
+    page = page_of(Path("runs") / "x", summarise(held), held)
+    parsed, plain = Reading(write_html(page)), Reading(write_html(page_of(Path("runs/x"), summarise(PLAIN), PLAIN)))
+    assert parsed.tags.count("script") == plain.tags.count("script") == 4
+    code = [script for kind, script in parsed.scripts if not kind]
+    assert code == [script for kind, script in plain.scripts if not kind], "no script but those of the package"
+    assert not {"img", "iframe", "foreignobject"} & set(parsed.tags) and parsed.tags.count("link") == 1
+    assert all(link.startswith(("#", "data:image/svg+xml,%3Csvg")) for link in parsed.links)
     assert not [key for key in parsed.keys if key.startswith("on")]
-    assert is_tame("".join(parsed.text))
+    assert is_tame(parsed.text)
+    (data,) = (script for kind, script in parsed.scripts if kind == "application/json")
+    assert "<" not in data and json.loads(data)["charts"]
+    update = Reading(json.loads(write_update(page))["main"])
+    assert not {"script", "img", "iframe", "link"} & set(update.tags) and is_tame(update.text)
+
+
+@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@given(WHOLE)
+def test_every_figure_takes_any_name(name: str):
+    held = rows(name, name)
+    for one in list_figures(page_of(Path("runs/x"), summarise(held), held)):
+        for line in csv.reader(io.StringIO(one.csv())):
+            assert all(is_tame(cell) and not cell.startswith(("=", "@")) for cell in line)
+        assert re.fullmatch(r"[a-z0-9-]+", one.name), "it names files"
 
 
 @given(WHOLE)

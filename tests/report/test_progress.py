@@ -26,12 +26,12 @@ from fedloom.records.ledger import (
 from fedloom.records.lock import Writer
 from fedloom.records.session import End
 from fedloom.report.answers import Answers, count_answers
-from fedloom.report.figure import _points_of
+from fedloom.report.curves import points_of
 from fedloom.report.live import EventKeeper
 from fedloom.report.measures import TRAINING_LOSS, order_measures
 from fedloom.report.metrics import MOST_SITES, prometheus_text
 from fedloom.report.numbers import summarise
-from fedloom.report.page import page
+from fedloom.report.page import page_of, write_update
 from fedloom.report.progress import Progress
 from fedloom.report.sampling import MOST, sample
 from fedloom.report.standing import judge_progress
@@ -150,12 +150,14 @@ def test_long_runs_are_sampled_on_the_page():
     for round in range(1, 1001):
         rows += [Transfer(round, "ada", "up", "update", 300), Training(round, "ada", 0.5, 1, 1), Note(round, "n")]
         rows.append(Aggregation(round))
-    report = summarise([*rows, End(1000, "finished", "", 1.0)])
-    text = page(report)
-    assert len(text) < 2 * len(page(summarise(rows[: 4 * MOST + 1]))), "five times as many rounds"
+    rows.append(End(1000, "finished", "", 1.0))
+    report = summarise(rows)
+    text = write_update(page_of(Path("runs/x"), report, rows))
+    few = rows[: 4 * MOST + 1]
+    assert len(text) < 1.2 * len(write_update(page_of(Path("runs/x"), summarise(few), few))), "a fifth of the rounds"
     for words in ("rounds are shown, at even", "notes are shown, the newest", "points of a line are shown"):
         assert f"{MOST} of 1,000 {words}" in text
-    assert len(sample(_points_of(report, TRAINING_LOSS))) == MOST
+    assert len(sample(points_of(report, TRAINING_LOSS))) == MOST
     assert sample(range(1001))[0] == 0 and sample(range(1001))[-1] == 1000 and sample(range(MOST)) == range(MOST)
 
 

@@ -33,7 +33,7 @@ SETTINGS = [
     "federation.drop_out=0.2",
     "federation.seed=5",
 ]
-OWN = ("seconds", "time", "settings")
+OWN = ("seconds", "stages", "time", "settings")
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
@@ -84,7 +84,6 @@ def alone(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, one client after another."""
     patch = pytest.MonkeyPatch()
     patch.setattr("fedloom.report.figure.draw_curve", lambda *arguments: None)
-    patch.setattr("fedloom.report.page.draw_svg", lambda report: "")
     out = tmp_path_factory.mktemp("alone") / "run"
     local.run_local(config, out)
     patch.undo()

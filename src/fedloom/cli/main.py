@@ -23,9 +23,12 @@ from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
+from fedloom.cli.init import init
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
 from fedloom.cli.preview import preview
+from fedloom.cli.report import report
+from fedloom.cli.serve import serve
 from fedloom.cli.site import app as site
 from fedloom.cli.studies import compare, estimate, tune
 from fedloom.cli.submission import Command, stop_run, submit_run
@@ -225,18 +228,7 @@ def status(
         raise typer.Exit(1)
 
 
-@app.command()
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fedloom.toml")) -> None:
-    """Write a settings file with every key, its meaning and its default."""
-    from fedloom.records.configfile import settings_template
-
-    if path.exists():
-        raise ConfigError(f"{path} exists already; give another name: fedloom init other.toml")
-    path.write_text(settings_template(), encoding="utf-8")
-    screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
-
-
-for command in (aggregate, preview, estimate, compare, tune, evaluate):
+for command in (init, aggregate, preview, estimate, compare, tune, evaluate, report, serve):
     app.command()(command)
 
 

@@ -76,6 +76,7 @@ def compare(
     from fedloom.records.configfile import load_config
     from fedloom.report import figure
     from fedloom.report import tables as table
+    from fedloom.report.page import RunSet, write_html
     from fedloom.studies import compare
 
     folder = testbed_folder()
@@ -85,11 +86,15 @@ def compare(
     play_all(made, jobs)
     groups = compare.read_reports(made)
     figure.draw_comparison(groups, out / "compare.png")
+    page = RunSet([trial.folder for trial in made]).read()
+    (out / "compare.html").write_text(write_html(page), encoding="utf-8")
     rows = table.comparison_rows(groups)
     (out / "compare.md").write_text(table.to_markdown(rows), encoding="utf-8")
     (out / "compare.csv").write_text(table.to_csv(rows), encoding="utf-8")
     screen.print(table.comparison_tables(groups, width=screen.width))
-    screen.print(f"in {out}: compare.md, compare.csv, compare.png", markup=False, highlight=False, soft_wrap=True)
+    screen.print(
+        f"in {out}: compare.html, compare.md, compare.csv, compare.png", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def tune(

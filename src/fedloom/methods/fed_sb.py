@@ -133,9 +133,10 @@ def first_components(keep: Keep, state: State, updates: Iterable[Update], contex
     sums = product_sums(updates, state.adapter)
     ranks = state.adapter.ranks() if keep == "leading" else dict.fromkeys(sums)
     cuts = {module: total.truncate(rank=ranks[module]) for module, total in sums.items()}
+    kept = {module: 1.0 - cut.lost_energy for module, cut in cuts.items()}
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
     increments = LoraState({module: cut.pair for module, cut in cuts.items()})
-    return Aggregate(dense_entries(increments, context, FROZEN), {}, {"max_lost_energy": lost})
+    return Aggregate(dense_entries(increments, context, FROZEN), {}, {"max_lost_energy": lost}, kept)
 
 
 def take_up(core: Core, state: State, entries: Entries, context: Context) -> State:

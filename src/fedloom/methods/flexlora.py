@@ -43,8 +43,9 @@ def best_approximation(state: State, updates: Iterable[Update], context: Context
     sums = product_sums(updates, state.adapter, capped=True)
     cuts = {module: total.truncate(rank=state.adapter[module].rank) for module, total in sums.items()}
     lead = LoraState({module: balance_factors(cut.pair) for module, cut in cuts.items()})
+    kept = {module: 1.0 - cut.lost_energy for module, cut in cuts.items()}
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
-    return Aggregate(dense_entries(lead, context), {}, {"max_lost_energy": lost})
+    return Aggregate(dense_entries(lead, context), {}, {"max_lost_energy": lost}, kept)
 
 
 def balance_factors(pair: LoraPair) -> LoraPair:

@@ -111,10 +111,11 @@ def leading_components(
     }[client_init]
     ranks = [cut.pair.rank for cut in cuts.values()]
     lost = max((cut.lost_energy for cut in cuts.values()), default=0.0)
+    kept = {module: 1.0 - cut.lost_energy for module, cut in cuts.items()}
     stats = {"mean_rank": sum(ranks) / max(len(ranks), 1), "max_lost_energy": lost}
     if verdict is None:
-        return Aggregate(broadcast, {}, stats)
-    return Aggregate(broadcast, {**state.memory, **remember_adapter(state, verdict)}, {**stats, **verdict.stats})
+        return Aggregate(broadcast, {}, stats, kept)
+    return Aggregate(broadcast, {**state.memory, **remember_adapter(state, verdict)}, {**stats, **verdict.stats}, kept)
 
 
 def damp(whole: LoraPair, held: LoraPair, gain: float) -> ProductSum:

@@ -102,11 +102,13 @@ class Aggregate:
     """The outcome of a round on the server: what to broadcast, the server's new memory, numbers worth recording.
 
     Where modules are aggregated in groups, the largest counts of stats called max_…, of others the mean over modules.
+    kept: module → the share of the energy ‖ΔW‖² of the clients' sum that the broadcast keeps, where the method cuts it.
     """
 
     entries: Entries
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
+    kept: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,14 +164,22 @@ def dump_file(config: Config) -> str:
     return tomli_w.dumps(tree)
 
 
-def settings_template() -> str:
-    """A commented file with every key and its default, for `fedloom init`."""
+def settings_template(chosen: Mapping[str, object] | None = None) -> str:
+    """A commented file with every key and its default, for `fedloom init`.
+
+    chosen: "section.key" → what it is to be instead of its default; None takes the key out.
+    """
+    chosen = chosen or {}
     parts = ["# Settings of a fedloom run: every key with its default. Delete what you do not change."]
     for name, section in _sections().items():
         parts.append(f"\n[{name}]")
         for key, field in section.model_fields.items():
             parts += ["# " + line for line in textwrap.wrap(field.description or "", 100)]
-            parts.append(_line(key, field))
+            line = _line(key, field)
+            if f"{name}.{key}" in chosen:
+                value = chosen[f"{name}.{key}"]
+                line = f"# {line}" if value is None else f"{key} = {_toml(value)}"
+            parts.append(line)
     parts.append(
         "\n# What one client has otherwise than [lora] and [training] say:\n# [clients.NAME]\n# r = 8\n"
         "# lora_alpha = 16.0\n# learning_rate = 0.0001\n"
@@ -191,13 +200,20 @@ def _sections() -> dict[str, type[BaseModel]]:
 def _line(key: str, field: FieldInfo) -> str:
     unset = field.default is None
     value = (field.examples or [""])[0] if unset else field.default
-    text = _inline(value) if isinstance(value, Mapping) else json.dumps(value, ensure_ascii=False)
-    return f"{'# ' if unset else ''}{key} = {text}"
+    return f"{'# ' if unset else ''}{key} = {_toml(value)}"
 
 
-def _inline(table: Mapping[str, object]) -> str:
-    inside = ", ".join(f"{key} = {json.dumps(held, ensure_ascii=False)}" for key, held in table.items())
+def _toml(value: object) -> str:
+    """A value as TOML has it, in one line."""
+    if not isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    inside = ", ".join(f"{_key_text(key)} = {json.dumps(held, ensure_ascii=False)}" for key, held in value.items())
     return f"{{ {inside} }}" if inside else "{}"
+
+
+def _key_text(key: str) -> str:
+    """A key as TOML has it: bare where it may be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 UNSUPPORTED: Mapping[str, str] = {

@@ -97,7 +97,11 @@ class Relay:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One client's local training: mean loss, optimiser steps, examples it holds."""
+    """One client's local training: mean loss, optimiser steps, examples it holds.
+
+    seconds: of the training alone; stages: what the rest of its turn took ("decode", "compress", "encode" → seconds),
+    where that is known.
+    """
 
     __pydantic_config__ = FORBID
     row: Literal["training"] = field(default="training", kw_only=True)
@@ -107,6 +111,7 @@ class Training:
     steps: int
     examples: int
     seconds: Number = 0.0
+    stages: Mapping[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +167,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """The server's part of a round, with the method's own numbers. version: of the state that it led to."""
+    """The server's part of a round, with the method's own numbers. version: of the state that it led to.
+
+    stages: what its seconds were spent on ("decode", "aggregate", "encode"). norms: client → √Σ v² of the values of its
+    update, of those that were averaged. agreement: cosine between a client's update and the mean of all, on the mean
+    over clients, taken on some of the modules: 1 where all change the same, about 1/√n where n have nothing in common.
+    All of these are missing in older ledgers.
+    """
 
     __pydantic_config__ = FORBID
     row: Literal["aggregation"] = field(default="aggregation", kw_only=True)
@@ -170,6 +181,28 @@ class Aggregation:
     stats: Mapping[str, Number] = field(default_factory=dict)
     seconds: Number = 0.0
     version: int | None = None
+    stages: Mapping[str, Number] = field(default_factory=dict)
+    norms: Mapping[str, Number] = field(default_factory=dict)
+    agreement: Number | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What the server sent of every module in one round, in the order of `modules`.
+
+    ranks: of what was sent; densities: the share of its values that was not left out; norms: √Σ v² of it; kept: the
+    share of the energy ‖ΔW‖² of the clients' sum that the method kept, empty where the method does not say. Such a row
+    is written in some rounds of a long run, see `rounds.facts`.
+    """
+
+    __pydantic_config__ = FORBID
+    row: Literal["layers"] = field(default="layers", kw_only=True)
+    round: int
+    modules: Annotated[tuple[str, ...], Field(strict=False)]
+    ranks: Annotated[tuple[int, ...], Field(strict=False)]
+    densities: Annotated[tuple[Number, ...], Field(strict=False)]
+    norms: Annotated[tuple[Number, ...], Field(strict=False)]
+    kept: Annotated[tuple[Number, ...], Field(strict=False)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +259,7 @@ Row: TypeAlias = (
     | Evaluation
     | Validation
     | Aggregation
+    | Layers
     | Presence
     | Roll
     | Note

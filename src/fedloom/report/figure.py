@@ -7,21 +7,21 @@ drawn.
 from __future__ import annotations
 
 import io
-import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedloom.records.text import to_printable
+from fedloom.report.curves import Stretch, over_seeds, points_of, shown_value
 from fedloom.report.measures import EXACT_MATCH, TRAINING_LOSS, Measure, list_pictured
-from fedloom.report.numbers import MEAN, Point, Report, human_bytes, interval
+from fedloom.report.numbers import MEAN, Report, human_bytes
 from fedloom.report.sampling import sample
 
 MIB = 2**20
@@ -59,15 +59,15 @@ def draw_curve(report: Report, target: Path | IO[bytes], *, form: str = "png") -
         figure, rows = _panels(_pictured([report]))
         sent = f"{human_bytes(report.totals.bytes)} in all; {report.baseline.name}: {human_bytes(report.dense_bytes)}"
         for measure, panels in rows:
-            points = sample(_points_of(report, measure))
+            points = sample(points_of(report, measure))
             axes_of = ([float(p.round) for p in points], [p.bytes / MIB for p in points])
             for axes, xs in zip(panels, axes_of, strict=True):
                 for number, domain in enumerate(report.domains):
                     colour, marker = line_style(number)
-                    ys = [_shown_value(point, measure, domain) for point in points]
+                    ys = [shown_value(point, measure, domain) for point in points]
                     label = legend_label(domain)
                     axes.plot(xs, ys, lw=1.1, ms=3.5, alpha=0.85, label=label, color=colour, marker=marker)
-                ys = [_shown_value(point, measure, MEAN) for point in points]
+                ys = [shown_value(point, measure, MEAN) for point in points]
                 axes.plot(xs, ys, color=INK, linewidth=2.6, label=MEAN)
             _begin_at_0(panels[0], measure)
         left, right = rows[0][1]
@@ -87,15 +87,12 @@ def draw_comparison(groups: Mapping[str, Sequence[Report]], target: Path | IO[by
         figure, rows = _panels(_pictured([report for reports in groups.values() for report in reports]))
         for measure, (left, right) in rows:
             for number, (name, reports) in enumerate(groups.items()):
-                stretches = _over_seeds(reports, measure)
+                stretches = over_seeds(reports, measure)
                 _overlay(left, [(float(s.round), s) for s in stretches], name, number)
-                _overlay(right, [(s.mib, s) for s in stretches if s.mib > 0], name, number)
+                _overlay(right, [(s.bytes / MIB, s) for s in stretches if s.bytes > 0], name, number)
             _begin_at_0(left, measure)
             if right.lines:  # a logarithm needs a number
-                right.set_xscale("log")
-                right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-                right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                right.xaxis.set_minor_formatter(NullFormatter())
+                set_logarithm(right, "x")
         left, right = rows[0][1]
         over = "clients; nothing was held out" if rows[0][0] == TRAINING_LOSS else "domains"
         left.set_title(f"mean over {over}; bands: 95 % intervals over seeds")
@@ -111,7 +108,7 @@ def _begin_at_0(axes: Axes, measure: Measure) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _overlay(axes: Axes, along: Sequence[tuple[float, _Stretch]], name: str, number: int) -> None:
+def _overlay(axes: Axes, along: Sequence[tuple[float, Stretch]], name: str, number: int) -> None:
     """One label's line and band; nothing where no seed has a point."""
     if not along:
         return
@@ -123,48 +120,9 @@ def _overlay(axes: Axes, along: Sequence[tuple[float, _Stretch]], name: str, num
     axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
-def draw_svg(report: Report) -> str:
-    """The picture of one run as an <svg> element, the same bytes for the same report."""
-    buffer = io.BytesIO()
-    draw_curve(report, buffer, form="svg")
-    text = buffer.getvalue().decode()
-    return text[text.index("<svg") :]
-
-
 def _pictured(reports: Sequence[Report]) -> list[Measure]:
     """What the picture shows: the measures, or the training loss where nothing was held out."""
     return list_pictured(reports) or [TRAINING_LOSS]
-
-
-def _points_of(report: Report, measure: Measure) -> Sequence[Point]:
-    return report.training if measure == TRAINING_LOSS else report.points
-
-
-def _shown_value(point: Point, measure: Measure, domain: str) -> float:
-    """The value in the measure's own units; NaN, which leaves a gap, where it was not taken or is infinite."""
-    value = measure.factor * point.values.get(measure.key, {}).get(domain, math.nan)
-    return value if math.isfinite(value) else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Several runs after one round: mean of a measure and half its interval, mean MiB sent by then."""
-
-    round: int
-    mib: float
-    mean: float
-    half: float
-
-
-def _over_seeds(reports: Sequence[Report], measure: Measure) -> list[_Stretch]:
-    """One stretch for each round of which all runs have a value."""
-    by_round = [{point.round: point for point in _points_of(report, measure)} for report in reports]
-    stretches = []
-    for round in sorted(set.intersection(*(set(points) for points in by_round))):
-        mib = sum(points[round].bytes for points in by_round) / len(by_round) / MIB
-        mean, half = interval([_shown_value(points[round], measure, MEAN) for points in by_round])
-        stretches.append(_Stretch(round, mib, mean, half))
-    return stretches
 
 
 def line_style(number: int) -> tuple[str, str]:
@@ -191,8 +149,50 @@ def _panels(measures: Sequence[Measure]) -> tuple[Figure, list[tuple[Measure, li
         rows.append((measure, [left, right]))
     grid[-1][0].set_xlabel("round")
     grid[-1][1].set_xlabel("sent so far, both ways (MiB)")
-    grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    mark_whole(grid[-1][0])
     return figure, rows
+
+
+def draw_panel(draw: Callable[[Axes], None], size: tuple[float, float], form: str) -> bytes:
+    """A picture of one panel, which `draw` fills. size: width and height in inches."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        save_figure(figure, buffer, form)
+    return buffer.getvalue()
+
+
+def set_logarithm(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic scale whose marks are plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def mark_whole(axes: Axes) -> None:
+    """Marks of whole numbers on the x axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def fill_map(
+    axes: Axes,
+    grid: Sequence[Sequence[float]],
+    colours: Sequence[str],
+    ends: tuple[float | None, float | None],
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """A map of cells with its scale beside it. names: of the colours, where they are states and no range."""
+    steps = LinearSegmentedColormap.from_list("fedloom", colours)
+    map_ = ListedColormap(colours) if names else steps
+    drawn = axes.imshow(grid, cmap=map_, vmin=ends[0], vmax=ends[1], aspect="auto", interpolation="nearest")
+    bar = axes.figure.colorbar(drawn, ax=axes, label=title, pad=0.02)
+    bar.outline.set_visible(False)
+    if names:
+        bar.set_ticks(range(len(names)), labels=names)
 
 
 def save_figure(figure: Figure, target: Path | IO[bytes], form: str) -> None:

@@ -208,11 +208,12 @@ def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
     if rows:
         writer = DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({head: _in_spreadsheet(value) for head, value in row.items()} for row in rows)
+        writer.writerows({head: in_spreadsheet(value) for head, value in row.items()} for row in rows)
     return text.getvalue()
 
 
-def _in_spreadsheet(text: str) -> str:
+def in_spreadsheet(text: str) -> str:
+    """A text for a cell of a CSV. What a spreadsheet would compute begins with an apostrophe."""
     shown = to_printable(text)
     return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _is_number(shown) else shown
 

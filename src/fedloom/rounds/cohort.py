@@ -120,14 +120,16 @@ def combine(method: Method, state: State, cohort: Cohort, context: Context, modu
     """The method's aggregate of the modules that were sent; a module that nobody sent is left out."""
     entries: dict[str, Entry] = {}
     memory, stats = state.memory, []
+    kept: dict[str, float] = {}
     for modules, held, others in weigh_groups(cohort, module_weighting):
         part = replace(restrict_state(state, modules), memory=memory)
         unchanged = Update("", others, sent_unchanged(method, part, context)) if others else None
         result = method.aggregate(part, Group(cohort, held, set(modules), state, unchanged), context)
         entries |= result.entries
         memory = result.memory
+        kept |= result.kept
         stats.append((len(modules), result.stats))
-    return Aggregate(entries, memory, pool_stats(stats))
+    return Aggregate(entries, memory, pool_stats(stats), kept)
 
 
 def restrict_state(state: State, modules: Collection[str]) -> State:

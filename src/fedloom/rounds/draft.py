@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from fedloom.wire import Header, Message, decode, encode
 class Draft:
     """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
 
-    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do.
+    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do. seconds: spent
+    on encoding so far.
     """
 
     header: Header
@@ -25,6 +27,7 @@ class Draft:
     entries: Entries = field(default_factory=dict)
     encoded: bytes = b""
     joined: bool = False
+    seconds: float = 0.0
 
     def size(self, entries: Entries) -> int:
         """Bytes of the payload that carries these entries."""
@@ -34,9 +37,11 @@ class Draft:
         """The payload that carries these entries."""
         known = self.encoded and entries.keys() == self.entries.keys()
         if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
+            began = perf_counter()
             travelling = join_entries(entries, self.outline)
             self.joined = travelling is not entries
             self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
+            self.seconds += perf_counter() - began
         return self.encoded
 
     def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:

@@ -25,6 +25,7 @@ from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.draft import Draft
+from fedloom.rounds.facts import TurnFacts, Watch, describe_modules, is_told, measure_agreement
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
@@ -36,13 +37,17 @@ from fedloom.wire.streams import run_side_by_side
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trained:
-    """What a training step returns: the adapter after it (only the modules that the client trains), and numbers."""
+    """What a training step returns: the adapter after it (only the modules that the client trains), and numbers.
+
+    stages: seconds of the rest of the client's turn, which `client_turn` adds.
+    """
 
     adapter: LoraState
     num_examples: int
     loss: float
     steps: int = 0
     seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 class Train(Protocol):
@@ -97,7 +102,7 @@ class ServerTurn:
     """The server's new state, the payload to broadcast, who was refused and why, and the method's numbers.
 
     Where the server consolidated, its state is one version ahead of the payload's. notes: what the operator of the
-    federation should know besides.
+    federation should know besides. facts: what else can be said of the round.
     """
 
     state: State
@@ -105,6 +110,7 @@ class ServerTurn:
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    facts: TurnFacts = TurnFacts()
 
 
 def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) -> State:
@@ -120,8 +126,10 @@ def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) 
 
 def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
     """Apply what was broadcast, train, and say what changed. Raises NumericError where training diverged."""
+    watch = Watch()
     for payload in payloads:
         state = accept(job, state, payload)
+    watch.lap("decode")
     train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
     trained = replace(trained, adapter=trained.adapter.in_memory())  # what follows is on the CPU, beside `state`
@@ -131,12 +139,18 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
             )
     give_back(4 * trained.adapter.numel())  # what training took besides
+    watch.lap("train")
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header, Outline.of(trained.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
-    return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
+    watch.lap("compress", less=draft.seconds)
+    watch.stages["encode"] = draft.seconds  # what a budget has measured on the way
+    payload = draft.payload(entries)
+    watch.lap("encode")
+    del watch.stages["train"]  # the training says it itself
+    return ClientTurn(replace(state, memory=memory), payload, replace(trained, stages=watch.stages))
 
 
 def server_turn(
@@ -160,24 +174,27 @@ def server_turn(
     client sent must be among `seen`, since it is no update of this version.
     tree: the regions whose servers check and sum the updates; without it they come straight to this one.
     """
-    decoded = decoded or Decoded.beside(state)
+    watch, decoded = Watch(), decoded or Decoded.beside(state)
     passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
     if tree:
         passed, refused = tree.report(passed, refused, state.adapter)
     passed, refused = _leave_out(job, passed, refused, decoded)
+    watch.lap("decode")
     fault: Exception | None = None
     while len(passed) >= max(least, 1):
         weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
         cohort = Cohort(payloads, weights, passed, decoded, past=past or {})
         try:
-            turn = _average(job, state, cohort, round, tree)
+            turn = _average(job, state, cohort, round, tree, watch)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
             culprit = _find_culprit(job, state, cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
             del passed[culprit]
             fault = error
         else:
-            return replace(turn, refused=refused, notes=notes)
+            norms = {client: one.norm for client, one in passed.items()}
+            facts = replace(turn.facts, stages=watch.stages, norms=norms)
+            return replace(turn, refused=refused, notes=notes, facts=facts)
     raise RoundError(
         f"round {round}: {len(passed) or 'no'} usable update{'s' * (len(passed) > 1)} from {len(payloads)} clients "
         f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
@@ -236,7 +253,9 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
     return max(passed, key=lambda client: passed[client].norm)
 
 
-def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None) -> ServerTurn:
+def _average(
+    job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None, watch: Watch | None = None
+) -> ServerTurn:
     """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
     if tree:
         cohort.sums = tree.sum_up(job, state, cohort, round)
@@ -245,19 +264,27 @@ def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | No
     )
     draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round), size=draft.size)
+    told, watch = is_told(job, round), watch or Watch()
+    agreement = measure_agreement(cohort, state) if told else None
     result = combine(job.method, state, cohort, context, job.module_weighting)
     cohort.decoded.clear()
+    watch.lap("aggregate", less=draft.seconds)
+    watch.stages["encode"] = draft.seconds  # what a budget has measured on the way
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
+    watch.lap("encode")
+    facts = TurnFacts(agreement=agreement, modules=describe_modules(result.entries, result.kept) if told else None)
     message = draft.received(result.entries, memory.values())
     del draft, context, result  # what was averaged may be as large as the state that follows
     give_back(4 * state.adapter.numel())
     after = _take_up(job, replace(state, memory=memory), message)
     check_finite(after, state)
+    watch.lap("aggregate")
     if not job.consolidation.is_due(round):
-        return ServerTurn(after, payload, stats=stats)
+        return ServerTurn(after, payload, stats=stats, facts=facts)
     after, cost = consolidate(after, job.consolidation.energy)
     check_finite(after)
-    return ServerTurn(after, payload, stats={**stats, **cost})
+    watch.lap("aggregate")
+    return ServerTurn(after, payload, stats={**stats, **cost}, facts=facts)
 
 
 def accept(job: Job, state: State, payload: bytes) -> State:

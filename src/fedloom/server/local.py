@@ -256,4 +256,4 @@ class LocalSites:
 
 def training_row(round: int, client: str, said: Trained) -> Training:
     """What a client's training said, as a row of the ledger."""
-    return Training(round, client, said.loss, said.steps, said.num_examples, said.seconds)
+    return Training(round, client, said.loss, said.steps, said.num_examples, said.seconds, said.stages)

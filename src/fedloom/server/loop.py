@@ -21,7 +21,7 @@ from fedloom.methods.method import State
 from fedloom.model.partition import save_manifest
 from fedloom.model.scorer import evaluation_row
 from fedloom.records.events import Observer, RunFacts, RunSummary
-from fedloom.records.ledger import About, Aggregation, Evaluation, Training, read_rows
+from fedloom.records.ledger import About, Evaluation, Training, read_rows
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.memory import give_back
@@ -30,7 +30,7 @@ from fedloom.server.attendance import draw_attendance
 from fedloom.server.buffer import Buffer
 from fedloom.server.disk import explain_full_disk
 from fedloom.server.engine import Sites, Updates
-from fedloom.server.session import begin_session, describe_spending, record_end
+from fedloom.server.session import begin_session, describe_spending, record_end, record_turn
 from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
 from fedloom.workspace.assemble import Setup
@@ -251,7 +251,7 @@ class Rounds:
         for text in turn.notes:
             self.note(round, text)
         stats = {**turn.stats, **updates.stats}
-        self.folder.ledger.append(Aggregation(round, stats, time.perf_counter() - began, turn.state.version))
+        record_turn(self.folder.ledger, round, turn, stats, time.perf_counter() - began)
         # Four bytes a value: what a full state of fp32 takes. Broadcasts beyond that are dearer than the state itself.
         limit = 4 * turn.state.numel()
         self.archive.add(self.server.version, turn.payload, limit, self.server.digest)

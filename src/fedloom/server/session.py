@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +16,10 @@ from fedloom.compress.budget import Budget
 from fedloom.model.training import rate_at
 from fedloom.records.config import Config
 from fedloom.records.configfile import dump
-from fedloom.records.ledger import RunRow, read_rows
+from fedloom.records.ledger import Aggregation, Layers, Ledger, RunRow, read_rows
 from fedloom.records.session import End, Session, describe_error
 from fedloom.rounds.joint import SCALES
+from fedloom.rounds.turns import ServerTurn
 from fedloom.wire import describe
 
 if TYPE_CHECKING:
@@ -92,3 +94,21 @@ def record_end(rounds: Rounds, error: BaseException) -> None:
     status, reason = describe_error(error)
     rounds.folder.ledger.append(End(rounds.round, status, reason, rounds.seconds))
     rounds.folder.ledger.sync()
+
+
+def record_turn(ledger: Ledger[Any], round: int, turn: ServerTurn, stats: Mapping[str, float], seconds: float) -> None:
+    """The server's turn, and in some rounds what every module was sent."""
+    told, version = turn.facts, turn.state.version
+    ledger.append(Aggregation(round, stats, seconds, version, told.stages, told.norms, told.agreement))
+    if told.modules is not None:
+        one = told.modules
+        ledger.append(
+            Layers(
+                round, tuple(one.modules), tuple(one.ranks), _short(one.densities), _short(one.norms), _short(one.kept)
+            )
+        )
+
+
+def _short(values: Sequence[float]) -> tuple[float, ...]:
+    """In six digits: a row has one for every module."""
+    return tuple(float(f"{value:.6g}") for value in values)

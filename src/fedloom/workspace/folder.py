@@ -10,7 +10,7 @@ out/
   adapters/        the model after some of the rounds, if output.save_every
   adapter/         the result, as a PEFT adapter, with the base model's tokenizer and a model card
   curve.png        score against rounds and against bytes
-  report.html      the same and the tables, in one file
+  report.html      the page: charts and tables of all that the ledger says, in one file
 """
 
 from __future__ import annotations
