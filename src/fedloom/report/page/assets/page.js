@@ -271,7 +271,10 @@
     drawn.resize();
     drawn.setOption(made.option, { notMerge: false, replaceMerge: ["series"] });
     drawLegend(figure, made);
+    setBox(figure);
   }
+  // A drawing that knows its size can be fitted to paper.
+  function setBox({ place, drawn }) { place.querySelector("svg")?.setAttribute("viewBox", `0 0 ${drawn.getWidth()} ${drawn.getHeight()}`); }
   function drawLegend(figure, made) {
     const { chart, legend, hidden } = figure, items = [];
     if (chart.kind === "heat") {
@@ -406,8 +409,10 @@
   }
   let wide = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== wide) { wide = innerWidth; figures.forEach(redraw); } });
+  // In the pixels of a sheet of A4, where two charts stand side by side.
+  function fitToPaper(figure) { figure.drawn.resize({ width: figure.place.closest(".wide") ? 680 : 330 }); figure.drawn.getZr().refreshImmediately(); setBox(figure); }
   let before;
-  addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; drawAll(); });
+  addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; drawAll(); figures.forEach(fitToPaper); });
   addEventListener("afterprint", () => { before ? (root.dataset.theme = before) : delete root.dataset.theme; drawAll(); });
   function watchSections() {
     const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
