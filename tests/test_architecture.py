@@ -32,6 +32,10 @@ DOORS = {
     "typer": {"cli"},
     "datasets": {"model/sources.py"},
     "re2": {"adapters/patterns.py"},
+    "tensorboard": {"trackers/event_files.py"},
+    "mlflow": {"trackers/mlflow_run.py"},
+    "wandb": {"trackers/wandb_run.py"},
+    "trackio": {"trackers/trackio_run.py"},
 }
 """Library → the only files that may import it."""
 

@@ -23,6 +23,7 @@ from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
+from fedloom.cli.handing import push, track
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
 from fedloom.cli.preview import preview
@@ -236,7 +237,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, preview, estimate, compare, tune, evaluate):
+for command in (aggregate, preview, estimate, compare, tune, evaluate, track, push):
     app.command()(command)
 
 

@@ -135,7 +135,7 @@ class Rounds:
         while not self.is_over and not self.hopeless:
             self.round += 1
             self.play_round(self.round)
-            save_milestone(self.setup, self.folder.path, self.server, self.round)
+            save_milestone(self.setup, self.folder, self.server, self.round)
             if self.is_over:
                 choose_model(self)
                 self.record_answers()

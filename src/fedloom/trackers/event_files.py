@@ -7,7 +7,7 @@ are written anew from the ledger whenever the run goes on: what they hold never 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +35,7 @@ class EventFiles:
         self._writer = EventFileWriter(str(folder))
         self._sent = -1
         # A TensorBoard that watches the folder forgets what it has read of the files before.
-        self._writer.add_event(
-            Event(wall_time=run.began, step=0, session_log=SessionLog(status=SessionLog.START))
-        )
+        self._writer.add_event(Event(wall_time=run.began, step=0, session_log=SessionLog(status=SessionLog.START)))
         told = {"name": run.name, **run.facts, **run.settings}
         self._writer.add_event(_text_event("settings", _as_table(told), run.began))
         self._writer.flush()
@@ -79,7 +77,7 @@ def _text_event(tag: str, text: str, when: float) -> Event:
     return Event(wall_time=when, step=0, summary=Summary(value=[value]))
 
 
-def _as_table(told: dict[str, object]) -> str:
+def _as_table(told: Mapping[str, object]) -> str:
     """A table in Markdown, which TensorBoard shows as one."""
     rows = [f"| {key} | {to_printable(str(value)).replace('|', '¦')} |" for key, value in told.items() if value != ""]
     return "\n".join(["| | |", "| --- | --- |", *rows])

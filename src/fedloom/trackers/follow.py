@@ -4,8 +4,8 @@
     ledger.jsonl  rows ──────────────────────────┴→ points ─→ every tracker
     log.jsonl     when a round was over ─────────┘
 
-A point is made once a checkpoint covers its round: a run that goes on after a crash plays the rounds after its checkpoint
-anew, so that nothing of them has been told before.
+A point is made once a checkpoint covers its round: a run that goes on after a crash plays the rounds after its
+checkpoint anew, so that nothing of them has been told before.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class RunFollower:
 
 
 def name_run(folder: Path) -> str:
-    """The run's name where none is given: that of its folder, with the variant's before it for a run of a comparison."""
+    """The run's name where none is given: that of its folder, after the variant's in a comparison."""
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("seed-") else folder.name
 
 

@@ -29,7 +29,10 @@ MOST_DOMAINS = 32
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A round's numbers by name, all finite. Round 0 is before the first; time: when it was over, seconds since 1970."""
+    """A round's numbers by name, all finite. Round 0 is before the first.
+
+    time: when it was over, seconds since 1970.
+    """
 
     round: int
     values: Mapping[str, float]
@@ -64,11 +67,15 @@ class _Round:
                     self.sent.add(row.client)
             case Relay():
                 up = row.direction == "up"
-                self.relayed_up, self.relayed_down = self.relayed_up + row.bytes * up, self.relayed_down + row.bytes * (not up)
+                self.relayed_up, self.relayed_down = (
+                    self.relayed_up + row.bytes * up,
+                    self.relayed_down + row.bytes * (not up),
+                )
             case Training():
                 self.losses.append(row.loss)
                 self.answered.add(row.client)
                 self._spend("train", row.seconds)
+                self._spend_all("clients", row)
             case Evaluation():
                 self.evaluations[row.domain] = row
                 self._spend("evaluate", row.seconds)
@@ -77,11 +84,18 @@ class _Round:
             case Aggregation():
                 self.stats = row.stats
                 self._spend("aggregate", row.seconds)
+                self._spend_all("server", row)
             case Roll():
                 self.roll = row
                 self._spend("gather", row.seconds)
             case Note():
                 self.marks[row.about] = self.marks.get(row.about, 0) + bool(row.about)
+
+    def _spend_all(self, who: str, row: Training | Aggregation) -> None:
+        """What the seconds of a turn were spent on, where the ledger says so."""
+        stages: Mapping[str, float] = getattr(row, "stages", {})
+        for stage, seconds in stages.items():
+            self._spend(f"{who}_{stage}", seconds)
 
     def _spend(self, stage: str, seconds: float) -> None:
         if math.isfinite(seconds) and seconds > 0:

@@ -18,7 +18,7 @@ from fedloom.records.text import LONG, to_printable
 from fedloom.trackers.outlets import LOOK_SECONDS, Destination, follow_run, say_how_to_send, take_turn
 from fedloom.trackers.sinks import check_trackers
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds that a run waits at its end for the last points to be taken."""
 
 

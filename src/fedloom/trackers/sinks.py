@@ -18,8 +18,8 @@ from fedloom.trackers.points import Point
 class TrackedRun:
     """What a tracker is told of a run before its points.
 
-    id: the run's own, which stays when it goes on. name, project: how people find it. folder: of the run. began: seconds
-    since 1970. settings: dotted key → value, without what names clients or addresses. facts: more of the kind.
+    id: the run's own, which stays when it goes on. name, project: how people find it. folder: of the run. began: in
+    seconds since 1970. settings: dotted key → value, without what names clients or addresses. facts: more of the kind.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Ending:
 class Sink(Protocol):
     """One tracker, open for one run. Any method may raise anything: the run does not notice.
 
-    `send` is given the points of a run from its first one on, and may be given each again, by this process or by a later
+    `send` is given the points of a run from its first one on. It may be given each again, by this process or by a later
     one, after any of them was killed at any moment. No point may then stand twice at the tracker, and none be missing.
     """
 
@@ -69,7 +69,9 @@ class Tracker:
 
     def open(self, run: TrackedRun) -> Sink:
         """Begin to track a run, or go on with it."""
-        opener: Callable[[TrackedRun], Sink] = getattr(import_module(f"fedloom.trackers.{self.place[0]}"), self.place[1])
+        opener: Callable[[TrackedRun], Sink] = getattr(
+            import_module(f"fedloom.trackers.{self.place[0]}"), self.place[1]
+        )
         return opener(run)
 
 

@@ -9,7 +9,6 @@ from pydantic import Field
 from fedloom.records.quantities import MOST_COUNT, MOST_RANK, Name
 from fedloom.records.sections.section import Section
 
-
 TrackerName: TypeAlias = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
@@ -58,7 +57,9 @@ class OutputSettings(Section):
         None, min_length=1, description="The run's name there; otherwise that of its folder.", examples=["first-try"]
     )
     license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,63}$")] | None = Field(
-        None, description="The adapter's licence, for its model card, as the Hub abbreviates it.", examples=["apache-2.0"]
+        None,
+        description="The adapter's licence, for its model card, as the Hub abbreviates it.",
+        examples=["apache-2.0"],
     )
     datasets: Annotated[tuple[Name, ...], Field(strict=False, max_length=64)] = Field(
         (), description="Data sets that the model card names; by itself it names none.", examples=[["owner/name"]]
