@@ -16,7 +16,7 @@ def describe_privacy(config: Config) -> str:
             or ["- **No differential privacy is claimed.** The run asked for no noise: there is no ε."]
         ),
         *(_sums(config) or ["- **Each update was seen.** The server had the update of every site by itself."]),
-        "- A site may have added noise of its own by its policy. What that is worth stands in the site's own record. The "
+        "- A site may have added noise of its own by its policy. Its own record says what that is worth. The "
         "server is not told; so nothing is claimed from it here.",
     ]
     return "## Privacy\n\n" + "\n".join(said) + "\n"
@@ -36,8 +36,8 @@ def _examples(config: Config) -> list[str]:
     )
     return [
         f"- **Differential privacy of single examples** (DP-SGD, add or remove one example of a site): {amount}. It "
-        "covers one example, not all examples of a person or of a site. Each site adds the noise itself, and vouches for "
-        "it."
+        "covers one example, not all examples of a person or of a site. Each site adds the noise itself and "
+        "vouches for it."
     ]
 
 
