@@ -1,5 +1,5 @@
-"""A run that MLflow and TensorBoard track at once, with real processes: killed with SIGKILL in the middle of a round and
-resumed, no point stands there twice and none is missing.
+"""A run that MLflow and TensorBoard track at once, with real processes: killed in the middle of a round and resumed, no
+point stands there twice and none is missing.
 """
 
 from __future__ import annotations
