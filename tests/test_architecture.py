@@ -34,6 +34,10 @@ DOORS = {
     "re2": {"adapters/patterns.py"},
     "starlette": {"web/"},
     "uvicorn": {"web/serving.py"},
+    "tensorboard": {"trackers/event_files.py"},
+    "mlflow": {"trackers/mlflow_run.py"},
+    "wandb": {"trackers/wandb_run.py"},
+    "trackio": {"trackers/trackio_run.py"},
 }
 """Library → the only files that may import it."""
 

@@ -5,6 +5,7 @@
     │   └── UnknownKeyError          a key that this version of fedloom does not have
     ├── DataError                    a data file is missing, empty or not what the settings say
     ├── ModelError                   a base model or adapter folder cannot be used
+    ├── HubError                     the Hugging Face Hub cannot be reached, or refuses
     ├── ShapeError                   tensors that do not fit together
     ├── NumericError                 NaN, infinity, or a result that cannot be trusted
     ├── WireError                    bytes that are not a valid payload
@@ -50,6 +51,10 @@ class DataError(FedloomError):
 
 class ModelError(FedloomError):
     """A base model or adapter folder cannot be used."""
+
+
+class HubError(FedloomError):
+    """The Hugging Face Hub cannot be reached, or refuses what is asked of it."""
 
 
 class ShapeError(FedloomError):

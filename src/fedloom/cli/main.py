@@ -23,6 +23,7 @@ from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
+from fedloom.cli.handing import push, track
 from fedloom.cli.init import init
 from fedloom.cli.merge import aggregate
 from fedloom.cli.options import AsJson, Devices, Set, Workers, override_local
@@ -228,7 +229,7 @@ def status(
         raise typer.Exit(1)
 
 
-for command in (init, aggregate, preview, estimate, compare, tune, evaluate, report, serve):
+for command in (init, aggregate, preview, estimate, compare, tune, evaluate, report, serve, track, push):
     app.command()(command)
 
 

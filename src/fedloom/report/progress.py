@@ -87,6 +87,11 @@ class Progress:
         return self._run if self._choice is None else replace(self._run, num_rounds=self._choice.round)
 
     @property
+    def exported(self) -> int | None:
+        """The round whose model the run leaves, where it was chosen on the validation split."""
+        return None if self._choice is None else self._choice.exported
+
+    @property
     def points(self) -> tuple[Point, ...]:
         """The first and the newest evaluation, without the bytes sent by then; one where there is no other."""
         found = [self._first] if self._newest is self._first else [self._first, self._newest]

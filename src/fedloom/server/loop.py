@@ -33,6 +33,8 @@ from fedloom.server.engine import Sites, Updates
 from fedloom.server.session import begin_session, describe_spending, record_end, record_turn
 from fedloom.server.spool import Spool
 from fedloom.server.stopping import Course, choose_model, validate
+from fedloom.trackers.outlets import Destination
+from fedloom.trackers.process import Tracking
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.export import finish_run
@@ -77,6 +79,8 @@ class Rounds:
         self.best: State | None = None
         federation = setup.config.federation
         self.buffer = Buffer(setup.job, federation, len(setup.sites)) if federation.mode == "buffered" else None
+        output = setup.config.output
+        self.tracking = Tracking(folder.path, Destination(output.report_to, output.project, output.run_name or ""))
 
     @property
     def is_over(self) -> bool:
@@ -102,11 +106,15 @@ class Rounds:
             if full:
                 raise full from error
             raise
+        finally:
+            for text in self.tracking.close():
+                self.observer.noted(self.round, text)
 
     def play_rounds(self) -> RunSummary:
         """Begin or go on, to the end."""
         config, setup = self.setup.config, self.setup
         extension = begin_session(self)
+        self.tracking.start()
         self.observer.run_started(
             RunFacts(
                 method=setup.job.method.name,
@@ -127,7 +135,7 @@ class Rounds:
         while not self.is_over and not self.hopeless:
             self.round += 1
             self.play_round(self.round)
-            save_milestone(self.setup, self.folder.path, self.server, self.round)
+            save_milestone(self.setup, self.folder, self.server, self.round)
             if self.is_over:
                 choose_model(self)
                 self.record_answers()
@@ -285,6 +293,8 @@ class Rounds:
 
         midway: the round is not over, and goes on where this checkpoint is taken up.
         """
+        for text in self.tracking.troubles():
+            self.note(self.round, text)
         rows = self.folder.ledger.sync()
         self.folder.save(
             self.sites.remember(

@@ -20,12 +20,13 @@ import torch
 
 from fedloom.errors import SiteError
 from fedloom.methods.method import State
-from fedloom.model.identity import base_digest
+from fedloom.model.identity import base_digest, weights_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
+from fedloom.report.card import CardFacts
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
@@ -50,6 +51,7 @@ from fedloom.site.store import Store, TurnRecord
 from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
+from fedloom.workspace.cards import write_card
 from fedloom.workspace.export import export_adapter, save_run_adapter
 
 log = logging.getLogger("fedloom.worker")
@@ -208,9 +210,11 @@ class Desk:
             place.held = None  # as large as the state that was received, and on disk
             give_back(4 * state.adapter.numel())
         self.keep(place, replace(held, payload=place.store.read_payload()), rows.found, 4 * adapter.numel())
-        save_run_adapter(
-            adapter, self.site.model, place.setup.sites[self.site.name].adapter, place.store.folder / "adapter"
-        )
+        out, config = place.store.folder / "adapter", place.setup.config
+        save_run_adapter(adapter, self.site.model, place.setup.sites[self.site.name].adapter, out)
+        named = config.model_copy(update={"model": config.model.model_copy(update={"path": self.site.model})})
+        rank, digest = max(adapter.ranks().values(), default=0), weights_digest(self.site.model)
+        write_card(out, named, CardFacts(rank, digest, asked.round))
         self.jobs.note("done", asked, self.trail.clock.now())
         return Parcel({"version": state.version, "digest": state.digest})
 

@@ -212,6 +212,7 @@ def play_runs(todo: Sequence[Trial], jobs: int, finished: Callable[[Trial, float
                     finished(futures[future], future.result())
             finally:
                 pool.shutdown(cancel_futures=True)
+        compare_seeds(todo)
     except BrokenProcessPool:
         raise RoundError(
             "the process of a run was ended from outside, perhaps for lack of memory: complete runs are kept, so give "
@@ -223,6 +224,16 @@ def play_here(todo: Sequence[Trial], finished: Callable[[Trial, float], None]) -
     """Make the runs that are not complete yet, one after the other in this process."""
     for run in runs_left(todo):
         finished(run, _play(run))
+    compare_seeds(todo)
+
+
+def compare_seeds(todo: Sequence[Trial]) -> None:
+    """Tell the model cards of runs that differ in their seed alone what all of them scored."""
+    from fedloom.workspace.cards import tell_seeds
+
+    for label, reports in read_reports(todo).items():
+        if len(reports) > 1:
+            tell_seeds([run.folder for run in todo if run.label == label], reports)
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:

@@ -17,9 +17,10 @@ from fedloom.records.events import RunSummary
 from fedloom.records.ledger import read_rows
 from fedloom.records.session import End
 from fedloom.report import Report, write_report
-from fedloom.report.card import CardFacts, model_card
+from fedloom.report.card import CardFacts
 from fedloom.report.outcome import judge_run
 from fedloom.workspace.assemble import Setup
+from fedloom.workspace.cards import write_card
 from fedloom.workspace.folder import RunFolder
 
 
@@ -47,7 +48,7 @@ def finish_run(setup: Setup, folder: RunFolder, server: State, rounds: int, seco
     ledger.sync()
     report = write_report(folder.path, rows)
     if state is not None:
-        write_companions(setup, folder, state, report)
+        write_companions(setup, folder, state)
     return RunSummary(
         out=folder.path,
         method=setup.job.method.name,
@@ -68,17 +69,20 @@ def save_run_adapter(state: LoraState, base: str, adapter: Adapter, out: Path) -
     save_adapter(state, base, adapter.settings, out, base_digest=weights_digest(base))
 
 
-def write_companions(setup: Setup, folder: RunFolder, state: LoraState, report: Report) -> None:
+def write_companions(setup: Setup, folder: RunFolder, state: LoraState) -> None:
     """What adapter/ holds beside the adapter: the base model's tokenizer, and a model card."""
     out, base = folder.path / "adapter", setup.config.model.path
     with suppress(ModelError):  # the base is no longer there: a run that is over shall not fail for it
         copy_tokenizer(base_folder(base), out)
+    progress = folder.ledger.kept
     facts = CardFacts(
         rank=max(state.ranks().values(), default=0),
-        examples=tuple(folder.ledger.examples.values()),
         digest=weights_digest(base),
+        round=progress.exported or progress.run.num_rounds,
+        progress=progress,
+        examples=folder.ledger.examples,
     )
-    (out / "README.md").write_text(model_card(report, setup.config, facts), encoding="utf-8")
+    write_card(out, setup.config, facts)
 
 
 def scores_at(report: Report, at: int) -> dict[str, float]:

@@ -6,6 +6,8 @@ out/
   log.jsonl        the same rows as they happened, with the time, for log shippers
   metrics.prom     rounds, bytes, failures after each round, for Prometheus
   checkpoints/     all that is needed to go on
+  tracking.json    under which identifier trackers know the run, if output.report_to
+  tensorboard/     event files, and wandb/ what W&B keeps, if they are among them
   payloads/        the bytes themselves, if output.keep_payloads
   adapters/        the model after some of the rounds, if output.save_every
   adapter/         the result, as a PEFT adapter, with the base model's tokenizer and a model card

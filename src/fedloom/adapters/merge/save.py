@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from fedloom.adapters.folder import AdapterFolder
 from fedloom.adapters.merge import output
 from fedloom.adapters.merge.base import BaseFolder
+from fedloom.adapters.merge.card import merge_card
 from fedloom.adapters.merge.combine import Recipe
 from fedloom.adapters.merge.folders import Inputs, MergedModule, merge_folders, rehearse_merge
 from fedloom.adapters.merge.model import merge_into
@@ -28,7 +29,9 @@ def save_merge(
         return list(watch(rehearse_merge(inputs, recipe))), None
     with output.replace_whole(out) as folder:
         if base is None:
-            return list(watch(merge_folders(inputs, recipe, folder))), None
+            rows = list(watch(merge_folders(inputs, recipe, folder)))
+            (folder / "README.md").write_text(merge_card(inputs, recipe, rows), encoding="utf-8")
+            return rows, None
         with TemporaryDirectory(dir=folder) as scratch:
             rows = list(watch(merge_folders(inputs, recipe, Path(scratch))))
             return rows, asdict(merge_into(base, AdapterFolder(scratch), folder))
