@@ -32,6 +32,7 @@ DOORS = {
     "typer": {"cli"},
     "datasets": {"model/sources.py"},
     "re2": {"adapters/patterns.py"},
+    "gguf": {"adapters/export/names.py"},
 }
 """Library → the only files that may import it."""
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
+from fedloom.cli.export import export
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.merge import aggregate
@@ -236,7 +237,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, preview, estimate, compare, tune, evaluate):
+for command in (aggregate, export, preview, estimate, compare, tune, evaluate):
     app.command()(command)
 
 

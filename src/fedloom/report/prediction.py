@@ -63,7 +63,7 @@ def write_prediction(folder: Path, told: RunPrediction) -> None:
 
 
 def read_prediction(folder: Path) -> RunPrediction | None:
-    """What a run's folder keeps; None where it keeps none. Raises CheckpointError for a file that says no such thing."""
+    """What a run's folder keeps; None where it keeps none. Raises CheckpointError for another kind of file."""
     path = folder / FILE
     try:
         return _READER.validate_json(path.read_bytes())
