@@ -37,12 +37,12 @@ def run_estimate(
 
     methods: variants as `fedloom compare` takes them. In rows, "up_bytes" and "down_bytes" are those of one update and
     one broadcast by coding, "total_bytes" those of a round in the method's own coding: of who is asked and who answers,
-    with what they missed. "plan" is that of `plan.plan_run` for these terms, None without a run. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of
+    with what they missed. "run_bytes" has the delivery of the result as well, and "share_of_dense" is its share of
     dense FedIT's with the same attendance. A method that cannot combine these clients has the row
     {"method", "refused": why}; alone, it raises its ConfigError. Everything but bytes and the published figures is a
     prediction from one layer of made-up updates, played now on this machine: "predicted_server_cpu_s" counts seconds of
     processor time, so that other work on the machine changes little. With `whole` every layer is played, which is slow
-    and predicts nothing.
+    and predicts nothing. "plan" is that of `plan.plan_run` for these terms; None without a run.
     """
     built = build_variants(case, methods)
     found = predict_case(case, built, seed=seed, whole=whole)

@@ -108,9 +108,9 @@ def preset_case(
     modules: Sequence[str] | None = None,
     rounds: int | None = None,
 ) -> Case:
-    """A well-known model; `ranks` gives a rank to each client. rounds: of a run that everybody attends, if there is one.
+    """A well-known model; `ranks` gives a rank to each client. Raises ConfigError for what it does not have.
 
-    Raises ConfigError for what the model does not have.
+    rounds: of a run that everybody attends, if there is one.
     """
     chosen = preset_named(preset)
     held = list(ranks) if ranks else [chosen.rank if rank is None else rank] * clients

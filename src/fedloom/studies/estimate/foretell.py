@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from fedloom.errors import ConfigError, FedloomError
+from fedloom.methods.method import Method
 from fedloom.records.events import Observer, RunFacts, RunSummary, Scores
 from fedloom.report.prediction import RunPrediction, write_prediction
 from fedloom.studies.estimate import build_variants, play_case, predict_case
 from fedloom.studies.estimate.case import Case, run_case
-from fedloom.studies.estimate.rounds import ROUNDS, sample_modules
+from fedloom.studies.estimate.rounds import ROUNDS, Prediction, sample_modules
 
 MOST_WORK = 1_000_000
-"""Adapter values, of all clients and rounds that are played, up to which a run writes its prediction as it begins: about
-a second of processor time. Beyond, `fedloom estimate RUN` writes it when it is asked for."""
+"""Adapter values, of all clients and rounds that are played, up to which a run writes its prediction as it begins:
+about a second of processor time. Beyond, `fedloom estimate RUN` writes it when it is asked for."""
 MOST_CLIENTS = 200
 """The same for clients, whose turns are drawn for every round."""
 
@@ -54,13 +55,8 @@ def count_work(case: Case) -> int:
 def predict_run(case: Case) -> RunPrediction:
     """The bytes of a case's run, in the method's own coding. Raises the ConfigError of a method that refuses it."""
     ((name, method),) = build_variants(case, [case.method]).items()
-    courses = []
-    for fading in (False, True):
-        (told,) = predict_case(case, {name: method}, with_memory=False, codings=(), fading=fading).values()
-        if isinstance(told, ConfigError):
-            raise told
-        courses.append(play_case(told, case))
-    course, other = courses
+    told, other = (_predict_one(case, name, method, fading=fading) for fading in (False, True))
+    course, otherwise = play_case(told, case), play_case(other, case).bytes
     return RunPrediction(
         method=method.name,
         up=tuple(round(sum(up for up, _ in clients.values())) for clients in course.rounds),
@@ -68,8 +64,15 @@ def predict_run(case: Case) -> RunPrediction:
         delivery=round(course.delivered),
         relayed=round(course.relayed),
         server_cpu_s=told.server_cpu_s,
-        spread=abs(other.bytes - course.bytes) / course.bytes,
+        spread=abs(otherwise - course.bytes) / course.bytes,
     )
+
+
+def _predict_one(case: Case, name: str, method: Method, *, fading: bool) -> Prediction:
+    (told,) = predict_case(case, {name: method}, with_memory=False, codings=(), fading=fading).values()
+    if isinstance(told, ConfigError):
+        raise told
+    return told
 
 
 @dataclass

@@ -26,6 +26,8 @@ from fedloom.workspace.clients import top_ranks
 from fedloom.workspace.plan import downloads_of
 from fedloom.workspace.regions import split_evenly
 
+_TIGHT = 64
+"""Bytes of a tensor in a payload below which the words around the tensors are no small part of it."""
 ROUNDS = 3
 """Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
 
@@ -116,19 +118,36 @@ def predict(
     payloads are coded beside the method's own; without any the papers' is left out too, which is quick. course: what a
     run does to a round. A ConfigError stands for a method that cannot combine these ranks or modules.
     """
-    chosen = sample_modules(layout, ranks, whole=whole)
-    held = {
-        client: {module: rank[module] for module in chosen.shapes if module in rank} for client, rank in ranks.items()
-    }
     asked = Asked(seed, attending, budget, tuple(codings), course or Course())
-    played = {name: _try(name, method, chosen, held, asked) for name, method in methods.items()}
+    played = {}
+    for name, method in methods.items():
+        tight = is_tight(method, layout, ranks, budget)
+        chosen = sample_modules(layout, ranks, whole=whole or tight)
+        held = {
+            client: {module: rank[module] for module in chosen.shapes if module in rank}
+            for client, rank in ranks.items()
+        }
+        played[name] = _try(name, method, chosen, held, asked, joined=tight), chosen
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
     return {
         name: told
         if isinstance(told, ConfigError)
         else replace(told[0], memory=measure_memory(told[1], chosen) if with_memory else None)
-        for name, told in played.items()
+        for name, (told, chosen) in played.items()
     }
+
+
+def is_tight(
+    method: Method, layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], budget: Budget | None
+) -> bool:
+    """Whether payloads are so small that what they say of all tensors together counts: then one module stands for none.
+
+    Such a method is played with every module, as it is.
+    """
+    if budget is None or not (method.joins and method.takes_budget):
+        return False
+    values = max(sum(rank * sum(layout[module]) for module, rank in held.items()) for held in ranks.values())
+    return budget.bytes(values) < _TIGHT * 2 * len(layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +175,7 @@ class Asked:
 
 
 def _try(
-    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], asked: Asked
+    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], asked: Asked, *, joined: bool
 ) -> tuple[Prediction, Play] | ConfigError:
     try:
         top = top_ranks(method, held)
@@ -174,7 +193,7 @@ def _try(
         budget=scaled,
         downloads=downloads_of(method, begin, held, turns, asked.course.num_rounds),
     )
-    return _predict(name, job, begin, here, chosen, method.form(kept), asked)
+    return _predict(name, job, begin, here, chosen, method.form(kept), asked, joined)
 
 
 def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
@@ -184,20 +203,29 @@ def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
 
 
 def _predict(
-    name: str, job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str, asked: Asked
+    name: str,
+    job: Job,
+    begin: LoraState,
+    held: Mapping[str, Ranks],
+    chosen: Sample,
+    auto: str,
+    asked: Asked,
+    joined: bool,
 ) -> tuple[Prediction, Play]:
-    """Three rounds in fp32, their payloads coded in every form; for a method with a budget, in its own form as well."""
-    own = replace(job, quantize=quantize(auto)) if job.method.budget(job.budget) and auto != "fp32" else None
-    if own and not asked.codings:
-        job, own = own, None
-    seen = _play(job, begin, held, chosen, auto, asked)
-    if own:  # how much is sent follows from the form
-        other = _play(own, begin, held, chosen, auto, asked)
-        for rounds, sizes_of_own in ((seen.up, other.up), (seen.down, other.down)):
-            for every, sizes in zip(rounds, sizes_of_own, strict=True):
-                for client, size in sizes.items():
-                    every[client] = {**every[client], auto: size[auto]}
-        seen = replace(seen, states=other.states)
+    """Three rounds in fp32, their payloads coded in every form, and in the method's own form where it matters.
+
+    That is with a budget, since how much is sent follows from the form, with regions, whose sums do, and where no other
+    form is asked for.
+    """
+    budget = job.method.budget(job.budget)
+    own = None
+    if auto != "fp32" and (budget or asked.course.regions or not asked.codings):
+        method = replace(job.method, joins=joined)
+        own = _play(replace(job, method=method, quantize=quantize(auto)), begin, held, chosen, auto, auto, asked)
+    if own is None or asked.codings:
+        seen = _play(job, begin, held, chosen, auto, "fp32", asked)
+    if own is not None:
+        seen = own if not asked.codings else _with_own(seen, own, auto)
     up, down = seen.up, seen.down
     traffic = {
         client: Traffic(
@@ -226,6 +254,16 @@ def _predict(
     return told, seen.play
 
 
+def _with_own(seen: Played, own: Played, auto: str) -> Played:
+    """What was played in fp32, with the sizes, states and sums of what was played in the method's own form."""
+    for rounds, sizes_of_own in ((seen.up, own.up), (seen.down, own.down)):
+        for every, sizes in zip(rounds, sizes_of_own, strict=True):
+            for client, size in sizes.items():
+                every[client] = {**every[client], auto: size[auto]}
+    seen.play.sums, seen.play.said = own.play.sums, own.play.said
+    return replace(seen, states=own.states)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Played:
     """Rounds that were played. up, down: client → sizes by coding, of every round; states: bytes of the full states.
@@ -240,7 +278,11 @@ class Played:
     efficiency: float | None
 
 
-def _play(job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str, asked: Asked) -> Played:
+def _play(
+    job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str, made: str, asked: Asked
+) -> Played:
+    """Play three rounds, whose payloads have the form `made`; in another than fp32, they count in that one alone."""
+    codings = asked.codings if made == "fp32" else ()
     names = list(held)
     count = min(asked.course.regions, len(names))
     regions = split_evenly(count, names) if count else None
@@ -249,9 +291,9 @@ def _play(job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample,
     up, down, states = [], [], []
     for number in range(1, ROUNDS + 1):
         result = play.round(steps)
-        up.append(sizes_of(result.uploads, chosen, auto, asked.codings))
+        up.append(sizes_of(result.uploads, chosen, auto, codings, made))
         received = {client: play.broadcast_for(client, result.broadcast) for client in play.clients}
-        down.append(sizes_of(received, chosen, auto, asked.codings))
+        down.append(sizes_of(received, chosen, auto, codings, made))
         states.append(chosen.scale * len(full_state(job, play.server, number)))
     play.clients.clear()
     entries = decode(result.broadcast).entries

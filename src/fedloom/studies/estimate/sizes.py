@@ -30,18 +30,29 @@ class Sample:
         whole = sum(self.counts[name] * (m + n) for name, (m, n) in self.shapes.items())
         return whole / sum(m + n for m, n in self.shapes.values())
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole model."""
+        return all(count == 1 for count in self.counts.values())
+
 
 def sizes_of(
-    payloads: Mapping[str, bytes], chosen: Sample, auto: str, codings: Sequence[str] = CODINGS
+    payloads: Mapping[str, bytes], chosen: Sample, auto: str, codings: Sequence[str] = CODINGS, made: str = "fp32"
 ) -> dict[str, Sizes]:
-    """Client → coding → bytes of its payload on the whole model; payloads that are alike are coded once."""
+    """Client → coding → bytes of its payload on the whole model; payloads that are alike are coded once.
+
+    made: the coding that the payloads have, in which they count as they are.
+    """
     forms = dict.fromkeys((*codings, auto))
     known: dict[object, dict[str, float]] = {}
     found: dict[str, Sizes] = {}
-    for client, message in ((client, decode(payload)) for client, payload in payloads.items()):
+    for client, payload in payloads.items():
+        message = decode(payload)
         alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
         if alike not in known:
-            known[alike] = {coding: scaled_bytes(recode(message, coding), chosen) for coding in forms}
+            known[alike] = {
+                coding: scaled_bytes(payload if coding == made else recode(message, coding), chosen) for coding in forms
+            }
             if codings:
                 known[alike][PAPER] = paper_bytes(message.entries, chosen)
         found[client] = known[alike]
@@ -64,6 +75,8 @@ def recode(message: Message, coding: str) -> bytes:
 
 def scaled_bytes(payload: bytes, chosen: Sample) -> float:
     """Bytes of a payload if every module were in it as often as in the model."""
+    if chosen.is_whole:
+        return len(payload)
     told = describe(payload)
     index = told.parts["index"] / max(len(told.tensors), 1)
     tensors = sum(

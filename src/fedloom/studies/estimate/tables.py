@@ -84,13 +84,14 @@ def _caption(case: Mapping[str, Any]) -> str:
     return (
         f"round: {who}, in the coding before it, wire.values. of dense: {what}, against "
         f"{human_bytes(case['dense_bytes'])} of dense fp32 FedIT of {case['dense_rank']} with the same attendance."
-        f"{_data_words(case)}{f' {case["note"]}.' if case['note'] else ''} CPU seconds and memory of the {how}, {case['threads']} threads"
+        f"{_data_words(case)} CPU seconds and memory of the {how}, {case['threads']} threads"
     )
 
 
 def _data_words(case: Mapping[str, Any]) -> str:
     held = sum(case["data_bytes"].values())
-    return f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else ""
+    note = f" {case['note']}." if case["note"] else ""
+    return note + (f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else "")
 
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -126,8 +127,8 @@ def _plan_words(plan: Mapping[str, Any]) -> str:
     """What the columns mean."""
     base = "base model, " if plan["site_has_base"] else ""
     return (
-        "lines: how long the whole run takes where every site has this line, up/down. server CPU: of all rounds; MiB: at "
-        f"its peak. site CPU: of a turn beside its training; MiB: {base}adapter in training, payloads; no activations"
+        "lines: how long the whole run takes where every site has this line, up/down. server CPU: of all rounds; MiB: "
+        f"at its peak. site CPU: of a turn beside its training; MiB: {base}adapter in training, payloads"
     )
 
 
