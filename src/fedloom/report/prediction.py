@@ -64,7 +64,7 @@ class RunPrediction:
             return ""
         return (
             f"what {self.method} sends follows from the training: two kinds of made-up updates differ by "
-            f"{100 * self.spread:.0f} % in bytes, and a run may differ by as much"
+            f"{100 * self.spread:.0f} % in bytes, so that this is a guide and no more"
         )
 
 
@@ -147,7 +147,7 @@ def compare_rows(told: RunPrediction, rows: Sequence[Row]) -> list[ComparedRow]:
         found.append(ComparedRow("between regions and root", told.relayed, relayed))
     if told.server_cpu_s is not None:
         measured = sum(row.seconds for row in turns) / len(turns)
-        found.append(ComparedRow("the server's turn", told.server_cpu_s, measured, "seconds"))
+        found.append(ComparedRow("the server's turn, CPU and clock", told.server_cpu_s, measured, "seconds"))
     return found
 
 

@@ -125,5 +125,10 @@ def _busiest(told: Prediction, course: RunBytes, line: Line, turn_seconds: float
 
 
 def name_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of a plan in words: "clinic (10/50 Mbit/s)"."""
-    return [f"{line['name']} ({line['up_bits'] / 1e6:g}/{line['down_bits'] / 1e6:g} Mbit/s)" for line in rows]
+    """The lines of a plan in words: "clinic (10/50 Mbit/s)"; the usual ones are named by what they are."""
+    return [
+        line["name"]
+        if line["name"] in LINES
+        else f"{line['name']} ({line['up_bits'] / 1e6:g}/{line['down_bits'] / 1e6:g} Mbit/s)"
+        for line in rows
+    ]
