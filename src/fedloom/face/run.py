@@ -68,7 +68,8 @@ def run(
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
     with shown as view:
-        observer = Foretelling(view) if value is None else view
+        # A folder that goes with the result needs no prediction, and a method of one's own has no name to play it by.
+        observer = view if scratch or value else Foretelling(view)
         summary = local.run_local(
             apply_changes(config, own, method),
             folder,
