@@ -38,6 +38,7 @@ DOORS = {
     "mlflow": {"trackers/mlflow_run.py"},
     "wandb": {"trackers/wandb_run.py"},
     "trackio": {"trackers/trackio_run.py"},
+    "gguf": {"adapters/export/names.py"},
 }
 """Library → the only files that may import it."""
 

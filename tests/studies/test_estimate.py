@@ -129,7 +129,7 @@ def test_unequal_ranks_are_refused_where_the_method_cannot_have_them():
 def test_settings_are_estimated_without_their_weights(tmp_path):
     config = load_config(DEMO, ["clients.lab.r=4", "method.name=florist", "method.tau=0.9", "wire.values=fp16"])
     case = estimate.config_case(config)
-    assert case.values == 143_360 and len(case.attendance) == 20
+    assert case.values == 143_360 and len(case.turns) == 20
     assert set(case.ranks["lab"].values()) == {4} and set(case.ranks["bank"].values()) == {16}
     assert estimate.variant_of(config) == "florist:tau=0.9"
     (row,) = estimate.run_estimate(case, [estimate.variant_of(config)])["rows"]

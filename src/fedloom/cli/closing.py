@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 LEFT = {
     "adapter": "adapter/ (for PEFT)",
@@ -17,13 +17,17 @@ LEFT = {
 
 
 def run_tables(folder: Path) -> RenderableType:
-    """The closing tables of a run folder."""
+    """The closing tables of a run folder, and what was predicted of it where that is known."""
     from fedloom.records.ledger import read_rows
     from fedloom.report import summarise
+    from fedloom.report.prediction import compare_rows, prediction_table, read_prediction
     from fedloom.report.tables import closing_tables
 
-    ledger = folder / "ledger.jsonl"
-    return closing_tables(summarise(read_rows(ledger), str(ledger)))
+    ledger, told = folder / "ledger.jsonl", read_prediction(folder)
+    rows = read_rows(ledger)
+    tables = closing_tables(summarise(rows, str(ledger)))
+    found = compare_rows(told, rows) if told else []
+    return Group(tables, prediction_table(told, found)) if told and found else tables
 
 
 def print_folder(folder: Path, console: Console) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from fedloom.cli import closing
 from fedloom.cli.evaluate import evaluate
+from fedloom.cli.export import export
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
 from fedloom.cli.handing import push, track
@@ -229,7 +230,7 @@ def status(
         raise typer.Exit(1)
 
 
-for command in (init, aggregate, preview, estimate, compare, tune, evaluate, report, serve, track, push):
+for command in (init, aggregate, preview, estimate, compare, tune, evaluate, export, report, serve, track, push):
     app.command()(command)
 
 
@@ -238,9 +239,11 @@ def play_local(config: Config, folder: Path, command: str, *, resume: bool = Fal
     from fedloom.report.live import watch
     from fedloom.server.nursery_process import begin_nursery
 
-    with explain_resume(folder, command), watch(screen) as observer, begin_nursery(config) as nursery:
+    with explain_resume(folder, command), watch(screen) as view, begin_nursery(config) as nursery:
         from fedloom.server import local  # takes seconds, while the workers' process loads the same
+        from fedloom.studies.estimate.foretell import Foretelling
 
+        observer = Foretelling(view)
         summary = local.run_local(config, folder, resume=resume, force=force, observer=observer, nursery=nursery)
     close_run(summary)
 
@@ -251,9 +254,11 @@ def simulate(config: Config, folder: Path, command: str, *, resume: bool = False
     from fedloom.report.live import watch
 
     check_installed("simulation", "flwr", "ray")
-    with explain_resume(folder, command), watch(screen) as observer:
+    with explain_resume(folder, command), watch(screen) as view:
         from fedloom.flower.simulated import simulation
+        from fedloom.studies.estimate.foretell import Foretelling
 
+        observer = Foretelling(view)
         summary = simulation.run_simulated(config, folder, resume=resume, force=force, observer=observer)
     close_run(summary)
 

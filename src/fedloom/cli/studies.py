@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from fedloom.cli.options import AsJson, Jobs, Set, print_result, split_numbers, split_words
 from fedloom.records.text import LONG, cell
+from fedloom.report.numbers import human_bytes
 from fedloom.report.scores import NO_SCORE
 from fedloom.testbeds import testbed_folder
 
@@ -22,6 +25,10 @@ screen = Console()
 
 
 def estimate(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A run's folder: what it was to send, beside what it sent; kept in it."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Model whose shapes are used.")] = "llama-3.2-3b",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every client; the preset's if left out.")] = None,
     ranks: Annotated[str, typer.Option(help="A rank for each client: 64,32,16.")] = "",
@@ -34,26 +41,58 @@ def estimate(
     config: Annotated[
         Path | None, typer.Option(help="Settings whose model, clients, ranks and method are used instead of a preset.")
     ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of a preset: rounds of a run that all attend.")] = None,
+    line: Annotated[
+        list[str] | None,
+        typer.Option(help="A site's line, NAME=UP/DOWN in Mbit/s: clinic=10/50; repeatable. For hours of the run."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a GB that the server sends, such as a cloud's egress.")
+    ] = None,
+    price_up: Annotated[float | None, typer.Option(help="Of a GB that sites send, where their lines cost.")] = None,
+    turn_seconds: Annotated[float, typer.Option(help="Seconds of a site's training in a round, for the hours.")] = 0.0,
     all_modules: Annotated[bool, typer.Option("--all-modules", help="Play every layer, not one; slow.")] = False,
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes of a round by method, and the server's seconds and memory, before anything is trained."""
+    """Bytes of a round by method, money, hours and memory of a run, before anything is trained; or a run's own."""
     from fedloom.records.configfile import load_config
     from fedloom.studies import estimate
     from fedloom.studies.compare import parse_variants
+    from fedloom.studies.estimate.plan import Terms, parse_lines
 
+    if run is not None:
+        foretell(run, as_json)
+        return
+    terms = Terms(parse_lines(line or []), price, price_up, turn_seconds)
     if config is None:
         held = split_numbers(ranks, "--ranks") or None
         case = estimate.preset_case(
-            preset, rank=rank, ranks=held, clients=clients, modules=split_words(modules) or None
+            preset, rank=rank, ranks=held, clients=clients, modules=split_words(modules) or None, rounds=rounds
         )
         chosen: list[str] = list(estimate.DEFAULT_METHODS)
     else:
         settings = load_config(config, sets or [])
-        case, chosen = estimate.config_case(settings), [estimate.variant_of(settings)]
-    result = estimate.run_estimate(case, parse_variants(methods) if methods else chosen, whole=all_modules)
+        case = estimate.config_case(settings)
+        chosen = [case.method]
+    result = estimate.run_estimate(case, parse_variants(methods) if methods else chosen, whole=all_modules, terms=terms)
     print_result(result, estimate.estimate_tables, as_json)
+
+
+def foretell(run: Path, as_json: bool) -> None:
+    """Predict a run's bytes from its settings, keep that in its folder, and set it beside what was sent."""
+    from fedloom.report.prediction import compare_prediction, prediction_table
+    from fedloom.studies.estimate.foretell import foretell_run
+
+    told = foretell_run(run)
+    rows = compare_prediction(run)
+    if as_json:
+        found = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        print(json.dumps({"prediction": asdict(told), "compared": found}, indent=2))
+    elif rows:
+        screen.print(prediction_table(told, rows))
+    else:
+        screen.print(f"predicted: {human_bytes(told.bytes)} in all; the run has not played a round", highlight=False)
 
 
 def compare(

@@ -57,6 +57,7 @@ def run(
 
     from fedloom.report.live import watch
     from fedloom.server import local
+    from fedloom.studies.estimate.foretell import Foretelling
 
     if (resume or force) and out is None:
         raise ConfigError(f"{'resume' if resume else 'force'} needs out=, the folder of the run that is there")
@@ -66,7 +67,9 @@ def run(
     folder = scratch.path / "run" if scratch else Path(str(out))
     value = method if isinstance(method, Method) else None
     shown = watch(Console()) if progress else nullcontext(Silent())
-    with shown as observer:
+    with shown as view:
+        # A folder that goes with the result needs no prediction, and a method of one's own has no name to play it by.
+        observer = view if scratch or value else Foretelling(view)
         summary = local.run_local(
             apply_changes(config, own, method),
             folder,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
+from rich import box
+from rich.table import Table
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Aggregation, Relay, Row, RunRow, Transfer, read_rows
 from fedloom.records.session import FORBID
+from fedloom.records.text import cell
 from fedloom.report.baseline import is_delivery
+from fedloom.report.facts import human_seconds
+from fedloom.report.numbers import human_bytes
 
 FILE = "prediction.json"
 """In a run's folder. It is written before the first round, or by `fedloom estimate RUN`."""
+FIRM = 0.1
+"""A spread up to it is how values are coded; beyond it another number of them is sent."""
 Unit = Literal["bytes", "seconds"]
 Size = Annotated[int, Field(ge=0)]
 
@@ -27,7 +34,8 @@ class RunPrediction:
 
     up, down: of each round's turns, from round 1 on, over all clients, with what they missed. delivery: of the result
     to everybody. relayed: between regional servers and the root, in all. server_cpu_s: seconds of processor time of the
-    server's turn in a round; None where they were not taken.
+    server's turn in a round; None where they were not taken. spread: by which share two kinds of made-up updates differ
+    in the run's bytes: near 0 where these are known ahead, more where training decides what is sent.
     """
 
     __pydantic_config__ = FORBID
@@ -37,6 +45,27 @@ class RunPrediction:
     delivery: Size
     relayed: Size = 0
     server_cpu_s: float | None = None
+    spread: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole run, on the clients' lines."""
+        return sum(self.up) + sum(self.down) + self.delivery
+
+    @property
+    def is_firm(self) -> bool:
+        """Whether the bytes are known ahead, whatever is trained."""
+        return self.spread <= FIRM
+
+    @property
+    def remark(self) -> str:
+        """What to know of the prediction, in words; empty where the bytes are known ahead."""
+        if self.is_firm:
+            return ""
+        return (
+            f"what {self.method} sends follows from the training: two kinds of made-up updates differ by "
+            f"{100 * self.spread:.0f} % in bytes, so that this is a guide and no more"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +92,7 @@ def write_prediction(folder: Path, told: RunPrediction) -> None:
 
 
 def read_prediction(folder: Path) -> RunPrediction | None:
-    """What a run's folder keeps; None where it keeps none. Raises CheckpointError for a file that says none."""
+    """What a run's folder keeps; None where it keeps none. Raises CheckpointError for another kind of file."""
     path = folder / FILE
     try:
         return _READER.validate_json(path.read_bytes())
@@ -118,5 +147,25 @@ def compare_rows(told: RunPrediction, rows: Sequence[Row]) -> list[ComparedRow]:
         found.append(ComparedRow("between regions and root", told.relayed, relayed))
     if told.server_cpu_s is not None:
         measured = sum(row.seconds for row in turns) / len(turns)
-        found.append(ComparedRow("the server's turn", told.server_cpu_s, measured, "seconds"))
+        found.append(ComparedRow("the server's turn, CPU and clock", told.server_cpu_s, measured, "seconds"))
     return found
+
+
+def prediction_table(told: RunPrediction, rows: Iterable[ComparedRow]) -> Table:
+    """The comparison for a terminal."""
+    show = {"bytes": human_bytes, "seconds": human_seconds}
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="Predicted and measured",
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+    )
+    table.caption = cell(told.remark) if told.remark else None
+    table.add_column("")
+    for name in ("predicted", "measured", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.what, show[row.unit](row.predicted), show[row.unit](row.measured), ratio)
+    return table

@@ -5,6 +5,7 @@ out/
   ledger.jsonl     every payload, training, evaluation
   log.jsonl        the same rows as they happened, with the time, for log shippers
   metrics.prom     rounds, bytes, failures after each round, for Prometheus
+  prediction.json  what the run was expected to send, where it was foretold
   checkpoints/     all that is needed to go on
   tracking.json    under which identifier trackers know the run, if output.report_to
   tensorboard/     event files, and wandb/ what W&B keeps, if they are among them

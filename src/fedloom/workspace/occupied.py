@@ -18,8 +18,8 @@ from fedloom.records.session import End
 
 WRITTEN = (
     *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
-    *("tensorboard", "wandb", "tracking.json", ".tracking.lock", "metrics.prom", "split.json", "job", "flower-run"),
-    *("log.jsonl", "ledger.jsonl", "config.toml"),
+    *("tensorboard", "wandb", "tracking.json", ".tracking.lock", "prediction.json", "metrics.prom", "split.json", "job"),
+    *("flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
 
@@ -93,9 +93,10 @@ def clear_start(path: Path) -> None:
             (path / folder).rmdir()
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (".tracking.lock", "tracking.json", "metrics.prom", "split.json", "job", "flower-run", "curve.png"):
-        (path / name).unlink(missing_ok=True)
-    for name in ("report.html", "ledger.jsonl"):
+    for name in (
+        *(".tracking.lock", "tracking.json", "prediction.json", "metrics.prom", "split.json", "job", "flower-run"),
+        *("curve.png", "report.html", "ledger.jsonl"),
+    ):
         (path / name).unlink(missing_ok=True)
 
 

@@ -110,7 +110,7 @@ def render_record(told: Record) -> RenderableType:
     columns = [(head, show) for head, show, said in _COLUMNS if said(told)]
     for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    for name, group in _named(rows):
+    for name, group in named_rows(rows):
         table.add_row(cell(name), *(show(group) for _, show in columns))
     total: Record = {**told["total"], "adapters": count, "ranks": [], "rank": 0}
     table.add_row(f"all {len(rows)}", *(show([total]) for _, show in columns), style="bold")
@@ -130,7 +130,7 @@ def _closing(told: Record) -> str:
     return f"{'wrote' if told['written'] else 'nothing written; it would be'} {told['out']}: {what}"
 
 
-def _named(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+def named_rows(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Every module less what all names begin with; beyond LONGEST of them, those with one last part together."""
     names = [row["module"] for row in rows]
     if len(rows) <= LONGEST:
@@ -143,7 +143,8 @@ def _named(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return [(f"{kind} × {len(group)}", group) for kind, group in sorted(kinds.items())]
 
 
-def _range(numbers: Sequence[int]) -> str:
+def name_range(numbers: Sequence[int]) -> str:
+    """The lowest and the highest of some numbers; empty for none."""
     if not numbers:
         return ""
     low, high = min(numbers), max(numbers)
@@ -163,9 +164,9 @@ def _always(told: Record) -> bool:
 
 
 _COLUMNS: tuple[tuple[str, Show, Callable[[Record], bool]], ...] = (
-    ("adapters", lambda group: _range([row["adapters"] for row in group]), _partial),
-    ("ranks", lambda group: _range([rank for row in group for rank in row["ranks"]]), _always),
-    ("rank", lambda group: _range([row["rank"] for row in group if row["rank"]]), _always),
+    ("adapters", lambda group: name_range([row["adapters"] for row in group]), _partial),
+    ("ranks", lambda group: name_range([rank for row in group for rank in row["ranks"]]), _always),
+    ("rank", lambda group: name_range([row["rank"] for row in group if row["rank"]]), _always),
     ("kept", lambda group: f"{100 * min(row['kept_energy'] for row in group):.2f} %", _always),
     ("error", _worst("error"), _always),
     ("cap", _worst("cap_error"), lambda told: told["total"]["cap_error"] > 0),

@@ -20,8 +20,12 @@ def train_part(train: Train, modules: Ranks) -> Train:
     return lambda state, round, seed: train(replace(state, adapter=subset(state.adapter, modules)), round, seed)
 
 
-def train_made_up(method: Method) -> Train:
-    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8)."""
+def train_made_up(method: Method, *, fading: bool = False) -> Train:
+    """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8).
+
+    fading: by normal noise instead, of which every further component of the pair has less.
+    """
+    draw_a, draw_b = (draw_fading, _fading_columns) if fading else (draw_noise, draw_noise)
 
     def train(state: State, round: int, seed: int) -> Trained:
         generator = torch.Generator().manual_seed(seed)
@@ -31,10 +35,10 @@ def train_made_up(method: Method) -> Train:
         for module, pair in state.adapter.items():
             a, b = pair.A, pair.B
             if module in core:
-                a = a + draw_noise((pair.rank, core[module].rank), generator) @ core[module].A
+                a = a + draw_a((pair.rank, core[module].rank), generator) @ core[module].A
             else:
-                a = a + draw_noise(tuple(a.shape), generator) if "A" in parts else a
-                b = b + draw_noise(tuple(b.shape), generator) if "B" in parts else b
+                a = a + draw_a(tuple(a.shape), generator) if "A" in parts else a
+                b = b + draw_b(tuple(b.shape), generator) if "B" in parts else b
             pairs[module] = LoraPair(a, b)
         return Trained(LoraState(pairs), num_examples=1, loss=0.0)
 
@@ -45,3 +49,13 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal values whose standard deviation is log-normal, about 1e-3."""
     scale = torch.randn(shape, generator=generator).mul_(0.5).exp_()
     return torch.randn(shape, generator=generator).mul_(scale).mul_(1e-3)
+
+
+def draw_fading(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal values of standard deviation 1e-3 in the first row, and of 1e-3 / k in row k."""
+    rows = torch.arange(1.0, shape[0] + 1.0)[:, None]
+    return torch.randn(shape, generator=generator).div_(rows).mul_(1e-3)
+
+
+def _fading_columns(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return draw_fading(shape[::-1], generator).T

@@ -6,47 +6,42 @@ name and shape in every layer) are played once and counted as often as they occu
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedloom.compress.budget import Budget
-from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.methods.method import Method
-from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ServerTurn, full_state, server_turn
+from fedloom.rounds.turns import full_state, server_turn
 from fedloom.studies.estimate.machine import extra_bytes
 from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
-from fedloom.studies.estimate.paper import paper_encode
-from fedloom.wire import Message, decode, describe, encode
+from fedloom.studies.estimate.play import Play
+from fedloom.studies.estimate.sizes import CODINGS, Sample, Sizes, efficiency, mean_sizes, scaled_bytes, sizes_of
+from fedloom.wire import decode
 from fedloom.workspace.clients import top_ranks
 from fedloom.workspace.plan import downloads_of
+from fedloom.workspace.regions import split_evenly
 
-CODINGS = ("fp32", "bf16", "int8", "int4")
-PAPER = "paper"
-"""The coding of the papers: float32 values, and for sparse tensors a bitmap of all elements."""
+_TIGHT = 64
+"""Bytes of a tensor in a payload below which the words around the tensors are no small part of it."""
 ROUNDS = 3
 """Rounds played: the first is not typical (B = 0), and methods that alternate need two more."""
-Sizes = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One module of each kind, and how often each occurs in the model."""
+class Relayed:
+    """Bytes between one region and the root in a round: what is said of each client, and the sum of its updates.
 
-    shapes: Mapping[str, tuple[int, int]]
-    counts: Mapping[str, int]
+    first_sum: that of the first round.
+    """
 
-    @property
-    def scale(self) -> float:
-        """Adapter values of the model over those of the sample, at equal ranks."""
-        whole = sum(self.counts[name] * (m + n) for name, (m, n) in self.shapes.items())
-        return whole / sum(m + n for m, n in self.shapes.values())
+    each_client: float
+    first_sum: float
+    sum: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,8 @@ class Prediction:
     may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played; merges: whether it grows with every further one.
-    replaces: whether the newest broadcast is enough for whoever missed some.
+    replaces: whether the newest broadcast is enough for whoever missed some. relay: between a region and the root.
+    client_cpu_s: seconds of processor time of a client's turn beside its training, the mean of those that were played.
     efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
     broadcast is sparse or has no factors. server_cpu_s: seconds of processor time of the server's turn, the sum over
     threads; memory: bytes that it needs beside its state, payloads included (None where the system does not tell).
@@ -75,6 +71,8 @@ class Prediction:
     states: tuple[float, ...] = ()
     merges: bool = False
     replaces: bool = False
+    relay: Relayed | None = None
+    client_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +83,6 @@ class Traffic:
     first_down: float
     up: float
     down: float
-
-
-class Play(Federation):
-    """A federation of a few modules in progress; it remembers its last round, and what the server took in each."""
-
-    def __init__(self, job: Job, adapter: LoraState, clients: Mapping[str, Ranks]) -> None:
-        super().__init__(job, adapter, clients)
-        self.server_cpu_s: list[float] = []
-        self.uploads: Mapping[str, bytes] = {}
-        self.before = self.server
-
-    def server_turn(self, uploads: Mapping[str, bytes]) -> ServerTurn:
-        """The server's turn, timed."""
-        self.uploads, self.before = uploads, self.server
-        began = time.process_time()  # the clock on the wall would count whatever else the machine does
-        turn = super().server_turn(uploads)
-        self.server_cpu_s.append(time.process_time() - began)
-        return turn
 
 
 def sample_modules(layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], *, whole: bool = False) -> Sample:
@@ -128,52 +108,92 @@ def predict(
     with_memory: bool = True,
     attending: int | None = None,
     budget: Budget | None = None,
+    codings: Sequence[str] = CODINGS,
+    course: Course | None = None,
 ) -> dict[str, Prediction | ConfigError]:
     """A round of each method with clients of these ranks (client → module → rank) on these modules, by name.
 
     One module of each kind is played, with `whole` every one. attending: clients of a round, all if None; those that
-    are played have all ranks in turn. budget: wire.budget, for methods that keep to one. A ConfigError stands for a
-    method that cannot combine these ranks or modules.
+    are played have all ranks in turn. budget: wire.budget, for methods that keep to one. codings: forms in which
+    payloads are coded beside the method's own; without any the papers' is left out too, which is quick. course: what a
+    run does to a round. A ConfigError stands for a method that cannot combine these ranks or modules.
     """
-    chosen = sample_modules(layout, ranks, whole=whole)
-    held = {
-        client: {module: rank[module] for module in chosen.shapes if module in rank} for client, rank in ranks.items()
-    }
-    played = {name: _try(name, method, chosen, held, seed, attending, budget) for name, method in methods.items()}
+    asked = Asked(seed, attending, budget, tuple(codings), course or Course())
+    played = {}
+    for name, method in methods.items():
+        tight = is_tight(method, layout, ranks, budget)
+        chosen = sample_modules(layout, ranks, whole=whole or tight)
+        held = {
+            client: {module: rank[module] for module in chosen.shapes if module in rank}
+            for client, rank in ranks.items()
+        }
+        played[name] = _try(name, method, chosen, held, asked, joined=tight), chosen
     # Last, because measuring memory changes how memory is allocated from then on, and so how fast.
     return {
         name: told
         if isinstance(told, ConfigError)
         else replace(told[0], memory=measure_memory(told[1], chosen) if with_memory else None)
-        for name, told in played.items()
+        for name, (told, chosen) in played.items()
     }
 
 
+def is_tight(
+    method: Method, layout: Mapping[str, tuple[int, int]], ranks: Mapping[str, Ranks], budget: Budget | None
+) -> bool:
+    """Whether payloads are so small that what they say of all tensors together counts: then one module stands for none.
+
+    Such a method is played with every module, as it is.
+    """
+    if budget is None or not (method.joins and method.takes_budget):
+        return False
+    values = max(sum(rank * sum(layout[module]) for module, rank in held.items()) for held in ranks.values())
+    return budget.bytes(values) < _TIGHT * 2 * len(layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a run does to a round. turns: how many a round has on the mean, num_rounds: how many rounds; 0: not known.
+
+    regions: their number, 0 for none. fading: see `made_up.train_made_up`.
+    """
+
+    turns: float = 0
+    num_rounds: int = 0
+    regions: int = 0
+    fading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `predict` was asked for, but for methods, modules and ranks."""
+
+    seed: int
+    attending: int | None
+    budget: Budget | None
+    codings: tuple[str, ...]
+    course: Course
+
+
 def _try(
-    name: str,
-    method: Method,
-    chosen: Sample,
-    held: Mapping[str, Ranks],
-    seed: int,
-    attending: int | None,
-    budget: Budget | None,
+    name: str, method: Method, chosen: Sample, held: Mapping[str, Ranks], asked: Asked, *, joined: bool
 ) -> tuple[Prediction, Play] | ConfigError:
     try:
         top = top_ranks(method, held)
     except ConfigError as error:
         return error
-    begin = initial_state(chosen.shapes, top, seed)
-    here = choose_clients(held, attending or len(held))
-    kept = budget if method.takes_budget else None
+    begin = initial_state(chosen.shapes, top, asked.seed)
+    here = choose_clients(held, asked.attending or len(held))
+    kept = asked.budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
+    turns = round(asked.course.turns) or len(here)
     job = Job(
         replace(method, joins=False),  # bytes of a sample are scaled up tensor by tensor
-        seed,
+        asked.seed,
         quantize("fp32"),
         budget=scaled,
-        downloads=downloads_of(method, begin, held, len(here), 0),
+        downloads=downloads_of(method, begin, held, turns, asked.course.num_rounds),
     )
-    return _predict(name, job, begin, here, chosen, method.form(kept))
+    return _predict(name, job, begin, here, chosen, method.form(kept), asked, joined)
 
 
 def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
@@ -183,16 +203,30 @@ def choose_clients(held: Mapping[str, Ranks], count: int) -> dict[str, Ranks]:
 
 
 def _predict(
-    name: str, job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str
+    name: str,
+    job: Job,
+    begin: LoraState,
+    held: Mapping[str, Ranks],
+    chosen: Sample,
+    auto: str,
+    asked: Asked,
+    joined: bool,
 ) -> tuple[Prediction, Play]:
-    """Three rounds in fp32, their payloads coded in every form; for a method with a budget, in its own form as well."""
-    play, up, down, states, efficient = _play(job, begin, held, chosen, auto)
-    if job.method.budget(job.budget) and auto != "fp32":  # how much is sent follows from the form
-        _, up_auto, down_auto, states, _ = _play(replace(job, quantize=quantize(auto)), begin, held, chosen, auto)
-        for rounds, own in ((up, up_auto), (down, down_auto)):
-            for every, sizes in zip(rounds, own, strict=True):
-                for client, size in sizes.items():
-                    every[client] = {**every[client], auto: size[auto]}
+    """Three rounds in fp32, their payloads coded in every form, and in the method's own form where it matters.
+
+    That is with a budget, since how much is sent follows from the form, with regions, whose sums do, and where no other
+    form is asked for.
+    """
+    budget = job.method.budget(job.budget)
+    own = None
+    if auto != "fp32" and (budget or asked.course.regions or not asked.codings):
+        method = replace(job.method, joins=joined)
+        own = _play(replace(job, method=method, quantize=quantize(auto)), begin, held, chosen, auto, auto, asked)
+    if own is None or asked.codings:
+        seen = _play(job, begin, held, chosen, auto, "fp32", asked)
+    if own is not None:
+        seen = own if not asked.codings else _with_own(seen, own, auto)
+    up, down = seen.up, seen.down
     traffic = {
         client: Traffic(
             up[0][client][auto],
@@ -208,95 +242,74 @@ def _predict(
         mean_sizes([size for sizes in down[1:] for size in sizes.values()]),
         sum(own.first_up + own.first_down for own in traffic.values()),
         auto,
-        efficient,
-        chosen.scale * sum(play.server_cpu_s[1:]) / (ROUNDS - 1),
+        seen.efficiency,
+        chosen.scale * sum(seen.play.server_cpu_s[1:]) / (ROUNDS - 1),
         traffic=traffic,
-        states=states,
+        states=seen.states,
         merges=job.method.merges,
         replaces=bool(job.method.replaces),
+        relay=relayed_bytes(seen.play, chosen),
+        client_cpu_s=chosen.scale * sum(seen.play.client_cpu_s[len(held) :]) / (len(held) * (ROUNDS - 1)),
     )
-    return told, play
+    return told, seen.play
+
+
+def _with_own(seen: Played, own: Played, auto: str) -> Played:
+    """What was played in fp32, with the sizes, states and sums of what was played in the method's own form."""
+    for rounds, sizes_of_own in ((seen.up, own.up), (seen.down, own.down)):
+        for every, sizes in zip(rounds, sizes_of_own, strict=True):
+            for client, size in sizes.items():
+                every[client] = {**every[client], auto: size[auto]}
+    seen.play.sums, seen.play.said = own.play.sums, own.play.said
+    return replace(seen, states=own.states)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Played:
+    """Rounds that were played. up, down: client → sizes by coding, of every round; states: bytes of the full states.
+
+    efficiency: of the last round.
+    """
+
+    play: Play
+    up: list[dict[str, Sizes]]
+    down: list[dict[str, Sizes]]
+    states: tuple[float, ...]
+    efficiency: float | None
 
 
 def _play(
-    job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str
-) -> tuple[Play, list[dict[str, Sizes]], list[dict[str, Sizes]], tuple[float, ...], float | None]:
-    """(the play, client → sizes up and down of every round, bytes of the full states, efficiency of the last round)."""
-    play, train = Play(job, begin, held), train_made_up(job.method)
+    job: Job, begin: LoraState, held: Mapping[str, Ranks], chosen: Sample, auto: str, made: str, asked: Asked
+) -> Played:
+    """Play three rounds, whose payloads have the form `made`; in another than fp32, they count in that one alone."""
+    codings = asked.codings if made == "fp32" else ()
+    names = list(held)
+    count = min(asked.course.regions, len(names))
+    regions = split_evenly(count, names) if count else None
+    play, train = Play(job, begin, held, regions), train_made_up(job.method, fading=asked.course.fading)
     steps = {client: train_part(train, own) for client, own in held.items()}
     up, down, states = [], [], []
     for number in range(1, ROUNDS + 1):
         result = play.round(steps)
-        up.append(sizes_of(result.uploads, chosen, auto))
+        up.append(sizes_of(result.uploads, chosen, auto, codings, made))
         received = {client: play.broadcast_for(client, result.broadcast) for client in play.clients}
-        down.append(sizes_of(received, chosen, auto))
+        down.append(sizes_of(received, chosen, auto, codings, made))
         states.append(chosen.scale * len(full_state(job, play.server, number)))
     play.clients.clear()
-    return play, up, down, tuple(states), efficiency(decode(result.broadcast).entries, chosen)
+    entries = decode(result.broadcast).entries
+    return Played(play, up, down, tuple(states), efficiency(entries, chosen))
 
 
-def sizes_of(payloads: Mapping[str, bytes], chosen: Sample, auto: str) -> dict[str, Sizes]:
-    """Client → coding → bytes of its payload on the whole model; payloads that are alike are coded once."""
-    codings = dict.fromkeys((*CODINGS, auto))
-    known: dict[object, dict[str, float]] = {}
-    found: dict[str, Sizes] = {}
-    for client, message in ((client, decode(payload)) for client, payload in payloads.items()):
-        alike = tuple((name, entry.shape, type(entry)) for name, entry in message.entries.items())
-        if alike not in known:
-            known[alike] = {coding: scaled_bytes(recode(message, coding), chosen) for coding in codings}
-            known[alike][PAPER] = paper_bytes(message.entries, chosen)
-        found[client] = known[alike]
-    return found
-
-
-def mean_sizes(sizes: Sequence[Sizes]) -> dict[str, float]:
-    """The mean of each coding."""
-    return {coding: sum(size[coding] for size in sizes) / len(sizes) for coding in sizes[0]}
-
-
-def recode(message: Message, coding: str) -> bytes:
-    """The same message with its values in another form."""
-    entries = {
-        name: replace(entry, values=quantize(coding)(floats(entry.values), seed))
-        for seed, (name, entry) in enumerate(message.entries.items())
-    }
-    return encode(Message(message.header, entries))
-
-
-def scaled_bytes(payload: bytes, chosen: Sample) -> float:
-    """Bytes of a payload if every module were in it as often as in the model."""
-    told = describe(payload)
-    index = told.parts["index"] / max(len(told.tensors), 1)
-    tensors = sum(
-        occurrences(tensor.name, chosen) * (tensor.position_bytes + tensor.value_bytes + index)
-        for tensor in told.tensors
-    )
-    return told.parts["header"] + told.parts["checksum"] + tensors
-
-
-def paper_bytes(entries: Mapping[str, Entry], chosen: Sample) -> float:
-    """The same in the papers' coding."""
-    return sum(
-        occurrences(name, chosen)
-        * (4 * entry.values.numel() if isinstance(entry, Dense) else len(paper_encode({name: entry})))
-        for name, entry in entries.items()
-    )
-
-
-def occurrences(name: str, chosen: Sample) -> int:
-    """How often the module of a tensor is in the model."""
-    return chosen.counts[name.rpartition("/")[0]]
-
-
-def efficiency(entries: Mapping[str, Entry], chosen: Sample) -> float | None:
-    """One over the sum of broadcast ranks; each factor counts half."""
-    if any(not isinstance(entry, Dense) or name.endswith("/R") for name, entry in entries.items()):
+def relayed_bytes(play: Play, chosen: Sample) -> Relayed | None:
+    """What regions and root said to each other in the rounds that were played; None without regions."""
+    if not play.regions:
         return None
-    ranks = sum(
-        occurrences(name, chosen) * (entry.shape[0] if name.endswith("A") else entry.shape[-1]) / 2
-        for name, entry in entries.items()
-    )
-    return 1 / ranks if ranks else None
+    sizes = [[scaled_bytes(payload, chosen) for payload in sums.values()] for sums in play.sums]
+    # Sums are told of as well; what is left is said of clients.
+    told = sum(play.said) - sum(len(payload) for sums in play.sums for payload in sums.values())
+    turns = ROUNDS * sum(map(len, play.regions.values()))
+    later = [size for found in sizes[1:] for size in found]
+    return Relayed(told / turns, sum(sizes[0]) / len(sizes[0]), sum(later) / len(later))
 
 
 def measure_memory(play: Play, chosen: Sample) -> float | None:

@@ -9,16 +9,20 @@ from rich import box
 from rich.table import Table
 
 from fedloom.records.text import cell, to_printable
+from fedloom.report.facts import human_seconds
 from fedloom.report.numbers import human_bytes
+from fedloom.studies.estimate.plan import name_lines
 from fedloom.studies.estimate.published import MIB
-from fedloom.studies.estimate.rounds import CODINGS, PAPER
+from fedloom.studies.estimate.sizes import CODINGS, PAPER
 
 
 def estimate_tables(result: Mapping[str, Any]) -> list[Table]:
     """What `run_estimate` returned, for a terminal."""
     refused = [row for row in result["rows"] if "refused" in row]
+    planned = [row for row in result["rows"] if row.get("plan")]
     return [
         _round_table(result),
+        *([_plan_table(planned)] if planned else []),
         *([_refused_table(refused)] if refused else []),
         *([_published_table(result)] if result["published"] else []),
     ]
@@ -86,7 +90,46 @@ def _caption(case: Mapping[str, Any]) -> str:
 
 def _data_words(case: Mapping[str, Any]) -> str:
     held = sum(case["data_bytes"].values())
-    return f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else ""
+    note = f" {case['note']}." if case["note"] else ""
+    return note + (f" The clients' own data: {human_bytes(held)} by {case['data_coding']}." if held else "")
+
+
+def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Money, hours, and what server and sites need, for the whole run."""
+    first = rows[0]["plan"]
+    table = Table(box=box.SIMPLE_HEAD, title="The run as a plan", title_style="bold", caption=_plan_words(first))
+    table.add_column("method", overflow="fold", min_width=9)
+    heads = [
+        "server sends",
+        "sites send",
+        *(["money"] if first["money"] is not None else []),
+        *name_lines(first["lines"]),
+    ]
+    for name in (*heads, "server CPU", "server MiB", "site CPU", "site MiB"):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        plan = row["plan"]
+        table.add_row(
+            cell(row["method"]),
+            human_bytes(plan["server_sends_bytes"]),
+            human_bytes(plan["sites_send_bytes"]),
+            *([f"{plan['money']:,.4g}"] if plan["money"] is not None else []),
+            *(human_seconds(line["run_seconds"]) for line in plan["lines"]),
+            human_seconds(plan["server_cpu_s"]),
+            "–" if plan["server_bytes"] is None else f"{plan['server_bytes'] / MIB:,.0f}",
+            human_seconds(plan["site_cpu_s"]),
+            f"{plan['site_bytes'] / MIB:,.0f}",
+        )
+    return table
+
+
+def _plan_words(plan: Mapping[str, Any]) -> str:
+    """What the columns mean."""
+    base = "base model, " if plan["site_has_base"] else ""
+    return (
+        "lines: how long the whole run takes where every site has this line, up/down. server CPU: of all rounds; MiB: "
+        f"at its peak. site CPU: of a turn beside its training; MiB: {base}adapter in training, payloads"
+    )
 
 
 def _refused_table(rows: Sequence[Mapping[str, Any]]) -> Table:
