@@ -26,6 +26,7 @@ from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
 from fedloom.methods.shared.averaging import add_weighted, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
+from fedloom.methods.shared.drawn import send_at_drawn
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
@@ -47,6 +48,7 @@ def loom(
     importance: bool = True,
     step_guard: bool = True,
     broadcast: Literal["change", "state"] = "change",
+    positions: Literal["own", "shared"] = "own",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -61,6 +63,8 @@ def loom(
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
     broadcast: "change", or "state": the whole adapter rounded anew (`shared.states`), so that the newest is enough, for
     runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
+    positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
+    that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
@@ -69,20 +73,23 @@ def loom(
         raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
+    drawn = positions == "shared"
     if broadcast == "state":
+        if drawn:
+            raise ConfigError("method.positions = 'shared' has no meaning with method.broadcast = 'state': unset one")
         return loom_of_states(dial, step_guard)
     return Method(
         name="loom",
         facts=Facts(
             paper="fedloom (docs/loom.md)",
             unequal_ranks=True,
-            sends="important elements of ΔA and ΔB",
+            sends="elements of ΔA and ΔB that both sides draw" if drawn else "important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send, its last step",
             broadcasts="elements",
         ),
         updates="change",
-        compress=partial(send_signs, dial, step, importance),
+        compress=partial(send_at_drawn, dial, step) if drawn else partial(send_signs, dial, step, importance),
         aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
         receive=add_to_whole,
         adopt=adopt_whole,

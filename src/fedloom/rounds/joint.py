@@ -18,14 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, count, floats
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count, floats
+from fedloom.compress.masks import STEPS, seeded_count, threshold
 from fedloom.errors import WireError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Entries, State
+from fedloom.methods.shared.drawn import drawn_seed
 from fedloom.methods.shared.whole import whole_rank
 from fedloom.wire import decode, describe
 
 SCALES = "scales"
+DRAWN = "drawn:"
 FEW = 64
 """Values a tensor, on the mean, below which they travel together: above, classes of rows and columns save more."""
 
@@ -51,23 +54,24 @@ class Outline:
 
     rank: int
     shapes: Mapping[str, tuple[int, ...]]
+    digest: str = ""
 
     @classmethod
-    def of(cls, adapter: LoraState, whole: Mapping[str, int]) -> Outline | None:
+    def of(cls, adapter: LoraState, whole: Mapping[str, int], digest: str = "") -> Outline | None:
         """That of a sender's adapter, where one rank says what it is of an adapter of ranks `whole`; else None."""
         rank = max(adapter.ranks().values(), default=0)
         if not rank or adapter.ranks() != {module: min(rank, most) for module, most in whole.items()}:
             return None
-        return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())})
+        return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())}, digest)
 
     @classmethod
-    def at_rank(cls, state: State, rank: int) -> Outline:
+    def at_rank(cls, state: State, rank: int, digest: str = "") -> Outline:
         """That of an adapter of this rank, as a receiver knows it."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module, pair in state.adapter.items():
             held, (m, n) = min(rank, whole_rank(state, module)), pair.shape
             shapes |= {f"{module}/A": (held, n), f"{module}/B": (m, held)}
-        return cls(rank, dict(sorted(shapes.items())))
+        return cls(rank, dict(sorted(shapes.items())), digest)
 
     def numel(self) -> int:
         """Elements of all tensors."""
@@ -89,7 +93,51 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         number = sum(one.positions.numel() for one, _ in codes)
         if len(codes) == len(held) and 0 < number < min(FEW * len(held), _ALL + 1):
             return _join(codes, outline, kind) or entries
-    return entries
+    return _join_drawn(entries, outline) or entries
+
+
+def _join_drawn(entries: Entries, outline: Outline) -> Entries | None:
+    """The two tensors for signs at the positions that follow from the digest; None where these are something else."""
+    found: list[Quantized] = []
+    densities = set()
+    for name, shape in outline.shapes.items():
+        entry = entries[name]
+        if not (isinstance(entry, Seeded) and entry.shape == shape and isinstance(entry.values, Quantized)):
+            return None
+        values = entry.values
+        if (values.bits, values.block) != (SIGNS.bits, SIGNS.block) or values.scales.numel() > 1:
+            return None
+        if entry.seed != drawn_seed(outline.digest, name):
+            return None
+        found.append(values)
+        densities.add(entry.density)
+    codes = torch.cat([values.codes for values in found])
+    scales = torch.cat([values.scales for values in found])
+    rounded = scales.to(torch.bfloat16)
+    if len(densities) != 1 or not 0 < codes.numel() <= _ALL or not torch.equal(rounded.to(torch.float32), scales):
+        return None
+    return {
+        f"{DRAWN}{outline.rank}:{threshold(densities.pop())}": Dense(
+            (codes.numel(),), Quantized(codes, torch.ones(1), _ALL, SIGNS.bits)
+        ),
+        SCALES: Dense((rounded.numel(),), rounded),
+    }
+
+
+def _split_drawn(entries: Entries, named: str, state: State, base: str) -> Entries:
+    rank, _, limit = named.removeprefix(DRAWN).partition(":")
+    outline = Outline.at_rank(state, int(rank), base)
+    density = int(limit) / STEPS
+    seeds = {name: drawn_seed(base, name) for name in outline.shapes}
+    sizes = [seeded_count(count(shape), density, seeds[name]) for name, shape in outline.shapes.items()]
+    values = entries[named].values
+    assert isinstance(values, Quantized)
+    left = floats(entries[SCALES].values)
+    made = {}
+    for (name, shape), codes, size in zip(outline.shapes.items(), values.codes.split(sizes), sizes, strict=True):
+        own, left = left[: size > 0], left[size > 0 :]
+        made[name] = Seeded(shape, seeds[name], density, Quantized(codes, own, SIGNS.block, SIGNS.bits))
+    return made
 
 
 def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind) -> Entries | None:
@@ -118,7 +166,7 @@ def _codes_of(entry: Entry, shape: tuple[int, ...], kind: Kind) -> tuple[Sparse,
     return (entry, values) if fits else None
 
 
-def split_entries(entries: Entries, state: State) -> Entries:
+def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
     """What `join_entries` was given; entries that are not joined as they are. Raises WireError where they do not fit.
 
     state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part.
@@ -127,12 +175,13 @@ def split_entries(entries: Entries, state: State) -> Entries:
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
-    return entries
+    named = next((name for name in entries if name.startswith(DRAWN)), None)
+    return entries if named is None else _split_drawn(entries, named, state, base)
 
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether entries of these names are joined ones."""
-    return any(name.startswith(kind.prefix) for name in names for kind in (SIGNS, CODES))
+    return any(name.startswith(begin) for name in names for begin in (SIGNS.prefix, CODES.prefix, DRAWN))
 
 
 def names_in(payload: bytes, state: State) -> Collection[str]:

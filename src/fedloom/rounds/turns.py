@@ -112,10 +112,12 @@ def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) 
 
     A module that `ranks` does not name has the server's rank: the client does not train it, but its model uses it.
     """
-    server = State(adapter, digest=digest(adapter))
+    # The digest is of what the seed gives: what a method makes of it may follow from a site's own linear algebra.
+    server = State(job.method.begin(adapter), digest=digest(adapter))
     if ranks is None:
         return server
-    return job.method.adopt(replace(server, adapter=narrow(adapter, ranks)), adapter, LoraState())
+    whole = server.adapter
+    return job.method.adopt(replace(server, adapter=narrow(whole, ranks)), whole, LoraState())
 
 
 def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
@@ -133,7 +135,8 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     give_back(4 * trained.adapter.numel())  # what training took besides
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    draft = Draft(header, Outline.of(trained.adapter, whole_ranks(state)) if job.method.joins else None)
+    outline = Outline.of(trained.adapter, whole_ranks(state), state.digest) if job.method.joins else None
+    draft = Draft(header, outline)
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
@@ -278,7 +281,8 @@ def accept_own(job: Job, state: State, message: Message, ranks: Mapping[str, int
 
 
 def _take_up(job: Job, state: State, message: Message) -> State:
-    header, entries = message.header, split_entries(message.entries, state)
+    header = message.header
+    entries = split_entries(message.entries, state, header.base_digest)
     check_broadcast(job, state, header, entries)
     try:
         if header.kind == "state":

@@ -179,7 +179,7 @@ def check_may_leave(
     message = decode(payload, Limits(max_values=4 * before.numel()))
     if message.header.kind != "update":
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
-    entries = split_entries(message.entries, State(before))
+    entries = split_entries(message.entries, State(before), message.header.base_digest)
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
         if module not in before or part not in parts:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from fedloom.adapters.base_identity import check_same_base
 from fedloom.adapters.folder import load_adapter
@@ -34,6 +36,11 @@ class Plan:
     initial: LoraState
     shared: Adapter
     adapters: Mapping[str, Adapter]
+
+    def on_base(self, read: Callable[[str], Tensor]) -> Plan:
+        """The same with what the method takes from the base weights; read: module → W0 (m × n)."""
+        made = self.job.method.on_base
+        return self if made is None else replace(self, job=replace(self.job, method=made(self.initial, read)))
 
 
 def choose_method(config: Config, method: Method | None) -> Method:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
@@ -163,6 +165,8 @@ def _try(
     except ConfigError as error:
         return error
     begin = initial_state(chosen.shapes, top, seed)
+    if method.on_base is not None:  # sizes do not depend on the values of the base weights
+        method = method.on_base(begin, lambda module: torch.empty(chosen.shapes[module], device="meta"))
     here = choose_clients(held, attending or len(held))
     kept = budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None

@@ -1,0 +1,57 @@
+"""Elements at positions that both sides draw alike, so that none travel: the linear face of a sparse method.
+
+Which elements of a tensor are sent follows from the state that an update rests on (its digest) and the tensor's name.
+So the positions of all clients of one version are the same, and what they send adds up element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedloom.compress.budget import Room, fill_budget, value_bits
+from fedloom.compress.entries import Seeded
+from fedloom.compress.masks import STEPS, seeded_mask
+from fedloom.compress.seeds import derived_seed
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import Context, Entries, State
+from fedloom.methods.shared.dial import Dial
+
+
+def drawn_seed(digest: str, name: str) -> int:
+    """The seed of the positions of tensor `name` ("module/A") in an update that rests on the state of this digest."""
+    return derived_seed(0, "drawn", digest, name)
+
+
+def send_at_drawn(
+    dial: Dial, step: float, state: State, after: LoraState, context: Context
+) -> tuple[Mapping[str, Tensor], Entries]:
+    """The same share of every tensor's change, as large as the budget has room for.
+
+    What is sent has the L1 norm of the whole change, but at most `step` times its L2 norm.
+    """
+    before = state.adapter.tensors()
+    changes = {name: now - before[name] for name, now in after.tensors().items()}
+
+    def entries_at(density: float) -> dict[str, Seeded]:
+        share = min(max(math.floor(density * STEPS), 1), STEPS) / STEPS
+        return {name: _entry(name, change, step, share, state.digest, context) for name, change in changes.items()}
+
+    budget, elements = dial.bytes(state.adapter, "up", context), after.numel()
+    room = Room(budget, elements, len(changes), value_bits(context.quantize), dial.most, positions=False)
+    done = fill_budget(room, entries_at, context.size, state.memory)
+    return done.memory, done.entries
+
+
+def _entry(name: str, change: Tensor, step: float, share: float, digest: str, context: Context) -> Seeded:
+    """So large a share of a change. Its values have the mean magnitude that `send_at_drawn` says."""
+    seed, flat = drawn_seed(digest, name), change.flatten()
+    kept = flat[seeded_mask(flat.numel(), share, seed)]
+    number, mean = kept.numel(), float(kept.abs().mean()) if kept.numel() else 0.0
+    if mean:
+        longest = step * float(flat.norm()) / math.sqrt(number)
+        kept = kept * (min(float(flat.abs().sum()) / number, longest) / mean)
+    rounding = derived_seed(context.seed, "loom", context.round, name)
+    return Seeded(tuple(change.shape), seed, share, context.quantize(kept, rounding))
