@@ -18,17 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count, floats
-from fedloom.compress.masks import STEPS, seeded_count, threshold
+from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, count
 from fedloom.errors import WireError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Entries, State
-from fedloom.methods.shared.drawn import drawn_seed
 from fedloom.methods.shared.whole import whole_rank
+from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
+from fedloom.rounds.joint_drawn import SCALES as SCALES
 from fedloom.wire import decode, describe
 
-SCALES = "scales"
-DRAWN = "drawn:"
 FEW = 64
 """Values a tensor, on the mean, below which they travel together: above, classes of rows and columns save more."""
 
@@ -50,7 +48,10 @@ SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The shapes of an adapter's tensors, in order of name, and the rank that says which they are."""
+    """The shapes of an adapter's tensors, in order of name, and the rank that says which they are.
+
+    digest: of the state that a sender's update rests on; it says which positions are drawn.
+    """
 
     rank: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -65,13 +66,13 @@ class Outline:
         return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())}, digest)
 
     @classmethod
-    def at_rank(cls, state: State, rank: int, digest: str = "") -> Outline:
+    def at_rank(cls, state: State, rank: int) -> Outline:
         """That of an adapter of this rank, as a receiver knows it."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module, pair in state.adapter.items():
             held, (m, n) = min(rank, whole_rank(state, module)), pair.shape
             shapes |= {f"{module}/A": (held, n), f"{module}/B": (m, held)}
-        return cls(rank, dict(sorted(shapes.items())), digest)
+        return cls(rank, dict(sorted(shapes.items())))
 
     def numel(self) -> int:
         """Elements of all tensors."""
@@ -84,7 +85,10 @@ def whole_ranks(state: State) -> dict[str, int]:
 
 
 def join_entries(entries: Entries, outline: Outline | None) -> Entries:
-    """The two tensors, where these entries are few signs of exactly these tensors; else the entries as they are."""
+    """The two tensors, where these entries are few signs of exactly these tensors; else the entries as they are.
+
+    Signs at drawn positions need not be few: nothing is said of their places (`joint_drawn`).
+    """
     if outline is None or entries.keys() != outline.shapes.keys():
         return entries
     for kind in (SIGNS, CODES):
@@ -93,51 +97,7 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         number = sum(one.positions.numel() for one, _ in codes)
         if len(codes) == len(held) and 0 < number < min(FEW * len(held), _ALL + 1):
             return _join(codes, outline, kind) or entries
-    return _join_drawn(entries, outline) or entries
-
-
-def _join_drawn(entries: Entries, outline: Outline) -> Entries | None:
-    """The two tensors for signs at the positions that follow from the digest; None where these are something else."""
-    found: list[Quantized] = []
-    densities = set()
-    for name, shape in outline.shapes.items():
-        entry = entries[name]
-        if not (isinstance(entry, Seeded) and entry.shape == shape and isinstance(entry.values, Quantized)):
-            return None
-        values = entry.values
-        if (values.bits, values.block) != (SIGNS.bits, SIGNS.block) or values.scales.numel() > 1:
-            return None
-        if entry.seed != drawn_seed(outline.digest, name):
-            return None
-        found.append(values)
-        densities.add(entry.density)
-    codes = torch.cat([values.codes for values in found])
-    scales = torch.cat([values.scales for values in found])
-    rounded = scales.to(torch.bfloat16)
-    if len(densities) != 1 or not 0 < codes.numel() <= _ALL or not torch.equal(rounded.to(torch.float32), scales):
-        return None
-    return {
-        f"{DRAWN}{outline.rank}:{threshold(densities.pop())}": Dense(
-            (codes.numel(),), Quantized(codes, torch.ones(1), _ALL, SIGNS.bits)
-        ),
-        SCALES: Dense((rounded.numel(),), rounded),
-    }
-
-
-def _split_drawn(entries: Entries, named: str, state: State, base: str) -> Entries:
-    rank, _, limit = named.removeprefix(DRAWN).partition(":")
-    outline = Outline.at_rank(state, int(rank), base)
-    density = int(limit) / STEPS
-    seeds = {name: drawn_seed(base, name) for name in outline.shapes}
-    sizes = [seeded_count(count(shape), density, seeds[name]) for name, shape in outline.shapes.items()]
-    values = entries[named].values
-    assert isinstance(values, Quantized)
-    left = floats(entries[SCALES].values)
-    made = {}
-    for (name, shape), codes, size in zip(outline.shapes.items(), values.codes.split(sizes), sizes, strict=True):
-        own, left = left[: size > 0], left[size > 0 :]
-        made[name] = Seeded(shape, seeds[name], density, Quantized(codes, own, SIGNS.block, SIGNS.bits))
-    return made
+    return join_drawn(entries, outline.shapes, outline.rank, outline.digest) or entries
 
 
 def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind) -> Entries | None:
@@ -169,14 +129,18 @@ def _codes_of(entry: Entry, shape: tuple[int, ...], kind: Kind) -> tuple[Sparse,
 def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
     """What `join_entries` was given; entries that are not joined as they are. Raises WireError where they do not fit.
 
-    state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part.
+    state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part. base: the
+    digest of the state that the payload rests on, from which drawn positions follow.
     """
     for kind in (SIGNS, CODES):
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
     named = next((name for name in entries if name.startswith(DRAWN)), None)
-    return entries if named is None else _split_drawn(entries, named, state, base)
+    if named is None:
+        return entries
+    rank, _, share = named.removeprefix(DRAWN).partition(":")
+    return split_drawn(entries, named, share, _read_outline(named, rank, state).shapes, base)
 
 
 def is_joined(names: Iterable[str]) -> bool:
@@ -191,35 +155,23 @@ def names_in(payload: bytes, state: State) -> Collection[str]:
 
 
 def _split(entries: Entries, named: str, kind: Kind, state: State) -> Entries:
-    rank = named.removeprefix(kind.prefix)
-    # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
-    if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
-        raise WireError(f"{named!r} names no rank: expected {kind.prefix}<rank>")
-    outline = Outline.at_rank(state, int(rank))
-    if int(rank) > max(whole_ranks(state).values()):
-        raise WireError(f"{named!r} is of a larger adapter than this one")
-    codes, scales = _checked(entries, named, kind, outline)
+    outline = _read_outline(named, named.removeprefix(kind.prefix), state)
+    codes, scales = entries[named], read_scales(entries, named)
+    if not isinstance(codes, Sparse) or codes.shape != (outline.numel(),):
+        raise WireError(f"{named!r} of shape {codes.shape} does not fit an adapter of {outline.numel():,} values")
+    check_unscaled(named, codes.values, kind.bits)
     assert isinstance(codes.values, Quantized)
     return _cut(codes.positions, codes.values.codes, scales, outline, kind)
 
 
-def _checked(entries: Entries, named: str, kind: Kind, outline: Outline) -> tuple[Sparse, Tensor]:
-    """The joined codes and the tensors' scales as float32."""
-    codes, scales = entries[named], entries.get(SCALES)
-    if len(entries) != 2 or scales is None:
-        raise WireError(f"{named!r} comes with a tensor {SCALES!r} and nothing else: found {', '.join(entries)}")
-    if not isinstance(codes, Sparse) or codes.shape != (outline.numel(),):
-        raise WireError(f"{named!r} of shape {codes.shape} does not fit an adapter of {outline.numel():,} values")
-    values = codes.values
-    wanted = (kind.bits, _ALL)
-    if not isinstance(values, Quantized) or (values.bits, values.block) != wanted or values.scales.tolist() != [1.0]:
-        raise WireError(f"{named!r} does not hold codes of {kind.bits} bits with the one scale 1")
-    given = scales.values
-    if not isinstance(scales, Dense) or isinstance(given, Quantized) or given.dtype != torch.bfloat16:
-        raise WireError(f"the scales of {named!r} are not dense bf16 values")
-    if not bool((given.isfinite() & ~torch.signbit(given)).all()):
-        raise WireError(f"a scale of {named!r} is negative, infinite or NaN")
-    return codes, floats(given)
+def _read_outline(named: str, rank: str, state: State) -> Outline:
+    """The shapes of the adapter of the rank that a name says."""
+    # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
+    if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
+        raise WireError(f"{named!r} names no rank: expected a number after the first colon")
+    if int(rank) > max(whole_ranks(state).values()):
+        raise WireError(f"{named!r} is of a larger adapter than this one")
+    return Outline.at_rank(state, int(rank))
 
 
 def _cut(positions: Tensor, codes: Tensor, scales: Tensor, outline: Outline, kind: Kind) -> dict[str, Sparse]:
