@@ -107,11 +107,19 @@ def test_rounds_at_drawn_positions_lead_all_to_one_state(budget):
         assert torch.equal(tensor, server.adapter.tensors()[name])
 
 
-def test_a_client_of_lower_rank_is_understood_and_large_tensors_travel_one_by_one():
-    run, low = job(400), dict.fromkeys(SHAPES, 1)
-    turn = client_turn(run, "ada", start(run, INITIAL, low), (), step, 1)
-    assert any(name.startswith(f"{DRAWN}1:") for name in decode(turn.payload).entries)
-    assert not server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1).refused
+def test_what_may_be_sent_is_known_beforehand_and_all_that_is_sent_is_of_it():
+    run = job(400)
+    server = start(run, INITIAL)
+    places = run.method.support(server, run.context(1))
+    for turn in turns(run).values():
+        held = split_entries(decode(turn.payload).entries, server, server.digest)
+        assert 0 < sum(entry.values.numel() for entry in held.values()) <= sum(p.numel() for p in places.values())
+        for name, entry in held.items():
+            assert set(to_dense(entry).flatten().nonzero().flatten().tolist()) <= set(places[name].tolist())
+    assert sum(p.numel() for p in places.values()) < 1.2 * sum(entry.values.numel() for entry in held.values())
+
+
+def test_large_tensors_travel_one_by_one():
     wide = initial_state({"q_proj": (900, 700)}, {"q_proj": 2}, 0)
     payload = turns(job(3000), ["ada"], wide)["ada"].payload
     assert set(decode(payload).entries) == {"q_proj/A", "q_proj/B"}

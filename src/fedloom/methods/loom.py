@@ -82,7 +82,7 @@ def loom(
         name="loom",
         facts=Facts(
             paper="fedloom (docs/loom.md)",
-            unequal_ranks=True,
+            unequal_ranks=not drawn,  # what is drawn of B follows from its rank
             sends="elements of ΔA and ΔB that both sides draw" if drawn else "important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send, its last step",

@@ -40,9 +40,9 @@ def join_drawn(entries: Entries, shapes: Shapes, rank: int, digest: str) -> Entr
         return None
     codes, scales = torch.cat([one.codes for one in signs]), torch.cat([one.scales for one in signs])
     rounded = scales.to(torch.bfloat16)
-    if not (0 < codes.numel() <= _ALL and torch.equal(rounded.to(torch.float32), scales)):
+    if codes.numel() > _ALL or not torch.equal(rounded.to(torch.float32), scales):
         return None
-    values = Quantized(codes, torch.ones(1), _ALL, 1)
+    values = Quantized(codes, torch.ones(min(codes.numel(), 1)), _ALL, 1)
     return {
         f"{DRAWN}{rank}:{threshold(shares.pop())}": Dense((codes.numel(),), values),
         SCALES: Dense((rounded.numel(),), rounded),
@@ -71,7 +71,7 @@ def split_drawn(entries: Entries, named: str, share: str, shapes: Shapes, digest
         raise WireError(f"{named!r} of shape {joined.shape} does not fit {sum(sizes):,} drawn elements")
     check_unscaled(named, values, 1)
     assert isinstance(values, Quantized)
-    if max(sizes) > _BLOCK or sum(size > 0 for size in sizes) != scales.numel():
+    if max(sizes, default=0) > _BLOCK or sum(size > 0 for size in sizes) != scales.numel():
         raise WireError(f"{scales.numel()} joined scales do not fit tensors of {sizes} values")
     found: dict[str, Entry] = {}
     for (name, shape), codes, size in zip(shapes.items(), values.codes.split(sizes), sizes, strict=True):
@@ -84,7 +84,7 @@ def check_unscaled(named: str, values: object, bits: int) -> None:
     """Raises WireError unless these are codes of so many bits with the one scale 1."""
     if not (isinstance(values, Quantized) and (values.bits, values.block) == (bits, _ALL)):
         raise WireError(f"{named!r} does not hold codes of {bits} bits in blocks of {_ALL}")
-    if values.scales.tolist() != [1.0]:
+    if values.scales.tolist() != [1.0] * min(values.numel(), 1):
         raise WireError(f"{named!r} does not hold codes of {bits} bits with the one scale 1")
 
 

@@ -20,9 +20,28 @@ from fedloom.methods.method import Context, Entries, State
 from fedloom.methods.shared.dial import Dial
 
 
+_HEADER = 100  # bytes that no payload is without: header, index and checksum
+
+
 def drawn_seed(digest: str, name: str) -> int:
     """The seed of the positions of tensor `name` ("module/A") in an update that rests on the state of this digest."""
     return derived_seed(0, "drawn", digest, name)
+
+
+def drawn_share(dial: Dial, adapter: LoraState, context: Context) -> float:
+    """The largest share of every tensor that a client sends, as both sides know it: what fits beside a header."""
+    room = max(dial.bytes(adapter, "up", context) - _HEADER, 0)
+    bits = value_bits(context.quantize)
+    return math.floor(min(dial.most, 8 * room / (bits * max(adapter.numel(), 1))) * STEPS) / STEPS
+
+
+def drawn_places(dial: Dial, state: State, context: Context) -> dict[str, Tensor]:
+    """Tensor → the flat places at which a client may send anything: a `Method.support`."""
+    share = drawn_share(dial, state.adapter, context)
+    return {
+        name: seeded_mask(tensor.numel(), share, drawn_seed(state.digest, name)).nonzero().flatten()
+        for name, tensor in state.adapter.tensors().items()
+    }
 
 
 def send_at_drawn(
@@ -32,15 +51,15 @@ def send_at_drawn(
 
     What is sent has the L1 norm of the whole change, but at most `step` times its L2 norm.
     """
-    before = state.adapter.tensors()
+    before, most = state.adapter.tensors(), drawn_share(dial, state.adapter, context)
     changes = {name: now - before[name] for name, now in after.tensors().items()}
 
     def entries_at(density: float) -> dict[str, Seeded]:
-        share = min(max(math.floor(density * STEPS), 1), STEPS) / STEPS
+        share = math.floor(density * STEPS) / STEPS
         return {name: _entry(name, change, step, share, state.digest, context) for name, change in changes.items()}
 
     budget, elements = dial.bytes(state.adapter, "up", context), after.numel()
-    room = Room(budget, elements, len(changes), value_bits(context.quantize), dial.most, positions=False)
+    room = Room(budget, elements, len(changes), value_bits(context.quantize), most, positions=False)
     done = fill_budget(room, entries_at, context.size, state.memory)
     return done.memory, done.entries
 
