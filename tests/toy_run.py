@@ -65,7 +65,7 @@ def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
     method = build(config.method.name, config.method.settings)
     sites = {f"client-{index:04d}": SimpleNamespace(ranks=ranks(4)) for index in range(clients)}
     sums = plan_sums(config, method, {name: site.ranks for name, site in sites.items()})
-    made = replace(job(method, weighting=config.federation.weighting), secure=sums) if sums else job(method)
+    made = replace(job(method, weighting=config.federation.weighting), secure=sums)
     return ToySetup(config, made, initial, sites)
 
 
