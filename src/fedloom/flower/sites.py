@@ -25,7 +25,7 @@ from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
-from fedloom.flower.secret import SecretRound, take_late_message
+from fedloom.flower.secret import SecretRound, forget_sum, take_late_message
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
@@ -305,6 +305,7 @@ class FlowerSites:
 
     def deliver(self, rounds: Rounds) -> None:
         """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
+        forget_sum(rounds.folder.path)
         owed = [site for site, known in self.known.items() if not known.delivered]
         if not owed:
             return
