@@ -31,7 +31,7 @@ from fedloom.wire import decode
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.privacy import plan_sums
-from toy import SHAPES, client_seed, job, ranks, step, trainer
+from toy import SHAPES, client_seed, job, on_base, ranks, step, trainer
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ToySetup:
 
 
 def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
-    method = build(config.method.name, config.method.settings)
+    method = on_base(build(config.method.name, config.method.settings), initial)
     sites = {f"client-{index:04d}": SimpleNamespace(ranks=ranks(4)) for index in range(clients)}
     sums = plan_sums(config, method, {name: site.ranks for name, site in sites.items()})
     made = replace(job(method, weighting=config.federation.weighting), secure=sums)

@@ -23,10 +23,10 @@ from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import PARTS, LoraState
-from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.method import Aggregate, Compress, Context, Entries, Facts, Method, Reduce, State, Update
 from fedloom.methods.shared.averaging import add_weighted, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
-from fedloom.methods.shared.drawn import send_at_drawn
+from fedloom.methods.shared.drawn import drawn_places, send_at_drawn
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
@@ -73,24 +73,30 @@ def loom(
         raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
-    drawn = positions == "shared"
     if broadcast == "state":
-        if drawn:
+        if positions == "shared":
             raise ConfigError("method.positions = 'shared' has no meaning with method.broadcast = 'state': unset one")
         return loom_of_states(dial, step_guard)
+    send = partial(send_signs, dial, step, importance)
+    made = loom_of_changes(dial, send, partial(broadcast_signs, dial, server_residual, importance, step_guard))
+    return at_shared_positions(made, dial, step) if positions == "shared" else made
+
+
+def loom_of_changes(dial: Dial, send: Compress, combine: Reduce) -> Method:
+    """loom whose broadcasts say what changes."""
     return Method(
         name="loom",
         facts=Facts(
             paper="fedloom (docs/loom.md)",
-            unequal_ranks=not drawn,  # what is drawn of B follows from its rank
-            sends="elements of ΔA and ΔB that both sides draw" if drawn else "important elements of ΔA and ΔB",
+            unequal_ranks=True,
+            sends="important elements of ΔA and ΔB",
             receives="important elements of ΔA and ΔB",
             keeps="server: what it did not send, its last step",
             broadcasts="elements",
         ),
         updates="change",
-        compress=partial(send_at_drawn, dial, step) if drawn else partial(send_signs, dial, step, importance),
-        aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
+        compress=send,
+        aggregate=combine,
         receive=add_to_whole,
         adopt=adopt_whole,
         adds=read_whole_change,
@@ -102,6 +108,17 @@ def loom(
         spend=spend_run,
         values="sign",
         wider=_WIDER,
+    )
+
+
+def at_shared_positions(method: Method, dial: Dial, step: float) -> Method:
+    """The method whose clients send elements that both sides draw; what is drawn of B follows from its rank."""
+    sends = "elements of ΔA and ΔB that both sides draw"
+    return replace(
+        method,
+        facts=replace(method.facts, unequal_ranks=False, sends=sends),
+        compress=partial(send_at_drawn, dial, step),
+        support=partial(drawn_places, dial),
     )
 
 

@@ -19,7 +19,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context, Entries, State
 from fedloom.methods.shared.dial import Dial
 
-
+_FEW = 4  # elements of a tensor
 _HEADER = 100  # bytes that no payload is without: header, index and checksum
 
 
@@ -54,14 +54,22 @@ def send_at_drawn(
     before, most = state.adapter.tensors(), drawn_share(dial, state.adapter, context)
     changes = {name: now - before[name] for name, now in after.tensors().items()}
 
+    budget, elements = dial.bytes(state.adapter, "up", context), after.numel()
+
     def entries_at(density: float) -> dict[str, Seeded]:
         share = math.floor(density * STEPS) / STEPS
         return {name: _entry(name, change, step, share, state.digest, context) for name, change in changes.items()}
 
-    budget, elements = dial.bytes(state.adapter, "up", context), after.numel()
+    # With so many, nearly every tensor has a scale: the solver counts what tensors cost by its smallest payload.
+    few = min(most, _FEW * len(changes) / max(elements, 1))
     room = Room(budget, elements, len(changes), value_bits(context.quantize), most, positions=False)
-    done = fill_budget(room, entries_at, context.size, state.memory)
-    return done.memory, done.entries
+    done = fill_budget(room, lambda density: entries_at(max(density, few)), context.size, state.memory)
+    entries, size = done.entries, done.size
+    while size > budget and few > 1 / STEPS:
+        few /= 2
+        entries = entries_at(few)
+        size = context.size(entries)
+    return done.memory, entries
 
 
 def _entry(name: str, change: Tensor, step: float, share: float, digest: str, context: Context) -> Seeded:
