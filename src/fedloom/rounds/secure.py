@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, SecureSumError
-from fedloom.methods.method import Entries, Method, State
+from fedloom.lora.pair import LoraPair
+from fedloom.methods.method import CORE, Entries, Method, State
 from fedloom.rounds.checks import MOST_EXAMPLES, check_update
 from fedloom.rounds.cohort import sent_unchanged
 from fedloom.rounds.decoded import read_update
@@ -49,11 +50,15 @@ def unchanged(job: Job, state: State, round: int) -> dict[str, Tensor]:
         raise cannot_hide(method)
     if method.updates == "change":
         parts = method.parts(state, round)
-        shapes = {f"{module}/{part}": pair.part(part).shape for module, pair in state.adapter.items() for part in parts}
+        shapes = {f"{module}/{part}": _shape(pair, part) for module, pair in state.adapter.items() for part in parts}
         return {name: torch.zeros(shapes[name]) for name in sorted(shapes)}
     entries: Entries = sent_unchanged(method, state, job.context(round))
     read = method.adds(entries, state.adapter)
     return {name: read[name] for name in sorted(read)}
+
+
+def _shape(pair: LoraPair, part: str) -> tuple[int, ...]:
+    return (pair.rank, pair.rank) if part == CORE else tuple(pair.part(part).shape)
 
 
 def pick(job: Job, state: State, tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
