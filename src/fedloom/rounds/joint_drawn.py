@@ -61,8 +61,8 @@ def split_drawn(entries: Entries, named: str, share: str, shapes: Shapes, digest
     scales = read_scales(entries, named)
     if not (share.isascii() and share.isdecimal() and len(share) < 6 and str(int(share)) == share):
         raise WireError(f"{named!r} names no share: expected {DRAWN}<rank>:<share of 65536>")
-    if not 0 < int(share) <= STEPS:
-        raise WireError(f"{named!r} is of no share between 1 and {STEPS}")
+    if int(share) > STEPS:
+        raise WireError(f"{named!r} is of a share above {STEPS}")
     joined, density = entries[named], int(share) / STEPS
     values = joined.values
     seeds = {name: drawn_seed(digest, name) for name in shapes}
