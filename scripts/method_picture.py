@@ -23,14 +23,15 @@ from fedloom.methods.method import CORE
 MODULE, SHAPE, RANK = "module", (10, 14), 3
 CLIENTS = {"ada": 200, "bob": 100}
 """Client → examples, so that their shares are two thirds and one third."""
-TOY: Mapping[str, Mapping[str, float | str]] = {
+TOY: Mapping[str, Mapping[str, float | bool | str]] = {
     "florist": {"tau": 1.0},
     "fed-dare": {"sparsity": 0.7},
     "fedsrd": {"base_sparsity": 0.75, "sparsity_upper": 0.0, "download_sparsity": 0.7},
     "fedsrd-e": {"base_sparsity": 0.75, "sparsity_upper": 0.0, "download_sparsity": 0.7},
+    "lora-xs": {"factors": "random", "coded": False},
     "loom": {"max_density": 0.3},
 }
-"""Settings that leave something to see on 72 values; all other methods have their defaults."""
+"""Settings that leave something to see on 72 values and need no base model; other methods have their defaults."""
 
 CELL, GAP, LEFT, TOP, COLUMN = 7, 14, 14, 49, 182
 LEVELS = (0.25, 0.5, 0.75, 1.0)

@@ -37,6 +37,16 @@ def job(
     return Job(method, seed, quantize(values), weighting, kept, module_weighting)
 
 
+def on_base(method: Method, adapter: LoraState) -> Method:
+    """The method on a base model that nobody has, where it takes something from its weights."""
+
+    def read(module: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derived_seed(0, module))
+        return torch.randn(adapter[module].shape, generator=generator)
+
+    return method if method.on_base is None else method.on_base(adapter, read)
+
+
 def ranks(rank: int | dict[str, int]) -> dict[str, int]:
     """One rank for every module, or each module's own; a client does not train a module that is left out."""
     return dict.fromkeys(SHAPES, rank) if isinstance(rank, int) else rank
@@ -102,9 +112,10 @@ class Federation(federation.Federation):
     ) -> None:
         own = {name: ranks(rank) for name, rank in (clients or dict.fromkeys(["ada", "bob", "cyd"], RANK)).items()}
         top = {module: max(held.get(module, 0) for held in own.values()) for module in shapes}
-        super().__init__(job, initial_state(shapes, top, 3), own)
+        begin = initial_state(shapes, top, 3)
+        super().__init__(replace(job, method=on_base(job.method, begin)), begin, own)
         self.settings = settings or {}
-        self.train = train or trainer(job.method)
+        self.train = train or trainer(self.job.method)
         self.broadcasts: list[bytes] = []
         self.uploads: Mapping[str, bytes] = {}
 

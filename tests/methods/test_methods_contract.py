@@ -10,13 +10,13 @@ import torch
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, StaleError
 from fedloom.lora.pair import LoraPair, LoraState, digest
-from fedloom.methods.method import Method, State
+from fedloom.methods.method import Method, State, as_given
 from fedloom.methods.table import METHODS, build, method_options
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.turns import Trained, accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from toy import Federation, client_seed, delta, job, step, take_up, trainer
+from toy import Federation, client_seed, delta, job, step, take_up
 
 
 def lossless(name: str) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_identical_clients_give_that_client(name: str):
 
     def train(state: State, round: int, seed: int) -> Trained:
         parts = (("B",) if round % 2 else ("A",)) if method.facts.one_factor else method.trainable(round)
-        return step(state, round, derived_seed(7, round), parts=parts, core=method.core(state))
+        return step(state, round, derived_seed(7, round), parts=parts, core=federation.job.method.core(state))
 
     federation = Federation(job(method, budget=room(method)), train=train)
     for round in range(1, 4):
@@ -96,7 +96,7 @@ def test_order_of_clients_and_scale_of_weights_do_not_matter(name: str):
 
     def play(federation: Federation, names: dict[str, str], factor: int) -> None:
         def train(state: State, round: int, seed: int) -> Trained:
-            trained = trainer(method)(state, round, seed)
+            trained = federation.train(state, round, seed)
             return replace(trained, num_examples=factor * trained.num_examples)
 
         payloads = {}
@@ -231,6 +231,8 @@ def test_exact_methods_do_not_see_the_gauge(name: str):
     method = build(name, lossless(name))
     if method.trainable(1) != ("A", "B"):
         pytest.skip(f"{name} shares one factor: the other one's gauge is fixed")
+    if method.begin is not as_given:
+        pytest.skip(f"{name} trains between factors that rest: the gauge is fixed from the start")
     results = []
     for gauge in (torch.eye(4), torch.randn(4, 4, generator=torch.Generator().manual_seed(5)) + 3 * torch.eye(4)):
 
@@ -278,7 +280,7 @@ def test_a_budget_in_bytes_is_kept_and_used(name: str, budget: int):
     federation.settle()
     for state in federation.clients.values():
         assert_same_model(state, federation.server)
-    if budget < 5000:  # that much is more than everything takes
+    if budget < 5000 and name != "lora-xs":  # that much is more than everything takes, and three cores take less
         least = 0.58 if name == "loom" else 0.7  # loom keeps to it on the mean of both ways, of which 42 % go up
         assert max(map(len, federation.uploads.values())) > least * budget
 

@@ -63,11 +63,11 @@ def learner(method: Method, wanted: dict[str, torch.Tensor]) -> Train:
     return train
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"lora-xs"}))  # what is between its factors: test_lora_xs
 def test_every_method_learns_with_clients_of_unequal_rank(name: str):
     method, wanted = build(name), targets()
     federation = Federation(job(method, budget="10%" if name == "loom" else None), CAST, shapes=SHAPES)
-    steps = {client: learner(method, wanted[client]) for client in CAST}
+    steps = {client: learner(federation.job.method, wanted[client]) for client in CAST}
 
     def distance() -> float:
         return sum(float(loss(federation.server.total, own)) for own in wanted.values())

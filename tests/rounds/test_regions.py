@@ -29,6 +29,7 @@ EXACT = {
     "fedsvd": {},
     "fed-dare": {"sparsity": 0.5},
     "flasc": {},
+    "lora-xs": {"factors": "random", "coded": False},
     "loom": {},
 }
 """Every method that adds, with settings under which it sends numbers of few bits where training makes some."""
@@ -65,7 +66,7 @@ class Exact:
 
 def exact_federation(name, held=None, **options):
     method = build(name, EXACT.get(name, {}))
-    made = job(method, values="sign" if name == "loom" else "fp32", **options)
+    made = job(method, values="sign" if name in ("loom", "lora-xs") else "fp32", **options)
     held = held or dict.fromkeys(CLIENTS)
     federation = Federation(made, round_bits(initial()), held)
     return federation, {client: Exact(method, sorted(own) if own else None) for client, own in held.items()}
@@ -110,7 +111,8 @@ def test_a_tree_is_one_server_bit_for_bit_where_sums_are_exact(name, regions):
 
 
 ROUNDING = {
-    **{name: (name, {}) for name in EXACT},
+    **{name: (name, given if name == "lora-xs" else {}) for name, given in EXACT.items()},
+    "loom at shared positions": ("loom", {"positions": "shared"}),
     "loom of states": ("loom", {"broadcast": "state"}),
     "fedit with moments": ("fedit", {"server_optimizer": "fedadam"}),
 }

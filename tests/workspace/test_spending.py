@@ -146,7 +146,7 @@ def test_an_estimate_is_of_what_the_budget_leads_to():
     st.integers(10, 10**7), st.integers(1, 256), st.integers(1, 500), st.integers(1, 200), st.data(), st.floats(10, 1e9)
 )
 def test_more_bytes_never_mean_a_lower_rank(per_rank, most, rounds, clients, data, size):
-    shape = RunShape(per_rank, most, rounds, clients, data.draw(st.integers(1, clients)))
+    shape = RunShape(per_rank, 1, most, rounds, clients, data.draw(st.integers(1, clients)))
     less, more = spend_run(shape, size), spend_run(shape, 2 * size)
     assert 1 <= less.rank <= more.rank <= most
     assert less.payload * 2 * shape.turns == pytest.approx(size)

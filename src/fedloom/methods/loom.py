@@ -23,9 +23,10 @@ from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
 from fedloom.lora.pair import PARTS, LoraState
-from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
+from fedloom.methods.method import Aggregate, Compress, Context, Entries, Facts, Method, Reduce, State, Update
 from fedloom.methods.shared.averaging import add_weighted, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
+from fedloom.methods.shared.drawn import drawn_places, send_at_drawn
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
@@ -47,6 +48,7 @@ def loom(
     importance: bool = True,
     step_guard: bool = True,
     broadcast: Literal["change", "state"] = "change",
+    positions: Literal["own", "shared"] = "own",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -61,6 +63,8 @@ def loom(
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
     broadcast: "change", or "state": the whole adapter rounded anew (`shared.states`), so that the newest is enough, for
     runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
+    positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
+    that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
@@ -70,7 +74,16 @@ def loom(
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
     if broadcast == "state":
+        if positions == "shared":
+            raise ConfigError("method.positions = 'shared' has no meaning with method.broadcast = 'state': unset one")
         return loom_of_states(dial, step_guard)
+    send = partial(send_signs, dial, step, importance)
+    made = loom_of_changes(dial, send, partial(broadcast_signs, dial, server_residual, importance, step_guard))
+    return at_shared_positions(made, dial, step) if positions == "shared" else made
+
+
+def loom_of_changes(dial: Dial, send: Compress, combine: Reduce) -> Method:
+    """loom whose broadcasts say what changes."""
     return Method(
         name="loom",
         facts=Facts(
@@ -82,8 +95,8 @@ def loom(
             broadcasts="elements",
         ),
         updates="change",
-        compress=partial(send_signs, dial, step, importance),
-        aggregate=partial(broadcast_signs, dial, server_residual, importance, step_guard),
+        compress=send,
+        aggregate=combine,
         receive=add_to_whole,
         adopt=adopt_whole,
         adds=read_whole_change,
@@ -95,6 +108,17 @@ def loom(
         spend=spend_run,
         values="sign",
         wider=_WIDER,
+    )
+
+
+def at_shared_positions(method: Method, dial: Dial, step: float) -> Method:
+    """The method whose clients send elements that both sides draw; what is drawn of B follows from its rank."""
+    sends = "elements of ΔA and ΔB that both sides draw"
+    return replace(
+        method,
+        facts=replace(method.facts, unequal_ranks=False, sends=sends),
+        compress=partial(send_at_drawn, dial, step),
+        support=partial(drawn_places, dial),
     )
 
 

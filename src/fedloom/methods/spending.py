@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 class RunShape:
     """What is known of a run beforehand.
 
-    per_rank: values of an adapter of rank 1, Σ (m + n) over its modules. most_rank: the largest that may be
-    chosen. clients, asked: how many there are, and how many of them turn in a round.
+    per_rank: values of an adapter of rank 1, Σ (m + n) over its modules, of which there are `modules`. most_rank: the
+    largest that may be chosen. clients, asked: how many there are, and how many of them turn in a round.
     """
 
     per_rank: int
+    modules: int
     most_rank: int
     rounds: int
     clients: int

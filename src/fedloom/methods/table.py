@@ -29,6 +29,7 @@ from fedloom.methods.foreign import is_foreign, load_builder
 from fedloom.methods.hetlora import hetlora
 from fedloom.methods.loom import loom
 from fedloom.methods.lora_fair import lora_fair
+from fedloom.methods.lora_xs import lora_xs
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
 from fedloom.methods.shared.server_optimiser import ServerOptimiser, broadcasts_mean, optimise_mean
@@ -90,6 +91,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "fed-sb": MethodEntry(fed_sb, {"lossless": {"keep": "all"}}),
     "fedsrd": MethodEntry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
+    "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
     "loom": MethodEntry(loom),
 }
 

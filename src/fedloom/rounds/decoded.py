@@ -73,4 +73,4 @@ class Decoded:
 def read_update(payload: bytes, state: State, limits: Limits = DEFAULT) -> Message:
     """An update decoded. Raises WireError like `decode`; faults of dense floats come to light as they are read."""
     message = (decode if 4 * state.adapter.numel() < SMALL else decode_lazily)(payload, limits)
-    return Message(message.header, split_entries(message.entries, state))
+    return Message(message.header, split_entries(message.entries, state, message.header.base_digest))

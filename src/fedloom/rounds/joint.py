@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, count, floats
+from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, count
 from fedloom.errors import WireError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Entries, State
 from fedloom.methods.shared.whole import whole_rank
+from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
+from fedloom.rounds.joint_drawn import SCALES as SCALES
 from fedloom.wire import decode, describe
 
-SCALES = "scales"
 FEW = 64
 """Values a tensor, on the mean, below which they travel together: above, classes of rows and columns save more."""
 
@@ -47,18 +48,22 @@ SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The shapes of an adapter's tensors, in order of name, and the rank that says which they are."""
+    """The shapes of an adapter's tensors, in order of name, and the rank that says which they are.
+
+    digest: of the state that a sender's update rests on; it says which positions are drawn.
+    """
 
     rank: int
     shapes: Mapping[str, tuple[int, ...]]
+    digest: str = ""
 
     @classmethod
-    def of(cls, adapter: LoraState, whole: Mapping[str, int]) -> Outline | None:
+    def of(cls, adapter: LoraState, whole: Mapping[str, int], digest: str = "") -> Outline | None:
         """That of a sender's adapter, where one rank says what it is of an adapter of ranks `whole`; else None."""
         rank = max(adapter.ranks().values(), default=0)
         if not rank or adapter.ranks() != {module: min(rank, most) for module, most in whole.items()}:
             return None
-        return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())})
+        return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())}, digest)
 
     @classmethod
     def at_rank(cls, state: State, rank: int) -> Outline:
@@ -80,7 +85,10 @@ def whole_ranks(state: State) -> dict[str, int]:
 
 
 def join_entries(entries: Entries, outline: Outline | None) -> Entries:
-    """The two tensors, where these entries are few signs of exactly these tensors; else the entries as they are."""
+    """The two tensors, where these entries are few signs of exactly these tensors; else the entries as they are.
+
+    Signs at drawn positions need not be few: nothing is said of their places (`joint_drawn`).
+    """
     if outline is None or entries.keys() != outline.shapes.keys():
         return entries
     for kind in (SIGNS, CODES):
@@ -89,7 +97,7 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         number = sum(one.positions.numel() for one, _ in codes)
         if len(codes) == len(held) and 0 < number < min(FEW * len(held), _ALL + 1):
             return _join(codes, outline, kind) or entries
-    return entries
+    return join_drawn(entries, outline.shapes, outline.rank, outline.digest) or entries
 
 
 def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind) -> Entries | None:
@@ -118,21 +126,26 @@ def _codes_of(entry: Entry, shape: tuple[int, ...], kind: Kind) -> tuple[Sparse,
     return (entry, values) if fits else None
 
 
-def split_entries(entries: Entries, state: State) -> Entries:
+def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
     """What `join_entries` was given; entries that are not joined as they are. Raises WireError where they do not fit.
 
-    state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part.
+    state: a receiver that holds the adapter, its tail included, in which the sender's is the leading part. base: the
+    digest of the state that the payload rests on, from which drawn positions follow.
     """
     for kind in (SIGNS, CODES):
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
-    return entries
+    named = next((name for name in entries if name.startswith(DRAWN)), None)
+    if named is None:
+        return entries
+    rank, _, share = named.removeprefix(DRAWN).partition(":")
+    return split_drawn(entries, named, share, _read_outline(named, rank, state).shapes, base)
 
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether entries of these names are joined ones."""
-    return any(name.startswith(kind.prefix) for name in names for kind in (SIGNS, CODES))
+    return any(name.startswith(begin) for name in names for begin in (SIGNS.prefix, CODES.prefix, DRAWN))
 
 
 def names_in(payload: bytes, state: State) -> Collection[str]:
@@ -142,35 +155,23 @@ def names_in(payload: bytes, state: State) -> Collection[str]:
 
 
 def _split(entries: Entries, named: str, kind: Kind, state: State) -> Entries:
-    rank = named.removeprefix(kind.prefix)
-    # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
-    if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
-        raise WireError(f"{named!r} names no rank: expected {kind.prefix}<rank>")
-    outline = Outline.at_rank(state, int(rank))
-    if int(rank) > max(whole_ranks(state).values()):
-        raise WireError(f"{named!r} is of a larger adapter than this one")
-    codes, scales = _checked(entries, named, kind, outline)
+    outline = _read_outline(named, named.removeprefix(kind.prefix), state)
+    codes, scales = entries[named], read_scales(entries, named)
+    if not isinstance(codes, Sparse) or codes.shape != (outline.numel(),):
+        raise WireError(f"{named!r} of shape {codes.shape} does not fit an adapter of {outline.numel():,} values")
+    check_unscaled(named, codes.values, kind.bits)
     assert isinstance(codes.values, Quantized)
     return _cut(codes.positions, codes.values.codes, scales, outline, kind)
 
 
-def _checked(entries: Entries, named: str, kind: Kind, outline: Outline) -> tuple[Sparse, Tensor]:
-    """The joined codes and the tensors' scales as float32."""
-    codes, scales = entries[named], entries.get(SCALES)
-    if len(entries) != 2 or scales is None:
-        raise WireError(f"{named!r} comes with a tensor {SCALES!r} and nothing else: found {', '.join(entries)}")
-    if not isinstance(codes, Sparse) or codes.shape != (outline.numel(),):
-        raise WireError(f"{named!r} of shape {codes.shape} does not fit an adapter of {outline.numel():,} values")
-    values = codes.values
-    wanted = (kind.bits, _ALL)
-    if not isinstance(values, Quantized) or (values.bits, values.block) != wanted or values.scales.tolist() != [1.0]:
-        raise WireError(f"{named!r} does not hold codes of {kind.bits} bits with the one scale 1")
-    given = scales.values
-    if not isinstance(scales, Dense) or isinstance(given, Quantized) or given.dtype != torch.bfloat16:
-        raise WireError(f"the scales of {named!r} are not dense bf16 values")
-    if not bool((given.isfinite() & ~torch.signbit(given)).all()):
-        raise WireError(f"a scale of {named!r} is negative, infinite or NaN")
-    return codes, floats(given)
+def _read_outline(named: str, rank: str, state: State) -> Outline:
+    """The shapes of the adapter of the rank that a name says."""
+    # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
+    if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
+        raise WireError(f"{named!r} names no rank: expected a number after the first colon")
+    if int(rank) > max(whole_ranks(state).values()):
+        raise WireError(f"{named!r} is of a larger adapter than this one")
+    return Outline.at_rank(state, int(rank))
 
 
 def _cut(positions: Tensor, codes: Tensor, scales: Tensor, outline: Outline, kind: Kind) -> dict[str, Sparse]:

@@ -10,6 +10,7 @@ import torch
 from fedloom.compress.entries import Sparse, count
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, narrow, subset
+from fedloom.methods.method import CORE, as_given
 from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.joint import Outline, join_entries
 from fedloom.wire import Header, Message, encode
@@ -43,8 +44,15 @@ def least_bytes(job: Job, adapter: LoraState, whole: LoraState) -> int:
     digest = 32 * "f"
     header = Header("update", job.method.name, job.num_rounds, job.num_rounds, digest, digest, 10**6)
     entries: dict[str, Sparse] = {}
-    for name, tensor in adapter.tensors().items():
-        place = torch.tensor([] if entries else [count(tuple(tensor.shape)) - 1], dtype=torch.int64)
-        entries[name] = Sparse(tuple(tensor.shape), place, job.quantize(torch.ones(place.numel()), 0))
+    for name, shape in _sent_shapes(job, adapter, whole).items():
+        place = torch.tensor([] if entries else [count(shape) - 1], dtype=torch.int64)
+        entries[name] = Sparse(shape, place, job.quantize(torch.ones(place.numel()), 0))
     outline = Outline.of(adapter, whole.ranks()) if job.method.joins else None
     return len(encode(Message(header, join_entries(entries, outline)))) + _SURE
+
+
+def _sent_shapes(job: Job, adapter: LoraState, whole: LoraState) -> dict[str, tuple[int, ...]]:
+    """The tensors of a payload: both factors of every module, or the matrix between two that rest from the start."""
+    if job.method.begin is as_given:
+        return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+    return {f"{module}/{CORE}": (pair.rank, whole[module].rank) for module, pair in adapter.items()}

@@ -19,7 +19,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Method, State, send_all
-from fedloom.rounds.caps import find_outliers, share_out
+from fedloom.rounds.caps import Caps, find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
@@ -31,6 +31,7 @@ from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.regions import Tree
 from fedloom.rounds.stale import Past
+from fedloom.rounds.sums import SUM
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.streams import run_side_by_side
 
@@ -118,10 +119,12 @@ def start(job: Job, adapter: LoraState, ranks: Mapping[str, int] | None = None) 
 
     A module that `ranks` does not name has the server's rank: the client does not train it, but its model uses it.
     """
-    server = State(adapter, digest=digest(adapter))
+    # The digest is of what the seed gives: what a method makes of it may follow from a site's own linear algebra.
+    server = State(job.method.begin(adapter), digest=digest(adapter))
     if ranks is None:
         return server
-    return job.method.adopt(replace(server, adapter=narrow(adapter, ranks)), adapter, LoraState())
+    whole = server.adapter
+    return job.method.adopt(replace(server, adapter=narrow(whole, ranks)), whole, LoraState())
 
 
 def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], train: Train, round: int) -> ClientTurn:
@@ -142,7 +145,8 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     watch.lap("train")
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    draft = Draft(header, Outline.of(trained.adapter, whole_ranks(state)) if job.method.joins else None)
+    outline = Outline.of(trained.adapter, whole_ranks(state), state.digest) if job.method.joins else None
+    draft = Draft(header, outline)
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     watch.lap("compress", less=draft.seconds)
@@ -200,6 +204,21 @@ def server_turn(
         f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
         refused,
     ) from fault
+
+
+def sum_turn(job: Job, state: State, update: bytes, round: int) -> ServerTurn:
+    """`server_turn` where all that is known of a round is the sum of its updates (`secure.mean_update`).
+
+    Raises RoundError for a sum that cannot be taken up.
+    """
+    decoded = Decoded.beside(state)
+    try:
+        # The bounds on a client hold for the mean where they may: no norm of a mean is above all of its updates' norms.
+        alone = replace(job, ranks={}, caps=Caps(max_norm=job.caps.max_norm))
+        facts = {SUM: check_update(alone, state, SUM, update, round, decoded)}
+        return _average(job, state, Cohort({SUM: update}, {SUM: 1.0}, facts, decoded), round)
+    except Exception as error:
+        raise RoundError(f"the sum of round {round} cannot be averaged: {type(error).__name__}: {error}") from error
 
 
 def _check_all(
@@ -305,7 +324,8 @@ def accept_own(job: Job, state: State, message: Message, ranks: Mapping[str, int
 
 
 def _take_up(job: Job, state: State, message: Message) -> State:
-    header, entries = message.header, split_entries(message.entries, state)
+    header = message.header
+    entries = split_entries(message.entries, state, header.base_digest)
     check_broadcast(job, state, header, entries)
     try:
         if header.kind == "state":

@@ -22,6 +22,7 @@ from fedloom.server.nursery_process import Nursery, begin_nursery
 from fedloom.server.pool import Pool
 from fedloom.server.regions import RegionalServers
 from fedloom.server.roster import Roster
+from fedloom.server.secret import SecretSites
 from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
 from fedloom.server.workers import fill_pool, load_without_weights
@@ -90,6 +91,7 @@ class LocalSites:
         self.timeline = Timeline(setup.config.federation)
         regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
         self.regions = RegionalServers(regions) if regions else None
+        self.secret = SecretSites(self) if setup.job.secure else None
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -98,6 +100,8 @@ class LocalSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
         self.diverged = set()
+        if self.secret:
+            return self.secret.collect(rounds, present)
         there: dict[str, bytes] = {}
         for client, received, turn in self.play_turns(rounds, present):
             if turn is not None:

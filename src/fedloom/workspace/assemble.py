@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -243,7 +244,7 @@ def build_setup(
     config, spent = spend_client_budget(linear, config, data_bytes, len(texts), method)
     method = choose_method(config, None) if spent else method
     notes = (*notes, spent) if spent else notes
-    plan = plan_job(linear, config, texts, method)
+    plan = plan_job(linear, config, texts, method).on_base(partial(peft_bridge.read_weight, base))
     data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
@@ -283,7 +284,7 @@ def build_setup_around(config: Config, model: PeftModel, clients: Collection[str
         raise ConfigError(
             "wire.client_budget chooses the rank, and a trainer of one's own has an adapter already: set wire.budget"
         )
-    plan = plan_job(linear, config, clients, method)
+    plan = plan_job(linear, config, clients, method).on_base(partial(peft_bridge.read_weight, model.get_base_model()))
     return Setup(
         config=config,
         job=plan.job,

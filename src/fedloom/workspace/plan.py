@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from fedloom.adapters.base_identity import check_same_base
 from fedloom.adapters.folder import load_adapter
@@ -23,6 +25,7 @@ from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
+from fedloom.workspace.privacy import plan_sums
 from fedloom.workspace.regions import plan_regions
 
 
@@ -34,6 +37,11 @@ class Plan:
     initial: LoraState
     shared: Adapter
     adapters: Mapping[str, Adapter]
+
+    def on_base(self, read: Callable[[str], Tensor]) -> Plan:
+        """The same with what the method takes from the base weights; read: module → W0 (m × n)."""
+        made = self.job.method.on_base
+        return self if made is None else replace(self, job=replace(self.job, method=made(self.initial, read)))
 
 
 def choose_method(config: Config, method: Method | None) -> Method:
@@ -75,6 +83,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         start=initial if method.needs_start else LoraState(),
         caps=caps_of(federation, clients),
         ranks=client_ranks,
+        secure=plan_sums(config, method, client_ranks),
     )
     check_room(job, initial, client_ranks)
     return Plan(job, initial, shared, adapters)

@@ -53,7 +53,10 @@ def dump_fixed(config: Config) -> str:
     # Where rounds are synchronous, runs of before there were others go on as well.
     unused = BUFFERED if config.federation.mode == "synchronous" else set()
     without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds", *unused}}
-    return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=without), sort_keys=True)
+    fixed = config.model_dump(mode="json", exclude_none=True, exclude={**without, "privacy": True})
+    # A table that came later: at its defaults it means what its absence meant.
+    private = config.privacy.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({**fixed, **({"privacy": private} if private else {})}, sort_keys=True)
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:

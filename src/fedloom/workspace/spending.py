@@ -46,7 +46,9 @@ def spend_client_budget(
     federation = config.federation
     ones = place_adapter(linear, config.lora.model_copy(update={"r": 1}))
     per_rank = sum(sum(shape) for shape in ones.shapes.values())
-    shape = RunShape(per_rank, config.lora.r, federation.num_rounds, clients, federation.clients_per_round(clients))
+    shape = RunShape(
+        per_rank, len(ones.shapes), config.lora.r, federation.num_rounds, clients, federation.clients_per_round(clients)
+    )
     chosen = method.spend(shape, total_bytes(asked, data, shape))
     return apply_spending(config, chosen, per_rank), f"wire.client_budget of {asked}: {chosen.said}"
 

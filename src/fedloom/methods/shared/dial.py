@@ -18,7 +18,7 @@ _RARE = 6.0
 _UP, _UP_RARE, _UP_STATES = 0.42, 0.27, 0.35
 """Share of the bytes that goes up: where all attend, where some do, and where whole adapters go down."""
 _TAPER = 0.5
-_CHANGE_BITS, _STATE_BITS = 0.5, 1.5
+_CHANGE_BITS, _STATE_BITS, _CORE_BITS = 0.5, 1.5, 1.5
 """Bits of a payload for a value, mean of both ways: with fewer, a lower rank does better (docs/LOG.md)."""
 
 
@@ -77,5 +77,22 @@ def spend_run(shape: RunShape, size: float) -> Spending:
     said = (
         f"loom sends {what} of rank {rank} (lora.r is {shape.most_rank}), {2 * payload * up:,.0f} bytes up "
         f"in a turn and {2 * payload * (1.0 - up) / down:,.0f} in a broadcast, on the mean of all rounds"
+    )
+    return Spending(rank, payload, settings, said)
+
+
+def spend_on_core(shape: RunShape, size: float) -> Spending:
+    """How a core between resting factors takes a client's bytes of a whole run: the rank whose core they can say."""
+    payload = size / (2 * shape.turns)
+    states = shape.broadcasts > 1.0
+    up = _UP_STATES if states else _UP
+    down = 1.0 + 1.0 / shape.turns if states else 1.0
+    mean = payload * (up + (1.0 - up) / down)
+    rank = int((8 * mean / (_CORE_BITS * shape.modules)) ** 0.5)
+    rank = min(max(rank, 1), shape.most_rank)
+    settings = {"upload_share": up, "broadcast": "state" if states else "change"}
+    said = (
+        f"lora-xs sends a core of rank {rank} (lora.r is {shape.most_rank}), {2 * payload * up:,.0f} bytes up in a "
+        f"turn and {2 * payload * (1.0 - up) / down:,.0f} in a broadcast, on the mean of all rounds"
     )
     return Spending(rank, payload, settings, said)

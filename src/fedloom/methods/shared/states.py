@@ -22,7 +22,8 @@ from fedloom.methods.shared.whole import adopt_whole, whole_adapter
 Room = Callable[[LoraState, str, Context], int]
 """(adapter, "up" or "down", context) → bytes that a payload may take."""
 
-_LOST = "coded_error"  # among a round's numbers: the share of Σ (w x)² that rounding left out
+LOST = "coded_error"
+"""Among a round's numbers: the share of Σ (w x)² that rounding left out."""
 
 
 def send_levels(room: Room, state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
@@ -62,7 +63,7 @@ def broadcast_state(room: Room, guard: bool, state: State, updates: Iterable[Upd
         kept[name] = part.values - to_dense(entry)
         lost += float((kept[name] * part.weights).square().sum())
         whole += float((part.values * part.weights).square().sum())
-    stats = {_LOST: lost / whole if whole else 0.0, **(verdict.stats if guard else {})}
+    stats = {LOST: lost / whole if whole else 0.0, **(verdict.stats if guard else {})}
     return Aggregate(coded.entries, kept, {**stats, UNDONE: 1.0} if verdict.wrong else stats)
 
 

@@ -30,3 +30,4 @@ from fedloom.model.peft_bridge.slots import write_adapter as write_adapter
 from fedloom.model.peft_bridge.survey import linear_beneath as linear_beneath
 from fedloom.model.peft_bridge.survey import linear_modules as linear_modules
 from fedloom.model.peft_bridge.weighted import add_weighted as add_weighted
+from fedloom.model.peft_bridge.weights import read_weight as read_weight

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
@@ -182,6 +184,8 @@ def _try(
     except ConfigError as error:
         return error
     begin = initial_state(chosen.shapes, top, asked.seed)
+    if method.on_base is not None:  # sizes do not depend on the values of the base weights
+        method = method.on_base(begin, lambda module: torch.empty(chosen.shapes[module], device="meta"))
     here = choose_clients(held, asked.attending or len(held))
     kept = asked.budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
