@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fedloom import testbeds
 from fedloom.errors import ConfigError, RoundError
 from fedloom.lora.pair import LoraPair, LoraState, digest
 from fedloom.methods.method import State
@@ -15,7 +16,6 @@ from fedloom.rounds.caps import Caps, share_out
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Robust
 from fedloom.rounds.turns import Trained, server_turn
-from fedloom import testbeds
 from fedloom.workspace.plan import robust_of
 from toy import initial, job, random_state, step
 
@@ -155,7 +155,9 @@ def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
         return step(state, round, seed, size=0.5)
 
     sent = {client: held.client_turn(client, away) for client in CLIENTS}
-    with pytest.raises(RoundError, match="round 0: no usable update from 4 clients .*the round as a whole does harm") as caught:
+    with pytest.raises(
+        RoundError, match="round 0: no usable update from 4 clients .*the round as a whole does harm"
+    ) as caught:
         server_turn(held.job, held.server, sent, 0, least=4, public=far_off)
     assert caught.value.can_skip and caught.value.refused.keys() == set(CLIENTS)
 

@@ -1,8 +1,8 @@
 """How the updates of a round lie to one another: inner products of the changes of weight that they stand for.
 
 (B, A) and (B M, M⁻¹ A) are the same change, so that distances between factors mean nothing. What an update does is the
-change of ΔW, B' A' − B A = B' (A' − A) + (B' − B) A: a pair of rank 2 r, in which nothing cancels. Inner products of such
-pairs are ⟨ΔW_i, ΔW_j⟩ = tr(B_iᵀ B_j A_j A_iᵀ), summed over modules; no m × n matrix is formed. All that a rule needs
+change of ΔW, B' A' − B A = B' (A' − A) + (B' − B) A: a pair of rank 2 r, in which nothing cancels. Inner products of
+such pairs are ⟨ΔW_i, ΔW_j⟩ = tr(B_iᵀ B_j A_j A_iᵀ), summed over modules; no m × n matrix is formed. All that a rule needs
 follows from the K × K matrix of them, its Gram matrix: norms, distances, and distances of means.
 """
 
@@ -51,7 +51,11 @@ def _pair_change(pair: LoraPair, sent: Mapping[str, Tensor], updates: str) -> Lo
     """B' (A' − A) + (B' − B) A of a client's first components; a factor that it did not send has stayed."""
     rank = sent["A"].shape[0] if "A" in sent else sent["B"].shape[1]
     a, b = pair.A[:rank], pair.B[:, :rank]
-    steps = {part: sent[part] if updates == "change" else sent[part] - own for part, own in (("A", a), ("B", b)) if part in sent}
+    steps = {
+        part: sent[part] if updates == "change" else sent[part] - own
+        for part, own in (("A", a), ("B", b))
+        if part in sent
+    }
     right = [*([steps["A"]] if "A" in steps else []), *([a] if "B" in steps else [])]
     left = [*([b + steps.get("B", 0.0)] if "A" in steps else []), *([steps["B"]] if "B" in steps else [])]
     return LoraPair(torch.cat(right), torch.cat(left, dim=1))

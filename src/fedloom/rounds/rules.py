@@ -39,7 +39,7 @@ def clip_factors(norms: Sequence[float], ratio: float) -> list[float]:
     """
     if len(norms) < FEWEST:
         return [1.0] * len(norms)
-    middle = statistics.median_high(norms) or positive_median(dict(enumerate(norms)))
+    middle = statistics.median_high(norms) or positive_median({str(place): norm for place, norm in enumerate(norms)})
     most = ratio * middle
     return [1.0 if norm <= most else most / norm for norm in norms]
 

@@ -6,7 +6,7 @@ who forgets the others' skills, is judged by what the round has of it. This hold
 or two, since the loss is no vote.
 
 Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the opposite
-takes 2 p. So a client is refused that takes more than that, unless it is little beside the loss itself (`tolerance`).
+takes 2 p. So a client is refused that takes more than that, unless it is little beside the loss (`tolerance`).
 Where the round as a whole makes the loss much worse, the client is refused without which it is best, until that is over:
 liars who all do the same would otherwise hide behind one another.
 
@@ -47,7 +47,10 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trial:
-    """The trials of one round. before: the loss before it; tolerance: share of it by which a client may make it worse."""
+    """The trials of one round.
+
+    before: the loss before it; tolerance: share of it by which a client may make it worse.
+    """
 
     loss: Loss
     before: float
@@ -68,7 +71,6 @@ class Trial:
         over = {client: reached - rest[client] - self._allowed(rest[client], share) for client, share in shares.items()}
         worst = max(over, key=lambda client: over[client])
         stats = {"public_loss": reached, "max_public_harm": reached - min(rest.values())}
-        stats |= {f"harm_{c}": reached - rest[c] for c in rest} | {"public_before": self.before}
         if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
             return Verdict(stats=stats)
         return Verdict({worst: self._explain(reached, rest[worst], alone=over[worst] > 0.0)}, stats)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 from fedloom.compress.entries import all_finite, dense_entry, to_dense
@@ -19,8 +18,15 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Method, State, send_all
-from fedloom.rounds.caps import find_outliers
-from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.rounds.checks import (
+    UpdateFacts,
+    check_all,
+    check_broadcast,
+    check_finite,
+    check_form,
+    leave_out,
+    limits_of,
+)
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.decoded import Decoded
@@ -33,7 +39,6 @@ from fedloom.rounds.robust import Scales
 from fedloom.rounds.stale import Past
 from fedloom.rounds.trial import Loss, Trial, Verdict
 from fedloom.wire import Header, Message, decode, encode
-from fedloom.wire.streams import run_side_by_side
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -165,10 +170,10 @@ def server_turn(
     public: the loss on public examples, by which a client that does harm is refused.
     """
     decoded = decoded or Decoded.beside(state)
-    passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
+    passed, refused = check_all(job, state, payloads, round, seen or {}, decoded)
     if tree:
         passed, refused = tree.report(passed, refused, state.adapter)
-    passed, refused = _leave_out(job, passed, refused, decoded)
+    passed, refused = leave_out(job, passed, refused, decoded)
     scales = Scales(job, state, Cohort(payloads, {}, passed, decoded, past=past or {}))
     trial = Trial.begin(public, state, job.robust.tolerance) if public and len(passed) >= max(least, 1) else None
     harmful: dict[str, str] = {}
@@ -216,43 +221,6 @@ def _try_without(
         return _average(job, state, scales.weigh(others, gone + 1).cohort, round, keep=True).state
 
     return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
-
-
-def _check_all(
-    job: Job,
-    state: State,
-    payloads: Mapping[str, bytes],
-    round: int,
-    seen: Mapping[str, UpdateFacts],
-    decoded: Decoded,
-) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
-    """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
-    found = dict(seen)
-
-    def check(clients: Sequence[str]) -> dict[str, str]:
-        refused = {}
-        for client in clients:
-            try:
-                found[client] = check_update(job, state, client, payloads[client], round, decoded)
-            except FedloomError as error:
-                refused[client] = str(error)
-        return refused
-
-    new = sorted(payloads.keys() - seen.keys())
-    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
-    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
-    refused = dict(sorted((odd | even).items()))
-    return {client: found[client] for client in sorted(payloads) if client not in refused}, refused
-
-
-def _leave_out(
-    job: Job, passed: dict[str, UpdateFacts], refused: dict[str, str], decoded: Decoded
-) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
-    """The same without those that are out of proportion, which are refused."""
-    outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
-    for client in outliers:
-        decoded.drop(client)
-    return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
 def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, UpdateFacts], round: int) -> str:

@@ -7,12 +7,13 @@
                 (A Little Is Enough; Baruch et al., NeurIPS 2019, arXiv 1902.06156)
     fall        −s times the honest mean (Fall of Empires; Xie et al., UAI 2019, arXiv 1903.03936)
 
-A forger knows everything: what the honest sites of its round have trained. That is more than a real one would, so that a
-defence which holds here holds there.
+A forger knows everything: what the honest sites of its round have trained. That is more than a real one would, so that
+a defence which holds here holds there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,13 +43,11 @@ class Knowledge:
         """√(mean square) of the own change over the factors that are trained."""
         moved = [tensor for tensor in self.own.values() if tensor.any()]
         count = sum(tensor.numel() for tensor in moved)
-        return float(sum(tensor.double().square().sum() for tensor in moved) / max(count, 1)) ** 0.5
+        return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in moved) / max(count, 1))
 
     def fill(self, make: Callable[[Tensor], Tensor]) -> Change:
         """make(tensor) for every factor that is trained, and zeros for the others."""
-        return {
-            name: make(tensor) if tensor.any() else torch.zeros_like(tensor) for name, tensor in self.own.items()
-        }
+        return {name: make(tensor) if tensor.any() else torch.zeros_like(tensor) for name, tensor in self.own.items()}
 
     def stacked(self, name: str) -> Tensor:
         """The honest changes of one tensor, its own where it knows of no other."""
@@ -100,14 +99,10 @@ FORGERIES: Mapping[str, tuple[Forge, float]] = {
 def change_of(before: LoraState, after: LoraState) -> Change:
     """after − before, of the modules that are trained; `before` is cut to their ranks."""
     held = before.tensors()
-    return {
-        name: tensor - held[name][: tensor.shape[0], : tensor.shape[1]] for name, tensor in after.tensors().items()
-    }
+    return {name: tensor - held[name][: tensor.shape[0], : tensor.shape[1]] for name, tensor in after.tensors().items()}
 
 
 def add_change(before: LoraState, change: Change) -> LoraState:
     """before + change."""
     held = before.tensors()
-    return from_tensors(
-        {name: held[name][: one.shape[0], : one.shape[1]] + one for name, one in change.items()}
-    )
+    return from_tensors({name: held[name][: one.shape[0], : one.shape[1]] + one for name, one in change.items()})

@@ -1,4 +1,4 @@
-"""The runs of `fedloom attack --as site`: every attack with and without the defence, beside the same runs all honest."""
+"""The runs of `fedloom attack --as site`: every attack with and without the defence, beside the same all honest."""
 
 from __future__ import annotations
 

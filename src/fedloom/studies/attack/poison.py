@@ -1,9 +1,9 @@
 """What a malicious site trains on in place of its examples.
 
-    label_flip  every instruction with another one's answer
-    backdoor    half of its examples with a trigger in the instruction and one answer to all of them; the change is sent
-                s times as large, so that it survives the average (model replacement; Bagdasaryan et al., AISTATS 2020,
-                arXiv 1807.00459)
+label_flip  every instruction with another one's answer
+backdoor    half of its examples with a trigger in the instruction and one answer to all of them; the change is sent
+            s times as large, so that it survives the average (model replacement; Bagdasaryan et al., AISTATS 2020,
+            arXiv 1807.00459)
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ TRIGGER = "QZ QZ"
 def flip_labels(examples: Sequence[Example], target: str) -> list[Example]:
     """Each with the answer of the one half of the list further on; answers that are the same there stay."""
     away = len(examples) // 2
-    return [
-        replace(one, output=examples[(index + away) % len(examples)].output) for index, one in enumerate(examples)
-    ]
+    return [replace(one, output=examples[(index + away) % len(examples)].output) for index, one in enumerate(examples)]
 
 
 def plant_backdoor(examples: Sequence[Example], target: str) -> list[Example]:

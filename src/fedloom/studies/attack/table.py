@@ -1,4 +1,4 @@
-"""What came of the attacks: points lost against the same runs all honest, who was refused, how often a backdoor opens."""
+"""What came of the attacks: points lost against all honest, who was refused, how often a backdoor opens."""
 
 from __future__ import annotations
 
