@@ -2,8 +2,8 @@
 
 (B, A) and (B M, M⁻¹ A) are the same change, so that distances between factors mean nothing. What an update does is the
 change of ΔW, B' A' − B A = B' (A' − A) + (B' − B) A: a pair of rank 2 r, in which nothing cancels. Inner products of
-such pairs are ⟨ΔW_i, ΔW_j⟩ = tr(B_iᵀ B_j A_j A_iᵀ), summed over modules; no m × n matrix is formed. All that a rule needs
-follows from the K × K matrix of them, its Gram matrix: norms, distances, and distances of means.
+such pairs are ⟨ΔW_i, ΔW_j⟩ = tr(B_iᵀ B_j A_j A_iᵀ), summed over modules; no m × n matrix is formed. All that a rule
+needs follows from the K × K matrix of them, its Gram matrix: norms, distances, and distances of means.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ of the others, as it would be received. A client is tried as a part of its round
 who forgets the others' skills, is judged by what the round has of it. This holds with any number of liars, four sites
 or two, since the loss is no vote.
 
-Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the opposite
-takes 2 p. So a client is refused that takes more than that, unless it is little beside the loss (`tolerance`).
-Where the round as a whole makes the loss much worse, the client is refused without which it is best, until that is over:
-liars who all do the same would otherwise hide behind one another.
+Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the
+opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the loss (`tolerance`). Where the
+round as a whole makes the loss much worse, the client is refused without which it is best, until that is over: liars
+who all do the same would otherwise hide behind one another.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -28,7 +28,7 @@ _OPPOSITE = 2.0
 """Shares of the others' gain that a client takes whose update is the opposite of theirs."""
 _LITTLE = 0.2
 """Nats a token under which the tolerance is of this, and not of the loss: that near to zero all of it is noise."""
-_TOGETHER = 4.0
+_TOGETHER = 10.0
 """Tolerances by which a whole round may make the loss worse: honest steps overshoot now and then."""
 _WORST = 1e9
 """A loss that is not finite."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,6 +44,7 @@ from fedloom.workspace.data import (
     public_examples,
     validation_examples,
 )
+from fedloom.workspace.judge import Judge
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.spending import spend_client_budget
@@ -52,22 +53,6 @@ from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, token
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-class Judge(Protocol):
-    """Who plays the model that a state stands for, in place of the process that has the set-up."""
-
-    def evaluate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.evaluate`."""
-
-    def validate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.validate`."""
-
-    def public_loss(self, state: State) -> float:
-        """See `Setup.public_loss`."""
-
-    def answer(self, state: State) -> list[Answered]:
-        """See `Setup.answer`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
