@@ -111,7 +111,7 @@ def test_shares_that_bound_a_liar_and_its_refusal_are_those_of_the_local_engine(
     simulation = local(tmp_path, *overrides)
     assert state(federation.server) == state(simulation.server)
     assert payloads(tmp_path / "run") == payloads(tmp_path / "local")
-    assert "the loss on federation.public is" in notes(tmp_path)
+    assert "the error on federation.public is" in notes(tmp_path)
     assert "federation.public" not in shared_settings(federation.setup.config), "a site is not told what passes"
 
 

@@ -1,7 +1,7 @@
 """What the clients of a round count for where one of them may lie: shares bent by a rule, with every method.
 
 Nothing here refuses an honest specialist for being one: the usual rule, clip, leaves directions alone and bounds how
-far one client can move the model. Who does harm is found by the loss on public examples (`trial`).
+far one client can move the model. Who does harm is found by what it gets wrong of public examples (`trial`).
 """
 
 from __future__ import annotations

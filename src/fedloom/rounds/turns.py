@@ -37,7 +37,7 @@ from fedloom.rounds.memory import give_back
 from fedloom.rounds.regions import Tree
 from fedloom.rounds.robust import Scales
 from fedloom.rounds.stale import Past
-from fedloom.rounds.trial import Loss, Trial, Verdict
+from fedloom.rounds.trial import Measure, Trial, Verdict
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -157,7 +157,7 @@ def server_turn(
     least: int = 1,
     past: Mapping[str, Past] | None = None,
     tree: Tree | None = None,
-    public: Loss | None = None,
+    public: Measure | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
@@ -167,7 +167,7 @@ def server_turn(
     their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
     client sent must be among `seen`, since it is no update of this version.
     tree: the regions whose servers check and sum the updates; without it they come straight to this one.
-    public: the loss on public examples, by which a client that does harm is refused.
+    public: what a state gets wrong of public examples, by which a client that does harm is refused.
     """
     decoded = decoded or Decoded.beside(state)
     passed, refused = check_all(job, state, payloads, round, seen or {}, decoded)
@@ -214,7 +214,7 @@ def _try_without(
     round: int,
     gone: int,
 ) -> Verdict:
-    """What the round is without each of its clients, by the loss on public examples."""
+    """What the round is without each of its clients, by what it gets wrong of public examples."""
 
     def without(client: str) -> State:
         others = {name: one for name, one in passed.items() if name != client}

@@ -75,16 +75,16 @@ class Validate:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Public:
-    """The loss on the server's public examples."""
+    """The error on the server's public examples."""
 
     state: State
 
     def do(self, setup: Setup) -> float:
-        """The loss."""
-        return setup.public_loss(self.state)
+        """The error."""
+        return setup.public_error(self.state)
 
     def describe(self) -> str:
-        return "the loss on federation.public"
+        return "the error on federation.public"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -121,7 +121,7 @@ class FederationSettings(Section):
         0.05,
         ge=0,
         le=1e6,
-        description="Public: share of the loss by which a client may make it worse.",
+        description="Public: share of the error on these examples by which a client may make it larger.",
     )
     mode: Literal["synchronous", "buffered"] = Field(
         "synchronous",
