@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -16,7 +17,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.methods.method import State
 from fedloom.model.evaluate import exact_match_and_loss
-from fedloom.model.limits import model_limits
+from fedloom.model.limits import ModelLimits, model_limits
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
 from fedloom.rounds.turns import ClientTurn, Train, Trained
@@ -31,6 +32,9 @@ from fedloom.workspace.data import client_examples, heldout_examples
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.pulse import write_whole
 from fedloom.workspace.tokenized import tokenize_clients, tokenize_scored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RESULT = "attack.json"
 """The last file that such a run writes: what the attack was, and how often a backdoor opens."""
@@ -82,7 +86,7 @@ class Infiltration:
         texts = client_examples(setup.config)[0]
         poisoned = {name: poison(texts[name], target) for name in self.sites}
         assert setup.tokenizer is not None
-        tokens = tokenize_clients(poisoned, setup.config.data, setup.tokenizer, model_limits(setup.model))
+        tokens = tokenize_clients(poisoned, setup.config.data, setup.tokenizer, limits_of(setup))
         own = {name: LocalClient(setup.sites[name].adapter, held) for name, held in tokens.items()}
         return replace(setup, sites={**setup.sites, **own})
 
@@ -128,8 +132,13 @@ def backdoor_success(setup: Setup, state: State, sites: Sequence[str]) -> float:
     if not texts or setup.tokenizer is None:
         raise ConfigError("data.heldout is missing: whether a backdoor opens is seen on held-out examples")
     asked = {"backdoor": [set_trigger(one, target) for one in texts]}
-    (tokens,) = tokenize_scored("held-out", asked, data, setup.tokenizer, model_limits(setup.model)).values()
+    (tokens,) = tokenize_scored("held-out", asked, data, setup.tokenizer, limits_of(setup)).values()
     return exact_match_and_loss(setup.model_of(state), tokens, setup.config.evaluation.batch_size).exact_match
+
+
+def limits_of(setup: Setup) -> ModelLimits:
+    """What the run's base model reads."""
+    return model_limits(cast("PreTrainedModel", setup.model.get_base_model()))
 
 
 def last_names(clients: Collection[str], count: int) -> tuple[str, ...]:

@@ -68,7 +68,8 @@ def plan_cases(
     sites = last_names(client_names(config), malicious)
     plain = apply_overrides(config, ["local.workers=null", "local.devices=[]"])
     cases = []
-    for rank in ranks or [None]:
+    tried: Sequence[int | None] = ranks or [None]
+    for rank in tried:
         base = plain if rank is None else apply_overrides(plain, [f"lora.r={rank}", f"lora.lora_alpha={2.0 * rank}"])
         for text in [HONEST, *attacks]:
             attack = parse_attack(text) if text else Attack()
