@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "fedloom"
 PAGE = ROOT / "docs" / "operations.md"
 NOT_OPERATORS = {
+    "attack",
     "catalogue",
     "embedding",
     "evaluate",

@@ -29,7 +29,7 @@ from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.workspace.assemble import LocalClient, Setup
-from fedloom.workspace.plan import caps_of
+from fedloom.workspace.plan import caps_of, robust_of
 from fedloom.workspace.privacy import plan_sums
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -86,6 +86,10 @@ class ToySetup(Setup):
     def evaluate(self, state: object) -> dict:
         return {}
 
+    def public_error(self, state: State) -> float:
+        size = sum(float(tensor.double().square().sum()) for tensor in state.total.tensors().values())
+        return size / (1.0 + size)
+
 
 def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, load: object = None) -> ToySetup:
     """Stands for assemble.build_setup; loads nothing."""
@@ -94,7 +98,13 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
     sites = {name: LocalClient(adapter, TokenizedExamples(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
-    job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks, secure=plan_sums(config, job.method, ranks))
+    job = replace(
+        job,
+        caps=caps_of(config.federation, sites),
+        robust=robust_of(config, sites),
+        ranks=ranks,
+        secure=plan_sums(config, job.method, ranks),
+    )
     return ToySetup(config, job, None, adapter, toy.initial(), sites, None, "toy")
 
 

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from fedloom.cli import closing
+from fedloom.cli.attack import attack
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.export import export
 from fedloom.cli.federation import app as federation
@@ -230,7 +231,9 @@ def status(
         raise typer.Exit(1)
 
 
-for command in (init, aggregate, preview, estimate, compare, tune, evaluate, export, report, serve, track, push):
+for command in (
+    *(init, aggregate, preview, estimate, compare, tune, evaluate, export, report, serve, track, push, attack),
+):
     app.command()(command)
 
 

@@ -32,9 +32,12 @@ UNTOLD = {"local"}
 """Tables of another engine, which nobody is told: so a server of the release before takes the run too."""
 
 
-SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
-"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a
-site of the release before takes part in asynchronous rounds too."""
+SERVERS_RULES = (
+    *("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace"),
+    *("max_examples", "robust", "num_malicious_clients", "clip_ratio", "public", "public_tolerance"),
+)
+"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, a liar
+would learn from it what passes, and a site of the release before takes part in asynchronous rounds too."""
 SINCE: dict[str, int] = {
     **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
     "federation.regions": 2,

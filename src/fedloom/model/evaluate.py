@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,17 +37,44 @@ class Scores:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> Scores:
     """Score every example with one forward pass a batch.
 
     Greedy decoding gives the completion exactly if, with the completion given, every one of its tokens is the likeliest
     at its place: until the first error both see the same prefix. An example that was cut counts as wrong.
     """
+    matches, loss, tokens = 0, 0.0, 0
+    for whole, chosen, wanted, rows in _predictions(model, data, batch_size):
+        right = torch.tensor(whole, device=chosen.device)
+        right[rows[chosen.argmax(dim=-1) != wanted]] = False
+        matches += int(right.sum())
+        loss += float(functional.cross_entropy(chosen, wanted, reduction="none").double().sum())
+        tokens += len(wanted)
+    return Scores(matches / len(data), loss / tokens, len(data), tokens)
+
+
+def error_probability(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> float:
+    """Mean over all completion tokens of 1 − p, p the probability of the right one: what sampling gets wrong.
+
+    It is bounded, so that what a model cannot do at all, and no client teaches it, counts the same however sure it is
+    of its errors. Their logarithms would drown what it has learnt.
+    """
+    error, tokens = 0.0, 0
+    for _, chosen, wanted, _ in _predictions(model, data, batch_size):
+        found = functional.cross_entropy(chosen, wanted, reduction="none").neg().exp()
+        error += float((1.0 - found).double().sum())
+        tokens += len(wanted)
+    return error / tokens
+
+
+@torch.no_grad()
+def _predictions(
+    model: nn.Module, data: TokenizedExamples, batch_size: int
+) -> Iterator[tuple[list[bool], Tensor, Tensor, Tensor]]:
+    """Batch by batch: (which examples are whole, logits of all completion tokens, these tokens, their examples)."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(data)), key=lambda index: len(data[index].ids))
-    matches, loss, tokens = 0, 0.0, 0
     for start in range(0, len(order), batch_size):
         examples = [data[index] for index in order[start : start + batch_size]]
         batch = {name: tensor.to(device) for name, tensor in data.collate(examples).items()}
@@ -56,14 +83,8 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
         places = counted.any(dim=0).nonzero().squeeze(1)
         logits = model(**batch, logits_to_keep=places, use_cache=False).logits
         labels, counted = labels[:, places], counted[:, places]
-        chosen, wanted, rows = logits[counted].float(), labels[counted], counted.nonzero()[:, 0]
-        right = torch.tensor([example.whole for example in examples], device=device)
-        right[rows[chosen.argmax(dim=-1) != wanted]] = False
-        matches += int(right.sum())
-        loss += float(functional.cross_entropy(chosen, wanted, reduction="none").double().sum())
-        tokens += len(wanted)
+        yield [one.whole for one in examples], logits[counted].float(), labels[counted], counted.nonzero()[:, 0]
     model.train(training)
-    return Scores(matches / len(data), loss / tokens, len(data), tokens)
 
 
 def lm_eval_tasks(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, W
 from fedloom.lora.pair import PARTS, LoraPair, module_of
 from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
+from fedloom.rounds.caps import find_outliers
 from fedloom.rounds.decoded import Decoded, read_update
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import DEFAULT, Header, Limits
+from fedloom.wire.streams import run_side_by_side
 
 MOST_EXAMPLES = 10**9
 """Examples that one update may rest on: no site fine-tunes on more, and sums of such numbers are exact in a float."""
@@ -59,6 +62,43 @@ def check_update(
         raise
     except Exception as error:  # whatever a payload does to the reader is the payload's fault
         raise WireError(f"the update cannot be read: {type(error).__name__}: {error}") from error
+
+
+def check_all(
+    job: Job,
+    state: State,
+    payloads: Mapping[str, bytes],
+    round: int,
+    seen: Mapping[str, UpdateFacts],
+    decoded: Decoded,
+) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
+    """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
+    found = dict(seen)
+
+    def check(clients: Sequence[str]) -> dict[str, str]:
+        refused = {}
+        for client in clients:
+            try:
+                found[client] = check_update(job, state, client, payloads[client], round, decoded)
+            except FedloomError as error:
+                refused[client] = str(error)
+        return refused
+
+    new = sorted(payloads.keys() - seen.keys())
+    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
+    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
+    refused = dict(sorted((odd | even).items()))
+    return {client: found[client] for client in sorted(payloads) if client not in refused}, refused
+
+
+def leave_out(
+    job: Job, passed: dict[str, UpdateFacts], refused: dict[str, str], decoded: Decoded
+) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
+    """The same without those that are out of proportion, which are refused."""
+    outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
+    for client in outliers:
+        decoded.drop(client)
+    return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
 
 
 def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:

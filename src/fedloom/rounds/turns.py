@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 from fedloom.compress.entries import all_finite, dense_entry, to_dense
@@ -19,8 +18,17 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Method, State, send_all
-from fedloom.rounds.caps import Caps, find_outliers, share_out
-from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
+from fedloom.rounds.caps import Caps
+from fedloom.rounds.checks import (
+    UpdateFacts,
+    check_all,
+    check_broadcast,
+    check_finite,
+    check_form,
+    check_update,
+    leave_out,
+    limits_of,
+)
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
 from fedloom.rounds.decoded import Decoded
@@ -30,10 +38,11 @@ from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.regions import Tree
+from fedloom.rounds.robust import Scales
 from fedloom.rounds.stale import Past
 from fedloom.rounds.sums import SUM
+from fedloom.rounds.trial import Measure, Trial, Verdict
 from fedloom.wire import Header, Message, decode, encode
-from fedloom.wire.streams import run_side_by_side
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -168,6 +177,7 @@ def server_turn(
     least: int = 1,
     past: Mapping[str, Past] | None = None,
     tree: Tree | None = None,
+    public: Measure | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
@@ -177,32 +187,42 @@ def server_turn(
     their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
     client sent must be among `seen`, since it is no update of this version.
     tree: the regions whose servers check and sum the updates; without it they come straight to this one.
+    public: what a state gets wrong of public examples, by which a client that does harm is refused.
     """
     watch, decoded = Watch(), decoded or Decoded.beside(state)
-    passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
+    passed, refused = check_all(job, state, payloads, round, seen or {}, decoded)
     if tree:
         passed, refused = tree.report(passed, refused, state.adapter)
-    passed, refused = _leave_out(job, passed, refused, decoded)
+    passed, refused = leave_out(job, passed, refused, decoded)
     watch.lap("decode")
+    scales = Scales(job, state, Cohort(payloads, {}, passed, decoded, past=past or {}))
+    trial = Trial.begin(public, state, job.robust.tolerance) if public and len(passed) >= max(least, 1) else None
+    harmful: dict[str, str] = {}
     fault: Exception | None = None
-    while len(passed) >= max(least, 1):
-        weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
-        cohort = Cohort(payloads, weights, passed, decoded, past=past or {})
+    while len(passed) + len(harmful) >= max(least, 1) and passed:
+        weighed = scales.weigh(passed, len(harmful))
         try:
-            turn = _average(job, state, cohort, round, tree, watch)
+            turn = _average(job, state, weighed.cohort, round, tree, watch, keep=trial is not None)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
-            culprit = _find_culprit(job, state, cohort, passed, round)
+            culprit = _find_culprit(job, state, weighed.cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
             del passed[culprit]
             fault = error
-        else:
-            norms = {client: one.norm for client, one in passed.items()}
-            facts = replace(turn.facts, stages=watch.stages, norms=norms)
-            return replace(turn, refused=refused, notes=notes, facts=facts)
+            continue
+        verdict = _try_without(job, state, scales, trial, turn, passed, round, len(harmful)) if trial else Verdict()
+        if not verdict.refused:
+            decoded.clear()
+            stats, out = {**turn.stats, **verdict.stats}, {**refused, **harmful, **weighed.aside}
+            facts = replace(turn.facts, stages=watch.stages, norms={client: one.norm for client, one in passed.items()})
+            return replace(turn, refused=out, stats=stats, notes=weighed.notes, facts=facts)
+        harmful |= verdict.refused
+        passed = {client: one for client, one in passed.items() if client not in harmful}
+    refused |= harmful
     raise RoundError(
         f"round {round}: {len(passed) or 'no'} usable update{'s' * (len(passed) > 1)} from {len(payloads)} clients "
         f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
         refused,
+        can_skip=bool(harmful),
     ) from fault
 
 
@@ -221,41 +241,23 @@ def sum_turn(job: Job, state: State, update: bytes, round: int) -> ServerTurn:
         raise RoundError(f"the sum of round {round} cannot be averaged: {type(error).__name__}: {error}") from error
 
 
-def _check_all(
+def _try_without(
     job: Job,
     state: State,
-    payloads: Mapping[str, bytes],
+    scales: Scales,
+    trial: Trial,
+    turn: ServerTurn,
+    passed: Mapping[str, UpdateFacts],
     round: int,
-    seen: Mapping[str, UpdateFacts],
-    decoded: Decoded,
-) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
-    """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
-    found = dict(seen)
+    gone: int,
+) -> Verdict:
+    """What the round is without each of its clients, by what it gets wrong of public examples."""
 
-    def check(clients: Sequence[str]) -> dict[str, str]:
-        refused = {}
-        for client in clients:
-            try:
-                found[client] = check_update(job, state, client, payloads[client], round, decoded)
-            except FedloomError as error:
-                refused[client] = str(error)
-        return refused
+    def without(client: str) -> State:
+        others = {name: one for name, one in passed.items() if name != client}
+        return _average(job, state, scales.weigh(others, gone + 1).cohort, round, keep=True).state
 
-    new = sorted(payloads.keys() - seen.keys())
-    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
-    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
-    refused = dict(sorted((odd | even).items()))
-    return {client: found[client] for client in sorted(payloads) if client not in refused}, refused
-
-
-def _leave_out(
-    job: Job, passed: dict[str, UpdateFacts], refused: dict[str, str], decoded: Decoded
-) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
-    """The same without those that are out of proportion, which are refused."""
-    outliers = find_outliers({client: one.norm for client, one in passed.items()}, job.caps)
-    for client in outliers:
-        decoded.drop(client)
-    return {client: one for client, one in passed.items() if client not in outliers}, refused | outliers
+    return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
 
 
 def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, UpdateFacts], round: int) -> str:
@@ -273,9 +275,19 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
 
 
 def _average(
-    job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None, watch: Watch | None = None
+    job: Job,
+    state: State,
+    cohort: Cohort,
+    round: int,
+    tree: Tree | None = None,
+    watch: Watch | None = None,
+    *,
+    keep: bool = False,
 ) -> ServerTurn:
-    """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
+    """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite.
+
+    keep: whether the decoded updates are used again.
+    """
     if tree:
         cohort.sums = tree.sum_up(job, state, cohort, round)
     header = Header(
@@ -286,7 +298,8 @@ def _average(
     told, watch = is_told(job, round), watch or Watch()
     agreement = measure_agreement(cohort, state) if told else None
     result = combine(job.method, state, cohort, context, job.module_weighting)
-    cohort.decoded.clear()
+    if not keep:
+        cohort.decoded.clear()
     watch.lap("aggregate", less=draft.seconds)
     watch.stages["encode"] = draft.seconds  # what a budget has measured on the way
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats

@@ -240,7 +240,8 @@ class Rounds:
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
-            if updates.summed is None and (updates.least > 1 or not error.refused):
+            can_skip = error.can_skip or updates.summed is not None
+            if not can_skip and (updates.least > 1 or not error.refused):
                 raise
             if updates.summed is not None:
                 self.note(round, str(error))
@@ -275,6 +276,7 @@ class Rounds:
             least=updates.least,
             past=updates.past,
             tree=updates.tree,
+            public=self.setup.public_error if self.setup.job.robust.public else None,
         )
 
     def full_state(self) -> bytes:

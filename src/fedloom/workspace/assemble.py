@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,7 @@ from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import load_base
-from fedloom.model.evaluate import Scores, exact_match_and_loss
+from fedloom.model.evaluate import Scores, error_probability, exact_match_and_loss
 from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
@@ -42,8 +42,10 @@ from fedloom.workspace.data import (
     client_examples,
     describe_examples,
     heldout_examples,
+    public_examples,
     validation_examples,
 )
+from fedloom.workspace.judge import Judge
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.spending import spend_client_budget
@@ -54,24 +56,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Judge(Protocol):
-    """Who plays the model that a state stands for, in place of the process that has the set-up."""
-
-    def evaluate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.evaluate`."""
-
-    def validate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.validate`."""
-
-    def answer(self, state: State) -> list[Answered]:
-        """See `Setup.answer`."""
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Setup:
     """All that a run works with. `scorer` holds the examples that scores are taken on, `validation` those that a round
     is chosen on, by domain.
 
+    public: examples of the server's own, by which updates that do harm are known; none where that is not asked for.
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
     data: what the clients' examples weigh, where they are at hand.
@@ -89,6 +79,7 @@ class Setup:
     notes: tuple[str, ...] = ()
     scorer: Scorer = Scorer()
     validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
+    public: Mapping[str, TokenizedExamples] = field(default_factory=dict)
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
@@ -180,16 +171,24 @@ class Setup:
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
-        return self.judge.evaluate(state) if self.judge else self.scorer.score(self._model_of(state))
+        return self.judge.evaluate(state) if self.judge else self.scorer.score(self.model_of(state))
 
     def validate(self, state: State) -> dict[str, Scores]:
         """The same on every domain's validation examples; exact match and loss alone."""
         if self.judge:
             return self.judge.validate(state)
-        model, size = self._model_of(state), self.config.evaluation.batch_size
+        model, size = self.model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
-    def _model_of(self, state: State) -> PeftModel:
+    def public_error(self, state: State) -> float:
+        """How much the model that `state` stands for gets wrong of the server's public examples, from 0 to 1."""
+        if self.judge:
+            return self.judge.public_error(state)
+        (data,) = self.public.values()
+        return error_probability(self.model_of(state), data, self.config.evaluation.batch_size)
+
+    def model_of(self, state: State) -> PeftModel:
+        """The one model in memory, made the one that `state` stands for until it is made another."""
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
@@ -202,7 +201,7 @@ class Setup:
             return []
         if self.judge:
             return self.judge.answer(state)
-        return answer_examples(self._model_of(state), self.tokenizer, self.heldout, number)
+        return answer_examples(self.model_of(state), self.tokenizer, self.heldout, number)
 
 
 def load_setup(config: Config, method: Method | None = None, load: LoadBase | None = None) -> Setup:
@@ -216,7 +215,10 @@ def load_setup(config: Config, method: Method | None = None, load: LoadBase | No
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
     heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
-    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation, load=load)
+    public = public_examples(config, notes.append)
+    setup = build_setup(
+        config, texts, heldout, manifest, method, notes, validation=validation, public=public, load=load
+    )
     return replace(setup, data=weigh_examples(texts))
 
 
@@ -229,6 +231,7 @@ def build_setup(
     notes: Sequence[str] = (),
     *,
     validation: Mapping[str, Sequence[Example]] | None = None,
+    public: Sequence[Example] = (),
     load: LoadBase | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used.
@@ -265,6 +268,7 @@ def build_setup(
         notes=notes,
         scorer=build_scorer(scored, tokenizer, config.evaluation),
         validation=tokenize_scored("validation", validation or {}, data, tokenizer, limits),
+        public=tokenize_scored("public", {"public": public} if public else {}, data, tokenizer, limits),
         left_out=untrained_note(linear, plan.shared),
         tokenizer=tokenizer,
     )

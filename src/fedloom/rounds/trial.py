@@ -1,0 +1,101 @@
+"""Who does harm in a round, by what the model gets wrong of public examples that the server holds.
+
+Each client's update is left out in turn, and what the server would broadcast then is tried: the method's own aggregate
+of the others, as it would be received. A client is tried as a part of its round and not alone, so that a specialist,
+who forgets the others' skills, is judged by what the round has of it. This holds with any number of liars, four sites
+or two, since the error is no vote.
+
+Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the
+opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error (`tolerance`).
+Where the round as a whole makes the error much larger, the client is refused without which it is best, until that is
+over: liars who all do the same would otherwise hide behind one another.
+
+It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
+less one client for everybody who is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fedloom.methods.method import State
+
+Measure = Callable[[State], float]
+"""What the model that a state stands for gets wrong of the public examples, from 0 to 1."""
+_OPPOSITE = 2.0
+"""Shares of the others' gain that a client takes whose update is the opposite of theirs."""
+_LITTLE = 0.1
+"""Under this error the tolerance is a share of this: that near to zero most of it is noise."""
+_TOGETHER = 4.0
+"""Tolerances by which a whole round may make the error larger: honest steps overshoot now and then."""
+_WORST = 1.0
+"""What a model counts for that answers nothing finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a round's trial has found. refused: the client that does most harm and why, where it is too much.
+
+    stats: `public_error` after the round, and `max_public_harm`, by how much a client makes it larger at most.
+    """
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trial:
+    """The trials of one round.
+
+    before: the error before it; tolerance: share of it by which a client may make it larger.
+    """
+
+    measure: Measure
+    before: float
+    tolerance: float
+
+    @classmethod
+    def begin(cls, measure: Measure, state: State, tolerance: float) -> Trial:
+        """From the server's state before the round."""
+        return cls(measure, _finite(measure(state)), tolerance)
+
+    def judge(self, after: State, shares: Mapping[str, float], without: Callable[[str], State]) -> Verdict:
+        """The round that led to `after` with these shares. without(client) is what it leads to without that client.
+
+        Without the last client the round leads nowhere.
+        """
+        reached = _finite(self.measure(after))
+        rest = {c: self._rest(without, c) if len(shares) > 1 else self.before for c in shares}
+        over = {client: reached - rest[client] - self._allowed(rest[client], share) for client, share in shares.items()}
+        worst = max(over, key=lambda client: over[client])
+        stats = {"public_error": reached, "max_public_harm": reached - min(rest.values())}
+        if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
+            return Verdict(stats=stats)
+        return Verdict({worst: self._explain(reached, rest[worst], alone=over[worst] > 0.0)}, stats)
+
+    def _allowed(self, rest: float, share: float) -> float:
+        """By how much a client may make the error larger than it is without it."""
+        return max(_OPPOSITE * share * (self.before - rest), self._little)
+
+    @property
+    def _little(self) -> float:
+        return self.tolerance * max(self.before, _LITTLE)
+
+    def _rest(self, without: Callable[[str], State], client: str) -> float:
+        try:
+            return _finite(self.measure(without(client)))
+        except Exception:  # the others fail: then this one is not to blame
+            return _WORST
+
+    def _explain(self, reached: float, rest: float, *, alone: bool) -> str:
+        what = "with its update" if alone else "the round as a whole does harm: with this update"
+        return (
+            f"{what} the error on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
+            f"{self.before:.4g} (federation.public_tolerance is {self.tolerance:g})"
+        )
+
+
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else _WORST
