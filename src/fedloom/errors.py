@@ -92,11 +92,15 @@ class SecureSumError(FedloomError):
 
 
 class RoundError(FedloomError):
-    """A round that cannot be completed. `refused`: whose updates were refused, and why."""
+    """A round that cannot be completed. `refused`: whose updates were refused, and why.
 
-    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+    can_skip: whether enough clients have answered, and none of them brought anything that is to be averaged.
+    """
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None, *, can_skip: bool = False) -> None:
         super().__init__(message)
         self.refused = dict(refused or {})
+        self.can_skip = can_skip
 
 
 class SiteError(FedloomError):

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from fedloom.cli import closing
+from fedloom.cli.attack import attack
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.federation import app as federation
 from fedloom.cli.funnel import Funnel, complaints, run_app
@@ -236,7 +237,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fe
     screen.print(f"wrote {path}; next: fedloom run {path}", highlight=False, markup=False)
 
 
-for command in (aggregate, preview, estimate, compare, tune, evaluate):
+for command in (aggregate, preview, estimate, compare, tune, evaluate, attack):
     app.command()(command)
 
 

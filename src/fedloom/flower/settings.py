@@ -16,6 +16,7 @@ from fedloom.records.config import (
     FlowerSettings,
     LocalSettings,
     OutputSettings,
+    PrivacySettings,
 )
 from fedloom.records.configfile import parse
 
@@ -31,13 +32,17 @@ UNTOLD = {"local"}
 """Tables of another engine, which nobody is told: so a server of the release before takes the run too."""
 
 
-SERVERS_RULES = ("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace")
-"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, and a
-site of the release before takes part in asynchronous rounds too."""
+SERVERS_RULES = (
+    *("eval_every", "mode", "buffer_size", "staleness_exponent", "max_staleness", "pace"),
+    *("max_examples", "robust", "num_malicious_clients", "clip_ratio", "public", "public_tolerance"),
+)
+"""Keys of [federation] that the sites are not told: how the server takes updates together is nothing to them, a liar
+would learn from it what passes, and a site of the release before takes part in asynchronous rounds too."""
 SINCE: dict[str, int] = {
     **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
     "federation.regions": 2,
     "wire.client_budget": 2,
+    **{f"privacy.{key}": 2 for key in PrivacySettings.model_fields},
 }
 """Keys of the sites' settings that the first protocol did not have ("training.max_steps", say), and the one that they
 came with. At its default such a key means what a site without it does, and it is not told: then a site of the release
@@ -84,14 +89,15 @@ def shared_settings(config: Config) -> str:
 
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tables without keys of `SINCE` that have their default."""
+    """The tables without keys of `SINCE` that have their default, and without a table of which none is left."""
     usual = Config().model_dump()
-    return {
+    left = {
         table: {
             key: value for key, value in held.items() if f"{table}.{key}" not in SINCE or value != usual[table][key]
         }
         for table, held in tree.items()
     }
+    return {table: held for table, held in left.items() if held or not tree[table]}
 
 
 def server_settings(config: Config) -> str:

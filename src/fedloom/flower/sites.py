@@ -43,7 +43,7 @@ from fedloom.server.spool import Spool
 from fedloom.site.protocol import Fact, Parcel
 from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.checkpoint import KnownSite, Snapshot
-from fedloom.workspace.data import heldout_examples, validation_examples
+from fedloom.workspace.data import heldout_examples, public_examples, validation_examples
 from fedloom.workspace.folder import RunFolder
 
 UNKNOWN = -1
@@ -80,7 +80,8 @@ def prepare_rounds(
     config, told = folder.config, [*notes]
     heldout = heldout_examples(config.data, told.append)
     nothing = dict.fromkeys(sorted(config.federation.participants or ()), ())
-    setup = build_setup(config, nothing, heldout, notes=told, validation=validation_examples(config, told.append))
+    validation, public = validation_examples(config, told.append), public_examples(config, told.append)
+    setup = build_setup(config, nothing, heldout, notes=told, validation=validation, public=public)
     facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
     fleet = Fleet(grid, facts, tuple(setup.sites))
     ends = {} if number is None else certificate_ends(config.flower)

@@ -20,6 +20,7 @@ from fedloom.records.sections.local import LocalSettings
 from fedloom.records.sections.method import MethodSettings, Values, WireSettings
 from fedloom.records.sections.model import ClientSettings, LoraSettings, ModelSettings
 from fedloom.records.sections.output import OutputSettings
+from fedloom.records.sections.privacy import PrivacySettings
 from fedloom.records.sections.section import Section
 from fedloom.records.sections.training import TrainingSettings
 
@@ -35,6 +36,7 @@ __all__ = [
     "MethodSettings",
     "ModelSettings",
     "OutputSettings",
+    "PrivacySettings",
     "Section",
     "Source",
     "TrainingSettings",
@@ -94,6 +96,7 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = PrivacySettings()
     method: MethodSettings = MethodSettings()
     wire: WireSettings = WireSettings()
     local: LocalSettings = LocalSettings()

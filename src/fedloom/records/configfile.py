@@ -56,6 +56,7 @@ _LOCATED = (
     ("data", "sources"),
     ("data", "heldout"),
     ("data", "validation"),
+    ("federation", "public"),
     ("evaluation", "include_path"),
     ("output", "dir"),
     ("flower", "root_certificates"),

@@ -21,13 +21,14 @@ class Caps:
 
     max_share: of the average, for one client; of K clients each may have 1/K whatever it says. client_examples: the
     operator's own numbers of examples, by client, in place of those that the clients tell. max_norm: √Σ v² over the
-    values of an update. max_norm_ratio: that norm over the median of the round.
+    values of an update. max_norm_ratio: that norm over the median of the round. max_examples: that a client may tell.
     """
 
     max_share: float = 1.0
     client_examples: Mapping[str, int] = field(default_factory=dict)
     max_norm: float = math.inf
     max_norm_ratio: float = math.inf
+    max_examples: float = math.inf
 
 
 USUAL = Caps(max_share=0.5, max_norm=1e6, max_norm_ratio=100.0)
@@ -35,7 +36,8 @@ USUAL = Caps(max_share=0.5, max_norm=1e6, max_norm_ratio=100.0)
 
 def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[dict[str, float], list[str]]:
     """(p_k of every client, what was bounded in words). Shares are by examples, or "uniform"; they sum to 1."""
-    counts = {client: caps.client_examples.get(client, count) for client, count in examples.items()}
+    told = {client: min(count, caps.max_examples) for client, count in examples.items()}
+    counts = {client: caps.client_examples.get(client, count) for client, count in told.items()}
     sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in counts.items()}
     total = sum(sizes.values())
     asked = {client: size / total for client, size in sizes.items() if size > 0}

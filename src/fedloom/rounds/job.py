@@ -16,6 +16,23 @@ from fedloom.rounds.consolidation import Consolidation
 
 
 @dataclass(frozen=True, slots=True)
+class Robust:
+    """How a round withstands liars. rule: "none", "clip" or one of `rules.RULES`; malicious: f, None for K // 4.
+
+    clip_ratio: norm over the round's median above which a share is cut. tolerance: see `trial.Trial`.
+    """
+
+    rule: str = "none"
+    malicious: int | None = None
+    clip_ratio: float = 1.5
+    tolerance: float = 0.05
+
+    def faults(self, clients: int) -> int:
+        """Liars that are reckoned with among so many clients."""
+        return max(clients // 4, 1) if self.malicious is None else self.malicious
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """The method, and how a run uses it.
 
@@ -23,7 +40,8 @@ class Job:
     weighting, module_weighting: what a client counts for (see `cohort`). consolidation: when the server recompresses.
     num_rounds: length of the run, 0 where it is not known. downloads: broadcasts that a client receives in a turn, on
     the mean, missed ones included; a broadcast of an adapter twice the client's size counts as two.
-    start: the adapter that the run begins with, where it is known. caps: bounds on what one client may count for.
+    start: the adapter that the run begins with, where it is known. caps: bounds on what one client may count for;
+    robust: how a round withstands liars.
     ranks: client → module that it trains → rank; where it is empty, an update is compared with the server's adapter
     alone. tops: module → the largest of these ranks.
     """
@@ -38,6 +56,7 @@ class Job:
     num_rounds: int = 0
     downloads: float = 1.0
     caps: Caps = field(default_factory=Caps)
+    robust: Robust = Robust()
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     start: LoraState = field(default_factory=LoraState, repr=False)
     tops: Mapping[str, int] = field(init=False, repr=False)

@@ -19,7 +19,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Method, State, send_all
-from fedloom.rounds.caps import find_outliers, share_out
+from fedloom.rounds.caps import find_outliers
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
@@ -29,7 +29,9 @@ from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.regions import Tree
+from fedloom.rounds.robust import Scales
 from fedloom.rounds.stale import Past
+from fedloom.rounds.trial import Loss, Trial, Verdict
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.streams import run_side_by_side
 
@@ -150,6 +152,7 @@ def server_turn(
     least: int = 1,
     past: Mapping[str, Past] | None = None,
     tree: Tree | None = None,
+    public: Loss | None = None,
 ) -> ServerTurn:
     """Combine the clients' payloads into one broadcast, and apply it to the server's state.
 
@@ -159,30 +162,60 @@ def server_turn(
     their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
     client sent must be among `seen`, since it is no update of this version.
     tree: the regions whose servers check and sum the updates; without it they come straight to this one.
+    public: the loss on public examples, by which a client that does harm is refused.
     """
     decoded = decoded or Decoded.beside(state)
     passed, refused = _check_all(job, state, payloads, round, seen or {}, decoded)
     if tree:
         passed, refused = tree.report(passed, refused, state.adapter)
     passed, refused = _leave_out(job, passed, refused, decoded)
+    scales = Scales(job, state, Cohort(payloads, {}, passed, decoded, past=past or {}))
+    trial = Trial.begin(public, state, job.robust.tolerance) if public and len(passed) >= max(least, 1) else None
+    harmful: dict[str, str] = {}
     fault: Exception | None = None
-    while len(passed) >= max(least, 1):
-        weights, notes = share_out({client: one.examples for client, one in passed.items()}, job.weighting, job.caps)
-        cohort = Cohort(payloads, weights, passed, decoded, past=past or {})
+    while len(passed) + len(harmful) >= max(least, 1) and passed:
+        weighed = scales.weigh(passed, len(harmful))
         try:
-            turn = _average(job, state, cohort, round, tree)
+            turn = _average(job, state, weighed.cohort, round, tree, keep=trial is not None)
         except Exception as error:  # whatever one update does to the method, the others' round goes on
-            culprit = _find_culprit(job, state, cohort, passed, round)
+            culprit = _find_culprit(job, state, weighed.cohort, passed, round)
             refused[culprit] = f"the round fails with its update: {type(error).__name__}: {error}"
             del passed[culprit]
             fault = error
-        else:
-            return replace(turn, refused=refused, notes=notes)
+            continue
+        verdict = _try_without(job, state, scales, trial, turn, passed, round, len(harmful)) if trial else Verdict()
+        if not verdict.refused:
+            decoded.clear()
+            stats, out = {**turn.stats, **verdict.stats}, {**refused, **harmful, **weighed.aside}
+            return replace(turn, refused=out, stats=stats, notes=weighed.notes)
+        harmful |= verdict.refused
+        passed = {client: one for client, one in passed.items() if client not in harmful}
+    refused |= harmful
     raise RoundError(
         f"round {round}: {len(passed) or 'no'} usable update{'s' * (len(passed) > 1)} from {len(payloads)} clients "
         f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
         refused,
+        can_skip=bool(harmful),
     ) from fault
+
+
+def _try_without(
+    job: Job,
+    state: State,
+    scales: Scales,
+    trial: Trial,
+    turn: ServerTurn,
+    passed: Mapping[str, UpdateFacts],
+    round: int,
+    gone: int,
+) -> Verdict:
+    """What the round is without each of its clients, by the loss on public examples."""
+
+    def without(client: str) -> State:
+        others = {name: one for name, one in passed.items() if name != client}
+        return _average(job, state, scales.weigh(others, gone + 1).cohort, round, keep=True).state
+
+    return trial.judge(turn.state, [client for client in passed if client], without)
 
 
 def _check_all(
@@ -236,8 +269,13 @@ def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, U
     return max(passed, key=lambda client: passed[client].norm)
 
 
-def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None) -> ServerTurn:
-    """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite."""
+def _average(
+    job: Job, state: State, cohort: Cohort, round: int, tree: Tree | None = None, *, keep: bool = False
+) -> ServerTurn:
+    """The round with these updates. Raises what the method raises, and NumericError for a result that is not finite.
+
+    keep: whether the decoded updates are used again.
+    """
     if tree:
         cohort.sums = tree.sum_up(job, state, cohort, round)
     header = Header(
@@ -246,7 +284,8 @@ def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | No
     draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
-    cohort.decoded.clear()
+    if not keep:
+        cohort.decoded.clear()
     payload, memory, stats = draft.payload(result.entries), result.memory, result.stats
     message = draft.received(result.entries, memory.values())
     del draft, context, result  # what was averaged may be as large as the state that follows

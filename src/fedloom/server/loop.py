@@ -238,11 +238,12 @@ class Rounds:
                 least=updates.least,
                 past=updates.past,
                 tree=updates.tree,
+                public=self.setup.public_loss if self.setup.public else None,
             )
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
-            if updates.least > 1 or not error.refused:
+            if not error.can_skip and (updates.least > 1 or not error.refused):
                 raise
             self.note(round, "no update could be averaged: the round is skipped")
             return

@@ -74,6 +74,20 @@ class Validate:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Public:
+    """The loss on the server's public examples."""
+
+    state: State
+
+    def do(self, setup: Setup) -> float:
+        """The loss."""
+        return setup.public_loss(self.state)
+
+    def describe(self) -> str:
+        return "the loss on federation.public"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Ask:
     """Answers to a few held-out examples."""
 

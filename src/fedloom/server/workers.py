@@ -19,7 +19,7 @@ from fedloom.records.config import Config
 from fedloom.server.nursery import Order
 from fedloom.server.nursery_process import Nursery
 from fedloom.server.pool import Pool
-from fedloom.server.tasks import Ask, Score, Task, Validate
+from fedloom.server.tasks import Ask, Public, Score, Task, Validate
 from fedloom.workspace.assemble import Setup, load_setup
 
 
@@ -69,6 +69,12 @@ class PoolJudge:
     def validate(self, state: State) -> dict[str, Scores]:
         """Domain → scores on the validation examples."""
         return self._joined(Validate(state, domain) for domain in self.setup.validation)
+
+    def public_loss(self, state: State) -> float:
+        """The loss on the server's public examples."""
+        (ticket,) = self.pool.run([Public(state)])
+        loss: float = ticket.result()
+        return loss
 
     def answer(self, state: State) -> list[Answered]:
         """Answers to a few held-out examples."""

@@ -43,7 +43,8 @@ FINISHED = "report.html"
 class Trial:
     """One run that a study makes: its variant, seed, settings and folder.
 
-    method: takes the place of the one in the settings.
+    method: takes the place of the one in the settings. player(the run, whether it goes on) makes it where that is more
+    than the settings say; last: the last file that it writes then.
     """
 
     label: str
@@ -51,6 +52,8 @@ class Trial:
     config: Config
     folder: Path
     method: Method | None = None
+    player: Callable[[Trial, bool], None] | None = None
+    last: str = FINISHED
 
 
 def parse_variants(texts: Sequence[str]) -> list[str]:
@@ -172,7 +175,7 @@ def runs_left(todo: Sequence[Trial]) -> list[Trial]:
 def _complete(run: Trial) -> bool:
     """Whether the run is there, whole. A run of other settings is not taken for it."""
     settings = run.folder / "config.toml"
-    found = (run.folder / FINISHED).exists()
+    found = (run.folder / run.last).exists()
     if settings.exists() and not holds_settings(settings, run.config):
         raise ConfigError(
             f"{run.folder} holds a {'complete ' if found else ''}run with other settings or another method: choose "
@@ -254,12 +257,16 @@ def _end_with_parent() -> None:
 
 
 def _play(run: Trial) -> float:
-    from fedloom.server import local
-
     began = time.perf_counter()
     begun = (run.folder / "config.toml").exists()
-    local.run_local(run.config, run.folder, resume=begun, method=run.method)
+    (run.player or _play_plainly)(run, begun)
     return time.perf_counter() - began
+
+
+def _play_plainly(run: Trial, begun: bool) -> None:
+    from fedloom.server import local
+
+    local.run_local(run.config, run.folder, resume=begun, method=run.method)
 
 
 def read_reports(made: Sequence[Trial]) -> dict[str, list[Report]]:

@@ -41,6 +41,7 @@ from fedloom.workspace.data import (
     client_examples,
     describe_examples,
     heldout_examples,
+    public_examples,
     validation_examples,
 )
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
@@ -62,6 +63,9 @@ class Judge(Protocol):
     def validate(self, state: State) -> dict[str, Scores]:
         """See `Setup.validate`."""
 
+    def public_loss(self, state: State) -> float:
+        """See `Setup.public_loss`."""
+
     def answer(self, state: State) -> list[Answered]:
         """See `Setup.answer`."""
 
@@ -71,6 +75,7 @@ class Setup:
     """All that a run works with. `scorer` holds the examples that scores are taken on, `validation` those that a round
     is chosen on, by domain.
 
+    public: examples of the server's own, by which updates that do harm are known; none where that is not asked for.
     notes: what was said while the data were read.
     left_out: a note on places of the model that could be adapted and are not.
     data: what the clients' examples weigh, where they are at hand.
@@ -88,6 +93,7 @@ class Setup:
     notes: tuple[str, ...] = ()
     scorer: Scorer = Scorer()
     validation: Mapping[str, TokenizedExamples] = field(default_factory=dict)
+    public: Mapping[str, TokenizedExamples] = field(default_factory=dict)
     left_out: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
@@ -179,16 +185,24 @@ class Setup:
 
     def evaluate(self, state: State) -> dict[str, Scores]:
         """The model that `state` stands for, on every domain's held-out examples."""
-        return self.judge.evaluate(state) if self.judge else self.scorer.score(self._model_of(state))
+        return self.judge.evaluate(state) if self.judge else self.scorer.score(self.model_of(state))
 
     def validate(self, state: State) -> dict[str, Scores]:
         """The same on every domain's validation examples; exact match and loss alone."""
         if self.judge:
             return self.judge.validate(state)
-        model, size = self._model_of(state), self.config.evaluation.batch_size
+        model, size = self.model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
-    def _model_of(self, state: State) -> PeftModel:
+    def public_loss(self, state: State) -> float:
+        """The mean loss of the model that `state` stands for on the server's public examples, in nats a token."""
+        if self.judge:
+            return self.judge.public_loss(state)
+        (data,) = self.public.values()
+        return exact_match_and_loss(self.model_of(state), data, self.config.evaluation.batch_size).loss
+
+    def model_of(self, state: State) -> PeftModel:
+        """The one model in memory, made the one that `state` stands for until it is made another."""
         peft_bridge.configure(self.model, self.adapter)
         peft_bridge.write_adapter(self.model, state.adapter)
         peft_bridge.set_frozen(self.model, state.fixed)
@@ -201,7 +215,7 @@ class Setup:
             return []
         if self.judge:
             return self.judge.answer(state)
-        return answer_examples(self._model_of(state), self.tokenizer, self.heldout, number)
+        return answer_examples(self.model_of(state), self.tokenizer, self.heldout, number)
 
 
 def load_setup(config: Config, method: Method | None = None, load: LoadBase | None = None) -> Setup:
@@ -215,7 +229,10 @@ def load_setup(config: Config, method: Method | None = None, load: LoadBase | No
     check_clients_exist(config.clients, texts)
     texts = select_participants(texts, config.federation.participants)
     heldout, validation = heldout_examples(config.data, notes.append), validation_examples(config, notes.append)
-    setup = build_setup(config, texts, heldout, manifest, method, notes, validation=validation, load=load)
+    public = public_examples(config, notes.append)
+    setup = build_setup(
+        config, texts, heldout, manifest, method, notes, validation=validation, public=public, load=load
+    )
     return replace(setup, data=weigh_examples(texts))
 
 
@@ -228,6 +245,7 @@ def build_setup(
     notes: Sequence[str] = (),
     *,
     validation: Mapping[str, Sequence[Example]] | None = None,
+    public: Sequence[Example] = (),
     load: LoadBase | None = None,
 ) -> Setup:
     """`load_setup` from examples by client. Of a client without examples only the ranks are used.
@@ -264,6 +282,7 @@ def build_setup(
         notes=notes,
         scorer=build_scorer(scored, tokenizer, config.evaluation),
         validation=tokenize_scored("validation", validation or {}, data, tokenizer, limits),
+        public=tokenize_scored("public", {"public": public} if public else {}, data, tokenizer, limits),
         left_out=untrained_note(linear, plan.shared),
         tokenizer=tokenizer,
     )

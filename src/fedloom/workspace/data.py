@@ -47,14 +47,35 @@ def client_examples(config: Config, tell: Tell = ignore) -> tuple[dict[str, list
 
 def heldout_examples(settings: DataSettings, tell: Tell = ignore) -> dict[str, list[Example]]:
     """Domain → examples to score."""
-    return {domain: _read(parts, tell) for domain, parts in _split_parts(settings, settings.heldout).items()}
+    return read_split(settings, settings.heldout, tell) if settings.heldout else {}
 
 
 def validation_examples(config: Config, tell: Tell = ignore) -> dict[str, list[Example]]:
     """Domain → examples to choose a round on; none where no setting asks for that."""
     if not config.federation.validates:
         return {}
-    return {domain: _read(parts, tell) for domain, parts in _split_parts(config.data, config.data.validation).items()}
+    return read_split(config.data, config.data.validation, tell) if config.data.validation else {}
+
+
+def read_split(settings: DataSettings, name: str, tell: Tell = ignore) -> dict[str, list[Example]]:
+    """Domain → the examples of a split."""
+    return {domain: _read(parts, tell) for domain, parts in _split_parts(settings, name).items()}
+
+
+def public_examples(config: Config, tell: Tell = ignore) -> list[Example]:
+    """The examples of federation.public, none where it is not set.
+
+    Raises ConfigError where it is a file that scores are taken on: they would be too good.
+    """
+    path = config.federation.public
+    if path is None:
+        return []
+    held = {file.resolve() for file in locate_files(path)}
+    for parts in _split_parts(config.data, config.data.heldout).values():
+        for file in chain.from_iterable(locate_files(part.source, part.split) for part in parts):
+            if file.resolve() in held:
+                raise ConfigError(f"federation.public reads {file}, which scores are taken on (data.heldout)")
+    return Part(path, config.data).read(tell)
 
 
 def _read(parts: Sequence[Part], tell: Tell) -> list[Example]:

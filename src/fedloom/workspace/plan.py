@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from fedloom.records.config import Config, FederationSettings
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
-from fedloom.rounds.job import Job, group_alike
+from fedloom.rounds.job import Job, Robust, group_alike
 from fedloom.rounds.least import check_room
+from fedloom.rounds.rules import LEAST
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
 from fedloom.workspace.regions import plan_regions
 
@@ -74,6 +76,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         ),
         start=initial if method.needs_start else LoraState(),
         caps=caps_of(federation, clients),
+        robust=robust_of(config, clients),
         ranks=client_ranks,
     )
     check_room(job, initial, client_ranks)
@@ -131,7 +134,43 @@ def caps_of(federation: FederationSettings, clients: Collection[str]) -> Caps:
                 f"federation.client_examples has a number for {name!r}, which takes no part; there are "
                 f"{', '.join(sorted(clients)[:9])}"
             )
-    return Caps(federation.max_share, federation.client_examples, federation.max_norm, federation.max_norm_ratio)
+    return Caps(
+        federation.max_share,
+        federation.client_examples,
+        federation.max_norm,
+        federation.max_norm_ratio,
+        federation.max_examples or math.inf,
+    )
+
+
+def robust_of(config: Config, clients: Collection[str]) -> Robust:
+    """How a round withstands liars. Raises ConfigError, which says why, where the rule cannot hold or cannot see."""
+    federation = config.federation
+    robust = Robust(
+        federation.robust, federation.num_malicious_clients, federation.clip_ratio, federation.public_tolerance
+    )
+    set_key = "public" if federation.public else "robust" if federation.robust != "none" else ""
+    if set_key and config.privacy.secure_aggregation:
+        raise ConfigError(
+            f"federation.{set_key} looks at every client's update, and with privacy.secure_aggregation the server has "
+            "their sum alone: leave one of them out. What bounds a liar under the sum is privacy.clip, "
+            "privacy.most_examples and the rules of each site"
+        )
+    if set_key and federation.regions is not None:
+        raise ConfigError(
+            f"federation.{set_key} looks at every client's update, and with federation.regions the root has its "
+            "regions' sums alone: leave one of them out"
+        )
+    if federation.robust in LEAST:
+        turns = turns_per_round(federation, len(clients))
+        faults, (a, b) = robust.faults(turns), LEAST[federation.robust]
+        if clients and turns < a * faults + b:
+            raise ConfigError(
+                f"federation.robust is {federation.robust!r}: to withstand {faults} of the clients of a round it needs "
+                f"{a * faults + b} of them, and a round has {turns}. Use federation.robust = 'clip' with "
+                "federation.public, which need no majority"
+            )
+    return robust
 
 
 def describe_excess(adapter: Adapter) -> str:

@@ -21,6 +21,8 @@ FREE_FEDERATION = {"eval_every"}
 """Keys of [federation] that may."""
 BUFFERED = {"mode", "buffer_size", "staleness_exponent", "max_staleness", "pace"}
 """Keys of [federation] that asynchronous rounds rest on."""
+ROBUST = {"max_examples", "robust", "num_malicious_clients", "clip_ratio", "public", "public_tolerance"}
+"""Keys of [federation] that bound what a liar can do. They came later: at their defaults they mean nothing."""
 SHOWN = 4
 """Settings that a message names; who has changed more has another run in mind."""
 
@@ -52,8 +54,14 @@ def dump_fixed(config: Config) -> str:
     """The settings that a run is held to as long as it lasts, as one text: without the free ones and num_rounds."""
     # Where rounds are synchronous, runs of before there were others go on as well.
     unused = BUFFERED if config.federation.mode == "synchronous" else set()
-    without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds", *unused}}
-    return json.dumps(config.model_dump(mode="json", exclude_none=True, exclude=without), sort_keys=True)
+    without: dict[str, bool | set[str]] = {**FREE, "federation": {*FREE_FEDERATION, "num_rounds", *unused, *ROBUST}}
+    fixed = config.model_dump(mode="json", exclude_none=True, exclude={**without, "privacy": True})
+    # A table that came later: at its defaults it means what its absence meant.
+    private = config.privacy.model_dump(mode="json", exclude_defaults=True)
+    # So are the keys of one that was there.
+    robust = config.federation.model_dump(mode="json", exclude_defaults=True, include=ROBUST)
+    later = {"privacy": private, "robust": robust}
+    return json.dumps({**fixed, **{name: held for name, held in later.items() if held}}, sort_keys=True)
 
 
 def find_differences(held: Config, given: Config) -> dict[str, tuple[object, object]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from fedloom.records.quantities import MOST_CLIENTS, MOST_COUNT, MOST_STEPS, Examples, Name, Probability
+from fedloom.records.quantities import MOST_CLIENTS, MOST_COUNT, MOST_STEPS, Examples, Name, Probability, Text
 from fedloom.records.sections.section import Section
 
 MOST_EXPONENT = 100.0
@@ -83,6 +83,45 @@ class FederationSettings(Section):
         gt=1,
         description="An update is refused whose norm is over so many times the round's median, in a round of three "
         "updates or more.",
+    )
+    max_examples: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_COUNT,
+        description="Examples that a client counts for at most, however many it says it has; otherwise any number.",
+        examples=[5000],
+    )
+    robust: Literal["none", "clip", "geometric_median", "trimmed", "multi_krum"] = Field(
+        "none",
+        description="How the shares of a round are bent so that a liar moves the model little: clip cuts the share of "
+        "an update that is too large, geometric_median counts those less that lie far from the rest as well, trimmed "
+        "and multi_krum leave the farthest out (docs/robust.md).",
+    )
+    num_malicious_clients: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CLIENTS,
+        description="Robust: liars in a round that are reckoned with; otherwise one of every four clients.",
+        examples=[1],
+    )
+    clip_ratio: float = Field(
+        1.5,
+        ge=1,
+        le=1e6,
+        description="Robust: an update whose norm is over so many times the round's median loses that much of its "
+        "share.",
+    )
+    public: Text | None = Field(
+        None,
+        description="File of examples that the server holds, such as ./public.jsonl: the base model is scored on them "
+        "with each client's update left out, and a client that makes it worse is refused for the round.",
+        examples=["./public.jsonl"],
+    )
+    public_tolerance: float = Field(
+        0.05,
+        ge=0,
+        le=1e6,
+        description="Public: share of the loss by which a client may make it worse.",
     )
     mode: Literal["synchronous", "buffered"] = Field(
         "synchronous",
