@@ -29,7 +29,7 @@ from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.workspace.assemble import LocalClient, Setup
-from fedloom.workspace.plan import caps_of
+from fedloom.workspace.plan import caps_of, robust_of
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SITES = ("bank", "depot", "lab")
@@ -85,6 +85,9 @@ class ToySetup(Setup):
     def evaluate(self, state: object) -> dict:
         return {}
 
+    def public_loss(self, state: State) -> float:
+        return sum(float(tensor.double().square().sum()) for tensor in state.total.tensors().values())
+
 
 def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, load: object = None) -> ToySetup:
     """Stands for assemble.build_setup; loads nothing."""
@@ -93,7 +96,7 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
     sites = {name: LocalClient(adapter, TokenizedExamples(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
-    job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
+    job = replace(job, caps=caps_of(config.federation, sites), robust=robust_of(config, sites), ranks=ranks)
     return ToySetup(config, job, None, adapter, toy.initial(), sites, None, "toy")
 
 

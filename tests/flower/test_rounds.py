@@ -103,6 +103,21 @@ def test_payloads_and_states_are_those_of_the_local_engine(toy_federation, tmp_p
     assert sums[0] == sums[1]
 
 
+@pytest.mark.parametrize("method", ["loom", "florist"])
+def test_shares_that_bound_a_liar_and_its_refusal_are_those_of_the_local_engine(
+    toy_federation, tmp_path: Path, method: str
+):
+    """By a loss that grows with the adapter somebody is refused in every round, and the bits are the same all the same."""
+    overrides = [f"method.name={method}", "output.keep_payloads=true", "federation.robust=clip"]
+    overrides += ["federation.clip_ratio=1.0", "federation.public=unread.jsonl", "federation.public_tolerance=0.0"]
+    federation, _ = toy_federation(*overrides)
+    simulation = local(tmp_path, *overrides)
+    assert state(federation.server) == state(simulation.server)
+    assert payloads(tmp_path / "run") == payloads(tmp_path / "local")
+    assert "the loss on federation.public is" in notes(tmp_path)
+    assert "federation.public" not in shared_settings(federation.setup.config), "a site is not told what passes"
+
+
 def test_a_site_that_is_lost_on_the_way_is_asked_again_and_counted_once(toy_federation, tmp_path: Path):
     def restart(node, reply):
         node.last_activated_at = "second start"

@@ -43,6 +43,11 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     asked = {client: size / total for client, size in sizes.items() if size > 0}
     shares = cap_shares(asked, max(caps.max_share, 1 / max(len(asked), 1)))
     notes = [
+        f"client {client} says {examples[client]:,} examples; it counts for {count:,} (federation.max_examples)"
+        for client, count in counts.items()
+        if client not in caps.client_examples and count < examples[client] and weighting != "uniform"
+    ]
+    notes += [
         f"client {client} says {counts[client]:,} examples, {share:.1%} of the round; it counts for "
         f"{shares[client]:.1%} (federation.max_share is {caps.max_share:g})"
         for client, share in asked.items()

@@ -19,12 +19,14 @@ from fedloom.rounds.consolidation import Consolidation
 class Robust:
     """How a round withstands liars. rule: "none", "clip" or one of `rules.RULES`; malicious: f, None for K // 4.
 
-    clip_ratio: norm over the round's median above which a share is cut. tolerance: see `trial.Trial`.
+    clip_ratio: norm over the round's median above which a share is cut. public: whether updates are tried on public
+    examples; tolerance: see `trial.Trial`.
     """
 
     rule: str = "none"
     malicious: int | None = None
     clip_ratio: float = 1.5
+    public: bool = False
     tolerance: float = 0.05
 
     def faults(self, clients: int) -> int:

@@ -69,14 +69,23 @@ class Scales:
             for client, factor, norm in zip(clients, factors.tolist(), norms, strict=True)
             if factor < 1.0
         ]
-        faults = min(rule.faults(len(clients) + gone) - gone, most_faults(rule.rule, len(clients)))
-        if rule.rule in RULES and faults > 0:
+        faults = self._faults(len(clients), gone)
+        if faults > 0:
             # Distances are of clipped updates: one that is huge would otherwise be the only thing that they see.
             masses = RULES[rule.rule](factors[:, None] * gram * factors[None, :], masses, faults)
+        elif not notes:
+            return dict(shares), [], {}  # to the bit what they are without a rule
         masses = masses * factors
         found = dict(zip(clients, (masses / masses.sum()).tolist(), strict=True))
         why = f"it lies farthest from the others of the round (federation.robust is {rule.rule!r})"
         return {c: p for c, p in found.items() if p > 0}, notes, {c: why for c, p in found.items() if not p > 0}
+
+    def _faults(self, clients: int, gone: int) -> int:
+        """Liars that the rule has still to reckon with; 0 where it only clips."""
+        rule = self.job.robust
+        if rule.rule not in RULES:
+            return 0
+        return min(rule.faults(clients + gone) - gone, most_faults(rule.rule, clients))
 
     def _gram_of(self, clients: Sequence[str], passed: Mapping[str, UpdateFacts]) -> Tensor:
         if not set(clients) <= set(self.clients):

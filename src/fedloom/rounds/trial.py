@@ -5,6 +5,11 @@ of the others, as it would be received. A client is tried as a part of its round
 who forgets the others' skills, is judged by what the round has of it. This holds with any number of liars, four sites
 or two, since the loss is no vote.
 
+Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the opposite
+takes 2 p. So a client is refused that takes more than that, unless it is little beside the loss itself (`tolerance`).
+Where the round as a whole makes the loss much worse, the client is refused without which it is best, until that is over:
+liars who all do the same would otherwise hide behind one another.
+
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
 """
@@ -12,18 +17,29 @@ less one client for everybody who is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fedloom.methods.method import State
 
 Loss = Callable[[State], float]
 """The mean loss on the public examples of the model that a state stands for, in nats a token."""
+_OPPOSITE = 2.0
+"""Shares of the others' gain that a client takes whose update is the opposite of theirs."""
+_LITTLE = 0.2
+"""Nats a token under which the tolerance is of this, and not of the loss: that near to zero all of it is noise."""
+_TOGETHER = 4.0
+"""Tolerances by which a whole round may make the loss worse: honest steps overshoot now and then."""
+_WORST = 1e9
+"""A loss that is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a round's trial has found. refused: the client that does most harm and why, where it is too much."""
+    """What a round's trial has found. refused: the client that does most harm and why, where it is too much.
+
+    stats: `public_loss` after the round, and `max_public_harm`, by how much a client makes it worse at most.
+    """
 
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
@@ -31,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trial:
-    """The trials of one round. tolerance: share of the loss before the round by which a client may make it worse."""
+    """The trials of one round. before: the loss before it; tolerance: share of it by which a client may make it worse."""
 
     loss: Loss
     before: float
@@ -40,38 +56,44 @@ class Trial:
     @classmethod
     def begin(cls, loss: Loss, state: State, tolerance: float) -> Trial:
         """From the server's state before the round."""
-        return cls(loss, loss(state), tolerance)
+        return cls(loss, _finite(loss(state)), tolerance)
 
-    def judge(self, after: State, clients: Collection[str], without: Callable[[str], State]) -> Verdict:
-        """The round that led to `after`. without(client) is what it leads to without that client.
+    def judge(self, after: State, shares: Mapping[str, float], without: Callable[[str], State]) -> Verdict:
+        """The round that led to `after` with these shares. without(client) is what it leads to without that client.
 
         Without the last client the round leads nowhere.
         """
         reached = _finite(self.loss(after))
-        rest = {c: self._rest(without, c) if len(clients) > 1 else _finite(self.before) for c in clients}
-        worst = min(rest, key=lambda client: rest[client])
-        allowed = self.tolerance * _finite(self.before)
-        harm = reached - rest[worst]
-        stats = {"public_loss": reached, "max_public_harm": harm}
+        rest = {c: self._rest(without, c) if len(shares) > 1 else self.before for c in shares}
+        over = {client: reached - rest[client] - self._allowed(rest[client], share) for client, share in shares.items()}
+        worst = max(over, key=lambda client: over[client])
+        stats = {"public_loss": reached, "max_public_harm": reached - min(rest.values())}
         stats |= {f"harm_{c}": reached - rest[c] for c in rest} | {"public_before": self.before}
-        if harm <= allowed and reached <= _finite(self.before) * (1 + self.collective):
-            return Verdict({}, stats)
-        return Verdict({worst: self._explain(reached, rest[worst])}, stats)
+        if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
+            return Verdict(stats=stats)
+        return Verdict({worst: self._explain(reached, rest[worst], alone=over[worst] > 0.0)}, stats)
 
-    collective = 10.0
+    def _allowed(self, rest: float, share: float) -> float:
+        """By how much a client may make the loss worse than it is without it."""
+        return max(_OPPOSITE * share * (self.before - rest), self._little)
+
+    @property
+    def _little(self) -> float:
+        return self.tolerance * max(self.before, _LITTLE)
 
     def _rest(self, without: Callable[[str], State], client: str) -> float:
         try:
             return _finite(self.loss(without(client)))
         except Exception:  # the others fail: then this one is not to blame
-            return math.inf
+            return _WORST
 
-    def _explain(self, reached: float, rest: float) -> str:
+    def _explain(self, reached: float, rest: float, *, alone: bool) -> str:
+        what = "with its update" if alone else "the round as a whole does harm: with this update"
         return (
-            f"with its update the loss on federation.public is {reached:.4g}, without it {rest:.4g}; before the round "
-            f"it was {self.before:.4g} (federation.public_tolerance is {self.tolerance:g})"
+            f"{what} the loss on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
+            f"{self.before:.4g} (federation.public_tolerance is {self.tolerance:g})"
         )
 
 
 def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else 1e9
+    return loss if math.isfinite(loss) else _WORST

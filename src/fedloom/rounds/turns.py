@@ -215,7 +215,7 @@ def _try_without(
         others = {name: one for name, one in passed.items() if name != client}
         return _average(job, state, scales.weigh(others, gone + 1).cohort, round, keep=True).state
 
-    return trial.judge(turn.state, [client for client in passed if client], without)
+    return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
 
 
 def _check_all(

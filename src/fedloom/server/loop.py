@@ -238,7 +238,7 @@ class Rounds:
                 least=updates.least,
                 past=updates.past,
                 tree=updates.tree,
-                public=self.setup.public_loss if self.setup.public else None,
+                public=self.setup.public_loss if job.robust.public else None,
             )
         except RoundError as error:
             for client, reason in error.refused.items():

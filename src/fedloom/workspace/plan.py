@@ -147,7 +147,11 @@ def robust_of(config: Config, clients: Collection[str]) -> Robust:
     """How a round withstands liars. Raises ConfigError, which says why, where the rule cannot hold or cannot see."""
     federation = config.federation
     robust = Robust(
-        federation.robust, federation.num_malicious_clients, federation.clip_ratio, federation.public_tolerance
+        federation.robust,
+        federation.num_malicious_clients,
+        federation.clip_ratio,
+        federation.public is not None,
+        federation.public_tolerance,
     )
     set_key = "public" if federation.public else "robust" if federation.robust != "none" else ""
     if set_key and config.privacy.secure_aggregation:

@@ -1,0 +1,199 @@
+"""A round with a liar: with every method, in both engines' one server turn; and honest specialists, who stay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedloom.errors import ConfigError, RoundError
+from fedloom.lora.pair import LoraPair, LoraState, digest
+from fedloom.methods.method import State
+from fedloom.methods.table import METHODS, build
+from fedloom.records.configfile import load_config
+from fedloom.rounds.caps import Caps, share_out
+from fedloom.rounds.federation import Federation
+from fedloom.rounds.job import Robust
+from fedloom.rounds.turns import Trained, server_turn
+from fedloom import testbeds
+from fedloom.workspace.plan import robust_of
+from toy import initial, job, random_state, step
+
+CLIENTS = ["ada", "bob", "cyd", "dan"]
+LIAR = "dan"
+GOAL = random_state(77, size=0.3)
+
+
+def far_off(state: State) -> float:
+    """A loss: how far the model is from where honest clients train to."""
+    total = {name: tensor.double() for name, tensor in state.total.tensors().items()}
+    dense = {m: total[f"{m}/B"] @ total[f"{m}/A"] - GOAL[m].B.double() @ GOAL[m].A.double() for m in GOAL}
+    return sum(float(one.square().sum()) for one in dense.values())
+
+
+def toward(pair: LoraPair, goal: LoraPair, parts: tuple[str, ...], size: float) -> LoraPair:
+    """One small step of gradient descent on ‖B A − goal‖², times `size`."""
+    gap = pair.B @ pair.A - goal.B @ goal.A
+    steps = {"A": pair.B.T @ gap, "B": gap @ pair.A.T}
+    return LoraPair(*(pair.part(part) - size * (part in parts) * steps[part] for part in ("A", "B")))
+
+
+def trainer(method, size: float, examples: int = 8):
+    def train(state, round, seed):
+        core, parts = method.core(state), method.trainable(round)
+        if core:
+            noise = step(state, round, seed, size=0.01 * size, core=core).adapter
+            return Trained(noise, examples, 1.0)
+        after = {m: toward(pair, GOAL[m], parts, size) for m, pair in state.adapter.items()}
+        return Trained(LoraState(after), examples, 1.0)
+
+    return train
+
+
+def federation(name: str, robust: Robust, **options) -> Federation:
+    method = build(name, {"sparsity": 0.0} if name == "fed-dare" else {})
+    made = replace(job(method, **options), robust=robust)
+    return Federation(made, initial(), dict.fromkeys(CLIENTS))
+
+
+def uploads(held: Federation, sizes: dict[str, float]) -> dict[str, bytes]:
+    held.number += 1
+    return {client: held.client_turn(client, trainer(held.job.method, size)) for client, size in sizes.items()}
+
+
+def same(one: State, other: State) -> bool:
+    return digest(one.adapter) == digest(other.adapter) and digest(one.frozen) == digest(other.frozen)
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_who_does_harm_is_refused_and_the_round_is_as_if_it_had_not_sent(name: str):
+    held = federation(name, Robust("clip", public=True, tolerance=0.0))
+    sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -8.0})
+    turn = server_turn(held.job, held.server, sent, 1, public=far_off)
+    honest = {client: sent[client] for client in CLIENTS[:3]}
+    without = server_turn(held.job, held.server, honest, 1, public=far_off)
+    assert turn.refused.keys() == {LIAR} and not without.refused
+    assert "the loss on federation.public is" in turn.refused[LIAR]
+    assert turn.payload == without.payload and same(turn.state, without.state)
+
+
+@pytest.mark.parametrize("rule", ["clip", "geometric_median", "trimmed", "multi_krum"])
+def test_honest_clients_of_the_same_skill_lose_nothing(rule: str):
+    held = federation("fedit", Robust(rule, malicious=0, public=True))
+    sent = uploads(held, dict(zip(CLIENTS, (0.5, 0.55, 0.45, 0.5), strict=True)))
+    turn = server_turn(held.job, held.server, sent, 1, public=far_off)
+    plain = server_turn(replace(held.job, robust=Robust()), held.server, sent, 1)
+    assert turn.payload == plain.payload and not turn.refused and not turn.notes
+
+
+def test_specialists_who_have_nothing_in_common_all_stay():
+    """Each moves a module of its own, and undoes some of the others': none is thrown out, though no two agree."""
+    held = federation("fedit", Robust("clip", public=True))
+    modules = sorted(GOAL)
+
+    def specialist(own: str):
+        def train(state, round, seed):
+            noise = step(state, round, seed, size=0.02).adapter
+            after = {m: toward(noise[m], GOAL[m], ("A", "B"), 0.5 if m == own else 0.0) for m in noise}
+            return Trained(LoraState(after), 8, 1.0)
+
+        return train
+
+    for _ in range(3):
+        steps = {client: specialist(own) for client, own in zip(CLIENTS, modules, strict=False)}
+        held.number += 1
+        sent = {client: held.client_turn(client, train) for client, train in steps.items()}
+        turn = server_turn(held.job, held.server, sent, held.number, public=far_off)
+        assert not turn.refused
+        held.server = turn.state
+        held.deliver(turn)
+
+
+def test_a_liar_is_worth_less_the_larger_it_is():
+    """Clip: what it moves the model by stays within the bound, however large it is, and nobody is refused."""
+    moved = []
+    for size in (-4.0, -40.0, -400.0):
+        held = federation("flasc", Robust("clip"), values="fp32")
+        held.job = replace(held.job, method=build("fed-dare", {"sparsity": 0.0}))
+        sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: size})
+        turn = server_turn(held.job, held.server, sent, 1)
+        (note,) = turn.notes
+        assert not turn.refused and note.startswith(f"client {LIAR} counts for ")
+        moved.append(far_off(turn.state))
+    assert max(moved) < far_off(held.server) and max(moved) - min(moved) < 0.05 * min(moved)
+
+
+def test_a_twisted_pair_is_too_large_though_its_change_is_not():
+    """(B / c, c A) is the same ΔW; where factors are averaged by themselves it is none the less a lie."""
+    held = federation("fedit", Robust("clip"))
+    sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5))
+
+    def twist(state, round, seed):
+        trained = trainer(held.job.method, 0.5)(state, round, seed)
+        return replace(trained, adapter=trained.adapter.map(lambda pair: LoraPair(50 * pair.A, pair.B / 50)))
+
+    turn = server_turn(held.job, held.server, {**sent, LIAR: held.client_turn(LIAR, twist)}, 1)
+    assert any(note.startswith(f"client {LIAR} counts for ") for note in turn.notes)
+
+
+def test_whom_a_rule_leaves_out_is_refused_by_name():
+    held = federation("fedit", Robust("trimmed", malicious=1))
+    sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -0.6})
+    turn = server_turn(held.job, held.server, sent, 1)
+    assert turn.refused == {LIAR: "it lies farthest from the others of the round (federation.robust is 'trimmed')"}
+
+
+def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
+    held = federation("fedit", Robust("clip", public=True, tolerance=0.0))
+    sent = uploads(held, dict.fromkeys(CLIENTS[:2], 0.5) | {"cyd": -6.0, LIAR: -9.0})
+    assert server_turn(held.job, held.server, sent, 1, least=4, public=far_off).refused.keys() == {"cyd", LIAR}
+    held = federation("fedit", Robust("clip", public=True))
+    held.server = replace(held.server, adapter=(near := random_state(77, size=0.3)), digest=digest(near))
+    held.clients = {client: replace(state, adapter=near, digest=digest(near)) for client, state in held.clients.items()}
+
+    def away(state, round, seed):
+        return step(state, round, seed, size=0.5)
+
+    sent = {client: held.client_turn(client, away) for client in CLIENTS}
+    with pytest.raises(RoundError, match="round 0: no usable update from 4 clients .*the round as a whole does harm") as caught:
+        server_turn(held.job, held.server, sent, 0, least=4, public=far_off)
+    assert caught.value.can_skip and caught.value.refused.keys() == set(CLIENTS)
+
+
+def test_a_loss_that_is_not_finite_is_the_worst():
+    held = federation("fedit", Robust(public=True, tolerance=0.0))
+    sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -8.0})
+
+    def broken(state: State) -> float:
+        return float("nan") if far_off(state) > 1.001 * far_off(held.server) else far_off(state)
+
+    assert server_turn(held.job, held.server, sent, 1, public=broken).refused.keys() == {LIAR}
+
+
+def test_a_claim_of_examples_has_a_limit():
+    said = {"ada": 100, "bob": 100, "cyd": 100, LIAR: 10**8}
+    shares, notes = share_out(said, "examples", Caps(max_examples=200, client_examples={"ada": 100}))
+    assert shares == {"ada": 0.2, "bob": 0.2, "cyd": 0.2, LIAR: 0.4}
+    assert notes == ["client dan says 100,000,000 examples; it counts for 200 (federation.max_examples)"]
+    assert share_out(said, "uniform", Caps(max_examples=1))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "clients", "said"),
+    [
+        (["federation.robust=multi_krum"], 4, "it needs 5 of them, and a round has 4"),
+        (["federation.robust=trimmed", "federation.num_malicious_clients=2"], 4, "it needs 5 of them"),
+        (["federation.robust=clip", "privacy.secure_aggregation=true"], 4, "the server has their sum alone"),
+        (["federation.public=p.jsonl", "privacy.secure_aggregation=true"], 4, "federation.public looks at every"),
+        (["federation.robust=clip", "federation.regions=2"], 4, "the root has its regions' sums alone"),
+    ],
+)
+def test_what_a_rule_cannot_hold_or_see_is_refused_beforehand(sets: list[str], clients: int, said: str):
+    config = load_config(testbeds.testbed_folder() / "demo.toml", sets)
+    with pytest.raises(ConfigError, match=said):
+        robust_of(config, CLIENTS[:clients])
+
+
+def test_rules_that_there_is_no_majority_for_are_not_asked_for_one():
+    config = load_config(testbeds.testbed_folder() / "demo.toml", ["federation.robust=multi_krum"])
+    assert robust_of(config, [f"client-{k}" for k in range(20)]).faults(20) == 5
