@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import AsJson, Jobs, Set, print_result, split_numbers, split_words
-from fedloom.errors import ConfigError
+from fedloom.cli.options import AsJson, Jobs, Set, print_result, say, split_numbers, split_words
 from fedloom.testbeds import testbed_folder
+
+if TYPE_CHECKING:
+    from fedloom.records.config import Config
 
 
 class Attacker(StrEnum):
@@ -21,6 +23,9 @@ class Attacker(StrEnum):
 
 
 USUAL = "sign_flip,gaussian,same_value,lie,fall,label_flip,backdoor"
+
+
+READ = "fedit:wire.values=fp32,fedsrd,loom"
 
 
 def attack(
@@ -43,7 +48,12 @@ def attack(
     public: Annotated[
         Path | None, typer.Option(help="site: the server's public examples; some of data.validation if left out.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="site: play everything at each of these ranks: 4,16.")] = "",
+    methods: Annotated[
+        list[str] | None, typer.Option(help="server: variants, as in compare.", show_default=READ)
+    ] = None,
+    examples: Annotated[str, typer.Option(help="server: examples that an update rests on, each tried.")] = "1,4",
+    sites: Annotated[int, typer.Option(min=2, help="server: how many sites are read, the first by name.")] = 4,
+    ranks: Annotated[str, typer.Option(help="Play everything at each of these ranks: 4,16.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
     jobs: Jobs = 1,
@@ -57,7 +67,9 @@ def attack(
     settings = load_config(config or testbed_folder() / "demo.toml", sets or [])
     tried = range(first_seed, first_seed + seeds)
     if attacker is Attacker.server:
-        raise ConfigError("--as server: what a curious server can read is not part of this version")
+        tried_ranks = split_numbers(ranks, "--ranks") or [settings.lora.r]
+        _read(settings, methods or [READ], split_numbers(examples, "--examples"), sites, tried_ranks, as_json)
+        return
     from fedloom.cli.studies import play_all
     from fedloom.studies.attack import plan, table
     from fedloom.studies.compare import client_names, play_here
@@ -72,3 +84,24 @@ def attack(
         play_all(made, jobs)
     result = table.as_json(table.read_outcomes(cases), cases[0].sites, len(client_names(settings)))
     print_result(result, table.outcome_tables, as_json)
+
+
+def _read(
+    settings: Config, methods: list[str], examples: list[int], sites: int, ranks: list[int], as_json: bool
+) -> None:
+    """What a curious server reads, line by line."""
+    from fedloom.studies.attack import curious, readings
+    from fedloom.studies.compare import parse_variants, variant_overrides
+
+    found = []
+    for rank in ranks:
+        for variant in parse_variants(methods):
+            # The scale of the change of weight stays what the settings say.
+            scale = [f"lora.r={rank}", f"lora.lora_alpha={settings.lora.lora_alpha * rank / settings.lora.r}"]
+            sets = [*scale, *variant_overrides(variant)]
+            found += curious.read_variant(settings, variant, sets, examples, sites, silent if as_json else say)
+    print_result(readings.as_json(found), readings.reading_tables, as_json)
+
+
+def silent(line: str) -> None:
+    """Nothing is said beside JSON."""
