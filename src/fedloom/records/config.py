@@ -87,6 +87,22 @@ def _check_mode(config: Config) -> None:
             raise ValueError(f"federation.{key} does nothing in synchronous rounds: set federation.mode = 'buffered'")
 
 
+def _check_dp(config: Config) -> None:
+    """Raises ValueError where settings take away what noise on single examples promises."""
+    if config.training.dp is None:
+        return
+    if config.data.packing:
+        raise ValueError(
+            "training.dp and data.packing = true exclude each other: the gradient of a packed row is that of several "
+            "examples; set data.packing to false"
+        )
+    if config.training.dp.epsilon is not None and config.federation.mode == "buffered":
+        raise ValueError(
+            "training.dp.epsilon needs synchronous rounds: in asynchronous ones nobody knows how often a site will "
+            "train; give training.dp.noise_multiplier, and limit ε at the sites (policy.example_privacy)"
+        )
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -155,4 +171,5 @@ class Config(Section):
         _check_steps(self)
         _check_validation(self)
         _check_mode(self)
+        _check_dp(self)
         return self
