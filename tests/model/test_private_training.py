@@ -15,12 +15,14 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, digest
 from fedloom.model import example_gradients, peft_bridge, private
 from fedloom.model.example_gradients import all_at_once, choose_way, clipped_sums, one_by_one, squared_norms
-from fedloom.model.private import PrivateRound, derive_key, plan_noise
+from fedloom.model.private import PrivateRound
 from fedloom.model.training import local_update
 from fedloom.noise.accounting import SampledNoise, example_epsilon
+from fedloom.noise.secret import derive_key
 from fedloom.noise.stream import SecretStream
 from fedloom.records.config import TrainingSettings
 from fedloom.records.configfile import parse
+from fedloom.records.noise import plan_noise
 from fedloom.records.sections.dp import DpSettings
 
 KEY = derive_key(b"secret", "a test")
@@ -151,7 +153,9 @@ def test_a_round_in_which_nobody_is_drawn_is_noise():
 def test_factors_that_are_not_trained_keep_their_bits_and_a_penalty_counts():
     model, state = resident()
     after, _ = fit(model, state, trainable=("B",))
-    assert all(torch.equal(after[name].A, pair.A) and not torch.equal(after[name].B, pair.B) for name, pair in state.items())
+    assert all(
+        torch.equal(after[name].A, pair.A) and not torch.equal(after[name].B, pair.B) for name, pair in state.items()
+    )
     pulled, _ = fit(model, state, trainable=("B",), penalty=lambda before, now: sum(p.B.sum() for p in now.values()))
     assert digest(pulled) != digest(after)
 
@@ -195,4 +199,3 @@ def test_uneven_ranks_within_a_parameter_are_refused(monkeypatch):
     monkeypatch.setattr(type(held), "ranks", lambda self, slot: (1, 2))
     with pytest.raises(ConfigError, match="equal ranks"):
         fit(model, state)
-

@@ -62,7 +62,10 @@ def overview_rows(here: SiteConfig, seen: Overview) -> Iterator[Row]:
     yield "left in all", f"{seen.updates} updates, {seen.bytes_all:,} bytes"
     if seen.epsilon is not None and here.policy.privacy is not None:
         most = here.policy.privacy.max_epsilon
-        yield "noise", f"ε {seen.epsilon:.3g}{f' of {most:g}' if most else ''} spent, at δ = {seen.delta:g}"
+        limit = f" of {most:g}" if most else ""
+        yield "noise at site level", f"ε {seen.epsilon:.3g}{limit} spent, at δ = {seen.delta:g}"
+    if seen.examples:
+        yield "noise at example level", seen.examples.partition(": ")[2]
     limit = here.policy.max_disk
     parts = f"{human_bytes(seen.disk_audit)} the record of what left, {human_bytes(seen.disk_jobs)} of {seen.jobs} jobs"
     yield "disk", f"{human_bytes(seen.disk)}: {parts}" + (f"; the policy allows {limit}" if limit else "")

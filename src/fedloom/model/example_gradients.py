@@ -25,6 +25,7 @@ from fedloom.model.tokens import IGNORED
 
 if TYPE_CHECKING:
     import peft
+    from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
 Gradients = dict[nn.Parameter, Tensor]
@@ -77,7 +78,7 @@ def choose_way(model: peft.PeftModel, pad: int) -> Callable[[peft.PeftModel, Bat
     if any(held.parameter for held in peft_bridge.lora_layers(model)):
         return one_by_one
     device, training = next(model.parameters()).device, model.training
-    words = int(model.get_base_model().config.get_text_config().vocab_size)  # type: ignore[union-attr]
+    words = int(cast("PreTrainedModel", model.get_base_model()).config.get_text_config().vocab_size)
     ids = torch.randint(words, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 8:], ids[1, 8:] = 0, pad
@@ -100,7 +101,7 @@ def squared_norms(gradients: Gradients) -> Tensor:
 
 
 def clipped_sums(gradients: Gradients, norm: float) -> Gradients:
-    """The sum over examples of their gradients, each scaled to this norm at most. One that is not finite counts as 0."""
+    """The sum over examples of their gradients, scaled to this norm at most; what is not finite counts as 0."""
     sizes = squared_norms(gradients).sqrt()
     finite = sizes.isfinite()
     factors = torch.where(finite, norm / sizes.clamp(min=norm), 0.0)
@@ -154,7 +155,7 @@ def _watched(model: peft.PeftModel, examples: int, found: Gradients) -> Iterator
         if given.dim() != 3 or len(given) != examples:
             raise _MixedError
         if output.requires_grad:
-            output.register_hook(partial(add, held, given))
+            output.register_hook(partial(add, held, given))  # type: ignore[no-untyped-call]
 
     def add(held: _Map, given: Tensor, gradient: Tensor) -> None:
         given = given.float() if held.rows is None else given.float() @ held.rows.float().T

@@ -8,7 +8,6 @@ a client sends is made from the outcome. What is random about it comes from a ke
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,9 +20,8 @@ from fedloom.errors import ConfigError
 from fedloom.model import peft_bridge
 from fedloom.model.example_gradients import Batch, Gradients, choose_way, clipped_sums
 from fedloom.model.tokens import TokenizedExamples
-from fedloom.noise.accounting import SampledNoise, find_noise
+from fedloom.noise.accounting import SampledNoise
 from fedloom.noise.stream import SecretStream
-from fedloom.records.config import TrainingSettings
 
 if TYPE_CHECKING:
     import peft
@@ -41,29 +39,6 @@ class PrivateRound:
     def draw(self) -> str:
         """Names the draw of noise without telling its key: the same name stands for the same numbers."""
         return hashlib.sha256(b"draw of noise\0" + self.key).hexdigest()
-
-
-def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> SampledNoise | None:
-    """A round's noise for a client with so many examples; None without training.dp.
-
-    Where an ε is given, the noise is such that all rounds together cost it.
-    """
-    if settings.dp is None:
-        return None
-    steps = settings.for_examples(examples).steps
-    rate = min(1.0, settings.batch / examples)
-    noise = settings.dp.noise_multiplier
-    if settings.dp.epsilon is not None:
-        noise = find_noise(settings.dp.epsilon, settings.dp.delta_of(examples), rate, steps * num_rounds)
-    assert noise is not None
-    return SampledNoise(rate, noise, steps)
-
-
-def derive_key(secret: bytes, *about: object) -> bytes:
-    """A key for one draw from a lasting secret. about: everything that the training depends on, so that no noise ever
-    hides two different things: their difference would be bare.
-    """
-    return hmac.digest(secret, b"noise on examples\0" + repr(about).encode(), hashlib.sha256)
 
 
 def fit_privately(

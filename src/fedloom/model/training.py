@@ -159,7 +159,7 @@ def _fit_privately(
     """`_fit` with noise. Returns steps and tokens; what the loss was is not for anybody to know."""
     if arguments.activation_checkpointing:
         base, how = cast(PreTrainedModel, model.get_base_model()), arguments.activation_checkpointing_kwargs
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)  # type: ignore[no-untyped-call]
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     optimizer = _LocalTrainer(model=model, args=arguments).create_optimizer()
     size = arguments.per_device_train_batch_size
     tokens = fit_privately(

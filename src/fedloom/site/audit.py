@@ -27,7 +27,8 @@ from typing import BinaryIO
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedloom.errors import AuditError
+from fedloom.errors import AuditError, ConfigError
+from fedloom.noise.accounting import FALSE_ALARMS, SampledNoise, example_epsilon, example_risk, merge
 from fedloom.site.clock import Clock
 from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Spending
@@ -46,6 +47,8 @@ class Line:
 
     time: UTC; payload: its SHA-256, "" for a draw; mu: of the noise (`Privacy.mu`), None without noise; charge: digest
     of the line of the draw that the payload carries, None on other lines and on those of versions before that.
+    sampled: the noise on single examples that is charged for; draw: which numbers it is made of
+    (`model.private.PrivateRound.draw`); delta: the δ of its job at example level.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -58,8 +61,13 @@ class Line:
     previous: str
     digest: str
     charge: str | None = None
+    sampled: SampledNoise | None = None
+    draw: str | None = None
+    delta: float | None = None
 
 
+_LATER = ("charge", "sampled", "draw", "delta")
+"""Fields that lines of older versions do not have; where they say nothing they are left out."""
 _LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
@@ -88,6 +96,23 @@ class AuditTrail:
     def charge(self, job: str, round: int, mu: float, now: datetime | None = None) -> Line:
         """Record on disk that noise is about to be drawn. Raises AuditError where that fails; then draw none."""
         return self._append(Line(self._time(now), job, round, 0, "", mu, "", ""))
+
+    def charge_examples(
+        self, job: str, round: int, sampled: SampledNoise, draw: str, delta: float, mu: float | None = None
+    ) -> Line:
+        """`charge` for noise on single examples, with `mu` for the noise of a whole site where there is both.
+
+        A draw is of the same numbers when a turn that was killed is trained again, and so it is charged for once, as
+        long as nothing has left with it; noise of a whole site is drawn anew every time.
+        """
+        new = Line(self._time(None), job, round, 0, "", mu, "", "", None, sampled, draw, delta)
+        lines = self.lines()
+        used = {line.charge for line in lines if line.payload}
+        for line in lines:
+            same = (line.job, line.round, line.draw, line.sampled) == (job, round, draw, sampled)
+            if same and not line.payload and line.digest not in used and mu is None is line.mu:
+                return line
+        return self._append(new)
 
     def record(
         self,
@@ -208,6 +233,7 @@ class AuditTrail:
             bytes_round=sum(line.bytes for line in lines if (line.job, line.round) == (job, round)),
             bytes_day=sum(line.bytes for line in lines if line.time > since),
             mu_squared=mu_squared(lines),
+            sampled=sampled_noise(lines),
         )
 
 
@@ -216,6 +242,11 @@ def mu_squared(lines: Sequence[Line]) -> float:
     drawn = [line.mu for line in lines if not line.payload]
     older = {line.payload: line.mu for line in lines if line.payload and line.charge is None}
     return sum(mu * mu for mu in (*drawn, *older.values()) if mu is not None)
+
+
+def sampled_noise(lines: Sequence[Line]) -> tuple[SampledNoise, ...]:
+    """All noise on single examples that was charged for, steps of the same noise added up."""
+    return merge(line.sampled for line in lines if line.sampled is not None and not line.payload)
 
 
 def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
@@ -228,13 +259,32 @@ def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Seq
         )
     if moved:
         said.append(f"{len(moved)} payloads are no longer in the folder: their bytes were not checked")
-    mu, bare = math.sqrt(mu_squared(lines)), sum(line.mu is None for line in lines)
+    protected = {line.digest for line in lines if line.sampled is not None}
+    mu = math.sqrt(mu_squared(lines))
+    bare = sum(bool(line.payload) and line.mu is None and line.charge not in protected for line in lines)
     if mu:
         values = ", ".join(f"{epsilon(mu, delta):.3g} at δ = {delta:g}" for delta in DELTAS)
-        said.append(f"noise: μ = {mu:.4g} over all rounds and jobs together; ε = {values}")
+        said.append(f"noise at site level: μ = {mu:.4g} over all rounds and jobs together; ε = {values}")
+    if protected:
+        said.append(describe_examples_spent(lines))
     if bare:
         said.append(f"{bare} payloads left without noise: no ε can be claimed for what they were trained on")
     return said
+
+
+def describe_examples_spent(lines: Sequence[Line]) -> str:
+    """What was spent on single examples, in words: ε at the least δ of the jobs, and an attacker's best chances."""
+    spent, delta = sampled_noise(lines), min(line.delta for line in lines if line.delta is not None)
+    steps = sum(one.steps for one in spent)
+    try:
+        worth, risk = example_epsilon(spent, delta), example_risk(spent)
+    except ConfigError as error:  # the record can be read where the library that counts is not installed
+        return f"noise at example level: {steps:,} steps over all jobs; {error}"
+    return (
+        f"noise at example level: {steps:,} steps over all jobs together; ε = {worth:.3g} at δ = {delta:.2g}; whoever "
+        f"asks whether an example was there is right at most {risk.hits:.1%} of the time when he may be wrong "
+        f"{FALSE_ALARMS:.0%} of it (advantage {risk.advantage:.2f})"
+    )
 
 
 def _chained(line: Line, before: Sequence[Line]) -> Line:
@@ -262,8 +312,8 @@ def _check_charges(path: Path, lines: Sequence[Line]) -> None:
 
 
 def _fields(line: Line) -> dict[str, object]:
-    """What is written and digested. Lines of before there were charges have no such field, and keep their digests."""
-    return {key: value for key, value in asdict(line).items() if (key, value) != ("charge", None)}
+    """What is written and digested. Lines of before there were charges have no such fields, and keep their digests."""
+    return {key: value for key, value in asdict(line).items() if value is not None or key not in _LATER}
 
 
 def _digest(line: Line) -> str:

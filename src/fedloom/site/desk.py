@@ -24,6 +24,7 @@ from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.shared_base import SharedBase
 from fedloom.model.sources import load_examples
+from fedloom.noise.secret import keep_secret
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
 from fedloom.rounds.memory import give_back
@@ -31,6 +32,7 @@ from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
+from fedloom.site.examples import check_budget, delta_for
 from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
@@ -51,6 +53,7 @@ from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
 from fedloom.workspace.export import export_adapter, save_run_adapter
+from fedloom.workspace.private import FILE
 
 log = logging.getLogger("fedloom.worker")
 
@@ -118,6 +121,7 @@ class Desk:
         """Get ready; say who this is and which global state it holds."""
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
+        self.check_examples(asked, place)
         if not place.store.exists():
             self.keep(place, held, (), len(asked.settings.encode()))
         now = self.trail.clock.now()
@@ -143,6 +147,7 @@ class Desk:
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
+        self.check_examples(asked, place)
         self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
         self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
@@ -162,15 +167,21 @@ class Desk:
 
     def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
         """The training step under the site's rules; digests of the lines that charge for its noise go to `charges`."""
-        policy = self.site.policy
+        policy, name = self.site.policy, self.site.name
 
         def charge() -> None:
-            if policy.privacy:
+            if policy.privacy and not charges:
                 charges.append(self.trail.charge(asked.job, asked.round, policy.privacy.mu).digest)
 
         def ordered(state: State, round: int, seed: int) -> Trained:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
+            private = place.setup.private_round(name, state, round, seed) if self.own_trainer is None else None
+            if private is not None:
+                delta = delta_for(policy, len(place.setup.sites[name].data))
+                mu = policy.privacy.mu if policy.privacy else None
+                line = self.trail.charge_examples(asked.job, round, private.noise, private.draw, delta, mu)
+                charges.append(line.digest)
             trained = step(state, round, seed)
             still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
@@ -269,9 +280,16 @@ class Desk:
         check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
+        setup = replace(setup, secret=keep_secret(Path(self.site.state) / FILE)) if config.training.dp else setup
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
         return Place.of(asked.job, asked.settings, setup, store, self.site.name)
+
+    def check_examples(self, asked: Request, place: Place) -> None:
+        """Raises PolicyRefusal where the policy's ε for single examples leaves no further round of this job."""
+        spent, name = self.trail.count_spent(asked.job, asked.round), self.site.name
+        noise = place.setup.noise(name) if self.own_trainer is None else None
+        check_budget(self.site.policy, spent, noise, len(place.setup.sites[name].data))
 
     def count_steps(self, setup: Setup) -> int:
         """Optimiser steps of a round here."""

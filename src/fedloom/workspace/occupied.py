@@ -18,7 +18,7 @@ from fedloom.records.session import End
 
 WRITTEN = (
     *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
-    *("metrics.prom", "split.json", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
+    *("metrics.prom", "split.json", "noise.key", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
 
@@ -90,7 +90,8 @@ def clear_start(path: Path) -> None:
             file.unlink()
         if (path / folder).is_dir() and not any((path / folder).iterdir()):
             (path / folder).rmdir()
-    for name in ("metrics.prom", "split.json", "job", "flower-run", "curve.png", "report.html", "ledger.jsonl"):
+    left = ("metrics.prom", "split.json", "noise.key", "job", "flower-run", "curve.png", "report.html", "ledger.jsonl")
+    for name in left:
         (path / name).unlink(missing_ok=True)
 
 

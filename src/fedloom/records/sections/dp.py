@@ -17,10 +17,14 @@ class DpSettings(Section):
         None, gt=0, description="ε of all rounds together for one example; the noise follows from it."
     )
     noise_multiplier: float | None = Field(
-        None, gt=0, description="σ: standard deviation of a step's noise as a multiple of clip_norm, in place of epsilon."
+        None,
+        gt=0,
+        description="σ: standard deviation of a step's noise as a multiple of clip_norm, in place of epsilon.",
     )
     clip_norm: float = Field(
-        0.1, gt=0, description="Largest norm of one example's gradient; with Adam its size hardly matters if it is small."
+        0.1,
+        gt=0,
+        description="Largest norm of one example's gradient; with Adam its size hardly matters if it is small.",
     )
     delta: float | None = Field(
         None, gt=0, lt=1, description="δ at which ε holds; 1 over the number of the client's examples if left out."
