@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +30,7 @@ from fedloom.server.roster import Roster
 from fedloom.wire import decode
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.privacy import plan_sums
 from toy import SHAPES, client_seed, job, ranks, step, trainer
 
 
@@ -63,7 +64,9 @@ class ToySetup:
 def toy_setup(config: Config, clients: int, initial: LoraState) -> ToySetup:
     method = build(config.method.name, config.method.settings)
     sites = {f"client-{index:04d}": SimpleNamespace(ranks=ranks(4)) for index in range(clients)}
-    return ToySetup(config, job(method), initial, sites)
+    sums = plan_sums(config, method, {name: site.ranks for name, site in sites.items()})
+    made = replace(job(method, weighting=config.federation.weighting), secure=sums)
+    return ToySetup(config, made, initial, sites)
 
 
 @contextmanager

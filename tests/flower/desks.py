@@ -30,6 +30,7 @@ from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
 from fedloom.workspace.assemble import LocalClient, Setup
 from fedloom.workspace.plan import caps_of
+from fedloom.workspace.privacy import plan_sums
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
 SITES = ("bank", "depot", "lab")
@@ -93,7 +94,7 @@ def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object
     adapter = Adapter(LoraSettings(r=toy.RANK), placed)
     sites = {name: LocalClient(adapter, TokenizedExamples(tuple(held), 0)) for name, held in texts.items()}
     ranks = {name: held.ranks for name, held in sites.items()}
-    job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks)
+    job = replace(job, caps=caps_of(config.federation, sites), ranks=ranks, secure=plan_sums(config, job.method, ranks))
     return ToySetup(config, job, None, adapter, toy.initial(), sites, None, "toy")
 
 

@@ -25,6 +25,7 @@ from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
+from fedloom.flower.secret import SecretRound, take_late_message
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
@@ -125,6 +126,8 @@ class FlowerSites:
         """The updates of one round; who gave none is noted with the reason."""
         rules, job = self.setup.config.flower, self.setup.job
         self.muster(rounds)
+        if job.secure:
+            return SecretRound(self, rounds, present).collect()
         self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
             self.fleet,
@@ -235,6 +238,9 @@ class FlowerSites:
             elif reply.parcel is not None and not reply.error:
                 self.locate(rounds, reply.said.name, reply)
             return None
+        if asked.ask == "sum":
+            take_late_message(rounds, reply)
+            return None
         self.locate(rounds, site, reply)
         if asked.ask != "turn" or reply.said.dropped or reply.error or reply.parcel is None:
             return None
@@ -243,6 +249,8 @@ class FlowerSites:
 
     def take_late(self, rounds: Rounds, site: str, payloads: Sequence[bytes]) -> str:
         """Why what came too late is not averaged. One update of an update's size is counted and kept, nothing else."""
+        if self.setup.job.secure and not payloads:
+            return "its round was over"
         if len(payloads) != 1:
             return f"{len(payloads)} payloads where one update was expected"
         try:

@@ -13,6 +13,14 @@ from fedloom.records.session import FORBID, Answer, End, Number, Session
 
 Direction: TypeAlias = Literal["up", "down"]
 About: TypeAlias = Literal["", "refused", "diverged"]
+SUM_KINDS: Mapping[str, tuple[str, str]] = {
+    "announce": ("sum:keys", "sum:invitation"),
+    "share": ("sum:shares", "sum:keys"),
+    "mask": ("masked", "sum:shares"),
+    "agree": ("sum:agreement", "sum:list"),
+    "open": ("sum:opening", "sum:agreement"),
+}
+"""Phase of a secure sum → the kinds of what goes up and down in it. The masked vector is the update itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class Transfer:
 
     Of what goes down: version is that of the state which the client has by then, as far as the server knows (-1: none
     of the run's; None in older ledgers); delivery, whether it is the result, sent when the rounds are over.
+    kind: of the payload's header, or one of `SUM_KINDS`.
     undone: it travelled between machines in a round that a crash undid, and that was played again. Its bytes count; it
     says nothing of who answered in the round.
     """
@@ -75,6 +84,11 @@ class Transfer:
     version: int | None = None
     delivery: bool = False
     undone: bool = False
+
+    @property
+    def is_talk(self) -> bool:
+        """Whether it is a message of a secure sum beside the masked vector: neither an update nor a broadcast."""
+        return self.kind.startswith("sum:")
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,9 @@ class AnswerCount:
             self._called.add(row.round)
             self._came[row.round] = set(row.answered)
             self._asked[row.round] = {*row.answered, *row.failed}
-        elif isinstance(row, Transfer) and not (row.undone or row.round < self._before or self._is_over(row.round)):
+        elif isinstance(row, Transfer) and not (
+            row.is_talk or row.undone or row.round < self._before or self._is_over(row.round)
+        ):
             sent = self._came if row.direction == "up" else self._asked
             sent.setdefault(row.round, set()).add(row.client)
 
@@ -126,4 +128,4 @@ class Awaited:
 
 
 def _is_asking(row: Transfer) -> bool:
-    return row.direction == "down" and not row.delivery and not row.undone
+    return row.direction == "down" and not (row.delivery or row.undone or row.is_talk)

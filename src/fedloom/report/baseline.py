@@ -104,6 +104,8 @@ def play_ledger(rows: Iterable[Row], run: RunRow, rank: int | None = None) -> Ba
     reached, over = {0: 0}, 0
     before: Row = run
     for row in rows:
+        if isinstance(row, Transfer) and row.is_talk:
+            continue
         if isinstance(row, Transfer) and row.direction == "up":
             play.send(row.client)
         elif isinstance(row, Transfer) and not _goes_on(row, before):

@@ -144,6 +144,12 @@ class Replay:
                     self._view.client_started(1, site)
 
     def _move(self, row: Transfer) -> None:
+        if row.is_talk:
+            self._down, self._up = (
+                self._down + row.bytes * (row.direction == "down"),
+                self._up + row.bytes * (row.direction == "up"),
+            )
+            return
         if row.direction == "down":
             self._down += row.bytes
             self._received[row.client] = self._received.get(row.client, 0) + row.bytes

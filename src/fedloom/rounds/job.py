@@ -13,6 +13,7 @@ from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context, Method
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.consolidation import Consolidation
+from fedloom.rounds.sums import Secure
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Job:
     the mean, missed ones included; a broadcast of an adapter twice the client's size counts as two.
     start: the adapter that the run begins with, where it is known. caps: bounds on what one client may count for.
     ranks: client → module that it trains → rank; where it is empty, an update is compared with the server's adapter
-    alone. tops: module → the largest of these ranks.
+    alone. tops: module → the largest of these ranks. secure: how sums are made whose summands nobody sees; None where
+    the server is sent every update.
     """
 
     method: Method
@@ -40,6 +42,7 @@ class Job:
     caps: Caps = field(default_factory=Caps)
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     start: LoraState = field(default_factory=LoraState, repr=False)
+    secure: Secure | None = None
     tops: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

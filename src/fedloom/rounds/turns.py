@@ -19,7 +19,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
 from fedloom.methods.method import FROZEN, Method, State, send_all
-from fedloom.rounds.caps import find_outliers, share_out
+from fedloom.rounds.caps import Caps, find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
 from fedloom.rounds.consolidation import consolidate
@@ -30,6 +30,7 @@ from fedloom.rounds.joint import Outline, split_entries, whole_ranks
 from fedloom.rounds.memory import give_back
 from fedloom.rounds.regions import Tree
 from fedloom.rounds.stale import Past
+from fedloom.rounds.sums import SUM
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.wire.streams import run_side_by_side
 
@@ -183,6 +184,21 @@ def server_turn(
         f"({refused or 'none answered'}){f', {least} needed' if least > 1 else ''}",
         refused,
     ) from fault
+
+
+def sum_turn(job: Job, state: State, update: bytes, round: int) -> ServerTurn:
+    """`server_turn` where all that is known of a round is the sum of its updates (`secure.mean_update`).
+
+    Raises RoundError for a sum that cannot be taken up.
+    """
+    decoded = Decoded.beside(state)
+    try:
+        # The bounds on a client hold for the mean where they may: no norm of a mean is above all of its updates' norms.
+        alone = replace(job, ranks={}, caps=Caps(max_norm=job.caps.max_norm))
+        facts = {SUM: check_update(alone, state, SUM, update, round, decoded)}
+        return _average(job, state, Cohort({SUM: update}, {SUM: 1.0}, facts, decoded), round)
+    except Exception as error:
+        raise RoundError(f"the sum of round {round} cannot be averaged: {type(error).__name__}: {error}") from error
 
 
 def _check_all(

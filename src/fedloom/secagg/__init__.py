@@ -12,11 +12,32 @@ sites may vanish at any phase, as long as `Session.threshold` of them stay to th
     opening     one share of each site's secret
 
 A `Member` is a site, a `Collector` the server; all that they exchange is bytes. Only numpy and cryptography are used.
+A `Participant` is a member that answers one message after another, and `play_sum` the server's part as a whole.
 """
 
 from fedloom.secagg.collector import Collector
 from fedloom.secagg.fixed import Grid
-from fedloom.secagg.member import Member
-from fedloom.secagg.session import Session, least_threshold
+from fedloom.secagg.invitation import Invitation
+from fedloom.secagg.masks import Integers, pack_vector, unpack_vector
+from fedloom.secagg.member import PHASES, Member
+from fedloom.secagg.participant import Participant, Phase
+from fedloom.secagg.play import Sum, play_sum
+from fedloom.secagg.session import NONCE_BYTES, Session, least_threshold
 
-__all__ = ["Collector", "Grid", "Member", "Session", "least_threshold"]
+__all__ = [
+    "NONCE_BYTES",
+    "PHASES",
+    "Collector",
+    "Grid",
+    "Integers",
+    "Invitation",
+    "Member",
+    "Participant",
+    "Phase",
+    "Session",
+    "Sum",
+    "least_threshold",
+    "pack_vector",
+    "play_sum",
+    "unpack_vector",
+]

@@ -54,8 +54,11 @@ class Grid:
         steps = np.clip(np.floor(scaled + draw.random(scaled.shape)), -self.most, self.most)
         return steps.astype(np.int64).astype(number_type(self.bits))  # two's complement, modulo 2^bits in the end
 
+    def to_steps(self, total: Integers) -> NDArray[np.int64]:
+        """Integers modulo 2^bits as numbers of steps, with their signs."""
+        low = total.astype(np.int64) & (2**self.bits - 1)
+        return np.asarray(np.where(low >= 2 ** (self.bits - 1), low - 2**self.bits, low), np.int64)
+
     def to_values(self, total: Integers) -> NDArray[np.float64]:
         """The sum as real numbers."""
-        low = total.astype(np.int64) & (2**self.bits - 1)
-        signed = np.where(low >= 2 ** (self.bits - 1), low - 2**self.bits, low)
-        return np.asarray(signed * self.step, np.float64)
+        return np.asarray(self.to_steps(total) * self.step, np.float64)

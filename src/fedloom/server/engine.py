@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Summed:
+    """What a secure sum has brought: the update that stands for it (`secure.mean_update`), and whose sum it is."""
+
+    update: bytes
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Updates:
     """What a round's clients sent, by client. seen: what a check saw of them already; least: how many a round needs.
 
@@ -30,6 +38,7 @@ class Updates:
     ended in values that are not finite.
     past: of asynchronous rounds, the older versions that updates rest on; stats: numbers of the round worth recording.
     tree: see `server_turn`.
+    summed: of a round with secure aggregation, whose payloads nobody has; skipped: why there is no sum.
     """
 
     payloads: Mapping[str, bytes]
@@ -40,6 +49,13 @@ class Updates:
     past: Mapping[str, Past] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
     tree: Tree | None = None
+    summed: Summed | None = None
+    skipped: str = ""
+
+    @property
+    def clients(self) -> Collection[str]:
+        """Whose updates these are."""
+        return self.payloads.keys() if self.summed is None else self.summed.sites
 
 
 class Sites(Protocol):

@@ -22,6 +22,7 @@ from fedloom.server.nursery_process import Nursery, begin_nursery
 from fedloom.server.pool import Pool
 from fedloom.server.regions import RegionalServers
 from fedloom.server.roster import Roster
+from fedloom.server.secret import SecretSites
 from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
 from fedloom.server.workers import fill_pool, load_without_weights
@@ -91,7 +92,7 @@ class LocalSites:
             refuse_own_trainer(setup.config)
         check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
-        self.secret = secret
+        self.noise_key = secret
         self.pool = pool
         self.together = pool is not None
         self.look = look
@@ -100,6 +101,7 @@ class LocalSites:
         self.timeline = Timeline(setup.config.federation)
         regions = plan_regions(setup.config.federation.regions, tuple(setup.sites), setup.job.method)
         self.regions = RegionalServers(regions) if regions else None
+        self.secret = SecretSites(self) if setup.job.secure else None
         self.roster = Roster(setup.job, setup.initial, {name: site.ranks for name, site in setup.sites.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -108,6 +110,8 @@ class LocalSites:
     def collect(self, rounds: Rounds, present: Attendance) -> Updates:
         """The updates of one round, by client; who gave none is noted."""
         self.diverged = set()
+        if self.secret:
+            return self.secret.collect(rounds, present)
         there: dict[str, bytes] = {}
         for client, received, turn in self.play_turns(rounds, present):
             if turn is not None:
@@ -168,7 +172,7 @@ class LocalSites:
             payloads = rounds.archive.payloads_for(self.setup.job, rounds.server, version, ranks, rounds.round)
             self.roster.receive(client, payloads)
             sent[client] = version, payloads
-            yield Turn(client, self.roster[client], rounds.round, self.secret)
+            yield Turn(client, self.roster[client], rounds.round, self.noise_key)
 
     def trains_here(self, client: str, present: Attendance) -> bool:
         """Whether no worker can play it: it does not train, or by a step that only this process has."""

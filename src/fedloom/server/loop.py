@@ -25,7 +25,7 @@ from fedloom.records.ledger import About, Aggregation, Evaluation, Training, rea
 from fedloom.records.session import Answer
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.memory import give_back
-from fedloom.rounds.turns import full_state, server_turn, start
+from fedloom.rounds.turns import ServerTurn, full_state, server_turn, start, sum_turn
 from fedloom.server.attendance import draw_attendance
 from fedloom.server.buffer import Buffer
 from fedloom.server.disk import explain_full_disk
@@ -165,10 +165,10 @@ class Rounds:
         began, ledger = time.perf_counter(), self.folder.ledger
         bytes_before = ledger.bytes_up, ledger.bytes_down
         updates = self.collect(round)
-        if updates.payloads:
+        if updates.clients:
             self.aggregate(updates, round)
         elif not updates.diverged:
-            self.note(round, "nobody answered: the round is skipped")
+            self.note(round, updates.skipped or "nobody answered: the round is skipped")
         elif self.server.version == 0 and round >= HOPELESS:
             self.note(round, f"every training of {round} rounds diverged: the run is given up", "diverged")
             self.hopeless = True
@@ -225,26 +225,16 @@ class Rounds:
 
     def aggregate(self, updates: Updates, round: int) -> None:
         """The server's turn, recorded. Raises RoundError where updates are left, but fewer than the round needs."""
-        began, job, payloads = time.perf_counter(), self.setup.job, updates.payloads
+        began = time.perf_counter()
         give_back(max((seen.size for seen in updates.seen.values()), default=0))  # payloads that now lie on disk
         try:
-            turn = server_turn(
-                job,
-                self.server,
-                payloads,
-                round,
-                seen=updates.seen,
-                decoded=updates.decoded,
-                least=updates.least,
-                past=updates.past,
-                tree=updates.tree,
-            )
+            turn = self.take_turn(updates, round)
         except RoundError as error:
             for client, reason in error.refused.items():
                 self.note(round, f"client {client} refused: {reason}", "refused")
-            if updates.least > 1 or not error.refused:
+            if updates.summed is None and (updates.least > 1 or not error.refused):
                 raise
-            self.note(round, "no update could be averaged: the round is skipped")
+            self.note(round, f"{error if updates.summed else 'no update could be averaged'}: the round is skipped")
             return
         for client, reason in turn.refused.items():
             self.note(round, f"client {client} refused: {reason}", "refused")
@@ -257,9 +247,25 @@ class Rounds:
         self.archive.add(self.server.version, turn.payload, limit, self.server.digest)
         led = turn.state.version == self.server.version + 1  # else the server has consolidated as well
         self.server = turn.state
-        self.sites.advance(self, turn.payload if led else self.full_state(), payloads.keys() - turn.refused.keys())
+        self.sites.advance(self, turn.payload if led else self.full_state(), set(updates.clients) - turn.refused.keys())
         del turn  # the payload, which is in the archive now
         give_back(4 * self.server.adapter.numel())
+
+    def take_turn(self, updates: Updates, round: int) -> ServerTurn:
+        """The server's turn with these updates, or with their sum."""
+        if updates.summed is not None:
+            return sum_turn(self.setup.job, self.server, updates.summed.update, round)
+        return server_turn(
+            self.setup.job,
+            self.server,
+            updates.payloads,
+            round,
+            seen=updates.seen,
+            decoded=updates.decoded,
+            least=updates.least,
+            past=updates.past,
+            tree=updates.tree,
+        )
 
     def full_state(self) -> bytes:
         """The payload that brings anybody to the server's state."""

@@ -7,20 +7,23 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
 from fedloom.errors import ConfigError
 from fedloom.records.config import DataSettings, Section
 from fedloom.records.configfile import explain
-from fedloom.records.quantities import Bytes
+from fedloom.records.quantities import MOST_CLIENTS, Bytes, Name
 from fedloom.records.sections.data import Columns
 from fedloom.site.rules import Policy
 
 PATHS = ("model", "data", "state", "socket", "token_file")
 NODE_PATHS = ("root_certificates", "key", "state")
 """Keys that are paths; those that are not absolute count from the folder of the file."""
+
+
+Peers = Annotated[dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=MOST_CLIENTS)]
 
 
 class NodeSettings(Section):
@@ -73,6 +76,11 @@ class SiteConfig(Section):
         description="Payload bytes that a request may bring; the worker takes as much memory for it.",
     )
     idle_minutes: float = Field(15.0, gt=0, description="Minutes without work after which the model is dropped.")
+    peers: Peers = Field(
+        {},
+        description="Other sites' public keys, by name, as `fedloom site key` shows them at each of them. Secure sums "
+        "are then made with these alone; otherwise with the keys that the server told first.",
+    )
     node: NodeSettings | None = None
     policy: Policy = Policy()
 

@@ -23,7 +23,6 @@ from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.shared_base import SharedBase
-from fedloom.model.sources import load_examples
 from fedloom.noise.secret import keep_secret
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
@@ -48,10 +47,12 @@ from fedloom.site.policy import (
 from fedloom.site.presence import compare_clocks, note_request
 from fedloom.site.protocol import SPOKEN, Fact, Parcel, Request, parse_request
 from fedloom.site.replies import Rows, facts_of, reply_error
+from fedloom.site.setups import build_around_trainer, build_own
 from fedloom.site.store import Store, TurnRecord
+from fedloom.site.sums import Sums, hide_turn
 from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
-from fedloom.workspace.assemble import Setup, base_form, build_setup, build_setup_around
+from fedloom.workspace.assemble import Setup, base_form
 from fedloom.workspace.export import export_adapter, save_run_adapter
 from fedloom.workspace.private import FILE
 
@@ -71,13 +72,14 @@ class Desk:
     ) -> None:
         self.site = site
         self.own_trainer = own
-        self.assembled = assembled or (self.build_own_setup if own is None else self.build_setup_around_trainer)
+        self.assembled = assembled or self.build_own_setup
         state = Path(site.state)
         self.trail = AuditTrail(state / "audit")
         self.jobs = JobBook(state, ask=site.policy.approve == "ask", room=partial(check_room, site.policy, state))
         self.places = Places()
         self.shared = SharedBase()
         self.wanted = Wanted()
+        self.sums = Sums(site, self.trail)
         self._base = ""
 
     @property
@@ -143,6 +145,8 @@ class Desk:
         parts = job.method.parts(state, asked.round)
         if held.round == asked.round and (held.after.version, held.after.digest) == (state.version, state.digest):
             log.info("round %d was trained already: the same reply is sent again", asked.round)
+            if job.secure:
+                return self.be_ready(asked, place, held)
             held = replace(held, payload=place.store.read_payload())
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
@@ -157,13 +161,16 @@ class Desk:
             give_back(4 * state.adapter.numel())
         charges: list[str] = []
         done = client_turn(job, self.site.name, state, (), self.training(asked, place, charges), asked.round)
-        rows.sent(done)
-        held = TurnRecord(asked.round, state, done.state, facts_of(done), done.payload, "".join(charges))
-        del done  # and with it the adapter after training
+        check_may_leave(self.site.policy, done.payload, state.adapter, spent, parts)
+        told, payload = facts_of(done), done.payload
+        if job.secure:
+            told, payload = hide_turn(place.setup, self.site.name, state, done, asked.round)
+        rows.sent(done, hidden=job.secure is not None)
+        held = TurnRecord(asked.round, state, done.state, told, payload, "".join(charges))
+        del done, payload  # and with it the adapter after training
         give_back(4 * state.adapter.numel())
-        check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
         self.keep(place, held, rows.found)
-        return self.leave(asked, held)
+        return self.be_ready(asked, place, held) if job.secure else self.leave(asked, held)
 
     def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
         """The training step under the site's rules; digests of the lines that charge for its noise go to `charges`."""
@@ -203,6 +210,18 @@ class Desk:
         mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
         self.trail.record(held.payload, asked.job, asked.round, mu, charge=held.charge or None)
         return Parcel(json.loads(held.facts), (held.payload,))
+
+    def be_ready(self, asked: Request, place: Place, held: TurnRecord) -> Parcel:
+        """The reply to a turn whose vector is asked for in a secure sum: nothing of it leaves yet."""
+        self.jobs.check(asked, self.trail.clock.now())
+        return Parcel({**json.loads(held.facts), **self.sums.ready(place, held)})
+
+    def sum(self, asked: Request, payloads: list[bytes]) -> Parcel:
+        """The next message of a secure sum."""
+        place, held = self.open(asked)
+        if place.setup.job.secure is None or len(payloads) != 1:
+            raise SiteError("a message of a secure sum that is none, or of a run without secure aggregation")
+        return Parcel({"phase": asked.phase}, (self.sums.answer(asked, place, held, payloads.pop()),))
 
     def withdraw(self, asked: Request, payloads: list[bytes]) -> Parcel:
         """Nothing is left to withdraw: while a turn trains, `wanted` takes its withdrawal."""
@@ -298,27 +317,10 @@ class Desk:
         return setup.config.training_of(self.site.name).for_examples(setup.sites[self.site.name].data.num_rows).steps
 
     def build_own_setup(self, config: Config) -> Setup:
-        """The base model with this site's examples; of the other sites only the ranks are of interest here."""
-        mine = load_examples(self.site.data, settings=self.site.reading(), tell=log.warning)
-        names = sorted(config.federation.participants or ())
-        texts = {name: mine if name == self.site.name else [] for name in names}
-        setup = build_setup(config, texts, {}, load=self.shared)
-        for text in setup.warnings():
-            log.warning(text)
-        return setup
-
-    def build_setup_around_trainer(self, config: Config) -> Setup:
-        """The job around the model of the site's own trainer. Raises SiteError where that is another base model."""
-        assert self.own_trainer is not None
-        folder = self.own_trainer.base_folder
-        if folder is not None and base_digest(folder) != self._base:
-            raise SiteError(
-                f"the trainer's model was loaded from {folder}, which is not the base model in {self.site.model}: "
-                "load it from there"
-            )
-        if folder is None:
-            log.warning("the trainer's model came from no folder: nobody checks that it is %s", self.site.model)
-        return build_setup_around(config, self.own_trainer.model, sorted(config.federation.participants or ()))
+        """The base model with this site's examples, or the job around its own trainer."""
+        if self.own_trainer is not None:
+            return build_around_trainer(self.site, self.own_trainer, self._base, config)
+        return build_own(self.site, self.shared, config)
 
     def close(self) -> None:
         """Let go of the jobs' folders; the next request reads what is there then."""
@@ -342,4 +344,4 @@ class Desk:
             torch.cuda.empty_cache()
 
 
-_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver}
+_ANSWERS = {"hello": Desk.hello, "turn": Desk.turn, "withdraw": Desk.withdraw, "deliver": Desk.deliver, "sum": Desk.sum}

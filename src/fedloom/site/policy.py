@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from fedloom.errors import DataError, PolicyRefusal, VersionError
+from fedloom.errors import DataError, PolicyRefusal, SecureSumError, VersionError
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.method import CORE, State
@@ -52,6 +52,7 @@ def check_settings(policy: Policy, config: Config, site: str, round: int) -> Non
 def setting_checks(policy: Policy, config: Config, site: str, rounds: Iterable[int]) -> Iterator[Callable[[], None]]:
     """What `check_settings` asks, one question at a time; each raises PolicyRefusal."""
     training = config.training_of(site)
+    yield partial(_check_sums, policy, config)
     yield partial(check_method_allowed, policy, config.method.name)
     yield partial(check_protects, policy, config)
     if policy.optimizers is not None:
@@ -122,7 +123,7 @@ def check_examples(policy: Policy, examples: int, draws: int) -> None:
 
 def check_spending(policy: Policy, spent: Spending) -> None:
     """Raises PolicyRefusal unless a further update may leave."""
-    _check_bytes(policy, 1, spent)
+    check_bytes(policy, 1, spent)
     privacy = policy.privacy
     if privacy and privacy.max_epsilon is not None:
         after = epsilon(math.sqrt(spent.mu_squared + privacy.mu**2), privacy.delta)
@@ -177,7 +178,7 @@ def check_may_leave(
     before: the adapter that training began with; nothing may leave that is not one of its `parts` (`Method.parts`):
     its factors, or its rows of the matrix between two that rest.
     """
-    _check_bytes(policy, len(payload), spent)
+    check_bytes(policy, len(payload), spent)
     message = decode(payload, Limits(max_values=4 * before.numel()))
     if message.header.kind != "update":
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
@@ -199,7 +200,7 @@ def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
     """The text of an error that the server may see. `reference` finds the full error in the site's own log."""
     if isinstance(error, PolicyRefusal):
         return f"{error.public} (reference {reference})"
-    if isinstance(error, VersionError):
+    if isinstance(error, VersionError | SecureSumError):  # of what the server itself has sent
         return f"{error} (reference {reference})"
     if policy.scrub_errors:
         # How long prompts are, say, must not be read from whether it was an error or a rule that the data met.
@@ -207,6 +208,22 @@ def text_for_server(policy: Policy, error: Exception, reference: str) -> str:
             return f"{REFUSED} (reference {reference})"
         return f"the site could not take its turn: {type(error).__name__} (reference {reference})"
     return f"{type(error).__name__}: {error} (reference {reference})"
+
+
+def _check_sums(policy: Policy, config: Config) -> None:
+    """Raises PolicyRefusal where the server would see single updates, or sums of fewer sites than this one wants."""
+    asked, least = config.privacy, policy.least_cohort
+    if policy.secure_aggregation == "required" and not asked.secure_aggregation:
+        raise PolicyRefusal(
+            "the job has no secure aggregation, the server would see this site's update; policy.secure_aggregation is "
+            "'required'",
+            f"{REFUSED}: it requires privacy.secure_aggregation",
+        )
+    if asked.secure_aggregation and least is not None and asked.least_cohort < least:
+        raise PolicyRefusal(
+            f"privacy.least_cohort is {asked.least_cohort}; policy.least_cohort is {least}",
+            f"{REFUSED}: least_cohort does not allow privacy.least_cohort of {asked.least_cohort}",
+        )
 
 
 def _check_choice(what: str, value: str, key: str, allowed: Sequence[str]) -> None:
@@ -271,7 +288,8 @@ def _matches(module: str, pattern: str) -> bool:
     return any(fnmatchcase(part, pattern) for name in names for part in (name, name.rpartition(".")[2]))
 
 
-def _check_bytes(policy: Policy, size: int, spent: Spending) -> None:
+def check_bytes(policy: Policy, size: int, spent: Spending) -> None:
+    """Raises PolicyRefusal unless so many more bytes may leave."""
     for key, limit, used in (
         ("max_bytes_round", policy.max_bytes_round, spent.bytes_round),
         ("max_bytes_day", policy.max_bytes_day, spent.bytes_day),

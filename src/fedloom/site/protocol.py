@@ -64,11 +64,12 @@ MOST_TIME = 2.0**34
 MOST_LOSS = 1e9
 """A cross-entropy of 20 is that of a guess among all tokens; this leaves room for training that diverges."""
 
-SINCE = {"protocol": 2, "time": 2, "expires": 2}
+SINCE = {"protocol": 2, "time": 2, "expires": 2, "phase": 2}
 """Facts of a request that the first protocol did not have, and the one that they came with."""
 
 Count: TypeAlias = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+PhaseName: TypeAlias = Literal["announce", "share", "mask", "agree", "open"]
 Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9A-Za-z:_-]*$", max_length=128)]
 
 
@@ -122,14 +123,15 @@ class Request:
     """What the server asks of a site.
 
     ask: "hello" (get ready for the job, and say where you stand), "turn" (bring yourself in step, train, answer),
-    "withdraw" (leave the turn of `round`: train no further for it, send and keep nothing of it) or "deliver" (bring
-    yourself in step). job: 16 hex digits; settings: the run's settings as TOML; base: digest of the server's base
-    weights; counted: the last round in which the server counted an update of this site, 0 if none; time: the server's,
-    in seconds since 1970, where it says it; expires: seconds that a turn is worth beginning, from when it was sent.
+    "withdraw" (leave the turn of `round`: train no further for it, send and keep nothing of it), "deliver" (bring
+    yourself in step), or "sum" (here is the next message of a secure sum, of its `phase`). job: 16 hex digits;
+    settings: the run's settings as TOML; base: digest of the server's base weights; counted: the last round in which
+    the server counted an update of this site, 0 if none; time: the server's, in seconds since 1970, where it says it;
+    expires: seconds that a turn is worth beginning, from when it was sent.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
-    ask: Literal["hello", "turn", "withdraw", "deliver"]
+    ask: Literal["hello", "turn", "withdraw", "deliver", "sum"]
     job: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     settings: Annotated[str, Field(max_length=2**18)]
     base: Digest
@@ -138,6 +140,7 @@ class Request:
     protocol: Count = 1
     time: Annotated[float, Field(ge=0, le=MOST_TIME, allow_inf_nan=False)] | None = None
     expires: Seconds | None = None
+    phase: PhaseName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,8 @@ class Statement:
     name: in answer to "hello"; version, digest: the global state that it holds; loss: mean of its training, None where
     that is not finite; seconds: of its training; error: why it sends no update; protocol: the newest that it speaks;
     dropped: that a turn was not trained to its end because the server did not want it any more: it was "withdrawn", or
-    had "expired" before it was begun. That is no error.
+    had "expired" before it was begun. That is no error. phase: of a secure sum, that the payload answers; key: of a
+    site that is ready for one, its lasting public key in hex digits; spent: that its vector has left in one already.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)
@@ -160,6 +164,9 @@ class Statement:
     error: str | None = None
     protocol: Count = 1
     dropped: Literal["withdrawn", "expired"] | None = None
+    phase: PhaseName | None = None
+    key: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    spent: bool = False
 
 
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Request)

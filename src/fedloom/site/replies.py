@@ -38,9 +38,15 @@ def reply_error(site: SiteConfig, error: Exception, place: Place | None) -> Parc
     return Parcel(said)
 
 
-def facts_of(done: ClientTurn) -> bytes:
-    """What the server is told of a turn that was trained, as JSON."""
+def facts_of(done: ClientTurn, *, secret: bool = False, counted: bool = False) -> bytes:
+    """What the server is told of a turn that was trained, as JSON.
+
+    secret: under secure aggregation, where it is told neither loss nor examples; counted: nor steps that follow from
+    the number of examples.
+    """
     trained = done.trained
+    if secret:
+        return json.dumps({"steps": 0 if counted else trained.steps, "seconds": trained.seconds}).encode()
     loss = trained.loss if math.isfinite(trained.loss) else None
     facts = {"loss": loss, "steps": trained.steps, "examples": trained.num_examples, "seconds": trained.seconds}
     return json.dumps(facts).encode()
@@ -57,8 +63,9 @@ class Rows:
         """A payload of the server's was applied."""
         self.found.append(transfer_row(self.round, self.site, "down", payload))
 
-    def sent(self, done: ClientTurn) -> None:
-        """A turn was trained, and its payload is to leave."""
+    def sent(self, done: ClientTurn, *, hidden: bool = False) -> None:
+        """A turn was trained, and its payload is to leave; hidden: as it is never, but as part of a sum."""
         one = done.trained
         self.found.append(Training(self.round, self.site, one.loss, one.steps, one.num_examples, one.seconds))
-        self.found.append(transfer_row(self.round, self.site, "up", done.payload))
+        if not hidden:
+            self.found.append(transfer_row(self.round, self.site, "up", done.payload))

@@ -77,6 +77,13 @@ class Policy(Section):
     max_update_norm: float | None = Field(
         None, gt=0, description="Largest norm of a round's change of all factors together; no privacy control."
     )
+    secure_aggregation: Literal["optional", "required"] = Field(
+        "optional",
+        description='"required": only jobs with privacy.secure_aggregation, under which the server learns sums alone.',
+    )
+    least_cohort: int | None = Field(
+        None, ge=2, description="Sites that a secure sum with this site must be of at least.", examples=[5]
+    )
     order: Literal["site", "run"] = Field(
         "site", description="Whose seed orders the examples: the site's own, or the run's, which the server chooses."
     )

@@ -23,6 +23,7 @@ from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.least import check_room
 from fedloom.workspace.clients import place_client, place_shared, top_ranks
+from fedloom.workspace.privacy import plan_sums
 from fedloom.workspace.regions import plan_regions
 
 
@@ -75,6 +76,7 @@ def plan_job(linear: Mapping[str, LinearModule], config: Config, clients: Collec
         start=initial if method.needs_start else LoraState(),
         caps=caps_of(federation, clients),
         ranks=client_ranks,
+        secure=plan_sums(config, method, client_ranks),
     )
     check_room(job, initial, client_ranks)
     return Plan(job, initial, shared, adapters)

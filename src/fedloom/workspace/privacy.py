@@ -1,0 +1,84 @@
+"""What [privacy] makes of a run, and what does not go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedloom.errors import ConfigError, SecureSumError
+from fedloom.methods.method import Method
+from fedloom.methods.table import METHODS, build
+from fedloom.records.config import Config, FederationSettings
+from fedloom.records.sections.privacy import MOST_IN_SUM
+from fedloom.rounds.job import group_alike
+from fedloom.rounds.secure import cannot_hide
+from fedloom.rounds.sums import Secure
+from fedloom.secagg import Grid
+
+_JUDGES = {
+    "max_norm_ratio": "compares the norms of single updates; federation.max_norm is kept, by every site for itself",
+    "max_share": "bounds a share that nobody sees; privacy.most_examples bounds what a site counts for",
+    "client_examples": "is about weights that each site adds up itself; privacy.most_examples bounds them",
+}
+"""Keys of [federation] that need single updates → why. At their defaults they are not applied."""
+
+
+def plan_sums(config: Config, method: Method, client_ranks: Mapping[str, Mapping[str, int]]) -> Secure | None:
+    """How sums are made, where privacy.secure_aggregation is on. Raises ConfigError for what does not go with it."""
+    privacy, federation = config.privacy, config.federation
+    if not privacy.secure_aggregation:
+        return None
+    if method.adds is None:
+        raise cannot_hide(method, ", ".join(sorted(name for name in METHODS if build(name).adds)))
+    _check_federation(federation)
+    _check_alike(client_ranks)
+    asked = federation.clients_per_round(len(client_ranks))
+    _check_numbers(config, asked)
+    try:
+        grid = Grid.reaching(privacy.clip, privacy.bits, asked)
+    except SecureSumError as error:
+        raise ConfigError(f"privacy.bits is {privacy.bits}: {error}") from None
+    return Secure(grid, privacy.most_examples, privacy.least_cohort, privacy.threshold)
+
+
+def _check_federation(federation: FederationSettings) -> None:
+    if federation.mode == "buffered":
+        raise ConfigError(
+            "privacy.secure_aggregation adds the updates of one version up, and with federation.mode = 'buffered' each "
+            "comes by itself and from a version of its own: leave one of them out"
+        )
+    if federation.regions is not None:
+        raise ConfigError(
+            "privacy.secure_aggregation and federation.regions exclude each other: a regional server checks single "
+            "updates, which nobody sees under secure aggregation; leave one of them out"
+        )
+    for key, reason in _JUDGES.items():
+        if getattr(federation, key) != FederationSettings.model_fields[key].default:
+            raise ConfigError(f"federation.{key} does not go with privacy.secure_aggregation: it {reason}. Unset it")
+
+
+def _check_alike(client_ranks: Mapping[str, Mapping[str, int]]) -> None:
+    """What only some of the clients train would be the sum of those alone."""
+    kinds = group_alike(client_ranks)
+    for client, ranks, _ in kinds[1:]:
+        if ranks != kinds[0][1]:
+            raise ConfigError(
+                f"privacy.secure_aggregation needs clients that all train the same modules at the same ranks, and "
+                f"{client} differs from {kinds[0][0]}: what only some train would be the sum of those alone. Leave r, "
+                "rank_pattern and target_modules out of [clients]"
+            )
+
+
+def _check_numbers(config: Config, asked: int) -> None:
+    """Raises ConfigError where a round asks too few clients for any sum, or too many for one."""
+    privacy = config.privacy
+    if asked > MOST_IN_SUM:
+        raise ConfigError(
+            f"privacy.secure_aggregation adds up {MOST_IN_SUM} sites at most, and a round asks {asked}: lower "
+            "federation.fraction_train"
+        )
+    for key, least in (("least_cohort", privacy.least_cohort), ("threshold", privacy.threshold)):
+        if isinstance(least, int) and least > asked:
+            raise ConfigError(
+                f"privacy.{key} is {least}, but a round asks {asked} client{'s' * (asked > 1)}: no sum could ever be "
+                "made"
+            )
