@@ -87,6 +87,22 @@ def _check_mode(config: Config) -> None:
             raise ValueError(f"federation.{key} does nothing in synchronous rounds: set federation.mode = 'buffered'")
 
 
+def _check_sum_noise(config: Config) -> None:
+    """Raises ValueError where noise would be added to a sum that there is not, or that tells more than it hides."""
+    if config.privacy.noise_multiplier is None:
+        return
+    if not config.privacy.secure_aggregation:
+        raise ValueError(
+            "privacy.noise_multiplier is of the noise in a secure sum: set privacy.secure_aggregation to true; noise "
+            "of a site's own is set at the site (policy.privacy)"
+        )
+    if config.federation.weighting != "uniform":
+        raise ValueError(
+            "privacy.noise_multiplier needs federation.weighting = 'uniform': the sum would tell how many examples the "
+            "sites hold together, and no noise is on that"
+        )
+
+
 def _check_dp(config: Config) -> None:
     """Raises ValueError where settings take away what noise on single examples promises."""
     if config.training.dp is None:
@@ -172,4 +188,5 @@ class Config(Section):
         _check_validation(self)
         _check_mode(self)
         _check_dp(self)
+        _check_sum_noise(self)
         return self

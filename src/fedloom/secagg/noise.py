@@ -18,7 +18,7 @@ from fedloom.errors import SecureSumError
 from fedloom.noise.stream import SecretStream
 
 Numbers = NDArray[np.int64]
-MOST_DEVIATION = 2**20
+MOST_DEVIATION = 2**24
 """Largest standard deviation of a share, in steps of the grid: squares of what is drawn fit into 63 bits."""
 
 

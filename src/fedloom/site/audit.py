@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,18 +26,15 @@ from typing import BinaryIO
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedloom.errors import AuditError, ConfigError
-from fedloom.noise.accounting import FALSE_ALARMS, SampledNoise, example_epsilon, example_risk, merge
+from fedloom.errors import AuditError
+from fedloom.noise.accounting import SampledNoise, merge
 from fedloom.site.clock import Clock
-from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Spending
 
 log = logging.getLogger("fedloom.worker")
 
 FIRST = "0" * 64
 """What the first line names as the one before it."""
-DELTAS = (1e-5, 1e-6, 1e-9)
-"""Where `summarise_record` states ε."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +60,10 @@ class Line:
     sampled: SampledNoise | None = None
     draw: str | None = None
     delta: float | None = None
+    summed: float | None = None
 
 
-_LATER = ("charge", "sampled", "draw", "delta")
+_LATER = ("charge", "sampled", "draw", "delta", "summed")
 """Fields that lines of older versions do not have; where they say nothing they are left out."""
 _LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
@@ -122,10 +119,12 @@ class AuditTrail:
         mu: float | None,
         now: datetime | None = None,
         charge: str | None = None,
+        summed: float | None = None,
     ) -> Line:
         """Have the payload and its line on disk. Raises AuditError, and nothing may leave, where that is impossible.
 
-        charge: digest of the line that charged for the payload's noise.
+        charge: digest of the line that charged for the payload's noise. summed: what its share of noise in a secure sum
+        leaves of it to be learnt, the ρ of concentrated privacy.
         """
         name = hashlib.sha256(payload).hexdigest()
         kept = self.folder / "payloads" / name
@@ -135,7 +134,7 @@ class AuditTrail:
                 _write(kept, payload)
         except OSError as error:
             raise self._unrecorded(error) from None
-        return self._append(Line(self._time(now), job, round, len(payload), name, mu, "", "", charge))
+        return self._append(Line(self._time(now), job, round, len(payload), name, mu, "", "", charge, summed=summed))
 
     def _append(self, line: Line) -> Line:
         """The line, chained to the last one and on disk."""
@@ -247,44 +246,6 @@ def mu_squared(lines: Sequence[Line]) -> float:
 def sampled_noise(lines: Sequence[Line]) -> tuple[SampledNoise, ...]:
     """All noise on single examples that was charged for, steps of the same noise added up."""
     return merge(line.sampled for line in lines if line.sampled is not None and not line.payload)
-
-
-def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
-    """A verified record, summed up in words."""
-    said = [f"{len(lines)} lines, unbroken; newest digest {lines[-1].digest if lines else FIRST} (note it elsewhere)"]
-    if unlisted:
-        said.append(
-            f"{len(unlisted)} payloads have no line, {unlisted[0]} for one: they could not be recorded and did not "
-            "leave, or their lines were cut off"
-        )
-    if moved:
-        said.append(f"{len(moved)} payloads are no longer in the folder: their bytes were not checked")
-    protected = {line.digest for line in lines if line.sampled is not None}
-    mu = math.sqrt(mu_squared(lines))
-    bare = sum(bool(line.payload) and line.mu is None and line.charge not in protected for line in lines)
-    if mu:
-        values = ", ".join(f"{epsilon(mu, delta):.3g} at δ = {delta:g}" for delta in DELTAS)
-        said.append(f"noise at site level: μ = {mu:.4g} over all rounds and jobs together; ε = {values}")
-    if protected:
-        said.append(describe_examples_spent(lines))
-    if bare:
-        said.append(f"{bare} payloads left without noise: no ε can be claimed for what they were trained on")
-    return said
-
-
-def describe_examples_spent(lines: Sequence[Line]) -> str:
-    """What was spent on single examples, in words: ε at the least δ of the jobs, and an attacker's best chances."""
-    spent, delta = sampled_noise(lines), min(line.delta for line in lines if line.delta is not None)
-    steps = sum(one.steps for one in spent)
-    try:
-        worth, risk = example_epsilon(spent, delta), example_risk(spent)
-    except ConfigError as error:  # the record can be read where the library that counts is not installed
-        return f"noise at example level: {steps:,} steps over all jobs; {error}"
-    return (
-        f"noise at example level: {steps:,} steps over all jobs together; ε = {worth:.3g} at δ = {delta:.2g}; whoever "
-        f"asks whether an example was there is right at most {risk.hits:.1%} of the time when he may be wrong "
-        f"{FALSE_ALARMS:.0%} of it (advantage {risk.advantage:.2f})"
-    )
 
 
 def _chained(line: Line, before: Sequence[Line]) -> Line:

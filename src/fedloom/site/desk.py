@@ -54,7 +54,7 @@ from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.workspace.assemble import Setup, base_form
 from fedloom.workspace.export import export_adapter, save_run_adapter
-from fedloom.workspace.private import FILE
+from fedloom.workspace.private import FILE, needs_secret
 
 log = logging.getLogger("fedloom.worker")
 
@@ -299,7 +299,8 @@ class Desk:
         check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
-        setup = replace(setup, secret=keep_secret(Path(self.site.state) / FILE)) if config.training.dp else setup
+        if needs_secret(config):
+            setup = replace(setup, secret=keep_secret(Path(self.site.state) / FILE))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
         return Place.of(asked.job, asked.settings, setup, store, self.site.name)

@@ -8,11 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 from fedloom.site.approval import JobBook
-from fedloom.site.audit import AuditTrail, describe_examples_spent
+from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
 from fedloom.site.presence import Presence, is_running, read_presence
 from fedloom.site.privacy import epsilon
 from fedloom.site.prune import list_folders
+from fedloom.site.summary import describe_examples_spent
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from fedloom.workspace.data import (
 )
 from fedloom.workspace.judge import Judge
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
+from fedloom.workspace.privacy import describe_sum_noise
 from fedloom.workspace.private import describe_noise, plan_round, refuse_own_trainer
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.spending import spend_client_budget
@@ -259,7 +260,8 @@ def build_setup(
     if any(texts.values()):  # else nobody trains in this process
         check_optimizer(model, config.training)
     told = describe_noise(config, {name: len(tokens[name]) for name, held in texts.items() if held})
-    notes = (*notes, told) if told else notes
+    summed = describe_sum_noise(plan.job.secure, config.federation.num_rounds, plan.initial.numel())
+    notes = (*notes, *filter(None, (told, summed)))
     return Setup(
         config=config,
         job=plan.job,

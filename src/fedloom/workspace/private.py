@@ -11,8 +11,12 @@ from fedloom.errors import ConfigError
 from fedloom.model.private import PrivateRound
 from fedloom.noise.accounting import SampledNoise
 from fedloom.noise.secret import derive_key, keep_secret
+from fedloom.noise.stream import SecretStream
 from fedloom.records.config import Config, TrainingSettings
 from fedloom.records.noise import plan_noise
+from fedloom.rounds.secure import Noise
+from fedloom.rounds.sums import Secure
+from fedloom.secagg.noise import draw_share
 
 FILE = "noise.key"
 """In the folder of a simulated run, until it is over. Whoever has it can take the noise off again."""
@@ -63,9 +67,22 @@ def refuse_own_trainer(config: Config) -> None:
         )
 
 
+def noise_for_sum(secure: Secure | None, secret: bytes, *about: object) -> Noise | None:
+    """A site's share of the noise in a sum; None without it. about: all that the site's vector depends on."""
+    if secure is None or secure.noise is None:
+        return None
+    share, key = secure.noise.share, derive_key(secret or secrets.token_bytes(32), "sum", *about)
+    return lambda steps: steps + draw_share(len(steps), share, SecretStream(key))
+
+
+def needs_secret(config: Config) -> bool:
+    """Whether a run draws noise at its sites."""
+    return config.training.dp is not None or config.privacy.noise_multiplier is not None
+
+
 def run_secret(folder: Path, config: Config) -> bytes:
     """What the noise of a simulated run comes from, the same when the run goes on; empty where there is no noise."""
-    return b"" if config.training.dp is None else keep_secret(folder / FILE)
+    return keep_secret(folder / FILE) if needs_secret(config) else b""
 
 
 def forget_secret(folder: Path) -> None:
