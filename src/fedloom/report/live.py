@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ class LineView(EventKeeper):
         """Say what the round brought."""
         super().round_finished(round, num_rounds, scores, bytes_up, bytes_down, seconds)
         parts = [f"round {round}/{num_rounds}"]
-        if self.losses and round:
+        if self.losses and round and not math.isnan(self.losses[0]):  # noise withholds them
             parts.append(f"training loss {sum(self.losses) / len(self.losses):.3f}")
         parts.append(f"up {human_bytes(bytes_up)}, down {human_bytes(bytes_down)}")
         if scores:

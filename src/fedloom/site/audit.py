@@ -97,19 +97,20 @@ class AuditTrail:
     def charge_examples(
         self, job: str, round: int, sampled: SampledNoise, draw: str, delta: float, mu: float | None = None
     ) -> Line:
-        """`charge` for noise on single examples, with `mu` for the noise of a whole site where there is both.
+        """`charge` for noise on single examples, with `mu` for the noise of a whole site where there is both."""
+        return self._append(Line(self._time(None), job, round, 0, "", mu, "", "", None, sampled, draw, delta))
 
-        A draw is of the same numbers when a turn that was killed is trained again, and so it is charged for once, as
-        long as nothing has left with it; noise of a whole site is drawn anew every time.
+    def find_charge(self, job: str, round: int, sampled: SampledNoise, draw: str, mu: float | None) -> Line | None:
+        """The line that charged for this draw already, where nothing has left with it.
+
+        A draw on examples is of the same numbers when a turn that was killed is trained again, and so it costs once;
+        noise of a whole site is drawn anew every time.
         """
-        new = Line(self._time(None), job, round, 0, "", mu, "", "", None, sampled, draw, delta)
-        lines = self.lines()
+        lines, wanted = self.lines(), (job, round, draw, sampled, None)
         used = {line.charge for line in lines if line.payload}
-        for line in lines:
-            same = (line.job, line.round, line.draw, line.sampled) == (job, round, draw, sampled)
-            if same and not line.payload and line.digest not in used and mu is None is line.mu:
-                return line
-        return self._append(new)
+        free = (line for line in lines if not line.payload and line.digest not in used)
+        same = (line for line in free if (line.job, line.round, line.draw, line.sampled, line.mu) == wanted)
+        return next(same, None) if mu is None else None
 
     def record(
         self,

@@ -31,7 +31,7 @@ from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
-from fedloom.site.examples import check_budget, delta_for
+from fedloom.site.examples import charge_examples
 from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
@@ -123,7 +123,6 @@ class Desk:
         """Get ready; say who this is and which global state it holds."""
         check_spending(self.site.policy, self.trail.count_spent(asked.job, asked.round))
         place, held = self.open(asked)
-        self.check_examples(asked, place)
         if not place.store.exists():
             self.keep(place, held, (), len(asked.settings.encode()))
         now = self.trail.clock.now()
@@ -151,7 +150,6 @@ class Desk:
             check_may_leave(self.site.policy, held.payload, state.adapter, spent, parts)
             return self.leave(asked, held)
         check_spending(self.site.policy, spent)
-        self.check_examples(asked, place)
         self.jobs.check_updates(asked, self.trail.payloads_of(asked.job), rounds)
         self.check_room(place, TurnRecord(asked.round, state, state))
         log.info("round %d: training", asked.round)
@@ -185,10 +183,8 @@ class Desk:
                 seed = own_seed(Path(self.site.state), asked.job, round)
             private = place.setup.private_round(name, state, round, seed) if self.own_trainer is None else None
             if private is not None:
-                delta = delta_for(policy, len(place.setup.sites[name].data))
-                mu = policy.privacy.mu if policy.privacy else None
-                line = self.trail.charge_examples(asked.job, round, private.noise, private.draw, delta, mu)
-                charges.append(line.digest)
+                held = len(place.setup.sites[name].data)
+                charges.append(charge_examples(self.trail, policy, asked.job, asked.round, private, held))
             trained = step(state, round, seed)
             still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
@@ -304,12 +300,6 @@ class Desk:
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
         return Place.of(asked.job, asked.settings, setup, store, self.site.name)
-
-    def check_examples(self, asked: Request, place: Place) -> None:
-        """Raises PolicyRefusal where the policy's ε for single examples leaves no further round of this job."""
-        spent, name = self.trail.count_spent(asked.job, asked.round), self.site.name
-        noise = place.setup.noise(name) if self.own_trainer is None else None
-        check_budget(self.site.policy, spent, noise, len(place.setup.sites[name].data))
 
     def count_steps(self, setup: Setup) -> int:
         """Optimiser steps of a round here."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fedloom.errors import PolicyRefusal
+from fedloom.model.private import PrivateRound
 from fedloom.noise.accounting import SampledNoise, example_epsilon
 from fedloom.records.config import Config
+from fedloom.site.audit import AuditTrail
 from fedloom.site.rules import Policy, Spending
 
 USED_UP = "refused by the site's policy: its privacy budget for examples is used up"
@@ -32,6 +34,23 @@ def check_budget(policy: Policy, spent: Spending, noise: SampledNoise | None, ex
             f"policy.example_privacy.max_epsilon is {limit.max_epsilon:g}",
             USED_UP,
         )
+
+
+def charge_examples(
+    trail: AuditTrail, policy: Policy, job: str, round: int, private: PrivateRound, examples: int
+) -> str:
+    """Have it on record that noise on so many examples is about to be drawn; the digest of the line.
+
+    A draw that was charged for already, and with which nothing has left, costs nothing more. Raises PolicyRefusal where
+    the policy's ε for single examples leaves no further round.
+    """
+    mu = policy.privacy.mu if policy.privacy else None
+    line = trail.find_charge(job, round, private.noise, private.draw, mu)
+    if line is None:
+        check_budget(policy, trail.count_spent(job, round), private.noise, examples)
+        delta = delta_for(policy, examples)
+        line = trail.charge_examples(job, round, private.noise, private.draw, delta, mu)
+    return line.digest
 
 
 def delta_for(policy: Policy, examples: int) -> float:
