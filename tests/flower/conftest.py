@@ -12,14 +12,14 @@ def toy_federation(tmp_path, monkeypatch):
     """play(grid's settings …) → the finished server and the grid, on made-up models."""
     import desks
 
-    from fedloom.flower import delivery, filling, gathering, muster
+    from fedloom.flower import delivery, exchange, filling, gathering, muster
     from fedloom.flower import sites as server
     from fedloom.flower.fleet import Fleet
     from fedloom.records.events import Silent
     from fedloom.server.loop import Rounds
     from fedloom.workspace.folder import RunFolder
 
-    monkeypatch.setattr("fedloom.site.desk.build_setup", desks.assemble)
+    monkeypatch.setattr("fedloom.site.setups.build_setup", desks.assemble)
     monkeypatch.setattr("fedloom.server.loop.finish_run", lambda *arguments: None)
     for module, name, value in (
         (gathering, "POLL_SECONDS", 0.002),
@@ -28,6 +28,8 @@ def toy_federation(tmp_path, monkeypatch):
         (filling, "POLL_SECONDS", 0.002),
         (filling, "LOOK_SECONDS", 0.01),
         (delivery, "POLL_SECONDS", 0.002),
+        (exchange, "POLL_SECONDS", 0.002),
+        (exchange, "LOOK_SECONDS", 0.01),
         (delivery, "LOOK_SECONDS", 0.01),
     ):
         monkeypatch.setattr(module, name, value)

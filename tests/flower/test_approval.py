@@ -28,7 +28,7 @@ NOW = datetime(2026, 11, 28, 12, 0, tzinfo=UTC)
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.site.desk.build_setup", lambda *arguments, **named: desks.assemble(*arguments))
+    monkeypatch.setattr("fedloom.site.setups.build_setup", lambda *arguments, **named: desks.assemble(*arguments))
     made = Desk(desks.site("lab", tmp_path, ASK))
     yield made
     made.close()

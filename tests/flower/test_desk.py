@@ -46,7 +46,7 @@ def loads(monkeypatch):
         loaded.append(config)
         return desks.assemble(config, *arguments)
 
-    monkeypatch.setattr("fedloom.site.desk.build_setup", assemble)
+    monkeypatch.setattr("fedloom.site.setups.build_setup", assemble)
     return loaded
 
 
@@ -126,7 +126,7 @@ def test_garbage_is_collected_where_a_model_is_let_go_of_and_nowhere_else(tmp_pa
 
     monkeypatch.setattr("gc.collect", lambda: collected.append(len(loaded)))
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    monkeypatch.setattr("fedloom.site.desk.build_setup", assemble)
+    monkeypatch.setattr("fedloom.site.setups.build_setup", assemble)
     desk = made(tmp_path)
     ask(desk, "hello"), ask(desk, "turn")
     ask(desk, "hello", job="f" * 16)
@@ -281,7 +281,7 @@ def test_a_traceback_in_the_log_is_marked(tmp_path, loads, caplog, monkeypatch):
     def broken(*arguments, load):
         raise ValueError("one\nINFO forged\x1b[2K")
 
-    monkeypatch.setattr("fedloom.site.desk.build_setup", broken)
+    monkeypatch.setattr("fedloom.site.setups.build_setup", broken)
     refused(ask(made(tmp_path), "hello"), "ValueError")
     first, *more = caplog.records[-1].getMessage().split("\n")
     assert first.isprintable() and len(more) > 3

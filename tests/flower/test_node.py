@@ -274,7 +274,7 @@ def test_looks_are_frequent_in_a_run_rarer_while_the_worker_trains_and_rare_at_r
 
 def test_a_node_that_is_killed_costs_no_training(monkeypatch, tmp_path: Path):
     """The first node is lost with the answer; the server asks the next one again: the same bytes, trained once."""
-    monkeypatch.setattr("fedloom.site.desk.build_setup", desks.assemble)
+    monkeypatch.setattr("fedloom.site.setups.build_setup", desks.assemble)
     desk = Desk(desks.site("lab", tmp_path))
     way = Way(shared_settings(desks.settings()))
     facts = {"ask": "turn", "base": base_digest(desk.site.model)}

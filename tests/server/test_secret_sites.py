@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraState
 from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
@@ -19,8 +18,8 @@ from fedloom.report.answers import count_answers
 from fedloom.report.numbers import summarise
 from fedloom.rounds import secure
 from fedloom.rounds.secure import mean_update
-from fedloom.rounds.turns import sum_turn
-from fedloom.secagg import PHASES, Grid, unpack_vector
+from fedloom.rounds.turns import start, sum_turn
+from fedloom.secagg import Grid, unpack_vector
 from fedloom.server import secret, sums
 from fedloom.server.loop import Rounds
 from fedloom.server.secret import SecretSites
@@ -75,6 +74,10 @@ class Twin:
     def sum_of(self, round, clients, bits, count):
         vectors = [unpack_vector(self.vectors[round, name], count, bits, name).tolist() for name in clients]
         return [sum(values) % 2**bits for values in zip(*vectors, strict=True)]
+
+
+def secure_state(setup):
+    return start(setup.job, setup.initial)
 
 
 def summed_in(rows, round):
@@ -188,10 +191,23 @@ def test_a_sum_that_no_honest_sites_have_is_no_mean():
         assert torch.equal(tensor, state.adapter.tensors()[name]), "nobody has changed anything"
 
 
-def secure_state(setup):
-    from fedloom.rounds.turns import start
+def test_where_both_sides_know_what_may_be_sent_the_sum_is_of_that_alone(tmp_path):
+    """Half of each A: the others stay as they are, and the vector is shorter by them."""
 
-    return start(setup.job, setup.initial)
+    def support(state, context):
+        return {f"{module}/A": torch.arange(0, pair.A.numel(), 2) for module, pair in state.adapter.items()}
+
+    setup = toy_setup(configure(), 3, initial())
+    whole = secure.count_values(setup.job, secure_state(setup), 1)
+    job = replace(setup.job, method=replace(setup.job.method, support=support))
+    halves = sum(pair.A.numel() // 2 for pair in setup.initial.values())
+    assert secure.count_values(job, secure_state(setup), 1) == whole - halves
+    with simulation(replace(setup, job=job), tmp_path / "run") as run:
+        run.round = 1
+        run.play_round(1)
+    for name, tensor in run.server.adapter.tensors().items():
+        moved = (tensor != setup.initial.tensors()[name]).flatten()
+        assert moved[::2].all() and moved[1::2].any() == name.endswith("B")
 
 
 def test_thresholds():
@@ -235,4 +251,3 @@ def test_without_it_a_run_is_the_run_that_it_was():
     plain = load_config(TESTBED / "demo.toml")
     assert "privacy" not in dump_fixed(plain) and "privacy" in dump_fixed(configure())
     assert plan_sums(plain, build("flora"), {}) is None
-    assert isinstance(initial(), LoraState) and PHASES

@@ -30,6 +30,7 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     yield "examples", _examples(here, seen)
     yield "leaves", _leaving(here, seen)
     yield "bytes", _bytes(here, seen)
+    yield "secure sum", _sums(seen)
     yield "noise", _noise(seen.noise)
     for number, objection in enumerate(seen.objections):
         yield "" if number else "refused by policy", objection
@@ -40,10 +41,13 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
 def rehearsal_rows(played: Rehearsal, seen: Dossier) -> Iterator[Row]:
     """What a round that was played would have sent."""
     payload, facts = played.payload, {name: fact for name, fact in played.facts.items() if fact is not None}
-    values = sum(tensor.values for tensor in payload.tensors)
     yield "played", f"one round in {played.seconds:.1f} s, with loading; thrown away: nothing kept, sent or charged"
-    yield "would leave", f"{payload.size:,} bytes in this round; about {human_bytes(seen.rounds * payload.size)} in all"
-    yield "in it", f"{values:,} of {seen.values:,} numbers, for {len(payload.tensors)} factors"
+    yield "would leave", f"{played.size:,} bytes in this round; about {human_bytes(seen.rounds * played.size)} in all"
+    if payload is None:
+        yield "in it", "a vector under masks, which says nothing without those of the other sites"
+    else:
+        values = sum(tensor.values for tensor in payload.tensors)
+        yield "in it", f"{values:,} of {seen.values:,} numbers, for {len(payload.tensors)} factors"
     yield "beside it", ", ".join(f"{name} {_shown(fact)}" for name, fact in facts.items()) or "nothing"
 
 
@@ -99,6 +103,11 @@ def _examples(here: SiteConfig, seen: Dossier) -> str:
 
 
 def _leaving(here: SiteConfig, seen: Dossier) -> str:
+    if seen.least_cohort:
+        return (
+            f"the update within a sum of {seen.least_cohort} sites or more, of which the server sees the sum alone; "
+            "steps, seconds, and this site's public key; no number of examples, no loss, no example, token or file name"
+        )
     noisy, hidden = here.policy.privacy is not None, here.policy.declared_examples is not None
     number = f"{seen.told:,} as the number of examples" if seen.told else "the number of examples"
     told = [
@@ -121,9 +130,15 @@ def _bytes(here: SiteConfig, seen: Dossier) -> str:
     )
 
 
+def _sums(seen: Dossier) -> str:
+    if not seen.least_cohort:
+        return "off: the server sees this site's update by itself"
+    return f"on: nobody sees the update of a single site; every sum is of {seen.least_cohort} sites or more"
+
+
 def _noise(noise: Noise | None) -> str:
     if noise is None:
-        return "off: whoever runs the server may be able to read examples out of an update (docs/privacy.md)"
+        return "off: whoever runs the server may be able to read examples out of what it sees (docs/privacy.md)"
     said = (
         f"on (σ = {noise.sigma:g}, C = {noise.clip_norm:g}): ε {noise.job:.3g} for this job, {noise.spent:.3g} spent "
         f"before, {noise.together:.3g} together, at δ = {noise.delta:g}"

@@ -211,6 +211,17 @@ def so_far_text(left: Mapping[str, int]) -> str:
     return f"{len(left):,} updates have left, {sum(left.values()):,} bytes" if left else "nothing has left"
 
 
+@app.command()
+def key(site: File = HERE) -> None:
+    """Print the line by which other sites know this one in secure sums, for [peers] of their SITE.toml."""
+    from fedloom.site.config import load_site_config
+    from fedloom.site.sums import load_identity
+
+    here = load_site_config(site)
+    public = load_identity(Path(here.state)).public_key().public_bytes_raw()
+    print(f'{json.dumps(here.name)} = "{public.hex()}"')
+
+
 def job_rows(here: SiteConfig, book: JobBook, now: datetime) -> list[JobRow]:
     """All jobs of the book, and the folders of those from before there was one."""
     from fedloom.site.audit import AuditTrail

@@ -37,10 +37,11 @@ class Exchange:
     missing: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
     answered: int = 0
+    began: float = field(default_factory=time.monotonic)
 
     def play(self) -> Iterator[tuple[str, bytes]]:
         """(site, its message) as they come, until everybody has answered or vanished, or time is up."""
-        until, looked, quorum = time.monotonic() + self.deadline, -math.inf, math.inf
+        until, looked, quorum = self.began + self.deadline, -math.inf, math.inf
         for site in sorted(self.waiting):
             self.reach(site)
         while self.waiting:
@@ -70,7 +71,7 @@ class Exchange:
         """Ask a site that is there and has not been asked, or whose message was lost."""
         if not self.fleet.is_here(site):
             self.lose(site, self.fleet.explain_absence(site))
-        elif not self.fleet.is_asked(site, "sum"):
+        elif not self.fleet.is_asked(site, "sum", self.began):
             self.repeats[site] = self.repeats.get(site, 0) + 1
             if self.repeats[site] > MOST_REPEATS:
                 self.lose(site, f"was lost {MOST_REPEATS} times on the way")

@@ -105,10 +105,10 @@ class Fleet:
             for asked in self.outstanding.values()
         )
 
-    def is_asked(self, site: str, ask: str) -> bool:
-        """Whether the site was asked this and may still answer."""
+    def is_asked(self, site: str, ask: str, since: float = 0.0) -> bool:
+        """Whether the site was asked this, by the clock of `time.monotonic` since then, and may still answer."""
         return any(
-            (asked.site, asked.ask) == (site, ask) and not self.has_restarted(asked)
+            (asked.site, asked.ask) == (site, ask) and asked.at >= since and not self.has_restarted(asked)
             for asked in self.outstanding.values()
         )
 

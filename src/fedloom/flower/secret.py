@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.errors import RoundError, WireError
@@ -17,6 +18,7 @@ from fedloom.rounds.checks import UpdateFacts
 from fedloom.secagg import Phase
 from fedloom.server.attendance import Attendance
 from fedloom.server.engine import Updates
+from fedloom.server.journal import FILE, Journal
 from fedloom.server.sums import collect_sum, hidden_training, record_message
 from fedloom.site.protocol import Parcel
 
@@ -40,6 +42,9 @@ class SecretRound:
         self.received: dict[str, int] = {}
         rules, secure = sites.setup.config.flower, sites.setup.job.secure
         assert secure is not None
+        server = rounds.server
+        rests_on = f"{rounds.round} {server.version} {server.digest}"
+        self.journal = Journal(rounds.folder.path / FILE, rests_on)
         self.least = rules.min_replies
         # So that nobody closes the round on those without whom there is no sum.
         needed = min(max(self.least, secure.threshold_of(len(present.asked))), len(present.asked))
@@ -65,7 +70,7 @@ class SecretRound:
         finally:
             self.sites.note_roll(self.rounds, self.gathering.roll())
         job = str(self.sites.fleet.facts["job"])
-        return collect_sum(self.rounds, job, self.keys, self.ask)
+        return collect_sum(self.rounds, job, self.keys, self.ask, self.journal)
 
     def check(self, site: str, reply: Reply) -> UpdateFacts:
         """Take down that a site has trained. Raises the FedloomError that says why it cannot be in the sum."""
@@ -78,7 +83,7 @@ class SecretRound:
         self.sites.know(site, self.rounds.server.version, self.rounds.server.digest)
         self.received[site] = self.sites.sent.pop(site, 0)
         self.rounds.folder.ledger.append(hidden_training(round, site, said.steps, said.seconds))
-        if said.spent:
+        if said.spent and self.journal.invitation is None:
             self.rounds.note(
                 round,
                 f"client {site}: its vector of this round left in a sum that was not completed, and leaves in no other",
@@ -89,8 +94,7 @@ class SecretRound:
 
     def ask(self, phase: Phase, messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """Send each site its message of a phase; what comes back. Who does not answer is noted with the reason."""
-        rounds, rules, secure = self.rounds, self.sites.setup.config.flower, self.sites.setup.job.secure
-        assert secure is not None
+        rounds, rules = self.rounds, self.sites.setup.config.flower
 
         def send(site: str) -> None:
             record_message(rounds, site, phase, "down", messages[site])
@@ -104,7 +108,7 @@ class SecretRound:
             rounds.round,
             phase,
             set(messages),
-            secure.threshold_of(len(self.keys)),
+            self.journal.invitation.threshold if self.journal.invitation else len(messages),
             rules.deadline,
             rules.grace,
             send,
@@ -130,3 +134,8 @@ def take_late_message(rounds: Rounds, reply: Reply) -> None:
         for payload in reply.parcel.payloads[:1]:
             site, size = reply.asked.site, len(payload)
             rounds.folder.ledger.append(Transfer(rounds.round, site, "up", "sum:late", size, {"secure_sum": size}))
+
+
+def forget_sum(folder: Path) -> None:
+    """Remove the last round's sum from a run's folder: the rounds are over."""
+    (folder / FILE).unlink(missing_ok=True)

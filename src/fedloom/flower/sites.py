@@ -25,7 +25,7 @@ from fedloom.flower.fleet import ANSWER_SECONDS, Fleet
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Grid, Reply
 from fedloom.flower.muster import muster_sites
-from fedloom.flower.secret import SecretRound, take_late_message
+from fedloom.flower.secret import SecretRound, forget_sum, take_late_message
 from fedloom.flower.settings import check_flower_settings, join_settings
 from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
@@ -126,7 +126,7 @@ class FlowerSites:
         """The updates of one round; who gave none is noted with the reason."""
         rules, job = self.setup.config.flower, self.setup.job
         self.muster(rounds)
-        if job.secure:
+        if job.secure:  # what leaves a site then is no update
             return SecretRound(self, rounds, present).collect()
         self.updates, self.decoded = Spool(rounds.folder.path), Decoded.beside(rounds.server)
         gathering = Gathering(
@@ -238,9 +238,7 @@ class FlowerSites:
             elif reply.parcel is not None and not reply.error:
                 self.locate(rounds, reply.said.name, reply)
             return None
-        if asked.ask == "sum":
-            take_late_message(rounds, reply)
-            return None
+        take_late_message(rounds, reply)
         self.locate(rounds, site, reply)
         if asked.ask != "turn" or reply.said.dropped or reply.error or reply.parcel is None:
             return None
@@ -249,10 +247,9 @@ class FlowerSites:
 
     def take_late(self, rounds: Rounds, site: str, payloads: Sequence[bytes]) -> str:
         """Why what came too late is not averaged. One update of an update's size is counted and kept, nothing else."""
-        if self.setup.job.secure and not payloads:
-            return "its round was over"
         if len(payloads) != 1:
-            return f"{len(payloads)} payloads where one update was expected"
+            hidden = self.setup.job.secure and not payloads
+            return "its round was over" if hidden else f"{len(payloads)} payloads where one update was expected"
         try:
             check_update(self.setup.job, rounds.server, site, payloads[0], rounds.round)
         except StaleError as error:
@@ -305,6 +302,7 @@ class FlowerSites:
 
     def deliver(self, rounds: Rounds) -> None:
         """Send the result to every site that is there and has not confirmed it; who does not confirm it is noted."""
+        forget_sum(rounds.folder.path)
         owed = [site for site, known in self.known.items() if not known.delivered]
         if not owed:
             return
@@ -329,8 +327,7 @@ class FlowerSites:
 
     def take_late_for_delivery(self, rounds: Rounds, reply: Reply) -> None:
         """Take what comes in while the result is delivered; an update that is too late is noted."""
-        reason = self.take_stray(rounds, reply)
-        if reason:
+        if reason := self.take_stray(rounds, reply):
             rounds.note(rounds.round, f"client {reply.asked.site}: {reason}")
 
 

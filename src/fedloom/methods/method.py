@@ -214,6 +214,9 @@ class Method:
     adds(entries, adapter): the tensors T_k that a client's entries stand for, as large as those of the server's
     `adapter`, where Σ p_k T_k is all that `aggregate` needs of the updates: sums of clients then add up (see
     `rounds.regions`), and `aggregate` takes one as the entries of an update of share 1. None where that is not so.
+    support(state, context): name → the flat places of the T_k at which a client may send anything, ascending, as client
+    and server know them beforehand from what both have: the server's adapter, the round, the run's seed. A secure sum
+    (`rounds.secure`) is of these alone. A name that is left out has all its places; None: all have.
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
@@ -242,6 +245,7 @@ class Method:
     updates: Literal["", "change", "factors"] = ""
     smallest: Callable[[LoraState, Context], int] | None = None
     adds: Callable[[Entries, LoraState], Mapping[str, Tensor]] | None = None
+    support: Callable[[State, Context], Mapping[str, Tensor]] | None = None
     core: Callable[[State], LoraState] = no_core
     advise: Callable[[LoraState, Context], str] = no_advice
     spend: Callable[[RunShape, float], Spending] | None = None

@@ -12,7 +12,7 @@ of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -57,9 +57,30 @@ def unchanged(job: Job, state: State, round: int) -> dict[str, Tensor]:
     return {name: read[name] for name in sorted(read)}
 
 
+def pick(job: Job, state: State, tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+    """What of these tensors may differ from T₀, as both sides know (`Method.support`), one row of values each."""
+    places = {} if job.method.support is None else job.method.support(state, job.context(round))
+    return {
+        name: tensor.flatten().index_select(0, places[name]) if name in places else tensor.flatten()
+        for name, tensor in tensors.items()
+    }
+
+
+def place(job: Job, state: State, picked: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+    """T₀ with other values where `pick` has taken some."""
+    places = {} if job.method.support is None else job.method.support(state, job.context(round))
+    found = {}
+    for name, start in unchanged(job, state, round).items():
+        values = picked[name]
+        whole = start.flatten().index_copy(0, places[name], values) if name in places else values
+        found[name] = whole.view(start.shape)
+    return found
+
+
 def count_values(job: Job, state: State, round: int) -> int:
     """Length of a site's vector."""
-    return sum(tensor.numel() for tensor in unchanged(job, state, round).values()) + _secure(job).digits(job.weighting)
+    picked = pick(job, state, unchanged(job, state, round), round)
+    return sum(tensor.numel() for tensor in picked.values()) + _secure(job).digits(job.weighting)
 
 
 def make_vector(
@@ -71,9 +92,9 @@ def make_vector(
     but for `noise`. Raises the FedloomError that says why the update may not be averaged.
     """
     secure, facts = _secure(job), check_update(job, state, client, payload, round)
-    before = unchanged(job, state, round)
+    before = pick(job, state, unchanged(job, state, round), round)
     assert job.method.adds is not None
-    sent = job.method.adds(read_update(payload, state).entries, state.adapter)
+    sent = pick(job, state, job.method.adds(read_update(payload, state).entries, state.adapter), round)
     weight = secure.weight(facts.examples, job.weighting)
     factor, grid = weight / secure.largest(job.weighting), secure.grid
     draw = np.random.default_rng(derived_seed(job.seed, "grid", client, round))
@@ -97,7 +118,7 @@ def mean_update(job: Job, state: State, total: Integers, sites: int, round: int)
 
     Raises SecureSumError for a sum that no vectors of honest sites have.
     """
-    secure, before = _secure(job), unchanged(job, state, round)
+    secure, before = _secure(job), pick(job, state, unchanged(job, state, round), round)
     grid, most = secure.grid, secure.largest(job.weighting)
     steps = grid.to_steps(total)
     count = len(steps) - secure.digits(job.weighting)
@@ -110,11 +131,12 @@ def mean_update(job: Job, state: State, total: Integers, sites: int, round: int)
     at, means = 0, {}
     for name, start in before.items():
         own = steps[at : at + start.numel()] * (grid.step * most / weight)
-        means[name] = (start.double() + torch.from_numpy(own).view(start.shape)).float()
+        means[name] = (start.double() + torch.from_numpy(own)).float()
         at += start.numel()
     sender = sender_digest(SUM, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, min(weight, MOST_EXAMPLES))
-    return encode(Message(header, {name: shorter_sum(tensor) for name, tensor in means.items()}))
+    whole = place(job, state, means, round)
+    return encode(Message(header, {name: shorter_sum(tensor) for name, tensor in whole.items()}))
 
 
 def _digits_of(weight: int, base: int, count: int) -> NDArray[np.int64]:

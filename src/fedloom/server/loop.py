@@ -234,7 +234,9 @@ class Rounds:
                 self.note(round, f"client {client} refused: {reason}", "refused")
             if updates.summed is None and (updates.least > 1 or not error.refused):
                 raise
-            self.note(round, f"{error if updates.summed else 'no update could be averaged'}: the round is skipped")
+            if updates.summed is not None:
+                self.note(round, str(error))
+            self.note(round, "no update could be averaged: the round is skipped")
             return
         for client, reason in turn.refused.items():
             self.note(round, f"client {client} refused: {reason}", "refused")

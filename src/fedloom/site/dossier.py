@@ -43,6 +43,10 @@ NAME_BYTES = 128
 """Of a factor's entry in a payload beside its name and its values: shape, form, lengths."""
 HEAD_BYTES = 4096
 """Of a payload's header and checksum, at most."""
+WEIGHT_VALUES = 32
+"""Values of a vector that say what a site counts for, at most."""
+SUM_BYTES = 300
+"""Of what a site sends beside its vector in a secure sum, and again for each other site, at most."""
 SUPERNODE = "supernode.sh"
 """The script beside SITE.toml that names the server."""
 
@@ -71,7 +75,8 @@ class Dossier:
     method: its name and source; sends: what an update holds, in words; modules: name of a module's last part → in how
     many places it is trained; ranks: least and largest; values: numbers that the site trains; drawn: examples that a
     round draws; examples: that the site holds, None where they could not be read (`trouble` says why); told: the number
-    of examples that the server is told. bytes_round, bytes_all: that leave at most, in a round and in all. objections:
+    of examples that the server is told. least_cohort: sites that a secure sum is of at least, 0 where the server sees
+    single updates. bytes_round, bytes_all: that leave at most, in a round and in all. objections:
     what the site's policy would refuse, and why.
     """
 
@@ -91,6 +96,7 @@ class Dossier:
     examples: int | None
     trouble: str
     told: int | None
+    least_cohort: int
     bytes_round: int
     bytes_all: int
     noise: Noise | None
@@ -110,7 +116,8 @@ def describe_job(site: SiteConfig, config: Config, file: Path, job: str = "") ->
         training = training.for_examples(examples)
     lines = AuditTrail(Path(site.state) / "audit").lines()
     counted = None if training.max_steps is None else training
-    most = bound_payload(adapter, site)
+    secret = config.privacy
+    most = bound_masked(adapter, site, config) if secret.secure_aggregation else bound_payload(adapter, site)
     ranks = sorted(adapter.ranks.values())
     method, sends = describe_method(site, config)
     return Dossier(
@@ -129,7 +136,8 @@ def describe_job(site: SiteConfig, config: Config, file: Path, job: str = "") ->
         learning_rate=training.learning_rate,
         examples=examples,
         trouble=trouble,
-        told=site.policy.declared_examples or examples,
+        told=None if secret.secure_aggregation else site.policy.declared_examples or examples,
+        least_cohort=secret.least_cohort if secret.secure_aggregation else 0,
         bytes_round=most,
         bytes_all=most * rounds,
         noise=weigh_noise(site, lines, job, rounds),
@@ -167,6 +175,13 @@ def bound_payload(adapter: Adapter, site: SiteConfig) -> int:
     policy = site.policy
     limits = [parse_bytes(limit) for limit in (policy.max_bytes_round, policy.max_bytes_day) if limit]
     return min([most, *limits])
+
+
+def bound_masked(adapter: Adapter, site: SiteConfig, config: Config) -> int:
+    """Bytes that no round of a secure sum is over: a vector under masks of all values, and the messages around it."""
+    vector = math.ceil(config.privacy.bits * (count_values(adapter) + WEIGHT_VALUES) / 8)
+    limits = [parse_bytes(limit) for limit in (site.policy.max_bytes_round, site.policy.max_bytes_day) if limit]
+    return min([vector, *limits]) + SUM_BYTES * (1 + len(config.federation.participants or ()))
 
 
 def weigh_noise(site: SiteConfig, lines: Sequence[Line], job: str, rounds: int) -> Noise | None:

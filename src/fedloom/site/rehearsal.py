@@ -21,9 +21,12 @@ JOB = "0" * 16
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What would have left in the first round: the payload's index, and the facts beside it. seconds: of all of it."""
+    """What would have left in the first round: its bytes, the payload's index, and the facts beside it. seconds: of all
+    of it. payload: None under secure aggregation, where what leaves is as good as random without the others'.
+    """
 
-    payload: Description
+    payload: Description | None
+    size: int
     facts: Mapping[str, Fact]
     seconds: float
 
@@ -40,6 +43,9 @@ def rehearse_turn(site: SiteConfig, settings: str, base: str) -> Rehearsal:
         desk = Desk(site.model_copy(update={"state": folder, "policy": policy}))
         try:
             reply = desk.turn(Request("turn", JOB, settings, base, 1), [])
+            hidden = desk.held.payload_bytes if desk.held and not reply.payloads else 0
         finally:
             desk.close()
-    return Rehearsal(describe(reply.payloads[0]), reply.facts, time.perf_counter() - began)
+    payload = describe(reply.payloads[0]) if reply.payloads else None
+    facts = {name: fact for name, fact in reply.facts.items() if payload or name in ("steps", "seconds")}
+    return Rehearsal(payload, payload.size if payload else hidden, facts, time.perf_counter() - began)

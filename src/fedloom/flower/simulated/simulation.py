@@ -57,6 +57,11 @@ def run_simulated(
     Without federation.participants all clients that there are data for take part. Raises ConfigError, DataError or
     ModelError for what the user can mend, RoundError where Ray fails.
     """
+    if config.privacy.secure_aggregation:
+        raise ConfigError(
+            "privacy.secure_aggregation does not work with engine flower-sim: Ray gives a site's messages to processes "
+            "in turn, and what a site keeps secret in a sum stays in one. Use the local engine, or flower"
+        )
     notes: list[str] = []
     config = with_participants(config, notes.append)
     share = gpu_share(config)
