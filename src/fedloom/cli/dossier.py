@@ -31,7 +31,8 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     yield "leaves", _leaving(here, seen)
     yield "bytes", _bytes(here, seen)
     yield "secure sum", _sums(seen)
-    yield "noise", _noise(seen.noise)
+    yield "noise at site level", _noise(seen.noise)
+    yield "noise at example level", seen.protection
     for number, objection in enumerate(seen.objections):
         yield "" if number else "refused by policy", objection
     if not seen.objections:
@@ -108,7 +109,8 @@ def _leaving(here: SiteConfig, seen: Dossier) -> str:
             f"the update within a sum of {seen.least_cohort} sites or more, of which the server sees the sum alone; "
             "steps, seconds, and this site's public key; no number of examples, no loss, no example, token or file name"
         )
-    noisy, hidden = here.policy.privacy is not None, here.policy.declared_examples is not None
+    noisy = here.policy.privacy is not None or seen.protected
+    hidden = here.policy.declared_examples is not None
     number = f"{seen.told:,} as the number of examples" if seen.told else "the number of examples"
     told = [
         "the update",
