@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 LENGTH = 8
 """Tokens of a canary."""
-RANK, RATE = 8, 5e-3
+RANK, RATE = 8, 2e-3
 """Of the adapter, and of its training: with them canaries are learnt by heart where no noise is in the way."""
 NO_NOISE = 1e-3
 """Noise multiplier of the training that shows that the audit would find something."""

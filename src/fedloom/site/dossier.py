@@ -240,8 +240,8 @@ def describe_protection(site: SiteConfig, config: Config, examples: int | None, 
         return f"on (C = {training.dp.clip_norm:g}); {error}"
     how = f"σ = {noise.noise_multiplier:.3g}, C = {training.dp.clip_norm:g}, a step draws {noise.sampling_rate:.2%}"
     return (
-        f"on ({how}): ε {alone:.3g} for this job from its beginning, {before:.3g} spent so far, {together:.3g} together, "
-        f"at δ = {delta:.2g}"
+        f"on ({how}): ε {alone:.3g} for this job from its beginning, {before:.3g} spent so far, {together:.3g} "
+        f"together, at δ = {delta:.2g}"
     )
 
 
