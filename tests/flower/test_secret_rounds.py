@@ -240,6 +240,33 @@ def test_keys_that_a_site_was_given_beforehand_hold(tmp_path):
     assert (tmp_path / "lab" / "secure.key").stat().st_mode & 0o77 == 0
 
 
+def test_a_server_that_had_one_site_train_from_another_adapter_gets_no_sum_with_it(toy_federation, tmp_path):
+    """Sites whose changes such a server knows beforehand would leave the others' bare."""
+
+    def tell_otherwise(node, reply):
+        place = next(iter(real.desk.places))
+        pair = place.held.before.adapter["layers.1.down"]
+        pair.B[0, 0] += 1e-3
+
+    grid = DeskGrid(settings(*SECRET), tmp_path)
+    real = grid.node("lab")
+    grid.disturb = lambda node, ask, round, reply: (
+        (tell_otherwise(node, reply) if (node.desk.site.name, ask, round) == ("lab", "turn", 1) else None) or "as it is"
+    )
+    federation, _ = toy_federation(*SECRET, "flower.grace=0.01", grid=grid)
+    refused = "client lab refused: what site 'lab' announces does not bear that site's signature"
+    assert notes(tmp_path).count(refused) == 1 and "client bank refused" not in notes(tmp_path)
+    assert state(federation.server) == state(local(tmp_path, absent={1: ("lab",)}).server)
+
+
+def test_sites_that_are_told_other_settings_sign_another_sum(toy_federation, tmp_path):
+    grid = DeskGrid(settings(*SECRET, "training.learning_rate=0.5"), tmp_path)
+    federation, _ = toy_federation(*SECRET, grid=grid)
+    assert "client depot refused: what site 'depot' announces does not bear that site's" in notes(tmp_path)
+    assert "no site has given an answer that counts (announce). The round is skipped" in notes(tmp_path)
+    assert federation.server.version == 0
+
+
 def test_a_policy_may_require_it(toy_federation, tmp_path):
     policies = {"lab": Policy(order="run", secure_aggregation="required", least_cohort=3)}
     federation, _ = toy_federation(

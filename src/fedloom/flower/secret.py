@@ -13,8 +13,10 @@ from fedloom.flower.exchange import Exchange
 from fedloom.flower.fleet import ANSWER_SECONDS
 from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Reply
+from fedloom.flower.settings import shared_settings
 from fedloom.records.ledger import Transfer
 from fedloom.rounds.checks import UpdateFacts
+from fedloom.rounds.secure import name_sum
 from fedloom.secagg import Phase
 from fedloom.server.attendance import Attendance
 from fedloom.server.engine import Updates
@@ -69,8 +71,9 @@ class SecretRound:
                 raise
         finally:
             self.sites.note_roll(self.rounds, self.gathering.roll())
-        job = str(self.sites.fleet.facts["job"])
-        return collect_sum(self.rounds, job, self.keys, self.ask, self.journal)
+        told = shared_settings(self.sites.setup.config)
+        name = name_sum(str(self.sites.fleet.facts["job"]), told, self.rounds.server)
+        return collect_sum(self.rounds, name, self.keys, self.ask, self.journal)
 
     def check(self, site: str, reply: Reply) -> UpdateFacts:
         """Take down that a site has trained. Raises the FedloomError that says why it cannot be in the sum."""

@@ -46,6 +46,8 @@ def play_sum(session: Session, invitation: Invitation, ask: Ask, refuse: Refuse)
     for phase, message, take in steps:
         replies = ask(phase, {site: message(site) for site in there})
         there = tuple(sorted([site for site, reply in replies if _took(take, site, reply, refuse)]))
+        if not there:
+            raise SecureSumError(f"no site has given an answer that counts ({phase})")
     return Sum(*collector.total())
 
 

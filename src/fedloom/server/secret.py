@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError
-from fedloom.rounds.secure import count_values, make_vector
+from fedloom.rounds.secure import count_values, make_vector, name_sum
 from fedloom.rounds.turns import ClientTurn
 from fedloom.secagg import PHASES, Invitation, Participant, Phase, unpack_vector
 from fedloom.server.attendance import Attendance
@@ -60,7 +60,8 @@ class SecretSites:
         if not kept:
             return Updates({}, diverged=self.sites.diverged == set(present.asked) - absent != set())
         keys = {client: self.identity(client).public_key().public_bytes_raw() for client in kept}
-        updates = collect_sum(rounds, JOB, keys, Seats(self, rounds, kept, leaving).ask)
+        name = name_sum(JOB, "", rounds.server)
+        updates = collect_sum(rounds, name, keys, Seats(self, rounds, kept, leaving).ask)
         for client in updates.clients:
             self.sites.roster.hold(client, replace(self.sites.roster[client], memory=kept[client].memory))
         return updates
@@ -130,7 +131,7 @@ class Seats:
             client,
             self.secret.identity(client),
             invitation,
-            job=JOB,
+            job=name_sum(JOB, "", self.rounds.server),
             round=self.rounds.round,
             values=self.values,
             bits=bits,

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedloom.errors import SecureSumError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.text import to_printable
-from fedloom.rounds.secure import count_values, make_vector
+from fedloom.rounds.secure import count_values, make_vector, name_sum
 from fedloom.rounds.turns import ClientTurn
 from fedloom.secagg import Invitation, Participant, unpack_vector
 from fedloom.site.audit import AuditTrail
@@ -119,7 +119,7 @@ class Sums:
             self.site.name,
             load_identity(self.folder),
             invitation,
-            job=asked.job,
+            job=name_sum(asked.job, asked.settings, held.before),
             round=asked.round,
             values=values,
             bits=bits,
