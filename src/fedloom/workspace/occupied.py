@@ -19,7 +19,7 @@ from fedloom.records.session import End
 WRITTEN = (
     *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
     *("tensorboard", "wandb", "tracking.json", ".tracking.lock", "prediction.json", "metrics.prom", "split.json", "job"),
-    *("flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
+    *("noise.key", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
 
@@ -94,8 +94,8 @@ def clear_start(path: Path) -> None:
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
-        *(".tracking.lock", "tracking.json", "prediction.json", "metrics.prom", "split.json", "job", "flower-run"),
-        *("curve.png", "report.html", "ledger.jsonl"),
+        *(".tracking.lock", "tracking.json", "prediction.json", "metrics.prom", "split.json", "noise.key", "job"),
+        *("flower-run", "curve.png", "report.html", "ledger.jsonl"),
     ):
         (path / name).unlink(missing_ok=True)
 
