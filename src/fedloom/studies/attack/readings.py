@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich import box
 from rich.table import Table
 
-from fedloom.report.tables import human_bytes
+from fedloom.report.numbers import human_bytes
 
 
 @dataclass(frozen=True, slots=True)
