@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fedloom.cli import handing
 from fedloom.cli.main import app
 from fedloom.errors import CheckpointError, ConfigError
 from fedloom.records.configfile import parse
@@ -42,10 +43,14 @@ def test_a_run_that_is_over_is_sent_afterwards_and_again(run: Path):
 
 
 def test_what_cannot_be_tracked_is_told_in_words(run: Path, tmp_path: Path):
-    assert isinstance(track(str(run)).exception, ConfigError | SystemExit)
-    assert "name no tracker" in str(track(str(run)).exception) + track(str(run)).output
-    assert "names 'neptune'" in str(track(str(run), "--to", "neptune").exception)
-    assert isinstance(track(str(tmp_path), "--to", "tensorboard").exception, CheckpointError | SystemExit)
-    with take_turn(run, lambda: False):
-        done = track(str(run), "--to", "tensorboard")
-    assert "another process sends the points" in str(done.exception) + done.output
+    with pytest.raises(ConfigError, match="its settings name no tracker; give some, such as --to tensorboard,mlflow"):
+        handing.track([run])
+    with pytest.raises(ConfigError, match="--to names 'neptune': expected some of tensorboard"):
+        handing.track([run], "neptune")
+    with pytest.raises(ConfigError, match="--run-name is for one run"):
+        handing.track([run, run], "tensorboard", None, "first")
+    with pytest.raises(CheckpointError, match="no such file; expected the folder of a run"):
+        handing.track([tmp_path], "tensorboard")
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    with take_turn(run, lambda: False), pytest.raises(CheckpointError, match="another process sends the points"):
+        handing.track([run], "tensorboard")

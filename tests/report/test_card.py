@@ -119,7 +119,7 @@ def test_scores_of_several_seeds_have_their_interval():
 @pytest.mark.parametrize("base", ["some/base", "/home/me/model", "x: [\n---"])
 @pytest.mark.parametrize("license", [None, "apache-2.0", "our-own-1.0"])
 def test_the_metadata_are_what_the_hub_takes(base: str, license: str | None):
-    """The rules of its validator, which is online: names of repositories, a licence of its list, the shape of results."""
+    """The rules of its validator, which is online: names of repositories, a licence of its list, results in shape."""
     output = {"license": license, "datasets": ["owner/name", "/home/me/data"]}
     card = model_card(config(base, output={key: value for key, value in output.items() if value}), facts())
     told = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])

@@ -22,12 +22,12 @@ from tiny_models import llama, tokenizer
 from toy import initial
 from toy_run import simulation, toy_setup
 
-MODULE = "model.layers.0.self_attn.q_proj"
+MODULES = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
 
 
 def adapter(folder: Path, base: str, seed: int) -> Path:
     torch.manual_seed(seed)
-    state = LoraState({MODULE: LoraPair(torch.randn(2, 32), torch.randn(32, 2))})
+    state = LoraState({module: LoraPair(torch.randn(2, 32), torch.randn(32, 2)) for module in MODULES})
     save_adapter(state, base, AdapterSettings(2, 4, ["q_proj"]), folder)
     return folder
 
@@ -39,14 +39,14 @@ def test_the_code_of_a_merges_card_loads_the_adapter(tmp_path: Path, capsys: pyt
     inputs = open_folders([adapter(tmp_path / f"clinic-{n}", str(base), n) for n in (1, 2)], [3.0, 1.0])
     save_merge(inputs, Recipe("fedit"), None, tmp_path / "merged")
     text = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert "merge" in ModelCard(text).data.tags and "| adapter 1 | 0.75 | 2 | 1 |" in text
+    assert "merge" in ModelCard(text).data.tags and "| adapter 1 | 0.75 | 2 | 2 |" in text
     assert "clinic" not in text and "secret" not in text and "no ε is claimed" in text
     tokenizer().save_pretrained(tmp_path / "merged")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace('"folder/of/the/base/model", "this/folder"', f"{str(base)!r}, {str(tmp_path / 'merged')!r}")
     held: dict = {}
     exec(code, held)
-    assert held["model"].peft_config["default"].r == 2 or held["model"].peft_config["default"].r == 4
+    assert held["model"].peft_config["default"].r in (2, 4)
     assert len(capsys.readouterr().out) > len("Your prompt")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

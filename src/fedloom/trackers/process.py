@@ -22,6 +22,8 @@ from fedloom.trackers.sinks import check_trackers
 
 PATIENCE = 60.0
 """Seconds that a run waits at its end for the last points to be taken."""
+LONGEST = 600.0
+"""Seconds that it waits for the one before it once its run is over; a run that is not killed itself ends it earlier."""
 
 
 class Tracking:
@@ -108,7 +110,7 @@ def main(words: Sequence[str]) -> int:
         """The process beside a run that was killed a moment ago may still be at work: its run goes on with this one."""
         nonlocal until
         if until == math.inf and is_over():
-            until = time.monotonic() + PATIENCE / 2
+            until = time.monotonic() + LONGEST
         time.sleep(LOOK_SECONDS / 10)
         return time.monotonic() < until
 
