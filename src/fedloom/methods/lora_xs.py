@@ -125,6 +125,7 @@ def _between(resting: Resting, coding: Coding, residual: float, own: float) -> M
         on_base=on_base,
         adds=read_core_change,
         replaces=(CORE,) if whole else (),
+        joins=True,
         own_values=within,
         takes_budget=within,
         default_budget=BUDGET if within else 0.0,

@@ -18,7 +18,7 @@ from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Method, State, send_all
+from fedloom.methods.method import CORE, FROZEN, Method, State, send_all
 from fedloom.rounds.caps import Caps, find_outliers, share_out
 from fedloom.rounds.checks import UpdateFacts, check_broadcast, check_finite, check_form, check_update, limits_of
 from fedloom.rounds.cohort import Cohort, combine, restrict_state
@@ -136,11 +136,18 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     give_back(4 * trained.adapter.numel())  # what training took besides
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    outline = Outline.of(trained.adapter, whole_ranks(state), state.digest) if job.method.joins else None
-    draft = Draft(header, outline)
+    draft = Draft(header, _outline(job, state, trained.adapter, round))
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     return ClientTurn(replace(state, memory=memory), draft.payload(entries), trained)
+
+
+def _outline(job: Job, state: State, adapter: LoraState, round: int) -> Outline | None:
+    """What a payload about `adapter` may leave to its receiver to know; None where it says everything itself."""
+    if not job.method.joins:
+        return None
+    core = job.method.parts(state, round) == (CORE,)
+    return Outline.of(adapter, whole_ranks(state), state.digest, core=core)
 
 
 def server_turn(
@@ -262,7 +269,7 @@ def _average(job: Job, state: State, cohort: Cohort, round: int, tree: Tree | No
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
-    draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
+    draft = Draft(header, _outline(job, state, state.adapter, round))
     context = replace(job.context(round), size=draft.size)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     cohort.decoded.clear()
