@@ -129,7 +129,7 @@ def decoded(payload: bytes) -> Entries:
 def test_a_client_of_lower_rank_sends_its_rows_and_its_own_rest_waits():
     federation = Federation(job(build("lora-xs", {"client_residual": 1.0}), budget=200), {"ada": 4, "bob": 2})
     federation.play()
-    for name, entry in decoded(federation.uploads["bob"]).items():
+    for name, entry in decode(federation.uploads["bob"]).entries.items():
         assert entry.shape == (2, 4)
         state = federation.clients["bob"]
         core = federation.job.method.core(state)[name.rpartition("/")[0]]

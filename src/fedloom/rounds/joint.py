@@ -73,6 +73,9 @@ class Outline:
         rank = max(adapter.ranks().values(), default=0)
         if not rank or adapter.ranks() != {module: min(rank, most) for module, most in whole.items()}:
             return None
+        # A site's rules look at what leaves with the site's own ranks at hand: of a lower rank, cores are named.
+        if core and adapter.ranks() != dict(whole):
+            return None
         ranks = {module: (pair.rank, whole[module]) for module, pair in adapter.items()}
         return cls(rank, _shapes(adapter, ranks, core=core), digest, core)
 
