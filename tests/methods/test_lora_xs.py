@@ -21,11 +21,14 @@ from fedloom.methods.shared.dial import spend_on_core
 from fedloom.methods.spending import RunShape
 from fedloom.methods.table import build
 from fedloom.model.peft_bridge import read_weight
+from fedloom.records.configfile import load_config
 from fedloom.rounds.draft import Draft
 from fedloom.rounds.joint import SCALES, Outline, join_entries, split_entries
 from fedloom.rounds.least import check_room
 from fedloom.rounds.turns import Trained, start
 from fedloom.wire import Header, Message, decode, encode
+from fedloom.workspace.assemble import load_setup
+from small_testbed import small_testbed
 from toy import RANK, SHAPES, Federation, initial, job, on_base
 
 
@@ -245,3 +248,15 @@ GOLDEN = {
     "020007636f7265733a3400067363616c65730104013080800401012d0000010103080106060c03030d030311171716010117010118010119"
     "0101fffefffefffe7d7e7e00008011325476a9cbed1f21436597badcfe11325476a9cbed0f7f000000fbc1fb0457556846",
 }
+
+
+def test_a_run_takes_its_factors_from_its_own_base_model(tmp_path):
+    folder = small_testbed(tmp_path)
+    config = load_config(folder / "demo.toml", ["method.name=lora-xs", "lora.r=4", "wire.client_budget=20KB"])
+    setup = load_setup(config)
+    begun, name = start(setup.job, setup.initial), min(setup.initial)
+    base = setup.model.get_base_model()
+    wanted = leading_pair(read_weight(base, name), 4, name)
+    assert torch.equal(begun.adapter[name].B, 4.0 * wanted.B)
+    assert torch.equal(setup.job.method.core(begun)[name].A, wanted.A)
+    assert setup.warnings() and "lora-xs sends a core of rank 4" in "".join(setup.notes)

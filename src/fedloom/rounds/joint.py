@@ -225,7 +225,7 @@ def _split_cores(entries: Entries, named: str, state: State) -> Entries:
     sizes = [count(shape) for shape in outline.shapes.values()]
     if scales.numel() != len(sizes):
         raise WireError(f"{scales.numel()} joined scales do not fit {len(sizes)} cores")
-    pieces = zip(outline.shapes.items(), values.codes.split(sizes), scales.split(1), strict=True)
+    pieces = zip(outline.shapes.items(), torch.split(values.codes, sizes), torch.split(scales, 1), strict=True)
     return {name: Dense(shape, Quantized(codes, own, _ALL, kind.bits)) for (name, shape), codes, own in pieces}
 
 
