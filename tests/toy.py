@@ -44,7 +44,7 @@ def on_base(method: Method, adapter: LoraState) -> Method:
         generator = torch.Generator().manual_seed(derived_seed(0, module))
         return torch.randn(adapter[module].shape, generator=generator)
 
-    return method if method.on_base is None else method.on_base(adapter, read)
+    return method if method.on_base is None else method.on_base(method, adapter, read)
 
 
 def ranks(rank: int | dict[str, int]) -> dict[str, int]:

@@ -10,9 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.compress.budget import Budget
-from fedloom.compress.entries import dense_entry, to_dense
+from fedloom.compress.entries import Dense, dense_entry, to_dense
+from fedloom.compress.levels import coded, without_zeros
 from fedloom.compress.quantize import quantize
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, WireError
 from fedloom.lora.pair import LoraPair, LoraState, core_matrix, initial_state
 from fedloom.lora.resting import leading_pair, random_pair
 from fedloom.methods.method import Context, Entries, State, Update
@@ -20,9 +21,14 @@ from fedloom.methods.shared.dial import spend_on_core
 from fedloom.methods.spending import RunShape
 from fedloom.methods.table import build
 from fedloom.model.peft_bridge import read_weight
+from fedloom.records.configfile import load_config
+from fedloom.rounds.draft import Draft
+from fedloom.rounds.joint import SCALES, Outline, join_entries, split_entries
 from fedloom.rounds.least import check_room
 from fedloom.rounds.turns import Trained, start
-from fedloom.wire import decode
+from fedloom.wire import Header, Message, decode, encode
+from fedloom.workspace.assemble import load_setup
+from small_testbed import small_testbed
 from toy import RANK, SHAPES, Federation, initial, job, on_base
 
 
@@ -120,13 +126,13 @@ def test_whoever_missed_rounds_takes_the_newest_state_alone():
 
 
 def decoded(payload: bytes) -> Entries:
-    return decode(payload).entries
+    return split_entries(decode(payload).entries, State(initial()))
 
 
 def test_a_client_of_lower_rank_sends_its_rows_and_its_own_rest_waits():
     federation = Federation(job(build("lora-xs", {"client_residual": 1.0}), budget=200), {"ada": 4, "bob": 2})
     federation.play()
-    for name, entry in decoded(federation.uploads["bob"]).items():
+    for name, entry in decode(federation.uploads["bob"]).entries.items():
         assert entry.shape == (2, 4)
         state = federation.clients["bob"]
         core = federation.job.method.core(state)[name.rpartition("/")[0]]
@@ -177,3 +183,80 @@ def test_a_core_that_is_written_and_read_is_the_same_core():
     pair = initial_state({"q": (12, 10)}, {"q": 4}, 1)["q"]
     r = weight(4, 4)
     torch.testing.assert_close(core_matrix(r @ pair.A, pair.A), r, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [150, 190, 400])
+@pytest.mark.parametrize("broadcast", ["change", "state"])
+def test_cores_travel_together_and_lead_all_to_one_state(budget, broadcast):
+    federation = Federation(job(build("lora-xs", {"broadcast": broadcast, "upload_share": 0.5}), budget=budget))
+    for _ in range(3):
+        federation.play()
+        payloads = [*federation.uploads.values(), federation.broadcasts[-1]]
+        assert all(set(decode(payload).entries) == {"cores:4", "scales"} for payload in payloads)
+        assert all(len(payload) <= budget for payload in federation.uploads.values())
+    federation.settle()
+    for state in federation.clients.values():
+        for name, tensor in state.adapter.tensors().items():
+            assert torch.equal(tensor, federation.server.adapter.tensors()[name])
+
+
+OUTLINE = Outline.of(initial(), initial().ranks(), core=True)
+CODED = {
+    name: Dense(shape, coded(torch.arange(16).sub(8).clamp(-7, 7).to(torch.int8), 0.25 * (k + 1), 4))
+    for k, (name, shape) in enumerate(OUTLINE.shapes.items())
+}
+HEADER = Header("update", "lora-xs", 1, 0, "ab" * 16, "cd" * 16, num_examples=1)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_bytes_of_joined_cores_stay_what_they_are(sparse):
+    entries = {name: without_zeros(entry) for name, entry in CODED.items()} if sparse else CODED
+    payload = Draft(HEADER, OUTLINE).payload(entries)
+    assert payload.hex() == GOLDEN[sparse]
+    back = split_entries(decode(bytes.fromhex(GOLDEN[sparse])).entries, State(initial()))
+    assert back.keys() == entries.keys()
+    for name, entry in entries.items():
+        assert type(back[name]) is type(entry) and back[name].values.bits == 4
+        assert torch.equal(to_dense(back[name]), to_dense(entry))
+
+
+JOINED, SCALED = join_entries(CODED, OUTLINE).values()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"cores:4": JOINED}, "comes with a tensor"),
+        ({"cores:x": JOINED, SCALES: SCALED}, "names no rank"),
+        ({"cores:5": JOINED, SCALES: SCALED}, "larger adapter"),
+        ({"cores:2": JOINED, SCALES: SCALED}, "does not fit cores"),
+        ({"cores:4": Dense(JOINED.shape, torch.ones(48)), SCALES: SCALED}, "codes of 4 bits"),
+        ({"cores:4": JOINED, SCALES: Dense((2,), SCALED.values[:2])}, "do not fit 3 cores"),
+        ({"cores:4": JOINED, SCALES: Dense(SCALED.shape, -SCALED.values)}, "negative"),
+    ],
+)
+def test_joined_cores_that_do_not_fit_are_refused(entries, message):
+    with pytest.raises(WireError, match=message):
+        split_entries(decode(encode(Message(HEADER, entries))).entries, State(initial()))
+
+
+GOLDEN = {
+    False: "464c4f4d0200076c6f72612d787301000110abababababababababababababababab10cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd3333"
+    "020007636f7265733a3400067363616c65730004013080800400010103070c03030d03031118171601011701011801011901017d7e7e0000"
+    "8028b52ffd2018750000401132547698badcfe0100430a177f0000004625f43efe728119",
+    True: "464c4f4d0200076c6f72612d787301000110abababababababababababababababab10cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd3a3a"
+    "020007636f7265733a3400067363616c65730104013080800401012d0000010103080106060c03030d030311171716010117010118010119"
+    "0101fffefffefffe7d7e7e00008011325476a9cbed1f21436597badcfe11325476a9cbed0f7f000000fbc1fb0457556846",
+}
+
+
+def test_a_run_takes_its_factors_from_its_own_base_model(tmp_path):
+    folder = small_testbed(tmp_path)
+    config = load_config(folder / "demo.toml", ["method.name=lora-xs", "lora.r=4", "wire.client_budget=20KB"])
+    setup = load_setup(config)
+    begun, name = start(setup.job, setup.initial), min(setup.initial)
+    base = setup.model.get_base_model()
+    wanted = leading_pair(read_weight(base, name), 4, name)
+    assert torch.equal(begun.adapter[name].B, 4.0 * wanted.B)
+    assert torch.equal(setup.job.method.core(begun)[name].A, wanted.A)
+    assert setup.warnings() and "lora-xs sends a core of rank 4" in "".join(setup.notes)

@@ -10,7 +10,7 @@ import torch
 from fedloom.compress.entries import Dense, Sparse, count, dense_entry, to_dense
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError, WireError
 from fedloom.lora.pair import digest
-from fedloom.methods.method import Update
+from fedloom.methods.method import Method, Update
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds import turns as rounds
 from fedloom.rounds.caps import USUAL
@@ -31,6 +31,11 @@ def uploads(federation: Federation, round: int = 1) -> dict[str, bytes]:
     }
 
 
+def named(name: str) -> Method:
+    """The method, its tensors named one by one: tests/methods and test_joint spoil those that travel together."""
+    return replace(build(name), joins=False)
+
+
 def changed(payload: bytes, entries=None, **header) -> bytes:
     message = decode(payload)
     return encode(Message(replace(message.header, **header), {**message.entries, **(entries or {})}))
@@ -39,14 +44,14 @@ def changed(payload: bytes, entries=None, **header) -> bytes:
 def ranked(payload: bytes, a: int, b: int) -> bytes:
     """The update with factors of other ranks in one module."""
     m, n = SHAPES[MODULE]
-    wanted = {f"{MODULE}/A": torch.ones(a, n), f"{MODULE}/B": torch.ones(m, b)}
+    wanted = {f"{MODULE}/A": torch.ones(a, n), f"{MODULE}/B": torch.ones(m, b), f"{MODULE}/R": torch.ones(a, b)}
     return changed(payload, {name: dense_entry(t) for name, t in wanted.items() if name in decode(payload).entries})
 
 
 @names
 @pytest.mark.parametrize("spoil", ["scalar", "vector", "mixed ranks", "rank 0", "rank 5"])
 def test_an_update_of_the_wrong_form_is_refused_and_the_others_are_averaged(name: str, spoil: str):
-    federation = Federation(job(build(name)))
+    federation = Federation(job(named(name)))
     payloads = uploads(federation)
     first = min(decode(payloads["bob"]).entries)
     if spoil == "mixed ranks" and f"{MODULE}/A" not in decode(payloads["bob"]).entries:
@@ -246,14 +251,14 @@ def test_huge_finite_values_end_no_round_and_leave_a_finite_state(name: str, num
 
 def broadcast(name: str) -> tuple[Federation, bytes, bytes]:
     """A federation whose clients have not yet heard of round 1; the change, and the full state after it."""
-    federation = Federation(job(build(name)))
+    federation = Federation(job(named(name)))
     federation.play()
     return federation, federation.broadcasts[0], full_state(federation.job, federation.server, 1)
 
 
 def hostile(payload: bytes, kind: str) -> bytes:
     message = decode(payload)
-    name = next(n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "frozen_A", "frozen_B"))
+    name = next(n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "R", "frozen_A", "frozen_B"))
     module, _, part = name.rpartition("/")
     shape = message.entries[name].shape
     empty = Sparse((2**27, 1) if part.endswith("B") else (1, 2**27), torch.zeros(0, dtype=torch.int64), torch.zeros(0))

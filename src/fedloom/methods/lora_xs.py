@@ -18,7 +18,7 @@ algebra, and are the same bits on every machine.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -99,8 +99,9 @@ def _largest_value(parts: Mapping[str, Part]) -> Entries:
 def _between(resting: Resting, coding: Coding, residual: float, own: float) -> Method:
     """The method with these resting factors."""
 
-    def on_base(adapter: LoraState, read: ReadWeight) -> Method:
-        return _between(resting.on_base(adapter, read), coding, residual, own)
+    def on_base(method: Method, adapter: LoraState, read: ReadWeight) -> Method:
+        found = _between(resting.on_base(adapter, read), coding, residual, own)
+        return replace(method, compress=found.compress, receive=found.receive, core=found.core, begin=found.begin)
 
     within, whole = coding.within, coding.dial.newest
     form = " in few bits" if within else ""
@@ -125,6 +126,7 @@ def _between(resting: Resting, coding: Coding, residual: float, own: float) -> M
         on_base=on_base,
         adds=read_core_change,
         replaces=(CORE,) if whole else (),
+        joins=True,
         own_values=within,
         takes_budget=within,
         default_budget=BUDGET if within else 0.0,

@@ -226,8 +226,8 @@ class Method:
     (`rounds.secure`) is of these alone. A name that is left out has all its places; None: all have.
 
     begin(adapter): the adapter that a run begins with, from the seeded one, whose digest names it all the same.
-    on_base(first adapter, read): the method for a run on a base model, where it takes something from its weights;
-    read(module) is W0 (m × n), and may raise ConfigError. None for a method that needs none.
+    on_base(method, first adapter, read): this method for a run on a base model, where it takes something from its
+    weights; read(module) is W0 (m × n), and may raise ConfigError. None for a method that needs none.
 
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
@@ -261,7 +261,7 @@ class Method:
     advise: Callable[[LoraState, Context], str] = no_advice
     spend: Callable[[RunShape, float], Spending] | None = None
     begin: Callable[[LoraState], LoraState] = as_given
-    on_base: Callable[[LoraState, Callable[[str], Tensor]], Method] | None = None
+    on_base: Callable[[Method, LoraState, Callable[[str], Tensor]], Method] | None = None
 
     def budget(self, given: Budget | None) -> Budget | None:
         """The budget that is kept to: the one that is given, else the method's own, if it has one."""

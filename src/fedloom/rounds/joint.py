@@ -8,6 +8,9 @@ same adapter, so a small payload of signs or 4-bit codes leaves them away. Two t
     "scales"      dense bf16, one for every tensor of which something is sent
 
 q is the largest rank of the sender: a module has the smaller of q and the rank of the receiver's whole adapter.
+
+Cores between resting factors travel the same way, however many values they have, as "cores:<q>": sparse or dense, in 4
+or 8 bits.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, count
+from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count
 from fedloom.errors import WireError
 from fedloom.lora.pair import LoraState
-from fedloom.methods.method import Entries, State
+from fedloom.methods.method import CORE, Entries, State
 from fedloom.methods.shared.whole import whole_rank
 from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
 from fedloom.rounds.joint_drawn import SCALES as SCALES
@@ -42,6 +45,9 @@ class Kind:
     block: int
 
 
+CORES = "cores:"
+_CORES = {(4, _ALL), (8, _ALL)}  # bits and block of cores' codes
+
 SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
 """What `quantize("sign")` and `compress.levels` make."""
 
@@ -50,33 +56,48 @@ SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
 class Outline:
     """The shapes of an adapter's tensors, in order of name, and the rank that says which they are.
 
-    digest: of the state that a sender's update rests on; it says which positions are drawn.
+    digest: of the state that a sender's update rests on; it says which positions are drawn. core: whether the tensors
+    are the matrices between resting factors.
     """
 
     rank: int
     shapes: Mapping[str, tuple[int, ...]]
     digest: str = ""
+    core: bool = False
 
     @classmethod
-    def of(cls, adapter: LoraState, whole: Mapping[str, int], digest: str = "") -> Outline | None:
+    def of(
+        cls, adapter: LoraState, whole: Mapping[str, int], digest: str = "", *, core: bool = False
+    ) -> Outline | None:
         """That of a sender's adapter, where one rank says what it is of an adapter of ranks `whole`; else None."""
         rank = max(adapter.ranks().values(), default=0)
         if not rank or adapter.ranks() != {module: min(rank, most) for module, most in whole.items()}:
             return None
-        return cls(rank, {name: tuple(tensor.shape) for name, tensor in sorted(adapter.tensors().items())}, digest)
+        # A site's rules look at what leaves with the site's own ranks at hand: of a lower rank, cores are named.
+        if core and adapter.ranks() != dict(whole):
+            return None
+        ranks = {module: (pair.rank, whole[module]) for module, pair in adapter.items()}
+        return cls(rank, _shapes(adapter, ranks, core=core), digest, core)
 
     @classmethod
-    def at_rank(cls, state: State, rank: int) -> Outline:
+    def at_rank(cls, state: State, rank: int, *, core: bool = False) -> Outline:
         """That of an adapter of this rank, as a receiver knows it."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module, pair in state.adapter.items():
-            held, (m, n) = min(rank, whole_rank(state, module)), pair.shape
-            shapes |= {f"{module}/A": (held, n), f"{module}/B": (m, held)}
-        return cls(rank, dict(sorted(shapes.items())))
+        whole = whole_ranks(state)
+        ranks = {module: (min(rank, most), most) for module, most in whole.items()}
+        return cls(rank, _shapes(state.adapter, ranks, core=core), core=core)
 
     def numel(self) -> int:
         """Elements of all tensors."""
         return sum(count(shape) for shape in self.shapes.values())
+
+
+def _shapes(adapter: LoraState, ranks: Mapping[str, tuple[int, int]], *, core: bool) -> dict[str, tuple[int, ...]]:
+    """In order of name; ranks: module → (the sender's, that of the whole adapter)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (own, whole) in ranks.items():
+        m, n = adapter[module].shape
+        shapes |= {f"{module}/{CORE}": (own, whole)} if core else {f"{module}/A": (own, n), f"{module}/B": (m, own)}
+    return dict(sorted(shapes.items()))
 
 
 def whole_ranks(state: State) -> dict[str, int]:
@@ -91,6 +112,8 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
     """
     if outline is None or entries.keys() != outline.shapes.keys():
         return entries
+    if outline.core:
+        return _join_cores(entries, outline) or entries
     for kind in (SIGNS, CODES):
         held = [_codes_of(entries[name], shape, kind) for name, shape in outline.shapes.items()]
         codes = [one for one in held if one is not None]
@@ -117,6 +140,28 @@ def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind
     }
 
 
+def _join_cores(entries: Entries, outline: Outline) -> Entries | None:
+    """The two tensors for codes of one form and one scale a tensor; None where these are something else."""
+    held = [entries[name] for name in outline.shapes]
+    forms = {(type(entry), entry.shape == shape) for entry, shape in zip(held, outline.shapes.values(), strict=True)}
+    codes = [entry.values for entry in held if isinstance(entry.values, Quantized)]
+    kinds = {(values.bits, values.block) for values in codes}
+    if len(codes) < len(held) or len(kinds) != 1 or not kinds <= _CORES or any(v.scales.numel() > 1 for v in codes):
+        return None
+    kind = Kind(CORES, codes[0].bits, _ALL)
+    if not 0 < sum(values.numel() for values in codes) <= _ALL:
+        return None
+    if forms == {(Sparse, True)}:
+        sparse = [(entry, values) for entry, values in zip(held, codes, strict=True) if isinstance(entry, Sparse)]
+        return _join(sparse, outline, kind)
+    scales = torch.cat([values.scales for values in codes])
+    rounded = scales.to(torch.bfloat16)
+    if forms != {(Dense, True)} or not torch.equal(rounded.to(torch.float32), scales):
+        return None
+    joined = Quantized(torch.cat([values.codes for values in codes]), torch.ones(1), _ALL, kind.bits)
+    return {f"{CORES}{outline.rank}": Dense((joined.numel(),), joined), SCALES: Dense((rounded.numel(),), rounded)}
+
+
 def _codes_of(entry: Entry, shape: tuple[int, ...], kind: Kind) -> tuple[Sparse, Quantized] | None:
     """The entry and its values, where they are of this kind with at most one scale."""
     values = entry.values
@@ -136,16 +181,18 @@ def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
-    named = next((name for name in entries if name.startswith(DRAWN)), None)
+    named = next((name for name in entries if name.startswith((DRAWN, CORES))), None)
     if named is None:
         return entries
+    if named.startswith(CORES):
+        return _split_cores(entries, named, state)
     rank, _, share = named.removeprefix(DRAWN).partition(":")
     return split_drawn(entries, named, share, _read_outline(named, rank, state).shapes, base)
 
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether entries of these names are joined ones."""
-    return any(name.startswith(begin) for name in names for begin in (SIGNS.prefix, CODES.prefix, DRAWN))
+    return any(name.startswith(begin) for name in names for begin in (SIGNS.prefix, CODES.prefix, CORES, DRAWN))
 
 
 def names_in(payload: bytes, state: State) -> Collection[str]:
@@ -164,14 +211,32 @@ def _split(entries: Entries, named: str, kind: Kind, state: State) -> Entries:
     return _cut(codes.positions, codes.values.codes, scales, outline, kind)
 
 
-def _read_outline(named: str, rank: str, state: State) -> Outline:
+def _split_cores(entries: Entries, named: str, state: State) -> Entries:
+    outline = _read_outline(named, named.removeprefix(CORES), state, core=True)
+    joined, scales = entries[named], read_scales(entries, named)
+    if joined.shape != (outline.numel(),) or isinstance(joined, Seeded):
+        raise WireError(f"{named!r} of shape {joined.shape} does not fit cores of {outline.numel():,} values")
+    values = joined.values
+    kind = Kind(CORES, values.bits if isinstance(values, Quantized) and (values.bits, _ALL) in _CORES else 4, _ALL)
+    check_unscaled(named, values, kind.bits)
+    assert isinstance(values, Quantized)
+    if isinstance(joined, Sparse):
+        return _cut(joined.positions, values.codes, scales, outline, kind)
+    sizes = [count(shape) for shape in outline.shapes.values()]
+    if scales.numel() != len(sizes):
+        raise WireError(f"{scales.numel()} joined scales do not fit {len(sizes)} cores")
+    pieces = zip(outline.shapes.items(), torch.split(values.codes, sizes), torch.split(scales, 1), strict=True)
+    return {name: Dense(shape, Quantized(codes, own, _ALL, kind.bits)) for (name, shape), codes, own in pieces}
+
+
+def _read_outline(named: str, rank: str, state: State, *, core: bool = False) -> Outline:
     """The shapes of the adapter of the rank that a name says."""
     # isdecimal alone would let other scripts' digits through; ten digits are more than any rank.
     if not (rank.isascii() and rank.isdecimal() and len(rank) < 10 and str(int(rank)) == rank and int(rank)):
         raise WireError(f"{named!r} names no rank: expected a number after the first colon")
     if int(rank) > max(whole_ranks(state).values()):
         raise WireError(f"{named!r} is of a larger adapter than this one")
-    return Outline.at_rank(state, int(rank))
+    return Outline.at_rank(state, int(rank), core=core)
 
 
 def _cut(positions: Tensor, codes: Tensor, scales: Tensor, outline: Outline, kind: Kind) -> dict[str, Sparse]:

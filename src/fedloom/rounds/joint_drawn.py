@@ -74,7 +74,7 @@ def split_drawn(entries: Entries, named: str, share: str, shapes: Shapes, digest
     if max(sizes, default=0) > _BLOCK or sum(size > 0 for size in sizes) != scales.numel():
         raise WireError(f"{scales.numel()} joined scales do not fit tensors of {sizes} values")
     found: dict[str, Entry] = {}
-    for (name, shape), codes, size in zip(shapes.items(), values.codes.split(sizes), sizes, strict=True):
+    for (name, shape), codes, size in zip(shapes.items(), torch.split(values.codes, sizes), sizes, strict=True):
         own, scales = scales[: size > 0], scales[size > 0 :]
         found[name] = Seeded(shape, seeds[name], density, Quantized(codes, own, _BLOCK, 1))
     return found

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from fedloom.compress.entries import Sparse, count
+from fedloom.compress.levels import coded
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, narrow, subset
 from fedloom.methods.method import CORE, as_given
@@ -46,8 +47,12 @@ def least_bytes(job: Job, adapter: LoraState, whole: LoraState) -> int:
     entries: dict[str, Sparse] = {}
     for name, shape in _sent_shapes(job, adapter, whole).items():
         place = torch.tensor([] if entries else [count(shape) - 1], dtype=torch.int64)
-        entries[name] = Sparse(shape, place, job.quantize(torch.ones(place.numel()), 0))
-    outline = Outline.of(adapter, whole.ranks()) if job.method.joins else None
+        # Cores are coded by `compress.levels` alone; other methods' values as the run says.
+        ones = torch.ones(place.numel())
+        rests = name.endswith(f"/{CORE}")
+        entries[name] = Sparse(shape, place, coded(ones.to(torch.int8), 1.0, 4) if rests else job.quantize(ones, 0))
+    core = job.method.begin is not as_given
+    outline = Outline.of(adapter, whole.ranks(), core=core) if job.method.joins else None
     return len(encode(Message(header, join_entries(entries, outline)))) + _SURE
 
 

@@ -17,7 +17,7 @@ from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import FROZEN, Method, State, send_all
+from fedloom.methods.method import CORE, FROZEN, Method, State, send_all
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.checks import (
     UpdateFacts,
@@ -154,8 +154,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     watch.lap("train")
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    outline = Outline.of(trained.adapter, whole_ranks(state), state.digest) if job.method.joins else None
-    draft = Draft(header, outline)
+    draft = Draft(header, _outline(job, state, trained.adapter, round))
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     watch.lap("compress", less=draft.seconds)
@@ -164,6 +163,14 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     watch.lap("encode")
     del watch.stages["train"]  # the training says it itself
     return ClientTurn(replace(state, memory=memory), payload, replace(trained, stages=watch.stages))
+
+
+def _outline(job: Job, state: State, adapter: LoraState, round: int) -> Outline | None:
+    """What a payload about `adapter` may leave to its receiver to know; None where it says everything itself."""
+    if not job.method.joins:
+        return None
+    core = job.method.parts(state, round) == (CORE,)
+    return Outline.of(adapter, whole_ranks(state), state.digest, core=core)
 
 
 def server_turn(
@@ -293,7 +300,7 @@ def _average(
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
-    draft = Draft(header, Outline.of(state.adapter, whole_ranks(state)) if job.method.joins else None)
+    draft = Draft(header, _outline(job, state, state.adapter, round))
     context = replace(job.context(round), size=draft.size)
     told, watch = is_told(job, round), watch or Watch()
     agreement = measure_agreement(cohort, state) if told else None

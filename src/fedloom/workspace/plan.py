@@ -42,8 +42,10 @@ class Plan:
 
     def on_base(self, read: Callable[[str], Tensor]) -> Plan:
         """The same with what the method takes from the base weights; read: module → W0 (m × n)."""
-        made = self.job.method.on_base
-        return self if made is None else replace(self, job=replace(self.job, method=made(self.initial, read)))
+        method = self.job.method
+        if method.on_base is None:
+            return self
+        return replace(self, job=replace(self.job, method=method.on_base(method, self.initial, read)))
 
 
 def choose_method(config: Config, method: Method | None) -> Method:

@@ -185,7 +185,7 @@ def _try(
         return error
     begin = initial_state(chosen.shapes, top, asked.seed)
     if method.on_base is not None:  # sizes do not depend on the values of the base weights
-        method = method.on_base(begin, lambda module: torch.empty(chosen.shapes[module], device="meta"))
+        method = method.on_base(method, begin, lambda module: torch.empty(chosen.shapes[module], device="meta"))
     here = choose_clients(held, asked.attending or len(held))
     kept = asked.budget if method.takes_budget else None
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
