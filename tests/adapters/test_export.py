@@ -230,7 +230,7 @@ def test_what_vllm_cannot_take_is_named(tmp_path):
 # cuts
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.integers(1, 6), st.floats(0.2, 0.999), st.integers(0, 99))
 def test_a_cut_costs_what_a_dense_svd_says(tmp_path_factory, max_rank, energy, seed):
     folder = tmp_path_factory.mktemp("cut")
@@ -284,13 +284,15 @@ def test_a_cut_out_of_range_is_refused(cut, said):
 def test_a_run_is_handed_on_by_its_adapter(tmp_path):
     plain(tmp_path / "run" / "adapter", rank=3)
     (tmp_path / "run" / "ledger.jsonl").touch()
-    (tmp_path / "run" / "adapter" / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "README.md"):
+        (tmp_path / "run" / "adapter" / name).write_text("{}")
     words = ["export", str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "o"), "--max-rank", "1"]
     first = CliRunner().invoke(app, [*words, "--json"])
     told = json.loads(first.stdout)
     assert told["source"].endswith("adapter") and told["bytes"] == sum(
         file.stat().st_size for file in (tmp_path / "o").iterdir()
     )
+    assert told["notes"] == ["README.md is that of the whole adapter: its rank and scores are those before the cut"]
     assert (tmp_path / "o" / "tokenizer.json").is_file() and {row["rank"] for row in told["modules"]} == {1}
     shown = CliRunner().invoke(app, [*words, "--force"], env={"COLUMNS": "200"}).stdout
     assert "error of the cut" in shown and "MiB load it: PeftModel.from_pretrained" in " ".join(shown.split())

@@ -177,8 +177,8 @@ def test_one_method_that_refuses_is_a_row_of_its_own(monkeypatch):
     result = estimate.run_estimate(case, ["fedit", "ffa"])
     assert [row["method"] for row in result["rows"]] == ["fedit", "ffa"]
     assert result["rows"][1]["refused"] == "method 'ffa' needs equal ranks, but not today"
-    shown, why = estimate.estimate_tables(result)
-    assert shown.row_count == why.row_count == 1
+    shown, plan, why = estimate.estimate_tables(result)
+    assert shown.row_count == plan.row_count == why.row_count == 1
     with pytest.raises(ConfigError, match="not today"):
         estimate.run_estimate(case, ["ffa"])
 

@@ -137,8 +137,8 @@ def test_what_is_no_budget_is_refused_with_the_settings(sets, said):
 
 def test_an_estimate_is_of_what_the_budget_leads_to():
     case = config_case(config_of("wire.client_budget=15KB"))
-    assert case.note.startswith("wire.client_budget of 15KB: rank ") and case.budget is not None
-    assert set(case.ranks["bank"].values()) != {16} and "upload_share=" in case.method
+    assert case.note.startswith("wire.client_budget of 15KB: loom sends changes of rank 5 ") and case.budget is not None
+    assert {rank for held in case.ranks.values() for rank in held.values()} == {5} and "upload_share=" in case.method
 
 
 @settings(max_examples=60, deadline=None)

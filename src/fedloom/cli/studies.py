@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fedloom.cli.options import AsJson, Jobs, Set, print_result, split_numbers, split_words
+from fedloom.errors import ConfigError
 from fedloom.records.text import LONG, cell
 from fedloom.report.numbers import human_bytes
 from fedloom.report.scores import NO_SCORE
@@ -62,6 +63,8 @@ def estimate(
     from fedloom.studies.estimate.plan import Terms, parse_lines
 
     if run is not None:
+        if config or methods or sets:
+            raise ConfigError(f"{run} is a run, which has its own settings: leave --config, --methods and --set away")
         foretell(run, as_json)
         return
     terms = Terms(parse_lines(line or []), price, price_up, turn_seconds)

@@ -107,8 +107,7 @@ def write_export(
             made = FORMS[form](Order(adapter, place, out, DTYPES[dtype], base, name))
             if place is not None and form != "gguf":
                 copy_tokenizer(folder, place)
-                if (folder / "README.md").is_file() and form != "merged":
-                    shutil.copyfile(folder / "README.md", place / "README.md")
+                made.notes.extend(_copy_card(folder, place, form, is_cut=rows is not None))
     modules = _modules(whole, rows, made)
     note = other_base_note([whole], base) if base and not whole.base_digest else None
     return {
@@ -122,6 +121,14 @@ def write_export(
         "load": made.load,
         "notes": [*made.notes, *([note] if note else [])],
     }
+
+
+def _copy_card(folder: Path, out: Path, form: str, *, is_cut: bool) -> list[str]:
+    """Copy the adapter's model card beside its factors; what to know of it, in words."""
+    if form == "merged" or not (folder / "README.md").is_file():  # a merged model has its base's
+        return []
+    shutil.copyfile(folder / "README.md", out / "README.md")
+    return ["README.md is that of the whole adapter: its rank and scores are those before the cut"] if is_cut else []
 
 
 def _modules(whole: AdapterFolder, rows: list[MergedModule] | None, made: Made) -> list[ExportedModule]:

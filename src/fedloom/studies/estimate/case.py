@@ -29,6 +29,7 @@ from fedloom.workspace.regions import plan_regions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_UNKNOWN = "full states after federation.consolidate_every are taken to be as large as before"
 _WIDTHS = {"bfloat16": 2, "float16": 2}
 """Bytes of a weight by model.dtype, where it is not 4."""
 
@@ -172,7 +173,7 @@ def _place_case(config: Config, base: PreTrainedModel, clients: tuple[str, ...],
         regions=plan_regions(config.federation.regions, clients, method),
         method=variant_of(config),
         base_bytes=sum(weight.numel() for weight in base.parameters()) * _WIDTHS.get(config.model.dtype, 4),
-        note=spent,
+        note="; ".join(filter(None, (spent, _UNKNOWN if config.federation.consolidate_every else ""))),
         waits=config.federation.mode == "synchronous",
     )
 

@@ -23,9 +23,10 @@ def train_part(train: Train, modules: Ranks) -> Train:
 def train_made_up(method: Method, *, fading: bool = False) -> Train:
     """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8).
 
-    fading: by normal noise instead, of which every further component of the pair has less.
+    fading: by normal noise instead, of which every further component of the pair has less, and A a tenth of what B has,
+    as where B began at zero.
     """
-    draw_a, draw_b = (draw_fading, _fading_columns) if fading else (draw_noise, draw_noise)
+    draw_a, draw_b = (_draw_small, _draw_columns) if fading else (draw_noise, draw_noise)
 
     def train(state: State, round: int, seed: int) -> Trained:
         generator = torch.Generator().manual_seed(seed)
@@ -57,5 +58,9 @@ def draw_fading(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator).div_(rows).mul_(1e-3)
 
 
-def _fading_columns(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _draw_small(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return draw_fading(shape, generator).mul_(0.1)
+
+
+def _draw_columns(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return draw_fading(shape[::-1], generator).T
