@@ -15,22 +15,23 @@ DOMAINS = ("bank", "lab")
 class WrittenRun:
     """A run in a folder, in progress until `end`: this process holds its lock."""
 
-    def __init__(self, folder, method="fedsrd", rounds=4):
+    def __init__(self, folder, method="fedsrd", rounds=4, clients=CLIENTS):
         folder.mkdir(parents=True)
         self.folder, self.round = folder, 0
         self._lock = take_lock(folder)
         (folder / "config.toml").write_text("", encoding="utf-8")
         self._ledger = None
-        self._method, self._rounds = method, rounds
+        self._method, self._rounds, self._clients = method, rounds, clients
 
     def begin(self):
         """Its first rows; without them it is being set up."""
         self._ledger = Ledger(self.folder / "ledger.jsonl")
         parts = {"values": 600, "positions": 400}
         self._parts = parts
-        self._write(RunRow(self._method, "model", CLIENTS, self._rounds, 1000, 0))
+        self._write(RunRow(self._method, "model", self._clients, self._rounds, 1000, 0))
         self._write(Session(0, "2026-11-01T00:00:00+00:00", '[method]\nname = "fedsrd"\n'))
         self._write(*(Evaluation(0, domain, 0.0, 3.0, 0.1, 10, 30, 60) for domain in DOMAINS))
+        self._ledger.sync()
         return self
 
     def play(self, rounds=1):
@@ -38,7 +39,7 @@ class WrittenRun:
         for _ in range(rounds):
             self.round += 1
             share = self.round / self._rounds
-            for place, client in enumerate(CLIENTS):
+            for place, client in enumerate(self._clients):
                 self._write(
                     Transfer(self.round, client, "down", "change", 900, {"values": 900}),
                     Training(self.round, client, 2.0 - share - place / 10, 3, 10, 0.5),
@@ -46,6 +47,7 @@ class WrittenRun:
                 )
             self._write(Aggregation(self.round, {}, 0.25))
             self._write(*(Evaluation(self.round, domain, share, 3.0 - share, 0.1, 10, 30, 60) for domain in DOMAINS))
+        self._ledger.sync()
         return self
 
     def end(self, status="finished", reason=""):
@@ -67,7 +69,6 @@ class WrittenRun:
     def _write(self, *rows):
         for row in rows:
             self._ledger.append(row)
-        self._ledger.sync()
 
 
 @contextmanager

@@ -211,7 +211,6 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     for name in ("a/fedit/seed-0", "a/loom/seed-0", "b/loom/seed-0", "demo"):
         WrittenRun(tmp_path / name).begin().end()
     assert list(Runs([tmp_path]).find()) == ["fedit/seed-0", "a/loom/seed-0", "b/loom/seed-0", "demo"]
-    assert Runs([tmp_path / "demo"]).is_single and not Runs([tmp_path]).is_single
     assert list(Runs([tmp_path / "demo", tmp_path / "a" / "fedit"]).find()) == ["demo", "seed-0"]
 
 

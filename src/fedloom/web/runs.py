@@ -27,11 +27,6 @@ class Runs:
         for path in self.paths:
             _check(path)
 
-    @property
-    def is_single(self) -> bool:
-        """Whether the user named one run, and no folder of runs."""
-        return len(self.paths) == 1 and is_run(self.paths[0])
-
     def find(self) -> dict[str, Path]:
         """Name → folder of every run that is there now, in the order of the paths, below each by name.
 
