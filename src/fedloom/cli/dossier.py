@@ -31,7 +31,10 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     yield "leaves", _leaving(here, seen)
     yield "bytes", _bytes(here, seen)
     yield "secure sum", _sums(seen)
-    yield "noise", _noise(seen.noise)
+    if seen.least_cohort and seen.noise is None:
+        yield "noise", "off: nothing bounds what the sums and the result say of the data (docs/privacy.md)"
+    else:
+        yield "noise", _noise(seen.noise)
     for number, objection in enumerate(seen.objections):
         yield "" if number else "refused by policy", objection
     if not seen.objections:
@@ -135,7 +138,7 @@ def _sums(seen: Dossier) -> str:
 
 def _noise(noise: Noise | None) -> str:
     if noise is None:
-        return "off: whoever runs the server may be able to read examples out of what it sees (docs/privacy.md)"
+        return "off: whoever runs the server may be able to read examples out of an update (docs/privacy.md)"
     said = (
         f"on (σ = {noise.sigma:g}, C = {noise.clip_norm:g}): ε {noise.job:.3g} for this job, {noise.spent:.3g} spent "
         f"before, {noise.together:.3g} together, at δ = {noise.delta:g}"
