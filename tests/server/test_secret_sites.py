@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fedloom.errors import ConfigError
 from fedloom.methods.table import METHODS, build
@@ -16,10 +18,11 @@ from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
 from fedloom.report.answers import count_answers
 from fedloom.report.numbers import summarise
+from fedloom.report.tables import traffic_table
 from fedloom.rounds import secure
 from fedloom.rounds.secure import mean_update
 from fedloom.rounds.turns import start, sum_turn
-from fedloom.secagg import Grid, unpack_vector
+from fedloom.secagg import Grid, count_talk, unpack_vector
 from fedloom.server import secret, sums
 from fedloom.server.loop import Rounds
 from fedloom.server.secret import SecretSites
@@ -76,6 +79,12 @@ class Twin:
         return [sum(values) % 2**bits for values in zip(*vectors, strict=True)]
 
 
+def summary_text(rows):
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(traffic_table(summarise(rows)))
+    return screen.file.getvalue()
+
+
 def secure_state(setup):
     return start(setup.job, setup.initial)
 
@@ -115,6 +124,10 @@ def test_the_mean_is_that_of_the_updates_in_the_clear_but_for_rounding(tmp_path)
     assert summarise(rows).totals.bytes_up == sum(
         row.bytes for row in rows if isinstance(row, Transfer) and row.direction == "up"
     )
+    for way, size in zip(("up", "down"), count_talk(list(hidden.sites)), strict=True):
+        said = [row.bytes for row in rows if isinstance(row, Transfer) and row.is_talk and row.direction == way]
+        assert sum(said) == 3 * 4 * size, "what the protocol takes beside the vectors is known beforehand"
+    assert "nan" not in summary_text(rows)
     kinds = Counter(row.kind for row in rows if isinstance(row, Transfer) and row.direction == "up")
     assert kinds == {"sum:keys": 12, "sum:shares": 12, "masked": 12, "sum:agreement": 12, "sum:opening": 12}
     assert {held.answered for held in count_answers(rows).values()} == {3}
