@@ -16,8 +16,10 @@ from fedloom.records.ledger import Aggregation, Row, RunRow, read_rows
 from fedloom.records.lock import LOCK
 from fedloom.records.session import End
 
+SECURE_SUM = "secure-sum"
+"""The messages of the secure sum in progress (`server.journal`)."""
 WRITTEN = (
-    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
+    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html", SECURE_SUM),
     *("metrics.prom", "split.json", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
@@ -90,7 +92,8 @@ def clear_start(path: Path) -> None:
             file.unlink()
         if (path / folder).is_dir() and not any((path / folder).iterdir()):
             (path / folder).rmdir()
-    for name in ("metrics.prom", "split.json", "job", "flower-run", "curve.png", "report.html", "ledger.jsonl"):
+    files = ("metrics.prom", "split.json", "job", "flower-run", "curve.png", "report.html", SECURE_SUM, "ledger.jsonl")
+    for name in files:
         (path / name).unlink(missing_ok=True)
 
 
