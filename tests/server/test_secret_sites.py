@@ -26,7 +26,7 @@ from fedloom.secagg import Grid, count_talk, unpack_vector
 from fedloom.server import secret, sums
 from fedloom.server.loop import Rounds
 from fedloom.server.secret import SecretSites
-from fedloom.workspace.privacy import plan_sums
+from fedloom.workspace.privacy import describe_masked, plan_sums
 from fedloom.workspace.resumption import dump_fixed
 from toy import initial, ranks
 from toy_run import simulation, toy_setup
@@ -258,6 +258,15 @@ def test_bits_that_hold_no_sum_are_refused():
 def test_clients_that_train_other_things_are_refused():
     with pytest.raises(ConfigError, match="c differs from a: what only some train would be the sum of those alone"):
         plan_sums(configure(), build("fedit"), {"a": ranks(4), "b": ranks(4), "c": ranks(2)})
+
+
+def test_that_a_budget_is_not_kept_under_masks_is_said():
+    for name, words in (("loom", "every site sends 1.0 KiB a round. Method 'loom'"), ("fedit", "")):
+        setup = toy_setup(configure(f"method.name={name}"), 3, initial())
+        said = describe_masked(setup.job, setup.initial)
+        assert words in said and bool(words) == bool(said)
+        known = replace(setup.job, method=replace(setup.job.method, support=lambda state, context: {}))
+        assert not describe_masked(known, setup.initial)
 
 
 def test_without_it_a_run_is_the_run_that_it_was():
