@@ -15,8 +15,8 @@ from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Reply
 from fedloom.flower.settings import shared_settings
 from fedloom.records.ledger import Transfer
+from fedloom.rounds.agreement import name_sum
 from fedloom.rounds.checks import UpdateFacts
-from fedloom.rounds.secure import name_sum
 from fedloom.secagg import Phase
 from fedloom.server.attendance import Attendance
 from fedloom.server.engine import Updates
