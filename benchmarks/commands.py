@@ -236,6 +236,23 @@ def secagg_command(
     print_result(secagg.run(sites, vanish, values, bits, seed), secagg.tables, as_json)
 
 
+@app.command("canaries")
+def canaries_command(
+    epsilon: Annotated[float, typer.Option(min=0.01, help="ε that the training is to keep.")] = 8.0,
+    canaries: Annotated[int, typer.Option(min=10, help="Examples of random tokens, half of them trained on.")] = 200,
+    guesses: Annotated[
+        int, typer.Option(min=2, help="Canaries of which the attacker says whether they were there.")
+    ] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of canaries and coins.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """An audit of noise on examples: ε bounded from below by what an attacker guesses, beside the ε that is stated."""
+    from benchmarks import canaries as audit
+
+    print_result(audit.run(epsilon, canaries, guesses, steps, seed), audit.tables, as_json)
+
+
 @app.command("rounds")
 def rounds_command(
     sites: Annotated[int, typer.Option(min=1, help="Sites, each with a worker of its own.")] = 2,

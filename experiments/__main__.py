@@ -148,6 +148,39 @@ def width(
 
 
 @app.command()
+def privacy(
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "demo",
+    epsilons: Annotated[str, typer.Option(help="Values of ε; inf is without noise.")] = "1,3,8,inf",
+    levels: Annotated[str, typer.Option(help="Levels: example,site.")] = "example,site",
+    method: Annotated[
+        str | None, typer.Option(help="The variant that is played at every level; see fedloom compare.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples that a step draws, at example level.")] = 256,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every ε.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first.")] = 300,
+    jobs: Jobs = 1,
+    sets: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path("runs/privacy"),
+) -> None:
+    """Score and bytes under several ε, for single examples and for whole sites; a table in Markdown."""
+    from experiments import front, privacy
+    from fedloom.report import tables as table
+
+    names = split_words(levels)
+    if unknown := set(names) - set(privacy.METHODS):
+        raise ConfigError(f"--levels: {min(unknown)!r} is none; expected {' or '.join(privacy.METHODS)}")
+    bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], sets or [])
+    methods = {level: method or privacy.METHODS[level] for level in names}
+    tried = range(first_seed, first_seed + seeds)
+    made = privacy.plan(bed.config, privacy.parse_epsilons(epsilons), methods, batch, tried, out / testbed)
+    play_all([run for one in made for run in one.made], jobs, lambda run: run.label.partition(":")[0])
+    found = table.to_markdown(privacy.rows(made))
+    (out / testbed).mkdir(parents=True, exist_ok=True)
+    (out / testbed / "privacy.md").write_text(found, encoding="utf-8")
+    print(found)
+
+
+@app.command()
 def overlap(
     work: Annotated[Path, typer.Option(help="Work folder of the base model, with its corpus.")] = Path("runs/base"),
     testbeds: Annotated[str, typer.Option(help="Testbeds whose texts are looked for.")] = "wordnet,docstrings",

@@ -61,8 +61,8 @@ class Twin:
         self.vectors, self.found, self.states = {}, [], []
         make, mean = secret.make_vector, sums.mean_update
 
-        def making(job, state, client, payload, round):
-            made = make(job, state, client, payload, round)
+        def making(job, state, client, payload, round, noise=None):
+            made = make(job, state, client, payload, round, noise)
             self.vectors[round, client] = made[0]
             return made
 

@@ -6,16 +6,26 @@ import pytest
 
 import fedloom
 from fedloom.site.config import SiteConfig
-from fedloom.site.rules import Policy
+from fedloom.site.privacy import Privacy
+from fedloom.site.rules import ExamplePrivacy, Policy
 
 PACKAGE = Path(fedloom.__file__).parent
 TEMPLATE = (PACKAGE / "deploy" / "templates" / "SITE.toml").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("key", sorted(set(Policy.model_fields) - {"privacy"}))
+TABLES = {"privacy": Privacy, "example_privacy": ExamplePrivacy}
+
+
+@pytest.mark.parametrize("key", sorted(set(Policy.model_fields) - set(TABLES)))
 def test_every_rule_is_in_the_template_and_on_the_page(key):
     assert f"{key} = " in TEMPLATE and f"`{key}" in PAGE
+
+
+def test_tables_of_rules_are_in_the_template():
+    for name, table in TABLES.items():
+        text = TEMPLATE.partition(f"# [policy.{name}]\n")[2]
+        assert all(f"# {key} = " in text for key in table.model_fields)
 
 
 def test_a_site_says_for_itself_how_many_threads_it_uses():

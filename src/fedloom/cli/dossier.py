@@ -32,9 +32,13 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     yield "bytes", _bytes(here, seen)
     yield "secure sum", _sums(seen)
     if seen.least_cohort and seen.noise is None:
-        yield "noise", "off: nothing bounds what the sums and the result say of the data (docs/privacy.md)"
+        yield (
+            "noise at site level",
+            "off: this site adds none of its own (docs/privacy.md says what that means)",
+        )
     else:
-        yield "noise", _noise(seen.noise)
+        yield "noise at site level", _noise(seen.noise)
+    yield "noise at example level", seen.protection
     for number, objection in enumerate(seen.objections):
         yield "" if number else "refused by policy", objection
     if not seen.objections:
@@ -69,7 +73,10 @@ def overview_rows(here: SiteConfig, seen: Overview) -> Iterator[Row]:
     yield "left in all", f"{seen.updates} updates, {seen.bytes_all:,} bytes"
     if seen.epsilon is not None and here.policy.privacy is not None:
         most = here.policy.privacy.max_epsilon
-        yield "noise", f"ε {seen.epsilon:.3g}{f' of {most:g}' if most else ''} spent, at δ = {seen.delta:g}"
+        limit = f" of {most:g}" if most else ""
+        yield "noise at site level", f"ε {seen.epsilon:.3g}{limit} spent, at δ = {seen.delta:g}"
+    if seen.examples:
+        yield "noise at example level", seen.examples.partition(": ")[2]
     limit = here.policy.max_disk
     parts = f"{human_bytes(seen.disk_audit)} the record of what left, {human_bytes(seen.disk_jobs)} of {seen.jobs} jobs"
     yield "disk", f"{human_bytes(seen.disk)}: {parts}" + (f"; the policy allows {limit}" if limit else "")
@@ -108,7 +115,8 @@ def _leaving(here: SiteConfig, seen: Dossier) -> str:
             f"the update within a sum of {seen.least_cohort} sites or more, of which the server sees the sum alone; "
             "steps, seconds, and this site's public key; no number of examples, no loss, no example, token or file name"
         )
-    noisy, hidden = here.policy.privacy is not None, here.policy.declared_examples is not None
+    noisy = here.policy.privacy is not None or seen.protected
+    hidden = here.policy.declared_examples is not None
     number = f"{seen.told:,} as the number of examples" if seen.told else "the number of examples"
     told = [
         "the update",

@@ -158,7 +158,8 @@ def payload_tables(path: Path) -> RenderableType:
 
 def audit_table(folder: Path) -> RenderableType:
     """What has left a site, job by job, after the record was checked: every line, and every payload still kept."""
-    from fedloom.site.audit import AuditTrail, summarise_record
+    from fedloom.site.audit import AuditTrail
+    from fedloom.site.summary import summarise_record
 
     lines, moved, unlisted = AuditTrail(folder).verify()
     table = Table(box=box.SIMPLE_HEAD, title="what has left this site", title_style="bold")

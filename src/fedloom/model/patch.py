@@ -23,8 +23,9 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState, stack, subset
 from fedloom.methods.method import State
 from fedloom.model import peft_bridge
+from fedloom.model.settled import keep_use_cache, set_older_objects_aside
 from fedloom.model.trainer_checks import check_fits, check_gradients, check_trainer
-from fedloom.model.training import keep_random_state, keep_use_cache, set_older_objects_aside
+from fedloom.model.training import keep_random_state
 from fedloom.records.sections.training import count_steps
 from fedloom.rounds.turns import Task, Train, Trained
 

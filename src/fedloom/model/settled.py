@@ -7,12 +7,14 @@ as long as a tenth of the step.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 from accelerate import optimizer as accelerated  # type: ignore[import-untyped]
 from torch import nn
+from transformers import PretrainedConfig
 
 
 @contextmanager
@@ -66,3 +68,37 @@ def ask_once() -> Iterator[None]:
         yield
     finally:
         accelerated.is_lomo_available = known
+
+
+@contextmanager
+def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
+    """Have nothing kept for generation while training, and use_cache left as it was.
+
+    The Trainer sets it for a model, also where the configuration has none of its own, but not for the model's parts.
+    """
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    before = [vars(part).get("use_cache") for part in parts]
+    try:
+        for part in parts:
+            part.use_cache = False
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            vars(part).pop("use_cache", None)
+            if value is not None:
+                part.use_cache = value
+
+
+@contextmanager
+def set_older_objects_aside() -> Iterator[None]:
+    """While this lasts, collecting garbage looks at new objects alone; the garbage among them is collected at the end.
+
+    Accelerate collects garbage around every training, and the optimiser's state must not outlive it. Going through all
+    objects of the libraries each time would take longer than a small model's round.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()

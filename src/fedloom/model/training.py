@@ -6,7 +6,6 @@ process's own random state is left as it was found.
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fedloom.errors import ConfigError
@@ -30,7 +29,8 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
 from fedloom.model.packing import training_rows, without_mask
-from fedloom.model.settled import ask_once, settle
+from fedloom.model.private import PrivateRound, fit_privately
+from fedloom.model.settled import ask_once, keep_use_cache, set_older_objects_aside, settle
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 from fedloom.records.text import to_printable
@@ -89,13 +89,15 @@ def local_update(
     core: LoraState | None = None,
     penalty: Penalty | None = None,
     interrupt: Callable[[], None] | None = None,
+    private: PrivateRound | None = None,
 ) -> tuple[LoraState, TrainStats]:
     """Train `state`, on top of W0 and `frozen`, for one round; the factors not named in `trainable` keep their bits.
 
     How many steps that takes is settings.max_steps, or follows from num_train_epochs and the examples of `data`.
     With a `core` the matrix R of A = R V is trained, V being the core's A, and neither factor by itself.
     penalty(before, now) is added to the loss of every step. `interrupt` is called before every forward pass; what it
-    raises ends the training. Same arguments, same bits (on one thread).
+    raises ends the training. With `private` the steps are those of DP-SGD, and the loss is not told. Same arguments,
+    same bits (on one thread).
     """
     begun = time.perf_counter()
     peft_bridge.write_adapter(model, state)
@@ -112,7 +114,11 @@ def local_update(
             quiet_transformers(),
         ):
             arguments = _arguments(model, settings, seed)
-            loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
+            if private is None:
+                loss, steps, tokens = _fit(model, data, arguments, rates, extra, settings.bf16, interrupt)
+            else:
+                steps, tokens = _fit_privately(model, data, arguments, rates, extra, settings.bf16, interrupt, private)
+                loss = math.nan
         # Only now: up to here there were the optimiser's tensors too.
         trained = peft_bridge.read_adapter(model)
     peft_bridge.set_trainable(model, PARTS)
@@ -138,6 +144,28 @@ def _fit(
     trainer.train()
     steps = trainer.state.global_step
     return float(trainer.loss_sum) / max(steps, 1), steps, int(trainer.token_sum)
+
+
+def _fit_privately(
+    model: peft.PeftModel,
+    data: TokenizedExamples,
+    arguments: TrainingArguments,
+    rates: Callable[[int], float],
+    penalty: Callable[[], Tensor] | None,
+    bf16: bool,
+    interrupt: Callable[[], None] | None,
+    private: PrivateRound,
+) -> tuple[int, int]:
+    """`_fit` with noise. Returns steps and tokens; what the loss was is not for anybody to know."""
+    if arguments.activation_checkpointing:
+        base, how = cast(PreTrainedModel, model.get_base_model()), arguments.activation_checkpointing_kwargs
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    optimizer = _LocalTrainer(model=model, args=arguments).create_optimizer()
+    size = arguments.per_device_train_batch_size
+    tokens = fit_privately(
+        model, data, optimizer, private, rates, size=size, bf16=bf16, penalty=penalty, interrupt=interrupt
+    )
+    return private.noise.steps, tokens
 
 
 def _keep(before: LoraPair, after: LoraPair, trainable: Sequence[str]) -> LoraPair:
@@ -265,40 +293,6 @@ def keep_random_state() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-@contextmanager
-def keep_use_cache(config: PretrainedConfig) -> Iterator[None]:
-    """Have nothing kept for generation while training, and use_cache left as it was.
-
-    The Trainer sets it for a model, also where the configuration has none of its own, but not for the model's parts.
-    """
-    parts = {id(part): part for part in (config, config.get_text_config())}.values()
-    before = [vars(part).get("use_cache") for part in parts]
-    try:
-        for part in parts:
-            part.use_cache = False
-        yield
-    finally:
-        for part, value in zip(parts, before, strict=True):
-            vars(part).pop("use_cache", None)
-            if value is not None:
-                part.use_cache = value
-
-
-@contextmanager
-def set_older_objects_aside() -> Iterator[None]:
-    """While this lasts, collecting garbage looks at new objects alone; the garbage among them is collected at the end.
-
-    Accelerate collects garbage around every training, and the optimiser's state must not outlive it. Going through all
-    objects of the libraries each time would take longer than a small model's round.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.unfreeze()
 
 
 @contextmanager

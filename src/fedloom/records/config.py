@@ -87,6 +87,38 @@ def _check_mode(config: Config) -> None:
             raise ValueError(f"federation.{key} does nothing in synchronous rounds: set federation.mode = 'buffered'")
 
 
+def _check_sum_noise(config: Config) -> None:
+    """Raises ValueError where noise would be added to a sum that there is not, or that tells more than it hides."""
+    if config.privacy.noise_multiplier is None:
+        return
+    if not config.privacy.secure_aggregation:
+        raise ValueError(
+            "privacy.noise_multiplier is of the noise in a secure sum: set privacy.secure_aggregation to true; noise "
+            "of a site's own is set at the site (policy.privacy)"
+        )
+    if config.federation.weighting != "uniform":
+        raise ValueError(
+            "privacy.noise_multiplier needs federation.weighting = 'uniform': the sum would tell how many examples the "
+            "sites hold together, and no noise is on that"
+        )
+
+
+def _check_dp(config: Config) -> None:
+    """Raises ValueError where settings take away what noise on single examples promises."""
+    if config.training.dp is None:
+        return
+    if config.data.packing:
+        raise ValueError(
+            "training.dp and data.packing = true exclude each other: the gradient of a packed row is that of several "
+            "examples; set data.packing to false"
+        )
+    if config.training.dp.epsilon is not None and config.federation.mode == "buffered":
+        raise ValueError(
+            "training.dp.epsilon needs synchronous rounds: in asynchronous ones nobody knows how often a site will "
+            "train; give training.dp.noise_multiplier, and limit ε at the sites (policy.example_privacy)"
+        )
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -155,4 +187,6 @@ class Config(Section):
         _check_steps(self)
         _check_validation(self)
         _check_mode(self)
+        _check_dp(self)
+        _check_sum_noise(self)
         return self

@@ -11,6 +11,7 @@ of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -97,9 +98,12 @@ def make_vector(
     weight = secure.weight(facts.examples, job.weighting)
     factor, grid = weight / secure.largest(job.weighting), secure.grid
     draw = np.random.default_rng(derived_seed(job.seed, "grid", client, round))
+    changes = {n: factor * (sent[n].double() - start.double()).flatten().numpy() for n, start in before.items()}
+    if secure.noise is not None:
+        size = math.sqrt(sum(float(change @ change) for change in changes.values()))
+        changes = {name: change * min(1.0, secure.noise.clip_norm / (size or 1.0)) for name, change in changes.items()}
     pieces, cut = [], 0
-    for name, start in before.items():
-        change = factor * (sent[name].double() - start.double()).flatten().numpy()
+    for change in changes.values():
         cut += int((np.abs(change) > grid.reach).sum())
         pieces.append(grid.to_integers(change, draw))
     values = np.concatenate(pieces)

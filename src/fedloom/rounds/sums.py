@@ -5,10 +5,30 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedloom.noise.accounting import summed_cost
 from fedloom.secagg import Grid, least_threshold
+from fedloom.secagg.noise import most_reach
 
 SUM = "the sum of the sites"
 """The name under which a sum is averaged. No site can have it: it has spaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumNoise:
+    """Noise in every sum.
+
+    clip_norm: of a site's change. share: standard deviation of each site's noise, in steps of the grid. least: sites
+    whose shares together are the noise that was asked for.
+    """
+
+    clip_norm: float
+    share: int
+    least: int
+
+    def cost(self, step: float, values: int) -> float:
+        """What one sum costs a site, whatever its data: the ρ of concentrated privacy, on a grid of this step."""
+        # Two changes that are clipped differ by twice the norm at most.
+        return summed_cost(self.least, self.share, 2.0 * most_reach(self.clip_norm, step, values), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +43,7 @@ class Secure:
     most_examples: int = 10_000
     least_cohort: int = 3
     threshold: int | float | None = None
+    noise: SumNoise | None = None
 
     def threshold_of(self, sites: int) -> int:
         """Sites that must stay to the end of a sum that so many begin; more than there are where they are too few."""

@@ -29,6 +29,7 @@ from fedloom.server.workers import fill_pool, load_without_weights
 from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.private import forget_secret, refuse_own_trainer, run_secret
 from fedloom.workspace.regions import plan_regions
 
 
@@ -56,8 +57,12 @@ def run_local(
     with RunFolder.open(out, config, resume=resume, force=force) as folder, nest as begun:
         pool = fill_pool(config, method, begun) if begun else None
         setup = load_without_weights(config, method, pool) if pool else load_setup(config, method)
-        sites = LocalSites(setup, trainers=trainers, pool=pool)
-        return Rounds(setup, folder, observer or Silent(), sites).play(resume)
+        secret = run_secret(out, config)
+        setup = replace(setup, secret=secret) if secret else setup
+        sites = LocalSites(setup, trainers=trainers, pool=pool, secret=secret)
+        summary = Rounds(setup, folder, observer or Silent(), sites).play(resume)
+        forget_secret(out)
+        return summary
 
 
 Look = Callable[[int, str, State, ClientTurn], None]
@@ -69,7 +74,8 @@ Played = tuple[str, int, ClientTurn | None]
 class LocalSites:
     """Every client of a simulation: played one after the other on the one model, or side by side by the pool's workers.
 
-    trainers: client → a training step of its own. Raises ConfigError for a client that there is not.
+    trainers: client → a training step of its own. secret: what the workers' noise on examples comes from. Raises
+    ConfigError for a client that there is not.
     """
 
     def __init__(
@@ -79,10 +85,14 @@ class LocalSites:
         *,
         trainers: Mapping[str, Train] | None = None,
         pool: Pool | None = None,
+        secret: bytes = b"",
     ) -> None:
         trainers = trainers or {}
+        if trainers:
+            refuse_own_trainer(setup.config)
         check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
+        self.noise_key = secret
         self.pool = pool
         self.together = pool is not None
         self.look = look
@@ -162,7 +172,7 @@ class LocalSites:
             payloads = rounds.archive.payloads_for(self.setup.job, rounds.server, version, ranks, rounds.round)
             self.roster.receive(client, payloads)
             sent[client] = version, payloads
-            yield Turn(client, self.roster[client], rounds.round)
+            yield Turn(client, self.roster[client], rounds.round, self.noise_key)
 
     def trains_here(self, client: str, present: Attendance) -> bool:
         """Whether no worker can play it: it does not train, or by a step that only this process has."""

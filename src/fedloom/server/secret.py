@@ -19,6 +19,7 @@ from fedloom.secagg import PHASES, Invitation, Participant, Phase, unpack_vector
 from fedloom.server.attendance import Attendance
 from fedloom.server.engine import Updates
 from fedloom.server.sums import collect_sum, hidden_training, record_message
+from fedloom.workspace.private import noise_for_sum
 
 if TYPE_CHECKING:
     from fedloom.server.local import LocalSites
@@ -75,7 +76,10 @@ class SecretSites:
         """A client's vector of a round; None, noted, where its update is none that may be averaged."""
         setup, round = self.sites.setup, rounds.round
         try:
-            vector, cut = make_vector(setup.job, self.sites.roster[client], client, turn.payload, round)
+            state = self.sites.roster[client]
+            about = (setup.fingerprint, client, round, state.digest, turn.payload)
+            noise = noise_for_sum(setup.job.secure, self.sites.noise_key, *about)
+            vector, cut = make_vector(setup.job, state, client, turn.payload, round, noise)
         except FedloomError as error:
             rounds.note(round, f"client {client} refused: {error}", "refused")
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedloom.lora.pair import LoraState
@@ -25,15 +25,17 @@ class Task(Protocol):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Turn:
-    """A client's turn from a state that is in step with the server."""
+    """A client's turn from a state that is in step with the server. secret: of the run's noise (`Setup.secret`)."""
 
     client: str
     state: State
     round: int
+    secret: bytes = field(default=b"", repr=False)
 
     def do(self, setup: Setup) -> ClientTurn:
         """The turn, without the tensors that whoever asks has already or does not need."""
-        turn = client_turn(setup.job, self.client, self.state, [], setup.train(self.client), self.round)
+        train = replace(setup, secret=self.secret).train(self.client) if self.secret else setup.train(self.client)
+        turn = client_turn(setup.job, self.client, self.state, [], train, self.round)
         nothing = LoraState()
         state = replace(turn.state, adapter=nothing, frozen=nothing, tail=nothing)
         return replace(turn, state=state, trained=replace(turn.trained, adapter=nothing))

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,16 +27,14 @@ from typing import BinaryIO
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedloom.errors import AuditError
+from fedloom.noise.accounting import SampledNoise, merge
 from fedloom.site.clock import Clock
-from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Spending
 
 log = logging.getLogger("fedloom.worker")
 
 FIRST = "0" * 64
 """What the first line names as the one before it."""
-DELTAS = (1e-5, 1e-6, 1e-9)
-"""Where `summarise_record` states ε."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,8 @@ class Line:
 
     time: UTC; payload: its SHA-256, "" for a draw; mu: of the noise (`Privacy.mu`), None without noise; charge: digest
     of the line of the draw that the payload carries, None on other lines and on those of versions before that.
+    sampled: the noise on single examples that is charged for; draw: which numbers it is made of
+    (`model.private.PrivateRound.draw`); delta: the δ of its job at example level.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -58,8 +57,14 @@ class Line:
     previous: str
     digest: str
     charge: str | None = None
+    sampled: SampledNoise | None = None
+    draw: str | None = None
+    delta: float | None = None
+    summed: float | None = None
 
 
+_LATER = ("charge", "sampled", "draw", "delta", "summed")
+"""Fields that lines of older versions do not have; where they say nothing they are left out."""
 _LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
@@ -89,6 +94,24 @@ class AuditTrail:
         """Record on disk that noise is about to be drawn. Raises AuditError where that fails; then draw none."""
         return self._append(Line(self._time(now), job, round, 0, "", mu, "", ""))
 
+    def charge_examples(
+        self, job: str, round: int, sampled: SampledNoise, draw: str, delta: float, mu: float | None = None
+    ) -> Line:
+        """`charge` for noise on single examples, with `mu` for the noise of a whole site where there is both."""
+        return self._append(Line(self._time(None), job, round, 0, "", mu, "", "", None, sampled, draw, delta))
+
+    def find_charge(self, job: str, round: int, sampled: SampledNoise, draw: str, mu: float | None) -> Line | None:
+        """The line that charged for this draw already, where nothing has left with it.
+
+        A draw on examples is of the same numbers when a turn that was killed is trained again, and so it costs once;
+        noise of a whole site is drawn anew every time.
+        """
+        lines, wanted = self.lines(), (job, round, draw, sampled, None)
+        used = {line.charge for line in lines if line.payload}
+        free = (line for line in lines if not line.payload and line.digest not in used)
+        same = (line for line in free if (line.job, line.round, line.draw, line.sampled, line.mu) == wanted)
+        return next(same, None) if mu is None else None
+
     def record(
         self,
         payload: bytes,
@@ -97,10 +120,12 @@ class AuditTrail:
         mu: float | None,
         now: datetime | None = None,
         charge: str | None = None,
+        summed: float | None = None,
     ) -> Line:
         """Have the payload and its line on disk. Raises AuditError, and nothing may leave, where that is impossible.
 
-        charge: digest of the line that charged for the payload's noise.
+        charge: digest of the line that charged for the payload's noise. summed: what its share of noise in a secure sum
+        leaves of it to be learnt, the ρ of concentrated privacy.
         """
         name = hashlib.sha256(payload).hexdigest()
         kept = self.folder / "payloads" / name
@@ -110,7 +135,7 @@ class AuditTrail:
                 _write(kept, payload)
         except OSError as error:
             raise self._unrecorded(error) from None
-        return self._append(Line(self._time(now), job, round, len(payload), name, mu, "", "", charge))
+        return self._append(Line(self._time(now), job, round, len(payload), name, mu, "", "", charge, summed=summed))
 
     def _append(self, line: Line) -> Line:
         """The line, chained to the last one and on disk."""
@@ -208,6 +233,7 @@ class AuditTrail:
             bytes_round=sum(line.bytes for line in lines if (line.job, line.round) == (job, round)),
             bytes_day=sum(line.bytes for line in lines if line.time > since),
             mu_squared=mu_squared(lines),
+            sampled=sampled_noise(lines),
         )
 
 
@@ -218,23 +244,9 @@ def mu_squared(lines: Sequence[Line]) -> float:
     return sum(mu * mu for mu in (*drawn, *older.values()) if mu is not None)
 
 
-def summarise_record(lines: Sequence[Line], moved: Sequence[Line], unlisted: Sequence[str] = ()) -> list[str]:
-    """A verified record, summed up in words."""
-    said = [f"{len(lines)} lines, unbroken; newest digest {lines[-1].digest if lines else FIRST} (note it elsewhere)"]
-    if unlisted:
-        said.append(
-            f"{len(unlisted)} payloads have no line, {unlisted[0]} for one: they could not be recorded and did not "
-            "leave, or their lines were cut off"
-        )
-    if moved:
-        said.append(f"{len(moved)} payloads are no longer in the folder: their bytes were not checked")
-    mu, bare = math.sqrt(mu_squared(lines)), sum(line.mu is None for line in lines)
-    if mu:
-        values = ", ".join(f"{epsilon(mu, delta):.3g} at δ = {delta:g}" for delta in DELTAS)
-        said.append(f"noise: μ = {mu:.4g} over all rounds and jobs together; ε = {values}")
-    if bare:
-        said.append(f"{bare} payloads left without noise: no ε can be claimed for what they were trained on")
-    return said
+def sampled_noise(lines: Sequence[Line]) -> tuple[SampledNoise, ...]:
+    """All noise on single examples that was charged for, steps of the same noise added up."""
+    return merge(line.sampled for line in lines if line.sampled is not None and not line.payload)
 
 
 def _chained(line: Line, before: Sequence[Line]) -> Line:
@@ -262,8 +274,8 @@ def _check_charges(path: Path, lines: Sequence[Line]) -> None:
 
 
 def _fields(line: Line) -> dict[str, object]:
-    """What is written and digested. Lines of before there were charges have no such field, and keep their digests."""
-    return {key: value for key, value in asdict(line).items() if (key, value) != ("charge", None)}
+    """What is written and digested. Lines of before there were charges have no such fields, and keep their digests."""
+    return {key: value for key, value in asdict(line).items() if value is not None or key not in _LATER}
 
 
 def _digest(line: Line) -> str:

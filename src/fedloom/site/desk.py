@@ -23,6 +23,7 @@ from fedloom.methods.method import State
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer
 from fedloom.model.shared_base import SharedBase
+from fedloom.noise.secret import keep_secret
 from fedloom.records.config import Config
 from fedloom.records.ledger import Row
 from fedloom.rounds.memory import give_back
@@ -30,6 +31,7 @@ from fedloom.rounds.turns import Train, Trained, client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig
+from fedloom.site.examples import charge_examples
 from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.places import Place, Places
@@ -52,6 +54,7 @@ from fedloom.site.told import read_told
 from fedloom.site.withdrawal import Dropped, Wanted
 from fedloom.workspace.assemble import Setup, base_form
 from fedloom.workspace.export import export_adapter, save_run_adapter
+from fedloom.workspace.private import FILE, needs_secret
 
 log = logging.getLogger("fedloom.worker")
 
@@ -169,15 +172,19 @@ class Desk:
 
     def training(self, asked: Request, place: Place, charges: list[str]) -> Train:
         """The training step under the site's rules; digests of the lines that charge for its noise go to `charges`."""
-        policy = self.site.policy
+        policy, name = self.site.policy, self.site.name
 
         def charge() -> None:
-            if policy.privacy:
+            if policy.privacy and not charges:
                 charges.append(self.trail.charge(asked.job, asked.round, policy.privacy.mu).digest)
 
         def ordered(state: State, round: int, seed: int) -> Trained:
             if policy.order == "site":
                 seed = own_seed(Path(self.site.state), asked.job, round)
+            private = place.setup.private_round(name, state, round, seed) if self.own_trainer is None else None
+            if private is not None:
+                held = len(place.setup.sites[name].data)
+                charges.append(charge_examples(self.trail, policy, asked.job, asked.round, private, held))
             trained = step(state, round, seed)
             still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.
@@ -288,6 +295,8 @@ class Desk:
         check_job(self.site.policy, setup.job.method.name, tuple(setup.initial), examples, draws)
         # Residuals from rounds without noise may not leave later, so a change of the privacy settings ends a job here.
         rests_on = "\n".join((self._base, asked.settings, repr(self.site.policy.privacy)))
+        if needs_secret(config):
+            setup = replace(setup, secret=keep_secret(Path(self.site.state) / FILE))
         seal = hashlib.blake2b(rests_on.encode(), digest_size=16).hexdigest()
         store = Store(Path(self.site.state) / "jobs" / asked.job, seal)
         return Place.of(asked.job, asked.settings, setup, store, self.site.name)

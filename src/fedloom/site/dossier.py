@@ -11,21 +11,24 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedloom.errors import FedloomError, PolicyRefusal
+from fedloom.errors import ConfigError, FedloomError, PolicyRefusal
 from fedloom.methods.foreign import is_foreign
 from fedloom.methods.table import build
 from fedloom.model.base import empty_base
 from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter
 from fedloom.model.sources import load_examples
+from fedloom.noise.accounting import example_epsilon
 from fedloom.records.config import Config, TrainingSettings
+from fedloom.records.noise import plan_noise
 from fedloom.records.quantities import parse_bytes
-from fedloom.site.audit import AuditTrail, Line, mu_squared
+from fedloom.site.audit import AuditTrail, Line, mu_squared, sampled_noise
 from fedloom.site.config import SiteConfig
+from fedloom.site.examples import delta_for
 from fedloom.site.policy import (
     check_examples,
     check_modules,
@@ -76,8 +79,9 @@ class Dossier:
     many places it is trained; ranks: least and largest; values: numbers that the site trains; drawn: examples that a
     round draws; examples: that the site holds, None where they could not be read (`trouble` says why); told: the number
     of examples that the server is told. least_cohort: sites that a secure sum is of at least, 0 where the server sees
-    single updates. bytes_round, bytes_all: that leave at most, in a round and in all. objections:
-    what the site's policy would refuse, and why.
+    single updates. bytes_round, bytes_all: that leave at most, in a round and in all. protected: whether the training
+    puts noise on single examples; protection: how much, in words. objections: what the site's policy would refuse, and
+    why.
     """
 
     method: str
@@ -100,6 +104,8 @@ class Dossier:
     bytes_round: int
     bytes_all: int
     noise: Noise | None
+    protected: bool
+    protection: str
     server: str
     objections: tuple[str, ...]
 
@@ -141,6 +147,8 @@ def describe_job(site: SiteConfig, config: Config, file: Path, job: str = "") ->
         bytes_round=most,
         bytes_all=most * rounds,
         noise=weigh_noise(site, lines, job, rounds),
+        protected=config.training.dp is not None,
+        protection=describe_protection(site, config, examples, lines),
         server=read_server(file),
         objections=tuple(list_objections(site, config, adapter, examples, counted)),
     )
@@ -212,6 +220,28 @@ def weigh_noise(site: SiteConfig, lines: Sequence[Line], job: str, rounds: int) 
         together=worth(spent + left * each),
         most=privacy.max_epsilon,
         rounds=allowed,
+    )
+
+
+def describe_protection(site: SiteConfig, config: Config, examples: int | None, lines: Sequence[Line]) -> str:
+    """What the job's noise on single examples costs beside all that was spent on them, in words."""
+    training, rounds = config.training_of(site.name), config.federation.num_rounds
+    if training.dp is None:
+        return "off: what an update says of a single example has no bound but that of the site's own noise"
+    if examples is None:
+        return f"on (C = {training.dp.clip_norm:g}); how much follows from the examples, which cannot be read"
+    delta, spent = delta_for(site.policy, examples), sampled_noise(lines)
+    try:
+        noise = plan_noise(training, examples, rounds)
+        assert noise is not None
+        job = [replace(noise, steps=noise.steps * rounds)]
+        alone, before, together = (example_epsilon(one, delta) for one in (job, spent, [*job, *spent]))
+    except ConfigError as error:
+        return f"on (C = {training.dp.clip_norm:g}); {error}"
+    how = f"σ = {noise.noise_multiplier:.3g}, C = {training.dp.clip_norm:g}, a step draws {noise.sampling_rate:.2%}"
+    return (
+        f"on ({how}): ε {alone:.3g} for this job from its beginning, {before:.3g} spent so far, {together:.3g} "
+        f"together, at δ = {delta:.2g}"
     )
 
 

@@ -13,11 +13,14 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.presence import Presence, is_running, read_presence
 from fedloom.site.privacy import epsilon
 from fedloom.site.prune import list_folders
+from fedloom.site.summary import describe_examples_spent
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """last: the newest request. bytes_day: that left in 24 hours; updates: that ever left. epsilon: of all noise at
+    """examples: what was spent on single examples, in words; "" without such noise.
+
+    last: the newest request. bytes_day: that left in 24 hours; updates: that ever left. epsilon: of all noise at
     delta; None without noise. disk: bytes of the whole state folder, with those of the record and of jobs in it.
     """
 
@@ -33,6 +36,7 @@ class Overview:
     disk_jobs: int
     jobs: int
     waiting: tuple[str, ...]
+    examples: str = ""
 
 
 def look_at_site(site: SiteConfig, book: JobBook, now: datetime) -> Overview:
@@ -54,6 +58,7 @@ def look_at_site(site: SiteConfig, book: JobBook, now: datetime) -> Overview:
         disk_jobs=sum(folder.bytes for folder in folders),
         jobs=len(folders),
         waiting=tuple(job.name for job in book.jobs() if job.standing(book.ask, now) == "waiting"),
+        examples=describe_examples_spent(lines) if spent.sampled else "",
     )
 
 

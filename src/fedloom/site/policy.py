@@ -31,6 +31,7 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
 from fedloom.records.quantities import parse_bytes
 from fedloom.rounds.joint import split_entries
+from fedloom.site.examples import check_protects
 from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Limits, decode
@@ -53,6 +54,7 @@ def setting_checks(policy: Policy, config: Config, site: str, rounds: Iterable[i
     training = config.training_of(site)
     yield partial(_check_sums, policy, config)
     yield partial(check_method_allowed, policy, config.method.name)
+    yield partial(check_protects, policy, config)
     if policy.optimizers is not None:
         yield partial(_check_choice, "training.optim", training.optim, "optimizers", policy.optimizers)
     yield partial(_check_targets, policy, config.lora_of(site))

@@ -13,12 +13,12 @@ since no sampling of sites or examples is counted on.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedloom.noise.stream import SecretStream
 from fedloom.records.config import Section
 
 if TYPE_CHECKING:
@@ -64,19 +64,11 @@ def release_change(change: Mapping[str, Tensor], privacy: Privacy) -> dict[str, 
 def draw_normal(count: int) -> Tensor:
     """Independent N(0, 1) values, float64, from a key that the system draws and nobody keeps.
 
-    The server knows the seed of a run, and the state of an ordinary generator can be worked out from its output; so
-    the noise comes from an AES-256-CTR key stream, by Box and Muller's transform.
+    See `noise.stream` for why no ordinary generator would do.
     """
-    import numpy as np
     import torch
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    pairs = -(-count // 2)
-    cipher = Cipher(algorithms.AES256(secrets.token_bytes(32)), modes.CTR(bytes(16)))
-    words = np.frombuffer(cipher.encryptor().update(bytes(16 * pairs)), dtype=np.uint64)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * np.pi * uniform[pairs:]
-    return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count])
+    return torch.from_numpy(SecretStream().normal(count))
 
 
 def epsilon(mu: float, delta: float) -> float:

@@ -7,11 +7,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fedloom.noise.accounting import SampledNoise
 from fedloom.records.config import Section
 from fedloom.records.quantities import Bytes
 from fedloom.site.privacy import Privacy
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+class ExamplePrivacy(Section):
+    """What a site asks of a job for the sake of single examples."""
+
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Nothing leaves once all jobs together would pass this ε at example level.",
+        examples=[8.0],
+    )
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="δ of that ε; 1 over the number of the site's examples if left out."
+    )
 
 
 class Policy(Section):
@@ -74,6 +89,9 @@ class Policy(Section):
     )
     scrub_errors: bool = Field(True, description="Keep the text of errors from the server.")
     privacy: Privacy | None = Field(None, description="Noise on every update.")
+    example_privacy: ExamplePrivacy | None = Field(
+        None, description="Only jobs whose training protects single examples (training.dp) may run here."
+    )
 
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> Policy:
@@ -86,7 +104,8 @@ class Policy(Section):
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What has left the site: bytes in this round of this job, bytes in the last 24 hours, and μ² of all noise so far.
+    """What has left the site: bytes in this round of this job, bytes in the last 24 hours, μ² of all noise so far, and
+    all noise on single examples.
 
     `audit.AuditTrail.count_spent` works it out.
     """
@@ -94,3 +113,4 @@ class Spending:
     bytes_round: int = 0
     bytes_day: int = 0
     mu_squared: float = 0.0
+    sampled: tuple[SampledNoise, ...] = ()

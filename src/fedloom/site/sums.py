@@ -35,6 +35,7 @@ from fedloom.site.protocol import Fact, Request
 from fedloom.site.replies import facts_of
 from fedloom.site.store import TurnRecord
 from fedloom.workspace.assemble import Setup
+from fedloom.workspace.private import noise_for_sum
 
 log = logging.getLogger("fedloom.worker")
 
@@ -89,7 +90,11 @@ class Sums:
         """Have it on disk that a masked vector leaves."""
         check_bytes(self.site.policy, len(masked), self.trail.count_spent(asked.job, asked.round))
         mu = self.site.policy.privacy.mu if self.site.policy.privacy else None
-        self.trail.record(masked, asked.job, asked.round, mu, charge=held.charge or None)
+        secure = place.setup.job.secure
+        cost = None
+        if secure is not None and secure.noise is not None:
+            cost = secure.noise.cost(secure.grid.step, count_values(place.setup.job, held.before, asked.round))
+        self.trail.record(masked, asked.job, asked.round, mu, charge=held.charge or None, summed=cost)
         spend(place.store.folder, held)
 
     def _sit_down(self, asked: Request, place: Place, held: TurnRecord, message: bytes) -> None:
@@ -130,7 +135,9 @@ def hide_turn(setup: Setup, site: str, state: State, done: ClientTurn, round: in
 
     state: that the turn began with.
     """
-    vector, cut = make_vector(setup.job, state, site, done.payload, round)
+    about = (setup.fingerprint, site, round, state.digest, done.payload)
+    noise = noise_for_sum(setup.job.secure, setup.secret, *about)
+    vector, cut = make_vector(setup.job, state, site, done.payload, round, noise)
     if cut:
         log.warning("round %d: %d values of the change were cut at privacy.clip", round, cut)
     return facts_of(done, secret=True, counted=setup.config.training_of(site).max_steps is None), vector

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,13 +25,16 @@ from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter, untrained_note
+from fedloom.model.private import PrivateRound
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.shared_base import LoadBase
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.model.training import check_optimizer, local_update
 from fedloom.model.volume import Volume, weigh_examples
+from fedloom.noise.accounting import SampledNoise
 from fedloom.records.config import Config
 from fedloom.records.ledger import RunRow
+from fedloom.records.noise import plan_noise
 from fedloom.report.baseline import group_modules
 from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.turns import Task, Train, Trained
@@ -43,8 +46,10 @@ from fedloom.workspace.data import (
     heldout_examples,
     validation_examples,
 )
+from fedloom.workspace.judge import Judge
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
-from fedloom.workspace.privacy import describe_masked
+from fedloom.workspace.privacy import describe_masked, describe_sum_noise
+from fedloom.workspace.private import describe_noise, plan_round, refuse_own_trainer
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.spending import spend_client_budget
 from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, tokenize_scored
@@ -52,19 +57,6 @@ from fedloom.workspace.tokenized import rendering_notes, tokenize_clients, token
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-class Judge(Protocol):
-    """Who plays the model that a state stands for, in place of the process that has the set-up."""
-
-    def evaluate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.evaluate`."""
-
-    def validate(self, state: State) -> dict[str, Scores]:
-        """See `Setup.validate`."""
-
-    def answer(self, state: State) -> list[Answered]:
-        """See `Setup.answer`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,6 +68,7 @@ class Setup:
     left_out: a note on places of the model that could be adapted and are not.
     data: what the clients' examples weigh, where they are at hand.
     judge: who scores in place of this process, whose `model` then may have no weights.
+    secret: what noise on examples comes from; without one it is drawn anew every time.
     """
 
     config: Config
@@ -93,6 +86,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase | None = None
     data: Volume = Volume()
     judge: Judge | None = None
+    secret: bytes = field(default=b"", repr=False)
 
     @property
     def heldout(self) -> Mapping[str, TokenizedExamples]:
@@ -141,6 +135,17 @@ class Setup:
             data_coding=self.data.coding,
         )
 
+    def noise(self, client: str) -> SampledNoise | None:
+        """What a round of the client's training spends on its examples; None without training.dp."""
+        examples, rounds = len(self.sites[client].data), self.config.federation.num_rounds
+        return plan_noise(self.config.training_of(client), examples, rounds)
+
+    def private_round(self, client: str, state: State, round: int, seed: int) -> PrivateRound | None:
+        """The noise of one round of the client's training, drawn from the secret; None without training.dp."""
+        noise, training = self.noise(client), self.config.training_of(client)
+        about = (self.fingerprint, self.config.federation.num_rounds, client, round, seed, state.version, state.digest)
+        return plan_round(training, noise, self.secret, about)
+
     def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
         """The client's training step; `interrupt` is called before every forward pass, and may end it by raising."""
         site = self.sites[client]
@@ -161,6 +166,7 @@ class Setup:
                 core=self.job.method.core(state),
                 penalty=self.job.method.penalty,
                 interrupt=interrupt,
+                private=self.private_round(client, state, round, seed),
             )
             return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
 
@@ -255,6 +261,9 @@ def build_setup(
     model = peft_bridge.attach(base, plan.shared)
     if any(texts.values()):  # else nobody trains in this process
         check_optimizer(model, config.training)
+    told = describe_noise(config, {name: len(tokens[name]) for name, held in texts.items() if held})
+    summed = describe_sum_noise(plan.job.secure, config.federation.num_rounds, plan.initial.numel())
+    notes = (*notes, *filter(None, (told, summed)))
     return Setup(
         config=config,
         job=plan.job,
@@ -281,6 +290,7 @@ def base_form(config: Config) -> tuple[str, str, str, str]:
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
     """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
+    refuse_own_trainer(config)
     linear, method = peft_bridge.linear_beneath(model), choose_method(config, None)
     if config.wire.client_budget:  # the trainer's model has its ranks already
         raise ConfigError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from fedloom.errors import ConfigError, SecureSumError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS, build
+from fedloom.noise.accounting import concentrated_epsilon
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.sections.privacy import MOST_IN_SUM
 from fedloom.report.numbers import human_bytes
 from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.secure import cannot_hide
-from fedloom.rounds.sums import Secure
+from fedloom.rounds.sums import Secure, SumNoise
 from fedloom.secagg import Grid
+from fedloom.secagg.noise import MOST_DEVIATION, share_deviation
 
+DELTA = 1e-6
+"""At which the ε of noise in sums is stated."""
 _JUDGES = {
     "max_norm_ratio": "compares the norms of single updates; federation.max_norm is kept, by every site for itself",
     "max_share": "bounds a share that nobody sees; privacy.most_examples bounds what a site counts for",
@@ -39,7 +44,41 @@ def plan_sums(config: Config, method: Method, client_ranks: Mapping[str, Mapping
         grid = Grid.reaching(privacy.clip, privacy.bits, asked)
     except SecureSumError as error:
         raise ConfigError(f"privacy.bits is {privacy.bits}: {error}") from None
-    return Secure(grid, privacy.most_examples, privacy.least_cohort, privacy.threshold)
+    grid, noise = _add_noise(config, grid)
+    return Secure(grid, privacy.most_examples, privacy.least_cohort, privacy.threshold, noise)
+
+
+def _add_noise(config: Config, grid: Grid) -> tuple[Grid, SumNoise | None]:
+    """The noise in every sum, and a grid no finer than it can be drawn on. Raises ConfigError where it has no room."""
+    privacy = config.privacy
+    if privacy.noise_multiplier is None:
+        return grid, None
+    whole, least = privacy.noise_multiplier * privacy.clip_norm, privacy.least_cohort
+    while whole / math.sqrt(least) > (MOST_DEVIATION - 1) * grid.step and grid.bits > 2:
+        grid = Grid.reaching(privacy.clip, grid.bits - 1, grid.sites)
+    share = share_deviation(whole / grid.step, least)
+    # Ten deviations: a value beyond them comes once in 10^23.
+    room = privacy.clip_norm + 10 * share * grid.step
+    if room > grid.reach:
+        raise ConfigError(
+            f"privacy.clip is {privacy.clip:g}, which has no room for a change of norm {privacy.clip_norm:g} with its "
+            f"noise: set it to {room:.2g} or more"
+        )
+    return grid, SumNoise(privacy.clip_norm, share, least)
+
+
+def describe_sum_noise(secure: Secure | None, rounds: int, values: int) -> str:
+    """What the noise in the sums of a run is worth, in words; "" without it."""
+    if secure is None or secure.noise is None:
+        return ""
+    try:
+        worth = concentrated_epsilon(rounds * secure.noise.cost(secure.grid.step, values), DELTA)
+    except ConfigError as error:
+        return f"noise in the sum; {error}"
+    return (
+        f"noise in the sum: ε = {worth:.3g} at site level for all {rounds} rounds, at δ = {DELTA:g}, for who trusts "
+        f"that {secure.noise.least} sites add their shares"
+    )
 
 
 def _check_federation(federation: FederationSettings) -> None:

@@ -85,6 +85,12 @@ def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
                 f"the run in {held.path} ended after round {chosen.round} by its validation split and takes no more "
                 f"rounds: begin another with model.adapter = {str(held.path / 'adapter')!r}"
             )
+        if config.training.dp is not None and config.training.dp.epsilon is not None:
+            raise CheckpointError(
+                f"the noise in {held.path} was made for {held.settings.federation.num_rounds} rounds, and more of them "
+                "would pass training.dp.epsilon: begin another run with "
+                f"model.adapter = {str(held.path / 'adapter')!r}, whose ε comes on top"
+            )
         if rounds < held.rounds:
             raise CheckpointError(f"{ROUNDS} is {rounds}, but {held.rounds} rounds of the run in {held.path} are over")
     elif found:

@@ -18,6 +18,7 @@ from fedloom.model.peft_bridge.attach import configure as configure
 from fedloom.model.peft_bridge.layers import FROZEN as FROZEN
 from fedloom.model.peft_bridge.layers import TRAINED as TRAINED
 from fedloom.model.peft_bridge.layers import lora_layers as lora_layers
+from fedloom.model.peft_bridge.slots import factor_maps as factor_maps
 from fedloom.model.peft_bridge.slots import live_adapter as live_adapter
 from fedloom.model.peft_bridge.slots import placements as placements
 from fedloom.model.peft_bridge.slots import read_adapter as read_adapter

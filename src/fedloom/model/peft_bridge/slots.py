@@ -120,6 +120,16 @@ def training_core(model: peft.PeftModel, core: LoraState, slot: str = TRAINED) -
             down.weight = nn.Parameter(product)
 
 
+def factor_maps(model: peft.PeftModel, slot: str = TRAINED) -> Iterator[tuple[nn.Linear, Tensor | None]]:
+    """The linear maps of a slot, x → A x and x → B A x of every layer; with one of `training_core` its rows V."""
+    for held in slotted_layers(model, slot):
+        for factor in held.factors(slot):
+            rows = None
+            if parametrize.is_parametrized(factor, "weight"):
+                rows = cast(Tensor, factor.parametrizations.weight[0].rows)  # type: ignore[union-attr,index]
+            yield factor, rows
+
+
 def _rows(held: AdaptedLayer, core: LoraState) -> Tensor:
     """V of a module (r, n), or of all matrices of a parameter (E, r, n)."""
     rows = [core[name].A for name in held.names]

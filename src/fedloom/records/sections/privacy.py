@@ -50,6 +50,16 @@ class PrivacySettings(Section):
         description="Secure aggregation: the largest magnitude of one value of a site's change; what is beyond is cut. "
         "The grid's step is this over 2^(bits - 1), times the number of sites.",
     )
+    noise_multiplier: float | None = Field(
+        None,
+        gt=0,
+        description="Noise in the sum, for whole sites: its standard deviation over clip_norm. Every site adds a "
+        "share, large enough for least_cohort sites. Needs secure_aggregation and federation.weighting = 'uniform'.",
+        examples=[1.0],
+    )
+    clip_norm: float = Field(
+        1.0, gt=0, description="Noise in the sum: largest norm of a site's change; a larger one is scaled down."
+    )
     most_examples: int = Field(
         10_000,
         ge=1,

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fedloom.records.quantities import MOST_COUNT, Batch, Epochs, Name, Probability, Rate, Steps
+from fedloom.records.sections.dp import DpSettings
 from fedloom.records.sections.section import Section
 
 
@@ -33,6 +34,11 @@ class TrainingSettings(Section):
     bf16: bool = Field(False, description="Compute in bfloat16.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     optim: Name = Field("adamw_torch", description="Optimiser; a fresh one in every round.")
+    dp: DpSettings | None = Field(
+        None,
+        description="Noise that protects every single example, in a table of its own: docs/privacy.md.",
+        examples=[{"epsilon": 8.0}],
+    )
 
     @model_validator(mode="before")
     @classmethod

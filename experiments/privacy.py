@@ -1,0 +1,120 @@
+"""What privacy costs: the same runs under several ε, for single examples and for whole sites.
+
+At example level ε is that of [training.dp], with δ = 1/n at every site. At site level the noise is in the secure sum
+(privacy.noise_multiplier), with δ = `DELTA`. The whole, whose gain is 100 %, is the run of each level without noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.gain import gain, paired, share_kept
+from fedloom.errors import ConfigError
+from fedloom.noise.accounting import concentrated_epsilon
+from fedloom.records.config import Config
+from fedloom.report.measures import EXACT_MATCH, LOSS
+from fedloom.report.numbers import Report, interval
+from fedloom.report.scores import over_seeds
+from fedloom.studies.compare import Trial, plan_runs, read_reports
+from fedloom.workspace.privacy import DELTA
+
+EPSILONS = (1.0, 3.0, 8.0, math.inf)
+METHODS = {
+    "example": "fedit:lora.r=4,lora.lora_alpha=8",
+    "site": "fed-sb:lora.r=16",
+}
+"""Level → variant. Fewer values carry less noise: whole sites train a matrix r × r a module alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The runs under one ε of one level."""
+
+    level: str
+    epsilon: float
+    variant: str
+    made: tuple[Trial, ...]
+
+
+def parse_epsilons(text: str) -> list[float]:
+    """`1,3,8,inf`. Raises ConfigError for another form; without noise is always among them, last."""
+    try:
+        found = {float(word) for word in text.split(",")}
+    except ValueError:
+        found = {-1.0}
+    if not all(epsilon > 0 for epsilon in found):
+        raise ConfigError(f"--epsilons {text!r}: expected numbers above 0, joined by commas; inf is without noise")
+    return sorted(found | {math.inf})
+
+
+def site_noise(epsilon: float, rounds: int) -> float:
+    """The noise multiplier in a secure sum with which so many rounds cost this ε at site level, but for rounding."""
+    low, high = 0.0, 1.0
+    while concentrated_epsilon(high, DELTA) < epsilon:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if concentrated_epsilon(middle, DELTA) > epsilon else (middle, high)
+    # A round costs ρ = (2 C)² / 2 (σ C)².
+    return math.sqrt(2.0 * rounds / low)
+
+
+def variant(level: str, method: str, epsilon: float, rounds: int, batch: int) -> str:
+    """The variant of a level under an ε."""
+    joint = f"{method}{',' if ':' in method else ':'}"
+    if level == "example":
+        own = f"training.per_device_train_batch_size={batch}"
+        return joint + own + (f",training.dp.epsilon={epsilon:g}" if math.isfinite(epsilon) else "")
+    own = "privacy.secure_aggregation=true,federation.weighting=uniform"
+    if math.isinf(epsilon):
+        return joint + own
+    noise = site_noise(epsilon, rounds)
+    room = 1.0 + 10.0 * noise
+    return joint + own + f",privacy.noise_multiplier={noise:.6g},privacy.clip={room:.6g}"
+
+
+def plan(
+    config: Config,
+    epsilons: Sequence[float],
+    methods: Mapping[str, str],
+    batch: int,
+    seeds: Sequence[int],
+    out: Path,
+) -> list[Setting]:
+    """Every ε of every level with every seed."""
+    made = []
+    for level, method in methods.items():
+        for epsilon in epsilons:
+            named = variant(level, method, epsilon, config.federation.num_rounds, batch)
+            runs = tuple(plan_runs(config, [named], seeds, out / f"{level}-{epsilon:g}"))
+            made.append(Setting(level, epsilon, named, runs))
+    return made
+
+
+def rows(made: Sequence[Setting]) -> list[dict[str, str]]:
+    """A row a setting whose runs are complete: score, gain, its share of that without noise, bytes."""
+    found = {(one.level, one.epsilon): read_reports(one.made).get(one.variant, []) for one in made}
+    return [
+        _row(one, found[one.level, one.epsilon], found[one.level, math.inf])
+        for one in made
+        if found[one.level, one.epsilon]
+    ]
+
+
+def _row(one: Setting, runs: Sequence[Report], whole: Sequence[Report]) -> dict[str, str]:
+    pairs = paired(runs, whole)
+    share, half = share_kept(pairs) if pairs else (math.nan, 0.0)
+    spread = f" ± {half:.1f}" if len(pairs) > 1 else ""
+    return {
+        "level": one.level,
+        "ε": "∞" if math.isinf(one.epsilon) else f"{one.epsilon:g}",
+        "run": one.variant.partition(",privacy.")[0].partition(",training.dp.")[0],
+        "seeds": str(len(runs)),
+        "exact match %": over_seeds([run.value(EXACT_MATCH.key) for run in runs], EXACT_MATCH),
+        "gain, nats a token": over_seeds([gain(run) for run in runs], LOSS),
+        "of the gain without noise %": f"{share:.1f}{spread}" if math.isfinite(share) else "–",
+        "bytes": f"{interval([run.totals.bytes for run in runs])[0]:,.0f}",
+    }

@@ -1,0 +1,23 @@
+"""What [training.dp] means for a client with so many examples, and what it costs."""
+
+from __future__ import annotations
+
+from fedloom.noise.accounting import SampledNoise, find_noise
+from fedloom.records.config import TrainingSettings
+
+
+def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> SampledNoise | None:
+    """A round's noise for a client with so many examples; None without training.dp.
+
+    Where an ε is given, the noise is such that all rounds together cost it, for a client that is in all of them.
+    Raises ConfigError where there is no such noise, or where the library that finds it is not installed.
+    """
+    if settings.dp is None:
+        return None
+    steps = settings.for_examples(examples).steps
+    rate = min(1.0, settings.batch / examples)
+    noise = settings.dp.noise_multiplier
+    if settings.dp.epsilon is not None:
+        noise = find_noise(settings.dp.epsilon, settings.dp.delta_of(examples), rate, steps * num_rounds)
+    assert noise is not None
+    return SampledNoise(rate, noise, steps)
