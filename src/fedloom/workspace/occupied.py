@@ -16,10 +16,12 @@ from fedloom.records.ledger import Aggregation, Row, RunRow, read_rows
 from fedloom.records.lock import LOCK
 from fedloom.records.session import End
 
+SECURE_SUM = "secure-sum"
+"""The messages of the secure sum in progress (`server.journal`)."""
 WRITTEN = (
-    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
+    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html", SECURE_SUM, "noise.key"),
     *("tensorboard", "wandb", "tracking.json", ".tracking.lock", "prediction.json", "metrics.prom", "split.json"),
-    *("job", "noise.key", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
+    *("job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
 
@@ -94,8 +96,8 @@ def clear_start(path: Path) -> None:
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
-        *(".tracking.lock", "tracking.json", "prediction.json", "metrics.prom", "split.json", "noise.key", "job"),
-        *("flower-run", "curve.png", "report.html", "ledger.jsonl"),
+        *(".tracking.lock", "tracking.json", "prediction.json", "metrics.prom", "split.json", "noise.key", SECURE_SUM),
+        *("job", "flower-run", "curve.png", "report.html", "ledger.jsonl"),
     ):
         (path / name).unlink(missing_ok=True)
 
