@@ -6,9 +6,9 @@ who forgets the others' skills, is judged by what the round has of it. This hold
 or two, since the error is no vote.
 
 Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the
-opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error (`tolerance`).
-Where the round as a whole makes the error much larger, the client is refused without which it is best, until that is
-over: liars who all do the same would otherwise hide behind one another.
+opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error
+(`tolerance`). Where the round as a whole makes the error much larger, the client is refused without which it is best,
+until that is over: liars who all do the same would otherwise hide behind one another.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
