@@ -15,7 +15,9 @@ from fedloom.records.configfile import load_config
 from fedloom.rounds.caps import Caps, share_out
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Robust
+from fedloom.rounds.trial import Trial
 from fedloom.rounds.turns import Trained, server_turn
+from fedloom.workspace.checkpoint import Snapshot, list_checkpoints, load_checkpoint, save_checkpoint
 from fedloom.workspace.plan import robust_of
 from toy import initial, job, random_state, step
 
@@ -161,6 +163,29 @@ def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
     ) as caught:
         server_turn(held.job, held.server, sent, 0, least=4, public=far_off)
     assert caught.value.can_skip and caught.value.refused.keys() == set(CLIENTS)
+
+
+def judged(state: State, harm: dict[str, float]) -> tuple[set[str], State]:
+    """(who is refused, the state with its accounts) of a trial in which each client does this harm."""
+    errors = {client: 0.5 - done for client, done in harm.items()}
+    trial = Trial.begin(lambda held: errors.get(held.digest, 0.5), state, 0.06)
+    shares = dict.fromkeys(harm, 1 / len(harm))
+    verdict = trial.judge(replace(state, digest=""), shares, lambda client: replace(state, digest=client))
+    return set(verdict.refused), replace(state, memory=trial.remember(verdict.harm))
+
+
+def test_a_little_harm_in_every_round_adds_up_and_an_account_is_part_of_the_checkpoint(tmp_path):
+    """Of those who do harm, one goes on, and one makes it good."""
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    found = []
+    for number, harm in enumerate([{"ada": -0.01, "bob": 0.02, LIAR: 0.02}, {"ada": -0.01, "bob": -0.05, LIAR: 0.02}]):
+        refused, state = judged(state, harm)
+        found.append(refused)
+        save_checkpoint(tmp_path, Snapshot(number, state))
+        state = load_checkpoint(list_checkpoints(tmp_path)[-1]).server
+    assert found == [set(), {LIAR}]
+    assert float(state.memory[f"account/{LIAR}"]) == pytest.approx(0.04)
+    assert float(state.memory["account/ada"]) == 0.0
 
 
 def test_an_error_that_is_not_finite_is_the_worst():

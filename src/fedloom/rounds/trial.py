@@ -6,9 +6,13 @@ who forgets the others' skills, is judged by what the round has of it. This hold
 or two, since the error is no vote.
 
 Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the
-opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error (`tolerance`).
-Where the round as a whole makes the error much larger, the client is refused without which it is best, until that is
-over: liars who all do the same would otherwise hide behind one another.
+opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error
+(`tolerance`). Where the round as a whole makes the error much larger, the client is refused without which it is best,
+until that is over: liars who all do the same would otherwise hide behind one another.
+
+A liar that does a little harm in every round is found by its account, which is max(0, account + harm) after each round
+(Page's cumulative sum): who makes the model better on the whole stays at zero. Accounts are part of the server's
+memory, so that they are in every checkpoint.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -20,14 +24,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from fedloom.methods.method import State
 
 Measure = Callable[[State], float]
 """What the model that a state stands for gets wrong of the public examples, from 0 to 1."""
 _OPPOSITE = 2.0
 """Shares of the others' gain that a client takes whose update is the opposite of theirs."""
-_LITTLE = 0.1
-"""Under this error the tolerance is a share of this: that near to zero most of it is noise."""
+_LITTLE = 0.5
+"""Under this error the tolerance is a share of this: nearer to zero most of it is noise."""
+_ACCOUNT = "account/"
+"""Before a client's name in the server's memory."""
 _TOGETHER = 4.0
 """Tolerances by which a whole round may make the error larger: honest steps overshoot now and then."""
 _WORST = 1.0
@@ -38,28 +47,41 @@ _WORST = 1.0
 class Verdict:
     """What a round's trial has found. refused: the client that does most harm and why, where it is too much.
 
-    stats: `public_error` after the round, and `max_public_harm`, by how much a client makes it larger at most.
+    stats: `public_error` after the round, and `max_public_harm`, by how much a client makes it larger at most. harm: by
+    how much each client does.
     """
 
     refused: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
+    harm: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trial:
     """The trials of one round.
 
-    before: the error before it; tolerance: share of it by which a client may make it larger.
+    before: the error before it; tolerance: share of it by which a client may make it larger. accounts: client → the
+    harm that it has done in earlier rounds and not made good.
     """
 
     measure: Measure
     before: float
     tolerance: float
+    accounts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, measure: Measure, state: State, tolerance: float) -> Trial:
         """From the server's state before the round."""
-        return cls(measure, _finite(measure(state)), tolerance)
+        held = {name.removeprefix(_ACCOUNT): one for name, one in state.memory.items() if name.startswith(_ACCOUNT)}
+        return cls(measure, _finite(measure(state)), tolerance, {client: float(one) for client, one in held.items()})
+
+    def remember(self, harm: Mapping[str, float]) -> dict[str, Tensor]:
+        """The accounts after a round in which clients did this harm, as the server's memory has them."""
+        held = {**self.accounts, **{client: self._charge(client, done) for client, done in harm.items()}}
+        return {_ACCOUNT + client: torch.tensor(held[client], dtype=torch.float64) for client in sorted(held)}
+
+    def _charge(self, client: str, harm: float) -> float:
+        return max(self.accounts.get(client, 0.0) + harm, 0.0)
 
     def judge(self, after: State, shares: Mapping[str, float], without: Callable[[str], State]) -> Verdict:
         """The round that led to `after` with these shares. without(client) is what it leads to without that client.
@@ -68,12 +90,14 @@ class Trial:
         """
         reached = _finite(self.measure(after))
         rest = {c: self._rest(without, c) if len(shares) > 1 else self.before for c in shares}
-        over = {client: reached - rest[client] - self._allowed(rest[client], share) for client, share in shares.items()}
+        harm = {client: reached - held for client, held in rest.items()}
+        over = {c: self._charge(c, done) - self._allowed(rest[c], shares[c]) for c, done in harm.items()}
         worst = max(over, key=lambda client: over[client])
-        stats = {"public_error": reached, "max_public_harm": reached - min(rest.values())}
+        stats = {"public_error": reached, "max_public_harm": max(harm.values())}
         if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
-            return Verdict(stats=stats)
-        return Verdict({worst: self._explain(reached, rest[worst], alone=over[worst] > 0.0)}, stats)
+            return Verdict(stats=stats, harm=harm)
+        reason = self._explain(worst, reached, rest[worst], alone=over[worst] > 0.0)
+        return Verdict({worst: reason}, stats, {worst: harm[worst]})
 
     def _allowed(self, rest: float, share: float) -> float:
         """By how much a client may make the error larger than it is without it."""
@@ -89,11 +113,13 @@ class Trial:
         except Exception:  # the others fail: then this one is not to blame
             return _WORST
 
-    def _explain(self, reached: float, rest: float, *, alone: bool) -> str:
+    def _explain(self, client: str, reached: float, rest: float, *, alone: bool) -> str:
         what = "with its update" if alone else "the round as a whole does harm: with this update"
+        past = self.accounts.get(client, 0.0)
         return (
             f"{what} the error on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
-            f"{self.before:.4g} (federation.public_tolerance is {self.tolerance:g})"
+            f"{self.before:.4g}{f', and its earlier harm is {past:.2g}' if past else ''} (federation.public_tolerance "
+            f"is {self.tolerance:g})"
         )
 
 

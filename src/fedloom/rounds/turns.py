@@ -205,6 +205,7 @@ def server_turn(
     scales = Scales(job, state, Cohort(payloads, {}, passed, decoded, past=past or {}))
     trial = Trial.begin(public, state, job.robust.tolerance) if public and len(passed) >= max(least, 1) else None
     harmful: dict[str, str] = {}
+    harm: dict[str, float] = {}
     fault: Exception | None = None
     while len(passed) + len(harmful) >= max(least, 1) and passed:
         weighed = scales.weigh(passed, len(harmful))
@@ -217,11 +218,12 @@ def server_turn(
             fault = error
             continue
         verdict = _try_without(job, state, scales, trial, turn, passed, round, len(harmful)) if trial else Verdict()
+        harm |= verdict.harm
         if not verdict.refused:
             decoded.clear()
-            stats, out = {**turn.stats, **verdict.stats}, {**refused, **harmful, **weighed.aside}
             facts = replace(turn.facts, stages=watch.stages, norms={client: one.norm for client, one in passed.items()})
-            return replace(turn, refused=out, stats=stats, notes=weighed.notes, facts=facts)
+            turn = replace(turn, refused={**refused, **harmful, **weighed.aside}, notes=weighed.notes, facts=facts)
+            return _keep_accounts(turn, trial, harm, verdict) if trial else turn
         harmful |= verdict.refused
         passed = {client: one for client, one in passed.items() if client not in harmful}
     refused |= harmful
@@ -265,6 +267,12 @@ def _try_without(
         return _average(job, state, scales.weigh(others, gone + 1).cohort, round, keep=True).state
 
     return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
+
+
+def _keep_accounts(turn: ServerTurn, trial: Trial, harm: Mapping[str, float], verdict: Verdict) -> ServerTurn:
+    """The turn with what its trial has found in the server's memory and among the numbers of the round."""
+    memory = {**turn.state.memory, **trial.remember(harm)}
+    return replace(turn, state=replace(turn.state, memory=memory), stats={**turn.stats, **verdict.stats})
 
 
 def _find_culprit(job: Job, state: State, cohort: Cohort, passed: Mapping[str, UpdateFacts], round: int) -> str:
