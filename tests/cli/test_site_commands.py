@@ -207,6 +207,27 @@ def test_a_rehearsal_is_the_very_turn_and_leaves_nothing(call, project: Path, tm
     assert rehearse_turn(here, settings, base).payload.checksum == played.payload.checksum
 
 
+def test_a_secure_sum_is_required_said_and_rehearsed(call, project: Path):
+    site(project, 'secure_aggregation = "required"\nleast_cohort = 4\norder = "run"')
+    said = call("preview", "SITE.toml", "run.toml")[1]
+    assert "the job has no secure aggregation, the server would see this site's update" in said
+    assert "secure sum off: the server sees this site's update by itself" in said
+    names = ["bank", "lab", "mill", "port"]
+    secret = ["method.name=fedit", "privacy.secure_aggregation=true", f"federation.participants={names}"]
+    sets = [word for one in secret for word in ("--set", one)]
+    said = call("preview", "SITE.toml", "run.toml", *sets)[1]
+    assert "privacy.least_cohort is 3; policy.least_cohort is 4" in said
+    assert "every sum is of 3 sites or more" in said and "no number of examples, no loss" in said
+    sets += ["--set", "privacy.least_cohort=4"]
+    code, said = call("preview", "SITE.toml", "run.toml", *sets, "--train")
+    assert code == 0 and "policy has nothing against it" in said
+    vector = 4 * (7168 + 1)
+    assert f"would leave {vector:,} bytes in this round" in said and "a vector under masks" in said
+    assert "beside it steps 2, seconds" in said and not (project / "state").exists()
+    key = call("key", "SITE.toml")[1]
+    assert key == call("key", "SITE.toml")[1] and len(key) == len('"bank" = ""') + 64
+
+
 def test_noise_is_weighed_as_it_will_be_charged(project: Path):
     here = load_site_config(site(project, NOISE))
     trail = AuditTrail(project / "state" / "audit")

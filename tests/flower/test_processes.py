@@ -16,7 +16,7 @@ from processes import SITES, STRANGER, Processes
 
 from fedloom.flower import launch
 from fedloom.flower.nodes import list_nodes
-from fedloom.records.ledger import Training, Transfer, read_rows
+from fedloom.records.ledger import Note, Training, Transfer, read_rows
 from fedloom.server.local import run_local
 
 pytestmark = pytest.mark.flower
@@ -120,6 +120,27 @@ def test_kill_anything_and_the_run_ends_with_the_same_bits(
     trained_once_a_round(federation, out, 3)
     with capsys.disabled():
         print(f"\n{victim} killed: the same adapter and payloads after {time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.slow
+def test_a_server_killed_within_a_secure_sum_goes_on_with_that_very_sum(federation: Processes, tmp_path: Path):
+    secret = ["method.name=fedit", "privacy.secure_aggregation=true", "privacy.least_cohort=2"]
+    out, journal = tmp_path / "run", tmp_path / "run" / "secure-sum"
+    ended = federation.submit(out, *secret, rounds=2)
+    during(ended, lambda: journal.exists() and b'"rests_on": "2 ' in journal.read_bytes(), "the second round's sum")
+    app = federation.child("superlink", "flwr-serverapp")
+    assert app is not None
+    app.kill()
+    until(lambda: gone(app), "the server app's end")
+    assert journal.exists() and not (out / "checkpoints/round-00002.safetensors").exists()
+    ended_well(federation.submit(out, *secret, resume=True, rounds=2))
+    run_local(federation.settings(2, *secret), tmp_path / "local")
+    file = "adapter/adapter_model.safetensors"
+    assert (out / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+    notes = [row.text for row in read_rows(out / "ledger.jsonl") if isinstance(row, Note)]
+    assert not [text for text in notes if "skipped" in text or "refused" in text]
+    audit = (federation.folder / "fed/sites/lab/state/audit/audit.jsonl").read_text()
+    assert audit.count((out / "job").read_text()) >= 2, "every masked vector is on record"
 
 
 @pytest.mark.slow

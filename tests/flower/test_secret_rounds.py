@@ -19,6 +19,7 @@ from fedloom.lora.pair import digest
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
 from fedloom.secagg import PHASES, Invitation
+from fedloom.server.journal import Journal
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
 from fedloom.site.desk import Desk
@@ -349,3 +350,25 @@ def test_without_its_journal_a_server_begins_no_second_sum_of_the_same_vectors(t
     federation, _ = toy_federation(*SECRET, grid=grid, resume=True)
     assert "0 sites are ready, 2 are needed" in notes(tmp_path) and federation.server.version == 1
     assert "client lab: its vector of this round left in a sum that was not completed" in notes(tmp_path)
+
+
+def test_a_journal_takes_up_whole_entries_of_its_own_sum_alone(tmp_path):
+    path, invitation = tmp_path / "sum", Invitation(bytes(16), 2, {"a": bytes(32), "b": bytes(32)})
+    journal = Journal(path, "2 1 ab of job c")
+    journal.begin(invitation)
+    asked = []
+
+    def ask(phase, messages):
+        asked.append((phase, sorted(messages)))
+        for site in messages:
+            yield site, f"{phase} of {site}".encode()
+
+    assert dict(journal.keep(ask)("announce", {"a": b"", "b": b""})) == {"a": b"announce of a", "b": b"announce of b"}
+    first = next(iter(journal.keep(ask)("share", {"a": b"", "b": b""})))
+    path.write_bytes(path.read_bytes() + b"\x01\x00\x01\x00")  # an entry that a crash cut short
+    again = Journal(path, "2 1 ab of job c")
+    assert again.invitation == invitation and len(asked) == 2
+    assert len(dict(again.keep(ask)("announce", {"a": b"", "b": b""}))) == 2 and len(asked) == 2, "that phase is over"
+    assert dict(again.keep(ask)("share", {"a": b"", "b": b""}))[first[0]] == first[1]
+    assert asked[2] == ("share", ["b"]), "whose answer is there is not asked again"
+    assert Journal(path, "2 1 ab of job d").invitation is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fedloom.errors import ConfigError
 from fedloom.methods.table import METHODS, build
@@ -16,14 +18,15 @@ from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
 from fedloom.report.answers import count_answers
 from fedloom.report.numbers import summarise
+from fedloom.report.tables import traffic_table
 from fedloom.rounds import secure
 from fedloom.rounds.secure import mean_update
 from fedloom.rounds.turns import start, sum_turn
-from fedloom.secagg import Grid, unpack_vector
+from fedloom.secagg import Grid, count_talk, unpack_vector
 from fedloom.server import secret, sums
 from fedloom.server.loop import Rounds
 from fedloom.server.secret import SecretSites
-from fedloom.workspace.privacy import plan_sums
+from fedloom.workspace.privacy import describe_masked, plan_sums
 from fedloom.workspace.resumption import dump_fixed
 from toy import initial, ranks
 from toy_run import simulation, toy_setup
@@ -76,6 +79,12 @@ class Twin:
         return [sum(values) % 2**bits for values in zip(*vectors, strict=True)]
 
 
+def summary_text(rows):
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(traffic_table(summarise(rows)))
+    return screen.file.getvalue()
+
+
 def secure_state(setup):
     return start(setup.job, setup.initial)
 
@@ -115,6 +124,10 @@ def test_the_mean_is_that_of_the_updates_in_the_clear_but_for_rounding(tmp_path)
     assert summarise(rows).totals.bytes_up == sum(
         row.bytes for row in rows if isinstance(row, Transfer) and row.direction == "up"
     )
+    for way, size in zip(("up", "down"), count_talk(list(hidden.sites)), strict=True):
+        said = [row.bytes for row in rows if isinstance(row, Transfer) and row.is_talk and row.direction == way]
+        assert sum(said) == 3 * 4 * size, "what the protocol takes beside the vectors is known beforehand"
+    assert "nan" not in summary_text(rows)
     kinds = Counter(row.kind for row in rows if isinstance(row, Transfer) and row.direction == "up")
     assert kinds == {"sum:keys": 12, "sum:shares": 12, "masked": 12, "sum:agreement": 12, "sum:opening": 12}
     assert {held.answered for held in count_answers(rows).values()} == {3}
@@ -245,6 +258,15 @@ def test_bits_that_hold_no_sum_are_refused():
 def test_clients_that_train_other_things_are_refused():
     with pytest.raises(ConfigError, match="c differs from a: what only some train would be the sum of those alone"):
         plan_sums(configure(), build("fedit"), {"a": ranks(4), "b": ranks(4), "c": ranks(2)})
+
+
+def test_that_a_budget_is_not_kept_under_masks_is_said():
+    for name, words in (("loom", "every site sends 1.0 KiB a round. Method 'loom'"), ("fedit", "")):
+        setup = toy_setup(configure(f"method.name={name}"), 3, initial())
+        said = describe_masked(setup.job, setup.initial)
+        assert words in said and bool(words) == bool(said)
+        known = replace(setup.job, method=replace(setup.job.method, support=lambda state, context: {}))
+        assert not describe_masked(known, setup.initial)
 
 
 def test_without_it_a_run_is_the_run_that_it_was():

@@ -31,7 +31,13 @@ def dossier_rows(here: SiteConfig, seen: Dossier, base: str) -> Iterator[Row]:
     yield "leaves", _leaving(here, seen)
     yield "bytes", _bytes(here, seen)
     yield "secure sum", _sums(seen)
-    yield "noise at site level", _noise(seen.noise)
+    if seen.least_cohort and seen.noise is None:
+        yield (
+            "noise at site level",
+            "off: this site adds none of its own (docs/privacy.md says what that means)",
+        )
+    else:
+        yield "noise at site level", _noise(seen.noise)
     yield "noise at example level", seen.protection
     for number, objection in enumerate(seen.objections):
         yield "" if number else "refused by policy", objection
@@ -140,7 +146,7 @@ def _sums(seen: Dossier) -> str:
 
 def _noise(noise: Noise | None) -> str:
     if noise is None:
-        return "off: whoever runs the server may be able to read examples out of what it sees (docs/privacy.md)"
+        return "off: whoever runs the server may be able to read examples out of an update (docs/privacy.md)"
     said = (
         f"on (σ = {noise.sigma:g}, C = {noise.clip_norm:g}): ε {noise.job:.3g} for this job, {noise.spent:.3g} spent "
         f"before, {noise.together:.3g} together, at δ = {noise.delta:g}"

@@ -15,14 +15,15 @@ from fedloom.flower.gathering import Gathering
 from fedloom.flower.messages import Reply
 from fedloom.flower.settings import shared_settings
 from fedloom.records.ledger import Transfer
+from fedloom.rounds.agreement import name_sum
 from fedloom.rounds.checks import UpdateFacts
-from fedloom.rounds.secure import name_sum
 from fedloom.secagg import Phase
 from fedloom.server.attendance import Attendance
 from fedloom.server.engine import Updates
-from fedloom.server.journal import FILE, Journal
+from fedloom.server.journal import Journal
 from fedloom.server.sums import collect_sum, hidden_training, record_message
 from fedloom.site.protocol import Parcel
+from fedloom.workspace.occupied import SECURE_SUM
 
 if TYPE_CHECKING:
     from fedloom.flower.sites import FlowerSites
@@ -45,8 +46,8 @@ class SecretRound:
         rules, secure = sites.setup.config.flower, sites.setup.job.secure
         assert secure is not None
         server = rounds.server
-        rests_on = f"{rounds.round} {server.version} {server.digest}"
-        self.journal = Journal(rounds.folder.path / FILE, rests_on)
+        rests_on = f"{rounds.round} {server.version} {server.digest} of job {sites.fleet.facts['job']}"
+        self.journal = Journal(rounds.folder.path / SECURE_SUM, rests_on)
         self.least = rules.min_replies
         # So that nobody closes the round on those without whom there is no sum.
         needed = min(max(self.least, secure.threshold_of(len(present.asked))), len(present.asked))
@@ -141,4 +142,4 @@ def take_late_message(rounds: Rounds, reply: Reply) -> None:
 
 def forget_sum(folder: Path) -> None:
     """Remove the last round's sum from a run's folder: the rounds are over."""
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / SECURE_SUM).unlink(missing_ok=True)

@@ -157,8 +157,9 @@ class LineView(EventKeeper):
         """Say what the round brought."""
         super().round_finished(round, num_rounds, scores, bytes_up, bytes_down, seconds)
         parts = [f"round {round}/{num_rounds}"]
-        if self.losses and round and not math.isnan(self.losses[0]):  # noise withholds them
-            parts.append(f"training loss {sum(self.losses) / len(self.losses):.3f}")
+        known = [loss for loss in self.losses if not math.isnan(loss)]  # some sites keep theirs to themselves
+        if known and round:
+            parts.append(f"training loss {sum(known) / len(known):.3f}")
         parts.append(f"up {human_bytes(bytes_up)}, down {human_bytes(bytes_down)}")
         if scores:
             now = self.points[-1].values
@@ -201,7 +202,7 @@ class LiveView(EventKeeper):
         ]  # as many as fit a small terminal
         for name in sorted(shown):
             tally = self.tallies[name]
-            loss = "–" if tally.loss is None else f"{tally.loss:.3f}"
+            loss = "–" if tally.loss is None or math.isnan(tally.loss) else f"{tally.loss:.3f}"
             now = name in self.training
             mark = f"▸ {name}" if now else f"  {name}"
             table.add_row(cell(mark), loss, human_bytes(tally.up), human_bytes(tally.down), style="cyan" if now else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from csv import DictWriter
@@ -226,4 +227,5 @@ def _mean(size: int, turns: int) -> str:
 
 
 def _last(losses: Sequence[float]) -> str:
-    return f"{losses[-1]:.3f}" if losses else "–"
+    # NaN where a site keeps its loss to itself.
+    return f"{losses[-1]:.3f}" if losses and not math.isnan(losses[-1]) else "–"

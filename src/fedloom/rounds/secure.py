@@ -11,7 +11,6 @@ of its own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, SecureSumError
-from fedloom.lora.pair import digest
 from fedloom.methods.method import Entries, Method, State
 from fedloom.rounds.checks import MOST_EXAMPLES, check_update
 from fedloom.rounds.cohort import sent_unchanged
@@ -35,16 +33,6 @@ from fedloom.wire import Header, Message, encode
 
 Noise = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 """A site's vector in steps of the grid → the same with the site's share of noise added. Its weight is not among it."""
-
-
-def name_sum(job: str, settings: str, state: State) -> str:
-    """What a sum rests on, as every site signs it: run, settings, and the very bits that training began with.
-
-    A server that had some sites train from another adapter or by other settings could have nothing but one site's
-    change be left in the sum (Pasquini et al., CCS 2022). Sites that are told different things sign different sums.
-    """
-    held = hashlib.sha256(settings.encode(errors="surrogatepass")).hexdigest()
-    return " ".join((job, held, digest(state.adapter), digest(state.frozen)))
 
 
 def cannot_hide(method: Method, others: str = "") -> ConfigError:

@@ -17,7 +17,7 @@ A `Participant` is a member that answers one message after another, and `play_su
 
 from fedloom.secagg.collector import Collector
 from fedloom.secagg.fixed import Grid
-from fedloom.secagg.invitation import Invitation
+from fedloom.secagg.invitation import Invitation, count_talk
 from fedloom.secagg.masks import Integers, pack_vector, unpack_vector
 from fedloom.secagg.member import PHASES, Member
 from fedloom.secagg.participant import Participant, Phase
@@ -36,6 +36,7 @@ __all__ = [
     "Phase",
     "Session",
     "Sum",
+    "count_talk",
     "least_threshold",
     "pack_vector",
     "play_sum",

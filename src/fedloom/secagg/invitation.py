@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedloom.errors import SecureSumError
-from fedloom.secagg.seals import KEY_BYTES
+from fedloom.secagg.messages import ANNOUNCED_BYTES, COMMITMENT_BYTES, SEALED_BYTES
+from fedloom.secagg.seals import KEY_BYTES, SIGNATURE_BYTES
 from fedloom.secagg.session import MOST_SITES, NONCE_BYTES, Session
+from fedloom.secagg.shamir import SHARE_BYTES
 
 _NUMBER_BYTES = 2
 _MOST_NAME = 1024
@@ -67,3 +69,13 @@ def _decoded(name: bytes) -> str:
         return name.decode(errors="surrogatepass")
     except UnicodeDecodeError:
         raise SecureSumError("an invitation to a secure sum has a name that is no text") from None
+
+
+def count_talk(sites: Collection[str]) -> tuple[int, int]:
+    """(bytes that one site sends, bytes that it is sent) in a sum of these sites beside its vector, where all stay."""
+    count = len(sites)
+    up = ANNOUNCED_BYTES + COMMITMENT_BYTES + (count - 1) * (_NUMBER_BYTES + SEALED_BYTES)
+    up += SIGNATURE_BYTES + count * SHARE_BYTES
+    invited = Invitation(bytes(NONCE_BYTES), 0, dict.fromkeys(sites, bytes(KEY_BYTES))).write()
+    by_site = _NUMBER_BYTES * (3 * count - 1) + count * (ANNOUNCED_BYTES + SIGNATURE_BYTES) + (count - 1) * SEALED_BYTES
+    return up, len(invited) + by_site + -(-count // 8)

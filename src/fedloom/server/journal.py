@@ -19,7 +19,6 @@ from pathlib import Path
 from fedloom.secagg import PHASES, Invitation, Phase
 from fedloom.secagg.play import Ask
 
-FILE = "secure-sum"
 _HEAD = struct.Struct(">BHI")
 
 
@@ -27,7 +26,7 @@ class Journal:
     """The messages of one sum. path: of the file, in the run's folder.
 
     invitation: of the sum that a killed server had begun of this very round, None where there is none. rests_on: names
-    the round and the state that the vectors rest on.
+    the run, the round and the state that the vectors rest on.
     """
 
     def __init__(self, path: Path, rests_on: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError
-from fedloom.rounds.secure import count_values, make_vector, name_sum
+from fedloom.rounds.agreement import name_sum
+from fedloom.rounds.secure import count_values, make_vector
 from fedloom.rounds.turns import ClientTurn
 from fedloom.secagg import PHASES, Invitation, Participant, Phase, unpack_vector
 from fedloom.server.attendance import Attendance

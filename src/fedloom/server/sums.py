@@ -26,7 +26,7 @@ def collect_sum(
 ) -> Updates:
     """The sum of the updates of the sites that are ready; without one where too few are, or stay to the end.
 
-    job: what the sites sign that the sum is of (`secure.name_sum`). keys: site → its lasting public key, of those that
+    job: what the sites sign (`agreement.name_sum`). keys: site → its lasting public key, of those that
     have trained. journal: where the sum is kept, so that another process can go on with it; one that it has already is
     gone on with.
     """

@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedloom.errors import SecureSumError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.text import to_printable
-from fedloom.rounds.secure import count_values, make_vector, name_sum
+from fedloom.rounds.agreement import name_sum
+from fedloom.rounds.secure import count_values, make_vector
 from fedloom.rounds.turns import ClientTurn
 from fedloom.secagg import Invitation, Participant, unpack_vector
 from fedloom.site.audit import AuditTrail

@@ -48,7 +48,7 @@ from fedloom.workspace.data import (
 )
 from fedloom.workspace.judge import Judge
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
-from fedloom.workspace.privacy import describe_sum_noise
+from fedloom.workspace.privacy import describe_masked, describe_sum_noise
 from fedloom.workspace.private import describe_noise, plan_round, refuse_own_trainer
 from fedloom.workspace.resumption import dump_fixed
 from fedloom.workspace.spending import spend_client_budget
@@ -107,7 +107,9 @@ class Setup:
         other = other_base_note([AdapterFolder(start)], self.config.model.path) if start else None
         both = self.config.federation.validates and self.config.data.validation == self.config.data.heldout
         leak = "data.heldout is the split that the round is chosen on (data.validation): its scores are too good"
-        said = [note for note in (other, self.left_out, advice, describe_excess(self.adapter), both and leak) if note]
+        masked = describe_masked(self.job, self.initial)
+        told = (other, self.left_out, advice, describe_excess(self.adapter), both and leak, masked)
+        said = [note for note in told if note]
         return [*self.notes, *said, *rendering_notes(held, self.config.data.max_length)]
 
     def describe(self) -> RunRow:

@@ -16,9 +16,11 @@ from fedloom.records.ledger import Aggregation, Row, RunRow, read_rows
 from fedloom.records.lock import LOCK
 from fedloom.records.session import End
 
+SECURE_SUM = "secure-sum"
+"""The messages of the secure sum in progress (`server.journal`)."""
 WRITTEN = (
-    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
-    *("metrics.prom", "split.json", "noise.key", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
+    *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html", SECURE_SUM, "noise.key"),
+    *("metrics.prom", "split.json", "job", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
 
@@ -90,8 +92,8 @@ def clear_start(path: Path) -> None:
             file.unlink()
         if (path / folder).is_dir() and not any((path / folder).iterdir()):
             (path / folder).rmdir()
-    left = ("metrics.prom", "split.json", "noise.key", "job", "flower-run", "curve.png", "report.html", "ledger.jsonl")
-    for name in left:
+    drawn = ("curve.png", "report.html")
+    for name in ("metrics.prom", "split.json", "noise.key", SECURE_SUM, "job", "flower-run", *drawn, "ledger.jsonl"):
         (path / name).unlink(missing_ok=True)
 
 

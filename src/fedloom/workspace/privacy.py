@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 
 from fedloom.errors import ConfigError, SecureSumError
+from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS, build
 from fedloom.noise.accounting import concentrated_epsilon
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.sections.privacy import MOST_IN_SUM
-from fedloom.rounds.job import group_alike
+from fedloom.report.numbers import human_bytes
+from fedloom.rounds.job import Job, group_alike
 from fedloom.rounds.secure import cannot_hide
 from fedloom.rounds.sums import Secure, SumNoise
 from fedloom.secagg import Grid
@@ -121,3 +123,14 @@ def _check_numbers(config: Config, asked: int) -> None:
                 f"privacy.{key} is {least}, but a round asks {asked} client{'s' * (asked > 1)}: no sum could ever be "
                 "made"
             )
+
+
+def describe_masked(job: Job, adapter: LoraState) -> str:
+    """That a secure sum sends what the method would leave out, in words; "" where it does not."""
+    if job.secure is None or job.method.support is not None or not job.method.takes_budget:
+        return ""
+    size = human_bytes(adapter.numel() * job.secure.grid.bits / 8)
+    return (
+        f"secure aggregation: every site sends {size} a round. Method {job.method.name!r} with these settings does not "
+        "say beforehand which values travel, so all do under masks; wire.budget is not kept on the way up"
+    )
