@@ -239,11 +239,9 @@ def secagg_command(
 @app.command("canaries")
 def canaries_command(
     epsilon: Annotated[float, typer.Option(min=0.01, help="ε that the training is to keep.")] = 8.0,
-    canaries: Annotated[int, typer.Option(min=10, help="Examples of random tokens, half of them trained on.")] = 200,
-    guesses: Annotated[
-        int, typer.Option(min=2, help="Canaries of which the attacker says whether they were there.")
-    ] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 40,
+    canaries: Annotated[int, typer.Option(min=10, help="Examples of random tokens, half of them trained on.")] = 100,
+    guesses: Annotated[int, typer.Option(min=2, help="Canaries that the attacker guesses of.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Seed of canaries and coins.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -23,10 +23,12 @@ from fedloom.workspace.privacy import DELTA
 
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
 METHODS = {
-    "example": "fedit:lora.r=4,lora.lora_alpha=8",
-    "site": "fed-sb:lora.r=16",
+    "example": "fedit:lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
+    "site": "ffa:lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
 }
-"""Level → variant. Fewer values carry less noise: whole sites train a matrix r × r a module alone."""
+"""Level → variant. Fewer values carry less noise: whole sites train B alone."""
+TOGETHER = 64
+"""Examples in a forward pass; a step draws several times as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ def variant(level: str, method: str, epsilon: float, rounds: int, batch: int) ->
     """The variant of a level under an ε."""
     joint = f"{method}{',' if ':' in method else ':'}"
     if level == "example":
-        own = f"training.per_device_train_batch_size={batch}"
+        size = min(batch, TOGETHER)
+        passes = math.ceil(batch / size)
+        own = f"training.per_device_train_batch_size={size},training.gradient_accumulation_steps={passes}"
         return joint + own + (f",training.dp.epsilon={epsilon:g}" if math.isfinite(epsilon) else "")
     own = "privacy.secure_aggregation=true,federation.weighting=uniform"
     if math.isinf(epsilon):

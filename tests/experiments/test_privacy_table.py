@@ -1,0 +1,36 @@
+"""The runs of the table of ε: their noise is that of their ε, and the rows name level, score and bytes."""
+
+import math
+
+import pytest
+
+from experiments import privacy
+from fedloom import testbeds
+from fedloom.errors import ConfigError
+from fedloom.methods.table import build
+from fedloom.noise.accounting import concentrated_epsilon
+from fedloom.records.configfile import load_config
+from fedloom.workspace.privacy import DELTA, plan_sums
+
+
+def test_every_level_is_played_under_every_epsilon(tmp_path):
+    config = load_config(testbeds.testbed_folder() / "demo.toml")
+    made = privacy.plan(config, [8.0, math.inf], privacy.METHODS, 256, [1, 2], tmp_path)
+    assert [(one.level, one.epsilon, len(one.made)) for one in made] == [
+        ("example", 8.0, 2), ("example", math.inf, 2), ("site", 8.0, 2), ("site", math.inf, 2)
+    ]  # fmt: skip
+    noisy, bare, summed, plain = (one.made[0].config for one in made)
+    assert noisy.training.dp.epsilon == 8.0 and bare.training.dp is None
+    assert noisy.training.batch == bare.training.batch == 256
+    assert plain.privacy.secure_aggregation and plain.privacy.noise_multiplier is None
+    sums = plan_sums(summed, build("ffa"), {f"site-{number}": {"m": 2} for number in range(4)})
+    cost = summed.federation.num_rounds * sums.noise.cost(sums.grid.step, 1000)
+    assert concentrated_epsilon(cost, DELTA) == pytest.approx(8.0, rel=0.01)
+    assert privacy.rows(made) == []  # nothing was played
+
+
+def test_epsilons_are_numbers_and_none_is_always_among_them():
+    assert privacy.parse_epsilons("8,1") == [1.0, 8.0, math.inf] == privacy.parse_epsilons("1,8,inf")
+    for wrong in ("a", "-1", "0"):
+        with pytest.raises(ConfigError, match="expected numbers above 0"):
+            privacy.parse_epsilons(wrong)
