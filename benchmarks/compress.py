@@ -25,7 +25,8 @@ from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ClientTurn, Trained, client_turn, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import ClientTurn, client_turn, start
 from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import decode, encode

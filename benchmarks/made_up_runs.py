@@ -18,7 +18,7 @@ from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
 from fedloom.testbeds import testbed_folder

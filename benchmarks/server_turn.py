@@ -42,7 +42,8 @@ from fedloom.methods.method import State
 from fedloom.methods.shared import averaging, guard
 from fedloom.methods.table import build
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Trained, client_turn, server_turn, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import client_turn, server_turn, start
 from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 

@@ -23,8 +23,9 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import Config, TrainingSettings
 from fedloom.rounds.turns import ClientTurn, accept, client_turn, server_turn, start
 from fedloom.site.store import Store, TurnRecord
-from fedloom.workspace.assemble import Setup, build_setup, load_setup, select_participants
+from fedloom.workspace.assemble import Setup, build_setup, load_setup
 from fedloom.workspace.data import client_examples
+from fedloom.workspace.participants import select_participants
 
 ROUND = 2
 """A client's second round: it has memory of the first one, and its B is no longer zero."""

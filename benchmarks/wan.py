@@ -36,7 +36,8 @@ from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ClientTurn, Trained, client_turn, server_turn, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import ClientTurn, client_turn, server_turn, start
 from fedloom.server.spool import Spool
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 

@@ -22,7 +22,8 @@ try:
     from fedloom.lora.pair import LoraPair, LoraState, initial_state
     from fedloom.methods.table import build
     from fedloom.rounds.job import Job
-    from fedloom.rounds.turns import Trained, client_turn, server_turn, start
+    from fedloom.rounds.step import Trained
+    from fedloom.rounds.turns import client_turn, server_turn, start
 except ImportError:
     from fedloom.lora import LoraPair, LoraState, initial_state
     from fedloom.methods import build

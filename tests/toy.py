@@ -17,7 +17,8 @@ from fedloom.methods.method import Method, State
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
-from fedloom.rounds.turns import Job, ServerTurn, Train, Trained, accept
+from fedloom.rounds.step import Train, Trained
+from fedloom.rounds.turns import Job, ServerTurn, accept
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}

@@ -21,7 +21,8 @@ from fedloom.model.volume import Volume
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.events import Observer, Silent
 from fedloom.rounds.joint import split_entries
-from fedloom.rounds.turns import Job, Train, start
+from fedloom.rounds.step import Train
+from fedloom.rounds.turns import Job, start
 from fedloom.server import local, loop
 from fedloom.server.buffer import Buffer
 from fedloom.server.local import LocalSites

@@ -15,7 +15,7 @@ from fedloom.model.placement import Adapter, Placement
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import Config, LoraSettings
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from fedloom.workspace.assemble import Setup
 from fedloom.workspace.clients import LocalClient
 from fedloom.workspace.plan import caps_of

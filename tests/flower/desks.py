@@ -23,7 +23,7 @@ from fedloom.model.placement import Adapter, Placement
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.configfile import load_config
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel

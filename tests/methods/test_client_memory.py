@@ -23,7 +23,8 @@ from fedloom.methods.method import Context, State
 from fedloom.methods.shared.averaging import fill_within_budget
 from fedloom.methods.table import build
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Trained, client_turn, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import client_turn, start
 
 
 class Alive(TorchFunctionMode):

@@ -25,7 +25,8 @@ from fedloom.records.configfile import load_config
 from fedloom.rounds.draft import Draft
 from fedloom.rounds.joint import SCALES, Outline, join_entries, split_entries
 from fedloom.rounds.least import check_room
-from fedloom.rounds.turns import Trained, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import start
 from fedloom.wire import Header, Message, decode, encode
 from fedloom.workspace.assemble import load_setup
 from small_testbed import small_testbed

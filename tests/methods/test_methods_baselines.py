@@ -15,7 +15,8 @@ from fedloom.methods.flora_na import coefficients
 from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds.job import sender_digest
-from fedloom.rounds.turns import Trained, server_turn
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import server_turn
 from fedloom.wire import Message, decode, encode, read_header
 from toy import RANK, SHAPES, Federation, client_seed, delta, initial, job, random_state, trainer
 

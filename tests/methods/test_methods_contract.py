@@ -13,7 +13,8 @@ from fedloom.lora.pair import LoraPair, LoraState, digest
 from fedloom.methods.method import Method, State, as_given
 from fedloom.methods.table import METHODS, build, method_options
 from fedloom.rounds.catchup import Archive
-from fedloom.rounds.turns import Trained, accept, client_turn, full_state, server_turn
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from toy import Federation, client_seed, delta, job, step, take_up

@@ -8,7 +8,7 @@ import torch
 from fedloom.lora.pair import LoraPair, LoraState, core_matrix
 from fedloom.methods.method import Method, State
 from fedloom.methods.table import METHODS, build
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from toy import Federation, job
 
 SHAPES = {"layers.0.k_proj": (20, 32)}

@@ -21,7 +21,7 @@ from fedloom.methods.shared.guard import GAIN, UNDONE, Step, Witness, follow, in
 from fedloom.methods.table import build
 from fedloom.records.ledger import Aggregation
 from fedloom.report import outcome
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from toy import Federation, initial, job, random_state, take_up
 
 SHAPES = {"up": (48, 32), "down": (32, 48)}

@@ -17,7 +17,7 @@ from fedloom.model.training import rate_at
 from fedloom.records.config import Config, TrainingSettings
 from fedloom.records.configfile import dump, parse
 from fedloom.records.sections.training import count_steps
-from fedloom.rounds.turns import Task
+from fedloom.rounds.step import Task
 from fedloom.site.policy import check_epochs, check_settings
 from fedloom.site.rules import Policy
 from tiny_models import MODELS, placed

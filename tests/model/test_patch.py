@@ -24,7 +24,7 @@ from fedloom.model import peft_bridge
 from fedloom.model.patch import PatchedTrainer, patch
 from fedloom.model.training import local_update
 from fedloom.records.config import TrainingSettings
-from fedloom.rounds.turns import Task
+from fedloom.rounds.step import Task
 from tiny_models import llama, placed
 
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}

@@ -15,7 +15,8 @@ from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.rounds.catchup import MOST_DIGESTS, Archive
 from fedloom.rounds.consolidation import Consolidation, consolidate
-from fedloom.rounds.turns import Job, ServerTurn, Train, accept, full_state, start
+from fedloom.rounds.step import Train
+from fedloom.rounds.turns import Job, ServerTurn, accept, full_state, start
 from fedloom.server.roster import Roster, same_state
 from fedloom.wire import read_header
 from toy import RANK, SHAPES, Federation, delta, initial, job, random_state, ranks, step

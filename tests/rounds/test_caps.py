@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedloom.methods.table import build
 from fedloom.records.config import FederationSettings
 from fedloom.rounds.caps import USUAL, Caps, cap_shares, find_outliers, share_out
-from fedloom.rounds.turns import Trained, client_turn, server_turn
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import client_turn, server_turn
 from toy import Federation, delta, job, step
 
 SIZES = st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 10**9), min_size=1, max_size=9)

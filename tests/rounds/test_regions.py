@@ -16,7 +16,8 @@ from fedloom.methods.table import METHODS, build
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.regions import Tree, read_facts, read_shares, shorter_sum, write_shares
-from fedloom.rounds.turns import Trained, accept, server_turn
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import accept, server_turn
 from fedloom.wire import decode
 from toy import initial, job, ranks
 

@@ -15,8 +15,9 @@ from fedloom.records.configfile import load_config
 from fedloom.rounds.caps import Caps, share_out
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Robust
+from fedloom.rounds.step import Trained
 from fedloom.rounds.trial import Trial
-from fedloom.rounds.turns import Trained, server_turn
+from fedloom.rounds.turns import server_turn
 from fedloom.workspace.checkpoint import Snapshot, list_checkpoints, load_checkpoint, save_checkpoint
 from fedloom.workspace.plan import robust_of
 from toy import initial, job, random_state, step

@@ -15,7 +15,8 @@ from fedloom.methods.method import State
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, read_rows
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ClientTurn, Train, client_turn
+from fedloom.rounds.step import Train
+from fedloom.rounds.turns import ClientTurn, client_turn
 from fedloom.wire import Message, decode, encode
 from fedloom.workspace.folder import RunFolder
 from fedloom.workspace.plan import caps_of

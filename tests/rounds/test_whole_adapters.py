@@ -17,7 +17,8 @@ from fedloom.methods.method import State
 from fedloom.methods.shared.whole import adopt_whole, read_whole, whole_adapter, widen_change
 from fedloom.methods.table import METHODS, build, method_options
 from fedloom.model import peft_bridge
-from fedloom.rounds.turns import Trained, accept, full_state
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import accept, full_state
 from fedloom.site.policy import check_may_leave
 from fedloom.site.rules import Policy, Spending
 from fedloom.wire import Message, decode, encode

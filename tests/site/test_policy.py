@@ -15,7 +15,8 @@ from fedloom.errors import DataError, NumericError, PolicyRefusal, SiteError
 from fedloom.lora.pair import subset
 from fedloom.methods.table import build
 from fedloom.records.configfile import parse
-from fedloom.rounds.turns import Trained, client_turn, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import client_turn, start
 from fedloom.site.guard import guard_training, limit_time
 from fedloom.site.order import own_seed
 from fedloom.site.policy import (

@@ -16,7 +16,8 @@ from fedloom.methods.table import build
 from fedloom.model.examples import Example
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, read_rows
-from fedloom.rounds.turns import Trained, start
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import start
 from fedloom.studies.attack import plan, table
 from fedloom.studies.attack.forgery import FORGERIES, Knowledge, add_change, change_of
 from fedloom.studies.attack.malicious import Attack, Forger, last_names

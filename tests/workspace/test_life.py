@@ -19,7 +19,7 @@ from fedloom.records.ledger import Evaluation, Note, RunRow, Training, Transfer,
 from fedloom.records.session import End, Session
 from fedloom.report.metrics import prometheus_text
 from fedloom.report.outcome import describe_decline, name_rounds
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from fedloom.server.local import run_local
 from fedloom.workspace import pulse
 from fedloom.workspace.assemble import load_setup

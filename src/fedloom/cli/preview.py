@@ -47,7 +47,7 @@ def preview(
     """Show examples as the model sees them: text, tokens, and which of them are learnt."""
     notes: list[str] = []
     settings, texts = read_texts(config, sets or [], notes.append)
-    from fedloom.workspace.assemble import check_clients_exist
+    from fedloom.workspace.participants import check_clients_exist
     from fedloom.workspace.preview import preview_examples
 
     check_clients_exist(client or (), texts, "--client {name} asks")
@@ -65,8 +65,8 @@ def read_texts(path: Path, sets: Sequence[str], tell: Tell) -> tuple[Config, dic
     if _is_site(path):
         return _read_site(path, sets, tell)
     from fedloom.records.configfile import load_config
-    from fedloom.workspace.assemble import check_clients_exist, select_participants
     from fedloom.workspace.data import client_examples
+    from fedloom.workspace.participants import check_clients_exist, select_participants
 
     config = load_config(path, sets)
     texts, _ = client_examples(config, tell)

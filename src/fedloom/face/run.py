@@ -25,7 +25,7 @@ from fedloom.report.scores import score_cells, score_head
 
 if TYPE_CHECKING:
     from fedloom.lora.pair import LoraState
-    from fedloom.rounds.turns import Train
+    from fedloom.rounds.step import Train
 
 
 def run(

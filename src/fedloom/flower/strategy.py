@@ -36,7 +36,8 @@ from fedloom.records.text import to_printable
 from fedloom.rounds.caps import USUAL, Caps
 from fedloom.rounds.catchup import Archive
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import Train, accept, client_turn, server_turn, start
+from fedloom.rounds.step import Train
+from fedloom.rounds.turns import accept, client_turn, server_turn, start
 from fedloom.site.protocol import Parcel
 from fedloom.wire import read_header
 

@@ -1,6 +1,6 @@
 """A transformers Trainer of somebody else (TRL's are such) as a site's training step.
 
-    step = patch(trainer)              # (state, round, seed) → Trained, as `rounds.turns.Train` says
+    step = patch(trainer)              # (state, round, seed) → Trained, as `rounds.step.Train` says
 
 Adapter in, the steps of this round, adapter out. Optimiser, collator, callbacks, packing, quantised base and learning
 rate are the trainer's own. Nothing of it is subclassed: what a round changes is set on the instance, and put back.
@@ -27,7 +27,7 @@ from fedloom.model.settled import keep_use_cache, set_older_objects_aside
 from fedloom.model.trainer_checks import check_fits, check_gradients, check_trainer
 from fedloom.model.training import keep_random_state
 from fedloom.records.sections.training import count_steps
-from fedloom.rounds.turns import Task, Train, Trained
+from fedloom.rounds.step import Task, Train, Trained
 
 if TYPE_CHECKING:
     import peft

@@ -12,7 +12,7 @@ from fedloom.adapters.config import REFUSED, WHOLE, refuse_other_kinds
 from fedloom.errors import ConfigError, ModelError
 from fedloom.model import peft_bridge
 from fedloom.model.placement import Placement
-from fedloom.rounds.turns import Task
+from fedloom.rounds.step import Task
 
 if TYPE_CHECKING:
     import peft

@@ -24,16 +24,8 @@ from dataclasses import dataclass, replace
 
 from fedloom.lora.pair import LoraState
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import (
-    ServerTurn,
-    Train,
-    accept,
-    client_turn,
-    full_state,
-    narrow_broadcast,
-    server_turn,
-    start,
-)
+from fedloom.rounds.step import Train
+from fedloom.rounds.turns import ServerTurn, accept, client_turn, full_state, narrow_broadcast, server_turn, start
 
 
 @dataclass(frozen=True, eq=False, slots=True)

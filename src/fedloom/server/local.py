@@ -13,7 +13,8 @@ from fedloom.records.config import Config
 from fedloom.records.events import Observer, RunSummary, Silent
 from fedloom.records.ledger import Row, Training
 from fedloom.rounds.checks import check_update
-from fedloom.rounds.turns import ClientTurn, Train, Trained, client_turn, fit_to_task
+from fedloom.rounds.step import Train, Trained, fit_to_task
+from fedloom.rounds.turns import ClientTurn, client_turn
 from fedloom.server.attendance import Attendance
 from fedloom.server.buffer import Buffer, choose_next
 from fedloom.server.engine import Updates
@@ -26,9 +27,10 @@ from fedloom.server.secret import SecretSites
 from fedloom.server.tasks import Turn
 from fedloom.server.timeline import Flight, Timeline, draw_order, draw_vanishing
 from fedloom.server.workers import fill_pool, load_without_weights
-from fedloom.workspace.assemble import Setup, check_clients_exist, load_setup
+from fedloom.workspace.assemble import Setup, load_setup
 from fedloom.workspace.checkpoint import Snapshot
 from fedloom.workspace.folder import RunFolder
+from fedloom.workspace.participants import check_clients_exist
 from fedloom.workspace.private import forget_secret, refuse_own_trainer, run_secret
 from fedloom.workspace.regions import plan_regions
 

@@ -28,7 +28,8 @@ from fedloom.records.config import Config
 from fedloom.records.ledger import Row
 from fedloom.report.card import CardFacts
 from fedloom.rounds.memory import give_back
-from fedloom.rounds.turns import Train, Trained, client_turn
+from fedloom.rounds.step import Train, Trained
+from fedloom.rounds.turns import client_turn
 from fedloom.site.approval import NOTES, JobBook
 from fedloom.site.audit import AuditTrail
 from fedloom.site.config import SiteConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedloom.errors import PolicyRefusal
 from fedloom.lora.pair import from_tensors
 from fedloom.methods.method import State
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 from fedloom.site.policy import REFUSED
 from fedloom.site.privacy import release_change, total_norm
 from fedloom.site.rules import Policy

@@ -151,8 +151,8 @@ def _pooled(config: Config) -> dict[str, list[str]]:
 
 def client_names(config: Config) -> list[str]:
     """Names of the clients that the settings describe."""
-    from fedloom.workspace.assemble import select_participants
     from fedloom.workspace.data import client_examples
+    from fedloom.workspace.participants import select_participants
 
     return list(select_participants(client_examples(config)[0], config.federation.participants))
 

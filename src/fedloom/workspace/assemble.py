@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ from fedloom.records.ledger import RunRow
 from fedloom.records.noise import plan_noise
 from fedloom.report.baseline import group_modules
 from fedloom.rounds.job import Job, group_alike
-from fedloom.rounds.turns import Task, Train, Trained
+from fedloom.rounds.step import Task, Train, Trained
 from fedloom.workspace.clients import LocalClient, split_trained
 from fedloom.workspace.data import (
     check_unseen,
@@ -49,6 +48,7 @@ from fedloom.workspace.data import (
     validation_examples,
 )
 from fedloom.workspace.judge import Judge
+from fedloom.workspace.participants import check_clients_exist, select_participants
 from fedloom.workspace.plan import choose_method, count_values, describe_excess, plan_job
 from fedloom.workspace.privacy import describe_masked, describe_sum_noise
 from fedloom.workspace.private import describe_noise, plan_round, refuse_own_trainer
@@ -330,27 +330,6 @@ def set_threads(config: Config) -> None:
     """Have torch use model.threads from now on."""
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-
-
-def select_participants(texts: dict[str, list[Example]], wanted: Sequence[str] | None) -> dict[str, list[Example]]:
-    """The clients that federation.participants names, or all. Raises ConfigError for a name without data."""
-    unknown = sorted(set(wanted or ()) - set(texts))
-    if unknown:
-        raise ConfigError(
-            f"federation.participants names {unknown[0]!r}, which has no data; there are {', '.join(sorted(texts))}"
-        )
-    return {client: examples for client, examples in texts.items() if wanted is None or client in wanted}
-
-
-def check_clients_exist(
-    settings: Collection[str], clients: Collection[str], what: str = "[clients.{name}] has settings"
-) -> None:
-    """Raises ConfigError where [clients.<name>], or `what` else goes by name, is about a client that there is not."""
-    for name in settings:
-        if name not in clients:
-            near = get_close_matches(name, clients, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(clients)[:9])}"
-            raise ConfigError(f"{what.format(name=name)} for a client without data; {hint}")
 
 
 def fingerprint(config: Config, texts: Mapping[str, Sequence[Example]]) -> str:

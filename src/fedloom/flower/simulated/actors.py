@@ -20,8 +20,9 @@ from fedloom.site.config import SiteConfig
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
-from fedloom.workspace.assemble import Setup, build_setup, select_participants
+from fedloom.workspace.assemble import Setup, build_setup
 from fedloom.workspace.data import client_examples
+from fedloom.workspace.participants import select_participants
 
 log = logging.getLogger("fedloom.worker")
 

@@ -35,8 +35,8 @@ from fedloom.model.sources import Tell, ignore
 from fedloom.records.config import Config
 from fedloom.records.configfile import explain
 from fedloom.records.events import Observer, RunSummary
-from fedloom.workspace.assemble import check_clients_exist, select_participants
 from fedloom.workspace.data import check_unseen, client_examples, describe_examples
+from fedloom.workspace.participants import check_clients_exist, select_participants
 
 STORE_BYTES = 256 * 2**20
 """Memory through which Ray hands messages over; what does not fit goes over files."""

@@ -20,7 +20,8 @@ from fedloom.model.evaluate import exact_match_and_loss
 from fedloom.model.limits import ModelLimits, model_limits
 from fedloom.records.config import Config
 from fedloom.records.events import Silent
-from fedloom.rounds.turns import ClientTurn, Train, Trained
+from fedloom.rounds.step import Train, Trained
+from fedloom.rounds.turns import ClientTurn
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
 from fedloom.studies.attack.forgery import FORGERIES, Change, Knowledge, add_change, change_of

@@ -126,8 +126,8 @@ def preset_case(
 def config_case(config: Config) -> Case:
     """The federation that settings describe: its model's shapes, its clients and their ranks; no weights are read."""
     from fedloom.model.base import empty_base
-    from fedloom.workspace.assemble import select_participants
     from fedloom.workspace.data import client_examples
+    from fedloom.workspace.participants import select_participants
 
     texts = select_participants(client_examples(config)[0], config.federation.participants)
     data = weigh_examples(texts)

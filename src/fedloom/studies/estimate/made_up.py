@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedloom.lora.pair import LoraPair, LoraState, subset
 from fedloom.methods.method import Method, State
-from fedloom.rounds.turns import Train, Trained
+from fedloom.rounds.step import Train, Trained
 
 Ranks = Mapping[str, int]
 

@@ -11,7 +11,8 @@ from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Job
 from fedloom.rounds.regions import Tree
-from fedloom.rounds.turns import ServerTurn, Train, Trained, server_turn
+from fedloom.rounds.step import Train, Trained
+from fedloom.rounds.turns import ServerTurn, server_turn
 from fedloom.studies.estimate.made_up import Ranks
 
 

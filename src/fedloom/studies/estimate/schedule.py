@@ -13,7 +13,8 @@ from fedloom.records.config import Config, FederationSettings
 from fedloom.records.ledger import Training
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.job import Job
-from fedloom.rounds.turns import ClientTurn, Trained
+from fedloom.rounds.step import Trained
+from fedloom.rounds.turns import ClientTurn
 from fedloom.server.attendance import Attendance, draw_rounds
 from fedloom.server.buffer import Buffer, choose_next
 from fedloom.server.timeline import Timeline, draw_order, draw_vanishing
