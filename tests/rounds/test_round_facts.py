@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import Dense, Sparse, to_dense
+from fedloom.compress.quantize import quantize
 from fedloom.lora.pair import module_of
 from fedloom.methods.method import FROZEN
 from fedloom.methods.table import build
@@ -71,6 +72,13 @@ def test_modules_are_described_by_what_is_sent():
     assert told.densities == [12 / 22, 1.0] and told.norms == pytest.approx([math.sqrt(35), 0.0])
     assert told.kept[0] == 0.75 and math.isnan(told.kept[1])
     assert {module_of(name) for name in entries} == set(told.modules)
+
+
+@given(st.integers(1, 70), st.sampled_from(["fp32", "bf16", "int8", "int4"]))
+def test_the_norm_is_that_of_the_values_whatever_their_coding(count, coding):
+    values = quantize(coding)(torch.randn(count, generator=torch.Generator().manual_seed(count)), 1)
+    entry = Dense((1, count), values)
+    assert describe_modules({"m/A": entry}, {}).norms == pytest.approx([float(to_dense(entry).norm())], rel=1e-4)
 
 
 @given(st.integers(1, 5000))

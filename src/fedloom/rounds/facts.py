@@ -21,7 +21,7 @@ from fedloom.methods.method import Entries, State
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.job import Job
 
-TOLD = 50
+TOLD = 25
 """Rounds of a run, at even distances, in which modules and drift are told of: a map needs no more."""
 _CLIENTS, _MODULES = 8, 3
 """Clients and modules on which agreement is measured: a mean over these is close to that over all."""

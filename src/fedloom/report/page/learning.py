@@ -14,7 +14,7 @@ from fedloom.report.page.charts import Axis, Chart, Series, Style, Unit, number
 from fedloom.report.page.model import Block, Section, Table
 from fedloom.report.page.run import Variant
 from fedloom.report.sampling import MOST, sample, say_sampled
-from fedloom.report.scores import score_cells, score_head, score_rows
+from fedloom.report.scores import NO_SCORE, score_cells, score_head, score_rows
 
 MOST_DOMAINS = 16
 """Domains that have a line of their own: more are a thicket."""
@@ -39,7 +39,7 @@ def describe_learning(variants: Sequence[Variant]) -> Section:
 
 def _lead(reports: Sequence[Report], alone: bool) -> str:
     if not any(report.points for report in reports):
-        return "Nothing is held out (data.heldout is not set), so there is no score: the training loss stands for it."
+        return f"{NO_SCORE} The training loss is shown instead."
     if alone:
         count = reports[0].examples
         return f"Scores on {count:,} held-out examples." if count else "Scores on held-out examples."

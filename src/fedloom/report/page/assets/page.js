@@ -89,7 +89,7 @@
     axisLabel: { color: ink.soft, fontSize: 11, ...(extra || {}).axisLabel },
   });
   const base = (ink) => ({
-    animation: false, textStyle: { fontFamily: getComputedStyle(document.body).fontFamily, color: ink.ink }, backgroundColor: "transparent",
+    animation: false, textStyle: { fontFamily: getComputedStyle(document.body).fontFamily.replaceAll('"', "'"), color: ink.ink }, backgroundColor: "transparent",
     tooltip: {
       confine: true, backgroundColor: ink.paper, borderColor: ink.line, borderWidth: 1, padding: [7, 10],
       textStyle: { color: ink.ink }, extraCssText: "box-shadow: 0 4px 16px rgb(0 0 0 / .14); border-radius: 8px;", transitionDuration: 0,
@@ -271,7 +271,10 @@
     drawn.resize();
     drawn.setOption(made.option, { notMerge: false, replaceMerge: ["series"] });
     drawLegend(figure, made);
+    setBox(figure);
   }
+  // A drawing that knows its size can be fitted to paper.
+  function setBox({ place, drawn }) { place.querySelector("svg")?.setAttribute("viewBox", `0 0 ${drawn.getWidth()} ${drawn.getHeight()}`); }
   function drawLegend(figure, made) {
     const { chart, legend, hidden } = figure, items = [];
     if (chart.kind === "heat") {
@@ -345,14 +348,25 @@
     const ink = readInks("light"), width = chart.kind === "dots" || chart.kind === "heat" ? 960 : 720;
     const made = DRAW[chart.kind](chart, hidden, ink, width), named = chart.series.filter((one) => !hidden.has(one.name) && one.name);
     const legend = chart.kind !== "heat" && named.length > 1, rows = legend ? Math.ceil(named.reduce((sum, one) => sum + one.name.length * 6.5 + 40, 0) / (width - 40)) : 0;
-    const top = 44 + rows * 20, height = Math.max(made.height, 300) + top;
+    const top = 44 + (chart.kind === "heat" ? 1 : rows) * 20, height = Math.max(made.height, 300) + top;
     const drawn = echarts.init(null, null, { renderer: "svg", ssr: true, width, height });
-    const graphic = [{ type: "text", left: 14, top: 14, style: { text: chart.title, fontSize: 15, fontWeight: 600, fill: ink.ink } }];
+    const fontFamily = made.option.textStyle.fontFamily, graphic = [];
+    const write = (text, x, y, style = {}) => graphic.push({ type: "text", x, y, style: { text, fontSize: 12, fontFamily, verticalAlign: "top", fill: ink.ink, ...style } });
+    const fill = (x, y, width, height, paint) => graphic.push({ type: "rect", shape: { x, y, width, height }, style: { fill: paint } });
+    write(chart.title, 14, 14, { fontSize: 15, fontWeight: 600 });
     let x = 14, y = 42;
+    if (made.states) chart.scale.names.forEach((name, place) => { fill(x, y + 1, 10, 10, stateInk(place, ink)); write(name, x + 16, y); x += name.length * 6.5 + 34; });
+    else if (Number.isFinite(made.low)) {
+      const low = show(made.low, chart.scale), from = x + low.length * 7 + 6;
+      write(low, x, y);
+      range(60).forEach((n) => fill(from + 2 * n, y + 2, 2, 8, ramp(n / 59, ink)));
+      write(show(made.high, chart.scale), from + 128, y);
+    }
     if (legend) for (const one of named) {
       const wide = one.name.length * 6.5 + 34;
       if (x + wide > width - 14 && x > 14) { x = 14; y += 20; }
-      graphic.push({ type: "rect", shape: { x, y: y + 4, width: 14, height: 4, r: 2 }, style: { fill: colour(one.slot, ink) } }, { type: "text", x: x + 20, y, style: { text: one.name, fontSize: 12, fill: ink.ink } });
+      fill(x, y + 4, 14, 4, colour(one.slot, ink));
+      write(one.name, x + 20, y);
       x += wide;
     }
     drawn.setOption({ ...made.option, backgroundColor: "#ffffff", graphic, grid: { ...made.option.grid, top: top + 10, outerBounds: { left: 10, right: 14, top: top, bottom: 10 } } });
@@ -368,13 +382,12 @@
     return rows.map((row) => `${row.map(cell).join(",")}\n`).join("");
   }
   async function toPng({ text, width, height }) {
-    const image = new Image(), link = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
-    try {
-      await new Promise((done, failed) => { image.onload = done; image.onerror = failed; image.src = link; });
-      const canvas = element("canvas", { width: width * 2, height: height * 2 });
-      canvas.getContext("2d").drawImage(image, 0, 0, width * 2, height * 2);
-      return await new Promise((done) => canvas.toBlob(done, "image/png"));
-    } finally { URL.revokeObjectURL(link); }
+    const image = new Image();
+    // An address with the data in it: of a page from a file, a canvas takes an image from nowhere else.
+    await new Promise((done, failed) => { image.onload = done; image.onerror = failed; image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`; });
+    const canvas = element("canvas", { width: width * 2, height: height * 2 });
+    canvas.getContext("2d").drawImage(image, 0, 0, width * 2, height * 2);
+    return new Promise((done) => canvas.toBlob(done, "image/png"));
   }
   async function save(id, form) {
     const { chart, hidden } = figures.get(id);
@@ -406,8 +419,10 @@
   }
   let wide = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== wide) { wide = innerWidth; figures.forEach(redraw); } });
+  // In the pixels of a sheet of A4, where two charts stand side by side.
+  function fitToPaper(figure) { figure.drawn.resize({ width: figure.place.closest(".wide") ? 680 : 330 }); figure.drawn.getZr().refreshImmediately(); setBox(figure); }
   let before;
-  addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; drawAll(); });
+  addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; drawAll(); figures.forEach(fitToPaper); });
   addEventListener("afterprint", () => { before ? (root.dataset.theme = before) : delete root.dataset.theme; drawAll(); });
   function watchSections() {
     const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
