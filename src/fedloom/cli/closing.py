@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+
+from fedloom.records.text import cell
 
 LEFT = {
     "adapter": "adapter/ (for PEFT)",
@@ -17,13 +19,18 @@ LEFT = {
 
 
 def run_tables(folder: Path) -> RenderableType:
-    """The closing tables of a run folder."""
+    """The closing tables of a run folder, and what its noise was worth."""
+    from fedloom.records.configfile import load_config
     from fedloom.records.ledger import read_rows
     from fedloom.report import summarise
+    from fedloom.report.spent import describe_spent
     from fedloom.report.tables import closing_tables
 
-    ledger = folder / "ledger.jsonl"
-    return closing_tables(summarise(read_rows(ledger), str(ledger)))
+    ledger, settings = folder / "ledger.jsonl", folder / "config.toml"
+    rows = read_rows(ledger)
+    tables = closing_tables(summarise(rows, str(ledger)))
+    spent = describe_spent(rows, load_config(settings)) if settings.exists() else ""
+    return Group(tables, cell(spent), "") if spent else tables
 
 
 def print_folder(folder: Path, console: Console) -> None:
