@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fedloom.methods.table import build
 from fedloom.model.private import PrivateRound
 from fedloom.records.configfile import load_config, parse
 from fedloom.records.ledger import Note, Training, read_rows
+from fedloom.report.spent import describe_spent
 from fedloom.server import local
 from fedloom.workspace import private
 from fedloom.workspace.privacy import describe_sum_noise, plan_sums
@@ -42,6 +44,9 @@ def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_pat
     rows = read_rows(tmp_path / "whole" / "ledger.jsonl")
     assert all(math.isnan(row.loss) for row in rows if isinstance(row, Training))
     assert any("noise on examples, ε = 50 at example level" in row.text for row in rows if isinstance(row, Note))
+    said = describe_spent(rows, bed)
+    assert re.fullmatch(r"noise at example level, ε spent in this run: bank 4\d.*\(δ = 0.01\), lab .*", said), said
+    assert describe_spent(rows, parse({}, "a test")) == ""
     turn, calls = local.client_turn, []
 
     def stopping(*arguments):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 
+from fedloom.records.text import cell
+
 LEFT = {
     "adapter": "adapter/ (for PEFT)",
     "report.html": "report.html",
@@ -17,17 +19,22 @@ LEFT = {
 
 
 def run_tables(folder: Path) -> RenderableType:
-    """The closing tables of a run folder, and what was predicted of it where that is known."""
+    """The closing tables of a run folder, what was predicted of it and what its noise was worth, where that is known."""
+    from fedloom.records.configfile import load_config
     from fedloom.records.ledger import read_rows
     from fedloom.report import summarise
     from fedloom.report.prediction import compare_rows, prediction_table, read_prediction
+    from fedloom.report.spent import describe_spent
     from fedloom.report.tables import closing_tables
 
-    ledger, told = folder / "ledger.jsonl", read_prediction(folder)
-    rows = read_rows(ledger)
-    tables = closing_tables(summarise(rows, str(ledger)))
-    found = compare_rows(told, rows) if told else []
-    return Group(tables, prediction_table(told, found)) if told and found else tables
+    ledger, settings = folder / "ledger.jsonl", folder / "config.toml"
+    told, rows = read_prediction(folder), read_rows(ledger)
+    parts: list[RenderableType] = [closing_tables(summarise(rows, str(ledger)))]
+    if told and (found := compare_rows(told, rows)):
+        parts.append(prediction_table(told, found))
+    if settings.exists() and (spent := describe_spent(rows, load_config(settings))):
+        parts += [cell(spent), ""]
+    return Group(*parts)
 
 
 def print_folder(folder: Path, console: Console) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fedloom.noise.accounting import SampledNoise, find_noise
-from fedloom.records.config import TrainingSettings
+from dataclasses import replace
+
+from fedloom.noise.accounting import SampledNoise, example_epsilon, find_noise
+from fedloom.records.config import Config, TrainingSettings
 
 
 def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> SampledNoise | None:
@@ -21,3 +23,12 @@ def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> Sa
         noise = find_noise(settings.dp.epsilon, settings.dp.delta_of(examples), rate, steps * num_rounds)
     assert noise is not None
     return SampledNoise(rate, noise, steps)
+
+
+def client_epsilon(config: Config, client: str, examples: int, turns: int) -> tuple[float, float]:
+    """(ε, δ) at example level of so many turns of a client with so many examples; for runs with training.dp."""
+    training = config.training_of(client)
+    noise = plan_noise(training, examples, config.federation.num_rounds)
+    assert noise is not None and training.dp is not None
+    delta = training.dp.delta_of(examples)
+    return example_epsilon([replace(noise, steps=noise.steps * turns)], delta), delta
