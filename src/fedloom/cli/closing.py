@@ -19,7 +19,7 @@ LEFT = {
 
 
 def run_tables(folder: Path) -> RenderableType:
-    """The closing tables of a run folder, what was predicted of it and what its noise was worth, where that is known."""
+    """The closing tables of a run folder, what was predicted of it, and what its noise was worth."""
     from fedloom.records.configfile import load_config
     from fedloom.records.ledger import read_rows
     from fedloom.report import summarise
