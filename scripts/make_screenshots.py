@@ -1,8 +1,8 @@
 """Take the pictures of docs/page.md and README: `python -m scripts.make_screenshots`, some minutes.
 
 The runs are real: the demo's model, sites and data, with fewer steps, rounds and held-out examples. One is shown
-while it is played, and again when it is over; five methods, each with two seeds, are shown side by side. With the same
---runs folder the five are played once; what is there is kept.
+while it is played, and again when it is over; five methods are shown side by side. With the same --runs folder the
+five are played once; what is there is kept.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fedloom.web.serving import Service
 
 OUT = Path(__file__).parents[1] / "docs" / "pictures"
 METHODS = "fedit,ffa,fedsrd,florist,loom"
-SEEDS = 2
+SEEDS = 1
 ROUNDS, SHOWN = 12, 9
 """Rounds of a run, and the round in which it is shown in progress."""
 MODEL = "demo-model"
@@ -126,8 +126,8 @@ def show_methods(browser, folder):
         pass
     with served(folder / "methods") as url, browser.open(url) as tab:
         take(tab, "methods-desktop", DESKTOP)
-        take(tab, "methods-desktop-dark", DESKTOP, dark=True)
-        take(tab, "methods-phone", PHONE, scale=2)
+        take(tab, "methods-learning-dark", DESKTOP, dark=True, at="#learning")
+        take(tab, "methods-phone", PHONE, scale=2, at="#front")
 
 
 def main():
