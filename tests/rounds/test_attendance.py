@@ -35,7 +35,7 @@ class Attended(Federation):
     def __init__(self, job: Job, clients: dict | None = None) -> None:
         super().__init__(job, clients)
         self.archive = Archive()
-        self.top = self.server.adapter
+        self.top = initial(self.server.adapter.ranks())
         self.roster = Roster(job, self.top, self.ranks)
         self.sent: list[tuple[str, int]] = []
 
