@@ -14,6 +14,7 @@ from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
+from fedloom.methods.table import build, method_options
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
@@ -36,6 +37,11 @@ def job(
 ) -> Job:
     kept = None if budget is None else Budget(*parse_budget(str(budget)))
     return Job(method, seed, quantize(values), weighting, kept, module_weighting)
+
+
+def built(name: str) -> Method:
+    """The method with its defaults, without a base model to take anything from."""
+    return build(name, {"factors": "random"} if "factors" in method_options(name) else None)
 
 
 def on_base(method: Method, adapter: LoraState) -> Method:

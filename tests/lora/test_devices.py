@@ -19,7 +19,8 @@ from fedloom.compress.entries import Dense, Sparse, dense_entry
 from fedloom.compress.quantize import VALUE_KINDS, quantize
 from fedloom.lora.lowrank import sparse
 from fedloom.lora.pair import LoraPair
-from fedloom.methods.table import METHODS, build
+from fedloom.methods.method import as_given
+from fedloom.methods.table import METHODS
 from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Training, read_rows, totals
@@ -28,7 +29,7 @@ from fedloom.server.local import run_local
 from fedloom.wire import Header, Message, encode
 from pretended_device import Pretended, There
 from small_testbed import small_testbed
-from toy import job, random_state, trainer
+from toy import built, initial, job, random_state, trainer
 
 CASE = module("x", (48, 32), [4] * 3, seed=1)
 STACKED = 12
@@ -114,8 +115,9 @@ def message_of(put=lambda tensor: tensor):
 
 def turn_of(name, put=lambda tensor: tensor):
     """The payload of a client whose step leaves the adapter where `put` puts it."""
-    method = build(name)
-    state = start(job(method, values=method.form(None)), random_state(1))
+    method = built(name)
+    first = random_state(1) if method.begin is as_given else initial()
+    state = start(job(method, values=method.form(None)), first)
 
     def train(state, round, seed):
         done = trainer(method)(state, round, seed)

@@ -250,7 +250,7 @@ def test_every_method_aggregates_experts(method: str, folder: Path) -> None:
     settings = {
         "model": {"path": str(folder), "threads": 1},
         "lora": {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
-        "method": {"name": method},
+        "method": {"name": method, **({"factors": "random"} if method == "lora-xs" else {})},
         "training": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
         "federation": {"num_rounds": 1},
         "wire": {"budget": "50%"} if method == "loom" else {},  # its own has no room for an element of each

@@ -19,7 +19,7 @@ from fedloom.rounds.step import Train
 from fedloom.rounds.turns import Job, ServerTurn, accept, full_state, start
 from fedloom.server.roster import Roster, same_state
 from fedloom.wire import read_header
-from toy import RANK, SHAPES, Federation, delta, initial, job, random_state, ranks, step
+from toy import RANK, SHAPES, Federation, built, delta, initial, job, random_state, ranks, step
 
 MERGING = ["flora", "florist:paper", "fedex"]
 
@@ -36,7 +36,7 @@ class Attended(Federation):
     def __init__(self, job: Job, clients: dict | None = None) -> None:
         super().__init__(job, clients)
         self.archive = Archive()
-        self.top = self.server.adapter
+        self.top = initial(self.server.adapter.ranks())
         self.roster = Roster(job, self.top, self.ranks)
         self.sent: list[tuple[str, int]] = []
 
@@ -83,7 +83,7 @@ SCHEDULES = [(name, 0) for name in sorted(METHODS)] + [(name, 3) for name in sor
 @pytest.mark.parametrize(("name", "every"), SCHEDULES)
 def test_whoever_comes_when_is_in_step_to_the_bit(name: str, every: int):
     """Nine rounds, 3 of 6 asked, a third drops out; one joins in round 6, one vanishes from round 2 to 8."""
-    method = build(name)
+    method = built(name)
     kinds = [4, 2, 1] if method.facts.unequal_ranks else [4, 4, 4]
     clients = {f"c{i}": ranks(kinds[i % 3]) for i in range(6)}
     if method.module_subsets:

@@ -12,7 +12,7 @@ from fedloom.rounds import federation
 from fedloom.rounds.consolidation import Consolidation
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.turns import accept, client_turn, server_turn, start
-from toy import initial, job, trainer
+from toy import built, initial, job, trainer
 
 
 def test_the_example_prints_what_it_says():
@@ -22,7 +22,7 @@ def test_the_example_prints_what_it_says():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_two_rounds_move_the_bytes_of_the_two_functions(name: str):
-    plain, step = job(build(name)), trainer(build(name))
+    plain, step = job(built(name)), trainer(built(name))
     played = Federation(plain, initial(), {"ada": None, "bob": None})
     server = start(plain, initial())
     clients = {client: start(plain, initial(), initial().ranks()) for client in ("ada", "bob")}

@@ -55,6 +55,7 @@ DATA_DECIDES = {"fed-dare": 0.1, "florist": 0.15, "fedex": 0.2}
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_bytes_are_those_of_a_real_round(name):
     unguarded = {"step_guard": "false"} if "step_guard" in method_options(name) else {}
+    unguarded |= {"coded": "false"} if name == "lora-xs" else {}  # codes that fill a budget follow the data
     method = build(name, unguarded)  # random steps may be taken back, at their own size
     (told,) = predict(
         {name: method}, SHAPES, dict.fromkeys(("ada", "bob", "cyd"), toy_ranks(RANK)), with_memory=False
