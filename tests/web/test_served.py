@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,6 +22,8 @@ from fedloom.web.guard import allowed_hosts, host_name
 from fedloom.web.runs import Runs
 from fedloom.web.serving import Service
 from served_runs import WrittenRun, served
+
+REPO = Path(__file__).parents[2]
 
 
 def ask(url, path="/", method="GET", **headers):
@@ -129,6 +132,8 @@ def test_figures_are_files_of_three_kinds(one):
     assert status == 200 and headers["content-type"].startswith("text/html")
     names = re.findall(r'href="([\w-]+)\.png"', listed.decode())
     assert len(names) >= 6 and f'href="{names[0]}.csv"' in listed.decode()
+    told = re.search(r"8321/figures/([\w-]+)\.csv", (REPO / "docs" / "page.md").read_text(encoding="utf-8"))
+    assert told[1] in names, "the figure that docs/page.md names"
     status, headers, picture = ask(one, f"/figures/{names[0]}.png")
     assert (status, headers["content-type"], picture[:4]) == (200, "image/png", b"\x89PNG")
     status, headers, drawing = ask(one, f"/figures/{names[0]}.svg")
