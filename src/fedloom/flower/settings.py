@@ -41,6 +41,7 @@ would learn from it what passes, and a site of the release before takes part in 
 SINCE: dict[str, int] = {
     **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
     "federation.regions": 2,
+    "training.dp": 2,
     "wire.client_budget": 2,
     **{f"privacy.{key}": 2 for key in PrivacySettings.model_fields},
 }
