@@ -111,7 +111,7 @@ def test_a_job_is_listed_shown_allowed_and_refused(call, project: Path):
         "9 of this site may be used",
         "a round uses 4 of them",
         "at most 35.4 KiB a round, 707.2 KiB in all",
-        "noise off: whoever runs the server may be able to read examples out of an update",
+        "noise at site level off: whoever runs the server may be able to read examples out of an update",
         "policy has nothing against it",
         f"fedloom site approve {name} [--rounds N]",
     ):

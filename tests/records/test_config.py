@@ -39,6 +39,10 @@ def test_examples_of_unset_keys_are_valid():
     # num_train_epochs and sources are in their places
     del tree["training"]["max_steps"], tree["data"]["source"]
     tree["federation"]["mode"] = "buffered"  # in which all of its keys mean something
+    tree["privacy"]["secure_aggregation"], tree["federation"]["weighting"] = (
+        True,
+        "uniform",
+    )  # what noise_multiplier needs
     assert parse_client_budget(tree["wire"].pop("client_budget")) == (0.0, 15_000)  # in the place of wire.budget
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)
