@@ -24,13 +24,14 @@ NOT_OPERATORS = {
 }
 """Files of cli that read adapters or play studies: nobody needs them to run a federation."""
 FOLDERS = (
+    "noise/secret.py",
     "records/lock.py",
     "report/standing.py",
     "workspace/folder.py",
     "workspace/occupied.py",
     "workspace/resumption.py",
 )
-"""What says whether a run's folder can be used."""
+"""What says whether a run's folder, or a key in it or at a site, can be used."""
 ROOMS = [
     path
     for pattern in ("flower/**/*.py", "site/*.py", "server/*.py", "deploy/*.py", "cli/*.py", *FOLDERS)

@@ -38,6 +38,7 @@ site of the release before takes part in asynchronous rounds too."""
 SINCE: dict[str, int] = {
     **{f"federation.{key}": 2 for key in SERVERS_RULES if key != "eval_every"},
     "federation.regions": 2,
+    "training.dp": 2,
     "wire.client_budget": 2,
     **{f"privacy.{key}": 2 for key in PrivacySettings.model_fields},
 }
