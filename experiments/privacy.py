@@ -115,7 +115,7 @@ def _row(one: Setting, runs: Sequence[Report], whole: Sequence[Report]) -> dict[
     return {
         "level": one.level,
         "ε": "∞" if math.isinf(one.epsilon) else f"{one.epsilon:g}",
-        "run": one.variant.partition(",privacy.")[0].partition(",training.dp.")[0],
+        "run": one.variant.partition(",privacy.")[0].partition(",training.per_device")[0],
         "seeds": str(len(runs)),
         "exact match %": over_seeds([run.value(EXACT_MATCH.key) for run in runs], EXACT_MATCH),
         "gain, nats a token": over_seeds([gain(run) for run in runs], LOSS),

@@ -40,6 +40,7 @@ def test_examples_of_unset_keys_are_valid():
     del tree["training"]["max_steps"], tree["data"]["source"]
     tree["federation"]["mode"] = "buffered"  # in which all of its keys mean something
     tree["training"]["dp"] = {"noise_multiplier": 1.0}  # in the place of epsilon, which needs synchronous rounds
+    del tree["privacy"]["noise_multiplier"]  # which needs sums, and so synchronous rounds too
     assert parse_client_budget(tree["wire"].pop("client_budget")) == ClientBudget(15_000)  # in the place of wire.budget
     config = parse(tree, "template")
     assert parse_budget(config.wire.budget) == (0.0, 8 * 2**20)

@@ -45,7 +45,7 @@ def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_pat
     assert all(math.isnan(row.loss) for row in rows if isinstance(row, Training))
     assert any("noise on examples, ε = 50 at example level" in row.text for row in rows if isinstance(row, Note))
     said = describe_spent(rows, bed)
-    assert re.fullmatch(r"noise at example level, ε spent in this run: bank 4\d.*\(δ = 0.01\), lab .*", said), said
+    assert re.fullmatch(r"noise at example level, ε spent in this run: bank 50 \(δ = 0.01\), lab .*", said), said
     assert describe_spent(rows, parse({}, "a test")) == ""
     turn, calls = local.client_turn, []
 

@@ -37,7 +37,7 @@ class TrainingSettings(Section):
     dp: DpSettings | None = Field(
         None,
         description="Noise that protects every single example, in a table of its own: docs/privacy.md.",
-        examples=[{"epsilon": 8.0}],
+        examples=[{"noise_multiplier": 1.0}],
     )
 
     @model_validator(mode="before")
