@@ -20,7 +20,7 @@ from fedloom.rounds.trial import Trial
 from fedloom.rounds.turns import server_turn
 from fedloom.workspace.checkpoint import Snapshot, list_checkpoints, load_checkpoint, save_checkpoint
 from fedloom.workspace.plan import robust_of
-from toy import initial, job, random_state, step
+from toy import built, initial, job, random_state, step
 
 CLIENTS = ["ada", "bob", "cyd", "dan"]
 LIAR = "dan"
@@ -55,7 +55,7 @@ def trainer(method, size: float, examples: int = 8):
 
 
 def federation(name: str, robust: Robust, **options) -> Federation:
-    method = build(name, {"sparsity": 0.0} if name == "fed-dare" else {})
+    method = build(name, {"sparsity": 0.0}) if name == "fed-dare" else built(name)
     made = replace(job(method, **options), robust=robust)
     return Federation(made, initial(), dict.fromkeys(CLIENTS))
 

@@ -28,7 +28,7 @@ from fedloom.rounds.rules import (
     squared_distances,
     trimmed,
 )
-from toy import delta, initial, job, random_state, ranks, step
+from toy import built, delta, initial, job, random_state, ranks, step
 
 CLIENTS = ["ada", "bob", "cyd", "dan"]
 
@@ -50,7 +50,7 @@ def moved(federation: Federation, name: str, seed: int) -> tuple[LoraState, byte
 @pytest.mark.parametrize("name", [*METHODS])
 def test_the_gram_matrix_is_that_of_dense_changes(name: str):
     """In the second round, so that B is not zero, cores rest, and what was merged is no part of the change."""
-    method = build(name, {"sparsity": 0.0} if name == "fed-dare" else {})
+    method = build(name, {"sparsity": 0.0}) if name == "fed-dare" else built(name)
     federation = Federation(job(method), initial(), dict.fromkeys(CLIENTS))
     federation.round({c: lambda s, r, seed: step(s, r, seed, parts=method.trainable(1)) for c in CLIENTS})
     sent, dense = {}, []

@@ -124,7 +124,7 @@ def test_regions_by_number(number, sizes):
         (
             2,
             "fedsrd",
-            "method 'fedsrd' do not add.*use one of fed-dare, fedit, fedprox, fedsvd, ffa, flasc, loom, rolora",
+            "method 'fedsrd' do not add.*one of fed-dare, fedit, fedprox, fedsvd, ffa, flasc, loom, lora-xs, rolora",
         ),
         (2, "fed-sb", "method 'fed-sb' do not add"),
     ],

@@ -203,7 +203,7 @@ def test_threads_that_share_cpus_are_told_of(config: Config, monkeypatch: pytest
 def test_when_the_runs_process_is_gone_so_are_its_workers(nursery: Nursery, shared: Pool, tmp_path: Path):
     """The last test here: it ends the pool. The system closes a killed process's pipes, as is done here."""
     notes = tmp_path / "number"
-    shared._hand_out(Ticket(Waiting(notes)), shared._idle.pop())
+    shared._hand_out(Ticket(Waiting(notes)), shared._idle.pop() if shared._idle else shared._begin())
     while not (notes.exists() and notes.read_text()):
         time.sleep(0.01)
     worker = int(notes.read_text())

@@ -334,9 +334,8 @@ class FlowerSites:
 
 def digest_of(rounds: Rounds, version: int) -> str:
     """The digest of the global state of a version; "" where the server no longer knows it."""
-    if version == rounds.server.version:
-        return rounds.server.digest
-    return rounds.archive.digests.get(version, "")
+    now = rounds.server
+    return now.digest if version == now.version else rounds.archive.digests.get(version, "")
 
 
 app = ServerApp()
@@ -345,7 +344,7 @@ app = ServerApp()
 @app.main()
 def main(grid: FlowerGrid, context: Context) -> None:
     """What Flower calls. The settings came with the run (`launch`)."""
-    told, out = context.run_config, Path(str(context.run_config["out"]))
-    settings = join_settings(str(told["settings"]), str(told["own"]))
+    told, number = context.run_config, context.run_id
+    settings, out = join_settings(str(told["settings"]), str(told["own"])), Path(str(told["out"]))
     resume, force = bool(told["resume"]), bool(told.get("force", False))
-    run_federation(grid, settings, out, resume=resume, force=force, number=context.run_id).check()
+    run_federation(grid, settings, out, resume=resume, force=force, number=number).check()

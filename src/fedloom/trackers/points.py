@@ -93,8 +93,7 @@ class _Round:
 
     def _spend_all(self, who: str, row: Training | Aggregation) -> None:
         """What the seconds of a turn were spent on, where the ledger says so."""
-        stages: Mapping[str, float] = getattr(row, "stages", {})
-        for stage, seconds in stages.items():
+        for stage, seconds in row.stages.items():
             self._spend(f"{who}_{stage}", seconds)
 
     def _spend(self, stage: str, seconds: float) -> None:
