@@ -17,6 +17,7 @@ from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.patch import PatchedTrainer, patch
 from fedloom.model.tokens import tokenize
+from fedloom.noise import secret
 from fedloom.rounds.federation import Federation
 from fedloom.site import order
 from fedloom.site.desk import Desk
@@ -113,7 +114,7 @@ def test_the_sites_order_noise_and_time_hold(tmp_path):
     own_order = made(tmp_path / "ordered", trainer, order="site")
     key = Path(own_order.site.state) / order.FILE
     key.parent.mkdir(exist_ok=True)
-    key.write_bytes(bytes(order.SIZE))  # a drawn secret may give the run's own batches: 1 of 90 does
+    key.write_bytes(bytes(secret.SIZE))  # a drawn secret may give the run's own batches: 1 of 90 does
     key.chmod(0o600)
     ordered = ask(own_order, "turn")
     assert ordered.payloads and ordered.payloads != plain.payloads
