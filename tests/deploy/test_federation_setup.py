@@ -46,7 +46,7 @@ from fedloom.deploy.renewal import renew_server
 from fedloom.errors import ConfigError
 from fedloom.site.config import SiteConfig, load_site_config
 from fedloom.site.privacy import Privacy
-from fedloom.site.rules import Policy
+from fedloom.site.rules import ExamplePrivacy, Policy
 from pretend_superlink import serving
 
 TESTBED = Path(__file__).parents[2] / "src" / "fedloom" / "testbeds"
@@ -138,12 +138,13 @@ def test_site_toml_is_read_back_and_names_every_setting(made):
     path = made / "sites" / "lab" / "SITE.toml"
     config = load_site_config(path)
     assert (config.name, config.policy, config.state) == ("lab", Policy(), str(path.parent / "state"))
-    everything = path.read_text().replace("# [policy.privacy]", "[policy.privacy]")
+    everything = path.read_text().replace("# [policy.", "[policy.").replace("# [peers]", "[peers]")
     lines = [line.removeprefix("# ") if " = " in line else line for line in everything.splitlines()]
     tree = tomllib.loads("\n".join(lines))
     assert set(tree) == set(SiteConfig.model_fields) and tree["socket_group"] == "fedloom-node"
     assert set(tree["policy"]) == set(Policy.model_fields)
     assert set(tree["policy"]["privacy"]) == set(Privacy.model_fields)
+    assert set(tree["policy"]["example_privacy"]) == set(ExamplePrivacy.model_fields)
     assert Policy.model_validate(tree["policy"]).privacy.max_epsilon == 8.0
 
 

@@ -109,7 +109,6 @@ def test_every_attack_is_played_with_and_without_the_defence_beside_the_honest_r
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--as", "server"], "not part of this version"),
         (["--malicious", "4"], "--malicious 4: expected from 1 to 3"),
         (["--attacks", "charm"], "--attacks charm: expected one of sign_flip"),
         (["--attacks", "lie:much"], "'much' is no strength"),
