@@ -55,7 +55,7 @@ from .rounds.turns import client_turn as client_turn
 from .rounds.turns import server_turn as server_turn
 from .rounds.turns import accept as accept
 from .rounds.step import Train as Train
-from .rounds.turns import Trained as Trained
+from .rounds.step import Trained as Trained
 from .lora.pair import LoraPair as LoraPair
 from .lora.pair import LoraState as LoraState
 from .lora.pair import initial_state as initial_state

@@ -14,6 +14,8 @@ from fedloom.methods.table import build
 from fedloom.model.private import PrivateRound
 from fedloom.records.configfile import load_config, parse
 from fedloom.records.ledger import Note, Training, read_rows
+from fedloom.report import summarise
+from fedloom.report.page import page_of
 from fedloom.report.spent import describe_spent
 from fedloom.server import local
 from fedloom.workspace import private
@@ -46,6 +48,9 @@ def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_pat
     assert any("noise on examples, ε = 50 at example level" in row.text for row in rows if isinstance(row, Note))
     said = describe_spent(rows, bed)
     assert re.fullmatch(r"noise at example level, ε spent in this run: bank 50 \(δ = 0.01\), lab .*", said), said
+    page = page_of(tmp_path / "whole", summarise(rows, "ledger.jsonl"), rows)
+    (told,) = [one for one in page.headlines if "ε" in one.what]
+    assert told.value == "50" and "at example level" in told.more
     assert describe_spent(rows, parse({}, "a test")) == ""
     turn, calls = local.client_turn, []
 

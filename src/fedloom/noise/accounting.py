@@ -63,8 +63,12 @@ class AttackRisk:
 
 def example_epsilon(spent: Iterable[SampledNoise], delta: float) -> float:
     """The ε at this δ of all that was spent on a site's examples together: (ε, δ) at example level."""
-    merged = merge(spent)
-    return _compose(merged).get_epsilon_for_delta(delta) if merged else 0.0
+    return _epsilon(tuple(merge(spent)), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(merged: tuple[SampledNoise, ...], delta: float) -> float:
+    return float(_compose(merged).get_epsilon_for_delta(delta)) if merged else 0.0
 
 
 def example_risk(spent: Iterable[SampledNoise]) -> AttackRisk:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from fedloom.records.ledger import Aggregation, Row
+from fedloom.errors import ConfigError
+from fedloom.records.configfile import parse
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import human_seconds
 from fedloom.report.measures import TRAINING_LOSS, list_measures
@@ -24,6 +26,7 @@ from fedloom.report.page.run import PageRun, Variant, group_runs
 from fedloom.report.page.sites import compare_drift, describe_sites
 from fedloom.report.page.stages import compare_time, describe_time
 from fedloom.report.page.traffic import compare_traffic, describe_traffic
+from fedloom.report.spent import spent_by_client
 
 
 def build_page(runs: Sequence[PageRun], version: str = "") -> Page:
@@ -57,7 +60,7 @@ def _one(run: PageRun, state: PageState, version: str) -> Page:
         heading=method,
         subtitle=f"{facts}, base model {_short_model(report.run.model)}",
         status=_status(run),
-        headlines=_headlines(report, run.rows),
+        headlines=_headlines(run),
     )
 
 
@@ -129,8 +132,9 @@ def _alarm(run: PageRun) -> list[Section]:
     return [Section(ident, "", [Words(f"{ident}-why", text, alarm=True)])]
 
 
-def _headlines(report: Report, rows: Sequence[Row]) -> list[Headline]:
+def _headlines(run: PageRun) -> list[Headline]:
     """The few numbers that say it all."""
+    report = run.report
     found: list[Headline] = []
     measures = list_measures([report])
     for measure in measures[:2]:
@@ -147,10 +151,24 @@ def _headlines(report: Report, rows: Sequence[Row]) -> list[Headline]:
     found.append(Headline("sent in all", human_bytes(sent), ways))
     if sent and dense:
         found.append(Headline("of dense fp32", f"{100 * sent / dense:.1f} %", f"{dense / sent:.1f} × fewer"))
-    spent = [row.stats["epsilon"] for row in rows if isinstance(row, Aggregation) and "epsilon" in row.stats]
-    if spent:
-        found.append(Headline("ε spent", f"{spent[-1]:.3g}", "as the server accounts for it"))
+    found += _spent(run)
     end = report.facts.end
     if end is not None and end.seconds:
         found.append(Headline("took", human_seconds(end.seconds), f"{report.turns:,} turns of clients"))
     return found
+
+
+def _spent(run: PageRun) -> list[Headline]:
+    """The largest ε at example level of any client so far, where noise is on and its accountant is installed."""
+    if "[training.dp]" not in run.settings:
+        return []
+    try:
+        spent = spent_by_client(run.rows, parse(tomllib.loads(run.settings), "the settings of the run"))
+    except ConfigError:  # no accountant here, or settings of another version
+        return []
+    if not spent:
+        return []
+    client = max(spent, key=lambda name: spent[name][0])
+    epsilon, delta = spent[client]
+    where = f"at example level, {to_printable(client)}, δ = {delta:.2g}"
+    return [Headline("ε spent, the most", f"{epsilon:.3g}", where)]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from fedloom.studies.attack.spans import best, read_inputs, rouge_1, standing_ou
 from fedloom.studies.compare import apply_overrides
 from fedloom.workspace.assemble import Setup, load_setup
 from fedloom.workspace.clients import LocalClient
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUND = 2
 """The round that is attacked: the first is an ordinary one of all sites that are looked at."""
@@ -110,8 +114,8 @@ def _guess(setup: Setup, federation: Federation, name: str, count: int) -> Guess
 
 def _labels_named(setup: Setup, state: State, entries: Entries, modules: Sequence[str], labels: set[int]) -> float:
     """Share of the labels among as many tokens that the steps of B at the end of the model point to."""
-    head: nn.Module = setup.model.get_output_embeddings()
-    weight = head.weight.detach().float()
+    model = cast("PreTrainedModel", setup.model.get_base_model())
+    weight = model.get_output_embeddings().weight.detach().float()
     seen = torch.zeros(len(weight))
     for module in modules:
         steps = steps_of(state.adapter[module], entries, module, setup.job.method.updates)
@@ -165,7 +169,7 @@ def _ends(setup: Setup, state: State) -> tuple[dict[str, Tensor], list[str]]:
     size, width = model.get_input_embeddings().weight.shape
     pieces: dict[str, list[Tensor]] = {}
     writers: list[str] = []
-    for tokens in torch.arange(size).split(1024):
+    for tokens in torch.split(torch.arange(size), 1024):
         calls: list[tuple[str, Tensor, Tensor]] = []
         with _watched(model, calls):
             model(input_ids=tokens[:, None], use_cache=False, logits_to_keep=1)
