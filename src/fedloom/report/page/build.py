@@ -12,7 +12,7 @@ from fedloom.records.configfile import parse
 from fedloom.records.text import LONG, to_printable
 from fedloom.report.facts import human_seconds
 from fedloom.report.measures import TRAINING_LOSS, list_measures
-from fedloom.report.numbers import MEAN, Report, human_bytes
+from fedloom.report.numbers import MEAN, human_bytes
 from fedloom.report.page.layers import describe_layers
 from fedloom.report.page.learning import describe_front, describe_learning, find_ends
 from fedloom.report.page.model import Headline, Page, PageState, Section, Words

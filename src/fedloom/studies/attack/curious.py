@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,6 @@ from fedloom.studies.attack.spans import best, read_inputs, rouge_1, standing_ou
 from fedloom.studies.compare import apply_overrides
 from fedloom.workspace.assemble import Setup, load_setup
 from fedloom.workspace.clients import LocalClient
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ROUND = 2
 """The round that is attacked: the first is an ordinary one of all sites that are looked at."""
@@ -114,7 +111,7 @@ def _guess(setup: Setup, federation: Federation, name: str, count: int) -> Guess
 
 def _labels_named(setup: Setup, state: State, entries: Entries, modules: Sequence[str], labels: set[int]) -> float:
     """Share of the labels among as many tokens that the steps of B at the end of the model point to."""
-    model = cast("PreTrainedModel", setup.model.get_base_model())
+    model: Any = setup.model.get_base_model()
     weight = model.get_output_embeddings().weight.detach().float()
     seen = torch.zeros(len(weight))
     for module in modules:
