@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
 
+from fedloom.cli.main import app
 from fedloom.compress.entries import dense_entry
 from fedloom.lora.pair import LoraPair
 from fedloom.studies.attack import spans
 from fedloom.studies.attack.curious import auc
+from fedloom.studies.attack.readings import reading_tables
+from small_testbed import small_testbed
 
 WORDS, WIDTH, OUT, RANK = 400, 48, 40, 8
 HELD = [3, 17, 60, 200, 399]
@@ -77,3 +85,20 @@ def test_rouge_counts_a_token_as_often_as_both_have_it():
 
 def test_auc_is_the_share_of_pairs_in_order():
     assert auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0])) == pytest.approx(3.5 / 4)
+
+
+def test_one_plain_step_of_high_rank_is_read_and_few_signs_of_it_are_not(tmp_path):
+    """The whole study, on the demo's model: one example, descent without momentum, a rank above its tokens."""
+    bed = small_testbed(tmp_path) / "demo.toml"
+    sets = ["training.optim=sgd", "training.learning_rate=0.1", "training.max_steps=2", "training.max_grad_norm=0"]
+    words = ["attack", str(bed), "--as", "server", "--sites", "2", "--examples", "1", "--ranks", "64", "--json"]
+    words += ["--methods", "fedit:wire.values=fp32,loom", *(word for one in sets for word in ("--set", one))]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.output
+    dense, coded = json.loads(said.stdout)["rows"]
+    assert dense["text"] > dense["chance"] + 0.15, (dense, coded)  # a token that stands twice is named once
+    assert coded["text"] < dense["text"] and coded["bytes"] < dense["bytes"] / 20
+    assert all(0 <= row[key] <= 1 for row in (dense, coded) for key in ("labels", "membership"))
+    table = Console(width=160, file=io.StringIO())
+    table.print(*reading_tables(json.loads(said.stdout)))
+    assert "membership, AUC" in table.file.getvalue() and "loom" in table.file.getvalue()
