@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -189,8 +188,6 @@ def _pack_installed(package: Path, installed: metadata.Distribution, into: Path)
 
 def run_pip(arguments: Sequence[str], purpose: str) -> None:
     """Run pip. Raises ConfigError with what it complained of, and what that means."""
-    if shutil.which(PIP[0]) is None:
-        raise ConfigError(f"pip cannot be run: {PIP[0]} is not there")
     done = subprocess.run([*PIP, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode == 0:
         return

@@ -18,16 +18,7 @@ from fedloom.records.session import End
 
 WRITTEN = (
     *("checkpoints", "payloads", "sites", "adapter", "adapters", "curve.png", "report.html"),
-    *(
-        "tensorboard",
-        "wandb",
-        "tracking.json",
-        ".tracking.lock",
-        "prediction.json",
-        "metrics.prom",
-        "split.json",
-        "job",
-    ),
+    *("tensorboard", "wandb", "tracking.json", ".tracking.lock", "prediction.json", "metrics.prom", "split.json", "job"),
     *("noise.key", "flower-run", "log.jsonl", "ledger.jsonl", "config.toml"),
 )
 """All that runs write into their folder, beside the lock. The settings come last: by them a run is known."""
