@@ -192,9 +192,9 @@ def run_pip(arguments: Sequence[str], purpose: str) -> None:
     if done.returncode == 0:
         return
     said = [line.removeprefix("ERROR: ").strip() for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    last = said[-1] if said else next(reversed(done.stderr.split("\n")[:-1]), "nothing")
+    last = said[-1] if said else (done.stderr.split("\n")[-2:-1] or [""])[0]
     meant = next((text for pattern, text in _REASONS if re.search(pattern, done.stderr)), "see what pip says")
-    raise ConfigError(f"pip could not fetch wheels {purpose}: {meant}. pip said: {last}")
+    raise ConfigError(f"pip could not fetch wheels {purpose}: {meant}. pip said: {last.strip() or 'nothing'}")
 
 
 def _digest(path: Path) -> str:

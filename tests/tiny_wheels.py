@@ -6,7 +6,13 @@ import zipfile
 from importlib import metadata
 
 VERSION = metadata.version("fedloom")
-COMMAND = "import os, sys\n\ndef main():\n    print('doctor asked:', *sys.argv[1:])\n    sys.exit(int(os.environ.get('DOCTOR', 0)))\n"
+COMMAND = """
+import os, sys
+
+def main():
+    print("doctor asked:", *sys.argv[1:])
+    sys.exit(int(os.environ.get("DOCTOR", 0)))
+"""
 """What stands for the fedloom command: it says how it was called."""
 
 PIP = """
