@@ -54,9 +54,9 @@ def ask(
     pip: Sequence[str] = (),
 ) -> Asked:
     """What bundles are to hold, as options say it. Raises ConfigError for a platform or version that is none."""
-    from fedloom.deploy import platforms, wheelhouse
+    from fedloom.deploy import containers, platforms, wheelhouse
 
-    extras = tuple(dict.fromkeys([*wheelhouse.EXTRAS, *(extra or ())]))
+    extras = tuple(dict.fromkeys([*containers.EXTRAS, *(extra or ())]))
     return wheelhouse.Asked(tuple(platforms.parse_targets(platform or (), python or ())), extras, tuple(pip))
 
 
