@@ -28,9 +28,8 @@ into = pathlib.Path(sys.argv[sys.argv.index("--wheel-dir" if sys.argv[1] == "whe
 into.mkdir(parents=True, exist_ok=True)
 for wheel in map(pathlib.Path, told["wheels"]):
     name = wheel.name.partition("-")[0]
-    if sys.argv[1] == "wheel" and name == "fedloom" or sys.argv[1] == "download" and (
-        name not in told["only_named"] or any(re.match(name + "(?![a-z])", word) for word in sys.argv)
-    ):
+    asked = ["fedloom"] if sys.argv[1] == "wheel" else sys.argv
+    if any(re.match(name + "(?![a-z])", word) for word in asked):
         shutil.copy(wheel, into)
 """
 
@@ -66,13 +65,13 @@ def make_fedloom(folder, requires=()):
 
 
 class StandIn:
-    """pip for `wheelhouse.PIP`: hands out `wheels`, those in `only_named` only where they are asked for by name."""
+    """pip for `wheelhouse.PIP`: hands out those of `wheels` that it is asked for, or fails with words."""
 
-    def __init__(self, folder, wheels=(), only_named=(), stderr=""):
+    def __init__(self, folder, wheels=(), stderr=""):
         folder.mkdir(exist_ok=True)
         self.folder, self.command = folder, (sys.executable, "-S", str(folder / "pip.py"))
         (folder / "pip.py").write_text(PIP)
-        told = {"wheels": list(map(str, wheels)), "only_named": list(only_named), "stderr": stderr}
+        told = {"wheels": list(map(str, wheels)), "stderr": stderr}
         (folder / "told.json").write_text(json.dumps(told))
 
     def calls(self, kind):

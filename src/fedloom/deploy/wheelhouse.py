@@ -1,8 +1,7 @@
 """All wheels that a site needs, in one folder, so that it installs fedloom without an index of packages.
 
-pip fetches them, at the versions that are installed here. It reads the conditions of requirements ("only on Linux") as
-if they were about this machine, even where it fetches for another one, so what is there is held to the conditions of
-the site's machine afterwards, and what is missing is asked for by name.
+pip fetches them, at the versions that are installed here. What is asked for is decided here and not by pip, which reads
+the conditions of requirements ("only on Linux") as if they were about this machine, even where it fetches for another.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +29,8 @@ from fedloom.deploy.platforms import Target
 from fedloom.errors import ConfigError
 
 PIP = (sys.executable, "-m", "pip")
-_PASSES = 5
-"""How often what is missing is asked for: requirements of requirements with such conditions are rarely two deep."""
+_BLOCK = 4096
+"""Bytes of which a file takes a whole number on most disks."""
 _REASONS = (
     (r"No space left|Errno 28", "the disk is full: make room, then run the same command again"),
     (
@@ -81,7 +81,8 @@ def fill_wheelhouse(store: Path, asked: Asked) -> Path:
 def unpacked_bytes(wheels: Sequence[Path]) -> int:
     """What they take once they are installed: their files, and Python's compiled ones, about as large as the source."""
     members = [member for wheel in wheels for member in zipfile.ZipFile(wheel).infolist()]
-    return sum(member.file_size * (2 if member.filename.endswith(".py") else 1) for member in members)
+    taken = [(-(-member.file_size // _BLOCK) * _BLOCK, member.filename.endswith(".py")) for member in members]
+    return sum(size * (2 if compiled else 1) for size, compiled in taken)
 
 
 def list_missing(wheels: Sequence[Path], wanted: Requirement, target: Target) -> list[Requirement]:
@@ -128,17 +129,26 @@ def _metadata(wheel: Path) -> list[str]:
 
 
 def _fetch(into: Path, own: Path, pins: Path, target: Target, asked: Asked) -> None:
-    """Have pip fetch for one kind of machine until nothing is missing there."""
-    extras = ",".join(asked.extras)
-    wanted, more = Requirement(f"fedloom[{extras}]"), list[str]()
-    command = ["download", "--quiet", "--no-input", "--dest", str(into), "--only-binary=:all:", *target.pip_options()]
-    for _ in range(_PASSES):
-        run_pip([*command, *asked.pip, "--constraint", str(pins), f"{own}[{extras}]", *more], f"for {target.words}")
-        missing = list_missing(sorted(into.glob("*.whl")), wanted, target)
-        if not missing:
-            return
-        more += [_without_condition(requirement) for requirement in missing]
-    raise ConfigError(f"wheels for {target.words}: pip did not fetch {more[-1]}; name an index that has it")
+    """Have pip fetch what is missing on one kind of machine, then what that asks for, until nothing is missing."""
+    wanted = Requirement(f"fedloom[{','.join(asked.extras)}]")
+    command = [
+        "download",
+        "--quiet",
+        "--no-input",
+        "--no-deps",
+        "--only-binary=:all:",
+        *target.pip_options(),
+        *asked.pip,
+    ]
+    into.mkdir(exist_ok=True)
+    shutil.copyfile(own, into / own.name)
+    held = sorted(into.glob("*.whl"))
+    while missing := list_missing(held, wanted, target):
+        names = sorted({_without_condition(requirement) for requirement in missing})
+        run_pip([*command, "--dest", str(into), "--constraint", str(pins), *names], f"for {target.words}")
+        before, held = held, sorted(into.glob("*.whl"))
+        if held == before:
+            raise ConfigError(f"wheels for {target.words}: pip did not fetch {names[0]}; name an index that has it")
 
 
 def _without_condition(requirement: Requirement) -> str:
