@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedloom.cli import main as cli
 from fedloom.deploy import wheelhouse
 from fedloom.deploy.bundle import write_bundles
-from fedloom.deploy.federation import FederationPlan, read_plan, write_federation
+from fedloom.deploy.federation import FederationPlan, add_site, read_plan, write_federation
 from fedloom.deploy.platforms import parse_targets
 from fedloom.deploy.wheelhouse import Asked
 from fedloom.errors import ConfigError
@@ -90,6 +90,14 @@ def test_keys_are_for_their_owner_alone_and_only_the_sites_own_is_there(fed):
     assert bundle.stat().st_mode & 0o777 == bundle.parent.stat().st_mode & 0o777 == 0o700
     assert {path.name for path in files.values() if path.stat().st_mode & 0o111} == {"install.sh", "supernode.sh"}
     assert sorted(path.name for path in (fed / "bundles").glob("*")) == [".wheels", "bank"]
+
+
+def test_a_site_that_made_its_key_itself_gets_none(fed, tmp_path):
+    add_site(fed, "own", fed / "sites" / "lab" / "node.pub")
+    bundle = write_bundles(fed, ["own"], HERE)[0].folder
+    assert not [name for name, path in files_of(bundle).items() if b"PRIVATE KEY" in path.read_bytes()]
+    readme = (bundle / "README.txt").read_text()
+    assert "private" not in readme and readme.startswith("Site own of the federation at fed.example.org:9443\n")
 
 
 def test_sites_share_the_wheels_and_a_second_time_nothing_is_fetched(fed, pip):
@@ -216,7 +224,7 @@ def test_init_and_add_make_bundles_too(tmp_path, pip):
     assert invoke("add", fed, "lab", "--bundle")[0] == 0 and (fed / "bundles" / "lab" / "site" / "node.key").is_file()
     assert invoke("bundle", fed, "lab", "--python", "3.12", "--find-links", tmp_path, "--extra", "privacy")[0] == 0
     last = pip.calls("download")[-1]
-    assert f"--find-links={tmp_path}" in last and "--python-version=3.12" in last and last[-1] == "helper"
+    assert f"--find-links={tmp_path}" in last and "--python-version=3.12" in last and last[-1] == "helper==1"
 
 
 def test_a_wrong_platform_stops_before_anything_is_written_and_pips_failure_after_it(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from importlib import metadata, resources
@@ -34,12 +34,12 @@ _BLOCK = 4096
 _REASONS = (
     (r"No space left|Errno 28", "the disk is full: make room, then run the same command again"),
     (
-        r"NewConnectionError|ConnectTimeout|Max retries|ProxyError|SSLError|Name or service not known|resolution",
+        r"NewConnectionError|ConnectTimeout|Max retries|ProxyError|SSLError|Temporary failure in name",
         "no package index can be reached: run it where there is a network, or name a folder of wheels (--find-links)",
     ),
     (
         r"No matching distribution|Could not find a version|ResolutionImpossible",
-        "no index here has such a wheel: another --python or --platform, or the index that has it (--extra-index-url)",
+        "no index here has such a wheel: name one that has it (--extra-index-url), or another --python or --platform",
     ),
     (r"No module named pip", "this Python has no pip: python -m ensurepip"),
 )
@@ -64,10 +64,9 @@ def fill_wheelhouse(store: Path, asked: Asked) -> Path:
     """
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=store) as scratch:
-        own = pack_fedloom(Path(scratch))
-        pins = Path(scratch) / "constraints.txt"
-        pins.write_text("".join(f"{line}\n" for line in pinned(asked.extras)), encoding="utf-8")
-        facts = [own.name, _digest(own), pins.read_text(encoding="utf-8"), repr(asked)]
+        own = pack_fedloom(Path(scratch), asked.pip)
+        pins = dict(line.split("==") for line in pinned(asked.extras))
+        facts = [own.name, _digest(own), pins, repr(asked)]
         filled = store / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         if filled.is_dir():
             return filled
@@ -128,7 +127,7 @@ def _metadata(wheel: Path) -> list[str]:
         return HeaderParser().parsestr(opened.read(name).decode("utf-8")).get_all("Requires-Dist") or []
 
 
-def _fetch(into: Path, own: Path, pins: Path, target: Target, asked: Asked) -> None:
+def _fetch(into: Path, own: Path, pins: Mapping[str, str], target: Target, asked: Asked) -> None:
     """Have pip fetch what is missing on one kind of machine, then what that asks for, until nothing is missing."""
     wanted = Requirement(f"fedloom[{','.join(asked.extras)}]")
     command = [
@@ -144,25 +143,36 @@ def _fetch(into: Path, own: Path, pins: Path, target: Target, asked: Asked) -> N
     shutil.copyfile(own, into / own.name)
     held = sorted(into.glob("*.whl"))
     while missing := list_missing(held, wanted, target):
-        names = sorted({_without_condition(requirement) for requirement in missing})
-        run_pip([*command, "--dest", str(into), "--constraint", str(pins), *names], f"for {target.words}")
+        names = sorted({_pinned(requirement, pins) for requirement in missing})
+        run_pip([*command, "--dest", str(into), *names], f"for {target.words}")
         before, held = held, sorted(into.glob("*.whl"))
         if held == before:
             raise ConfigError(f"wheels for {target.words}: pip did not fetch {names[0]}; name an index that has it")
 
 
-def _without_condition(requirement: Requirement) -> str:
-    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    return f"{requirement.name}{extras}{requirement.specifier}"
+def _pinned(requirement: Requirement, pins: Mapping[str, str]) -> str:
+    """What pip is asked for: the version that is installed here, where the requirement takes that."""
+    pin = pins.get(canonicalize_name(requirement.name), "")
+    taken = f"=={pin}" if pin and requirement.specifier.contains(pin, prereleases=True) else requirement.specifier
+    return f"{requirement.name}{taken}"
 
 
-def pack_fedloom(into: Path) -> Path:
+def pack_fedloom(into: Path, pip: Sequence[str] = ()) -> Path:
     """A wheel of the fedloom that runs here: built by pip from its source tree, or else put together from what is
-    installed. Raises ConfigError.
+    installed. pip: further options of its. Raises ConfigError.
     """
     package = Path(str(resources.files("fedloom")))
     if package.parent.name == "src" and (package.parents[1] / "pyproject.toml").is_file():
-        command = ["wheel", "--quiet", "--no-input", "--no-deps", "--wheel-dir", str(into), str(package.parents[1])]
+        command = [
+            "wheel",
+            "--quiet",
+            "--no-input",
+            "--no-deps",
+            *pip,
+            "--wheel-dir",
+            str(into),
+            str(package.parents[1]),
+        ]
         run_pip(command, "for fedloom's own wheel")
         return next(into.glob("fedloom-*.whl"))
     return _pack_installed(package, metadata.distribution("fedloom"), into)
@@ -201,10 +211,11 @@ def run_pip(arguments: Sequence[str], purpose: str) -> None:
     done = subprocess.run([*PIP, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode == 0:
         return
-    said = [line.removeprefix("ERROR: ").strip() for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    last = said[-1] if said else (done.stderr.split("\n")[-2:-1] or [""])[0]
+    errors = re.findall(r"(?m)^\s*ERROR: (?!ResolutionImpossible)(.+)$", done.stderr)
+    lines = ["nothing", *(errors or done.stderr.split("\n"))]
+    said = next(line.strip() for line in reversed(lines) if line.strip())
     meant = next((text for pattern, text in _REASONS if re.search(pattern, done.stderr)), "see what pip says")
-    raise ConfigError(f"pip could not fetch wheels {purpose}: {meant}. pip said: {last.strip() or 'nothing'}")
+    raise ConfigError(f"pip could not fetch wheels {purpose}: {meant}. pip said: {said}")
 
 
 def _digest(path: Path) -> str:
