@@ -1,11 +1,13 @@
 """A site's bundle: what is in it, what is not, and the script that checks and installs it without a network."""
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from typer.testing import CliRunner
 
 from fedloom.cli import main as cli
 from fedloom.deploy import wheelhouse
-from fedloom.deploy.bundle import write_bundles
+from fedloom.deploy.backup import back_up
+from fedloom.deploy.bundle import MARK, write_bundles
 from fedloom.deploy.federation import FederationPlan, add_site, read_plan, write_federation
 from fedloom.deploy.platforms import parse_targets
 from fedloom.deploy.wheelhouse import Asked
@@ -90,6 +93,38 @@ def test_keys_are_for_their_owner_alone_and_only_the_sites_own_is_there(fed):
     assert bundle.stat().st_mode & 0o777 == bundle.parent.stat().st_mode & 0o777 == 0o700
     assert {path.name for path in files.values() if path.stat().st_mode & 0o111} == {"install.sh", "supernode.sh"}
     assert sorted(path.name for path in (fed / "bundles").glob("*")) == [".wheels", "bank"]
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(fed, monkeypatch):
+    before = files_of(write_bundles(fed, ["bank"], HERE)[0].folder)
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device; mend it"):
+        write_bundles(fed, ["bank"], HERE)
+    assert files_of(fed / "bundles" / "bank") == before and not (fed / "bundles" / ".bank.partial").exists()
+
+
+def names_in(archive):
+    with tarfile.open(archive) as opened:
+        return opened.getnames()
+
+
+def test_copies_hold_no_bundles_and_no_installation_of_one(fed, tmp_path):
+    write_bundles(fed, ["bank"], HERE)
+    site = fed / "sites" / "bank"
+    (site / "venv").mkdir()
+    (site / "venv" / "pyvenv.cfg").write_text("")
+    back_up(site, tmp_path / "own.tar")
+    (site / "venv" / MARK).write_text("begun")
+    back_up(site, tmp_path / "site.tar")
+    back_up(fed, tmp_path / "fed.tar")
+    own, less, whole = map(names_in, (tmp_path / f"{name}.tar" for name in ("own", "site", "fed")))
+    assert set(own) - set(less) == {"files/venv", "files/venv/pyvenv.cfg"}
+    assert "files/sites/bank/node.key" in whole and not [name for name in whole if "bundles" in name]
 
 
 def test_a_site_that_made_its_key_itself_gets_none(fed, tmp_path):

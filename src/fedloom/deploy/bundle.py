@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,8 @@ from fedloom.errors import ConfigError
 
 FOLDER = "bundles"
 SUMS = "SHA256SUMS"
+VENV, MARK = "venv", ".fedloom-bundle"
+"""Where a site's folder has what install.sh has installed, and the file in it that says so."""
 _MODEL_FILES = ("*.json", "*.jinja", "LICENSE*", "NOTICE*", "README*")
 """Of a base model's folder, beside what its digest is of: the index of its parts, and what has to go with it."""
 _VENV_BYTES = 64 * 2**20
@@ -74,6 +76,8 @@ def write_bundles(folder: Path, sites: Sequence[str], asked: Asked, model: str =
     places = _site_folders(folder, sites)
     files, digest = _model_files(model, federation) if model else ({}, federation.model_digest)
     store = folder / FOLDER
+    for place in places:
+        _check_place(store / place.name)
     if not store.exists():
         store.mkdir(mode=0o700)
     try:
@@ -104,6 +108,12 @@ def _site_folders(folder: Path, sites: Sequence[str]) -> list[Path]:
     return [known[name] for name in dict.fromkeys(sites or known)]
 
 
+def _check_place(made: Path) -> None:
+    """Raises ConfigError where something lies there that no bundle is."""
+    if made.exists() and not ((made / SUMS).is_file() and (made / "install.sh").is_file()):
+        raise ConfigError(f"{made} exists already and is no bundle; nothing is written over: move it away")
+
+
 def _model_files(model: str, federation: FederationPlan) -> tuple[dict[str, Path], str]:
     """Name in the bundle → file, and the model's digest. Raises ConfigError where it is not the federation's."""
     from fedloom.model.identity import SHARED, base_digest, base_folder
@@ -128,12 +138,22 @@ def _model_files(model: str, federation: FederationPlan) -> tuple[dict[str, Path
 
 
 def _write_bundle(made: Path, place: Path, federation: FederationPlan, asked: Asked, shared: _Shared) -> Bundle:
-    """One site's, beside what is there, and then in its place."""
-    if made.exists() and not ((made / SUMS).is_file() and (made / "install.sh").is_file()):
-        raise ConfigError(f"{made} exists already and is no bundle; nothing is written over: move it away")
+    """One site's, beside what is there, and then in its place. Where it fails, nothing of it is left."""
     partial = made.with_name(f".{made.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(mode=0o700)
+    try:
+        done = _fill_bundle(partial, place, federation, asked, shared)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if made.exists():
+        shutil.rmtree(made)
+    partial.rename(made)
+    return replace(done, folder=made)
+
+
+def _fill_bundle(partial: Path, place: Path, federation: FederationPlan, asked: Asked, shared: _Shared) -> Bundle:
     for name, (source, _) in shared.files.items():
         _link(source, partial / name)
     _write_site(partial / "site", place, federation, shared)
@@ -148,10 +168,7 @@ def _write_bundle(made: Path, place: Path, federation: FederationPlan, asked: As
     )
     write_new(partial / SUMS, sums)
     size = sum(path.stat().st_size for path in own) + len(sums)
-    if made.exists():
-        shutil.rmtree(made)
-    partial.rename(made)
-    return Bundle(made, size, hashlib.sha256(sums.encode()).hexdigest())
+    return Bundle(partial, size, hashlib.sha256(sums.encode()).hexdigest())
 
 
 def _write_site(into: Path, place: Path, federation: FederationPlan, shared: _Shared) -> None:
@@ -175,6 +192,8 @@ def _values(place: Path, federation: FederationPlan, asked: Asked, shared: _Shar
     kib = (shared.unpacked + _VENV_BYTES) // 1024
     return {
         "site": place.name,
+        "venv": VENV,
+        "mark": MARK,
         "address": federation.address,
         "folder": federation.site_folder.replace("{site}", place.name) or f"$HOME/fedloom-{place.name}",
         "targets": ";".join(f"{t.system} {t.machine} {t.least[0]} {t.least[1]} 3.{t.python}" for t in asked.targets),

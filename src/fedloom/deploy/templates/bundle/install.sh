@@ -79,8 +79,8 @@ fi
     "install them from the system's own medium (python3-venv on Debian and Ubuntu)"
 echo "   yes: $("$python" --version)"
 
-venv="$target/venv"
-mark="$venv/.fedloom-bundle"
+venv="$target/%{venv}"
+mark="$venv/%{mark}"
 if [ -d "$venv" ] && [ ! -f "$mark" ]; then
     stop "$venv is there and is not of this script: move it away, or name another folder"
 fi
@@ -94,7 +94,7 @@ if [ ! -f "$mark" ] || [ "$(cat "$mark")" != "$digest" ]; then
     mkdir -p "$venv"
     echo begun > "$mark"
     # What an earlier bundle left there goes, the mark does not: a try that is cut short is known as ours.
-    find "$venv" -mindepth 1 -maxdepth 1 ! -name .fedloom-bundle -exec rm -rf {} +
+    find "$venv" -mindepth 1 -maxdepth 1 ! -name %{mark} -exec rm -rf {} +
     "$python" -m venv "$venv" || stop "$venv could not be made; the reason stands above"
     PIP_CONFIG_FILE=/dev/null "$venv/bin/python" -m pip --isolated install --quiet --disable-pip-version-check --no-input \
         --no-cache-dir --no-index --find-links wheelhouse --only-binary :all: "fedloom[%{extras}]==%{version}" ||
