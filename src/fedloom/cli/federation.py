@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedloom.cli import keeping, members
+from fedloom.cli import bundling, keeping, members
 from fedloom.cli.options import say
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Set a federation up across machines, keep it going, and check it.")
 members.add_commands(app)
 keeping.add_commands(app)
+app.command()(bundling.bundle)
 
 
 @app.command()
@@ -44,11 +45,14 @@ def init(
     with_containers: Annotated[
         bool, typer.Option("--containers", help="Files for containers too: an image, compose files, Helm charts.")
     ] = False,
+    with_bundles: bundling.Bundled = False,
+    platform: bundling.Platforms = None,
 ) -> None:
     """Make keys, certificates and all files for the server and for each site."""
     from fedloom.deploy import containers, federation
     from fedloom.model.identity import base_digest
 
+    bundled = bundling.ask(platform) if with_bundles else None
     digest = base_digest(model) if Path(model).is_dir() else ""
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     asked = federation.FederationPlan(
@@ -68,6 +72,8 @@ def init(
         say(f"wrote {made}")
     if with_containers:
         say(f"wrote {containers.write_containers(folder)}, which builds the image; Containerfile says how")
+    if bundled:
+        bundling.write_first_bundles(folder, site, bundled)
     say("keep ca/ off the network; hand server/ to the server and each folder of sites/ to its site, on a safe way")
 
 

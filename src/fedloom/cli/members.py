@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedloom.cli import bundling
 from fedloom.cli.options import say
 from fedloom.errors import RoundError
 
@@ -59,14 +60,19 @@ def add(
     folder: Whole,
     site: Site,
     public_key: Annotated[Path | None, typer.Option(help="The site's own public key (ECDSA, OpenSSH).")] = None,
+    with_bundle: bundling.Bundled = False,
+    platform: bundling.Platforms = None,
 ) -> None:
     """Make the files of one more site."""
     from fedloom.deploy import containers, federation
 
+    bundled = bundling.ask(platform) if with_bundle else None
     made = federation.add_site(folder, site, public_key)
     if (folder / containers.FOLDER).is_dir():
         containers.write_site_containers(folder, site)
     say(f"wrote {made}; then run `fedloom federation register` on the server")
+    if bundled:
+        bundling.write_first_bundles(folder, [site], bundled)
 
 
 def register(folder: Folder) -> None:

@@ -26,6 +26,7 @@ from typing import IO
 
 from pydantic import ValidationError
 
+from fedloom.deploy import bundle
 from fedloom.deploy.roster import server_folder
 from fedloom.deploy.versions import installed
 from fedloom.errors import ConfigError
@@ -198,9 +199,11 @@ def _walk(top: Path, name: str) -> Iterator[tuple[Path, str]]:
     that a job's state knows of.
     """
     yield top, name
+    # Bundles, and what one has installed at a site, are some GB that can be made again.
+    again = {bundle.FOLDER, bundle.VENV if (top / bundle.VENV / bundle.MARK).is_file() else ""}
     found = [Path(root) / entry for root, folders, files in os.walk(top) for entry in (*folders, *files)]
     for path in sorted(found, key=lambda path: ("audit" in path.relative_to(top).parts, path)):
-        if path.name not in (".lock", *_BESIDE_DATABASE):
+        if path.relative_to(top).parts[0] not in again and path.name not in (".lock", *_BESIDE_DATABASE):
             yield path, f"{name}/{path.relative_to(top).as_posix()}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -144,14 +144,14 @@ def _inside(path: str) -> str:
     return json.dumps(str(HOME / path))
 
 
-def pinned() -> list[str]:
-    """Everything that fedloom needs here, at the versions that are installed here: NAME==VERSION, in order.
+def pinned(extras: Sequence[str] = EXTRAS) -> list[str]:
+    """All that fedloom with these extras needs, at the versions that are installed here: NAME==VERSION, in order.
 
     Builds of one version are not told apart (2.13.0+cpu is 2.13.0): which one suits is up to whoever builds the image.
     """
     found: dict[str, str] = {}
     asked: set[tuple[str, str]] = set()
-    waiting = [Requirement(f"fedloom[{','.join(EXTRAS)}]")]
+    waiting = [Requirement(f"fedloom[{','.join(extras)}]")]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)

@@ -166,6 +166,12 @@ def read_plan(folder: Path) -> FederationPlan:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
+def site_file_names(federation: FederationPlan) -> list[str]:
+    """The files of a site that `write_federation` and `add_site` write; the key lacks where the site made its own."""
+    named = [_file_name(file, federation) for file in _SITE_FILES]
+    return [*named, "node.key", "node.pub", "ca.pem", RECORD, ".gitignore"]
+
+
 def server_hosts(federation: FederationPlan) -> list[str]:
     """The names and addresses that the server's certificate is for."""
     asked = (("--address", federation.address), ("--listen", federation.listen))
