@@ -195,6 +195,16 @@ class Tunnel(threading.Thread):
                 end.close()
 
 
+def test_the_doctor_names_the_rules_that_were_set_and_no_others(made):
+    path = made / "sites" / "lab" / "SITE.toml"
+    text = path.read_text(encoding="utf-8")
+    assert "policy: nothing is limited" in by_name(examine(path.parent, online=False))["SITE.toml"].found
+    path.write_text(text.replace("[policy]", "[policy]\nmax_steps = 7", 1), encoding="utf-8")
+    assert by_name(examine(path.parent, online=False))["SITE.toml"].found.endswith("policy: max_steps")
+    path.write_text(text, encoding="utf-8")
+
+
+
 def test_the_doctor_takes_the_way_through_the_proxy_as_the_node_does(made, superlink, monkeypatch):
     _, port = superlink
     tunnel = Tunnel()

@@ -53,7 +53,8 @@ def check_site(path: Path, online: bool) -> list[Check]:
         config = load_site_config(path)
     except FedloomError as error:
         return [*found, fail(path.name, str(error), "mend this first; the rest was not checked")]
-    found.append(ok(path.name, f"site {config.name}, policy: {_limits(config.policy.model_dump(exclude_none=True))}"))
+    rules = ", ".join(config.policy.model_dump(exclude_defaults=True)) or "nothing is limited"
+    found.append(ok(path.name, f"site {config.name}, policy: {rules}"))
     found.append(try_check("model", "put the base model there", lambda: check_base_model(config.model, told)))
     found.append(try_check("data", "put the examples there", lambda: check_examples(config)))
     found.append(try_check("audit", "find out who touched it before going on", lambda: check_audit(Path(config.state))))
@@ -221,10 +222,3 @@ def _run_model(folder: Path) -> str:
     from fedloom.records.configfile import load_config
 
     return load_config(folder / "run.toml", []).model.path
-
-
-def _limits(policy: dict[str, object]) -> str:
-    """The rules that limit something, in a few words."""
-    usual = {"min_examples": 1, "scrub_errors": True}
-    set_here = [key for key, value in policy.items() if usual.get(key) != value]
-    return ", ".join(set_here) or "nothing is limited"
