@@ -204,7 +204,6 @@ def test_the_doctor_names_the_rules_that_were_set_and_no_others(made):
     path.write_text(text, encoding="utf-8")
 
 
-
 def test_the_doctor_takes_the_way_through_the_proxy_as_the_node_does(made, superlink, monkeypatch):
     _, port = superlink
     tunnel = Tunnel()

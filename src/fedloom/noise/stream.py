@@ -10,8 +10,6 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from fedloom.errors import ConfigError
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -20,16 +18,11 @@ KEY_BYTES = 32
 
 
 class SecretStream:
-    """An endless row of random numbers; the same key gives the same row. Without a key a fresh one is drawn.
-
-    Raises ConfigError where the library for it is not installed.
-    """
+    """An endless row of random numbers; the same key gives the same row. Without a key a fresh one is drawn."""
 
     def __init__(self, key: bytes | None = None) -> None:
-        try:
-            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-        except ImportError:
-            raise ConfigError("noise needs the package cryptography: pip install 'fedloom[privacy]'") from None
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
         key = secrets.token_bytes(KEY_BYTES) if key is None else key
         self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 
