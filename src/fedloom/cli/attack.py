@@ -61,7 +61,7 @@ def attack(
     out: Annotated[Path, typer.Option(help="Folder of the runs; complete runs in it are kept.")] = Path("runs/attack"),
     as_json: AsJson = False,
 ) -> None:
-    """Play attacks on a testbed, with and without federation.robust, and say what they cost."""
+    """Play attacks on a testbed: what liars cost with and without federation.robust, what a curious server reads."""
     from fedloom.records.configfile import load_config
 
     settings = load_config(config or testbed_folder() / "demo.toml", sets or [])
