@@ -45,7 +45,7 @@ CONFIDENCE = 0.95
 
 
 def run(
-    epsilon: float = 8.0, canaries: int = 200, guesses: int = 100, steps: int = 40, seed: int = 0
+    epsilon: float = 8.0, canaries: int = 100, guesses: int = 60, steps: int = 120, seed: int = 0
 ) -> dict[str, Any]:
     """{"rows": [with the noise of an ε, and without noise]}: guesses that were right, the bound, and the ε stated."""
     model, state = _resident(seed)
