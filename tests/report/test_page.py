@@ -198,6 +198,8 @@ def test_several_runs_stand_side_by_side_with_intervals(tmp_path):
     assert [series.name for series in front.series] == ["fedit", "florist"], (
         "as many bytes, so that one beats the other"
     )
+    single = RunSet([folder for folder in found if folder.name == "seed-0"]).read()
+    assert "intervals over seeds" in write_html(page) and "intervals over seeds" not in write_html(single)
     assert "fedloom: 2 variants" in write_html(page) and chart(page, "bytes-ways").y.names == ["fedit", "florist"]
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedloom.errors import ConfigError
-from fedloom.records.lock import LOCK
-
-DEPTH = 3
-"""How far below a folder runs are looked for: a study's lie at STUDY/METHOD/seed-N, so runs/ has its own three down."""
-MOST_FOLDERS = 2000
-"""Folders that are looked into, so that naming a whole disk by mistake costs a moment and no more."""
+from fedloom.report.folders import runs_below
 
 
 class Runs:
@@ -32,13 +26,8 @@ class Runs:
 
         A name is the shortest end of a folder's path that tells it from the others: demo, fedit/seed-0.
         """
-        folders = dict.fromkeys(folder for path in self.paths for folder in _runs_below(path))
+        folders = dict.fromkeys(folder for path in self.paths for folder in runs_below(path))
         return dict(zip(_short_names(list(folders)), folders, strict=True))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run lies in the folder, or is being set up there."""
-    return (folder / "ledger.jsonl").is_file() or ((folder / LOCK).is_file() and (folder / "config.toml").is_file())
 
 
 def _check(path: Path) -> None:
@@ -46,32 +35,10 @@ def _check(path: Path) -> None:
         raise ConfigError(f"{path}: no such folder; expected the folder of a run, such as runs/my, or a folder of runs")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; expected the folder of a run, such as runs/my, or a folder of runs")
-    if next(_runs_below(path), None) is None and any(not found.name.startswith(".") for found in path.iterdir()):
+    if next(runs_below(path), None) is None and any(not found.name.startswith(".") for found in path.iterdir()):
         raise ConfigError(
             f"{path} holds no run: no ledger.jsonl there or in its folders; expected a run's folder, or one of runs"
         )
-
-
-def _runs_below(path: Path) -> Iterator[Path]:
-    """The runs in a folder and below it. Nothing lies within a run, and what cannot be read is passed over."""
-    pending, looked = [(path, 0)], 0
-    while pending and looked < MOST_FOLDERS:
-        folder, depth = pending.pop()
-        looked += 1
-        if is_run(folder):
-            yield folder
-        elif depth < DEPTH:
-            pending += [(below, depth + 1) for below in reversed(_folders_in(folder))]
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    """By name; links are not followed, so that none leads out of the folder or round in a circle."""
-    try:
-        with os.scandir(folder) as found:
-            names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -158,6 +158,7 @@ def describe_front(variants: Sequence[Variant]) -> Section:
     steps = sorted((ends[place].sent, number(ends[place].mean)) for place in best)
     front = Series("nobody is better for fewer bytes", steps, -1, "thin")
     unit: Unit = "%" if lead.unit == "%" else ""
+    bars = any(len(end.variant.runs) > 1 for end in ends)
     chart = Chart(
         "front",
         "dots",
@@ -166,7 +167,7 @@ def describe_front(variants: Sequence[Variant]) -> Section:
         Axis(to_printable(lead.title), unit),
         [*dots, *([front] if len(steps) > 1 else [])],
         f"{'Up' if lead.higher else 'Down'} and to the left is better. The thin line joins the runs that no other "
-        "beats in both; bars are 95 % intervals over seeds.",
+        f"beats in both{'; bars are 95 % intervals over seeds' if bars else ''}.",
     )
     return Section("front", "Score against bytes", [chart] if ends else [])
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.errors import CheckpointError
 from fedloom.records.ledger import Row
+from fedloom.report.folders import runs_below
 from fedloom.report.follow import LedgerTail
 from fedloom.report.numbers import Report, summarise
 from fedloom.report.page.build import build_page
@@ -87,19 +87,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for folder in folders:
-        if (folder / "ledger.jsonl").exists():
-            found.append(folder)
-            continue
-        below = sorted(_below(folder))
+        below = [run for run in runs_below(folder) if (run / "ledger.jsonl").is_file()]  # some may be set up just now
         if not below:
             raise CheckpointError(f"{folder} holds no run: expected ledger.jsonl in it, or in a folder below it")
         found += below
     return list(dict.fromkeys(found))
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """The runs in a folder of runs. Nothing is looked for within a run, which may keep its sites' own records."""
-    for path, folders, files in os.walk(folder):
-        if "ledger.jsonl" in files:
-            folders.clear()
-            yield Path(path)
