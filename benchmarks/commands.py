@@ -301,6 +301,22 @@ def updates_command(
     print_result(result, updates.tables, as_json)
 
 
+@app.command("distortion")
+def distortion_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The demo's if left out.")] = None,
+    bits: Annotated[str, typer.Option(help="Bits of a payload for a value of the adapter.")] = "0.1,0.3,1,2",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: method.name=fedit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What loom's codes lose of real updates, beside the rate–distortion bound; nothing is kept of the run."""
+    from benchmarks import distortion
+    from fedloom.records.configfile import load_config
+
+    rates = [float(number) for number in split_words(bits)]
+    result = distortion.run(load_config(config or testbed_folder() / "demo.toml", settings or ()), bits=rates)
+    print_result(result, distortion.tables, as_json)
+
+
 @app.command("merge")
 def merge_command(
     preset: Preset = "tinyllama",

@@ -97,12 +97,12 @@ def test_a_share_of_the_data_is_of_their_mean():
 
 
 def test_a_share_alone_is_of_dense_fp32_at_the_largest_rank():
-    dense = 2 * 10 * 4 * 16 * PER_RANK  # both ways, ten rounds
+    payload = 4 * 16 * PER_RANK
     for clients, asked in ((4, 4), (20, 5)):
         sets = ["federation.num_rounds=10", f"federation.fraction_train={asked / clients}"]
-        turns = asked / clients
+        payloads = 2 * 10 * asked / clients + 1  # both ways in every turn, and the result
         config = spend("wire.client_budget=0.5%", *sets, clients=clients)[0]
-        assert config == spend(f"wire.client_budget={round(0.005 * dense * turns)}", *sets, clients=clients)[0]
+        assert config == spend(f"wire.client_budget={round(0.005 * payload * payloads)}", *sets, clients=clients)[0]
 
 
 @pytest.mark.parametrize(

@@ -18,19 +18,32 @@ from torch import Tensor
 
 from fedloom.compress.budget import Room, fill_budget, value_bits
 from fedloom.compress.entries import Sparse, count
+from fedloom.compress.levels import code_within
+from fedloom.compress.paths import trace_within
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import map_modules
-from fedloom.lora.pair import PARTS, LoraState
-from fedloom.methods.method import Aggregate, Compress, Context, Entries, Facts, Method, Reduce, State, Update
+from fedloom.lora.pair import LoraState
+from fedloom.methods.method import (
+    Aggregate,
+    Compress,
+    Context,
+    Entries,
+    Facts,
+    Method,
+    Reduce,
+    State,
+    Update,
+)
 from fedloom.methods.shared.averaging import add_weighted, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.drawn import drawn_places, send_at_drawn
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
-from fedloom.methods.shared.states import broadcast_state, send_levels, take_state
+from fedloom.methods.shared.states import loom_of_states
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
+from fedloom.methods.shared.whole_changes import loom_of_paths
 
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
@@ -48,6 +61,8 @@ def loom(
     importance: bool = True,
     step_guard: bool = True,
     broadcast: Literal["change", "state"] = "change",
+    coding: Literal["auto", "codes", "paths"] = "auto",
+    server_learning_rate: float = 1.0,
     positions: Literal["own", "shared"] = "own",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
@@ -63,6 +78,10 @@ def loom(
     step_guard: shorten the server's steps, or take one back, where the clients undo the last one (`shared.guard`).
     broadcast: "change", or "state": the whole adapter rounded anew (`shared.states`), so that the newest is enough, for
     runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
+    coding: "codes", each value by itself: signs, 4 or 8 bits; or "paths", all values together in a fraction of a bit
+    each (`compress.paths`), where step, max_density and importance do nothing. "auto" is paths for whole adapters, and
+    codes for changes unless wire.client_budget chooses.
+    server_learning_rate: times the clients' mean; not for codes of changes, which `step` stretches.
     positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
     that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
@@ -73,10 +92,20 @@ def loom(
         raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
     if step <= 0.0:
         raise ConfigError(f"method.step is {step}: expected more than 0")
+    if server_learning_rate <= 0.0:
+        raise ConfigError(f"method.server_learning_rate is {server_learning_rate}: expected more than 0")
+    if positions == "shared" and (broadcast == "state" or coding == "paths"):
+        key = "broadcast = 'state'" if broadcast == "state" else "coding = 'paths'"
+        raise ConfigError(f"method.positions = 'shared' has no meaning with method.{key}: unset one")
     if broadcast == "state":
-        if positions == "shared":
-            raise ConfigError("method.positions = 'shared' has no meaning with method.broadcast = 'state': unset one")
-        return loom_of_states(dial, step_guard)
+        code = code_within if coding == "codes" else trace_within
+        return loom_of_states(dial, code, server_learning_rate, step_guard)
+    if coding == "paths":
+        return loom_of_paths(dial, server_residual, server_learning_rate, step_guard)
+    if server_learning_rate != 1.0:
+        raise ConfigError(
+            "method.server_learning_rate is set, and codes of changes have method.step: unset it, or set coding"
+        )
     send = partial(send_signs, dial, step, importance)
     made = loom_of_changes(dial, send, partial(broadcast_signs, dial, server_residual, importance, step_guard))
     return at_shared_positions(made, dial, step) if positions == "shared" else made
@@ -119,36 +148,6 @@ def at_shared_positions(method: Method, dial: Dial, step: float) -> Method:
         facts=replace(method.facts, unequal_ranks=False, sends=sends),
         compress=partial(send_at_drawn, dial, step),
         support=partial(drawn_places, dial),
-    )
-
-
-def loom_of_states(dial: Dial, guard: bool) -> Method:
-    """loom whose broadcasts say the whole adapter."""
-    return Method(
-        name="loom",
-        facts=Facts(
-            paper="fedloom (docs/loom.md)",
-            unequal_ranks=True,
-            sends="ΔA and ΔB in few bits",
-            receives="A and B in few bits",
-            keeps="server: what rounding left out, its last adapter",
-            broadcasts="elements",
-        ),
-        updates="change",
-        compress=partial(send_levels, dial.bytes),
-        aggregate=partial(broadcast_state, dial.bytes, guard),
-        receive=take_state,
-        needs_start=True,
-        adopt=adopt_whole,
-        adds=read_whole_change,
-        replaces=PARTS,
-        joins=True,
-        own_values=True,
-        smallest=dial.smallest,
-        takes_budget=True,
-        default_budget=BUDGET,
-        spend=spend_run,
-        values="int4",
     )
 
 

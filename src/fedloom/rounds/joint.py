@@ -28,6 +28,7 @@ from fedloom.methods.method import CORE, Entries, State
 from fedloom.methods.shared.whole import whole_rank
 from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
 from fedloom.rounds.joint_drawn import SCALES as SCALES
+from fedloom.rounds.joint_paths import PATHS, join_paths, split_paths
 from fedloom.wire import decode, describe
 
 FEW = 64
@@ -50,6 +51,8 @@ _CORES = {(4, _ALL), (8, _ALL)}  # bits and block of cores' codes
 
 SIGNS, CODES = Kind("signs:", 1, 1024), Kind("codes:", 4, _ALL)
 """What `quantize("sign")` and `compress.levels` make."""
+
+_BEGINNINGS = (SIGNS.prefix, CODES.prefix, CORES, DRAWN, PATHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         return entries
     if outline.core:
         return _join_cores(entries, outline) or entries
+    if (paths := join_paths(entries, outline.shapes, outline.rank)) is not None:
+        return paths
     for kind in (SIGNS, CODES):
         held = [_codes_of(entries[name], shape, kind) for name, shape in outline.shapes.items()]
         codes = [one for one in held if one is not None]
@@ -181,18 +186,20 @@ def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
-    named = next((name for name in entries if name.startswith((DRAWN, CORES))), None)
+    named = next((name for name in entries if name.startswith((DRAWN, CORES, PATHS))), None)
     if named is None:
         return entries
     if named.startswith(CORES):
         return _split_cores(entries, named, state)
+    if named.startswith(PATHS):
+        return split_paths(entries, named, _read_outline(named, named.removeprefix(PATHS), state).shapes)
     rank, _, share = named.removeprefix(DRAWN).partition(":")
     return split_drawn(entries, named, share, _read_outline(named, rank, state).shapes, base)
 
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether entries of these names are joined ones."""
-    return any(name.startswith(begin) for name in names for begin in (SIGNS.prefix, CODES.prefix, CORES, DRAWN))
+    return any(name.startswith(begin) for name in names for begin in _BEGINNINGS)
 
 
 def names_in(payload: bytes, state: State) -> Collection[str]:

@@ -81,10 +81,10 @@ def split_drawn(entries: Entries, named: str, share: str, shapes: Shapes, digest
 
 
 def check_unscaled(named: str, values: object, bits: int) -> None:
-    """Raises WireError unless these are codes of so many bits with the one scale 1."""
+    """Raises WireError unless these are codes of so many bits whose every scale is 1."""
     if not (isinstance(values, Quantized) and (values.bits, values.block) == (bits, _ALL)):
         raise WireError(f"{named!r} does not hold codes of {bits} bits in blocks of {_ALL}")
-    if values.scales.tolist() != [1.0] * min(values.numel(), 1):
+    if not bool((values.scales == 1.0).all()):
         raise WireError(f"{named!r} does not hold codes of {bits} bits with the one scale 1")
 
 

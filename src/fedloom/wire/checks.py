@@ -24,7 +24,7 @@ def check_entry(name: str, entry: Entry) -> None:
                 f"its shape is {entry.shape}: expected at most {MOST_DIMENSIONS} sizes, fewer than 2^31 elements"
             )
         _check_values(entry.values)
-        _FORMS[type(entry)](entry)
+        next(check for form, check in _FORMS.items() if isinstance(entry, form))(entry)
     except (WireError, ConfigError, UnicodeEncodeError) as error:
         raise WireError(f"entry {name!r} cannot be sent: {error}") from error
 

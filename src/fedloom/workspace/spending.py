@@ -56,13 +56,13 @@ def spend_client_budget(
 def total_bytes(asked: str, data: Collection[int] | None, shape: RunShape) -> float:
     """The bytes that a client's budget means. Raises ConfigError where it is of data that nobody has counted.
 
-    A share of dense is of fp32 values at the largest rank, once up and once down in every turn.
+    A share of dense is of fp32 values at the largest rank: once up and once down in every turn, and the result.
     """
     budget = parse_client_budget(asked)
     if budget.size:
         return budget.size
     if budget.of_dense:
-        return budget.of_dense * 2 * shape.turns * 4 * shape.per_rank * shape.most_rank
+        return budget.of_dense * (2 * shape.turns + 1) * 4 * shape.per_rank * shape.most_rank
     if not data or not all(data):
         raise ConfigError(
             f"wire.client_budget is {asked!r}, but the clients' examples are not all at hand here: give it in bytes "
