@@ -108,7 +108,7 @@ def test_a_client_of_lower_rank_is_understood_and_one_of_some_modules_names_its_
 
 @pytest.mark.parametrize("budget", [260, 400, 550])
 def test_few_codes_of_a_whole_adapter_travel_together_and_arrive_as_they_were(budget: int):
-    run = replace(job(budget, broadcast="state"), start=INITIAL, num_rounds=4)
+    run = replace(job(budget, broadcast="state", coding="codes"), start=INITIAL, num_rounds=4)
     server, client = start(run, INITIAL), start(run, INITIAL, RANKS)
     for round in (1, 2):
         turn = client_turn(run, "ada", client, [], step, round)

@@ -26,7 +26,8 @@ Shape = tuple[int, ...]
 
 _LONGEST = 4.0  # `Part.whole`: no component is stretched by more
 _FINEST = 2.5  # bits a value above which integer codes are as good, and much quicker
-_MOST = 1 << 21  # values that paths are sought for: a second or two
+MOST = 1 << 21
+"""Values of the largest adapter that paths are sought for, which takes some seconds; a larger one has integer codes."""
 _TRIES = 6
 _STEPS = 8  # scales in an octave: rounding to the next one changes a component by 4 % at most
 _EIGHTHS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
@@ -87,7 +88,7 @@ def trace_within(parts: Mapping[str, Part], budget: int, size: Size) -> Coded:
     parts = dict(sorted(parts.items()))
     elements = sum(part.values.numel() for part in parts.values())
     room = 8 * budget
-    if not 0 < elements <= _MOST or room > _FINEST * elements:
+    if not 0 < elements <= MOST or room > _FINEST * elements:
         return code_within(parts, budget, size)
     components = [component for name, part in parts.items() for component in _components(name, part)]
     bits = room - 8 * _overhead(parts, len(components), size)

@@ -123,7 +123,7 @@ def follow(bits: Bits, rate: Rate, numel: int) -> Floats:
     for bit in range(rate.bits):
         words = 2 * words + taken[:, :, bit]
     nodes = np.zeros_like(words)
-    for back in range(-(-MEMORY // rate.bits)):  # a node is its own bits and those of the steps before
+    for back in range(min(steps, -(-MEMORY // rate.bits))):  # a node is its own bits and those of the steps before
         nodes[:, back:] |= words[:, : steps - back] << (back * rate.bits)
     made: Floats = rows(rate.values)[nodes & (_NODES - 1)].reshape(-1)[:numel]
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedloom.compress.budget import Budget
+from fedloom.compress.paths import MOST
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context
@@ -18,8 +19,10 @@ _RARE = 6.0
 _UP, _UP_RARE, _UP_STATES = 0.42, 0.27, 0.35
 """Share of the bytes that goes up: where all attend, where some do, and where whole adapters go down."""
 _TAPER = 0.5
-_CHANGE_BITS, _STATE_BITS, _CORE_BITS = 0.5, 1.5, 1.0
+_SIGN_BITS, _PATH_BITS, _CORE_BITS = 0.5, 0.7, 1.0
 """Bits of a payload for a value, mean of both ways: with fewer, a lower rank does better (docs/LOG.md)."""
+_LONG, _LONG_SOME = 3.0, 2.0
+"""Times the clients' mean that the server goes where changes travel as paths: where all attend, and where some do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +67,18 @@ class Dial:
 def spend_run(shape: RunShape, size: float) -> Spending:
     """How loom divides a client's bytes of a whole run: rank, mode and ways by the rules that the trials led to."""
     payload = size / (2 * shape.turns)
-    states = shape.broadcasts > _RARE
-    up = _UP_STATES if states else _UP_RARE if shape.broadcasts > 1.0 else _UP
+    states, all_attend = shape.broadcasts > _RARE, shape.broadcasts <= 1.0
+    up = _UP_STATES if states else _UP if all_attend else _UP_RARE
     down = 1.0 + 1.0 / shape.turns if states else shape.broadcasts
     mean = payload * (up + (1.0 - up) / down)
-    rank = int(8 * mean / ((_STATE_BITS if states else _CHANGE_BITS) * shape.per_rank))
-    rank = min(max(rank, 1), shape.most_rank)
-    settings = {"upload_share": up, "broadcast": "state" if states else "change"}
-    if not states and shape.broadcasts > 1.0:
+    paths = max(round(8 * mean / (_PATH_BITS * shape.per_rank)), 1)
+    signs = states or paths * shape.per_rank > MOST  # nobody would wait for paths of so many values
+    rank = max(int(8 * mean / (_SIGN_BITS * shape.per_rank)), 1) if signs and not states else paths
+    rank = min(rank, shape.most_rank)
+    settings: dict[str, bool | int | float | str] = {"upload_share": up, "broadcast": "state" if states else "change"}
+    if not signs:
+        settings |= {"coding": "paths", "server_learning_rate": _LONG if all_attend else _LONG_SOME}
+    elif not states and not all_attend:
         settings["taper"] = _TAPER
     what = "the whole adapter" if states else "changes"
     said = (

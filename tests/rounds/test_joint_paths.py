@@ -1,0 +1,147 @@
+"""A whole adapter as paths: what arrives is what the server kept, within the budget, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.compress.budget import Budget
+from fedloom.compress.entries import Dense, Quantized, to_dense
+from fedloom.compress.quantize import quantize
+from fedloom.errors import ConfigError, WireError
+from fedloom.lora.pair import LoraPair, initial_state
+from fedloom.methods.method import State
+from fedloom.methods.table import build
+from fedloom.rounds.joint import split_entries
+from fedloom.rounds.joint_paths import COMPONENTS, PATHS
+from fedloom.rounds.turns import Job, accept, client_turn, server_turn, start
+from fedloom.wire import Header, Message, decode, describe, encode
+from toy import step
+
+SHAPES = {f"layers.{number}.{kind}": (64, 96) for number in range(4) for kind in ("k_proj", "q_proj")}
+RANKS = dict.fromkeys(SHAPES, 2)
+INITIAL = initial_state(SHAPES, RANKS, 0)
+HEADER = Header("update", "loom", 1, 0, "ab" * 16, "cd" * 16, num_examples=1)
+
+
+def job(budget: int, **settings: object) -> Job:
+    method = build("loom", {"upload_share": 0.5, "coding": "paths", **settings})
+    return Job(method, 5, quantize("int4"), budget=Budget(size=budget), num_rounds=4, start=INITIAL)
+
+
+@pytest.mark.parametrize("broadcast", ["change", "state"])
+@pytest.mark.parametrize("budget", [260, 400, 700])
+def test_rounds_of_paths_lead_all_to_one_state(budget: int, broadcast: str):
+    run = job(budget, broadcast=broadcast)
+    server, clients = start(run, INITIAL), {name: start(run, INITIAL, RANKS) for name in ("ada", "bob")}
+    last: list[bytes] = []
+    for round in (1, 2, 3):
+        turns = {name: client_turn(run, name, state, last, step, round) for name, state in clients.items()}
+        clients = {name: turn.state for name, turn in turns.items()}
+        done = server_turn(run, server, {name: turn.payload for name, turn in turns.items()}, round)
+        assert not done.refused and {f"{PATHS}2", COMPONENTS} == decode(done.payload).entries.keys()
+        assert max(len(done.payload), *(len(turn.payload) for turn in turns.values())) <= budget
+        server, last = done.state, [done.payload]
+    caught_up = accept(run, clients["ada"], last[0])
+    assert caught_up.digest == server.digest
+    for name, tensor in caught_up.adapter.tensors().items():
+        assert torch.equal(tensor, server.adapter.tensors()[name])
+
+
+def test_what_a_broadcast_of_changes_loses_waits():
+    """In so many rounds with few bits, what everybody holds comes near the sum of all that was sent."""
+    run = job(300, server_residual=1.0, step_guard=False)
+    server, client = start(run, INITIAL), start(run, INITIAL, RANKS)
+    turn = client_turn(run, "ada", client, [], step, 1)
+    server = server_turn(run, server, {"ada": turn.payload}, 1).state
+    wanted = {
+        name: t + to_dense(entry)
+        for (name, t), entry in zip(
+            sorted(INITIAL.tensors().items()),
+            dict(sorted(split_entries(decode(turn.payload).entries, State(INITIAL)).items())).values(),
+            strict=True,
+        )
+    }
+    left = [sum(float(t.square().sum()) for name, t in server.memory.items() if name in wanted)]
+    for name, tensor in server.adapter.tensors().items():
+        assert torch.allclose(tensor + server.memory[name], wanted[name], atol=1e-6)
+    still = client_turn(run, "ada", replace(client, memory={}), [], lambda s, r, seed: step(s, r, seed), 1)
+    assert still.payload == turn.payload and left[0] > 0
+
+
+def test_a_client_of_lower_rank_is_understood():
+    run, low = job(330), dict.fromkeys(SHAPES, 1)
+    turn = client_turn(run, "ada", start(run, INITIAL, low), (), step, 1)
+    assert f"{PATHS}1" in decode(turn.payload).entries
+    assert not server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1).refused
+
+
+def sent() -> tuple[Dense, Dense]:
+    """The two tensors of an update."""
+    turn = client_turn(job(400), "ada", start(job(400), INITIAL, RANKS), (), step, 1)
+    entries = decode(turn.payload).entries
+    paths, components = entries[f"{PATHS}2"], entries[COMPONENTS]
+    assert isinstance(paths, Dense) and isinstance(components, Dense)
+    return paths, components
+
+
+PATH, CODES = sent()
+
+
+def cut(entry: Dense, numel: int) -> Dense:
+    values = entry.values
+    assert isinstance(values, Quantized)
+    return Dense((numel,), Quantized(values.codes[:numel], values.scales, values.block, values.bits))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({f"{PATHS}2": PATH}, "comes with a tensor 'components'"),
+        ({f"{PATHS}2": PATH, COMPONENTS: CODES, "other": CODES}, "comes with a tensor"),
+        ({f"{PATHS}02": PATH, COMPONENTS: CODES}, "names no rank"),
+        ({f"{PATHS}3": PATH, COMPONENTS: CODES}, "larger adapter"),
+        ({f"{PATHS}1": PATH, COMPONENTS: CODES}, "expected 2 for each of 16 components"),
+        ({f"{PATHS}2": CODES, COMPONENTS: CODES}, "codes of 1 bits"),
+        ({f"{PATHS}2": PATH, COMPONENTS: PATH}, "codes of 8 bits"),
+        ({f"{PATHS}2": cut(PATH, PATH.shape[0] - 1), COMPONENTS: CODES}, "do not fit"),
+        ({f"{PATHS}2": PATH, COMPONENTS: cut(CODES, 62)}, "has 62 values"),
+    ],
+)
+def test_paths_that_do_not_fit_are_refused(entries, message):
+    with pytest.raises(WireError, match=message):
+        split_entries(decode(encode(Message(HEADER, entries))).entries, State(INITIAL))
+
+
+def test_the_bytes_of_paths_stay_what_they_are():
+    one = initial_state({"q_proj": (300, 500)}, {"q_proj": 1}, 0)
+    run = replace(job(200), start=one)
+    state = start(run, one, {"q_proj": 1})
+
+    def train(state: State, round: int, seed: int):
+        ramp = one.map(lambda p: LoraPair(p.A, p.B + torch.arange(300)[:, None] % 7 / 64))
+        return replace(step(state, round, seed), adapter=ramp)
+
+    payload = client_turn(run, "ada", state, (), train, 1).payload
+    assert payload.hex() == GOLDEN, payload.hex()
+    values = to_dense(split_entries(decode(payload).entries, state)["q_proj/B"]).flatten()
+    assert values[:5].tolist() == pytest.approx(TOLD, rel=1e-6)
+    assert describe(payload).size == len(payload)
+
+
+def test_shared_positions_do_not_go_with_paths():
+    with pytest.raises(ConfigError, match="coding = 'paths'"):
+        build("loom", {"coding": "paths", "positions": "shared"})
+    with pytest.raises(ConfigError, match="server_learning_rate is set"):
+        build("loom", {"server_learning_rate": 2.0})
+
+
+GOLDEN = (
+    "464c4f4d0200046c6f6f6d010003105c2fcce0471de041d4e9f9e398b5ad4610a48f1e1c1e4bdff9222f3cfc9f3fac44444402000a63"
+    "6f6d706f6e656e7473000770617468733a3100030104808004000501ac028080040a1004041201011301011401011501011a26261b01"
+    "011c01011d01011e0101000400e17f0000003fbe760e9e9215cf4a7e4a56fcc053b2e259c9783c1e3f784a563c2b7ff094acf881a764"
+    "c50f7f0000004113c963dd3b3783"
+)
+TOLD = [0.08173484, 0.07907246, 0.008386473, 0.0009983897, 0.08905636]
