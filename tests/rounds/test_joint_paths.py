@@ -135,7 +135,8 @@ def test_shared_positions_do_not_go_with_paths():
     with pytest.raises(ConfigError, match="coding = 'paths'"):
         build("loom", {"coding": "paths", "positions": "shared"})
     with pytest.raises(ConfigError, match="server_learning_rate is set"):
-        build("loom", {"server_learning_rate": 2.0})
+        build("loom", {"server_learning_rate": 2.0, "coding": "codes"})
+    assert build("loom", {"server_learning_rate": 2.0}).own_values, "paths, which are all that it goes with"
 
 
 GOLDEN = (

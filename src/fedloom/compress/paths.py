@@ -31,7 +31,6 @@ MOST = 1 << 21
 _TRIES = 6
 _STEPS = 8  # scales in an octave: rounding to the next one changes a component by 4 % at most
 _EIGHTHS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
-_ZERO = 0  # the rate of a component of which nothing is sent; others count from 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -159,8 +158,8 @@ def _entries(parts: Mapping[str, Part], components: Sequence[Component], rates: 
     bits: list[Bits] = []
     scales = np.zeros(len(components), np.int8)
     for chosen, rate in enumerate(RATES, 1):
-        members = np.flatnonzero(rates == chosen)
-        if not members.size:
+        members = np.flatnonzero(rates == chosen).tolist()
+        if not members:
             continue
         held = [components[member] for member in members]
         unit = [one.values / max(float(np.sqrt(np.square(one.values).mean())), 1e-30) for one in held]

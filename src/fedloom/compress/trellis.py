@@ -83,9 +83,9 @@ def rows(values: int) -> Floats:
 def trace(values: Floats, rate: Rate) -> Bits:
     """The bits, one a byte, whose `follow` is nearest to values of variance 1; step by step within a stream."""
     streams, steps = rate.streams(values.size)
-    wanted = np.zeros(streams * steps * rate.values, np.float32)
-    wanted[: values.size] = values
-    wanted = wanted.reshape(streams, steps, rate.values)
+    padded = np.zeros(streams * steps * rate.values, np.float32)
+    padded[: values.size] = values
+    wanted = padded.reshape(streams, steps, rate.values)
     # As far from zero as what they stand for is on the mean: the nearest point is shorter than the values.
     table = rows(rate.values) * np.float32((1.0 - rate.lost) ** 0.5)
     own = (table * table).sum(axis=1)

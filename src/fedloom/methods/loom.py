@@ -80,8 +80,8 @@ def loom(
     runs in which few clients attend a round; step, server_residual, max_density and importance do nothing there.
     coding: "codes", each value by itself: signs, 4 or 8 bits; or "paths", all values together in a fraction of a bit
     each (`compress.paths`), where step, max_density and importance do nothing. "auto" is paths for whole adapters, and
-    codes for changes unless wire.client_budget chooses.
-    server_learning_rate: times the clients' mean; not for codes of changes, which `step` stretches.
+    codes for changes unless server_learning_rate is set or wire.client_budget chooses.
+    server_learning_rate: the server goes so many times the clients' mean; codes of changes are stretched by `step`.
     positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
     that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
@@ -100,12 +100,10 @@ def loom(
     if broadcast == "state":
         code = code_within if coding == "codes" else trace_within
         return loom_of_states(dial, code, server_learning_rate, step_guard)
-    if coding == "paths":
+    if coding == "paths" or (coding == "auto" and server_learning_rate != 1.0):
         return loom_of_paths(dial, server_residual, server_learning_rate, step_guard)
     if server_learning_rate != 1.0:
-        raise ConfigError(
-            "method.server_learning_rate is set, and codes of changes have method.step: unset it, or set coding"
-        )
+        raise ConfigError("method.server_learning_rate is set, and codes of changes have method.step: unset one")
     send = partial(send_signs, dial, step, importance)
     made = loom_of_changes(dial, send, partial(broadcast_signs, dial, server_residual, importance, step_guard))
     return at_shared_positions(made, dial, step) if positions == "shared" else made

@@ -19,7 +19,7 @@ _RARE = 6.0
 _UP, _UP_RARE, _UP_STATES = 0.42, 0.27, 0.35
 """Share of the bytes that goes up: where all attend, where some do, and where whole adapters go down."""
 _TAPER = 0.5
-_SIGN_BITS, _PATH_BITS, _CORE_BITS = 0.5, 0.7, 1.0
+_SIGN_BITS, _PATH_BITS, _STATE_BITS, _CORE_BITS = 0.5, 0.7, 1.2, 1.0
 """Bits of a payload for a value, mean of both ways: with fewer, a lower rank does better (docs/LOG.md)."""
 _LONG, _LONG_SOME = 3.0, 2.0
 """Times the clients' mean that the server goes where changes travel as paths: where all attend, and where some do."""
