@@ -14,9 +14,9 @@ from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State, Update
+from fedloom.methods.shared import states as whole_states
 from fedloom.methods.shared.averaging import zero_change
 from fedloom.methods.shared.guard import UNDONE
-from fedloom.methods.shared import states as whole_states
 from fedloom.methods.shared.states import take_state
 from fedloom.methods.table import build
 from fedloom.rounds.job import Job

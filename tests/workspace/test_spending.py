@@ -60,14 +60,15 @@ def test_a_run_takes_what_it_was_given(tmp_path, bed, asked):
 
 def test_what_was_chosen_stands_in_the_settings():
     config, said = spend("wire.client_budget=10KB", "federation.num_rounds=10")
-    # 1 kB a turn, 420 up and 580 down: 4,000 bits in the mean payload, half a bit for each of 640 values a rank.
-    assert config.lora.r == 4000 // (PER_RANK // 2) == 12
+    # 1 kB a turn, 420 up and 580 down: 4,000 bits in the mean payload, 0.7 for each of 640 values a rank.
+    assert config.lora.r == round(4000 / (0.7 * PER_RANK)) == 9
     assert config.wire.budget == "500" and config.wire.client_budget is None
-    assert config.lora.lora_alpha == pytest.approx(32 * (12 / 16) ** 0.5)
+    assert config.lora.lora_alpha == pytest.approx(32 * (9 / 16) ** 0.5)
     assert config.output.baseline_r == 16
-    assert config.method.settings == {"upload_share": 0.42, "broadcast": "change"}
+    chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}
+    assert config.method.settings == {"upload_share": 0.42, **chosen}
     assert said == (
-        "wire.client_budget of 10KB: loom sends changes of rank 12 (lora.r is 16), 420 bytes up in a turn and 580 in a "
+        "wire.client_budget of 10KB: loom sends changes of rank 9 (lora.r is 16), 420 bytes up in a turn and 580 in a "
         "broadcast, on the mean of all rounds"
     )
 
@@ -83,12 +84,22 @@ def test_the_scale_rises_by_two_at_most_and_rslora_keeps_its_own():
     plain, _ = spend("wire.client_budget=2KB")
     assert plain.lora.r == 1 and plain.lora.lora_alpha == 4.0  # 2 · 2, where sixteen components had 2 each
     stabilised, _ = spend("wire.client_budget=10KB", "federation.num_rounds=10", "lora.use_rslora=true")
-    assert stabilised.lora.r == 12 and stabilised.lora.lora_alpha == pytest.approx(32.0)
+    assert stabilised.lora.r == 9 and stabilised.lora.lora_alpha == pytest.approx(32.0)
 
 
 def test_what_was_given_is_not_chosen():
     config, _ = spend("wire.client_budget=20KB", "method.upload_share=0.7")
-    assert config.method.settings == {"upload_share": 0.7, "broadcast": "change"}
+    chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}
+    assert config.method.settings == {"upload_share": 0.7, **chosen}
+
+
+def test_codes_and_shared_positions_stay_what_they_are_and_have_half_a_bit():
+    for given in ("method.coding=codes", "method.positions=shared"):
+        config, _ = spend("wire.client_budget=10KB", "federation.num_rounds=10", given)
+        assert (
+            config.lora.r == round(4000 / (0.5 * PER_RANK)) == 12
+            and "server_learning_rate" not in config.method.settings
+        )
 
 
 def test_a_share_of_the_data_is_of_their_mean():
@@ -137,8 +148,8 @@ def test_what_is_no_budget_is_refused_with_the_settings(sets, said):
 
 def test_an_estimate_is_of_what_the_budget_leads_to():
     case = config_case(config_of("wire.client_budget=15KB"))
-    assert case.note.startswith("wire.client_budget of 15KB: loom sends changes of rank 5 ") and case.budget is not None
-    assert {rank for held in case.ranks.values() for rank in held.values()} == {5} and "upload_share=" in case.method
+    assert case.note.startswith("wire.client_budget of 15KB: loom sends changes of rank 4 ") and case.budget is not None
+    assert {rank for held in case.ranks.values() for rank in held.values()} == {4} and "upload_share=" in case.method
 
 
 @settings(max_examples=60, deadline=None)

@@ -106,6 +106,8 @@ def loom(
         raise ConfigError("method.server_learning_rate is set, and codes of changes have method.step: unset one")
     send = partial(send_signs, dial, step, importance)
     made = loom_of_changes(dial, send, partial(broadcast_signs, dial, server_residual, importance, step_guard))
+    if coding == "codes" or positions == "shared":
+        made = replace(made, spend=partial(spend_run, paths=False))
     return at_shared_positions(made, dial, step) if positions == "shared" else made
 
 

@@ -64,22 +64,27 @@ class Dial:
         return 1.0 + self.taper * (1.0 - 2.0 * min(done, 1.0))
 
 
-def spend_run(shape: RunShape, size: float) -> Spending:
-    """How loom divides a client's bytes of a whole run: rank, mode and ways by the rules that the trials led to."""
+def spend_run(shape: RunShape, size: float, *, paths: bool = True) -> Spending:
+    """How loom divides a client's bytes of a whole run: rank, mode and ways by the rules that the trials led to.
+
+    paths: whether changes may travel as paths.
+    """
     payload = size / (2 * shape.turns)
     states, all_attend = shape.broadcasts > _RARE, shape.broadcasts <= 1.0
     up = _UP_STATES if states else _UP if all_attend else _UP_RARE
     down = 1.0 + 1.0 / shape.turns if states else shape.broadcasts
     mean = payload * (up + (1.0 - up) / down)
-    paths = max(round(8 * mean / (_PATH_BITS * shape.per_rank)), 1)
-    signs = states or paths * shape.per_rank > MOST  # nobody would wait for paths of so many values
-    rank = max(int(8 * mean / (_SIGN_BITS * shape.per_rank)), 1) if signs and not states else paths
-    rank = min(rank, shape.most_rank)
+
+    def rank_at(bits: float) -> int:
+        return min(max(round(8 * mean / (bits * shape.per_rank)), 1), shape.most_rank)
+
+    rank = rank_at(_STATE_BITS if states else _PATH_BITS)
     settings: dict[str, bool | int | float | str] = {"upload_share": up, "broadcast": "state" if states else "change"}
-    if not signs:
+    if not states and paths and rank * shape.per_rank <= MOST:
         settings |= {"coding": "paths", "server_learning_rate": _LONG if all_attend else _LONG_SOME}
-    elif not states and not all_attend:
-        settings["taper"] = _TAPER
+    elif not states:  # nobody would wait for paths of so many values
+        rank = rank_at(_SIGN_BITS)
+        settings |= {} if all_attend else {"taper": _TAPER}
     what = "the whole adapter" if states else "changes"
     said = (
         f"loom sends {what} of rank {rank} (lora.r is {shape.most_rank}), {2 * payload * up:,.0f} bytes up "
