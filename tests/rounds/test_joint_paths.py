@@ -1,4 +1,4 @@
-"""A whole adapter as paths: what arrives is what the server kept, within the budget, and what does not fit is refused."""
+"""A whole adapter as paths: what arrives is what the server kept, within the budget; what does not fit is refused."""
 
 from __future__ import annotations
 
