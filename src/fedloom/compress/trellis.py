@@ -26,7 +26,8 @@ MEMORY = 8
 """Bits of a node. Two more would lose 2 % less of the values and take four times as long."""
 
 _NODES = 1 << MEMORY
-_STREAMS, _SHORTEST = 16, 64  # values are cut in so many streams, searched side by side, of no fewer steps each
+_STREAMS = 16  # are searched side by side; values are cut in as many, or more where they are many
+_SHORTEST, _LONGEST = 64, 4096  # steps of a stream: a start costs little then, and a search takes 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Rate:
     def streams(self, numel: int) -> tuple[int, int]:
         """(streams, steps of each) that so many values are cut in."""
         steps = -(-numel // self.values)
-        streams = max(1, min(_STREAMS, steps // _SHORTEST))
+        streams = max(1, min(steps // _SHORTEST, max(_STREAMS, -(-steps // _LONGEST))))
         return streams, -(-steps // streams)
 
     def size(self, numel: int) -> int:
@@ -86,6 +87,12 @@ def trace(values: Floats, rate: Rate) -> Bits:
     padded = np.zeros(streams * steps * rate.values, np.float32)
     padded[: values.size] = values
     wanted = padded.reshape(streams, steps, rate.values)
+    return np.concatenate([_search(wanted[some : some + _STREAMS], rate) for some in range(0, streams, _STREAMS)])
+
+
+def _search(wanted: Floats, rate: Rate) -> Bits:
+    """The bits of streams whose values are wanted: (streams, steps, values)."""
+    streams, steps, _ = wanted.shape
     # As far from zero as what they stand for is on the mean: the nearest point is shorter than the values.
     table = rows(rate.values) * np.float32((1.0 - rate.lost) ** 0.5)
     own = (table * table).sum(axis=1)
@@ -102,6 +109,7 @@ def trace(values: Floats, rate: Rate) -> Bits:
 
 
 def _walk_back(node: NDArray[Any], came: Bits, bits: int) -> Bits:
+    """The bits that lead to each stream's last node; came: which of the ways into a node was taken."""
     steps, streams, heads = came.shape
     new = np.empty((streams, steps, bits), np.uint8)
     each = np.arange(streams)
