@@ -60,15 +60,14 @@ def test_a_run_takes_what_it_was_given(tmp_path, bed, asked):
 
 def test_what_was_chosen_stands_in_the_settings():
     config, said = spend("wire.client_budget=10KB", "federation.num_rounds=10")
-    # 1 kB a turn, 420 up and 580 down: 4,000 bits in the mean payload, 0.7 for each of 640 values a rank.
-    assert config.lora.r == round(4000 / (0.7 * PER_RANK)) == 9
+    # 1 kB a turn, 420 up and 580 down: 4,000 bits in the mean payload, half a bit for each of 640 values a rank.
+    assert config.lora.r == round(4000 / (0.5 * PER_RANK)) == 12
     assert config.wire.budget == "500" and config.wire.client_budget is None
-    assert config.lora.lora_alpha == pytest.approx(32 * (9 / 16) ** 0.5)
+    assert config.lora.lora_alpha == pytest.approx(32 * (12 / 16) ** 0.5)
     assert config.output.baseline_r == 16
-    chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}
-    assert config.method.settings == {"upload_share": 0.42, **chosen}
+    assert config.method.settings == {"upload_share": 0.42, "broadcast": "change"}
     assert said == (
-        "wire.client_budget of 10KB: loom sends changes of rank 9 (lora.r is 16), 420 bytes up in a turn and 580 in a "
+        "wire.client_budget of 10KB: loom sends changes of rank 12 (lora.r is 16), 420 bytes up in a turn and 580 in a "
         "broadcast, on the mean of all rounds"
     )
 
@@ -84,22 +83,27 @@ def test_the_scale_rises_by_two_at_most_and_rslora_keeps_its_own():
     plain, _ = spend("wire.client_budget=2KB")
     assert plain.lora.r == 1 and plain.lora.lora_alpha == 4.0  # 2 · 2, where sixteen components had 2 each
     stabilised, _ = spend("wire.client_budget=10KB", "federation.num_rounds=10", "lora.use_rslora=true")
-    assert stabilised.lora.r == 9 and stabilised.lora.lora_alpha == pytest.approx(32.0)
+    assert stabilised.lora.r == 12 and stabilised.lora.lora_alpha == pytest.approx(32.0)
+
+
+def test_few_bytes_travel_as_paths_and_leave_more_bits_for_a_value():
+    config, _ = spend("wire.client_budget=4KB", "federation.num_rounds=10")
+    assert config.lora.r == round(1600 / (0.7 * PER_RANK)) == 4
+    chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}
+    assert config.method.settings == {"upload_share": 0.42, **chosen}
 
 
 def test_what_was_given_is_not_chosen():
-    config, _ = spend("wire.client_budget=20KB", "method.upload_share=0.7")
+    config, _ = spend("wire.client_budget=6KB", "method.upload_share=0.7")
     chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}
     assert config.method.settings == {"upload_share": 0.7, **chosen}
 
 
 def test_codes_and_shared_positions_stay_what_they_are_and_have_half_a_bit():
-    for given in ("method.coding=codes", "method.positions=shared"):
-        config, _ = spend("wire.client_budget=10KB", "federation.num_rounds=10", given)
-        assert (
-            config.lora.r == round(4000 / (0.5 * PER_RANK)) == 12
-            and "server_learning_rate" not in config.method.settings
-        )
+    for asked in ("method.coding=codes", "method.positions=shared"):
+        config, _ = spend("wire.client_budget=4KB", "federation.num_rounds=10", asked)
+        assert config.lora.r == round(1600 / (0.5 * PER_RANK)) == 5
+        assert "server_learning_rate" not in config.method.settings
 
 
 def test_a_share_of_the_data_is_of_their_mean():

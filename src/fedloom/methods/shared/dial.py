@@ -21,6 +21,8 @@ _UP, _UP_RARE, _UP_STATES = 0.42, 0.27, 0.35
 _TAPER = 0.5
 _SIGN_BITS, _PATH_BITS, _STATE_BITS, _CORE_BITS = 0.5, 0.7, 1.2, 1.0
 """Bits of a payload for a value, mean of both ways: with fewer, a lower rank does better (docs/LOG.md)."""
+_PATHS_BELOW = 1 / 3
+"""Share of the largest rank above which signs of a higher rank do better than paths (docs/LOG.md)."""
 _LONG, _LONG_SOME = 3.0, 2.0
 """Times the clients' mean that the server goes where changes travel as paths: where all attend, and where some do."""
 
@@ -80,9 +82,10 @@ def spend_run(shape: RunShape, size: float, *, paths: bool = True) -> Spending:
 
     rank = rank_at(_STATE_BITS if states else _PATH_BITS)
     settings: dict[str, bool | int | float | str] = {"upload_share": up, "broadcast": "state" if states else "change"}
-    if not states and paths and rank * shape.per_rank <= MOST:
+    few = rank <= _PATHS_BELOW * shape.most_rank and rank * shape.per_rank <= MOST
+    if not states and paths and few:
         settings |= {"coding": "paths", "server_learning_rate": _LONG if all_attend else _LONG_SOME}
-    elif not states:  # nobody would wait for paths of so many values
+    elif not states:
         rank = rank_at(_SIGN_BITS)
         settings |= {} if all_attend else {"taper": _TAPER}
     what = "the whole adapter" if states else "changes"
