@@ -56,7 +56,7 @@ PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     ),
     "decode": ((wire, "decode"), (wire, "decode_lazily"), (sparsify, "floats")),
     "encode": ((wire, "encode"),),
-    "choose": ((sparsify, "split"), (sparsify, "importance"), (sparsify, "shortlist"), (sparsify, "select_largest")),
+    "choose": ((sparsify, "split"), (sparsify, "choose"), (sparsify, "importance"), (sparsify, "shortlist"), (sparsify, "select_largest")),
     "average": (
         (averaging, "weighted_mean"),
         *((guard, name) for name in ("Step.read", "Witness.watch", "Witness.judge")),
