@@ -73,7 +73,7 @@ class Step:
         where = entry.positions.numpy()
         place, lower = where >> 3, _LOWER[where & 7]
         held = self.here.take(place)
-        hit = np.flatnonzero(held & (lower + np.uint8(1)))  # most of what a client sends lies elsewhere
+        hit = np.flatnonzero((held & (lower + np.uint8(1))) != 0)  # most of what a client sends lies elsewhere
         # Of the elements that the step changed, this one comes after so many: no search is needed.
         slots = self.before.take(place.take(hit)) + _SET.take(held.take(hit) & lower.take(hit))
         values = floats(entry.values).index_select(0, torch.from_numpy(hit))
