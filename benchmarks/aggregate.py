@@ -15,9 +15,8 @@ from rich.table import Table
 from benchmarks import accuracy
 from benchmarks.kernels import KERNELS, Kernel, two_svds
 from benchmarks.workload import Module, module
-from fedloom.compress import fast
 from fedloom.errors import ConfigError, NumericError
-from fedloom.lora.lowrank import ProductSum
+from fedloom.lora.lowrank import ProductSum, sparse
 from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.pair import LoraPair
 from fedloom.studies.estimate import machine
@@ -88,7 +87,7 @@ def run(
     work = [module(name, shape, sizes, seed, device) for name, shape in layout.items()]
     sample = {case.pair.shape: case for case in work}
     clock = machine.processor_time() if cpu_time else nullcontext()
-    with clock, fast.torch_only() if torch_only else nullcontext():
+    with clock, sparse.torch_only() if torch_only else nullcontext():
         return {**_measured(kernels, work, sample, reference, repeats, device, keep_results), "streaming": streamed}
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from benchmarks import device
 from fedloom.compress.entries import Dense, Sparse, dense_entry
-from fedloom.compress.fast import torch_only
 from fedloom.compress.quantize import VALUE_KINDS, quantize
+from fedloom.lora.lowrank import sparse
 from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import as_given
 from fedloom.methods.table import METHODS
@@ -77,7 +77,7 @@ def tensors_of(result):
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_kernels_stay_on_the_device_of_the_adapters(name):
     """The same bits as on the CPU without numba; values that decide go to Python, matrices never."""
-    with torch_only():
+    with sparse.torch_only():
         wanted = tensors_of(KERNELS[name].run(CASE))
     with Pretended() as there:
         found = tensors_of(KERNELS[name].run(moved(CASE, there.to)))

@@ -134,9 +134,7 @@ def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(among), torch.from_numpy(scored)
 
 
-def _reaching(
-    flat: NDArray[np.float32], limit: float, number: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _reaching(flat: NDArray[np.float32], limit: float, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The positions and values of the scores of at least `limit`, of which there are so many."""
     if flat.size < _LARGE or not compiling_pays(flat.size):
         among = np.flatnonzero(flat >= limit)

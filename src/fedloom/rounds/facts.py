@@ -100,7 +100,7 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
 
 
 def _mean(alike: Sequence[Entry]) -> tuple[Tensor, list[Entry | Tensor]]:
-    """The mean of tensors, cut to the shape that all of them have, and the tensors: sparse ones of that shape as are."""
+    """The mean of tensors, cut to the shape that all have, and the tensors: sparse ones of that shape as they are."""
     shape = [min(sizes) for sizes in zip(*(entry.shape for entry in alike), strict=True)]
     common = tuple(slice(size) for size in shape)
     parts: list[Entry | Tensor] = [

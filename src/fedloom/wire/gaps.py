@@ -113,9 +113,7 @@ class BitSource:
         numbers >>= starts & 7
         return numbers & _MASKS[widths]
 
-    def follow(
-        self, symbols: Bytes, counts: Ints, sizes: Ints, last: int, out: Ints, kernels: ModuleType
-    ) -> bool:
+    def follow(self, symbols: Bytes, counts: Ints, sizes: Ints, last: int, out: Ints, kernels: ModuleType) -> bool:
         """The positions in cells of so many symbols and elements, after `last` in the first, in one compiled pass.
 
         False, and nothing is taken, where a symbol, its bits or a position is not as it should be: whoever goes on
