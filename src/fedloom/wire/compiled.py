@@ -103,8 +103,8 @@ def join_cells(
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
 def follow_gaps(
-    symbols: Array, words: Array, at: int, stop: int, counts: Array, sizes: Array, last: int, out: Array
-) -> int:
+    symbols: Array, words: Array, at: Any, stop: int, counts: Array, sizes: Array, last: Any, out: Array
+) -> Any:
     """The positions in cells of so many symbols and elements, after `last` in the first; where the extra bits end.
 
     words: see `BitSource`; of their bits those from `at` to `stop` are left. −1 where anything does not fit.
