@@ -62,8 +62,9 @@ class Step:
         here = np.zeros(numel, dtype=np.bool_)
         here[positions.numpy()] = True
         bits = np.packbits(here, bitorder="little")
-        sums = np.cumsum(_SET[bits], dtype=np.int32)
-        return cls(positions, values, bits, sums - _SET[bits])
+        before = np.cumsum(_SET[bits], dtype=np.int32)
+        before -= _SET[bits]
+        return cls(positions, values, bits, before)
 
     def read(self, entry: Entry) -> Tensor:
         """The values of an entry of the same shape at these positions; 0 where it has none."""
