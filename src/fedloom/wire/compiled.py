@@ -103,8 +103,8 @@ def join_cells(
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
 def follow_gaps(
-    symbols: Array, words: Array, at: Any, stop: int, counts: Array, sizes: Array, last: Any, out: Array
-) -> Any:
+    symbols: Array, words: Array, at: int, stop: int, counts: Array, sizes: Array, last: int, out: Array
+) -> int:
     """The positions in cells of so many symbols and elements, after `last` in the first; where the extra bits end.
 
     words: see `BitSource`; of their bits those from `at` to `stop` are left. −1 where anything does not fit.
@@ -120,8 +120,8 @@ def follow_gaps(
                     return -1
                 extra = np.int64(words[at >> 3] >> np.uint64(at & 7)) & ((1 << width) - 1)
                 gap = ((gap & 7 | 8) << width) + extra
-                at += width
-            place += gap + 1
+                at += width  # type: ignore[assignment, unused-ignore]  # integers of numpy stand for Python's
+            place += gap + 1  # type: ignore[assignment, unused-ignore]
             if place >= sizes[cell]:
                 return -1
             out[n] = place
