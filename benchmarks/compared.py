@@ -36,7 +36,7 @@ def against_command(
 def goals_command(
     ref: Ref,
     only: Annotated[str, typer.Option(help="Goals: growth,memory; all if left out.")] = "",
-    repeats: Repeats = 3,
+    repeats: Repeats = 1,
     as_json: AsJson = False,
 ) -> None:
     """What was asked of the whole round, with the code of a commit and with today's; says first how long it takes."""

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
@@ -46,6 +46,7 @@ from fedloom.rounds.step import Trained
 from fedloom.rounds.turns import client_turn, server_turn, start
 from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
+from fedloom.wire import streams
 
 PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     "kernel": (
@@ -56,7 +57,13 @@ PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     ),
     "decode": ((wire, "decode"), (wire, "decode_lazily"), (sparsify, "floats")),
     "encode": ((wire, "encode"),),
-    "choose": ((sparsify, "split"), (sparsify, "importance"), (sparsify, "shortlist"), (sparsify, "select_largest")),
+    "choose": (
+        (sparsify, "split"),
+        (sparsify, "choose"),
+        (sparsify, "importance"),
+        (sparsify, "shortlist"),
+        (sparsify, "select_largest"),
+    ),
     "average": (
         (averaging, "weighted_mean"),
         *((guard, name) for name in ("Step.read", "Witness.watch", "Witness.judge")),
@@ -256,15 +263,26 @@ def clocks() -> Iterator[dict[str, float]]:
                 continue
             clocked = _clocked(plain, part, spent, lock, stack)
             places = [home] if isinstance(home, type) else _modules_with(plain)
-            for place in places:
-                for known in [key for key, value in vars(place).items() if value is plain]:
-                    undo.append((place, known, plain))
-                    setattr(place, known, clocked)
+            undo += _put(clocked, plain, places)
+    # What runs beside a part, on another thread, is that part's: so it runs within it, one after the other.
+    undo += _put(_one_after_the_other, streams.run_side_by_side, _modules_with(streams.run_side_by_side))
     try:
         yield spent
     finally:
         for place, known, plain in undo:
             setattr(place, known, plain)
+
+
+def _put(new: object, plain: object, places: Iterable[object]) -> list[tuple[object, str, object]]:
+    """Have `new` stand for `plain` in these places; (place, name, `plain`) of each, for undoing it."""
+    found = [(place, name, plain) for place in places for name, value in vars(place).items() if value is plain]
+    for place, name, _ in found:
+        setattr(place, name, new)
+    return found
+
+
+def _one_after_the_other(left: Callable[[], object], right: Callable[[], object], size: int) -> tuple[object, object]:
+    return left(), right()
 
 
 def _modules_with(function: object) -> list[object]:

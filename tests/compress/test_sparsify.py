@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import to_dense
+from fedloom.compress.fast import torch_only
 from fedloom.compress.sparsify import (
     Adaptive,
     factor_norms,
@@ -116,6 +117,20 @@ def test_every_selection_from_a_shortlist_is_that_of_a_slow_twin(values, data):
         if keep <= most:
             assert positions[select_largest(left, keep)].tolist() == sorted(slow_leading(scores.tolist(), keep))
     assert top_positions(scores, most).tolist() == sorted(slow_leading(scores.tolist(), most))
+
+
+def test_compiled_and_plain_selection_list_the_same_elements():
+    pytest.importorskip("numba")
+    import numba  # noqa: F401 - loaded, so that the loop is used at any size
+
+    scores = torch.rand(40_960, generator=torch.Generator().manual_seed(1)) ** 4
+    scores[::7] = 0.5
+    for keep in (0, 1, 2_000, 6_000, 30_000, 50_000):
+        found = shortlist(scores, keep)
+        with torch_only():
+            wanted = shortlist(scores, keep)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert keep or not found[0].numel()
 
 
 @pytest.mark.parametrize("keep", [1, 500, 2000, 39_999])

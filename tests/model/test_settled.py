@@ -15,7 +15,7 @@ from torch import nn
 
 from fedloom.lora.pair import digest
 from fedloom.model import peft_bridge, training
-from fedloom.model.settled import ask_once, settle
+from fedloom.model.settled import ask_once, set_mode, settle
 
 __all__ = ["one_thread"]  # the fixture holds here too
 
@@ -49,6 +49,27 @@ def test_a_settled_model_answers_as_it_did() -> None:
         assert model.eval() is model and not any(module.training for module in modules)
         assert model.train() is model and all(module.training for module in modules)
     assert dict(vars(model)) == before | {"training": True}
+
+
+def test_a_mode_is_set_as_torch_sets_it() -> None:
+    told: list[bool] = []
+
+    class Own(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            told.append(mode)
+            return super().train(mode)
+
+    plain, (model, _) = small(), resident()
+    own = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Own(2, 2)))
+    for mode in (True, False, True):
+        for one in (plain, model, own):
+            before = [dict(vars(module)) for module in one.modules()]
+            set_mode(one, mode)
+            found = [dict(vars(module)) for module in one.modules()]
+            one.train(mode)
+            assert found == [vars(module) for module in one.modules()]
+            assert found == [held | {"training": mode} for held in before]
+    assert told == [True, True, False, False, True, True]
 
 
 def test_it_is_as_before_after_an_error() -> None:

@@ -124,6 +124,24 @@ def test_half_a_line_waits_for_its_other_half(tmp_path):
         tail.read()
 
 
+def test_a_broken_line_is_named_until_it_is_gone_and_hides_no_row(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    tail, line = LedgerTail(path), dump_row(RUN) + b"\n"
+    path.write_bytes(line)
+    assert tail.read() == (False, [RUN])
+    path.write_bytes(line + line + b"{}\n" + line)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no row of a ledger: line 3"):
+            tail.read()
+    path.write_bytes(line + line + line)
+    assert tail.read() == (False, [RUN, RUN])
+    path.write_bytes(b"{}\n" + line)
+    with pytest.raises(CheckpointError, match="line 1"):
+        tail.read()
+    path.write_bytes(line)
+    assert tail.read() == (True, [RUN]), "another ledger, although its first line was broken at first"
+
+
 def test_a_run_that_goes_on_is_shown_from_there(tmp_path):
     """Its ledger is cut back under the reader's eyes, and what it had before is not shown again."""
     run, lines = written(tmp_path / "run", RUN, FIRST, *ROUND, *NEXT, End(2, "failed", "too few")), Lines()

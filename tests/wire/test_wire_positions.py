@@ -9,9 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.compress.entries import all_finite
-from fedloom.wire.cells import CellGrid, LineClasses, best_grid, density_classes, divide
-from fedloom.wire.positions import _STREAM_BITS, MOST_GAP_STREAMS, _Coded, _shared_streams
+from fedloom.compress.entries import Sparse, all_finite
+from fedloom.compress.fast import MANY, compiling_pays, torch_only
+from fedloom.errors import WireError
+from fedloom.wire import Header, Message, decode, encode
+from fedloom.wire.cells import CellGrid, LineClasses, best_grid, cut, density_classes, divide
+from fedloom.wire.positions import (
+    _STREAM_BITS,
+    EXTRA,
+    FIRST_GAPS,
+    MOST_GAP_STREAMS,
+    Cell,
+    Cells,
+    PositionSource,
+    _Coded,
+    _shared_streams,
+)
+from fedloom.wire.streams import Sources, Stream
 
 
 def scattered(seed, rows, columns, by_row, by_column):
@@ -78,6 +92,64 @@ def test_a_few_positions_in_very_many_lines_are_not_sorted_into_classes():
     finally:
         tracemalloc.stop()
     assert grid.rows.classes is None and grid.columns.classes is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 60), st.booleans(), st.booleans())
+def test_compiled_loops_lay_positions_out_as_numpy_does(seed, rows, columns, by_row, by_column):
+    pytest.importorskip("numba")
+    from fedloom.wire import compiled
+
+    positions = scattered(seed, rows, columns, by_row, by_column)
+    (slow, *wanted), (grid, *found) = (cut(positions, (rows, columns), kernels) for kernels in (None, compiled))
+    assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+    for lines, twin in ((grid.rows, slow.rows), (grid.columns, slow.columns)):
+        assert np.array_equal(lines.all(), twin.all()) and lines.number == twin.number
+    counts, _, inner = found
+    grid.join(counts, inner := inner.copy(), grid.rows.number, grid.columns.number, compiled)
+    assert np.array_equal(inner, positions)
+
+
+def test_compiled_loops_write_and_read_the_same_payloads():
+    pytest.importorskip("numba")
+    import numba  # noqa: F401 - loaded, so that the loops are used at any size
+
+    entries = {}
+    for number, (rows, columns) in enumerate([(64, 300), (300, 64), (1, 500), (7, 9), (200, 200)]):
+        positions = torch.from_numpy(scattered(number, rows, columns, number % 2, True))
+        values = torch.randn(positions.numel(), generator=torch.Generator().manual_seed(number))
+        entries[f"m{number}/A"] = Sparse((rows, columns), positions, values)
+    message = Message(Header("update", "loom", 1, 0, "0" * 32, "1" * 32, 1), entries)
+    with torch_only():
+        assert not compiling_pays(MANY)
+        payload, plain = encode(message), decode(encode(message))
+    assert compiling_pays(1) and encode(message) == payload
+    for name, entry in decode(payload).entries.items():
+        assert torch.equal(entry.positions, plain.entries[name].positions)
+        assert torch.equal(entry.positions, entries[name].positions)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "size", "said"),
+    [([3, 255, 1], 10**9, "is not a gap symbol"), ([3, 200], 2**31, "extra bits"), ([3, 4, 1], 9, "outside a cell")],
+)
+def test_what_compiled_loops_cannot_follow_is_named_as_without_them(symbols, size, said):
+    pytest.importorskip("numba")
+    import numba  # noqa: F401
+
+    streams = {FIRST_GAPS: np.array(symbols, dtype=np.uint8), EXTRA: np.array([255], dtype=np.uint8)}
+    layout = Cells(1, 1, (Cell(len(symbols), 1),))
+
+    def read():
+        coded = b"".join(streams[role].tobytes() for role in sorted(streams))
+        held = [Stream(role, streams[role].size, (streams[role].size,)) for role in sorted(streams)]
+        PositionSource(Sources(held, memoryview(coded)), [layout]).take((1, size), layout)
+
+    with torch_only(), pytest.raises(WireError, match=said) as slow:
+        read()
+    with pytest.raises(WireError, match=said) as quick:
+        read()
+    assert str(quick.value) == str(slow.value)
 
 
 def slow_streams(cells):

@@ -37,8 +37,11 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The float32 values, 1-D."""
-        repeated = self.scales.repeat_interleave(self.block)[: self.codes.numel()]
-        return self.codes.to(torch.float32) * repeated
+        found = self.codes.to(torch.float32)
+        whole = found.numel() // self.block
+        found[: whole * self.block].view(whole, self.block).mul_(self.scales[:whole].unsqueeze(1))
+        found[whole * self.block :].mul_(self.scales[whole:])  # the last block may be short: one scale, or none
+        return found
 
 
 Values: TypeAlias = Tensor | Quantized

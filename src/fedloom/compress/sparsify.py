@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.compress.entries import Sparse, Values, floats
+from fedloom.compress.fast import compiling_pays
 from fedloom.errors import ConfigError
 
 Rescale = Literal["l1", "none"]
@@ -125,10 +126,29 @@ def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """
     flat = _flat(scores)
     limit = _limit(flat, keep)
-    among = np.flatnonzero(flat >= limit) if limit > 0 else np.empty(0, dtype=np.int64)
-    if among.size < keep:
-        among = np.flatnonzero(flat > 0)
-    return torch.from_numpy(among), torch.from_numpy(flat.take(among))
+    reached = int(np.count_nonzero(flat >= limit)) if limit > 0 else 0
+    if keep < 1:
+        among, scored = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    else:
+        among, scored = _reaching(flat, limit, reached) if reached >= keep else _above_zero(flat)
+    return torch.from_numpy(among), torch.from_numpy(scored)
+
+
+def _reaching(flat: NDArray[np.float32], limit: float, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The positions and values of the scores of at least `limit`, of which there are so many."""
+    if flat.size < _LARGE or not compiling_pays(flat.size):
+        among = np.flatnonzero(flat >= limit)
+        return among, flat.take(among)
+    from fedloom.compress import compiled
+
+    positions, values = np.empty(number + 1, dtype=np.int64), np.empty(number + 1, dtype=np.float32)
+    compiled.list_reaching(flat, np.float32(limit), positions, values)
+    return positions[:number], values[:number]
+
+
+def _above_zero(flat: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    among = np.flatnonzero(flat > 0)
+    return among, flat.take(among)
 
 
 def _limit(flat: NDArray[np.float32], keep: int) -> float:

@@ -30,7 +30,6 @@ from fedloom.compress.sparsify import (
     importance,
     kept_count,
     scratch,
-    split,
 )
 from fedloom.errors import ConfigError
 from fedloom.lora.lowrank import ProductChange, map_modules
@@ -228,7 +227,7 @@ def reconstruct(
     if verdict.wrong:
         return witness.take_back(verdict, context)
 
-    def finish(module: str) -> tuple[str, Entry, Tensor, int]:
+    def finish(module: str) -> tuple[str, Entry, Tensor | None, int]:
         """The entry of one module's factor, what it leaves out, and the directions kept; its changes are let go of."""
         solved, gain, name = changes.pop(module).solve(), verdict.gains[module], f"{module}/{part}"
         # Turned once into the order of its elements, not again by every step that looks at them one after the other.
@@ -238,7 +237,7 @@ def reconstruct(
 
     done = map_modules(finish, list(changes))
     entries = {name: entry for name, entry, _, _ in done}
-    rest = {name: left for name, _, left, _ in done} if down.decay else {}
+    rest = {name: left for name, _, left, _ in done if left is not None}
     kept = sum(number for _, _, _, number in done) / max(len(done), 1)
     stats = {"mean_directions_kept": kept, **(verdict.stats if guard else {})}
     return Aggregate(entries, {**state.memory, **rest, **witness.remember(verdict, entries)}, stats)
@@ -250,13 +249,16 @@ def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], updat
     changes[module].add(delta["B"], delta["A"], update.weight)
 
 
-def thin_change(down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context) -> tuple[Entry, Tensor]:
-    """(entry to broadcast, what it leaves out) of one factor's change."""
+def thin_change(
+    down: Download, delta: Tensor, pair: LoraPair, name: str, context: Context
+) -> tuple[Entry, Tensor | None]:
+    """(entry to broadcast, what it leaves out) of one factor's change; None where nothing is kept back."""
     seed = derived_seed(context.seed, "download", context.round, name)
     if down.pick == "random":
-        return drop_and_rescale(delta, down.density, seed, context)
+        entry, rest = drop_and_rescale(delta, down.density, seed, context)
+        return entry, rest if down.decay else None
     part = name[-1]
     scores = importance(delta, pair.B if part == "A" else pair.A, part)
     keep = kept_count(delta.numel(), down.density)
-    cut = split(delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed)
-    return cut.sent, cut.rest
+    cut = choose(delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed)
+    return cut.sent, cut.rest(delta) if down.decay else None

@@ -14,7 +14,28 @@ from functools import cache
 
 from accelerate import optimizer as accelerated  # type: ignore[import-untyped]
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def set_mode(model: nn.Module, mode: bool) -> None:
+    """`model.train(mode)`, without a look at every attribute of every module: that takes as long as a small step.
+
+    Where a module has a way of its own to change its mode, the model is asked to.
+    """
+    modules = tuple(model.modules())
+    if any("train" in vars(module) or _is_asked(module) for module in modules):
+        model.train(mode)
+        return
+    for module in modules:
+        vars(module)["training"] = mode
+
+
+def _is_asked(module: nn.Module) -> bool:
+    """Whether a module does more when its mode changes than to note it."""
+    kind = type(module)
+    if isinstance(module, PreTrainedModel) and kind.train is PreTrainedModel.train:
+        return bool(getattr(module, "use_kernels", False))
+    return kind.train is not nn.Module.train
 
 
 @contextmanager
@@ -25,7 +46,7 @@ def settle(model: nn.Module) -> Iterator[None]:
     itself. Answers, their order and what calls do are those of nn.Module.
     """
     kind = type(model)
-    model.train()
+    set_mode(model, True)
     named, all_modules = tuple(model.named_parameters()), tuple(model.modules())
 
     def modules() -> Iterator[nn.Module]:

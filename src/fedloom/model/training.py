@@ -30,7 +30,7 @@ from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
 from fedloom.model.packing import training_rows, without_mask
 from fedloom.model.private import PrivateRound, fit_privately
-from fedloom.model.settled import ask_once, keep_use_cache, set_older_objects_aside, settle
+from fedloom.model.settled import ask_once, keep_use_cache, set_mode, set_older_objects_aside, settle
 from fedloom.model.tokens import TokenizedExamples
 from fedloom.records.config import TrainingSettings
 from fedloom.records.text import to_printable
@@ -309,4 +309,4 @@ def _undisturbed(model: peft.PeftModel, *, checkpointed: bool) -> Iterator[None]
         finally:
             if checkpointed:
                 base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
-            model.eval()
+            set_mode(model, False)

@@ -30,30 +30,49 @@ class LedgerTail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset, self._last = 0, b""
+        self._again = False
+        self._begin()
 
     def read(self) -> tuple[bool, list[Row]]:
-        """(whether it begins again, the new rows): a run that goes on cuts its ledger back, and another replaces it."""
+        """(whether it begins again, the new rows): a run that goes on cuts its ledger back, and another replaces it.
+
+        Raises CheckpointError for a line that is no row, again at every read until it is gone: to go on behind it would
+        leave its bytes out of every sum.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset - len(self._last))
-                again = file.read(len(self._last)) != self._last
-                if again:
-                    self._offset, self._last = 0, b""
+                if file.read(len(self._last)) != self._last:
+                    self._again = True
+                    self._begin()
                     file.seek(0)
                 whole, end, _ = file.read().rpartition(b"\n")
         except OSError:  # not there, or not any more
-            again, self._offset, self._last = self._offset > 0, 0, b""
-            return again, []
-        if not end:
-            return again, []
-        self._offset += len(whole) + 1
-        lines = whole.split(b"\n")
-        self._last = lines[-1] + b"\n"
-        try:
-            return again, [ROWS.validate_json(line) for line in lines]
-        except ValidationError:
-            raise CheckpointError(f"{self._path} has a line that is no row of a ledger") from None
+            self._again |= self._offset > 0
+            self._begin()
+            whole = end = b""
+        rows = self._rows(whole) if end else []
+        again, self._again = self._again, False
+        return again, rows
+
+    def _begin(self) -> None:
+        """Nothing was read: no byte, no line, and no last line to know the ledger by."""
+        self._offset, self._lines, self._last = 0, 0, b""
+
+    def _rows(self, whole: bytes) -> list[Row]:
+        """The rows of whole lines, which are read now."""
+        lines, rows = whole.split(b"\n"), list[Row]()
+        for number, line in enumerate(lines, start=self._lines + 1):
+            try:
+                rows.append(ROWS.validate_json(line))
+            except ValidationError:
+                raise CheckpointError(f"{self._path} has a line that is no row of a ledger: line {number}") from None
+        self._offset, self._lines, self._last = (
+            self._offset + len(whole) + 1,
+            self._lines + len(lines),
+            lines[-1] + b"\n",
+        )
+        return rows
 
 
 class Replay:

@@ -15,9 +15,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fedloom.compress.entries import Entry, count, floats, to_dense
+from fedloom.compress.entries import Entry, Sparse, count, floats, to_dense
 from fedloom.lora.pair import module_of
 from fedloom.methods.method import Entries, State
+from fedloom.methods.shared.averaging import add_weighted
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.job import Job
 
@@ -85,21 +86,39 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
     names = sorted(set.intersection(*(set(entries) for entries in found)))
     if not names:
         return None
-    rows = _stack([[to_dense(entries[name]) for name in names] for entries in found])
-    whole = rows.mean(dim=0)
-    sizes = rows.norm(dim=1) * whole.norm()
-    known = sizes > 0
-    return float((rows[known] @ whole / sizes[known]).mean()) if bool(known.any()) else None
+    products, squares, whole = [0.0] * len(found), [0.0] * len(found), 0.0
+    for name in names:
+        mean, parts = _mean([entries[name] for entries in found])
+        whole += float(mean.square().sum())
+        for number, part in enumerate(parts):
+            sent, met = _met(part, mean)
+            products[number] += float(sent @ met)
+            squares[number] += float(sent @ sent)
+    known = [(product, math.sqrt(square * whole)) for product, square in zip(products, squares, strict=True)]
+    cosines = [product / size for product, size in known if size > 0]
+    return math.fsum(cosines) / len(cosines) if cosines else None
 
 
-def _stack(held: Sequence[Sequence[Tensor]]) -> Tensor:
-    """One row a client: its tensors cut to the shape that all of theirs have."""
-    rows: list[list[Tensor]] = [[] for _ in held]
-    for alike in zip(*held, strict=True):
-        shape = [min(sizes) for sizes in zip(*(tensor.shape for tensor in alike), strict=True)]
-        for row, tensor in zip(rows, alike, strict=True):
-            row.append(tensor[tuple(slice(size) for size in shape)].reshape(-1))
-    return torch.stack([torch.cat(row) for row in rows])
+def _mean(alike: Sequence[Entry]) -> tuple[Tensor, list[Entry | Tensor]]:
+    """The mean of tensors, cut to the shape that all have, and the tensors: sparse ones of that shape as they are."""
+    shape = [min(sizes) for sizes in zip(*(entry.shape for entry in alike), strict=True)]
+    common = tuple(slice(size) for size in shape)
+    parts: list[Entry | Tensor] = [
+        entry if isinstance(entry, Sparse) and list(entry.shape) == shape else to_dense(entry)[common]
+        for entry in alike
+    ]
+    mean = torch.zeros(shape)
+    for part in parts:
+        add_weighted(mean, part, 1 / len(parts))
+    return mean, parts
+
+
+def _met(part: Entry | Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of a tensor and those of the mean at the same places, both flat."""
+    if isinstance(part, Sparse):
+        return floats(part.values), mean.view(-1).index_select(0, part.positions)
+    assert isinstance(part, Tensor)
+    return part.reshape(-1), mean.view(-1)
 
 
 def _spread(items: Sequence[str], most: int) -> list[str]:

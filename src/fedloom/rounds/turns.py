@@ -268,8 +268,9 @@ def _average(
     watch.lap("encode")
     facts = TurnFacts(agreement=agreement, modules=describe_modules(result.entries, result.kept) if told else None)
     message = draft.received(result.entries, memory.values())
-    del draft, context, result  # what was averaged may be as large as the state that follows
-    give_back(4 * state.adapter.numel())
+    # What was averaged may be as large as the state that follows, and leaves room for it: memory that is fresh from the
+    # system costs more time than the sums do.
+    del draft, context, result
     after = _take_up(job, replace(state, memory=memory), message)
     check_finite(after, state)
     watch.lap("aggregate")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,20 @@ class LineClasses:
         ranks[order] = np.arange(self.count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return ranks[lines]
 
+    def all(self) -> Bytes:
+        """The class of every line."""
+        return np.zeros(self.count, dtype=np.uint8) if self.classes is None else self.classes
+
+    def all_ranks(self) -> Ints:
+        """The number of every line within its class."""
+        return self.ranks(np.arange(self.count), self.number)
+
+    def all_ordered(self, number: int) -> tuple[Ints, Ints]:
+        """(lines, class after class; where each of `number` classes begins)."""
+        sizes = self.sizes(number)
+        lines = np.arange(self.count) if self.classes is None else np.argsort(self.classes, kind="stable")
+        return lines, sizes.cumsum() - sizes
+
     def order(self, number: int) -> Callable[[Ints, Bytes], Ints]:
         """The inverse of `ranks`: (numbers within classes, the classes) → lines."""
         if self.classes is None:
@@ -108,11 +123,18 @@ class CellGrid:
         """The cell of every element."""
         return self.rows.of(rows) * np.uint8(self.columns.number) + self.columns.of(columns)
 
-    def join(self, counts: Ints, inner: Ints, row_classes: int, column_classes: int) -> None:
+    def join(
+        self, counts: Ints, inner: Ints, row_classes: int, column_classes: int, kernels: ModuleType | None = None
+    ) -> None:
         """Turn positions within cells, cell after cell, into increasing positions in the whole, in place."""
         if row_classes * column_classes == 1:
             return
         widths = self.columns.sizes(column_classes)
+        if kernels is not None:
+            lines = (*self.rows.all_ordered(row_classes), *self.columns.all_ordered(column_classes))
+            kernels.join_cells(inner, counts.reshape(row_classes, column_classes), *lines, widths)
+            inner.sort(kind="stable")
+            return
         row_order, column_order = self.rows.order(row_classes), self.columns.order(column_classes)
         cells = np.repeat(np.arange(counts.size, dtype=np.uint8), counts)
         for start in range(0, inner.size, _STEP):
@@ -137,9 +159,8 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[CellGrid, Ints, 
 
     Where classes cannot pay, the grid is one cell, and the positions themselves stand in for rows and columns.
     """
-    whole_rows, whole_columns = LineClasses(shape[0], None), LineClasses(shape[1], None)
-    flat = CellGrid(whole_rows, whole_columns)
-    if positions.size < _FEW or min(shape) < 2 or max(shape) > _LINES + _LINES_EACH * positions.size:
+    flat = CellGrid(LineClasses(shape[0], None), LineClasses(shape[1], None))
+    if _is_flat(positions, shape):
         return flat, positions, positions
     rows, columns = divide(positions, shape[1])
     by_row = density_classes(np.bincount(rows, minlength=shape[0]), shape[1])
@@ -147,18 +168,53 @@ def best_grid(positions: Ints, shape: tuple[int, int]) -> tuple[CellGrid, Ints, 
     if by_row.classes is None and by_column.classes is None:
         return flat, rows, columns
     both = CellGrid(by_row, by_column)
-    table = np.zeros((by_row.number, by_column.number), dtype=np.int64)
-    found = np.bincount(both.cells(rows, columns))
-    table.reshape(-1)[: found.size] = found
+    size = by_row.number * by_column.number
+    table = np.bincount(both.cells(rows, columns), minlength=size).reshape(by_row.number, by_column.number)
+    return _cheapest(both, table)[0], rows, columns
+
+
+def _cheapest(both: CellGrid, table: Ints) -> tuple[CellGrid, Ints]:
+    """The cheapest of four grids, and the positions in each of its cells. table: those of `both`."""
+    by_row, by_column = both.rows, both.columns
+    whole_rows, whole_columns = LineClasses(by_row.count, None), LineClasses(by_column.count, None)
     heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
     choices = (
         (both, table, heights, widths),
         (CellGrid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
         (CellGrid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
-        (flat, table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
+        (CellGrid(whole_rows, whole_columns), table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
     )
     bits = _grid_bits([choice[1:] for choice in choices])
-    return choices[bits.index(min(bits))][0], rows, columns
+    grid, counts, _, _ = choices[bits.index(min(bits))]
+    return grid, counts.reshape(-1)
+
+
+def cut(positions: Ints, shape: tuple[int, int], kernels: ModuleType | None) -> tuple[CellGrid, Ints, Ints, Ints]:
+    """(the cheapest grid, what its `split` gives). kernels: `wire.compiled`, where that is worth it."""
+    if kernels is None or _is_flat(positions, shape):
+        grid, rows, columns = best_grid(positions, shape)
+        return grid, *grid.split(positions, rows, columns)
+    in_rows, in_columns = np.zeros(shape[0], dtype=np.int64), np.zeros(shape[1], dtype=np.int64)
+    kernels.count_lines(positions, in_rows, in_columns)
+    both = CellGrid(density_classes(in_rows, shape[1]), density_classes(in_columns, shape[0]))
+    table = np.zeros((both.rows.number, both.columns.number), dtype=np.int64)
+    if table.size > 1:
+        kernels.count_cells(positions, both.rows.all(), both.columns.all(), table)
+    grid, counts = _cheapest(both, table) if table.size > 1 else (both, np.array([positions.size]))
+    across = grid.columns.number
+    sizes = grid.sizes(grid.rows.number, across)
+    if sizes.size == 1:
+        return grid, counts, sizes, positions
+    ends = (counts.cumsum() - counts).reshape(-1, across)
+    inner = np.empty_like(positions)
+    lines = (grid.rows.all(), grid.rows.all_ranks(), grid.columns.all(), grid.columns.all_ranks())
+    kernels.place_in_cells(positions, *lines, grid.columns.sizes(across), ends, inner)
+    return grid, counts, sizes, inner
+
+
+def _is_flat(positions: Ints, shape: tuple[int, int]) -> bool:
+    """Whether classes cannot pay, or looking for them would take too long."""
+    return positions.size < _FEW or min(shape) < 2 or max(shape) > _LINES + _LINES_EACH * positions.size
 
 
 def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:

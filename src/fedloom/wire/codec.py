@@ -203,14 +203,16 @@ def _put_positions(entries: dict[str, Entry], work: int) -> tuple[dict[str, Cell
             check_mask(name, count(entry.shape), entry.density, entry.seed, entry.values.numel())
     sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
     halves = list(sparse.values())[: len(sparse) // 2], list(sparse.values())[len(sparse) // 2 :]
-    sink, other = run_side_by_side(partial(_taken, halves[0]), partial(_taken, halves[1]), work)
+    total = sum(entry.positions.numel() for entry in sparse.values())
+    sink, other = run_side_by_side(partial(_taken, halves[0], total), partial(_taken, halves[1], total), work)
     sink.join(other)
     layouts, sinks = sink.finish()
     return dict(zip(sparse, layouts, strict=True)), sinks
 
 
-def _taken(entries: Sequence[Sparse]) -> PositionSink:
-    sink = PositionSink()
+def _taken(entries: Sequence[Sparse], total: int) -> PositionSink:
+    """The positions of some entries. total: those of the whole message."""
+    sink = PositionSink(total)
     for entry in entries:
         sink.add(entry.shape, entry.positions.numpy())
     return sink

@@ -8,6 +8,8 @@ within one symbol. So the extra bits cannot be packed further, and the symbols p
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -110,6 +112,16 @@ class BitSource:
         numbers: Ints = self._words[starts >> 3].astype(np.int64)
         numbers >>= starts & 7
         return numbers & _MASKS[widths]
+
+    def follow(self, symbols: Bytes, counts: Ints, sizes: Ints, last: int, out: Ints, kernels: ModuleType) -> bool:
+        """The positions in cells of so many symbols and elements, after `last` in the first, in one compiled pass.
+
+        False, and nothing is taken, where a symbol, its bits or a position is not as it should be: whoever goes on
+        without kernels finds what it is.
+        """
+        at = int(kernels.follow_gaps(symbols, self._words, self._at, self._size, counts, sizes, last, out))
+        self._at = max(at, self._at)
+        return at >= 0
 
     def end(self) -> None:
         """Raises WireError unless all bits were taken, except zeros that fill up the last byte."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.compress.fast import compiling_pays
 from fedloom.errors import WireError
-from fedloom.wire.cells import CellGrid, LineClasses, best_grid, matrix_shape
+from fedloom.wire.cells import CellGrid, LineClasses, cut, matrix_shape
 from fedloom.wire.gaps import BitSink, BitSource, Bytes, Ints, from_symbols, to_symbols
 from fedloom.wire.streams import Sink, Sources
 
@@ -59,9 +61,13 @@ class _Coded:
 
 
 class PositionSink:
-    """Takes the positions of tensors one by one; `finish` gives every tensor's layout."""
+    """Takes the positions of tensors one by one; `finish` gives every tensor's layout.
 
-    def __init__(self) -> None:
+    elements: about how many positions there are in all.
+    """
+
+    def __init__(self, elements: int = 0) -> None:
+        self._kernels = loops(elements)
         self.classes, self.bitmaps, self.extra = Sink(), Sink(), BitSink()
         self.tensors: list[_Coded] = []
         self._waiting: list[tuple[list[Bytes], int, Ints]] = []
@@ -69,11 +75,10 @@ class PositionSink:
 
     def add(self, shape: tuple[int, ...], positions: Ints) -> None:
         """Append one tensor's positions, increasing and within `shape`."""
-        grid, rows, columns = best_grid(positions, matrix_shape(shape))
+        grid, counts, sizes, inner = cut(positions, matrix_shape(shape), self._kernels)
         for lines in (grid.rows, grid.columns):
             if lines.classes is not None:
                 self.classes.add(lines.classes)
-        counts, sizes, inner = grid.split(positions, rows, columns)
         bins, symbols, end = [], [_NOTHING] * counts.size, 0
         for number, (count, size) in enumerate(zip(counts.tolist(), sizes.tolist(), strict=True)):
             part = inner[end : end + count]
@@ -185,6 +190,7 @@ class PositionSource:
         self._sources = sources
         self._need(layouts)
         total = sum(layout.count for layout in layouts)
+        self._kernels = loops(total)
         extra = sources[EXTRA]
         # A gap is below 2³¹, so its extra bits fill less than four bytes.
         if extra.left > 4 * total:
@@ -223,7 +229,7 @@ class PositionSource:
                 self._gaps(part, int(sizes[batch.start]), roles[0])
             else:
                 self._many(part, counts[batch], sizes[batch], roles)
-        grid.join(counts, positions, layout.row_classes, layout.column_classes)
+        grid.join(counts, positions, layout.row_classes, layout.column_classes, self._kernels)
         return positions
 
     def end(self) -> None:
@@ -243,7 +249,11 @@ class PositionSource:
         last = -1
         for start in range(0, out.size, _STEP):
             part = out[start : start + _STEP]
-            gaps = from_symbols(self._sources[FIRST_GAPS + stream - 1].take(part.size), self._extra)
+            symbols = self._sources[FIRST_GAPS + stream - 1].take(part.size)
+            if self._follow(symbols, np.array([part.size]), np.array([size]), last, part):
+                last = int(part[-1])
+                continue
+            gaps = from_symbols(symbols, self._extra)
             gaps += 1
             gaps[0] += last
             np.cumsum(gaps, out=part)
@@ -257,7 +267,10 @@ class PositionSource:
             self._sources[FIRST_GAPS + stream - 1].take(count)
             for stream, count in zip(streams, counts.tolist(), strict=True)
         ]
-        gaps = from_symbols(np.concatenate(pieces), self._extra)
+        symbols = np.concatenate(pieces)
+        if self._follow(symbols, counts, sizes, -1, out):
+            return
+        gaps = from_symbols(symbols, self._extra)
         gaps += 1
         np.cumsum(gaps, out=out)
         ends = np.cumsum(counts)
@@ -265,6 +278,14 @@ class PositionSource:
         out -= np.repeat(before + 1, counts)
         if (out[ends - 1] >= sizes).any():
             raise WireError("a position lies outside its cell")
+
+    def _follow(self, symbols: Bytes, counts: Ints, sizes: Ints, last: int, out: Ints) -> bool:
+        """Whether compiled loops have found the positions."""
+        if self._kernels is None:
+            return False
+        # A copy where they may not be written: the loops are compiled for one kind of memory.
+        given = symbols if symbols.flags.writeable else symbols.copy()
+        return self._extra.follow(given, counts, sizes, last, out, self._kernels)
 
     def _bitmap(self, out: Ints, size: int) -> None:
         found = 0
@@ -277,6 +298,15 @@ class PositionSource:
             found += part.size
         if found != out.size:
             raise WireError(f"a bitmap has {found:,} positions where the index announces {out.size:,}")
+
+
+def loops(elements: int) -> ModuleType | None:
+    """The compiled loops, where they are worth it for so many positions."""
+    if not compiling_pays(elements):
+        return None
+    from fedloom.wire import compiled
+
+    return compiled
 
 
 def _batches(cells: Sequence[Cell]) -> Iterator[slice]:

@@ -8,8 +8,7 @@ line by line.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from fedloom.compress.entries import Dense, Entry, Sparse, all_finite, count, floats, to_dense
+from fedloom.compress.fast import is_hidden
+from fedloom.compress.fast import torch_only as torch_only  # found here by who measures the algebra without numba
 from fedloom.compress.masks import seeded_mask
 from fedloom.errors import NumericError, ShapeError
 
@@ -26,8 +27,6 @@ _CHUNK = 4096
 """Rows of a dense change that are converted to float64 at a time, so that they stay in the cache."""
 _TERMS = 512
 """Elements of a column that are summed in float32, on the mean; the partial sums are added in float64."""
-_hidden = False
-"""Whether `torch_only` hides numba."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -220,18 +219,7 @@ def cross_products(changes: Sequence[Tall]) -> Tensor:
 
 def compiled_for(tensor: Tensor) -> ModuleType | None:
     """The compiled kernels, where numba is installed (`pip install fedloom[fast]`) and the tensor lies on the CPU."""
-    return _compiled() if tensor.device.type == "cpu" and not _hidden else None
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Within this context no thread uses numba, so that the code without it can be measured and tested."""
-    global _hidden
-    _hidden = True
-    try:
-        yield
-    finally:
-        _hidden = False
+    return _compiled() if tensor.device.type == "cpu" and not is_hidden() else None
 
 
 @cache

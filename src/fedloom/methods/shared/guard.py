@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.compress.entries import Entry, Sparse, floats, to_dense
@@ -29,6 +30,8 @@ from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import Aggregate, Context, State, Update
 from fedloom.methods.shared.whole import widen_change
 
+Bytes = NDArray[np.uint8]
+
 GAIN = "step_gain"
 """Key of a module's gain in the server's memory ("module/step_gain"), and of the mean gain among the numbers."""
 UNDONE = "max_step_undone"
@@ -36,6 +39,8 @@ UNDONE = "max_step_undone"
 
 _BEFORE = "before"  # in the server's memory: the adapter that the last round began with
 _AT, _BY = "step_at", "step_by"  # in the server's memory: where the last step changed a tensor, and by how much
+_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)  # bits that are set in a byte
+_LOWER = np.array([2**bit - 1 for bit in range(8)], dtype=np.uint8)  # of the bits below this one
 _RISE, _FALL = 2.0, 4.0
 _WRONG = -0.5  # below it three quarters of what clients do with the step undo it
 
@@ -46,27 +51,34 @@ class Step:
 
     positions: Tensor
     values: Tensor
-    here: Tensor
-    """bool, for every element of the tensor: whether the step changed it."""
+    here: Bytes
+    """One bit for every element of the tensor, the first in the lowest: whether the step changed it."""
+    before: NDArray[np.int32]
+    """For every byte of `here`: how many bits are set in all bytes before it."""
 
     @classmethod
     def of(cls, positions: Tensor, values: Tensor, numel: int) -> Step:
         """The step in a tensor of so many elements."""
-        here = torch.zeros(numel, dtype=torch.bool)
-        here[positions] = True
-        return cls(positions, values, here)
+        here = np.zeros(numel, dtype=np.bool_)
+        here[positions.numpy()] = True
+        bits = np.packbits(here, bitorder="little")
+        before = np.cumsum(_SET[bits], dtype=np.int32)
+        before -= _SET[bits]
+        return cls(positions, values, bits, before)
 
     def read(self, entry: Entry) -> Tensor:
         """The values of an entry of the same shape at these positions; 0 where it has none."""
         if not isinstance(entry, Sparse):
             return to_dense(entry).flatten()[self.positions]
         found = torch.zeros_like(self.values)
-        # Looked up before anything is searched for: most of what a client sends lies elsewhere.
-        hit = torch.from_numpy(np.flatnonzero(self.here.index_select(0, entry.positions).numpy()))
-        # numpy's search begins where the last one ended, which pays since both are in order.
-        wanted = entry.positions.index_select(0, hit)
-        slots = torch.from_numpy(np.searchsorted(self.positions.numpy(), wanted.numpy()))
-        return found.index_copy_(0, slots, floats(entry.values).index_select(0, hit))
+        where = entry.positions.numpy()
+        place, lower = where >> 3, _LOWER[where & 7]
+        held = self.here.take(place)
+        hit = np.flatnonzero((held & (lower + np.uint8(1))) != 0)  # most of what a client sends lies elsewhere
+        # Of the elements that the step changed, this one comes after so many: no search is needed.
+        slots = self.before.take(place.take(hit)) + _SET.take(held.take(hit) & lower.take(hit))
+        values = floats(entry.values).index_select(0, torch.from_numpy(hit))
+        return found.index_copy_(0, torch.from_numpy(slots.astype(np.int64)), values)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

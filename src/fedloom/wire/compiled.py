@@ -1,0 +1,129 @@
+"""The loops over positions, compiled by numba: see `cells` and `gaps`, whose numpy gives the same numbers.
+
+Each is compiled at its first call and cached beside this file or, where that cannot be written, in the user's cache.
+Nothing here checks an index: callers have seen that positions lie within their tensor, and that classes exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fedloom.wire.gaps import LARGE, LAST_SYMBOL
+
+Array = np.ndarray[Any, Any]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def count_lines(positions: Array, rows: Array, columns: Array) -> None:
+    """rows[r] += 1 and columns[c] += 1 for every position of a matrix of so many rows and columns."""
+    width = columns.size
+    row, end, begin = 0, width, 0
+    for k in range(positions.size):
+        while positions[k] >= end:
+            rows[row] += k - begin
+            begin = k
+            row += 1
+            end += width
+        columns[positions[k] - end + width] += 1
+    if positions.size:
+        rows[row] += positions.size - begin
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def count_cells(positions: Array, row_classes: Array, column_classes: Array, table: Array) -> None:
+    """table[class of the row, class of the column] += 1 for every position."""
+    width = column_classes.size
+    row, end = 0, width
+    for k in range(positions.size):
+        while positions[k] >= end:
+            row += 1
+            end += width
+        table[row_classes[row], column_classes[positions[k] - end + width]] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def place_in_cells(
+    positions: Array,
+    row_classes: Array,
+    row_ranks: Array,
+    column_classes: Array,
+    column_ranks: Array,
+    widths: Array,
+    ends: Array,
+    inner: Array,
+) -> None:
+    """Append every position, as it is within its cell, to the cell's list, whose end, ends[row, column class], moves.
+
+    widths: columns of each column class.
+    """
+    width = column_classes.size
+    row, end = 0, width
+    for k in range(positions.size):
+        while positions[k] >= end:
+            row += 1
+            end += width
+        column = positions[k] - end + width
+        above, beside = row_classes[row], column_classes[column]
+        slot = ends[above, beside]
+        inner[slot] = row_ranks[row] * widths[beside] + column_ranks[column]
+        ends[above, beside] = slot + 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def join_cells(
+    inner: Array,
+    counts: Array,
+    row_lines: Array,
+    row_starts: Array,
+    column_lines: Array,
+    column_starts: Array,
+    widths: Array,
+) -> None:
+    """The inverse of `place_in_cells`, in place and cell after cell: positions of each cell increase, all do not yet.
+
+    counts[row class, column class]; the lines of class c begin at lines[starts[c]].
+    """
+    columns = column_lines.size
+    n = 0
+    for above in range(counts.shape[0]):
+        for beside in range(counts.shape[1]):
+            width = widths[beside]
+            row, end = row_starts[above], width
+            for _ in range(counts[above, beside]):
+                while inner[n] >= end:
+                    row += 1
+                    end += width
+                column = column_lines[column_starts[beside] + inner[n] - end + width]
+                inner[n] = row_lines[row] * columns + column
+                n += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def follow_gaps(
+    symbols: Array, words: Array, at: int, stop: int, counts: Array, sizes: Array, last: int, out: Array
+) -> int:
+    """The positions in cells of so many symbols and elements, after `last` in the first; where the extra bits end.
+
+    words: see `BitSource`; of their bits those from `at` to `stop` are left. −1 where anything does not fit.
+    """
+    n = 0
+    for cell in range(counts.size):
+        place = last if cell == 0 else -1
+        for _ in range(counts[cell]):
+            gap = np.int64(symbols[n])
+            if gap >= LARGE:
+                width = (gap >> 3) - 1
+                if gap > LAST_SYMBOL or at + width > stop:
+                    return -1
+                extra = np.int64(words[at >> 3] >> np.uint64(at & 7)) & ((1 << width) - 1)
+                gap = ((gap & 7 | 8) << width) + extra
+                at += width  # type: ignore[assignment, unused-ignore]  # integers of numpy stand for Python's
+            place += gap + 1  # type: ignore[assignment, unused-ignore]
+            if place >= sizes[cell]:
+                return -1
+            out[n] = place
+            n += 1
+    return at
