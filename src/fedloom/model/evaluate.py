@@ -56,8 +56,9 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
 def error_parts(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> list[float]:
     """What each example adds to the mean over all completion tokens of 1 − p, p the probability of the right one.
 
-    Their sum is that mean: what sampling gets wrong. They are in order of length. The mean is bounded, so that what a model cannot do at all, and no client teaches it, counts the same however sure it is
-    of its errors. Their logarithms would drown what it has learnt.
+    Their sum is that mean: what sampling gets wrong. They are in order of length. The mean is bounded, so that what a
+    model cannot do at all, and no client teaches it, counts the same however sure it is of its errors. Their logarithms
+    would drown what it has learnt.
     """
     sums, tokens = [], 0
     for whole, chosen, wanted, rows in _predictions(model, data, batch_size):

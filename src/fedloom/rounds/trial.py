@@ -11,10 +11,11 @@ opposite takes 2 p. So a client is refused that takes more than that, unless it 
 until that is over: liars who all do the same would otherwise hide behind one another.
 
 A liar that does a little harm in every round is found by its account, which is max(0, account + harm) after each round
-(Page's cumulative sum): who makes the model better on the whole stays at zero. What a client has done is also summed up
-example by example, for the better and for the worse. A specialist undoes some of the others' work, but makes its own
-examples better by about as much, whereas a client that lies by little, or sends nothing of use, makes no example better:
-that one has no share of the others' gain to take. All this is part of the server's memory, and so in every checkpoint.
+(Page's cumulative sum): who makes the model better on the whole stays at zero. What a client has done is summed up
+example by example as well, for the better and for the worse. A specialist undoes some of the others' work, but makes
+its own examples better by about as much. A client that lies by little, or sends nothing of use, makes hardly any
+example better: that one has no share of the others' gain to take. All this is in the server's memory, and so in every
+checkpoint.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -92,8 +93,8 @@ class Verdict:
 class Trial:
     """The trials of one round.
 
-    errors: of the examples before it; tolerance: share of it by which a client may make it larger. accounts: client → the
-    harm that it has done in earlier rounds and not made good; deeds: client → all that it has done in them.
+    errors: of the examples before it; tolerance: share of it by which a client may make it larger. accounts: client →
+    the harm that it has done in earlier rounds and not made good; deeds: client → all that it has done in them.
     """
 
     measure: Measure
@@ -141,7 +142,7 @@ class Trial:
         stats = {"public_error": reached, "max_public_harm": max(done.harm for done in deeds.values())}
         if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
             return Verdict(stats=stats, deeds=deeds)
-        reason = self._explain(worst, reached, sum(rest[worst]), alone=over[worst] > 0.0)
+        reason = self._explain(worst, deeds[worst], reached, sum(rest[worst]), alone=over[worst] > 0.0)
         return Verdict({worst: reason}, stats, {worst: deeds[worst]})
 
     def _allowed(self, client: str, done: Deeds, rest: float, share: float) -> float:
@@ -165,13 +166,15 @@ class Trial:
         except Exception:  # the others fail: then this one is not to blame
             return _spread(len(self.errors))
 
-    def _explain(self, client: str, reached: float, rest: float, *, alone: bool) -> str:
+    def _explain(self, client: str, done: Deeds, reached: float, rest: float, *, alone: bool) -> str:
         what = "with its update" if alone else "the round as a whole does harm: with this update"
         past = self.accounts.get(client, 0.0)
+        useless = alone and self._sum_up(client, done).useless
         return (
             f"{what} the error on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
-            f"{self.before:.4g}{f', and its earlier harm is {past:.2g}' if past else ''} (federation.public_tolerance "
-            f"is {self.tolerance:g})"
+            f"{self.before:.4g}{f', and its earlier harm is {past:.2g}' if past else ''}"
+            f"{', and hardly any example is better for it' if useless else ''} (federation.public_tolerance is "
+            f"{self.tolerance:g})"
         )
 
 
