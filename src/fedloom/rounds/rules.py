@@ -4,8 +4,8 @@ A rule that ends in shares p_k goes with every method, since every method combin
 find no new vector; they say who counts for how much of it.
 
     clip              p_k falls by c², c = ratio · median / ‖Δ_k‖ where that is below 1. The first c bounds p_k ‖Δ_k‖;
-                      with the second one it falls as ‖Δ_k‖ grows, as in Hampel's redescending estimators (JASA 1974). By
-                      the bound alone, a liar that sends ten times as much would have more say than anybody honest
+                      with the second one it falls as ‖Δ_k‖ grows, as in Hampel's redescending estimators (JASA 1974).
+                      By the bound alone, who sends ten times as much would have more say than anybody honest
     geometric median  Weiszfeld's weights, 1 over the distance from the median (Pillutla et al., IEEE TSP 2022,
                       arXiv 1912.13445), of updates that were first mixed with their nearest neighbours (Allouah et al.,
                       AISTATS 2023, arXiv 2302.01772): honest specialists, who differ, lose less by it
