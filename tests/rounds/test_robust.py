@@ -211,12 +211,17 @@ def test_who_makes_no_example_better_has_no_share_of_the_gain_to_take_as_a_speci
     """Both do the same harm beside the same gain; of the specialist's there is an example that is better for it."""
     state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
     harm = {"ada": (-0.1, -0.1), "bob": (0.07, -0.03), LIAR: (0.02, 0.02)}
-    refused, after = judged(state, harm, before=0.3)
+    assert judged(state, harm, before=0.3)[0] == set(), "a first round says nothing"
+
+    def later(better: float, sent: dict[str, tuple[float, float]]) -> tuple[set[str], State]:
+        held = torch.tensor([better, 0.01], dtype=torch.float64)
+        return judged(replace(state, memory={f"deeds/{client}": held for client in sent}), sent, before=0.3)
+
+    refused, after = later(0.0, harm)
     assert refused == {LIAR}
-    assert judged(state, harm | {LIAR: (0.07, -0.03)}, before=0.3)[0] == set()
-    kept = {"deeds/dan": torch.tensor([0.1, 0.1], dtype=torch.float64)}
-    assert judged(replace(state, memory=kept), harm, before=0.3)[0] == set(), "what it did before counts as well"
-    assert after.memory["deeds/dan"].tolist() == pytest.approx([0.0, 0.04])
+    assert after.memory[f"deeds/{LIAR}"].tolist() == pytest.approx([0.0, 0.05])
+    assert later(0.0, harm | {LIAR: (0.07, -0.03)})[0] == set()
+    assert later(0.1, harm)[0] == set(), "what it did before counts as well"
 
 
 def test_an_error_that_is_not_finite_is_the_worst():

@@ -125,6 +125,10 @@ class Trial:
     def _charge(self, client: str, done: Deeds) -> float:
         return max(self.accounts.get(client, 0.0) + done.harm, 0.0)
 
+    def _is_useless(self, client: str, done: Deeds) -> bool:
+        """Whether its rounds so far say so; a first one says nothing."""
+        return client in self.deeds and self._sum_up(client, done).useless
+
     def _sum_up(self, client: str, done: Deeds) -> Deeds:
         return self.deeds.get(client, Deeds()) + done
 
@@ -147,7 +151,7 @@ class Trial:
 
     def _allowed(self, client: str, done: Deeds, rest: float, share: float) -> float:
         """By how much a client may make the error larger than it is without it."""
-        if self._sum_up(client, done).useless:
+        if self._is_useless(client, done):
             return self._little
         return max(_OPPOSITE * share * (self.before - rest), self._little)
 
@@ -169,7 +173,7 @@ class Trial:
     def _explain(self, client: str, done: Deeds, reached: float, rest: float, *, alone: bool) -> str:
         what = "with its update" if alone else "the round as a whole does harm: with this update"
         past = self.accounts.get(client, 0.0)
-        useless = alone and self._sum_up(client, done).useless
+        useless = alone and self._is_useless(client, done)
         return (
             f"{what} the error on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
             f"{self.before:.4g}{f', and its earlier harm is {past:.2g}' if past else ''}"
