@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fedloom import testbeds
 from fedloom.errors import ConfigError, RoundError
@@ -33,6 +34,11 @@ def far_off(state: State) -> float:
     dense = {m: total[f"{m}/B"] @ total[f"{m}/A"] - GOAL[m].B.double() @ GOAL[m].A.double() for m in GOAL}
     size = sum(float(one.square().sum()) for one in dense.values())
     return size / (1.0 + size)
+
+
+def far_apart(state: State) -> list[float]:
+    """The same as the errors of public examples: one."""
+    return [far_off(state)]
 
 
 def toward(pair: LoraPair, goal: LoraPair, parts: tuple[str, ...], size: float) -> LoraPair:
@@ -71,11 +77,11 @@ def same(one: State, other: State) -> bool:
 
 @pytest.mark.parametrize("name", [*METHODS])
 def test_who_does_harm_is_refused_and_the_round_is_as_if_it_had_not_sent(name: str):
-    held = federation(name, Robust("clip", public=True, tolerance=0.0))
+    held = federation(name, Robust(public=True, tolerance=0.0))
     sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -8.0})
-    turn = server_turn(held.job, held.server, sent, 1, public=far_off)
+    turn = server_turn(held.job, held.server, sent, 1, public=far_apart)
     honest = {client: sent[client] for client in CLIENTS[:3]}
-    without = server_turn(held.job, held.server, honest, 1, public=far_off)
+    without = server_turn(held.job, held.server, honest, 1, public=far_apart)
     assert turn.refused.keys() == {LIAR} and not without.refused
     assert "the error on federation.public is" in turn.refused[LIAR]
     assert turn.payload == without.payload and same(turn.state, without.state)
@@ -85,7 +91,7 @@ def test_who_does_harm_is_refused_and_the_round_is_as_if_it_had_not_sent(name: s
 def test_honest_clients_of_the_same_skill_lose_nothing(rule: str):
     held = federation("fedit", Robust(rule, malicious=0, public=True))
     sent = uploads(held, dict(zip(CLIENTS, (0.5, 0.55, 0.45, 0.5), strict=True)))
-    turn = server_turn(held.job, held.server, sent, 1, public=far_off)
+    turn = server_turn(held.job, held.server, sent, 1, public=far_apart)
     plain = server_turn(replace(held.job, robust=Robust()), held.server, sent, 1)
     assert turn.payload == plain.payload and not turn.refused and not turn.notes
 
@@ -107,14 +113,14 @@ def test_specialists_who_have_nothing_in_common_all_stay():
         steps = {client: specialist(own) for client, own in zip(CLIENTS, modules, strict=False)}
         held.number += 1
         sent = {client: held.client_turn(client, train) for client, train in steps.items()}
-        turn = server_turn(held.job, held.server, sent, held.number, public=far_off)
+        turn = server_turn(held.job, held.server, sent, held.number, public=far_apart)
         assert not turn.refused
         held.server = turn.state
         held.deliver(turn)
 
 
 def test_a_liar_is_worth_less_the_larger_it_is():
-    """Clip: what it moves the model by stays within the bound, however large it is, and nobody is refused."""
+    """Clip: a liar that sends ten times as much moves the model less, not as much as before, and nobody is refused."""
     moved = []
     for size in (-4.0, -40.0, -400.0):
         held = federation("flasc", Robust("clip"), values="fp32")
@@ -124,7 +130,10 @@ def test_a_liar_is_worth_less_the_larger_it_is():
         (note,) = turn.notes
         assert not turn.refused and note.startswith(f"client {LIAR} counts for ")
         moved.append(far_off(turn.state))
-    assert max(moved) < far_off(held.server) and max(moved) - min(moved) < 0.05 * min(moved)
+    honest = {client: sent[client] for client in CLIENTS[:3]}
+    without = far_off(server_turn(held.job, held.server, honest, 1).state)
+    assert far_off(held.server) > moved[0] > moved[1] > moved[2] > without
+    assert moved[2] - without < 0.1 * (moved[0] - without)
 
 
 def test_a_twisted_pair_is_too_large_though_its_change_is_not():
@@ -150,7 +159,7 @@ def test_whom_a_rule_leaves_out_is_refused_by_name():
 def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
     held = federation("fedit", Robust("clip", public=True, tolerance=0.0))
     sent = uploads(held, dict.fromkeys(CLIENTS[:2], 0.5) | {"cyd": -6.0, LIAR: -9.0})
-    assert server_turn(held.job, held.server, sent, 1, least=4, public=far_off).refused.keys() == {"cyd", LIAR}
+    assert server_turn(held.job, held.server, sent, 1, least=4, public=far_apart).refused.keys() == {"cyd", LIAR}
     held = federation("fedit", Robust("clip", public=True))
     held.server = replace(held.server, adapter=(near := random_state(77, size=0.3)), digest=digest(near))
     held.clients = {client: replace(state, adapter=near, digest=digest(near)) for client, state in held.clients.items()}
@@ -162,24 +171,32 @@ def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
     with pytest.raises(
         RoundError, match="round 0: no usable update from 4 clients .*the round as a whole does harm"
     ) as caught:
-        server_turn(held.job, held.server, sent, 0, least=4, public=far_off)
+        server_turn(held.job, held.server, sent, 0, least=4, public=far_apart)
     assert caught.value.can_skip and caught.value.refused.keys() == set(CLIENTS)
 
 
-def judged(state: State, harm: dict[str, float]) -> tuple[set[str], State]:
-    """(who is refused, the state with its accounts) of a trial in which each client does this harm."""
-    errors = {client: 0.5 - done for client, done in harm.items()}
-    trial = Trial.begin(lambda held: errors.get(held.digest, 0.5), state, 0.06)
+def judged(state: State, harm: dict[str, tuple[float, float]], before: float = 0.25) -> tuple[set[str], State]:
+    """(who is refused, the state with its accounts) of a trial in which each client does this harm to two examples.
+
+    They begin with an error of `before` each, and end with a quarter.
+    """
+    errors = {client: [0.25 - one for one in done] for client, done in harm.items()}
+    errors |= {"after": [0.25, 0.25]}
+    trial = Trial.begin(lambda held: errors.get(held.digest, [before] * 2), replace(state, digest="before"), 0.06)
     shares = dict.fromkeys(harm, 1 / len(harm))
-    verdict = trial.judge(replace(state, digest=""), shares, lambda client: replace(state, digest=client))
-    return set(verdict.refused), replace(state, memory=trial.remember(verdict.harm))
+    verdict = trial.judge(replace(state, digest="after"), shares, lambda client: replace(state, digest=client))
+    return set(verdict.refused), replace(state, memory=trial.remember(verdict.deeds))
 
 
 def test_a_little_harm_in_every_round_adds_up_and_an_account_is_part_of_the_checkpoint(tmp_path):
     """Of those who do harm, one goes on, and one makes it good."""
     state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
     found = []
-    for number, harm in enumerate([{"ada": -0.01, "bob": 0.02, LIAR: 0.02}, {"ada": -0.01, "bob": -0.05, LIAR: 0.02}]):
+    rounds = [
+        {"ada": (-0.01, 0.0), "bob": (0.01, 0.01), LIAR: (0.01, 0.01)},
+        {"ada": (-0.01, 0.0), "bob": (-0.05, 0.0), LIAR: (0.01, 0.01)},
+    ]
+    for number, harm in enumerate(rounds):
         refused, state = judged(state, harm)
         found.append(refused)
         save_checkpoint(tmp_path, Snapshot(number, state))
@@ -187,14 +204,32 @@ def test_a_little_harm_in_every_round_adds_up_and_an_account_is_part_of_the_chec
     assert found == [set(), {LIAR}]
     assert float(state.memory[f"account/{LIAR}"]) == pytest.approx(0.04)
     assert float(state.memory["account/ada"]) == 0.0
+    assert state.memory[f"deeds/{LIAR}"].tolist() == pytest.approx([0.0, 0.04])
+
+
+def test_who_makes_no_example_better_has_no_share_of_the_gain_to_take_as_a_specialist_has():
+    """Both do the same harm beside the same gain; of the specialist's there is an example that is better for it."""
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    harm = {"ada": (-0.1, -0.1), "bob": (0.07, -0.03), LIAR: (0.02, 0.02)}
+    assert judged(state, harm, before=0.3)[0] == set(), "a first round says nothing"
+
+    def later(better: float, sent: dict[str, tuple[float, float]]) -> tuple[set[str], State]:
+        held = torch.tensor([better, 0.01], dtype=torch.float64)
+        return judged(replace(state, memory={f"deeds/{client}": held for client in sent}), sent, before=0.3)
+
+    refused, after = later(0.0, harm)
+    assert refused == {LIAR}
+    assert after.memory[f"deeds/{LIAR}"].tolist() == pytest.approx([0.0, 0.05])
+    assert later(0.0, harm | {LIAR: (0.07, -0.03)})[0] == set()
+    assert later(0.1, harm)[0] == set(), "what it did before counts as well"
 
 
 def test_an_error_that_is_not_finite_is_the_worst():
     held = federation("fedit", Robust(public=True, tolerance=0.0))
     sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -8.0})
 
-    def broken(state: State) -> float:
-        return float("nan") if far_off(state) > far_off(held.server) else far_off(state)
+    def broken(state: State) -> list[float]:
+        return [float("nan") if far_off(state) > far_off(held.server) else far_off(state)]
 
     assert server_turn(held.job, held.server, sent, 1, public=broken).refused.keys() == {LIAR}
 

@@ -20,8 +20,8 @@ from fedloom.rounds.sums import Secure
 class Robust:
     """How a round withstands liars. rule: "none", "clip" or one of `rules.RULES`; malicious: f, None for K // 4.
 
-    clip_ratio: norm over the round's median above which a share is cut. public: whether updates are tried on public
-    examples; tolerance: see `trial.Trial`.
+    clip_ratio: norm over the round's median above which a share is cut, by the square. public: whether updates are
+    tried on public examples; tolerance: see `trial.Trial`.
     """
 
     rule: str = "none"

@@ -64,7 +64,7 @@ class Scales:
         factors = torch.tensor([min(pair) for pair in zip(changes, values, strict=True)], dtype=torch.float64)
         masses = torch.tensor([shares[client] for client in clients], dtype=torch.float64)
         notes = [
-            f"client {client} counts for {factor:.1%} of its share: its change has norm {norm:.3g} "
+            f"client {client} counts for {factor**2:.1%} of its share: its change has norm {norm:.3g} "
             f"(federation.clip_ratio is {rule.clip_ratio:g})"
             for client, factor, norm in zip(clients, factors.tolist(), norms, strict=True)
             if factor < 1.0
@@ -75,7 +75,7 @@ class Scales:
             masses = RULES[rule.rule](factors[:, None] * gram * factors[None, :], masses, faults)
         elif not notes:
             return dict(shares), [], {}  # to the bit what they are without a rule
-        masses = masses * factors
+        masses = masses * factors.square()
         found = dict(zip(clients, (masses / masses.sum()).tolist(), strict=True))
         why = f"it lies farthest from the others of the round (federation.robust is {rule.rule!r})"
         return {c: p for c, p in found.items() if p > 0}, notes, {c: why for c, p in found.items() if not p > 0}

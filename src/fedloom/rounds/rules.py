@@ -3,7 +3,9 @@
 A rule that ends in shares p_k goes with every method, since every method combines Σ p_k of something. So these rules
 find no new vector; they say who counts for how much of it.
 
-    clip              p_k falls by ratio · median / ‖Δ_k‖ where that is below 1
+    clip              p_k falls by c², c = ratio · median / ‖Δ_k‖ where that is below 1. The first c bounds p_k ‖Δ_k‖;
+                      with the second one it falls as ‖Δ_k‖ grows, as in Hampel's redescending estimators (JASA 1974).
+                      By the bound alone, who sends ten times as much would have more say than anybody honest
     geometric median  Weiszfeld's weights, 1 over the distance from the median (Pillutla et al., IEEE TSP 2022,
                       arXiv 1912.13445), of updates that were first mixed with their nearest neighbours (Allouah et al.,
                       AISTATS 2023, arXiv 2302.01772): honest specialists, who differ, lose less by it
@@ -32,10 +34,9 @@ _NEAR = 1e-9
 
 
 def clip_factors(norms: Sequence[float], ratio: float) -> list[float]:
-    """What is left of each client's share: 1 up to `ratio` times the upper median of the norms, then inversely less.
+    """What clipping leaves of each update: 1 up to `ratio` times the upper median of the norms, then inversely less.
 
-    The product of share and norm is bounded so, which is what a share times a clipped update would be. Of two, nobody
-    can say which is too large.
+    Of two, nobody can say which is too large.
     """
     if len(norms) < FEWEST:
         return [1.0] * len(norms)

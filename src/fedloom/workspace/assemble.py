@@ -17,7 +17,7 @@ from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import load_base
-from fedloom.model.evaluate import Scores, error_probability, exact_match_and_loss
+from fedloom.model.evaluate import Scores, error_parts, exact_match_and_loss
 from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
@@ -201,12 +201,12 @@ class Setup:
         model, size = self.model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
-    def public_error(self, state: State) -> float:
-        """How much the model that `state` stands for gets wrong of the server's public examples, from 0 to 1."""
+    def public_errors(self, state: State) -> list[float]:
+        """What each of the server's public examples adds to the share, from 0 to 1, that `state`'s model gets wrong."""
         if self.judge:
-            return self.judge.public_error(state)
+            return self.judge.public_errors(state)
         (data,) = self.public.values()
-        return error_probability(self.model_of(state), data, self.config.evaluation.batch_size)
+        return error_parts(self.model_of(state), data, self.config.evaluation.batch_size)
 
     def model_of(self, state: State) -> PeftModel:
         """The one model in memory, made the one that `state` stands for until it is made another."""

@@ -108,8 +108,8 @@ class FederationSettings(Section):
         1.5,
         ge=1,
         le=1e6,
-        description="Robust: an update whose norm is over so many times the round's median loses that much of its "
-        "share.",
+        description="Robust: an update whose norm is over so many times the round's median loses the square of that of "
+        "its share, so that nobody has more say for sending more.",
     )
     public: Text | None = Field(
         None,
