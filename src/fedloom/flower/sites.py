@@ -86,7 +86,7 @@ def prepare_rounds(
     facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
     fleet = Fleet(grid, facts, tuple(setup.sites))
     ends = {} if number is None else certificate_ends(config.flower)
-    outlined = setup.outlined()
+    outlined = setup.outlined().with_files_in(folder.path)
     sites = FlowerSites(outlined, fleet, simulated=number is None)
     return Rounds(outlined, folder, observer, sites, ends, setup.initial)
 
@@ -112,6 +112,7 @@ class FlowerSites:
         self.setup = setup
         self.together = True
         self.fleet = fleet
+        fleet.expects = 4 * setup.initial.numel()  # until there is an answer to go by
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None

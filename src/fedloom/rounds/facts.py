@@ -81,11 +81,15 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
         return None
     shared = frozenset.intersection(*(cohort.facts[client].modules for client in clients))
     modules = set(_spread(sorted(shared), _MODULES))
-    found = [cohort.decoded.entries(client, cohort.payloads, state, modules) for client in clients]
-    names = sorted(set.intersection(*(set(entries) for entries in found)))
+    found = []
+    for client in clients:  # one payload in memory at a time
+        entries = cohort.decoded.entries(client, cohort.payloads, state, modules)
+        found.append({name: to_dense(entries[name]) for name in sorted(entries)})
+        del entries
+    names = sorted(set.intersection(*(set(tensors) for tensors in found)))
     if not names:
         return None
-    rows = _stack([[to_dense(entries[name]) for name in names] for entries in found])
+    rows = _stack([[tensors[name] for name in names] for tensors in found])
     whole = rows.mean(dim=0)
     sizes = rows.norm(dim=1) * whole.norm()
     known = sizes > 0

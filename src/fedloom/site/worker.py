@@ -144,7 +144,8 @@ def _serve_one(connection: socket.socket, desk: Desk, answer: Callable[[Parcel],
 
 def _answer(connection: socket.socket, desk: Desk, answer: Callable[[Parcel], Parcel]) -> Parcel:
     try:
-        return answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True).used_up())
+        most, folder = parse_bytes(desk.site.max_bytes_request), Path(desk.site.state)
+        return answer(receive_parcel(connection, most, hurried=True, folder=folder).used_up())
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:

@@ -19,6 +19,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from fedloom.errors import WireError
+from fedloom.filed import AT_ONCE, let_go
 
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
@@ -144,7 +145,7 @@ class Source:
         self.stream = stream
         self.left = stream.size
         self._whole = self._coded = coded
-        self._next = 0
+        self._next = self._looked_at = 0
         self._chunk = np.empty(0, dtype=np.uint8)
 
     def need(self, size: int) -> None:
@@ -185,6 +186,10 @@ class Source:
         self._next += 1
         size = min(CHUNK, self.stream.size - number * CHUNK)
         coded, self._coded = self._coded[:length], self._coded[length:]
+        self._looked_at += length
+        if self._looked_at >= AT_ONCE:
+            self._looked_at = 0
+            let_go(self._whole)
         return np.frombuffer(unpack(coded, size, f"chunk {number} of stream {self.stream.role}"), dtype=np.uint8)
 
 
