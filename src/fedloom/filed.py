@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -22,6 +23,8 @@ AT_ONCE = 2**20
 """Bytes of a payload that are looked at before their pages are let go of."""
 
 _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
+_MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+"""The pages of all payloads of this process that lie in files."""
 
 
 Seal = Callable[[Iterable[bytes | memoryview]], bytes]
@@ -88,6 +91,7 @@ class Sheet:
             end += len(check)
         pages = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)  # with a descriptor of its own
         file.close()
+        _MAPPED.add(pages)
         # Whoever reads a payload asks of it what bytes and a read-only view of bytes both have.
         return cast(bytes, memoryview(pages)[start:])
 
@@ -134,6 +138,13 @@ def let_go(payload: bytes | memoryview) -> None:
     pages = _pages_of(payload)
     if pages is not None and _DROP is not None:
         pages.madvise(_DROP)
+
+
+def let_go_of_all() -> None:
+    """`let_go` of every payload that lies in a file."""
+    if _DROP is not None:
+        for pages in list(_MAPPED):
+            pages.madvise(_DROP)
 
 
 def _pages_of(payload: bytes | memoryview) -> mmap.mmap | None:

@@ -20,6 +20,7 @@ from fedloom.lora.pair import module_of
 from fedloom.methods.method import Entries, State
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.job import Job
+from fedloom.rounds.memory import give_back
 
 TOLD = 25
 """Rounds of a run, at even distances, in which modules and drift are told of: a map needs no more."""
@@ -81,29 +82,35 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
         return None
     shared = frozenset.intersection(*(cohort.facts[client].modules for client in clients))
     modules = set(_spread(sorted(shared), _MODULES))
-    found = []
-    for client in clients:  # one payload in memory at a time
+    held = []
+    for client in clients:  # one payload at a time
         entries = cohort.decoded.entries(client, cohort.payloads, state, modules)
-        found.append({name: to_dense(entries[name]) for name in sorted(entries)})
+        held.append({name: to_dense(entries[name]) for name in sorted(entries)})
         del entries
-    names = sorted(set.intersection(*(set(tensors) for tensors in found)))
+        give_back(cohort.facts[client].size)
+    names = sorted(set.intersection(*(set(tensors) for tensors in held)))
     if not names:
         return None
-    rows = _stack([[tensors[name] for name in names] for tensors in found])
+    rows = _stack([[tensors.pop(name) for name in names] for tensors in held])
     whole = rows.mean(dim=0)
     sizes = rows.norm(dim=1) * whole.norm()
     known = sizes > 0
     return float((rows[known] @ whole / sizes[known]).mean()) if bool(known.any()) else None
 
 
-def _stack(held: Sequence[Sequence[Tensor]]) -> Tensor:
-    """One row a client: its tensors cut to the shape that all of theirs have."""
-    rows: list[list[Tensor]] = [[] for _ in held]
-    for alike in zip(*held, strict=True):
-        shape = [min(sizes) for sizes in zip(*(tensor.shape for tensor in alike), strict=True)]
-        for row, tensor in zip(rows, alike, strict=True):
-            row.append(tensor[tuple(slice(size) for size in shape)].reshape(-1))
-    return torch.stack([torch.cat(row) for row in rows])
+def _stack(held: list[list[Tensor]]) -> Tensor:
+    """One row a client: its tensors cut to the shape that all of theirs have. They are taken out of their lists."""
+    shapes = [
+        tuple(map(min, zip(*(tensor.shape for tensor in alike), strict=True))) for alike in zip(*held, strict=True)
+    ]
+    rows = torch.empty(len(held), sum(map(count, shapes)))
+    for row, tensors in zip(rows, held, strict=True):
+        torch.cat(
+            [tensor[tuple(map(slice, shape))].reshape(-1) for tensor, shape in zip(tensors, shapes, strict=True)],
+            out=row,
+        )
+        tensors.clear()
+    return rows
 
 
 def _spread(items: Sequence[str], most: int) -> list[str]:
