@@ -124,7 +124,8 @@ def prepare(folder: RunFolder, grid: Grid) -> Rounds:
     setup = made_up_setup(folder.config)
     facts = {"job": "0123456789abcdef", "base": base_digest(folder.config.model.path)}
     outlined = setup.outlined().with_files_in(folder.path)
-    return Rounds(outlined, folder, Silent(), FlowerSites(outlined, Fleet(grid, facts, SITES)), first=setup.initial)
+    fleet = Fleet(grid, facts, SITES, expects=4 * setup.initial.numel())
+    return Rounds(outlined, folder, Silent(), FlowerSites(outlined, fleet), first=setup.initial)
 
 
 def replay_site(desk: Desk, kept: Path) -> None:

@@ -22,6 +22,9 @@ SMALL = 2**20
 AT_ONCE = 2**20
 """Bytes of a payload that are looked at before their pages are let go of."""
 
+_WRITTEN = 2**16
+"""Bytes of a write: Linux keeps a file in pieces as large as its writes, up to 2 MiB, and whoever looks at one byte of a
+piece is counted all of it."""
 _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 """The pages of all payloads of this process that lie in files."""
@@ -155,7 +158,7 @@ def _pages_of(payload: bytes | memoryview) -> mmap.mmap | None:
 def _write_at(file: IO[bytes], piece: bytes | bytearray | memoryview, at: int) -> None:
     left = memoryview(piece)
     while left:
-        done = os.pwrite(file.fileno(), left, at)
+        done = os.pwrite(file.fileno(), left[:_WRITTEN], at)
         left, at = left[done:], at + done
 
 

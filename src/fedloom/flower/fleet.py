@@ -61,7 +61,8 @@ class Fleet:
 
     registered: node → name, for every node that Flower ever told of, whether it is there or not. spoken: node → the
     protocol that its site is asked in; of a node that has not answered yet, the newest. turns: site → the message that
-    asked it for its turn, which may be over. expects: bytes that an answer may have: those of the last one that brought any.
+    asked it for its turn, which may be over. expects: bytes that an answer may have; once one has brought
+    payloads, as many as the last such one.
     """
 
     grid: Grid

@@ -84,7 +84,7 @@ def prepare_rounds(
     validation, public = validation_examples(config, told.append), public_examples(config, told.append)
     setup = build_setup(config, nothing, heldout, notes=told, validation=validation, public=public)
     facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
-    fleet = Fleet(grid, facts, tuple(setup.sites))
+    fleet = Fleet(grid, facts, tuple(setup.sites), expects=4 * setup.initial.numel())
     ends = {} if number is None else certificate_ends(config.flower)
     outlined = setup.outlined().with_files_in(folder.path)
     sites = FlowerSites(outlined, fleet, simulated=number is None)
@@ -112,7 +112,6 @@ class FlowerSites:
         self.setup = setup
         self.together = True
         self.fleet = fleet
-        fleet.expects = 4 * setup.initial.numel()  # until there is an answer to go by
         self.simulated = simulated
         self.sent: dict[str, int] = {}
         self.seen: Presence | None = None
