@@ -31,7 +31,7 @@ asks allows as much again as a round may take: what is late is refused, but its 
 GREET_SECONDS = 30.0
 """How long a node that could not take part is left alone before it is greeted again."""
 LARGE = 2**23
-"""Bytes of an answer from which on several of them are not held at once: a request more each costs some milliseconds."""
+"""Bytes of an answer from which on not several of them are held at once. A request more for each costs milliseconds."""
 AWAY = "is not connected"
 """What is said of a site that nobody hears of. Flower tells of nodes that are connected, and of no others."""
 

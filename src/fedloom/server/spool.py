@@ -1,4 +1,4 @@
-"""Payloads that wait on disk, each looked at where it is asked for: in memory those of ten sites would take ten adapters."""
+"""Payloads that wait on disk, each looked at when it is asked for: in memory ten sites' would take ten adapters."""
 
 from __future__ import annotations
 

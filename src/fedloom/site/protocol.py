@@ -34,8 +34,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError, VersionError
-from fedloom.records.text import to_printable
 from fedloom.filed import Sheet, slices
+from fedloom.records.text import to_printable
 
 Fact: TypeAlias = str | int | float | bool | None
 MAGIC = b"FLWK"
@@ -278,7 +278,8 @@ def receive_parcel(
 ) -> Parcel:
     """Read one parcel with payloads of `most` bytes at most.
 
-    folder: where large payloads lie in files without a name (`filed`); None: in memory. hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
+    folder: where large payloads lie in files without a name (`filed`); None: in memory. hurried: hold the other side to
+    `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
     Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
     """
     until = time.monotonic() + HEAD_SECONDS if hurried else None

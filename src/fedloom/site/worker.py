@@ -62,7 +62,7 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
         except _Stop:
             log.info("the worker ends")
         finally:
-            # Whoever left it, a worker that was killed before this one included: the lock says that nobody serves there.
+            # Also that of a worker that was killed before this one: the lock says that nobody serves there.
             Path(site.socket).unlink(missing_ok=True)
             signal.signal(signal.SIGTERM, before)
 

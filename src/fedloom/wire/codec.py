@@ -16,9 +16,9 @@ import xxhash
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count, plain_entry
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
+from fedloom.filed import Sheet, slices
 from fedloom.wire.checks import check_entry, check_mask
 from fedloom.wire.fields import FieldReader, FieldWriter
-from fedloom.filed import Sheet, slices
 from fedloom.wire.gaps import Ints
 from fedloom.wire.index import (
     DENSE,
