@@ -222,7 +222,7 @@ class Link:
             self._away = time.monotonic()
             found, advice = explain_proxy(error, self.settings.superlink)
             if found:
-                log.warning("%s; trying until it does: %s", to_printable(found), advice)
+                log.warning("%s; trying until there is a way: %s", to_printable(found), advice)
                 return
             log.warning(
                 "the SuperLink at %s is away (%s); trying until it is back",
