@@ -23,8 +23,8 @@ AT_ONCE = 2**20
 """Bytes of a payload that are looked at before their pages are let go of."""
 
 _WRITTEN = 2**16
-"""Bytes of a write. Linux keeps a file in pieces as large as its writes, up to 2 MiB, and counts all of a piece to whoever
-looks at a byte of it."""
+"""Bytes of a write. Linux keeps a file in pieces as large as its writes, up to 2 MiB, and counts all of a piece to
+whoever looks at a byte of it."""
 _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 """The pages of all payloads of this process that lie in files."""
