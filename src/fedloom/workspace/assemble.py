@@ -103,10 +103,7 @@ class Setup:
         return replace(self, initial=self.initial.map(lambda pair: LoraPair(pair.A.to("meta"), pair.B.to("meta"))))
 
     def with_files_in(self, folder: Path) -> Setup:
-        """The same, with large payloads in files of this folder while they are made, and not in memory.
-
-        Under secure aggregation a client's payload stays in memory: noise is drawn from it, and it leaves nobody.
-        """
+        """The same with large payloads in files there; a secret sum's are drawn noise for, and stay in memory."""
         return self if self.job.secure else replace(self, job=replace(self.job, scratch=folder))
 
     def warnings(self) -> list[str]:
