@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -97,3 +98,13 @@ def test_an_encoded_message_has_the_same_bytes_in_a_file(tmp_path):
     lazy = decode_lazily(laid).entries
     assert all(torch.equal(lazy[name].values, entry.values) for name, entry in entries.items())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_payload_that_is_given_up_leaves_no_open_file(tmp_path, recwarn):
+    sheet = Sheet(tmp_path, SMALL)
+    sheet.write(b"some of it")
+    opened = sheet._file
+    assert opened is not None and not opened.closed
+    del sheet
+    gc.collect()
+    assert opened.closed and not recwarn.list

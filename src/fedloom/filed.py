@@ -98,6 +98,10 @@ class Sheet:
         # Whoever reads a payload asks of it what bytes and a read-only view of bytes both have.
         return cast(bytes, memoryview(pages)[start:])
 
+    def __del__(self) -> None:
+        if self._file is not None:  # also where nobody came to close it: a line that broke, an entry that cannot travel
+            self._file.close()
+
     def _take_to_memory(self, file: IO[bytes]) -> None:
         self._file = None
         with file:
