@@ -37,9 +37,14 @@ def test_told_to_end_at_any_step_it_leaves_no_socket(site, monkeypatch, step):
 
     def told_to_end(*given, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # an impatient operator
+
+    class Impatient(worker.Door):
+        def close(self):
+            super().close()
+            os.kill(os.getpid(), signal.SIGTERM)  # once more
 
     monkeypatch.setattr(worker, "Desk", lambda site, own=None: None)
+    monkeypatch.setattr(worker, "Door", Impatient)
     monkeypatch.setattr(worker, step, told_to_end)
     worker.serve_site(site)
     assert not Path(site.socket).exists() and signal.getsignal(signal.SIGTERM) == before

@@ -54,9 +54,10 @@ def explain_proxy(error: Exception, superlink: str) -> tuple[str, str]:
             )
         found = f"the proxy {shown(proxy)} lets nothing through: {error}"
         return found, f"have the proxy pass CONNECT {superlink} on, {around}"
-    # All that goes wrong before TLS begins goes wrong on the way to the proxy.
-    cause = next((one for one in causes(error) if isinstance(one, OSError) and not isinstance(one, ssl.SSLError)), None)
-    if isinstance(error, httpx.ConnectError) and cause is not None:
+    cause = next((one for one in causes(error) if isinstance(one, OSError)), None)
+    # No connection was had, and the first one goes to the proxy. A line that broke later may have been beyond it.
+    later = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)
+    if isinstance(error, httpx.ConnectError) and cause is not None and not later:
         return f"the proxy {shown(proxy)} cannot be reached: {cause}", f"check HTTPS_PROXY, {around}"
     return "", ""
 

@@ -60,6 +60,7 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
         try:
             _serve(site, own)
         except _Stop:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the leaving
             log.info("the worker ends")
         finally:
             # Also that of a worker that was killed before this one: the lock says that nobody serves there.
@@ -172,5 +173,4 @@ def _reply(connection: socket.socket, parcel: Parcel) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the leaving
     raise _Stop
