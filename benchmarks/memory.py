@@ -123,8 +123,9 @@ def prepare(folder: RunFolder, grid: Grid) -> Rounds:
     """As `flower.sites.prepare_rounds` does, but with the made-up setup."""
     setup = made_up_setup(folder.config)
     facts = {"job": "0123456789abcdef", "base": base_digest(folder.config.model.path)}
-    outlined = setup.outlined()
-    return Rounds(outlined, folder, Silent(), FlowerSites(outlined, Fleet(grid, facts, SITES)), first=setup.initial)
+    outlined = setup.outlined().with_files_in(folder.path)
+    fleet = Fleet(grid, facts, SITES, expects=4 * setup.initial.numel())
+    return Rounds(outlined, folder, Silent(), FlowerSites(outlined, fleet), first=setup.initial)
 
 
 def replay_site(desk: Desk, kept: Path) -> None:
@@ -134,7 +135,7 @@ def replay_site(desk: Desk, kept: Path) -> None:
         with ours, theirs:
             sender = Thread(target=_send_kept, args=(theirs, path), daemon=True)
             sender.start()
-            reply = desk.answer(receive_parcel(ours).used_up())
+            reply = desk.answer(receive_parcel(ours, folder=Path(desk.site.state)).used_up())
             sender.join()
             told = json.loads(path.with_name(path.name.replace("request", "reply")).read_text(encoding="utf-8"))
             if reply.facts.get("digest") != told["facts"].get("digest") or "error" in reply.facts:

@@ -7,10 +7,12 @@ Real time passes: a fault takes some tens of seconds.
 from __future__ import annotations
 
 import random
+import socket
 import tempfile
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,23 @@ class Federation(Loopback):
             process.kill()
             process.wait(30)
 
+    def settle(self) -> None:
+        """Wait until every worker that was started takes calls, or has ended.
+
+        One that is told to end while it still loads its libraries has no hold of its site yet, and leaves there what a
+        worker left that was killed before it. That is no fault: the next worker clears it away.
+        """
+        for site in self.sites:
+            until(partial(self.is_settled, site), f"the worker of {site}")
+
+    def is_settled(self, site: str) -> bool:
+        """Whether a site's worker takes calls, or there is none."""
+        process = self.started.get(f"worker-{site}")
+        if process is None or process.poll() is not None:
+            return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+            return caller.connect_ex(str(self.folder / "fed/sites" / site / "worker.sock")) == 0
+
     def close(self) -> None:
         """End everything."""
         super().close()
@@ -113,6 +132,7 @@ def run(size: Size, folder: Path | None = None) -> dict[str, Any]:
         config = settings(federation, size)
         federation.everything(config, size.names)
         finished = operate(federation, config, size, told, ends)
+        federation.settle()
     out = folder / "run"
     rows = read_rows(out / "ledger.jsonl")
     undisturbed = folder / "undisturbed"

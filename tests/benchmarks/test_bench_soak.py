@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +18,7 @@ from benchmarks.soak import report
 from benchmarks.soak.checks import CHECKS, check_adapter
 from benchmarks.soak.faults import FAULTS
 from benchmarks.soak.play import Size, Soak, play, undisturbed
+from benchmarks.soak.processes import Federation
 
 pytestmark = pytest.mark.flower
 
@@ -56,3 +62,31 @@ def test_checks_find_what_is_wrong(soak: Soak):
         "nothing left behind",
     ):
         assert found[name], name
+
+
+def test_a_worker_that_still_starts_is_waited_for_before_it_is_told_to_end(tmp_path: Path):
+    """Told before it holds its site, it leaves the socket of the one that was killed before it."""
+    (tmp_path / "fed/sites/a").mkdir(parents=True)
+    federation = Federation.__new__(Federation)
+    federation.folder, federation.sites = tmp_path, ["a", "b", "c"]
+    lives, ended = SimpleNamespace(poll=lambda: None), SimpleNamespace(poll=lambda: 2)
+    federation.started = {"worker-a": lives, "worker-b": ended}
+    path = str(tmp_path / "fed/sites/a/worker.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:
+        killed.bind(path)
+    assert not federation.is_settled("a") and federation.is_settled("b") and federation.is_settled("c")
+    heard = []
+
+    def serve() -> None:
+        time.sleep(0.1)
+        Path(path).unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(path)
+            listener.listen()
+            heard.append(listener.accept()[0].close())
+
+    worker = threading.Thread(target=serve)
+    worker.start()
+    federation.settle()
+    worker.join()
+    assert heard == [None]

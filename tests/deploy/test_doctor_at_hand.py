@@ -159,7 +159,7 @@ def test_a_real_superlink_says_its_version_where_it_is_asked():
 class Tunnel(threading.Thread):
     """A proxy that knows CONNECT; it counts what it is asked for, and may refuse."""
 
-    def __init__(self, refuse=False):
+    def __init__(self, refuse=b""):
         super().__init__(daemon=True)
         self.refuse, self.asked = refuse, []
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ class Tunnel(threading.Thread):
             head = caller.recv(4096)
             self.asked.append(head.split()[1].decode())
             if self.refuse:
-                caller.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+                caller.sendall(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % self.refuse)
                 caller.close()
                 continue
             there = socket.create_connection(("127.0.0.1", int(head.split()[1].rpartition(b":")[2])))
@@ -220,10 +220,34 @@ def test_the_doctor_takes_the_way_through_the_proxy_as_the_node_does(made, super
 
 def test_a_proxy_that_refuses_is_named(made, superlink, monkeypatch):
     _, port = superlink
-    tunnel = Tunnel(refuse=True)
+    tunnel = Tunnel(refuse=b"403 Forbidden")
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{tunnel.port}")
     (check,) = network.check_superlink("localhost", port, made / "ca" / "ca.pem")
     assert check.outcome == "fail" and "403" in check.found and f"CONNECT localhost:{port}" in check.advice
+    tunnel.listener.close()
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "no-such-proxy.invalid"])
+def test_a_proxy_that_is_not_there_is_named_and_not_the_superlink(made, superlink, monkeypatch, name):
+    """It was said of the SuperLink that nobody listens there, or that its name cannot be resolved."""
+    _, port = superlink
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = listener.getsockname()[1]
+    monkeypatch.setenv("HTTPS_PROXY", f"http://anna:geheim@{name}:{gone}")
+    (check,) = network.check_superlink("localhost", port, made / "ca" / "ca.pem")
+    assert check.outcome == "fail" and f"the proxy http://{name}:{gone} cannot be reached" in check.found
+    assert "HTTPS_PROXY" in check.advice and "NO_PROXY" in check.advice and "geheim" not in check.found
+
+
+def test_a_proxy_s_password_is_asked_for_and_never_shown(made, superlink, monkeypatch):
+    _, port = superlink
+    tunnel = Tunnel(refuse=b"407 Proxy Authentication Required")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://anna:geheim@127.0.0.1:{tunnel.port}")
+    (check,) = network.check_superlink("localhost", port, made / "ca" / "ca.pem")
+    assert check.outcome == "fail" and "wants a user and a password: 407" in check.found
+    assert "HTTPS_PROXY=http://USER:PASSWORD@" in check.advice
+    told = network.check_proxies(made / "sites" / "lab" / "supernode.sh")
+    assert told.found == f"https: http://127.0.0.1:{tunnel.port}" and "geheim" not in check.found
     tunnel.listener.close()
 
 

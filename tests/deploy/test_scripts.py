@@ -124,6 +124,7 @@ def test_units_do_not_start_again_what_cannot_work(tmp_path):
     assert (
         "RestartPreventExitStatus=2\n" in worker.read_text() and "Type=notify\nWatchdogSec=60\n" in worker.read_text()
     )
+    assert "TimeoutStartSec=900\n" in worker.read_text(), "killed after 90 s while it loads its libraries, for ever"
     light = (site / "fedloom-node.service").read_text()
     assert "Type=notify\nTimeoutStartSec=infinity\nWatchdogSec=60\n" in light and f"node {site}/SITE.toml\n" in light
     assert f"RestartPreventExitStatus={NEEDS_SOMEBODY}\n" in light and NEEDS_SOMEBODY == 77

@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import desks
 import pytest
 
+from fedloom.flower import fleet as fleets
 from fedloom.flower import sites as server
+from fedloom.flower.fleet import LARGE
+from fedloom.flower.messages import Reply, SentRequest
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.records.events import Silent
 from fedloom.rounds import decoded
@@ -32,6 +35,30 @@ def test_a_message_that_was_read_is_gone_without_the_garbage_collector():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("expects", "size", "pulls"), [(0, 10, [3, 3]), (LARGE, 10, [1, 1, 1, 3]), (0, LARGE, [3, 1, 1, 1])]
+)
+def test_large_answers_are_fetched_one_after_the_other(monkeypatch, expects, size, pulls):
+    """Flower hands over at once what has come of all that it is asked for: ten sites' payloads together."""
+    payload, asked = bytes(size), []
+
+    def pull(identifiers):
+        asked.append(len(identifiers))
+        return [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=one)) for one in identifiers]
+
+    def read(request, message):
+        return Reply(request, Parcel({}, (payload,)))
+
+    monkeypatch.setattr(fleets, "read_reply", read)
+    fleet = fleets.Fleet(SimpleNamespace(pull_messages=pull), {}, desks.SITES, expects=expects)
+    for _ in range(2):
+        fleet.outstanding = {
+            f"m{number}": SentRequest(number, site, "turn", 1, "", 0.0) for number, site in enumerate(desks.SITES)
+        }
+        assert [reply.asked.site for reply in fleet.collect()] == list(desks.SITES) and not fleet.outstanding
+    assert asked == pulls and list(fleet.collect()) == []
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedsrd"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import threading
@@ -237,6 +238,37 @@ def test_a_proxy_carries_what_goes_out_and_nothing_of_this_machine(settings, mon
         assert first_bytes(proxy, settings).startswith(f"CONNECT {SUPERLINK} ".encode())
         local = settings.model_copy(update={"superlink": f"127.0.0.1:{near.getsockname()[1]}"})
         assert first_bytes(near, local)[:1] == b"\x16"  # TLS begins
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"403 Forbidden", "lets nothing through: 403 Forbidden; .* CONNECT"),
+        (b"407 Who", "wants a user and a password: 407 Who; .*USER:PASSWORD@"),
+        (b"", "cannot be reached: .*; .*check HTTPS_PROXY"),
+    ],
+)
+def test_a_proxy_that_lets_nobody_through_is_named_and_not_the_superlink(settings, monkeypatch, caplog, answer, words):
+    """The node said that the SuperLink was away."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        monkeypatch.setenv("HTTPS_PROXY", f"http://anna:geheim@127.0.0.1:{port}")
+        link = Link(settings, threading.Event())
+        if not answer:
+            proxy.close()
+        thread = threading.Thread(target=lambda: pytest.raises(StoppedError, link.join))
+        thread.start()
+        if answer:
+            connection, _ = proxy.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % answer)
+        while not caplog.text:
+            link.stop.wait(0.01)
+        link.stop.set()
+        thread.join(30)
+    assert re.search(f"the proxy http://127.0.0.1:{port} {words}", caplog.text)
+    assert "is away" not in caplog.text and "geheim" not in caplog.text
 
 
 def first_bytes(listener: socket.socket, settings: NodeSettings) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,14 +15,17 @@ from desks import LOST, SITES, DeskGrid, assemble, settings
 from desks import site as site_config
 
 from fedloom.errors import SecureSumError, SiteError
+from fedloom.filed import SMALL, lay_down
 from fedloom.flower.settings import shared_settings
 from fedloom.lora.pair import digest
+from fedloom.methods.method import State
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
 from fedloom.secagg import PHASES, Invitation
 from fedloom.server.journal import Journal
 from fedloom.server.local import LocalSites
 from fedloom.server.loop import Rounds
+from fedloom.site import sums
 from fedloom.site.desk import Desk
 from fedloom.site.protocol import Parcel
 from fedloom.site.rules import Policy
@@ -372,3 +376,16 @@ def test_a_journal_takes_up_whole_entries_of_its_own_sum_alone(tmp_path):
     assert dict(again.keep(ask)("share", {"a": b"", "b": b""}))[first[0]] == first[1]
     assert asked[2] == ("share", ["b"]), "whose answer is there is not asked again"
     assert Journal(path, "2 1 ab of job d").invitation is None
+
+
+def test_a_payload_that_noise_is_drawn_from_stays_in_memory(tmp_path, monkeypatch):
+    """The key of the noise is made of its bytes: a view of a file would have put its own address there."""
+    plain, secret = (assemble(settings(*own), dict.fromkeys(SITES, []), {}) for own in ((), SECRET))
+    assert plain.with_files_in(tmp_path).job.scratch == tmp_path and secret.with_files_in(tmp_path) is secret
+    laid, drawn = lay_down(bytes(SMALL), tmp_path), []
+    monkeypatch.setattr(sums, "noise_for_sum", lambda secure, secret, *about: drawn.append(about))
+    monkeypatch.setattr(sums, "make_vector", lambda *given: (b"", 0))
+    monkeypatch.setattr(sums, "facts_of", lambda *given, **told: b"")
+    for payload in (bytes(SMALL), laid):
+        sums.hide_turn(secret, SITES[0], State(secret.initial), SimpleNamespace(payload=payload), 1)
+    assert drawn[0] == drawn[1] and {type(about[-1]) for about in drawn} == {bytes}

@@ -1,6 +1,7 @@
 """What a round says of itself: how much clients agree, what every module was sent, where its time went."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from fedloom.compress.quantize import quantize
 from fedloom.lora.pair import module_of
 from fedloom.methods.method import FROZEN
 from fedloom.methods.table import build
+from fedloom.rounds import turns
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.facts import TOLD, describe_modules, is_told
 from fedloom.rounds.turns import client_turn, server_turn, start
 from fedloom.wire import decode
@@ -42,6 +45,30 @@ def test_agreement_is_the_mean_cosine_to_the_mean():
     assert turn.facts.agreement == pytest.approx(sum(slow) / len(slow), rel=1e-4)
     norms = {client: float(row.norm()) for client, row in zip(sorted(payloads), rows, strict=True)}
     assert turn.facts.norms == pytest.approx(norms, rel=1e-4)
+
+
+def test_agreement_holds_one_payload_at_a_time(monkeypatch):
+    """It held those of all clients, up to eight, beside the state."""
+
+    class Held(dict):
+        """Entries that can be asked whether they are still there."""
+
+    made, state, payloads = played()
+    find, measure, gone = Decoded.entries, turns.measure_agreement, []
+
+    def entries(decoded, client, *rest):
+        assert all(one() is None for one in gone), "another payload is still in memory"
+        found = Held(find(decoded, client, *rest))
+        gone.append(weakref.ref(found))
+        return found
+
+    def measured(*given):
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoded, "entries", entries)
+            return measure(*given)
+
+    monkeypatch.setattr(turns, "measure_agreement", measured)
+    assert server_turn(made, state, payloads, 1).facts.agreement is not None and len(gone) == len(payloads)
 
 
 def test_one_client_agrees_with_nobody():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fedloom.server import spool
-from fedloom.server.spool import SMALL, Spool
+from fedloom import filed
+from fedloom.filed import SMALL
+from fedloom.server.spool import Spool
 
 
 def test_a_large_payload_lies_in_a_file_without_a_name(tmp_path):
@@ -21,10 +22,10 @@ def test_a_large_payload_lies_in_a_file_without_a_name(tmp_path):
 
 
 def test_on_a_disk_without_room_a_payload_stays_in_memory(tmp_path, monkeypatch):
-    def full(folder, payload):
+    def full(file, piece, at):
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr(spool, "_written", full)
+    monkeypatch.setattr(filed, "_write_at", full)
     held: Spool[int] = Spool(tmp_path)
     held[3] = bytes(SMALL)
     assert held[3] == bytes(SMALL) and list(held) == [3]

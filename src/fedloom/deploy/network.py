@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies
 
 from fedloom.deploy.check import Check, fail, ok, warn
 from fedloom.deploy.machine import AHEAD_SECONDS, BEHIND_SECONDS, check_clock, check_end
 from fedloom.deploy.versions import check_superlink_version
+from fedloom.flower.proxies import causes, explain_proxy, proxy_to, shown
 
 FLEET = "/v1/fleet/"
 """What a site needs of the SuperLink's paths."""
@@ -65,26 +66,23 @@ def ask_superlink(host: str, port: int, ca: Path, paths: Sequence[str], timeout:
                         ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds() - 0.5
                     if path == DESCRIPTION and reply.status_code == 200:
                         version = _version_in(reply.iter_bytes())
-    except httpx.ProxyError as error:
-        raise ProxyRefusal(f"the proxy {proxy} lets nothing through: {error}") from None
     except httpx.TimeoutException:
         raise TimeoutError from None
     except httpx.HTTPError as error:
+        found, advice = explain_proxy(error, f"{named}:{port}")
+        if found:
+            raise ProxyRefusal(found, advice) from None
         raise _cause(error) or OSError(f"{host}:{port} does not speak HTTP over TLS: {error!r}") from None
     ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
     return Answer(statuses, ahead, ends, not proxy and (peer.startswith("127.") or peer == "::1"), version, proxy)
 
 
 class ProxyRefusal(OSError):
-    """A proxy on the way said no."""
+    """A proxy on the way said no, or is not there. advice: what to do."""
 
-
-def proxy_to(host: str, scheme: str = "https") -> str:
-    """The proxy that the environment puts on the way to this host, "" for none."""
-    proxies = getproxies()
-    if proxy_bypass(host):
-        return ""
-    return proxies.get(scheme) or proxies.get("all") or ""
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(found)
+        self.advice = advice
 
 
 def check_proxies(script: Path) -> Check:
@@ -95,10 +93,10 @@ def check_proxies(script: Path) -> Check:
     used = proxy_to("127.0.0.1", "http") or proxy_to("localhost", "http")
     if used and not (script.is_file() and "NO_PROXY" in script.read_text(encoding="utf-8")):
         line = f"export NO_PROXY={LOOPBACK}" + (",$NO_PROXY" if os.environ.get("NO_PROXY") else "")
-        found = f"{used} is set for loopback too: Flower's SuperExec would ask it for the SuperNode, and end"
+        found = f"{shown(used)} is set for loopback too: Flower's SuperExec would ask it for the SuperNode, and end"
         return fail("proxy", found, f"{line} (add this line to {script.name})")
-    shown = {scheme: proxy for scheme, proxy in getproxies().items() if scheme in ("http", "https", "all")}
-    return ok("proxy", ", ".join(f"{scheme}: {proxy}" for scheme, proxy in sorted(shown.items())) or "none set")
+    told = {scheme: proxy for scheme, proxy in getproxies().items() if scheme in ("http", "https", "all")}
+    return ok("proxy", ", ".join(f"{scheme}: {shown(proxy)}" for scheme, proxy in sorted(told.items())) or "none set")
 
 
 def check_superlink(host: str, port: int, ca: Path) -> list[Check]:
@@ -107,18 +105,20 @@ def check_superlink(host: str, port: int, ca: Path) -> list[Check]:
     try:
         answer = ask_superlink(host, port, ca, [FLEET, "/health", DESCRIPTION])
     except ProxyRefusal as error:
-        return [fail(what, str(error), f"have the proxy pass CONNECT {host}:{port} on, or put {host} into NO_PROXY")]
+        return [fail(what, str(error), error.advice)]
     except socket.gaierror:
         return [fail(what, "the name cannot be resolved", "check the address and this machine's DNS")]
     except ssl.SSLCertVerificationError as error:
         return [fail(what, f"its certificate is refused: {error.verify_message}", "compare ca.pem, names and clocks")]
     except TimeoutError:
-        return [fail(what, "no answer in 5 s", "open this port, outgoing, in the firewall")]
+        proxy = proxy_to(host)
+        through = f" through the proxy {shown(proxy)}" if proxy else ""
+        return [fail(what, f"no answer in 5 s{through}", "open this port, outgoing, in the firewall")]
     except ConnectionRefusedError:
         return [fail(what, "nobody listens there", "start superlink.sh, and the proxy where there is one")]
     except OSError as error:
         return [fail(what, f"no TLS connection: {error}", "is this the SuperLink, and does it use TLS?")]
-    way = f" through the proxy {answer.proxy}" if answer.proxy else ""
+    way = f" through the proxy {shown(answer.proxy)}" if answer.proxy else ""
     text = f"TLS{way}, certificate valid to {answer.ends:%Y-%m-%d}"
     found = [check_end(what, text, answer.ends, "ask the federation's operator to renew it"), _clocks(answer.ahead)]
     if (status := answer.statuses[FLEET]) in _BLOCKED:
@@ -153,12 +153,7 @@ def _version_in(pieces: Iterator[bytes]) -> str:
 
 def _cause(error: BaseException) -> OSError | None:
     """The system's own error behind one of httpx."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+    return next((one for one in causes(error) if isinstance(one, OSError)), None)
 
 
 def _clocks(ahead: float | None) -> Check:

@@ -30,6 +30,8 @@ ANSWER_SECONDS = 60.0
 asks allows as much again as a round may take: what is late is refused, but its bytes are counted."""
 GREET_SECONDS = 30.0
 """How long a node that could not take part is left alone before it is greeted again."""
+LARGE = 2**23
+"""Bytes of an answer from which on not several of them are held at once. A request more for each costs milliseconds."""
 AWAY = "is not connected"
 """What is said of a site that nobody hears of. Flower tells of nodes that are connected, and of no others."""
 
@@ -59,7 +61,8 @@ class Fleet:
 
     registered: node → name, for every node that Flower ever told of, whether it is there or not. spoken: node → the
     protocol that its site is asked in; of a node that has not answered yet, the newest. turns: site → the message that
-    asked it for its turn, which may be over.
+    asked it for its turn, which may be over. expects: bytes that an answer may have; once one has brought
+    payloads, as many as the last such one.
     """
 
     grid: Grid
@@ -72,6 +75,7 @@ class Fleet:
     registered: dict[int, str] = field(default_factory=dict)
     spoken: dict[int, int] = field(default_factory=dict)
     turns: dict[str, str] = field(default_factory=dict)
+    expects: int = 0
 
     def look(self) -> None:
         """Ask the SuperLink which nodes are there, and greet those that have not said their name.
@@ -153,21 +157,29 @@ class Fleet:
     def collect(self) -> Iterator[Reply]:
         """What has come since the last call, one after the other. Replies to what nobody asked are dropped.
 
-        A reply is as large as its payload, and let go of here before the next one is read.
+        A reply is as large as its payload, and let go of here before the next one is read. Flower hands over at once
+        all that have come of those that it is asked for: where they are large, it is asked for one after the other.
         """
-        came = deque(self.pull())
-        while came:
-            reply = read_reply(*came.popleft())
-            self.close_withdrawn(reply)
-            yield reply
-            del reply
+        waiting = list(self.outstanding)
+        size = 1 if self.expects >= LARGE else max(len(waiting), 1)
+        for start in range(0, len(waiting), size):
+            wanted = [identifier for identifier in waiting[start : start + size] if identifier in self.outstanding]
+            came = deque(self.grid.pull_messages(wanted) if wanted else ())
+            while came:
+                reply = self.read(came.popleft())
+                if reply is not None:
+                    yield reply
+                del reply
 
-    def pull(self) -> Iterator[tuple[SentRequest, Message]]:
-        """The messages that have come, each with what it answers."""
-        for message in self.grid.pull_messages(list(self.outstanding)) if self.outstanding else ():
-            asked = self.outstanding.pop(message.metadata.reply_to_message_id, None)
-            if asked is not None:
-                yield asked, message
+    def read(self, message: Message) -> Reply | None:
+        """What a message says; None if nobody asked for it."""
+        asked = self.outstanding.pop(message.metadata.reply_to_message_id, None)
+        if asked is None:
+            return None
+        reply = read_reply(asked, message)
+        self.expects = sum(map(len, reply.parcel.payloads if reply.parcel else ())) or self.expects
+        self.close_withdrawn(reply)
+        return reply
 
     def close_withdrawn(self, reply: Reply) -> None:
         """A site that has answered a withdrawal works on that turn no more. What it sent before may still arrive."""

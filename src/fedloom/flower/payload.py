@@ -14,6 +14,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from fedloom.errors import SiteError
+from fedloom.filed import in_memory
 from fedloom.site.protocol import Parcel, cut_payloads, parse_sizes
 
 ARRAYS, FACTS = "fedloom.payloads", "fedloom.facts"
@@ -45,7 +46,7 @@ def piece_size(length: int) -> int:
 
 def pack_parcel(parcel: Parcel) -> RecordDict:
     """The content of a message. Facts that are None are left out: Flower has no such value."""
-    content = b"".join(parcel.payloads)
+    content = b"".join(map(in_memory, parcel.payloads))  # of one payload that is bytes already, those
     facts = {name: value for name, value in parcel.facts.items() if value is not None}
     records = RecordDict({FACTS: ConfigRecord({**facts, SIZES: [len(payload) for payload in parcel.payloads]})})
     if content:

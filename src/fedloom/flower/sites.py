@@ -84,9 +84,9 @@ def prepare_rounds(
     validation, public = validation_examples(config, told.append), public_examples(config, told.append)
     setup = build_setup(config, nothing, heldout, notes=told, validation=validation, public=public)
     facts = {"job": job_id(folder.path / "job", resume), "base": base_digest(config.model.path)}
-    fleet = Fleet(grid, facts, tuple(setup.sites))
+    fleet = Fleet(grid, facts, tuple(setup.sites), expects=4 * setup.initial.numel())
     ends = {} if number is None else certificate_ends(config.flower)
-    outlined = setup.outlined()
+    outlined = setup.outlined().with_files_in(folder.path)
     sites = FlowerSites(outlined, fleet, simulated=number is None)
     return Rounds(outlined, folder, observer, sites, ends, setup.initial)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 
 from torch import Tensor
@@ -18,12 +19,13 @@ from fedloom.wire import Header, Message, decode, encode
 class Draft:
     """Payloads under one header. The last one is kept: what a method measured last is mostly what it sends.
 
-    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do. seconds: spent
-    on encoding so far.
+    outline: of the adapter whose tensors may travel together (see `joint`); without one they never do. scratch: see
+    `Job`. seconds: spent on encoding so far.
     """
 
     header: Header
     outline: Outline | None = None
+    scratch: Path | None = None
     entries: Entries = field(default_factory=dict)
     encoded: bytes = b""
     joined: bool = False
@@ -40,7 +42,7 @@ class Draft:
             began = perf_counter()
             travelling = join_entries(entries, self.outline)
             self.joined = travelling is not entries
-            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling))
+            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling), folder=self.scratch)
             self.seconds += perf_counter() - began
         return self.encoded
 

@@ -21,6 +21,7 @@ from fedloom.methods.method import Entries, State
 from fedloom.methods.shared.averaging import add_weighted
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.job import Job
+from fedloom.rounds.memory import give_back
 
 TOLD = 25
 """Rounds of a run, at even distances, in which modules and drift are told of: a map needs no more."""
@@ -82,13 +83,18 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
         return None
     shared = frozenset.intersection(*(cohort.facts[client].modules for client in clients))
     modules = set(_spread(sorted(shared), _MODULES))
-    found = [cohort.decoded.entries(client, cohort.payloads, state, modules) for client in clients]
-    names = sorted(set.intersection(*(set(entries) for entries in found)))
+    held: list[dict[str, Kept]] = []
+    for client in clients:  # one payload at a time
+        entries = cohort.decoded.entries(client, cohort.payloads, state, modules)
+        held.append({name: _kept(entries[name]) for name in sorted(entries)})
+        del entries
+        give_back(cohort.facts[client].size)
+    names = sorted(set.intersection(*(set(tensors) for tensors in held)))
     if not names:
         return None
-    products, squares, whole = [0.0] * len(found), [0.0] * len(found), 0.0
+    products, squares, whole = [0.0] * len(held), [0.0] * len(held), 0.0
     for name in names:
-        mean, parts = _mean([entries[name] for entries in found])
+        mean, parts = _mean([tensors.pop(name) for tensors in held])
         whole += float(mean.square().sum())
         for number, part in enumerate(parts):
             sent, met = _met(part, mean)
@@ -99,25 +105,33 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
     return math.fsum(cosines) / len(cosines) if cosines else None
 
 
-def _mean(alike: Sequence[Entry]) -> tuple[Tensor, list[Entry | Tensor]]:
+Kept = Sparse | Tensor
+"""What is looked at of a tensor: sparse ones as they are, others whole."""
+
+
+def _kept(entry: Entry) -> Kept:
+    return entry if isinstance(entry, Sparse) else to_dense(entry)
+
+
+def _mean(alike: Sequence[Kept]) -> tuple[Tensor, list[Kept]]:
     """The mean of tensors, cut to the shape that all have, and the tensors: sparse ones of that shape as they are."""
-    shape = [min(sizes) for sizes in zip(*(entry.shape for entry in alike), strict=True)]
+    shape = [min(sizes) for sizes in zip(*(part.shape for part in alike), strict=True)]
     common = tuple(slice(size) for size in shape)
-    parts: list[Entry | Tensor] = [
-        entry if isinstance(entry, Sparse) and list(entry.shape) == shape else to_dense(entry)[common]
-        for entry in alike
-    ]
+    parts: list[Kept] = []
+    for part in alike:
+        fits = isinstance(part, Sparse) and list(part.shape) == shape
+        whole = to_dense(part) if isinstance(part, Sparse) and not fits else part
+        parts.append(whole[common] if isinstance(whole, Tensor) else whole)
     mean = torch.zeros(shape)
     for part in parts:
         add_weighted(mean, part, 1 / len(parts))
     return mean, parts
 
 
-def _met(part: Entry | Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _met(part: Kept, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The values of a tensor and those of the mean at the same places, both flat."""
     if isinstance(part, Sparse):
         return floats(part.values), mean.view(-1).index_select(0, part.positions)
-    assert isinstance(part, Tensor)
     return part.reshape(-1), mean.view(-1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedloom.compress.budget import Budget
 from fedloom.compress.seeds import derived_seed
@@ -47,7 +48,8 @@ class Job:
     robust: how a round withstands liars.
     ranks: client → module that it trains → rank; where it is empty, an update is compared with the server's adapter
     alone. tops: module → the largest of these ranks. secure: how sums are made whose summands nobody sees; None where
-    the server is sent every update.
+    the server is sent every update. scratch: a folder for large payloads, which then lie in files without a name and
+    not in memory (`filed`).
     """
 
     method: Method
@@ -64,6 +66,7 @@ class Job:
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     start: LoraState = field(default_factory=LoraState, repr=False)
     secure: Secure | None = None
+    scratch: Path | None = None
     tops: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

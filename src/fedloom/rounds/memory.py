@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from fedloom.filed import let_go_of_all
+
 LEAST = 2**23
 """Bytes below which nothing is done: looking through the free memory of a process takes some milliseconds."""
 
@@ -16,5 +18,7 @@ def give_back(freed: int) -> None:
 
     A state is hundreds of tensors, which leave holes in the heap; a payload is one block, which fits in none of them.
     """
-    if freed >= LEAST and _TRIM is not None:
-        _TRIM(0)
+    if freed >= LEAST:
+        let_go_of_all()
+        if _TRIM is not None:
+            _TRIM(0)

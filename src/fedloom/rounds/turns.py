@@ -101,7 +101,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     watch.lap("train")
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
-    draft = Draft(header, _outline(job, state, trained.adapter, round))
+    draft = Draft(header, _outline(job, state, trained.adapter, round), job.scratch)
     context = replace(job.context(round, client), size=draft.size)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     watch.lap("compress", less=draft.seconds)
@@ -255,10 +255,11 @@ def _average(
     header = Header(
         "change", job.method.name, round, state.version, state.digest, result_digest=cohort.digest(state.digest)
     )
-    draft = Draft(header, _outline(job, state, state.adapter, round))
+    draft = Draft(header, _outline(job, state, state.adapter, round), job.scratch)
     context = replace(job.context(round), size=draft.size)
     told, watch = is_told(job, round), watch or Watch()
     agreement = measure_agreement(cohort, state) if told else None
+    give_back(4 * state.adapter.numel() if told else 0)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     if not keep:
         cohort.decoded.clear()
@@ -323,7 +324,8 @@ def full_state(job: Job, state: State, round: int) -> bytes:
     """The payload that brings any participant to exactly the server's state."""
     tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
     header = Header("state", job.method.name, round, state.version, state.digest)
-    return encode(Message(header, {name: dense_entry(tensor) for name, tensor in tensors.items()}))
+    message = Message(header, {name: dense_entry(tensor) for name, tensor in tensors.items()})
+    return encode(message, folder=job.scratch)
 
 
 def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
@@ -332,4 +334,4 @@ def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> byte
         return payload
     message = decode(payload)
     entries = job.method.narrow(message.entries, ranks)
-    return payload if entries is message.entries else encode(Message(message.header, entries))
+    return payload if entries is message.entries else encode(Message(message.header, entries), folder=job.scratch)

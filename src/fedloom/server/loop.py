@@ -321,6 +321,7 @@ class Rounds:
                 )
             )
         )
+        give_back(4 * self.server.adapter.numel())  # payloads that were hashed
         self.saved = True
 
     def restore(self, snapshot: Snapshot) -> None:

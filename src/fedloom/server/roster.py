@@ -110,7 +110,7 @@ class Roster(Mapping[str, State]):
         Of clients without memory, all of one kind come to the same by the same payload: it is read once for them.
         """
         latest, (known, found) = self._latest[kind], self._arrived.get(kind, (b"", state))
-        if known == payload and not state.memory:
+        if (known is payload or known == payload) and not state.memory:
             return found
         found = accept(self._job, state, payload)
         if same_state(found, latest):

@@ -288,7 +288,7 @@ class Desk:
         names = config.federation.participants or ()
         if self.site.name not in names:
             raise SiteError(f"the run is for {', '.join(map(repr, names[:9]))}; this site is {self.site.name!r}")
-        setup = self.assembled(config)
+        setup = self.assembled(config).with_files_in(Path(self.site.state))
         data = setup.sites[self.site.name].data
         # A packed row holds one example at least, so these are no fewer than said.
         examples, draws = len(data), count_drawn(setup.config.training_of(self.site.name).for_examples(data.num_rows))

@@ -34,7 +34,7 @@ from fedloom.rounds.joint import split_entries
 from fedloom.site.examples import check_protects
 from fedloom.site.privacy import epsilon
 from fedloom.site.rules import Policy, Spending
-from fedloom.wire import Limits, decode
+from fedloom.wire import Limits, decode_lazily
 
 REFUSED = "refused by the site's policy"
 """All that the server learns of a reason that rests on the site's data."""
@@ -179,7 +179,7 @@ def check_may_leave(
     its factors, or its rows of the matrix between two that rest.
     """
     check_bytes(policy, len(payload), spent)
-    message = decode(payload, Limits(max_values=4 * before.numel()))
+    message = decode_lazily(payload, Limits(max_values=4 * before.numel()))  # one tensor at a time, as far as can be
     if message.header.kind != "update":
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
     entries = split_entries(message.entries, State(before), message.header.base_digest)

@@ -28,12 +28,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
-from io import BytesIO
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom.errors import SiteError, VersionError
+from fedloom.filed import Sheet, slices
 from fedloom.records.text import to_printable
 
 Fact: TypeAlias = str | int | float | bool | None
@@ -268,13 +269,17 @@ def send_parcel(connection: socket.socket, parcel: Parcel) -> None:
         raise SiteError(f"a head of {len(head):,} bytes; at most {MOST_HEAD:,} are allowed")
     connection.sendall(MAGIC + struct.pack(">I", len(head)) + head)
     for payload in parcel.payloads:
-        connection.sendall(payload)
+        for piece in slices(payload):
+            connection.sendall(piece)
 
 
-def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False) -> Parcel:
+def receive_parcel(
+    connection: socket.socket, most: int = MOST_BYTES, *, hurried: bool = False, folder: Path | None = None
+) -> Parcel:
     """Read one parcel with payloads of `most` bytes at most.
 
-    hurried: hold the other side to `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
+    folder: where large payloads lie in files without a name (`filed`); None: in memory. hurried: hold the other side to
+    `HEAD_SECONDS` and `SLOWEST`; otherwise it may take as long as it likes.
     Raises SiteError for anything other than a parcel, OSError where the other side hangs up or takes too long.
     """
     until = time.monotonic() + HEAD_SECONDS if hurried else None
@@ -290,20 +295,20 @@ def receive_parcel(connection: socket.socket, most: int = MOST_BYTES, *, hurried
     if not isinstance(facts, dict) or not all(isinstance(value, Fact) for value in facts.values()):
         raise SiteError("the facts of a parcel are not plain facts")
     until = time.monotonic() + HEAD_SECONDS + sum(lengths) / SLOWEST if hurried else None
-    return Parcel(facts, tuple(_take(connection, size, until) for size in lengths))
+    return Parcel(facts, tuple(_take(connection, size, until, folder) for size in lengths))
 
 
-def _take(connection: socket.socket, length: int, until: float | None) -> bytes:
-    """Exactly so many bytes, by then. Memory is taken as they arrive, not as they are announced."""
-    taken = BytesIO()  # gives its bytes away without a copy
-    while (missing := length - taken.tell()) > 0:
+def _take(connection: socket.socket, length: int, until: float | None, folder: Path | None = None) -> bytes:
+    """Exactly so many bytes, by then. Room is taken as they arrive, not as they are announced."""
+    taken, missing = Sheet(folder, length), length
+    while missing > 0:
         if until is not None:
             # Time left for all that is missing: a byte now and then does not buy more. 0 would mean not to block.
             connection.settimeout(max(until - time.monotonic(), 1e-3))
         piece = connection.recv(min(missing, 2**20))
         if not piece:
             raise ConnectionError("the other side hung up")
-        taken.write(piece)
+        missing -= taken.write(piece)
         if until is not None and time.monotonic() > until:
-            raise TimeoutError(f"only {taken.tell():,} of {length:,} bytes came in time")
-    return taken.getvalue()
+            raise TimeoutError(f"only {length - missing:,} of {length:,} bytes came in time")
+    return taken.closed()

@@ -21,6 +21,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedloom.errors import SecureSumError, SiteError
+from fedloom.filed import in_memory
 from fedloom.methods.method import State
 from fedloom.records.text import to_printable
 from fedloom.rounds.agreement import name_sum
@@ -135,7 +136,7 @@ def hide_turn(setup: Setup, site: str, state: State, done: ClientTurn, round: in
 
     state: that the turn began with.
     """
-    about = (setup.fingerprint, site, round, state.digest, done.payload)
+    about = (setup.fingerprint, site, round, state.digest, in_memory(done.payload))
     noise = noise_for_sum(setup.job.secure, setup.secret, *about)
     vector, cut = make_vector(setup.job, state, site, done.payload, round, noise)
     if cut:

@@ -56,20 +56,29 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SiteError(f"another worker is using {state}; a site has one worker") from None
-        token = own_token(Path(site.token_file), site.socket_group)
-        signal.signal(signal.SIGTERM, _stop)
-        path = Path(site.socket)
-        with _listening(path, site.socket_group) as listener:
-            door = Door(listener, token)
-            try:
-                desk = Desk(claim_gpu(site), own=own)
-                with as_service(f"site {site.name}"):
-                    _loop(door, desk, 60 * site.idle_minutes)
-            except _Stop:
-                log.info("the worker ends")
-            finally:
-                door.close()
-                path.unlink(missing_ok=True)
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            _serve(site, own)
+        except _Stop:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the leaving
+            log.info("the worker ends")
+        finally:
+            # Also that of a worker that was killed before this one: the lock says that nobody serves there.
+            Path(site.socket).unlink(missing_ok=True)
+            signal.signal(signal.SIGTERM, before)
+
+
+def _serve(site: SiteConfig, own: PatchedTrainer | None) -> None:
+    """Answer requests, with the site's lock held. Raises _Stop where the process is told to end."""
+    token = own_token(Path(site.token_file), site.socket_group)
+    with _listening(Path(site.socket), site.socket_group) as listener:
+        door = Door(listener, token)
+        try:
+            desk = Desk(claim_gpu(site), own=own)
+            with as_service(f"site {site.name}"):
+                _loop(door, desk, 60 * site.idle_minutes)
+        finally:
+            door.close()
 
 
 def own_token(path: Path, group: str | None = None) -> str:
@@ -144,7 +153,8 @@ def _serve_one(connection: socket.socket, desk: Desk, answer: Callable[[Parcel],
 
 def _answer(connection: socket.socket, desk: Desk, answer: Callable[[Parcel], Parcel]) -> Parcel:
     try:
-        return answer(receive_parcel(connection, parse_bytes(desk.site.max_bytes_request), hurried=True).used_up())
+        most, folder = parse_bytes(desk.site.max_bytes_request), Path(desk.site.state)
+        return answer(receive_parcel(connection, most, hurried=True, folder=folder).used_up())
     except (OSError, _Stop, KeyboardInterrupt, SystemExit):
         raise
     except SiteError as error:

@@ -6,16 +6,17 @@ magic "FLOM" | version | header | index (packed) | chunks of the streams | check
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
+from pathlib import Path
 
 import xxhash
 
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, Values, count, plain_entry
 from fedloom.compress.masks import STEPS
 from fedloom.errors import WireError
+from fedloom.filed import Sheet, slices
 from fedloom.wire.checks import check_entry, check_mask
 from fedloom.wire.fields import FieldReader, FieldWriter
 from fedloom.wire.gaps import Ints
@@ -64,16 +65,17 @@ class UnpackedMessage:
     sinks: Sinks
     work: int
 
-    def payload(self, *, pack_streams: bool = True, pack_index: bool = True) -> tuple[bytes, int]:
-        """The payload, and the size of its unpacked index."""
-        # What is written to BytesIO can be taken out as bytes without a copy: payloads are as large as adapters.
-        whole = BytesIO()
-        # What grows piece by piece is copied as it grows, and there twice meanwhile. No chunk is longer than unpacked.
-        whole.seek(sum(sink.size for sink in self.sinks.values()) + 64 * len(self.items))
-        whole.write(b"\0")
-        whole.seek(0)
-        streams = _pack_streams(self.sinks, self.work, pack_streams, whole)
-        whole.truncate()
+    def payload(
+        self, *, pack_streams: bool = True, pack_index: bool = True, folder: Path | None = None
+    ) -> tuple[bytes, int]:
+        """The payload, and the size of its unpacked index. folder: see `encode`."""
+        # No chunk is longer than unpacked. Before the streams come the index, which names every tensor and every
+        # chunk, and the header.
+        streams_bytes = sum(sink.size for sink in self.sinks.values())
+        names = sum(len(item.name.encode()) for item in self.items)
+        gap = 2**12 + names + 64 * len(self.items) + streams_bytes // 2**14
+        sheet = Sheet(folder, streams_bytes, gap=gap, reserve=True)
+        streams = _pack_streams(self.sinks, self.work, pack_streams, sheet)
         index = write_index(self.items, streams)
         out = FieldWriter()
         out.data += MAGIC
@@ -81,16 +83,13 @@ class UnpackedMessage:
         write_header(out, self.header)
         out.varint(len(index))
         out.sized_bytes(bytes(pack(index, text=True) if pack_index else index))
-        _put_before(out.data, whole)
-        with whole.getbuffer() as body:
-            check = _checksum([body])
-        whole.write(check)
-        return whole.getvalue(), len(index)
+        return sheet.closed(out.data, _checksum), len(index)
 
 
-def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
+def encode(message: Message, limits: Limits = DEFAULT, folder: Path | None = None) -> bytes:
     """The payload of a message: the same bytes for equal messages, whatever the order of entries or number of threads.
 
+    folder: where it lies in a file without a name (`filed`), if it is large; None: in memory.
     A reader with these limits reads it. Raises WireError where header or entries cannot travel, or ask for more than
     `limits`; the error names the entry that is wrong in itself.
     """
@@ -102,7 +101,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> bytes:
     # A reader takes many tensors, and large masks, only from payloads of some size. What packs so well that it stays
     # below that (tens of thousands of tensors that are empty, or all zero) travels with less of it packed.
     for pack_streams, pack_index in () if refusal else ((True, True), (True, False), (False, False)):
-        payload, index_size = unpacked.payload(pack_streams=pack_streams, pack_index=pack_index)
+        payload, index_size = unpacked.payload(pack_streams=pack_streams, pack_index=pack_index, folder=folder)
         refusal = asked.refusal(limits.of_payload(len(payload)), index_size)
         if not refusal and len(payload) > limits.max_payload:
             refusal = f"{len(payload):,} bytes of payload: at most {limits.max_payload:,} are allowed"
@@ -183,14 +182,14 @@ def _start(payload: bytes, limits: Limits) -> tuple[Header, FieldReader]:
             f"{VERSION}: install the same version of fedloom on both sides"
         )
     body = whole[:-CHECKSUM_BYTES]
-    if _checksum([body]) != whole[-CHECKSUM_BYTES:]:
+    if _checksum(slices(body)) != whole[-CHECKSUM_BYTES:]:
         raise WireError("the payload was damaged or cut on its way: its checksum does not match")
     fields = FieldReader(body, "the payload")
     fields.take(len(MAGIC) + 1, "the magic bytes")
     return read_header_fields(fields), fields
 
 
-def _checksum(pieces: Sequence[bytes | bytearray | memoryview]) -> bytes:
+def _checksum(pieces: Iterable[bytes | memoryview]) -> bytes:
     hasher = xxhash.xxh3_64()
     for piece in pieces:
         hasher.update(piece)
@@ -227,7 +226,7 @@ def _put_values(entries: dict[str, Entry]) -> Sinks:
     return dict(sinks)
 
 
-def _pack_streams(sinks: Sinks, work: int, smaller: bool, out: BytesIO) -> list[Stream]:
+def _pack_streams(sinks: Sinks, work: int, smaller: bool, out: Sheet) -> list[Stream]:
     """Write the streams that hold anything, by increasing role: chunks that are packed, or as they are."""
     raw = [(role, number) for role, sink in sorted(sinks.items()) for number in range(sink.chunks)]
     lengths: dict[int, list[int]] = {role: [] for role, _ in raw}
@@ -243,15 +242,6 @@ def _pack_streams(sinks: Sinks, work: int, smaller: bool, out: BytesIO) -> list[
         for (role, _), chunk in zip(some, made, strict=True):
             lengths[role].append(out.write(chunk))
     return [Stream(role, sinks[role].size, tuple(held)) for role, held in lengths.items()]
-
-
-def _put_before(head: bytes | bytearray, whole: BytesIO) -> None:
-    """Write `head` before all that is there; the end is the place to go on at."""
-    size = whole.tell()
-    whole.write(bytes(len(head)))
-    with whole.getbuffer() as buffer:
-        buffer[len(head) :] = buffer[:size]
-        buffer[: len(head)] = head
 
 
 def _item(name: str, entry: Entry, cells: Cells | None) -> Item:

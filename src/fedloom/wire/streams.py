@@ -19,6 +19,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from fedloom.errors import WireError
+from fedloom.filed import let_go
 
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
@@ -30,6 +31,7 @@ CHUNK = 2**17
 MOST_EXPANSION = 2**16
 """Unpacked bytes that a packed one can stand for, at most: an RLE block of Zstandard makes 128 KiB of 4."""
 
+_LOOKED_AT = 2**18  # bytes of a stream, read from a file, after which their pages are let go of
 _INLINE = 2**18  # bytes: below, starting a thread costs more than it saves
 
 # Literals only: in these streams matches rarely pay, and Huffman coding nearly always does. The smallest
@@ -144,7 +146,7 @@ class Source:
         self.stream = stream
         self.left = stream.size
         self._whole = self._coded = coded
-        self._next = 0
+        self._next = self._looked_at = 0
         self._chunk = np.empty(0, dtype=np.uint8)
 
     def need(self, size: int) -> None:
@@ -185,6 +187,10 @@ class Source:
         self._next += 1
         size = min(CHUNK, self.stream.size - number * CHUNK)
         coded, self._coded = self._coded[:length], self._coded[length:]
+        self._looked_at += length
+        if self._looked_at >= _LOOKED_AT:
+            self._looked_at = 0
+            let_go(self._whole)
         return np.frombuffer(unpack(coded, size, f"chunk {number} of stream {self.stream.role}"), dtype=np.uint8)
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,6 +101,10 @@ class Setup:
     def outlined(self) -> Setup:
         """The same without the values of the first adapter, for whoever has them in a state: its shapes are left."""
         return replace(self, initial=self.initial.map(lambda pair: LoraPair(pair.A.to("meta"), pair.B.to("meta"))))
+
+    def with_files_in(self, folder: Path) -> Setup:
+        """The same with large payloads in files there; a secret sum's are drawn noise for, and stay in memory."""
+        return self if self.job.secure else replace(self, job=replace(self.job, scratch=folder))
 
     def warnings(self) -> list[str]:
         """What the user should know about data and settings before the first round."""

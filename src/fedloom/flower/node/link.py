@@ -46,6 +46,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.errors import SiteError
 from fedloom.flower.node.refusals import NotLetInError, explain_refusal
+from fedloom.flower.proxies import explain_proxy
 from fedloom.flower.transfer import pull_message, push_message
 from fedloom.records.text import to_printable
 from fedloom.site.config import NodeSettings
@@ -219,6 +220,10 @@ class Link:
     def _note_away(self, error: Exception) -> None:
         if self._away is None:
             self._away = time.monotonic()
+            found, advice = explain_proxy(error, self.settings.superlink)
+            if found:
+                log.warning("%s; trying until there is a way: %s", to_printable(found), advice)
+                return
             log.warning(
                 "the SuperLink at %s is away (%s); trying until it is back",
                 self.settings.superlink,

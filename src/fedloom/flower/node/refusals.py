@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
@@ -12,6 +11,7 @@ import httpx
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from fedloom.errors import SiteError
+from fedloom.flower.proxies import causes
 from fedloom.records.text import to_printable
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 300.0
@@ -36,18 +36,12 @@ def explain_refusal(error: httpx.HTTPError, superlink: str) -> SiteError | None:
     """
     if isinstance(error, httpx.HTTPStatusError):
         return _explain_status(error.response, superlink)
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return SiteError(_explain_certificate(cause, superlink))
         if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
             return SiteError(f"{superlink} does not speak TLS: check node.superlink")
     return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _explain_certificate(error: ssl.SSLCertVerificationError, superlink: str) -> str:
