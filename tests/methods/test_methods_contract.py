@@ -17,7 +17,7 @@ from fedloom.rounds.step import Trained
 from fedloom.rounds.turns import accept, client_turn, full_state, server_turn
 from fedloom.wire import decode, encode
 from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from toy import Federation, client_seed, delta, job, step, take_up
+from toy import Federation, client_seed, delta, job, step, take_up, trainer
 
 
 def lossless(name: str) -> dict[str, str]:
@@ -78,6 +78,8 @@ def test_identical_clients_give_that_client(name: str):
         pytest.skip(f"{name} takes an optimiser's step on the server: not the clients' mean")
 
     def train(state: State, round: int, seed: int) -> Trained:
+        if method.forward:
+            return trainer(method)(state, round, derived_seed(7, round))
         parts = (("B",) if round % 2 else ("A",)) if method.facts.one_factor else method.trainable(round)
         return step(state, round, derived_seed(7, round), parts=parts, core=federation.job.method.core(state))
 

@@ -12,10 +12,12 @@ from typing import TypeVar
 from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
 
 from fedloom.errors import ConfigError
+from fedloom.methods.decomfl import decomfl
 from fedloom.methods.fed_dare import fed_dare
 from fedloom.methods.fed_sb import fed_sb
 from fedloom.methods.fedex import fedex
 from fedloom.methods.fedit import fedit
+from fedloom.methods.fedkseed import fedkseed
 from fedloom.methods.fedprox import fedprox
 from fedloom.methods.fedsrd import fedsrd
 from fedloom.methods.fedsvd import fedsvd
@@ -92,6 +94,8 @@ METHODS: Mapping[str, MethodEntry] = {
     "fedsrd": MethodEntry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
+    "fedkseed": MethodEntry(fedkseed),
+    "decomfl": MethodEntry(decomfl),
     "loom": MethodEntry(loom),
 }
 

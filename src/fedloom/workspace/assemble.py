@@ -19,6 +19,7 @@ from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import load_base
 from fedloom.model.evaluate import Scores, error_probability, exact_match_and_loss
 from fedloom.model.examples import Example
+from fedloom.model.forward import forward_update
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
 from fedloom.model.packing import check_packs
@@ -157,14 +158,30 @@ class Setup:
         def step(state: State, round: int, seed: int) -> Trained:
             trained, fixed = split_trained(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
+            training, num_rounds = self.config.training_of(client), self.config.federation.num_rounds
+            if self.job.method.forward:
+                after, moved, stats = forward_update(
+                    self.model,
+                    trained,
+                    fixed,
+                    site.data,
+                    training,
+                    self.job.method.forward,
+                    run_seed=self.job.seed,
+                    round=round,
+                    num_rounds=num_rounds,
+                    seed=seed,
+                    interrupt=interrupt,
+                )
+                return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds, moved=moved)
             after, stats = local_update(
                 self.model,
                 trained,
                 fixed,
                 site.data,
-                self.config.training_of(client),
+                training,
                 round=round,
-                num_rounds=self.config.federation.num_rounds,
+                num_rounds=num_rounds,
                 seed=seed,
                 trainable=self.job.method.trainable(round),
                 core=self.job.method.core(state),
@@ -307,8 +324,8 @@ def base_form(config: Config) -> tuple[str, str, str, str]:
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
     """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
-    refuse_own_trainer(config)
     linear, method = peft_bridge.linear_beneath(model), choose_method(config, None)
+    refuse_own_trainer(config, method)
     if config.wire.client_budget:  # the trainer's model has its ranks already
         raise ConfigError(
             "wire.client_budget chooses the rank, and a trainer of one's own has an adapter already: set wire.budget"
