@@ -15,7 +15,7 @@ from fedloom.compress.seeds import derived_seed
 from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
-from fedloom.methods.table import build, method_options
+from fedloom.methods.table import METHODS, build, method_options
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
@@ -25,6 +25,8 @@ from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpo
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
 RANK = 4
+CLIENTS_OF_SCALARS = [name for name in METHODS if build(name).forward]
+"""Methods that a training by gradients does not go with."""
 
 
 def job(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fedloom.compress.masks import seeded_signs
-from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 
 Direction = Mapping[str, Tensor]
@@ -19,11 +18,12 @@ Direction = Mapping[str, Tensor]
 
 
 def draw_direction(adapter: LoraState, seed: int) -> Direction:
-    """The direction of a seed: signs of the shapes of the adapter's factors. A module's do not rest on the others."""
-    return {
-        name: seeded_signs(tensor.numel(), derived_seed(seed, "direction", name)).view(tensor.shape)
-        for name, tensor in adapter.tensors().items()
-    }
+    """The direction of a seed: signs for the adapter's factors, drawn one factor after the other in order of name."""
+    signs, end, found = seeded_signs(adapter.numel(), seed), 0, {}
+    for name, tensor in adapter.tensors().items():
+        begin, end = end, end + tensor.numel()
+        found[name] = signs[begin:end].view(tensor.shape)
+    return found
 
 
 def move_along(adapter: LoraState, direction: Direction, step: float) -> LoraState:

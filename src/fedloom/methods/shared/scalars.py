@@ -16,7 +16,7 @@ from fedloom.compress.entries import Dense, Entry, Sparse, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.directions import move_along_all
-from fedloom.lora.pair import LoraState, module_of, subset
+from fedloom.lora.pair import LoraState
 from fedloom.methods.forward import ForwardOnly
 from fedloom.methods.method import SCALARS, Aggregate, Context, Entries, Facts, Method, State, Update
 
@@ -82,12 +82,10 @@ def mean_scalars(forward: ForwardOnly, state: State, updates: Iterable[Update], 
 
 
 def go_along(forward: ForwardOnly, state: State, entries: Entries, context: Context) -> State:
-    """θ + Σ s_j z_j, of the modules that are named."""
-    modules = {module_of(name) for name in entries}
+    """θ + Σ s_j z_j."""
     scalars = to_dense(next(iter(entries.values())))
     steps = {
         forward.seed(context.seed, context.round, number): float(scalars[number])
         for number in scalars.nonzero().flatten().tolist()
     }
-    moved = move_along_all(subset(state.adapter, modules), steps)
-    return replace(state, adapter=LoraState({**state.adapter, **moved}))
+    return replace(state, adapter=move_along_all(state.adapter, steps))
