@@ -34,6 +34,7 @@ from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.lora_xs import lora_xs
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
+from fedloom.methods.sparseloco import sparseloco
 from fedloom.methods.shared.server_optimiser import ServerOptimiser, broadcasts_mean, optimise_mean
 
 Settings = Mapping[str, object]
@@ -94,6 +95,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "fedsrd": MethodEntry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
+    "sparseloco": MethodEntry(sparseloco, {"lossless": {"chunk_size": 1, "topk": 1, "two_bits": False}}),
     "fedkseed": MethodEntry(fedkseed),
     "decomfl": MethodEntry(decomfl),
     "loom": MethodEntry(loom),
