@@ -102,14 +102,14 @@ def step(
 
 
 def step_along(method: Method, run_seed: int, *, size: float = 0.1) -> Train:
-    """The toy step of a method that trains by forward passes: seeded random steps along five of its directions."""
+    """The toy step of a method that trains by forward passes: seeded random lengths along what five steps try."""
     forward = method.forward
     assert forward is not None
 
     def train(state: State, round: int, seed: int) -> Trained:
         generator = torch.Generator().manual_seed(seed)
         moved = torch.zeros(forward.seeds)
-        places = [number for step in range(5) for number in forward.numbers(step, seed)][:5]
+        places = [number for step in range(5) for number in forward.numbers(step, seed)]
         moved[places] = size * torch.randn(len(places), generator=generator)
         steps = {forward.seed(run_seed, round, number): float(moved[number]) for number in sorted(places)}
         return Trained(move_along_all(state.adapter, steps), num_examples=1 + seed % 7, loss=1.0, steps=1, moved=moved)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+
+import torch
 
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
@@ -46,5 +47,5 @@ class ForwardOnly:
         """The directions that a client tries in a step (from 0). seed: of its training in this round."""
         if self.shared:
             return [(step * self.perturbations + place) % self.seeds for place in range(self.perturbations)]
-        # random.sample is the same on every machine and version since Python 3.2
-        return random.Random(derived_seed(seed, "step", step)).sample(range(self.seeds), self.perturbations)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "step", step))
+        return torch.randperm(self.seeds, generator=generator)[: self.perturbations].tolist()

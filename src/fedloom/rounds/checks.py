@@ -102,7 +102,7 @@ def leave_out(
 
 
 def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:
-    message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel() + _most_scalars(job)))
+    message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel() + _scalars_in_all(job, state)))
     header, entries = message.header, message.entries
     check_same_method(job, header)
     expect(header, "update", state.version, state.digest)
@@ -204,6 +204,11 @@ def _most_scalars(job: Job) -> int:
     return job.method.forward.seeds if job.method.forward else 0
 
 
+def _scalars_in_all(job: Job, state: State) -> int:
+    """Numbers that there can be where every module has its own."""
+    return _most_scalars(job) * len(state.adapter)
+
+
 def _norm(values: Tensor) -> float:
     """√Σ v², NaN or infinite only where a value is."""
     size = float(torch.linalg.vector_norm(values))
@@ -239,7 +244,7 @@ def limits_of(job: Job, state: State) -> Limits:
     for module, pair in state.adapter.items():
         own += _top_rank(job, state, module) * sum(pair.shape)
         merged += _merged_rank(job, state, module) * sum(pair.shape)
-    return Limits(max_values=_SLACK * own + min(merged, DEFAULT.max_values) + _most_scalars(job))
+    return Limits(max_values=_SLACK * own + min(merged, DEFAULT.max_values) + _scalars_in_all(job, state))
 
 
 def check_broadcast(job: Job, state: State, header: Header, entries: Entries) -> None:

@@ -19,9 +19,9 @@ from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import load_base
 from fedloom.model.evaluate import Scores, error_probability, exact_match_and_loss
 from fedloom.model.examples import Example
-from fedloom.model.forward import forward_update
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
+from fedloom.model.local import train_locally
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
@@ -30,7 +30,7 @@ from fedloom.model.private import PrivateRound
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.shared_base import LoadBase
 from fedloom.model.tokens import TokenizedExamples
-from fedloom.model.training import check_optimizer, local_update
+from fedloom.model.training import check_optimizer
 from fedloom.model.volume import Volume, weigh_examples
 from fedloom.noise.accounting import SampledNoise
 from fedloom.records.config import Config
@@ -156,40 +156,20 @@ class Setup:
         site = self.sites[client]
 
         def step(state: State, round: int, seed: int) -> Trained:
-            trained, fixed = split_trained(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
-            training, num_rounds = self.config.training_of(client), self.config.federation.num_rounds
-            if self.job.method.forward:
-                after, moved, stats = forward_update(
-                    self.model,
-                    trained,
-                    fixed,
-                    site.data,
-                    training,
-                    self.job.method.forward,
-                    run_seed=self.job.seed,
-                    round=round,
-                    num_rounds=num_rounds,
-                    seed=seed,
-                    interrupt=interrupt,
-                )
-                return Trained(after, stats.examples, stats.loss, stats.steps, stats.seconds, moved=moved)
-            after, stats = local_update(
+            trained = train_locally(
                 self.model,
-                trained,
-                fixed,
+                self.job,
+                state,
+                split_trained(state, site.ranks),
                 site.data,
-                training,
+                self.config.training_of(client),
                 round=round,
-                num_rounds=num_rounds,
                 seed=seed,
-                trainable=self.job.method.trainable(round),
-                core=self.job.method.core(state),
-                penalty=self.job.method.penalty,
                 interrupt=interrupt,
                 private=self.private_round(client, state, round, seed),
             )
-            return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
+            return replace(trained, adapter=subset(trained.adapter, site.ranks))
 
         return step
 
