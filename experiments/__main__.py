@@ -76,7 +76,7 @@ def work(
     figures: Annotated[Path, typer.Option(help="A front.csv.")] = Path("docs/front.csv"),
     out: Annotated[Path, typer.Option(help="Folder of the tables, CSV and pictures.")] = Path("runs/work"),
 ) -> None:
-    """The rows of a front.csv with what a client's part in each takes, counted from their settings; nothing is played."""
+    """The rows of a front.csv with what a client's part in each takes, counted from settings; nothing is played."""
     from experiments import front
     from experiments.figures import read_csv
 
@@ -283,7 +283,7 @@ def rebase(
 
 
 def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = None) -> None:
-    """Tables and pictures of the front, against bytes and against a client's work; its figures with those kept beside."""
+    """Tables and pictures of the front, against bytes and a client's work; its figures with those kept beside."""
     from experiments import figures, picture
     from experiments.sending import read_sending
 

@@ -134,8 +134,8 @@ def points(made: Sequence[Entry]) -> list[Point]:
 
 
 def with_passes(found: Iterable[Point], made: Sequence[Entry]) -> list[Point]:
-    """The points with what follows from the settings of their entries, where they have an entry: the passes of a client,
-    and where seconds until a score are known, those of the whole run.
+    """The points with what follows from the settings of their entries, where they have one: the passes of a client, and
+    where seconds until a score are known, those of the whole run.
     """
     configs = {entry.key: entry.made[0].config for entry in made}
     counted = []

@@ -24,7 +24,7 @@ TITLES = {EXACT_MATCH: "held-out exact match (%)", SHARE_OF_GAIN: "share of dens
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What scores are drawn against: its value at a point, what a panel calls it, whether a method's points are joined."""
+    """What scores are drawn against: its value at a point, what a panel calls it, whether points are joined."""
 
     of: Callable[[Point], float]
     title: Callable[[Point], str]

@@ -1,8 +1,8 @@
 """What a run costs a client beside bytes: examples that went through the model, and seconds.
 
-A forward pass and a backward pass are counted by the example. They follow from the settings: steps of all turns times the
-examples of a step, once forward and once backward; a method of forward passes alone has two of them a direction that it
-tries. Recomputed activations are not counted. Seconds are those that a run's training rows say.
+A forward pass and a backward pass are counted by the example. They follow from the settings: steps of all turns times
+the examples of a step, once forward and once backward; a method of forward passes alone has two of them a direction
+that it tries. Recomputed activations are not counted. Seconds are those that a run's training rows say.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Work:
 
 
 def count_passes(config: Config) -> tuple[float, float]:
-    """(forward, backward) passes of an example, of one client over a run, the mean over all; NaN where steps follow from
-    epochs, or where the clients' data are not there to be counted.
+    """(forward, backward) passes of an example, of one client over a run, the mean over all; NaN where steps follow
+    from epochs, or where the clients' data are not there to be counted.
     """
     training, federation = config.training, config.federation
     try:

@@ -149,7 +149,8 @@ def measured(name: str) -> str:
     figures = (DOCS / "benchmarks" / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(rf"^\| {name} \| 3 \|(.*)\|$", figures, re.MULTILINE)
     if not rows:
-        return "It has not been played beside [all methods](../benchmarks/methods.md) yet; [the log](../LOG.md) has first runs.\n"
+        all_methods, log = "[all methods](../benchmarks/methods.md)", "[the log](../LOG.md)"
+        return f"It has not been played beside {all_methods} yet; {log} has first runs.\n"
     halfway, end, up, down, share = (cell.strip() for cell in rows[-1].split("|")[:5])
     return (
         f"Default settings, value coding included: **{end} %** exact match after 20 rounds ({halfway} % after 10), "

@@ -124,7 +124,7 @@ def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
     with (tmp_path / "runs" / "front.csv").open() as file:
         found = list(csv.DictReader(file))
     assert len(found) == 6
-    # Ten steps of sixteen examples in each of the testbed's twenty rounds; the made-up ledgers have a second of training.
+    # Ten steps of sixteen examples in each of twenty rounds; the made-up ledgers have a second of training.
     assert {(row["forward_passes"], row["backward_passes"], row["client_seconds"]) for row in found} == {
         ("3200", "3200", "1")
     }

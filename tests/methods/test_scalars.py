@@ -92,7 +92,8 @@ def test_scalars_are_those_of_a_twin_that_moves_a_model_by_hand(shared: bool):
         assert len(set(tried)) == 3
         signs = [seeded_signs(flat.size, forward.seed(3, 1, j)).double().numpy() for j in tried]
         slopes = [
-            (np.sum((flat + 1e-2 * z - goal) ** 2) - np.sum((flat - 1e-2 * z - goal) ** 2)) / 2 / (2 * 1e-2) for z in signs
+            (np.sum((flat + 1e-2 * z - goal) ** 2) - np.sum((flat - 1e-2 * z - goal) ** 2)) / 2 / (2 * 1e-2)
+            for z in signs
         ]
         for j, z, slope in zip(tried, signs, slopes, strict=True):
             moved[j] -= 0.02 * slope / 3
@@ -262,5 +263,3 @@ def test_a_step_along_a_direction_moves_every_element_alike():
     moved = move_along(adapter, draw_direction(adapter, 9), 0.25)
     for name, tensor in moved.tensors().items():
         assert torch.allclose((tensor - adapter.tensors()[name]).abs(), torch.full_like(tensor, 0.25), atol=1e-6)
-
-

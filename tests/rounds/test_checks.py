@@ -260,7 +260,9 @@ def broadcast(name: str) -> tuple[Federation, bytes, bytes]:
 
 def hostile(payload: bytes, kind: str) -> bytes:
     message = decode(payload)
-    name = next(n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "R", "S", "frozen_A", "frozen_B"))
+    name = next(
+        n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "R", "S", "frozen_A", "frozen_B")
+    )
     module, _, part = name.rpartition("/")
     shape = message.entries[name].shape
     empty = Sparse((2**27, 1) if part.endswith("B") else (1, 2**27), torch.zeros(0, dtype=torch.int64), torch.zeros(0))

@@ -58,7 +58,11 @@ def test_bytes_are_those_of_a_real_round(name):
     unguarded |= {"coded": "false"} if name == "lora-xs" else {}  # codes that fill a budget follow the data
     method = build(name, unguarded)  # random steps may be taken back, at their own size
     (told,) = predict(
-        {name: method}, SHAPES, dict.fromkeys(("ada", "bob", "cyd"), toy_ranks(RANK)), with_memory=False, course=Course(steps=5)
+        {name: method},
+        SHAPES,
+        dict.fromkeys(("ada", "bob", "cyd"), toy_ranks(RANK)),
+        with_memory=False,
+        course=Course(steps=5),
     ).values()
     federation, up, down = Federation(job(method)), [], []
     for _ in range(3):

@@ -1,7 +1,7 @@
 """Directions in the space of an adapter's factors that everybody draws alike from a seed, so that they never travel.
 
-A direction has a sign for every element of A and B. Signs are bits of an integer generator, so that they are the same on
-every machine, which normal numbers, made by logarithms and cosines, need not be.
+A direction has a sign for every element of A and B. Signs are bits of an integer generator, so that they are the same
+on every machine, which normal numbers, made by logarithms and cosines, need not be.
 """
 
 from __future__ import annotations

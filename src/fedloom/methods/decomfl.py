@@ -1,5 +1,5 @@
-"""DeComFL: forward passes alone along directions that all clients share in a round, scalars on the wire (Li et al., ICLR
-2025, arXiv 2405.15861).
+"""DeComFL: forward passes alone along directions that all clients share in a round (Li et al., ICLR 2025,
+arXiv 2405.15861).
 
 All clients try the same directions in the same order, other ones in every round, each on its own examples. The server
 averages their scalars direction by direction, so that neither indices nor more scalars than one client's travel.

@@ -19,4 +19,6 @@ def fedkseed(*, seeds: int = 4096, perturbations: int = 1, epsilon: float = 1e-3
     seeds: K, directions of the whole run, each client's steps along some of its own choice. perturbations: directions
     that a step tries, of which it takes the mean. epsilon: ε, how far to both sides an element is moved to try.
     """
-    return method_of_scalars("fedkseed", "FedKSeed (arXiv 2312.06353)", ForwardOnly(seeds, perturbations, epsilon, False))
+    return method_of_scalars(
+        "fedkseed", "FedKSeed (arXiv 2312.06353)", ForwardOnly(seeds, perturbations, epsilon, False)
+    )

@@ -18,10 +18,11 @@ class ForwardOnly:
     """Steps along directions z_j that everybody draws from seeds, j from 0 to `seeds` − 1.
 
     A step tries `perturbations` of them: g_j = (L(θ + ε z_j) − L(θ − ε z_j)) / 2ε is a loss's slope along z_j, by two
-    forward passes (Spall, 1992), and the step is −η g_j z_j, the mean over j. Its mean over all z is that of the gradient.
+    forward passes (Spall, 1992), and the step is −η g_j z_j, the mean over j. Over all z its mean is −η times the
+    gradient.
 
-    shared: all clients try the same directions in the same order, and other ones in every round (DeComFL). Otherwise the
-    directions are the same in all rounds, and each client draws its own from them (FedKSeed).
+    shared: all clients try the same directions in the same order, and other ones in every round (DeComFL). Otherwise
+    the directions are the same in all rounds, and each client draws its own from them (FedKSeed).
     """
 
     seeds: int

@@ -128,10 +128,10 @@ class Facts:
 
     broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
     which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
-    of products; "step" is a step of the server's own; "scalars" are steps along drawn directions. one_factor: a broadcast changes B or A, in turn, whatever the
-    clients trained. stateless: the server's step needs the updates alone, so that it can merge adapters offline; its
-    rank is then that of the server's adapter ("rank"), that which the share `tau` of Σσ² takes ("energy"), or follows
-    from the adapters ("").
+    of products; "step" is a step of the server's own; "scalars" are steps along drawn directions. one_factor: a
+    broadcast changes B or A, in turn, whatever the clients trained. stateless: the server's step needs the updates
+    alone, so that it can merge adapters offline; its rank is then that of the server's adapter ("rank"), that which the
+    share `tau` of Σσ² takes ("energy"), or follows from the adapters ("").
     """
 
     paper: str
@@ -293,7 +293,7 @@ class Method:
         return bool(wanted) and wanted <= set(names)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
-        """The parts of a module that are sent in a round: "A", "B" or both; "R" where there is a core, "S" for scalars."""
+        """The parts of a module that are sent in a round: "A", "B" or both; "R" of a core; "S" for scalars."""
         if self.forward:
             return (SCALARS,)
         return (CORE,) if self.core(state) else self.trainable(round)

@@ -40,7 +40,7 @@ class Upload:
     two_bits: bool
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunk_size:
+        if not self.chunk_size >= 1:
             raise ConfigError(f"method.chunk_size is {self.chunk_size}: expected 1 or more")
         most = min(self.chunk_size, MOST)
         if not 1 <= self.topk <= most:

@@ -34,8 +34,8 @@ from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.lora_xs import lora_xs
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
-from fedloom.methods.sparseloco import sparseloco
 from fedloom.methods.shared.server_optimiser import ServerOptimiser, broadcasts_mean, optimise_mean
+from fedloom.methods.sparseloco import sparseloco
 
 Settings = Mapping[str, object]
 Found = TypeVar("Found")

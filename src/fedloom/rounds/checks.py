@@ -102,7 +102,9 @@ def leave_out(
 
 
 def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:
-    message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel() + _scalars_in_all(job, state)))
+    message = read_update(
+        payload, state, Limits(max_values=_SLACK * state.adapter.numel() + _scalars_in_all(job, state))
+    )
     header, entries = message.header, message.entries
     check_same_method(job, header)
     expect(header, "update", state.version, state.digest)
@@ -196,7 +198,9 @@ def _check_shapes(
 def _check_scalars(job: Job, name: str, shape: tuple[int, ...]) -> None:
     """Raises ShapeError unless there is one number for each direction at most."""
     if len(shape) != 1 or shape[0] > _most_scalars(job):
-        raise ShapeError(f"{name} has shape {shape}, expected one number each of {_most_scalars(job)} directions at most")
+        raise ShapeError(
+            f"{name} has shape {shape}, expected one number each of {_most_scalars(job)} directions at most"
+        )
 
 
 def _most_scalars(job: Job) -> int:
