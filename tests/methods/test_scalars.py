@@ -10,7 +10,7 @@ import torch
 
 from fedloom.compress.entries import Dense, Sparse
 from fedloom.compress.masks import seeded_signs
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, PolicyRefusal
 from fedloom.lora.directions import draw_direction, move_along
 from fedloom.lora.pair import LoraState
 from fedloom.methods.forward import ForwardOnly
@@ -18,13 +18,20 @@ from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.model.forward import draw_batches, walk_along
 from fedloom.records.config import TrainingSettings
+from fedloom.records.configfile import load_config
 from fedloom.rounds.checks import check_update
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.geometry import gram_matrix
 from fedloom.rounds.step import Trained
 from fedloom.rounds.turns import client_turn, server_turn, start
+from fedloom.site.guard import guard_training
+from fedloom.site.privacy import Privacy
+from fedloom.site.rules import Policy
+from fedloom.testbeds import testbed_folder
 from fedloom.wire import decode
+from fedloom.workspace.plan import check_method_takes
+from fedloom.workspace.private import refuse_own_trainer
 from toy import CLIENTS_OF_SCALARS, Federation, client_seed, initial, job, random_state, step, step_along
 
 names = pytest.mark.parametrize("name", CLIENTS_OF_SCALARS)
@@ -263,3 +270,28 @@ def test_a_step_along_a_direction_moves_every_element_alike():
     moved = move_along(adapter, draw_direction(adapter, 9), 0.25)
     for name, tensor in moved.tensors().items():
         assert torch.allclose((tensor - adapter.tensors()[name]).abs(), torch.full_like(tensor, 0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing=true", "dp={noise_multiplier=1.0, clip_norm=1.0}"])
+@names
+def test_settings_about_gradients_are_refused(name: str, key: str):
+    config = load_config(testbed_folder() / "demo.toml", [f"training.{key}"])
+    with pytest.raises(ConfigError, match=f"training.{key.partition('=')[0]} is about gradients, and method '{name}'"):
+        check_method_takes(build(name), config)
+
+
+@names
+def test_noise_at_a_site_does_not_stand_for_noise_on_scalars(name: str):
+    """The noise is on the adapter, and what is sent is not made from it: nothing may leave."""
+    charged: list[int] = []
+    policy = Policy(privacy=Privacy(clip_norm=1.0, noise_multiplier=1.0))
+    guarded = guard_training(policy, step_along(build(name), 3), build(name).trainable, lambda: charged.append(1))
+    with pytest.raises(PolicyRefusal, match="does not cover"):
+        guarded(State(initial()), 1, 7)
+    assert not charged
+
+
+@names
+def test_a_trainer_of_ones_own_is_refused_before_a_run(name: str):
+    with pytest.raises(ConfigError, match=f"method '{name}' trains by forward passes"):
+        refuse_own_trainer(load_config(testbed_folder() / "demo.toml"), build(name))

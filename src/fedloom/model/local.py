@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import State
 from fedloom.model.forward import forward_update
@@ -39,6 +40,8 @@ def train_locally(
     trained, fixed = parts
     method = job.method
     if method.forward:
+        if private is not None:
+            raise ConfigError(f"noise on examples is noise on gradients, and method {method.name!r} takes none")
         after, moved, stats = forward_update(
             model,
             trained,
