@@ -19,7 +19,8 @@ Direction = Mapping[str, Tensor]
 
 def draw_direction(adapter: LoraState, seed: int) -> Direction:
     """The direction of a seed: signs for the adapter's factors, drawn one factor after the other in order of name."""
-    signs, end, found = seeded_signs(adapter.numel(), seed), 0, {}
+    found: dict[str, Tensor] = {}
+    signs, end = seeded_signs(adapter.numel(), seed), 0
     for name, tensor in adapter.tensors().items():
         begin, end = end, end + tensor.numel()
         found[name] = signs[begin:end].view(tensor.shape)

@@ -49,4 +49,5 @@ class ForwardOnly:
         if self.shared:
             return [(step * self.perturbations + place) % self.seeds for place in range(self.perturbations)]
         generator = torch.Generator().manual_seed(derived_seed(seed, "step", step))
-        return torch.randperm(self.seeds, generator=generator)[: self.perturbations].tolist()
+        drawn: list[int] = torch.randperm(self.seeds, generator=generator)[: self.perturbations].tolist()
+        return drawn

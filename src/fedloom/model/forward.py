@@ -132,7 +132,7 @@ def draw_batches(number: int, settings: TrainingSettings, seed: int) -> Iterator
     generator = torch.Generator().manual_seed(seed)
     size, waiting = settings.per_device_train_batch_size, list[int]()
     for _ in range(settings.steps):
-        batch = []
+        batch: list[list[int]] = []
         for _ in range(settings.gradient_accumulation_steps):
             if not waiting:
                 waiting = torch.randperm(number, generator=generator).tolist()
