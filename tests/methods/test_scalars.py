@@ -272,11 +272,12 @@ def test_a_step_along_a_direction_moves_every_element_alike():
         assert torch.allclose((tensor - adapter.tensors()[name]).abs(), torch.full_like(tensor, 0.25), atol=1e-6)
 
 
-@pytest.mark.parametrize("key", ["gradient_checkpointing=true", "dp={noise_multiplier=1.0, clip_norm=1.0}"])
+@pytest.mark.parametrize("key", ["gradient_checkpointing=true", "dp.noise_multiplier=1.0"])
 @names
 def test_settings_about_gradients_are_refused(name: str, key: str):
     config = load_config(testbed_folder() / "demo.toml", [f"training.{key}"])
-    with pytest.raises(ConfigError, match=f"training.{key.partition('=')[0]} is about gradients, and method '{name}'"):
+    said = key.partition("=")[0].partition(".")[0]
+    with pytest.raises(ConfigError, match=f"training.{said} is about gradients, and method '{name}'"):
         check_method_takes(build(name), config)
 
 
