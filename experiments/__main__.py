@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,13 +61,31 @@ def front(
     made = front.entries([testbed_folder(), TESTBEDS], names, tried, out, sets or [])
     play_all(front.distinct(front.selected(made, split_words(only))), jobs, front.kind)
     old = figures.read_csv(keep) if keep.exists() else []
-    merged = figures.merge(old, front.points(made), [entry.key for entry in made])
+    new = figures.merge(old, front.points(made), [entry.key for entry in made])
+    merged = front.with_passes(new, made)
     found = [point for point in merged if point.testbed in names]
     leave(found, out, merged)
     for page in figures.pages(found):
         screen.print(table.comparison_table(page))
     for point in above(found):
         screen.print(cell(f"above loom at {point.budget} on {point.testbed}: {point.variant}"))
+
+
+@app.command()
+def work(
+    figures: Annotated[Path, typer.Option(help="A front.csv.")] = Path("docs/front.csv"),
+    out: Annotated[Path, typer.Option(help="Folder of the tables, CSV and pictures.")] = Path("runs/work"),
+) -> None:
+    """The rows of a front.csv with what a client's part in each takes, counted from settings; nothing is played."""
+    from experiments import front
+    from experiments.figures import read_csv
+
+    kept = read_csv(figures)
+    names = list(dict.fromkeys(point.testbed for point in kept))
+    points = front.with_passes(kept, front.entries([testbed_folder(), TESTBEDS], names, range(1), out, []))
+    out.mkdir(parents=True, exist_ok=True)
+    leave(points, out)
+    screen.print(cell(f"{len(points)} rows in {out}"))
 
 
 @app.command()
@@ -264,13 +283,16 @@ def rebase(
 
 
 def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = None) -> None:
-    """Table and picture of the front, and its figures with those that are kept beside."""
+    """Tables and pictures of the front, against bytes and a client's work; its figures with those kept beside."""
     from experiments import figures, picture
     from experiments.sending import read_sending
 
     (out / "front.md").write_text(figures.write_markdown(points), encoding="utf-8")
+    (out / "work.md").write_text(figures.write_work(points), encoding="utf-8")
     (out / "front.csv").write_text(figures.write_csv(points if kept is None else kept), encoding="utf-8")
     picture.front(points, out / "front.png", sending=read_sending())
+    worked = [point for point in points if math.isfinite(point.work.passes)]
+    picture.front(worked, out / "front-work.png", axis=picture.WORK)
 
 
 if __name__ == "__main__":

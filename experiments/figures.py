@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiments.gain import Losses
 from experiments.points import LINKS, SHARE_OF_GAIN, TARGET, Point
+from experiments.work import Work
 from fedloom.errors import DataError
 from fedloom.report.tables import to_csv, to_markdown
 
@@ -16,6 +17,8 @@ SHARE = "of dense fp32"
 """How the column of shares begins."""
 GAIN, LOSS, BITS, AGAINST = "of dense FedIT's gain %", "nats a token", "bits a byte", "nats a token against dense FedIT"
 _SECONDS = [f"s at {up:g}/{down:g} Mbit/s" for up, down in LINKS]
+_WORK = ("forward_passes", "backward_passes", "client_seconds")
+_WALLS = [f"run_seconds_{up:g}_{down:g}" for up, down in LINKS]
 _ROUNDS = f"rounds to {100 * TARGET:.0f} %"
 
 
@@ -98,7 +101,28 @@ def _numbers(point: Point) -> dict[str, str]:
         "low": f"{low:.1f}",
         "high": f"{high:.1f}",
         "metric": point.metric,
+        **_work(point.work),
     }
+
+
+def _work(work: Work) -> dict[str, str]:
+    """What a client's part takes; empty what is not known."""
+    numbers = dict(zip(_WORK, (work.forward, work.backward, work.seconds), strict=True))
+    numbers |= zip(_WALLS, work.walls or (math.nan,) * len(LINKS), strict=True)
+    return {name: "" if math.isnan(v) else f"{v:.1f}".removesuffix(".0") for name, v in numbers.items()}
+
+
+def write_work(points: Sequence[Point]) -> str:
+    """Score, bytes and what a client's part in a run takes, as a table in Markdown; what is not known is a dash."""
+    lines = []
+    for point in points:
+        row = {"testbed": point.testbed, "budget": point.budget, "run": point.variant}
+        row |= {"score %": _spread(point.score, point.half, point.seeds), "B a client": f"{point.client:.0f}"}
+        told = _work(point.work)
+        row |= {"forward passes": told[_WORK[0]], "backward passes": told[_WORK[1]], "client s": told[_WORK[2]]}
+        row |= {f"run, {name}": told[wall] for name, wall in zip(_SECONDS, _WALLS, strict=True)}
+        lines.append({head: text or "–" for head, text in row.items()})
+    return to_markdown(lines)
 
 
 def _row(point: Point) -> dict[str, str]:
@@ -169,5 +193,13 @@ def _point(row: Mapping[str, str]) -> Point:
         seconds=(math.nan,) * len(LINKS) if free else tuple(_number(row[name]) for name in _SECONDS),
         client=_number(row.get("bytes_client", "")),
         rank=shares[0].partition(", ")[2],
+        work=_read_work(row),
         losses=Losses(*_both(row[LOSS]), _number(row[BITS]), *_both(row[AGAINST])) if free else None,
     )
+
+
+def _read_work(row: Mapping[str, str]) -> Work:
+    """What a client's part takes, as far as the row says it."""
+    forward, backward, seconds = (_number(row.get(name, "")) for name in _WORK)
+    walls = tuple(_number(row.get(name, "")) for name in _WALLS)
+    return Work(forward, backward, seconds, () if any(map(math.isnan, walls)) else walls)

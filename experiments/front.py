@@ -7,14 +7,16 @@ score is the share of a gain, the gain is that of the first variant under `DENSE
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from experiments.gain import paired
 from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point, Reference, measured
+from experiments.work import count_passes
 from fedloom.errors import ConfigError
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
@@ -129,6 +131,24 @@ def points(made: Sequence[Entry]) -> list[Point]:
         for entry, found in finished
         if entry.testbed in reference and (runs := _scored(entry, found, reference))
     ]
+
+
+def with_passes(found: Iterable[Point], made: Sequence[Entry]) -> list[Point]:
+    """The points with what follows from the settings of their entries, where they have one: the passes of a client, and
+    where seconds until a score are known, those of the whole run.
+    """
+    configs = {entry.key: entry.made[0].config for entry in made}
+    counted = []
+    for point in found:
+        config = configs.get((point.testbed, point.budget, point.variant))
+        if config is not None:
+            forward, backward = count_passes(config)
+            # Seconds until a score are those of so many rounds; all rounds take as long each.
+            whole = config.federation.num_rounds / point.rounds
+            walls = point.work.walls or tuple(whole * seconds for seconds in point.seconds if math.isfinite(whole))
+            point = replace(point, work=replace(point.work, forward=forward, backward=backward, walls=walls))
+        counted.append(point)
+    return counted
 
 
 def _dense(of: Entry, finished: Sequence[tuple[Entry, Sequence[Report]]]) -> tuple[Report, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,15 +22,33 @@ HEIGHTS = {EXACT_MATCH: (0.0, 101.0), SHARE_OF_GAIN: (60.0, 103.0)}
 TITLES = {EXACT_MATCH: "held-out exact match (%)", SHARE_OF_GAIN: "share of dense FedIT's gain that is kept (%)"}
 
 
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What scores are drawn against: its value at a point, what a panel calls it, whether points are joined."""
+
+    of: Callable[[Point], float]
+    title: Callable[[Point], str]
+    joined: bool = True
+
+
+BYTES = Axis(lambda p: 100 * p.share, lambda p: f"bytes, both ways, of dense fp32 FedIT of {p.rank} (%)")
+WORK = Axis(
+    lambda p: p.work.passes,
+    lambda p: "forward passes of a client in a run, by the example; a backward one is two",
+    joined=False,
+)
+
+
 def front(
     points: Sequence[Point],
     target: Path | IO[bytes],
     *,
     own: str = "loom",
     sending: Mapping[str, Sending] | None = None,
+    axis: Axis = BYTES,
 ) -> None:
     """Score against share of dense bytes, a panel a testbed: a line a method through its best at each budget, hollow
-    marks for what papers set; bars are 95 % intervals over seeds.
+    marks for what papers set; bars are 95 % intervals over seeds. axis: another measure than bytes.
 
     sending: testbed → what its data weigh, drawn as upright lines.
     """
@@ -41,8 +60,8 @@ def front(
         for axes, testbed in zip(panels, testbeds, strict=False):
             here = best_at_each_budget([p for p in points if p.testbed == testbed])
             for number, method in enumerate(methods):
-                _front_of([p for p in here if p.method == method], axes, number, method == own)
-            _lay_out(axes, here)
+                _front_of([p for p in here if p.method == method], axes, axis, number, method == own)
+            _lay_out(axes, here, axis)
             if sending and testbed in sending:
                 _draw_sending(axes, sending[testbed], here)
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
@@ -58,12 +77,12 @@ def best_at_each_budget(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if p.budget == PUBLISHED or not p.score < best[p.method, p.budget]]
 
 
-def _lay_out(axes: Axes, points: Sequence[Point]) -> None:
+def _lay_out(axes: Axes, points: Sequence[Point], axis: Axis) -> None:
     """Title, scales and names of a panel's axes."""
     first = points[0]
     axes.set_title(legend_label(first.testbed))
     axes.set_xscale("log")
-    axes.set_xlabel(f"bytes, both ways, of dense fp32 FedIT of {first.rank} (%)")
+    axes.set_xlabel(axis.title(first))
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -95,39 +114,39 @@ def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
         )
 
 
-def _front_of(points: Sequence[Point], axes: Axes, number: int, bold: bool) -> None:
+def _front_of(points: Sequence[Point], axes: Axes, axis: Axis, number: int, bold: bool) -> None:
     """One method's points: the chosen ones joined in order of bytes, the published ones alone."""
     colour, marker = line_style(number)
     for published in (False, True):
         some = [p for p in points if (p.budget == PUBLISHED) == published and math.isfinite(p.score)]
-        shown = sorted(some, key=lambda p: p.share)
+        shown = sorted(some, key=axis.of)
         if not shown:
             continue
         axes.errorbar(
-            [100 * p.share for p in shown],
+            [axis.of(p) for p in shown],
             [p.score for p in shown],
             [p.half for p in shown],
             label=legend_label(f"{shown[0].method}{', as published' if published else ''}"),
             color=colour,
             marker=marker,
             markerfacecolor="white" if published else colour,
-            linestyle="none" if published else LINES[number // len(COLOURS)],
+            linestyle="none" if published or not axis.joined else LINES[number // len(COLOURS)],
             linewidth=2.8 if bold else 1.4,
             markersize=6 if bold else 5,
             capsize=2,
             elinewidth=0.9,
         )
-        _note_below(axes, shown, colour, published)
+        _note_below(axes, shown, axis, colour, published)
 
 
-def _note_below(axes: Axes, points: Sequence[Point], colour: str, hollow: bool) -> None:
+def _note_below(axes: Axes, points: Sequence[Point], axis: Axis, colour: str, hollow: bool) -> None:
     """Points below the axis, as triangles at its foot with their score."""
     for point in points:
         bottom, top = HEIGHTS[point.metric]
         if point.score >= bottom:
             continue
         axes.plot(
-            100 * point.share,
+            axis.of(point),
             bottom + 0.02 * (top - bottom),
             marker="v",
             color=colour,
@@ -138,7 +157,7 @@ def _note_below(axes: Axes, points: Sequence[Point], colour: str, hollow: bool) 
         )
         axes.annotate(
             f"{point.score:.0f}",
-            (100 * point.share, bottom + 0.02 * (top - bottom)),
+            (axis.of(point), bottom + 0.02 * (top - bottom)),
             (0, 6),
             textcoords="offset points",
             ha="center",

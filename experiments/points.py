@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from experiments.gain import Losses, losses, paired, share_kept
+from experiments.work import Work, measure_seconds
 from fedloom.report.numbers import MEAN, Report, interval
 
 EXACT_MATCH, SHARE_OF_GAIN = "exact_match", "share_of_gain"
@@ -35,7 +36,7 @@ class Point:
     score, half: mean over seeds and half of its 95 % interval, in percent; halfway: the mean score at half time.
     rounds: until the score is `TARGET`, the mean over seeds, NaN where a seed did not reach it; seconds: until then,
     at each of `LINKS`, all sites at once. client: bytes of one client over the whole run, both ways. losses: for free
-    text, what is behind the score; then no score is taken on the way.
+    text, what is behind the score; then no score is taken on the way. work: what a client's part in it takes.
     """
 
     testbed: str
@@ -53,6 +54,7 @@ class Point:
     client: float
     rank: str
     losses: Losses | None = None
+    work: Work = Work()
 
     @property
     def metric(self) -> str:
@@ -108,6 +110,10 @@ def measured(testbed: str, budget: str, variant: str, runs: Sequence[Report], re
         client=sent / len(runs[0].run.clients),
         rank=reference.rank,
         losses=losses(pairs) if pairs else None,
+        work=Work(
+            seconds=measure_seconds(runs),
+            walls=tuple(runs[0].run.num_rounds * (busy_s + line_seconds(up, down, link)) for link in LINKS),
+        ),
     )
 
 

@@ -26,7 +26,7 @@ from fedloom.methods.table import METHODS, build, method_options, server_options
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = DOCS / "methods"
 HEAD = "<!-- Written by scripts/make_method_pages.py from the code and text/{}.md: change those, `make pages`. -->\n"
-CODING = {"fp32": "fp32 (lossless)", "int8": "int8", "int4": "int4", "sign": "signs, one bit a value"}
+CODING = {"fp32": "fp32 (lossless)", "bf16": "bf16", "int8": "int8", "int4": "int4", "sign": "signs, one bit a value"}
 
 
 def files() -> dict[str, str]:
@@ -145,9 +145,12 @@ def code(value: object) -> str:
 
 
 def measured(name: str) -> str:
-    """The method's row in the run of all methods."""
+    """The method's row in the run of all methods, where it has been played there."""
     figures = (DOCS / "benchmarks" / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(rf"^\| {name} \| 3 \|(.*)\|$", figures, re.MULTILINE)
+    if not rows:
+        all_methods, log = "[all methods](../benchmarks/methods.md)", "[the log](../LOG.md)"
+        return f"It has not been played beside {all_methods} yet; {log} has first runs.\n"
     halfway, end, up, down, share = (cell.strip() for cell in rows[-1].split("|")[:5])
     return (
         f"Default settings, value coding included: **{end} %** exact match after 20 rounds ({halfway} % after 10), "

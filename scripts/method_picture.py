@@ -19,6 +19,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Dense, Entry, Quantized, Sparse, to_dense
 from fedloom.lora.pair import LoraPair, LoraState, initial_state
 from fedloom.methods.method import CORE
+from fedloom.rounds.joint import ONCE
 
 MODULE, SHAPE, RANK = "module", (10, 14), 3
 CLIENTS = {"ada": 200, "bob": 100}
@@ -29,6 +30,9 @@ TOY: Mapping[str, Mapping[str, float | bool | str]] = {
     "fedsrd": {"base_sparsity": 0.75, "sparsity_upper": 0.0, "download_sparsity": 0.7},
     "fedsrd-e": {"base_sparsity": 0.75, "sparsity_upper": 0.0, "download_sparsity": 0.7},
     "lora-xs": {"factors": "random", "coded": False},
+    "sparseloco": {"chunk_size": 15, "topk": 4},
+    "fedkseed": {"seeds": 16, "perturbations": 4},
+    "decomfl": {"seeds": 16, "perturbations": 8},
     "loom": {"max_density": 0.3},
 }
 """Settings that leave something to see on 72 values and need no base model; other methods have their defaults."""
@@ -83,6 +87,11 @@ def step(method: fedloom.Method, examples: int):
 
     def train(state: fedloom.State, round: int, seed: int) -> fedloom.Trained:
         generator = torch.Generator().manual_seed(seed % 2**63)
+        if method.forward:
+            moved = torch.zeros(method.forward.seeds)
+            tried = method.forward.numbers(0, seed)
+            moved[tried] = 0.1 * torch.randn(len(tried), generator=generator)
+            return fedloom.Trained(state.adapter, num_examples=examples, loss=1.0, steps=1, moved=moved)
         core, parts, pairs = method.core(state), method.trainable(round), {}
         for module, pair in state.adapter.items():
             if core:
@@ -167,6 +176,12 @@ def payload(x: int, y: int, title: str, data: bytes) -> str:
     """One message: its heading, its bytes, its tensors."""
     entries = {name: entry for name, entry in fedloom.decode(data).entries.items() if math.prod(entry.shape)}
     out = [words(x, y, title, "h"), words(x, y + 12, f"{len(data)} bytes")]
+    if ONCE in entries:
+        scalars = entries[ONCE]
+        shape = (1, math.prod(scalars.shape))
+        out.append(words(x, y + 30, "s", "b"))
+        out.append(matrix(x, y + 35, to_dense(scalars).view(shape), shape, present(scalars).view(shape)))
+        out.append(words(x, y + 52, form(scalars)))
     core = entries.get(f"{MODULE}/{CORE}")
     if core is not None:
         out.append(words(x, y + 30, "R", "b") + matrix(x, y + 35, to_dense(core), (RANK, RANK), present(core)))

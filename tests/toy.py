@@ -12,9 +12,10 @@ from fedloom.adapters.settings import AdapterSettings
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
+from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
-from fedloom.methods.table import build, method_options
+from fedloom.methods.table import METHODS, build, method_options
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds import federation
 from fedloom.rounds.federation import RoundResult
@@ -24,6 +25,8 @@ from fedloom.workspace.checkpoint import Snapshot, load_checkpoint, save_checkpo
 
 SHAPES = {"layers.0.k_proj": (6, 10), "layers.0.q_proj": (12, 10), "layers.1.down": (10, 17)}
 RANK = 4
+CLIENTS_OF_SCALARS = [name for name in METHODS if build(name).forward]
+"""Methods that a training by gradients does not go with."""
 
 
 def job(
@@ -98,8 +101,26 @@ def step(
     return Trained(after, num_examples=1 + seed % 7, loss=1.0, steps=1)
 
 
-def trainer(method: Method, *, size: float = 0.1):
-    """The toy step, moving only what the method trains in that round."""
+def step_along(method: Method, run_seed: int, *, size: float = 0.1) -> Train:
+    """The toy step of a method that trains by forward passes: seeded random lengths along what five steps try."""
+    forward = method.forward
+    assert forward is not None
+
+    def train(state: State, round: int, seed: int) -> Trained:
+        generator = torch.Generator().manual_seed(seed)
+        moved = torch.zeros(forward.seeds)
+        places = [number for step in range(5) for number in forward.numbers(step, seed)]
+        moved[places] = size * torch.randn(len(places), generator=generator)
+        steps = {forward.seed(run_seed, round, number): float(moved[number]) for number in sorted(places)}
+        return Trained(move_along_all(state.adapter, steps), num_examples=1 + seed % 7, loss=1.0, steps=1, moved=moved)
+
+    return train
+
+
+def trainer(method: Method, *, size: float = 0.1, run_seed: int = 3) -> Train:
+    """The toy step, moving only what the method trains in that round. run_seed: of the run, as in `job`."""
+    if method.forward:
+        return step_along(method, run_seed, size=size)
     return lambda state, round, seed: step(
         state, round, seed, size=size, parts=method.trainable(round), core=method.core(state)
     )
@@ -122,7 +143,7 @@ class Federation(federation.Federation):
         begin = initial_state(shapes, top, 3)
         super().__init__(replace(job, method=on_base(job.method, begin)), begin, own)
         self.settings = settings or {}
-        self.train = train or trainer(self.job.method)
+        self.train = train or trainer(self.job.method, run_seed=self.job.seed)
         self.broadcasts: list[bytes] = []
         self.uploads: Mapping[str, bytes] = {}
 

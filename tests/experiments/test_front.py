@@ -3,10 +3,12 @@
 import csv
 import math
 import tomllib
+from dataclasses import replace
 
 import pytest
-from experiments.figures import rows
+from experiments.figures import read_csv, rows, write_csv, write_work
 from experiments.points import PUBLISHED, Point, above, line_seconds
+from experiments.work import Work, count_passes
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,6 +17,7 @@ from experiments import front, picture
 from fedloom import testbeds
 from fedloom.errors import ConfigError
 from fedloom.methods.table import build
+from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Aggregation, Evaluation, Ledger, ModuleGroup, RunRow, Training, Transfer
 from fedloom.studies import compare
 
@@ -119,7 +122,14 @@ def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
     assert result.exit_code == 0
     assert "12 runs, all of them complete: nothing is played" in result.stdout
     with (tmp_path / "runs" / "front.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 6
+        found = list(csv.DictReader(file))
+    assert len(found) == 6
+    # Ten steps of sixteen examples in each of twenty rounds; the made-up ledgers have a second of training.
+    assert {(row["forward_passes"], row["backward_passes"], row["client_seconds"]) for row in found} == {
+        ("3200", "3200", "1")
+    }
+    assert "| 3200 | 3200 | 1 |" in (tmp_path / "runs" / "work.md").read_text()
+    assert (tmp_path / "runs" / "front-work.png").stat().st_size > 10_000
     assert (tmp_path / "runs" / "front.md").read_text().count("loom") == 2
     assert (tmp_path / "runs" / "front.png").stat().st_size > 10_000
 
@@ -172,3 +182,50 @@ def test_the_line_goes_through_a_methods_best_at_each_budget():
     papers = [point("loom", 10.0, PUBLISHED), point("loom:a=3", 5.0, PUBLISHED)]
     kept = picture.best_at_each_budget([*points, *papers])
     assert kept == [points[0], points[2], points[3], *papers]
+
+
+@pytest.mark.parametrize(
+    ("sets", "passes"),
+    [
+        ([], (3200, 3200)),
+        (["training.gradient_accumulation_steps=3"], (9600, 9600)),
+        (["federation.fraction_train=0.5"], (1600, 1600)),
+        (["method.name=fedkseed"], (6400, 0)),
+        (["method.name=decomfl", "method.perturbations=5", "training.max_steps=2"], (6400, 0)),
+        (["training.num_train_epochs=1", "training.max_steps=null"], (math.nan, math.nan)),
+        (["data.source=nowhere/{client}"], (math.nan, math.nan)),
+    ],
+)
+def test_passes_follow_from_the_settings(sets, passes):
+    config = load_config(testbeds.testbed_folder() / "demo.toml", sets)
+    assert count_passes(config) == pytest.approx(passes, nan_ok=True)
+
+
+def test_what_a_client_does_is_read_back_and_what_is_not_known_stays_empty(tmp_path):
+    told = Work(3200, 0, 12.5, (40.0, 30.5, 20.0))
+    points = [
+        Point("demo", "1%", name, 5, 0.01, 1, 1, 0, 90, 1.0, 1, (1, 1, 1), 1, "rank 16", work=work)
+        for name, work in (("loom", told), ("fedit", Work()))
+    ]
+    (tmp_path / "front.csv").write_text(write_csv(points))
+    first, second = read_csv(tmp_path / "front.csv")
+    assert first.work == told and first.work.passes == 3200
+    assert math.isnan(second.work.passes) and second.work.walls == ()
+    known, unknown = csv.DictReader((tmp_path / "front.csv").read_text().splitlines())
+    assert (known["run_seconds_1_5"], unknown["run_seconds_1_5"], unknown["client_seconds"]) == ("40", "", "")
+    assert "| – | – | – | – | – | – |" in write_work(points)
+
+
+def test_the_passes_of_rows_without_runs_are_counted_from_their_settings(monkeypatch, tmp_path, made):
+    monkeypatch.setattr(command, "testbed_folder", lambda: tmp_path)
+    kept = front.points(made)
+    (tmp_path / "old.csv").write_text(write_csv(kept))
+    options = ["--figures", str(tmp_path / "old.csv"), "--out", str(tmp_path / "work")]
+    result = CliRunner().invoke(command.app, ["work", *options])
+    assert result.exit_code == 0, result.output
+    found = read_csv(tmp_path / "work" / "front.csv")
+    assert [(p.variant, p.work.forward) for p in found] == [(p.variant, 3200) for p in kept]
+    old = replace(kept[0], rounds=16.0, seconds=(88.0, 22.0, 16.0), work=Work())
+    (filled,) = front.with_passes([old], made)
+    assert filled.work.walls == pytest.approx((110.0, 27.5, 20.0)) and math.isnan(filled.work.seconds)
+    assert (tmp_path / "work" / "front-work.png").exists()

@@ -45,6 +45,7 @@ def ranked(payload: bytes, a: int, b: int) -> bytes:
     """The update with factors of other ranks in one module."""
     m, n = SHAPES[MODULE]
     wanted = {f"{MODULE}/A": torch.ones(a, n), f"{MODULE}/B": torch.ones(m, b), f"{MODULE}/R": torch.ones(a, b)}
+    wanted[f"{MODULE}/S"] = torch.ones(a, b)
     return changed(payload, {name: dense_entry(t) for name, t in wanted.items() if name in decode(payload).entries})
 
 
@@ -56,9 +57,10 @@ def test_an_update_of_the_wrong_form_is_refused_and_the_others_are_averaged(name
     first = min(decode(payloads["bob"]).entries)
     if spoil == "mixed ranks" and f"{MODULE}/A" not in decode(payloads["bob"]).entries:
         pytest.skip("one factor alone has one rank, and a lower one is a client's own affair")
+    vector = Dense((4,), torch.ones(4))  # which scalars along directions are
     bad = {
         "scalar": lambda p: changed(p, {first: Dense((), torch.ones(1))}),
-        "vector": lambda p: changed(p, {first: Dense((4,), torch.ones(4))}),
+        "vector": lambda p: changed(p, {first: Dense((4, 1, 1), torch.ones(4)) if first[-1] == "S" else vector}),
         "mixed ranks": lambda p: ranked(p, 4, 3),
         "rank 0": lambda p: ranked(p, 0, 0),
         "rank 5": lambda p: ranked(p, 5, 5),
@@ -258,7 +260,9 @@ def broadcast(name: str) -> tuple[Federation, bytes, bytes]:
 
 def hostile(payload: bytes, kind: str) -> bytes:
     message = decode(payload)
-    name = next(n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "R", "frozen_A", "frozen_B"))
+    name = next(
+        n for n in sorted(message.entries) if n.rpartition("/")[2] in ("A", "B", "R", "S", "frozen_A", "frozen_B")
+    )
     module, _, part = name.rpartition("/")
     shape = message.entries[name].shape
     empty = Sparse((2**27, 1) if part.endswith("B") else (1, 2**27), torch.zeros(0, dtype=torch.int64), torch.zeros(0))

@@ -20,7 +20,7 @@ from fedloom.studies import estimate
 from fedloom.studies.estimate import rounds
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.studies.estimate.published import count_parameters, list_figures
-from fedloom.studies.estimate.rounds import equal_ranks, predict, sample_modules
+from fedloom.studies.estimate.rounds import Course, equal_ranks, predict, sample_modules
 from toy import RANK, SHAPES, Federation, initial, job
 from toy import ranks as toy_ranks
 from toy_run import simulation, toy_setup
@@ -58,7 +58,11 @@ def test_bytes_are_those_of_a_real_round(name):
     unguarded |= {"coded": "false"} if name == "lora-xs" else {}  # codes that fill a budget follow the data
     method = build(name, unguarded)  # random steps may be taken back, at their own size
     (told,) = predict(
-        {name: method}, SHAPES, dict.fromkeys(("ada", "bob", "cyd"), toy_ranks(RANK)), with_memory=False
+        {name: method},
+        SHAPES,
+        dict.fromkeys(("ada", "bob", "cyd"), toy_ranks(RANK)),
+        with_memory=False,
+        course=Course(steps=5),
     ).values()
     federation, up, down = Federation(job(method)), [], []
     for _ in range(3):

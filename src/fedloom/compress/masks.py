@@ -2,7 +2,8 @@
 
 The generator, in full, all arithmetic modulo 2⁶⁴: word j = mix(seed + (j + 1) · 0x9E3779B97F4A7C15), where mix(z) is
 z ^= z >> 30; z *= 0xBF58476D1CE4E5B9; z ^= z >> 27; z *= 0x94D049BB133111EB; z ^= z >> 31 (splitmix64). Number i is the
-16-bit lane i mod 4, lowest first, of word i // 4; element i of a mask is kept where number i < 65536 · density.
+16-bit lane i mod 4, lowest first, of word i // 4; element i of a mask is kept where number i < 65536 · density. Sign i
+is bit i mod 64, lowest first, of word i // 64.
 """
 
 from __future__ import annotations
@@ -67,6 +68,16 @@ def seeded_uniform(numel: int, seed: int) -> Tensor:
     for start, numbers in _numbers(numel, seed):
         np.add(numbers, np.float32(0.5), out=out[start : start + numbers.size], dtype=np.float32)
     return uniform.mul_(1 / STEPS)
+
+
+def seeded_signs(numel: int, seed: int) -> Tensor:
+    """A float32 tensor (numel,) of −1 and 1: bit i mod 64, lowest first, of word i // 64, where 1 stands for 1."""
+    signs = torch.empty(numel)
+    out = signs.numpy()
+    for start, numbers in _numbers(-(-numel // 16), seed):
+        bits = np.unpackbits(numbers.view(np.uint8), bitorder="little")[: numel - 16 * start]
+        np.multiply(bits, np.float32(2), out=out[16 * start : 16 * start + bits.size])
+    return signs.sub_(1.0)
 
 
 def threshold(density: float) -> int:

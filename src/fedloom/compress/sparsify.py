@@ -142,7 +142,7 @@ def _reaching(flat: NDArray[np.float32], limit: float, number: int) -> tuple[NDA
     from fedloom.compress import compiled
 
     positions, values = np.empty(number + 1, dtype=np.int64), np.empty(number + 1, dtype=np.float32)
-    compiled.list_reaching(flat, np.float32(limit), positions, values)
+    compiled.list_reaching(flat, float(np.float32(limit)), positions, values)  # as numpy compares
     return positions[:number], values[:number]
 
 

@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from dataclasses import replace as replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from fedloom.compress.budget import Budget
 from fedloom.compress.entries import Entry
 from fedloom.compress.sparsify import Quantize
 from fedloom.lora.pair import PARTS, LoraState, narrow, stack
+from fedloom.methods.forward import ForwardOnly
 from fedloom.methods.spending import RunShape, Spending
 
 Entries = Mapping[str, Entry]
 CORE = "R"
 """The part of a module that is the matrix between two resting factors: "module/R"."""
+SCALARS = "S"
+"""The part of a module that says how far it goes along directions that everybody draws: "module/S" (see `forward`)."""
 FROZEN = "frozen_"
 """Prefix of the entries that hold merged increments: "module/frozen_A"."""
 
@@ -84,7 +88,8 @@ class Context:
 
     budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
     takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
-    downloads, start: see `rounds.Job`.
+    downloads, start: see `rounds.Job`. moved: how far a client's training went along each of the directions of
+    `Method.forward`, (at most as many,); empty where it went along none.
     """
 
     round: int
@@ -95,6 +100,7 @@ class Context:
     num_rounds: int = 0
     downloads: float = 1.0
     start: LoraState = field(default_factory=LoraState, repr=False)
+    moved: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -122,10 +128,10 @@ class Facts:
 
     broadcasts: what the server's entries are. "factors" and "change" are a mean of factors or of their changes, over
     which a server optimiser can be put; "elements" are some of a mean, the rest waits; "components" are those of a sum
-    of products; "step" is a step of the server's own. one_factor: a broadcast changes B or A, in turn, whatever the
-    clients trained. stateless: the server's step needs the updates alone, so that it can merge adapters offline; its
-    rank is then that of the server's adapter ("rank"), that which the share `tau` of Σσ² takes ("energy"), or follows
-    from the adapters ("").
+    of products; "step" is a step of the server's own; "scalars" are steps along drawn directions. one_factor: a
+    broadcast changes B or A, in turn, whatever the clients trained. stateless: the server's step needs the updates
+    alone, so that it can merge adapters offline; its rank is then that of the server's adapter ("rank"), that which the
+    share `tau` of Σσ² takes ("energy"), or follows from the adapters ("").
     """
 
     paper: str
@@ -135,7 +141,7 @@ class Facts:
     sends: str = "A and B, dense"
     receives: str = "A and B, dense"
     keeps: str = "nothing"
-    broadcasts: Literal["factors", "change", "elements", "components", "step"] = "factors"
+    broadcasts: Literal["factors", "change", "elements", "components", "step", "scalars"] = "factors"
     one_factor: bool = False
     stateless: bool = False
     truncates: Literal["", "rank", "energy"] = ""
@@ -232,6 +238,9 @@ class Method:
     core(state) is empty, or the resting pairs (V, U) between which a matrix R is trained instead of the factors: the
     adapter is A = R V and B = U, the rows of V orthonormal (or zero). V and U have the rank r of the server's adapter.
     A participant of rank q has q rows of R (q × r) and the first q columns of U.
+
+    forward: clients train by forward passes alone, along directions drawn from seeds, and send one number a direction
+    instead of factors (see `forward.ForwardOnly`). None: by gradients.
     """
 
     name: str
@@ -258,6 +267,7 @@ class Method:
     adds: Callable[[Entries, LoraState], Mapping[str, Tensor]] | None = None
     support: Callable[[State, Context], Mapping[str, Tensor]] | None = None
     core: Callable[[State], LoraState] = no_core
+    forward: ForwardOnly | None = None
     advise: Callable[[LoraState, Context], str] = no_advice
     spend: Callable[[RunShape, float], Spending] | None = None
     begin: Callable[[LoraState], LoraState] = as_given
@@ -283,5 +293,7 @@ class Method:
         return bool(wanted) and wanted <= set(names)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
-        """The parts of a module that are trained and sent in a round: "A", "B" or both; "R" where there is a core."""
+        """The parts of a module that are sent in a round: "A", "B" or both; "R" of a core; "S" for scalars."""
+        if self.forward:
+            return (SCALARS,)
         return (CORE,) if self.core(state) else self.trainable(round)

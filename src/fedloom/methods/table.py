@@ -12,10 +12,12 @@ from typing import TypeVar
 from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
 
 from fedloom.errors import ConfigError
+from fedloom.methods.decomfl import decomfl
 from fedloom.methods.fed_dare import fed_dare
 from fedloom.methods.fed_sb import fed_sb
 from fedloom.methods.fedex import fedex
 from fedloom.methods.fedit import fedit
+from fedloom.methods.fedkseed import fedkseed
 from fedloom.methods.fedprox import fedprox
 from fedloom.methods.fedsrd import fedsrd
 from fedloom.methods.fedsvd import fedsvd
@@ -33,6 +35,7 @@ from fedloom.methods.lora_xs import lora_xs
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import rolora
 from fedloom.methods.shared.server_optimiser import ServerOptimiser, broadcasts_mean, optimise_mean
+from fedloom.methods.sparseloco import sparseloco
 
 Settings = Mapping[str, object]
 Found = TypeVar("Found")
@@ -92,6 +95,9 @@ METHODS: Mapping[str, MethodEntry] = {
     "fedsrd": MethodEntry(fedsrd, {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
+    "sparseloco": MethodEntry(sparseloco, {"lossless": {"chunk_size": 1, "topk": 1, "two_bits": False}}),
+    "fedkseed": MethodEntry(fedkseed),
+    "decomfl": MethodEntry(decomfl),
     "loom": MethodEntry(loom),
 }
 

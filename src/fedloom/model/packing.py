@@ -84,6 +84,14 @@ def training_rows(data: TokenizedExamples) -> TokenizedExamples | PackedRows:
     return PackedRows(tuple(tuple(data[index] for index in row) for row in data.rows), data.pad)
 
 
+def collate_rows(data: TokenizedExamples, places: Sequence[int]) -> dict[str, Tensor]:
+    """The batch of some rows of `training_rows`."""
+    rows = training_rows(data)
+    if isinstance(rows, PackedRows):
+        return rows.collate([rows[place] for place in places])
+    return rows.collate([rows[place] for place in places])
+
+
 def pack_lengths(lengths: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:
     """Which examples share a row of at most `limit` tokens, as indices.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedloom.compress.entries import Entry, Quantized, Values, all_finite, floats
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
 from fedloom.lora.pair import PARTS, LoraPair, module_of
-from fedloom.methods.method import CORE, FROZEN, Entries, State, no_core
+from fedloom.methods.method import CORE, FROZEN, SCALARS, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
 from fedloom.rounds.caps import find_outliers
 from fedloom.rounds.decoded import Decoded, read_update
@@ -102,7 +102,9 @@ def leave_out(
 
 
 def _look_at(job: Job, state: State, client: str, payload: bytes, round: int, decoded: Decoded) -> UpdateFacts:
-    message = read_update(payload, state, Limits(max_values=_SLACK * state.adapter.numel()))
+    message = read_update(
+        payload, state, Limits(max_values=_SLACK * state.adapter.numel() + _scalars_in_all(job, state))
+    )
     header, entries = message.header, message.entries
     check_same_method(job, header)
     expect(header, "update", state.version, state.digest)
@@ -178,6 +180,9 @@ def _check_shapes(
     own: Mapping[str, int] | None,
 ) -> None:
     """Raises ShapeError unless a module's parts have one rank: the announced one, or one up to the adapter's."""
+    if SCALARS in parts:
+        _check_scalars(job, f"{module}/{SCALARS}", held[SCALARS].shape)
+        return
     m, n = pair.shape
     rank = pair.rank if own is None else own[module]
     if own is None and job.method.facts.unequal_ranks:
@@ -188,6 +193,24 @@ def _check_shapes(
         shape, wanted = held[part].shape, {"A": (rank, n), "B": (m, rank), CORE: (rank, pair.rank)}[part]
         if shape != wanted:
             raise ShapeError(f"{module}/{part} has shape {shape}, expected {wanted}: rank {rank}, at most {pair.rank}")
+
+
+def _check_scalars(job: Job, name: str, shape: tuple[int, ...]) -> None:
+    """Raises ShapeError unless there is one number for each direction at most."""
+    if len(shape) != 1 or shape[0] > _most_scalars(job):
+        raise ShapeError(
+            f"{name} has shape {shape}, expected one number each of {_most_scalars(job)} directions at most"
+        )
+
+
+def _most_scalars(job: Job) -> int:
+    """The directions that a client may go along in a round."""
+    return job.method.forward.seeds if job.method.forward else 0
+
+
+def _scalars_in_all(job: Job, state: State) -> int:
+    """Numbers that there can be where every module has its own."""
+    return _most_scalars(job) * len(state.adapter)
 
 
 def _norm(values: Tensor) -> float:
@@ -225,7 +248,7 @@ def limits_of(job: Job, state: State) -> Limits:
     for module, pair in state.adapter.items():
         own += _top_rank(job, state, module) * sum(pair.shape)
         merged += _merged_rank(job, state, module) * sum(pair.shape)
-    return Limits(max_values=_SLACK * own + min(merged, DEFAULT.max_values))
+    return Limits(max_values=_SLACK * own + min(merged, DEFAULT.max_values) + _scalars_in_all(job, state))
 
 
 def check_broadcast(job: Job, state: State, header: Header, entries: Entries) -> None:
@@ -240,7 +263,7 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
         if module not in state.adapter or part not in (
             *PARTS,
             *(FROZEN + p for p in PARTS),
-            *(() if whole else (CORE,)),
+            *(() if whole else (CORE, SCALARS)),
         ):
             raise ShapeError(f"the payload holds {name!r}, which this adapter does not have")
         _check_outline(job, state, name, entry.shape, whole=whole)
@@ -253,6 +276,9 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
 
 def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *, whole: bool) -> None:
     module, _, part = name.rpartition("/")
+    if part == SCALARS:
+        _check_scalars(job, name, shape)
+        return
     pair = state.adapter[module]
     m, n = pair.shape
     inner = -1 if len(shape) != 2 else shape[0] if part.endswith("A") else shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.compress.entries import Entry, to_dense
 from fedloom.lora.lowrank import inner_product
 from fedloom.lora.pair import LoraPair, LoraState
-from fedloom.methods.method import CORE, Method, State
+from fedloom.methods.method import CORE, SCALARS, Method, State
 from fedloom.rounds.cohort import Cohort, restrict_state
 
 
@@ -41,6 +41,8 @@ def find_change(method: Method, state: State, entries: Mapping[str, Entry]) -> L
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
         moved.setdefault(module, {})[part] = to_dense(entry)
+    if method.forward:
+        return LoraState({m: _scalar_change(held[SCALARS]) for m, held in moved.items()})
     resting = method.core(state)
     if resting:
         return LoraState({m: _core_change(state.adapter[m], resting[m], held[CORE]) for m, held in moved.items()})
@@ -59,6 +61,13 @@ def _pair_change(pair: LoraPair, sent: Mapping[str, Tensor], updates: str) -> Lo
     right = [*([steps["A"]] if "A" in steps else []), *([a] if "B" in steps else [])]
     left = [*([b + steps.get("B", 0.0)] if "A" in steps else []), *([steps["B"]] if "B" in steps else [])]
     return LoraPair(torch.cat(right), torch.cat(left, dim=1))
+
+
+def _scalar_change(scalars: Tensor) -> LoraPair:
+    """The steps as a pair of rank 1: drawn directions are nearly orthogonal and all as long, so that inner products of
+    steps are those of the changes of the factors but for one scale.
+    """
+    return LoraPair(scalars[None], torch.ones(1, 1))
 
 
 def _core_change(pair: LoraPair, resting: LoraPair, core: Tensor) -> LoraPair:

@@ -10,7 +10,7 @@ same adapter, so a small payload of signs or 4-bit codes leaves them away. Two t
 q is the largest rank of the sender: a module has the smaller of q and the rank of the receiver's whole adapter.
 
 Cores between resting factors travel the same way, however many values they have, as "cores:<q>": sparse or dense, in 4
-or 8 bits.
+or 8 bits. Steps along drawn directions, which are the same for all modules, travel once, as "scalars".
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fedloom.compress.entries import Dense, Entry, Quantized, Seeded, Sparse, count
 from fedloom.errors import WireError
-from fedloom.lora.pair import LoraState
-from fedloom.methods.method import CORE, Entries, State
+from fedloom.lora.pair import LoraState, module_of
+from fedloom.methods.method import CORE, SCALARS, Entries, State
 from fedloom.methods.shared.whole import whole_rank
 from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
 from fedloom.rounds.joint_drawn import SCALES as SCALES
@@ -46,6 +46,8 @@ class Kind:
     block: int
 
 
+ONCE = "scalars"
+"""Steps along directions: the entry "module/S" of every module."""
 CORES = "cores:"
 _CORES = {(4, _ALL), (8, _ALL)}  # bits and block of cores' codes
 
@@ -113,7 +115,11 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
 
     Signs at drawn positions need not be few: nothing is said of their places (`joint_drawn`).
     """
-    if outline is None or entries.keys() != outline.shapes.keys():
+    if outline is None:
+        return entries
+    if entries.keys() == {f"{module_of(name)}/{SCALARS}" for name in outline.shapes}:
+        return _join_scalars(entries)
+    if entries.keys() != outline.shapes.keys():
         return entries
     if outline.core:
         return _join_cores(entries, outline) or entries
@@ -126,6 +132,12 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         if len(codes) == len(held) and 0 < number < min(FEW * len(held), _ALL + 1):
             return _join(codes, outline, kind) or entries
     return join_drawn(entries, outline.shapes, outline.rank, outline.digest) or entries
+
+
+def _join_scalars(entries: Entries) -> Entries:
+    """The one entry of all modules; the entries as they are where modules differ."""
+    first, *others = entries.values()
+    return {ONCE: first} if all(entry is first for entry in others) else entries
 
 
 def _join(held: Sequence[tuple[Sparse, Quantized]], outline: Outline, kind: Kind) -> Entries | None:
@@ -186,6 +198,10 @@ def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
         named = next((name for name in entries if name.startswith(kind.prefix)), None)
         if named is not None:
             return _split(entries, named, kind, state)
+    if ONCE in entries:
+        if len(entries) > 1:
+            raise WireError(f"{ONCE!r} stands for all modules, and the payload holds other tensors beside it")
+        return {f"{module}/{SCALARS}": entries[ONCE] for module in state.adapter}
     named = next((name for name in entries if name.startswith((DRAWN, CORES, PATHS))), None)
     if named is None:
         return entries
@@ -199,7 +215,7 @@ def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether entries of these names are joined ones."""
-    return any(name.startswith(begin) for name in names for begin in _BEGINNINGS)
+    return any(name == ONCE or name.startswith(_BEGINNINGS) for name in names)
 
 
 def names_in(payload: bytes, state: State) -> Collection[str]:

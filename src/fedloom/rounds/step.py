@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Method, State
 
@@ -14,7 +17,8 @@ from fedloom.methods.method import Method, State
 class Trained:
     """What a training step returns: the adapter after it (only the modules that the client trains), and numbers.
 
-    stages: seconds of the rest of the client's turn, which `client_turn` adds.
+    stages: seconds of the rest of the client's turn, which `client_turn` adds. moved: of a training by forward passes
+    alone, how far it went along each direction (`Method.forward`); empty for any other.
     """
 
     adapter: LoraState
@@ -23,6 +27,7 @@ class Trained:
     steps: int = 0
     seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
+    moved: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
 
 class Train(Protocol):

@@ -92,7 +92,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     train = fit_to_task(train, Task(job.method, job.num_rounds, job.ranks.get(client, {})))
     trained = train(state, round, derived_seed(job.seed, "train", client, round))
     trained = replace(trained, adapter=trained.adapter.in_memory())  # what follows is on the CPU, beside `state`
-    for name, tensor in trained.adapter.tensors().items():
+    for name, tensor in {**trained.adapter.tensors(), "moved": trained.moved}.items():
         if not all_finite(tensor):
             raise NumericError(
                 f"client {client!r}, round {round}: {name} is not finite after training; lower training.learning_rate"
@@ -102,7 +102,7 @@ def client_turn(job: Job, client: str, state: State, payloads: Sequence[bytes], 
     sender = sender_digest(client, state.digest, round)
     header = Header("update", job.method.name, round, state.version, state.digest, sender, trained.num_examples)
     draft = Draft(header, _outline(job, state, trained.adapter, round), job.scratch)
-    context = replace(job.context(round, client), size=draft.size)
+    context = replace(job.context(round, client), size=draft.size, moved=trained.moved)
     memory, entries = job.method.compress(restrict_state(state, trained.adapter), trained.adapter, context)
     watch.lap("compress", less=draft.seconds)
     watch.stages["encode"] = draft.seconds  # what a budget has measured on the way

@@ -91,7 +91,7 @@ class LocalSites:
     ) -> None:
         trainers = trainers or {}
         if trainers:
-            refuse_own_trainer(setup.config)
+            refuse_own_trainer(setup.config, setup.job.method)
         check_clients_exist(trainers, setup.sites, "trainers[{name!r}] is")
         self.setup = setup
         self.noise_key = secret

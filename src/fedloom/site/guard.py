@@ -44,6 +44,12 @@ def guard_training(
 
     def step(state: State, round: int, seed: int) -> Trained:
         trained = train(state, round, seed)
+        if policy.privacy and trained.moved.numel():
+            raise PolicyRefusal(
+                "the method sends scalars of a training by forward passes, which the noise of [privacy] on the adapter "
+                "does not cover: leave the method out of policy.methods, or the noise",
+                f"{REFUSED}: noise does not go with this method",
+            )
         before, after = state.adapter.tensors(), trained.adapter.tensors()
         # A site may train some of the modules only: what it did not train is not in `after`, and nothing of it leaves.
         names = [name for name in after if name.rpartition("/")[2] in parts(round)]

@@ -26,7 +26,8 @@ from pathlib import Path
 from fedloom.errors import DataError, PolicyRefusal, SecureSumError, VersionError
 from fedloom.lora.pair import PARTS, LoraState
 from fedloom.methods.foreign import is_foreign
-from fedloom.methods.method import CORE, State
+from fedloom.methods.forward import MOST_SEEDS
+from fedloom.methods.method import CORE, SCALARS, State
 from fedloom.model.training import rate_at
 from fedloom.records.config import ClientSettings, Config, LoraSettings, TrainingSettings
 from fedloom.records.quantities import parse_bytes
@@ -179,7 +180,8 @@ def check_may_leave(
     its factors, or its rows of the matrix between two that rest.
     """
     check_bytes(policy, len(payload), spent)
-    message = decode_lazily(payload, Limits(max_values=4 * before.numel()))  # one tensor at a time, as far as can be
+    limits = Limits(max_values=4 * before.numel() + (MOST_SEEDS if SCALARS in parts else 0))
+    message = decode_lazily(payload, limits)  # one tensor at a time, as far as can be
     if message.header.kind != "update":
         raise PolicyRefusal(f"a payload of kind {message.header.kind!r} was about to leave; only updates may")
     entries = split_entries(message.entries, State(before), message.header.base_digest)
@@ -187,6 +189,8 @@ def check_may_leave(
         module, _, part = name.rpartition("/")
         if module not in before or part not in parts:
             raise PolicyRefusal(f"the update holds {name}, which is not a factor of the adapter that is trained")
+        if part == SCALARS:  # what leaves is no more than the bytes allow, and noise at the site is refused (`guard`)
+            continue
         pair = before[module]
         # Of the matrix a site of rank q sends q rows, as long as the server's rank: no more than it has of A.
         most = max(pair.rank**2, pair.A.numel()) if part == CORE else pair.part(part).numel()

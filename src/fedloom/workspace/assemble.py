@@ -22,6 +22,7 @@ from fedloom.model.evaluate import Scores, error_parts, exact_match_and_loss
 from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
+from fedloom.model.local import train_locally
 from fedloom.model.packing import check_packs
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
@@ -30,7 +31,7 @@ from fedloom.model.private import PrivateRound
 from fedloom.model.scorer import Scorer, build_scorer
 from fedloom.model.shared_base import LoadBase
 from fedloom.model.tokens import TokenizedExamples
-from fedloom.model.training import check_optimizer, local_update
+from fedloom.model.training import check_optimizer
 from fedloom.model.volume import Volume, weigh_examples
 from fedloom.noise.accounting import SampledNoise
 from fedloom.records.config import Config
@@ -160,24 +161,20 @@ class Setup:
         site = self.sites[client]
 
         def step(state: State, round: int, seed: int) -> Trained:
-            trained, fixed = split_trained(state, site.ranks)
             peft_bridge.configure(self.model, site.adapter)
-            after, stats = local_update(
+            trained = train_locally(
                 self.model,
-                trained,
-                fixed,
+                self.job,
+                state,
+                split_trained(state, site.ranks),
                 site.data,
                 self.config.training_of(client),
                 round=round,
-                num_rounds=self.config.federation.num_rounds,
                 seed=seed,
-                trainable=self.job.method.trainable(round),
-                core=self.job.method.core(state),
-                penalty=self.job.method.penalty,
                 interrupt=interrupt,
                 private=self.private_round(client, state, round, seed),
             )
-            return Trained(subset(after, site.ranks), stats.examples, stats.loss, stats.steps, stats.seconds)
+            return replace(trained, adapter=subset(trained.adapter, site.ranks))
 
         return step
 
@@ -312,8 +309,8 @@ def base_form(config: Config) -> tuple[str, str, str, str]:
 def build_setup_around(config: Config, model: PeftModel, clients: Collection[str]) -> Setup:
     """`build_setup` around a model that somebody has loaded and wrapped, and trains himself: it brings no examples."""
     set_threads(config)
-    refuse_own_trainer(config)
     linear, method = peft_bridge.linear_beneath(model), choose_method(config, None)
+    refuse_own_trainer(config, method)
     if config.wire.client_budget:  # the trainer's model has its ranks already
         raise ConfigError(
             "wire.client_budget chooses the rank, and a trainer of one's own has an adapter already: set wire.budget"

@@ -105,6 +105,13 @@ def check_method_takes(method: Method, config: Config) -> None:
             f"wire.values is {config.wire.values!r}, but method {method.name!r} with these settings chooses itself how "
             "it rounds values: unset it"
         )
+    trainings = [config.training, *(config.training_of(client) for client in config.clients)]
+    if method.forward and any(training.dp or training.gradient_checkpointing for training in trainings):
+        key = "dp" if any(training.dp for training in trainings) else "gradient_checkpointing"
+        raise ConfigError(
+            f"training.{key} is about gradients, and method {method.name!r} trains by forward passes alone, which take "
+            "none: unset it"
+        )
     if config.federation.consolidate_every and not method.merges:
         raise ConfigError(
             f"federation.consolidate_every does nothing with method {method.name!r}, which merges nothing; unset it"

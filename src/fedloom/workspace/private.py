@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fedloom.errors import ConfigError
+from fedloom.methods.method import Method
 from fedloom.model.private import PrivateRound
 from fedloom.noise.accounting import SampledNoise
 from fedloom.noise.secret import derive_key, keep_secret
@@ -58,8 +59,13 @@ def _span(values: list[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def refuse_own_trainer(config: Config) -> None:
-    """Raises ConfigError where a trainer of one's own would be taken to protect examples."""
+def refuse_own_trainer(config: Config, method: Method) -> None:
+    """Raises ConfigError where a trainer of one's own cannot do what the settings or the method ask of training."""
+    if method.forward:
+        raise ConfigError(
+            f"method {method.name!r} trains by forward passes along directions of its own, and a trainer of one's own "
+            "takes gradients: use another method, or let fedloom train"
+        )
     if config.training.dp is not None:
         raise ConfigError(
             "training.dp cannot reach into a trainer of one's own, which clips no example's gradient: take it out, or "

@@ -107,9 +107,9 @@ def predict_case(
     fading: bool = False,
 ) -> dict[str, Prediction | ConfigError]:
     """`predict` for a case, with what its run does to a round. fading: see `made_up.train_made_up`."""
-    course = Course(fading=fading)
+    course = Course(fading=fading, steps=case.steps)
     if case.is_run:
-        course = Course(case.asked, len(case.rounds), len(case.regions or ()), fading)
+        course = Course(case.asked, len(case.rounds), len(case.regions or ()), fading, case.steps)
     return predict(
         methods,
         case.layout,

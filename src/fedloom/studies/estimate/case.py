@@ -43,6 +43,7 @@ class Case:
     what the clients' examples weigh. turns: of every round, where they are not those of `attendance`; regions: whose
     servers sum the updates. method: that of the settings, as a variant. base_bytes: of the base model's weights, 0
     where they are not known. note: what the settings led to, in words. waits: whether a round ends with its last turn.
+    steps: of a client in a round.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Case:
     base_bytes: int = 0
     note: str = ""
     waits: bool = True
+    steps: int = 10
 
     @property
     def asked(self) -> int:
@@ -175,6 +177,7 @@ def _place_case(config: Config, base: PreTrainedModel, clients: tuple[str, ...],
         base_bytes=sum(weight.numel() for weight in base.parameters()) * _WIDTHS.get(config.model.dtype, 4),
         note="; ".join(filter(None, (spent, _UNKNOWN if config.federation.consolidate_every else ""))),
         waits=config.federation.mode == "synchronous",
+        steps=config.training.max_steps or 10,
     )
 
 

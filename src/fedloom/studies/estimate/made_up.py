@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraPair, LoraState, subset
+from fedloom.methods.forward import ForwardOnly
 from fedloom.methods.method import Method, State
 from fedloom.rounds.step import Train, Trained
 
@@ -20,12 +22,14 @@ def train_part(train: Train, modules: Ranks) -> Train:
     return lambda state, round, seed: train(replace(state, adapter=subset(state.adapter, modules)), round, seed)
 
 
-def train_made_up(method: Method, *, fading: bool = False) -> Train:
+def train_made_up(method: Method, *, fading: bool = False, steps: int = 10, run_seed: int = 0) -> Train:
     """A training step that changes what the method trains by heavy-tailed noise (kurtosis 8).
 
     fading: by normal noise instead, of which every further component of the pair has less, and A a tenth of what B has,
-    as where B began at zero.
+    as where B began at zero. steps, run_seed: of a round and of the run, for methods of forward passes alone.
     """
+    if method.forward:
+        return _train_along(method.forward, steps, run_seed)
     draw_a, draw_b = (_draw_small, _draw_columns) if fading else (draw_noise, draw_noise)
 
     def train(state: State, round: int, seed: int) -> Trained:
@@ -42,6 +46,19 @@ def train_made_up(method: Method, *, fading: bool = False) -> Train:
                 b = b + draw_b(tuple(b.shape), generator) if "B" in parts else b
             pairs[module] = LoraPair(a, b)
         return Trained(LoraState(pairs), num_examples=1, loss=0.0)
+
+    return train
+
+
+def _train_along(forward: ForwardOnly, steps: int, run_seed: int) -> Train:
+    """Normal lengths along all directions that so many steps try."""
+
+    def train(state: State, round: int, seed: int) -> Trained:
+        moved = torch.zeros(forward.seeds)
+        places = [number for step in range(steps) for number in forward.numbers(step, seed)]
+        moved[places] = torch.randn(len(places), generator=torch.Generator().manual_seed(seed)).mul_(1e-3)
+        lengths = {forward.seed(run_seed, round, place): float(moved[place]) for place in sorted(set(places))}
+        return Trained(move_along_all(state.adapter, lengths), num_examples=1, loss=0.0, moved=moved)
 
     return train
 

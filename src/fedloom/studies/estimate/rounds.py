@@ -156,13 +156,14 @@ def is_tight(
 class Course:
     """What a run does to a round. turns: how many a round has on the mean, num_rounds: how many rounds; 0: not known.
 
-    regions: their number, 0 for none. fading: see `made_up.train_made_up`.
+    regions: their number, 0 for none. fading: see `made_up.train_made_up`. steps: of a client in a round.
     """
 
     turns: float = 0
     num_rounds: int = 0
     regions: int = 0
     fading: bool = False
+    steps: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +291,8 @@ def _play(
     names = list(held)
     count = min(asked.course.regions, len(names))
     regions = split_evenly(count, names) if count else None
-    play, train = Play(job, begin, held, regions), train_made_up(job.method, fading=asked.course.fading)
+    play, course = Play(job, begin, held, regions), asked.course
+    train = train_made_up(job.method, fading=course.fading, steps=course.steps, run_seed=job.seed)
     steps = {client: train_part(train, own) for client, own in held.items()}
     up, down, states = [], [], []
     for number in range(1, ROUNDS + 1):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from fedloom.compress.entries import Dense, Entry, floats
 from fedloom.compress.quantize import quantize
+from fedloom.rounds.joint import ONCE
 from fedloom.studies.estimate.paper import paper_encode
 from fedloom.wire import Message, decode, describe, encode
 
@@ -96,7 +97,9 @@ def paper_bytes(entries: Mapping[str, Entry], chosen: Sample) -> float:
 
 
 def occurrences(name: str, chosen: Sample) -> int:
-    """How often the module of a tensor is in the model."""
+    """How often the module of a tensor is in the model; steps along directions are said once for all of them."""
+    if name == ONCE:
+        return 1
     return chosen.counts[name.rpartition("/")[0]]
 
 

@@ -1,0 +1,46 @@
+"""Directions in the space of an adapter's factors that everybody draws alike from a seed, so that they never travel.
+
+A direction has a sign for every element of A and B. Signs are bits of an integer generator, so that they are the same
+on every machine, which normal numbers, made by logarithms and cosines, need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedloom.compress.masks import seeded_signs
+from fedloom.lora.pair import PARTS, LoraPair, LoraState
+
+Direction = Mapping[str, Tensor]
+"""Name of a factor ("module/A") → its signs, −1 and 1."""
+
+
+def draw_direction(adapter: LoraState, seed: int) -> Direction:
+    """The direction of a seed: signs for the adapter's factors, drawn one factor after the other in order of name."""
+    found: dict[str, Tensor] = {}
+    signs, end = seeded_signs(adapter.numel(), seed), 0
+    for name, tensor in adapter.tensors().items():
+        begin, end = end, end + tensor.numel()
+        found[name] = signs[begin:end].view(tensor.shape)
+    return found
+
+
+def move_along(adapter: LoraState, direction: Direction, step: float) -> LoraState:
+    """The adapter after a step of this length along a direction: every element moves by ± step."""
+    moved = {
+        module: LoraPair(*(pair.part(part).add(direction[f"{module}/{part}"], alpha=step) for part in PARTS))
+        for module, pair in adapter.items()
+    }
+    return LoraState(moved)
+
+
+def move_along_all(adapter: LoraState, steps: Mapping[int, float]) -> LoraState:
+    """θ + Σ s_j z_j for steps s_j along the directions of these seeds, in the order that they are given in."""
+    moved = LoraState({module: LoraPair(pair.A.clone(), pair.B.clone()) for module, pair in adapter.items()})
+    tensors = moved.tensors()
+    for seed, step in steps.items():
+        for name, signs in draw_direction(moved, seed).items():
+            tensors[name].add_(signs, alpha=step)
+    return moved
