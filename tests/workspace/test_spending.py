@@ -115,7 +115,7 @@ def test_a_share_alone_is_of_dense_fp32_at_the_largest_rank():
     payload = 4 * 16 * PER_RANK
     for clients, asked in ((4, 4), (20, 5)):
         sets = ["federation.num_rounds=10", f"federation.fraction_train={asked / clients}"]
-        payloads = 2 * 10 * asked / clients + 1  # both ways in every turn, and the result
+        payloads = (10 + 9) * asked / clients + 1  # nobody is sent anything before the first round; then the result
         config = spend("wire.client_budget=0.5%", *sets, clients=clients)[0]
         assert config == spend(f"wire.client_budget={round(0.005 * payload * payloads)}", *sets, clients=clients)[0]
 

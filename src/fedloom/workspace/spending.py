@@ -56,13 +56,15 @@ def spend_client_budget(
 def total_bytes(asked: str, data: Collection[int] | None, shape: RunShape) -> float:
     """The bytes that a client's budget means. Raises ConfigError where it is of data that nobody has counted.
 
-    A share of dense is of fp32 values at the largest rank: once up and once down in every turn, and the result.
+    A share of dense is of fp32 values at the largest rank: up and down in every turn, but nothing down before the first
+    round, and the result to everybody.
     """
     budget = parse_client_budget(asked)
     if budget.size:
         return budget.size
     if budget.of_dense:
-        return budget.of_dense * (2 * shape.turns + 1) * 4 * shape.per_rank * shape.most_rank
+        payloads = 2 * shape.turns - 1 / shape.broadcasts + 1
+        return budget.of_dense * payloads * 4 * shape.per_rank * shape.most_rank
     if not data or not all(data):
         raise ConfigError(
             f"wire.client_budget is {asked!r}, but the clients' examples are not all at hand here: give it in bytes "
