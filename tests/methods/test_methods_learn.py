@@ -67,7 +67,8 @@ def learner(method: Method, wanted: dict[str, torch.Tensor]) -> Train:
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"lora-xs", *CLIENTS_OF_SCALARS}))
 def test_every_method_learns_with_clients_of_unequal_rank(name: str):
     method, wanted = build(name), targets()
-    federation = Federation(job(method, budget="10%" if name in ("loom", "sparseloco") else None), CAST, shapes=SHAPES)
+    budgets = {"loom": "10%", "sparseloco": "20%"}  # where a client has one module, less is no payload of the latter
+    federation = Federation(job(method, budget=budgets.get(name)), CAST, shapes=SHAPES)
     steps = {client: learner(federation.job.method, wanted[client]) for client in CAST}
 
     def distance() -> float:

@@ -205,7 +205,9 @@ def test_the_entries_are_bit_by_bit_those_of_a_slow_twin(shapes, rank, seed, bud
 
 def test_a_turn_sends_the_payload_that_was_measured_last(monkeypatch):
     encoded = []
-    monkeypatch.setattr("fedloom.rounds.draft.encode", lambda message: encoded.append(message) or encode(message))
+    monkeypatch.setattr(
+        "fedloom.rounds.draft.encode", lambda message, folder=None: encoded.append(message) or encode(message)
+    )
     run, adapter = job({"max_density": 0.5}, "3%"), initial_state(SHAPES, RANKS, 0)
     turn = client_turn(run, "ada", start(run, adapter, RANKS), (), step, 1)
     encoded.clear()

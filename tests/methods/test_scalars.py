@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom import testbeds
 from fedloom.compress.entries import Dense, Sparse
 from fedloom.compress.masks import seeded_signs
 from fedloom.errors import ConfigError, PolicyRefusal
@@ -28,7 +29,6 @@ from fedloom.rounds.turns import client_turn, server_turn, start
 from fedloom.site.guard import guard_training
 from fedloom.site.privacy import Privacy
 from fedloom.site.rules import Policy
-from fedloom.testbeds import testbed_folder
 from fedloom.wire import decode
 from fedloom.workspace.plan import check_method_takes
 from fedloom.workspace.private import refuse_own_trainer
@@ -275,7 +275,7 @@ def test_a_step_along_a_direction_moves_every_element_alike():
 @pytest.mark.parametrize("key", ["gradient_checkpointing=true", "dp.noise_multiplier=1.0"])
 @names
 def test_settings_about_gradients_are_refused(name: str, key: str):
-    config = load_config(testbed_folder() / "demo.toml", [f"training.{key}"])
+    config = load_config(testbeds.testbed_folder() / "demo.toml", [f"training.{key}"])
     said = key.partition("=")[0].partition(".")[0]
     with pytest.raises(ConfigError, match=f"training.{said} is about gradients, and method '{name}'"):
         check_method_takes(build(name), config)
@@ -295,4 +295,4 @@ def test_noise_at_a_site_does_not_stand_for_noise_on_scalars(name: str):
 @names
 def test_a_trainer_of_ones_own_is_refused_before_a_run(name: str):
     with pytest.raises(ConfigError, match=f"method '{name}' trains by forward passes"):
-        refuse_own_trainer(load_config(testbed_folder() / "demo.toml"), build(name))
+        refuse_own_trainer(load_config(testbeds.testbed_folder() / "demo.toml"), build(name))

@@ -30,6 +30,7 @@ EXACT = {
     "fedsvd": {},
     "fed-dare": {"sparsity": 0.5},
     "flasc": {},
+    "sparseloco": {"two_bits": False},
     "lora-xs": {"factors": "random", "coded": False},
     "loom": {},
 }

@@ -72,9 +72,9 @@ def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_pat
 
 
 def test_a_trainer_of_ones_own_is_refused_where_examples_are_to_be_protected(bed):
-    private.refuse_own_trainer(parse({}, "a test"))
+    private.refuse_own_trainer(parse({}, "a test"), build("fedit"))
     with pytest.raises(ConfigError, match="cannot reach into a trainer of one's own"):
-        private.refuse_own_trainer(bed)
+        private.refuse_own_trainer(bed, build("fedit"))
 
 
 def test_without_a_secret_no_two_rounds_have_the_same_noise(bed):

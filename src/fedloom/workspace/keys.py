@@ -62,4 +62,6 @@ def content_key(tensor: Tensor) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    # One without elements may have a stride of 0, which has no bytes in torch's eyes.
+    return flat.view(torch.uint8) if flat.numel() else torch.zeros(0, dtype=torch.uint8)

@@ -192,7 +192,8 @@ def _try(
     scaled = replace(kept, size=round(kept.size / chosen.scale)) if kept else None
     turns = round(asked.course.turns) or len(here)
     job = Job(
-        replace(method, joins=False),  # bytes of a sample are scaled up tensor by tensor
+        # Bytes of a sample are scaled up tensor by tensor; steps along directions are said once however many there are.
+        replace(method, joins=bool(method.forward)),
         asked.seed,
         quantize("fp32"),
         budget=scaled,
@@ -225,7 +226,7 @@ def _predict(
     budget = job.method.budget(job.budget)
     own = None
     if auto != "fp32" and (budget or asked.course.regions or not asked.codings):
-        method = replace(job.method, joins=joined)
+        method = replace(job.method, joins=joined or bool(job.method.forward))
         own = _play(replace(job, method=method, quantize=quantize(auto)), begin, held, chosen, auto, auto, asked)
     if own is None or asked.codings:
         seen = _play(job, begin, held, chosen, auto, "fp32", asked)
