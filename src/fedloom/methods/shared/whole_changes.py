@@ -5,50 +5,40 @@ Where `loom` sends the most important elements alone, this sends all of them in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
+
+from torch import Tensor
 
 from fedloom.compress.entries import to_dense
 from fedloom.compress.levels import Part
 from fedloom.compress.paths import trace_within
-from fedloom.methods.method import Aggregate, Context, Facts, Method, State, Update
+from fedloom.lora.pair import PARTS
+from fedloom.methods.method import Aggregate, Context, Method, State, Update
 from fedloom.methods.shared.averaging import weighted_mean, zero_change
-from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
-from fedloom.methods.shared.guard import Witness
-from fedloom.methods.shared.states import LOST, Code, Room, lost_share, send_change
-from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
+from fedloom.methods.shared.dial import Dial
+from fedloom.methods.shared.guard import UNDONE, Witness
+from fedloom.methods.shared.states import LOST, Room, loom_of_states, lost_share
+from fedloom.methods.shared.whole import add_to_whole
 
 
 def loom_of_paths(dial: Dial, residual: float, rate: float, guard: bool) -> Method:
     """loom whose broadcasts say what changes, all of it in a fraction of a bit a value."""
-    return Method(
-        name="loom",
-        facts=Facts(
-            paper="fedloom (docs/loom.md)",
-            unequal_ranks=True,
-            sends="ΔA and ΔB in few bits",
-            receives="ΔA and ΔB in few bits",
-            keeps="server: what rounding left out, its last step",
-            broadcasts="elements",
+    made = loom_of_states(dial, trace_within, rate, guard)
+    return replace(
+        made,
+        facts=replace(
+            made.facts, receives="ΔA and ΔB in few bits", keeps="server: what rounding left out, its last step"
         ),
-        updates="change",
-        compress=partial(send_change, trace_within, dial.bytes),
-        aggregate=partial(broadcast_change, trace_within, dial.bytes, residual, rate, guard),
+        aggregate=partial(broadcast_change, dial.bytes, residual, rate, guard),
         receive=add_to_whole,
-        adopt=adopt_whole,
-        adds=read_whole_change,
-        joins=True,
-        own_values=True,
-        smallest=dial.smallest,
-        takes_budget=True,
-        default_budget=BUDGET,
-        spend=spend_run,
-        values="int4",
+        needs_start=False,
+        replaces=(),
     )
 
 
 def broadcast_change(
-    code: Code,
     room: Room,
     residual: float,
     rate: float,
@@ -64,24 +54,35 @@ def broadcast_change(
     witness = Witness(state, guard)
     means = weighted_mean(witness.watch(updates), start=zero_change(state.adapter))
     verdict = witness.judge()
-    if verdict.wrong:
-        return witness.take_back(verdict, context)
-    sums = {name: rate * mean for name, mean in means.items()}
-    for name in sums.keys() & state.memory.keys():
-        sums[name].add_(state.memory[name], alpha=residual)
+    waiting = {name: state.memory[name] for name in means if name in state.memory}
+    gains: Mapping[str, float] = verdict.gains
+    if verdict.wrong:  # what waits goes on waiting
+        sums, gains = _turn_back(witness, state), dict.fromkeys(state.adapter, 1.0)
+    else:
+        sums = {name: rate * mean for name, mean in means.items()}
+        for name, left in waiting.items():
+            sums[name].add_(left, alpha=residual)
+        waiting = {}
     parts: dict[str, Part] = {}
     for module, pair in state.adapter.items():
-        gain = verdict.gains[module]
-        a, b = (gain * sums[f"{module}/{part}"] for part in ("A", "B"))
+        a, b = (gains[module] * sums[f"{module}/{part}"] for part in PARTS)
         parts[f"{module}/A"] = Part(a, (pair.B + b).norm(dim=0)[:, None])
         parts[f"{module}/B"] = Part(b, pair.A.norm(dim=1)[None])
-    entries = code(parts, room(state.adapter, "down", context), context.size).entries
+    entries = trace_within(parts, room(state.adapter, "down", context), context.size).entries
     # What waits is kept without the gain, so that the next round's gain holds for all of it.
     rest = {
-        name: (parts[name].values - to_dense(entry)) / verdict.gains[name.rpartition("/")[0]]
+        name: (parts[name].values - to_dense(entry)) / gains[name.rpartition("/")[0]] + waiting.get(name, 0.0)
         for name, entry in entries.items()
     }
+    kept = witness.forget(verdict) if verdict.wrong else witness.remember(verdict, entries)
     stats = {LOST: lost_share(parts, entries), **(verdict.stats if guard else {})}
-    return Aggregate(
-        entries, {**state.memory, **(rest if residual else {}), **witness.remember(verdict, entries)}, stats
-    )
+    memory = {**state.memory, **(rest if residual else {}), **kept}
+    return Aggregate(entries, memory, {**stats, UNDONE: 1.0} if verdict.wrong else stats)
+
+
+def _turn_back(witness: Witness, state: State) -> dict[str, Tensor]:
+    """The last step with its sign turned. It is coded as any other, since its elements would not fit the budget."""
+    back = zero_change(state.adapter)
+    for name, step in witness.steps.items():
+        back[name].view(-1)[step.positions] = -step.values
+    return back
