@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -16,11 +17,13 @@ import toy
 from fedloom.flower import relay as client
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.settings import shared_settings
+from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import State
 from fedloom.methods.table import build
 from fedloom.model.examples import Example
 from fedloom.model.placement import Adapter, Placement
 from fedloom.model.tokens import TokenizedExamples
+from fedloom.noise.stream import SecretStream
 from fedloom.records.config import Config, LoraSettings
 from fedloom.records.configfile import load_config
 from fedloom.rounds.step import Train, Trained
@@ -71,7 +74,7 @@ def examples(folder: Path) -> Path:
 
 
 class ToySetup(Setup):
-    """A setup whose training step is a seeded random change."""
+    """A setup whose training step is a seeded random change, with noise from the site's key where a run asks for it."""
 
     def train(self, client: str, interrupt: Callable[[], None] | None = None) -> Train:
         step = toy.trainer(self.job.method)
@@ -79,7 +82,16 @@ class ToySetup(Setup):
         def train(state: State, round: int, seed: int) -> Trained:
             if interrupt:
                 interrupt()
-            return step(state, round, seed)
+            trained, private = step(state, round, seed), self.private_round(client, state, round, seed)
+            if private is None:
+                return trained
+            stream = SecretStream(private.key)
+
+            def hide(tensor: torch.Tensor) -> torch.Tensor:
+                return tensor + 0.01 * torch.from_numpy(stream.normal(tensor.numel())).view(tensor.shape).float()
+
+            hidden = trained.adapter.map(lambda pair: LoraPair(hide(pair.A), hide(pair.B)))
+            return replace(trained, adapter=hidden, loss=float("nan"))
 
         return train
 

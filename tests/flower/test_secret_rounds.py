@@ -21,6 +21,7 @@ from fedloom.lora.pair import digest
 from fedloom.methods.method import State
 from fedloom.records.events import Silent
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
+from fedloom.rounds.sums import Rounding
 from fedloom.secagg import PHASES, Invitation
 from fedloom.server.journal import Journal
 from fedloom.server.local import LocalSites
@@ -384,7 +385,7 @@ def test_a_payload_that_noise_is_drawn_from_stays_in_memory(tmp_path, monkeypatc
     assert plain.with_files_in(tmp_path).job.scratch == tmp_path and secret.with_files_in(tmp_path) is secret
     laid, drawn = lay_down(bytes(SMALL), tmp_path), []
     monkeypatch.setattr(sums, "noise_for_sum", lambda secure, secret, *about: drawn.append(about))
-    monkeypatch.setattr(sums, "make_vector", lambda *given: (b"", 0))
+    monkeypatch.setattr(sums, "make_vector", lambda *given: (b"", Rounding(1, 0, 1.0, 0.0, 0.0)))
     monkeypatch.setattr(sums, "facts_of", lambda *given, **told: b"")
     for payload in (bytes(SMALL), laid):
         sums.hide_turn(secret, SITES[0], State(secret.initial), SimpleNamespace(payload=payload), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from fedloom.report import summarise
 from fedloom.report.page import page_of
 from fedloom.report.spent import describe_spent
 from fedloom.server import local
+from fedloom.server.pool import Ticket
 from fedloom.workspace import private
 from fedloom.workspace.privacy import describe_sum_noise, plan_sums
 from small_testbed import small_testbed
@@ -37,6 +39,18 @@ def bed(tmp_path_factory):
 
 def adapter(out):
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+class Elsewhere:
+    """A pool whose tasks travel as they do to workers, and are done on a set-up that was loaded anew."""
+
+    def __init__(self, config):
+        self.setup = local.load_setup(config)
+
+    def run(self, tasks, begun=lambda task: None):
+        for task in tasks:
+            begun(task)
+            yield Ticket(task, 0, True, pickle.loads(pickle.dumps(task)).do(self.setup))
 
 
 def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_path, monkeypatch):
@@ -67,7 +81,10 @@ def test_a_run_with_noise_goes_on_to_the_same_bits_and_keeps_no_key(bed, tmp_pat
     longer = bed.model_copy(update={"federation": bed.federation.model_copy(update={"num_rounds": 3})})
     with pytest.raises(CheckpointError, match="made for 2 rounds, and more of them would pass training.dp.epsilon"):
         local.run_local(longer, tmp_path / "cut", resume=True)
-    local.run_local(bed, tmp_path / "cut", resume=True)
+    # It goes on with workers, who have a set-up of their own and are told the key turn by turn.
+    monkeypatch.setattr(local, "fill_pool", lambda config, method, nursery: Elsewhere(bed))
+    workers = bed.model_copy(update={"local": bed.local.model_copy(update={"workers": 2})})
+    local.run_local(workers, tmp_path / "cut", resume=True, nursery=object())
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from fedloom.compress.budget import Budget
+from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
 from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
@@ -221,6 +224,41 @@ def test_where_both_sides_know_what_may_be_sent_the_sum_is_of_that_alone(tmp_pat
     for name, tensor in run.server.adapter.tensors().items():
         moved = (tensor != setup.initial.tensors()[name]).flatten()
         assert moved[::2].all() and moved[1::2].any() == name.endswith("B")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_both_sides_draw_keeps_to_the_budget_in_the_bits_of_the_sum(tmp_path, bits):
+    """Said once: as many values as there was room for signs, and every one of them took 32 bits under masks."""
+    config = configure("method.name=loom", "method.positions=shared", f"privacy.bits={bits}", "privacy.clip=0.5")
+    setup = toy_setup(config, 3, initial())
+    job = replace(setup.job, budget=Budget(size=240))
+    room = 2 * 240 * 0.42
+    with simulation(replace(setup, job=job), tmp_path / "run") as run:
+        run.round = 1
+        run.play_round(1)
+    rows = read_rows(tmp_path / "run" / "ledger.jsonl")
+    sizes = [row.bytes for row in rows if isinstance(row, Transfer) and row.kind == "masked"]
+    assert len(sizes) == 3 and all(0.5 * room < size <= room for size in sizes)
+    signs = replace(job, secure=None, quantize=quantize("sign"))
+    in_the_clear = signs.method.support(secure_state(setup), signs.context(1))
+    assert sum(map(len, in_the_clear.values())) > 2 * secure.count_values(job, secure_state(setup), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("privacy.clip=0.01",), r"% of its change's values were cut at privacy.clip, 0.01; the largest was 0\.\d+: a la"),
+        (("privacy.bits=5", "privacy.clip=2.0"), r"rounding to the grid changed it by [1-9]\d*\.\d times its own size: more privacy.bits"),
+        (("privacy.bits=12", "privacy.clip=0.7"), ""),
+    ],
+)
+def test_a_grid_that_does_not_fit_the_updates_is_told_of(tmp_path, settings, said):
+    config = configure("federation.num_rounds=1", "federation.weighting=uniform", *settings)
+    _, rows = play_rounds(config, tmp_path / "run", 3)
+    notes = [row.text for row in rows if isinstance(row, Note)]
+    assert len(notes) == (3 if said else 0)
+    for text in notes:
+        assert re.search(rf"client client-000\d: the grid of the secure sum is unfit: .*{said}", text), text
 
 
 def test_thresholds():

@@ -15,6 +15,7 @@ from fedloom.methods.table import METHODS, build, method_options
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import read_rows
 from fedloom.report import summarise
+from fedloom.secagg import count_talk
 from fedloom.server.attendance import draw_rounds
 from fedloom.studies import estimate
 from fedloom.studies.estimate import rounds
@@ -140,6 +141,24 @@ def test_settings_are_estimated_without_their_weights(tmp_path):
     (row,) = estimate.run_estimate(case, [estimate.variant_of(config)])["rows"]
     assert row["auto"] == "fp16" and row["up_bytes"]["int8"] < row["up_bytes"]["fp16"] < row["up_bytes"]["fp32"]
     assert row["run_bytes"] == pytest.approx(row["first_round_bytes"] + 19 * row["total_bytes"], abs=20)
+
+
+def test_under_masks_an_update_has_the_bits_of_the_sum_and_its_messages_count():
+    """Said once: the payloads that sites of such a run never send."""
+    short = ["lora.r=2", "federation.num_rounds=3", "privacy.secure_aggregation=true", "privacy.bits=8"]
+    config = load_config(DEMO, [*short, "method.name=loom"])
+    case = estimate.config_case(config)
+    made = estimate.run_estimate(case, ["loom", "loom:positions=shared", "flora"])
+    every, drawn, refused = made["rows"]
+    assert "the updates of method 'flora' do not add" in refused["refused"]
+    weight = 1  # 10,000 examples take two digits of 8 bits less the sign, for four sites: base 32
+    assert set(every["up_bytes"].values()) == {case.values + 2 + weight}
+    room = 2 * 0.01 * 4 * case.values * 0.42
+    assert 0.6 * room < drawn["up_bytes"]["fp32"] <= room
+    talk = sum(count_talk(case.ranks))
+    alone = sum(every[f"{way}_bytes"][every["auto"]] for way in ("up", "down"))
+    assert every["total_bytes"] == pytest.approx(4 * (alone + talk), rel=0.02)
+    assert "an update has privacy.bits for every value" in made["case"]["note"]
 
 
 def toy_case(*settings, clients=12):

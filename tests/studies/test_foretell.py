@@ -20,7 +20,7 @@ from fedloom.server.local import run_local
 from fedloom.studies.estimate import case as cases
 from fedloom.studies.estimate import foretell
 from fedloom.studies.estimate.foretell import Foretelling, foretell_run, predict_run
-from fedloom.studies.estimate.schedule import draw_turns
+from fedloom.studies.estimate.schedule import Turns, draw_turns
 from fedloom.workspace.regions import plan_regions
 from small_testbed import small_testbed
 from toy import RANK, SHAPES, initial, ranks
@@ -47,8 +47,9 @@ def play(folder, out, *sets):
         BUFFERED,
         ["federation.regions=3"],
         ["federation.regions=2", "federation.fraction_train=0.5", "federation.drop_out=0.3"],
+        ["privacy.secure_aggregation=true", "privacy.bits=20"],
     ],
-    ids=["buffered", "regions", "few-in-regions"],
+    ids=["buffered", "regions", "few-in-regions", "secure"],
 )
 def test_a_run_sends_what_was_foretold(tmp_path, sets):
     """Made-up training, so that values are alike here and there."""
@@ -63,6 +64,7 @@ def test_a_run_sends_what_was_foretold(tmp_path, sets):
         turns=draw_turns(config, names, method),
         regions=plan_regions(config.federation.regions, names, method),
         method="fedit",
+        sums=config if config.privacy.secure_aggregation else None,
     )
     with simulation(toy_setup(config, 6, initial()), tmp_path / "run") as run:
         run.play(resume=False)
@@ -71,6 +73,13 @@ def test_a_run_sends_what_was_foretold(tmp_path, sets):
     del rows["the server's turn, CPU and clock"]
     assert ("between regions and root" in rows) == bool(case.regions) and len(rows) == 4 + bool(case.regions)
     assert rows == {what: pytest.approx(1, abs=0.06) for what in rows}
+
+
+def test_a_run_that_everybody_drops_out_of_sends_nothing():
+    """Said once: float division by zero, as the run began."""
+    nobody = [Turns(("ada", "bob"), (), ())]
+    told = predict_run(cases.Case("toy", SHAPES, {name: ranks(RANK) for name in ("ada", "bob")}, turns=nobody, method="fedit"))
+    assert told.bytes == 0 and told.spread == 0
 
 
 @pytest.mark.usefixtures("no_picture")

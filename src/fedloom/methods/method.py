@@ -89,7 +89,8 @@ class Context:
     budget: what a client's payload may take, None where it is not limited. size: what a payload with these entries
     takes, in bytes; `compress` and `aggregate` may ask. num_rounds: of the whole run, 0 where that is not known.
     downloads, start: see `rounds.Job`. moved: how far a client's training went along each of the directions of
-    `Method.forward`, (at most as many,); empty where it went along none.
+    `Method.forward`, (at most as many,); empty where it went along none. summed_bits: of a value on the way up where
+    the server learns the sum of all clients' values alone (`rounds.secure`), 0 where each sends a payload of its own.
     """
 
     round: int
@@ -101,6 +102,7 @@ class Context:
     downloads: float = 1.0
     start: LoraState = field(default_factory=LoraState, repr=False)
     moved: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    summed_bits: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -142,7 +142,8 @@ def is_delivery(row: Transfer, last: int, over: int) -> bool:
     last: the run's last round; over: the last round that was averaged before this row. An older ledger does not say
     what is the delivery: it comes down when the last round's average is made.
     """
-    return row.delivery or (row.direction == "down" and row.version is None and row.round == over == last)
+    dateless = row.direction == "down" and row.version is None and not row.is_talk
+    return row.delivery or (dateless and row.round == over == last)
 
 
 def delivered_bytes(rows: Iterable[Row], run: RunRow) -> dict[str, int]:

@@ -84,6 +84,7 @@ class Job:
             num_rounds=self.num_rounds,
             downloads=self.downloads,
             start=self.start,
+            summed_bits=self.secure.grid.bits if self.secure else 0,
         )
 
 

@@ -28,8 +28,8 @@ from fedloom.rounds.cohort import sent_unchanged
 from fedloom.rounds.decoded import read_update
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.rounds.regions import shorter_sum
-from fedloom.rounds.sums import SUM, Secure
-from fedloom.secagg import Integers, pack_vector
+from fedloom.rounds.sums import SUM, Rounding, Secure
+from fedloom.secagg import Grid, Integers, pack_vector
 from fedloom.wire import Header, Message, encode
 
 Noise = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -90,8 +90,8 @@ def count_values(job: Job, state: State, round: int) -> int:
 
 def make_vector(
     job: Job, state: State, client: str, payload: bytes, round: int, noise: Noise | None = None
-) -> tuple[bytes, int]:
-    """(a site's vector, packed; how many of its values were cut to the grid's reach) from its update.
+) -> tuple[bytes, Rounding]:
+    """(a site's vector, packed; what the grid did to its values) from its update.
 
     state: the site's, in step with the server, that its training began with. The same arguments give the same bytes,
     but for `noise`. Raises the FedloomError that says why the update may not be averaged.
@@ -101,21 +101,36 @@ def make_vector(
     assert job.method.adds is not None
     sent = pick(job, state, job.method.adds(read_update(payload, state).entries, state.adapter), round)
     weight = secure.weight(facts.examples, job.weighting)
-    factor, grid = weight / secure.largest(job.weighting), secure.grid
+    factor, grid = weight / secure.largest(job.weighting), secure.grid_of(round)
     draw = np.random.default_rng(derived_seed(job.seed, "grid", client, round))
     changes = {n: factor * (sent[n].double() - start.double()).flatten().numpy() for n, start in before.items()}
     if secure.noise is not None:
         size = math.sqrt(sum(float(change @ change) for change in changes.values()))
         changes = {name: change * min(1.0, secure.noise.clip_norm / (size or 1.0)) for name, change in changes.items()}
-    pieces, cut = [], 0
-    for change in changes.values():
-        cut += int((np.abs(change) > grid.reach).sum())
-        pieces.append(grid.to_integers(change, draw))
+    pieces = [grid.to_integers(change, draw) for change in changes.values()]
+    rounding = _compare(grid, list(changes.values()), pieces, noisy=secure.noise is not None)
     values = np.concatenate(pieces)
     if noise is not None:
         values = noise(grid.to_steps(values)).astype(values.dtype)
     digits = _digits_of(weight, grid.most + 1, secure.digits(job.weighting)).astype(values.dtype)
-    return pack_vector(np.concatenate([values, digits]), grid.bits), cut
+    return pack_vector(np.concatenate([values, digits]), grid.bits), rounding
+
+
+def _compare(grid: Grid, changes: list[NDArray[np.float64]], rounded: list[Integers], *, noisy: bool) -> Rounding:
+    """What became of the tensors of a change on the grid."""
+    cut, largest, size, error = 0, 0.0, 0.0, 0.0
+    for change, steps in zip(changes, rounded, strict=True):
+        magnitudes = np.abs(change)
+        cut += int((magnitudes > grid.reach).sum())
+        largest = max(largest, float(magnitudes.max(initial=0.0)))
+        if noisy:
+            continue
+        there = np.clip(change, -grid.reach, grid.reach)
+        size += float(there @ there)
+        apart = grid.to_values(steps) - there
+        error += float(apart @ apart)
+    count = sum(map(len, changes))
+    return Rounding(count, cut, grid.reach, largest, math.sqrt(error / size) if size else 0.0)
 
 
 def mean_update(job: Job, state: State, total: Integers, sites: int, round: int) -> bytes:
@@ -124,7 +139,7 @@ def mean_update(job: Job, state: State, total: Integers, sites: int, round: int)
     Raises SecureSumError for a sum that no vectors of honest sites have.
     """
     secure, before = _secure(job), pick(job, state, unchanged(job, state, round), round)
-    grid, most = secure.grid, secure.largest(job.weighting)
+    grid, most = secure.grid_of(round), secure.largest(job.weighting)
     steps = grid.to_steps(total)
     count = len(steps) - secure.digits(job.weighting)
     weight = sum(int(digit) * (grid.most + 1) ** place for place, digit in enumerate(steps[count:]))

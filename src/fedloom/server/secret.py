@@ -79,12 +79,12 @@ class SecretSites:
             state = self.sites.roster[client]
             about = (setup.fingerprint, client, round, state.digest, turn.payload)
             noise = noise_for_sum(setup.job.secure, self.sites.noise_key, *about)
-            vector, cut = make_vector(setup.job, state, client, turn.payload, round, noise)
+            vector, rounding = make_vector(setup.job, state, client, turn.payload, round, noise)
         except FedloomError as error:
             rounds.note(round, f"client {client} refused: {error}", "refused")
             return None
-        if cut:
-            rounds.note(round, f"client {client}: {cut:,} values of its change were cut at privacy.clip")
+        if said := rounding.describe():
+            rounds.note(round, f"client {client}: the grid of the secure sum is unfit: {said}")
         steps = 0 if setup.config.training_of(client).max_steps is None else turn.trained.steps
         rounds.folder.ledger.append(hidden_training(round, client, steps, turn.trained.seconds))
         return Kept(vector, turn.state.memory, received)

@@ -138,9 +138,9 @@ def hide_turn(setup: Setup, site: str, state: State, done: ClientTurn, round: in
     """
     about = (setup.fingerprint, site, round, state.digest, in_memory(done.payload))
     noise = noise_for_sum(setup.job.secure, setup.secret, *about)
-    vector, cut = make_vector(setup.job, state, site, done.payload, round, noise)
-    if cut:
-        log.warning("round %d: %d values of the change were cut at privacy.clip", round, cut)
+    vector, rounding = make_vector(setup.job, state, site, done.payload, round, noise)
+    if said := rounding.describe():
+        log.warning("round %d: the grid of the secure sum is unfit: %s", round, said)
     return facts_of(done, secret=True, counted=setup.config.training_of(site).max_steps is None), vector
 
 

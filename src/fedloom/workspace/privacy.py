@@ -9,6 +9,7 @@ from fedloom.errors import ConfigError, SecureSumError
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Method
 from fedloom.methods.table import METHODS, build
+from fedloom.model.training import SCHEDULES
 from fedloom.noise.accounting import concentrated_epsilon
 from fedloom.records.config import Config, FederationSettings
 from fedloom.records.sections.privacy import MOST_IN_SUM
@@ -45,7 +46,20 @@ def plan_sums(config: Config, method: Method, client_ranks: Mapping[str, Mapping
     except SecureSumError as error:
         raise ConfigError(f"privacy.bits is {privacy.bits}: {error}") from None
     grid, noise = _add_noise(config, grid)
-    return Secure(grid, privacy.most_examples, privacy.least_cohort, privacy.threshold, noise)
+    return Secure(grid, privacy.most_examples, privacy.least_cohort, privacy.threshold, noise, _plan_scales(config))
+
+
+def _plan_scales(config: Config) -> tuple[float, ...]:
+    """By how much the grid is finer in each round than in the first. A warmup is no reason to make it finer."""
+    if config.privacy.clip_schedule == "constant":
+        return ()
+    if config.privacy.noise_multiplier is not None:
+        raise ConfigError(
+            "privacy.clip_schedule = 'learning_rate' does not go with privacy.noise_multiplier: the noise is as large in "
+            "every round, and so has the grid to be. Leave one of them out"
+        )
+    rounds, course = config.federation.num_rounds, SCHEDULES[config.training.lr_scheduler_type]
+    return tuple(course(over / rounds) for over in range(rounds))
 
 
 def _add_noise(config: Config, grid: Grid) -> tuple[Grid, SumNoise | None]:

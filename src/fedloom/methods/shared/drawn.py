@@ -14,7 +14,9 @@ from torch import Tensor
 from fedloom.compress.budget import Room, fill_budget, value_bits
 from fedloom.compress.entries import Seeded
 from fedloom.compress.masks import STEPS, seeded_mask
+from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
+from fedloom.compress.sparsify import Quantize
 from fedloom.lora.pair import LoraState
 from fedloom.methods.method import Context, Entries, State
 from fedloom.methods.shared.dial import Dial
@@ -29,9 +31,12 @@ def drawn_seed(digest: str, name: str) -> int:
 
 
 def drawn_share(dial: Dial, adapter: LoraState, context: Context) -> float:
-    """The largest share of every tensor that a client sends, as both sides know it: what fits beside a header."""
+    """The largest share of every tensor that a client sends, as both sides know it: what fits beside a header.
+
+    In a secure sum a value takes as many bits as that has for one, whatever its form was.
+    """
     room = max(dial.bytes(adapter, "up", context) - _HEADER, 0)
-    bits = value_bits(context.quantize)
+    bits = context.summed_bits or value_bits(context.quantize)
     return math.floor(min(dial.most, 8 * room / (bits * max(adapter.numel(), 1))) * STEPS) / STEPS
 
 
@@ -49,16 +54,23 @@ def send_at_drawn(
 ) -> tuple[Mapping[str, Tensor], Entries]:
     """The same share of every tensor's change, as large as the budget has room for.
 
-    What is sent has the L1 norm of the whole change, but at most `step` times its L2 norm.
+    What is sent has the L1 norm of the whole change, but at most `step` times its L2 norm. For a secure sum it is all
+    that there is room for, in fp32: the sum rounds it to its own bits, and nothing else of it travels.
     """
     before, most = state.adapter.tensors(), drawn_share(dial, state.adapter, context)
     changes = {name: now - before[name] for name, now in after.tensors().items()}
 
     budget, elements = dial.bytes(state.adapter, "up", context), after.numel()
+    form = quantize("fp32") if context.summed_bits else context.quantize
 
     def entries_at(density: float) -> dict[str, Seeded]:
         share = math.floor(density * STEPS) / STEPS
-        return {name: _entry(name, change, step, share, state.digest, context) for name, change in changes.items()}
+        return {
+            name: _entry(name, change, step, share, state.digest, context, form) for name, change in changes.items()
+        }
+
+    if context.summed_bits:
+        return state.memory, entries_at(most)
 
     # With so many, nearly every tensor has a scale: the solver counts what tensors cost by its smallest payload.
     few = min(most, _FEW * len(changes) / max(elements, 1))
@@ -72,7 +84,9 @@ def send_at_drawn(
     return done.memory, entries
 
 
-def _entry(name: str, change: Tensor, step: float, share: float, digest: str, context: Context) -> Seeded:
+def _entry(
+    name: str, change: Tensor, step: float, share: float, digest: str, context: Context, form: Quantize
+) -> Seeded:
     """So large a share of a change. Its values have the mean magnitude that `send_at_drawn` says."""
     seed, flat = drawn_seed(digest, name), change.flatten()
     kept = flat[seeded_mask(flat.numel(), share, seed)]
@@ -81,4 +95,4 @@ def _entry(name: str, change: Tensor, step: float, share: float, digest: str, co
         longest = step * float(flat.norm()) / math.sqrt(number)
         kept = kept * (min(float(flat.abs().sum()) / number, longest) / mean)
     rounding = derived_seed(context.seed, "loom", context.round, name)
-    return Seeded(tuple(change.shape), seed, share, context.quantize(kept, rounding))
+    return Seeded(tuple(change.shape), seed, share, form(kept, rounding))

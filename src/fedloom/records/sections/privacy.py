@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,11 @@ class PrivacySettings(Section):
         le=1e6,
         description="Secure aggregation: the largest magnitude of one value of a site's change; what is beyond is cut. "
         "The grid's step is this over 2^(bits - 1), times the number of sites.",
+    )
+    clip_schedule: Literal["constant", "learning_rate"] = Field(
+        "constant",
+        description="Secure aggregation: whether clip is the same in every round, or falls with the learning rate "
+        "(training.lr_scheduler_type) as changes do. Where privacy.bits are few, late rounds are rounded away otherwise.",
     )
     noise_multiplier: float | None = Field(
         None,

@@ -25,6 +25,7 @@ from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.studies.estimate.published import MIB, Figure, list_figures
 from fedloom.studies.estimate.rounds import Course, Prediction, equal_ranks, predict
 from fedloom.studies.estimate.sizes import CODINGS, PAPER
+from fedloom.studies.estimate.sums import count_messages
 from fedloom.studies.estimate.tables import estimate_tables as estimate_tables
 
 DEFAULT_METHODS = ("fedit", "ffa", "fed-dare", "flora", "florist", "fedsrd", "fedsrd-e")
@@ -121,6 +122,7 @@ def predict_case(
         budget=case.budget,
         codings=codings,
         course=course,
+        sums=case.sums,
     )
 
 
@@ -139,6 +141,7 @@ def _row(told: Prediction, case: Case, dense: int, terms: Terms) -> dict[str, An
     total = (course.bytes - told.first) / (rounds - 1) if rounds > 1 else course.bytes
     if not rounds:
         total = len(case.ranks) * (told.up[told.auto] + told.down[told.auto])
+        total += count_messages(tuple(case.ranks)) if told.summed else 0
     return {
         "method": told.method,
         "auto": told.auto,

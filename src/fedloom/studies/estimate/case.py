@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNKNOWN = "full states after federation.consolidate_every are taken to be as large as before"
+_SUMMED = "privacy.secure_aggregation: an update has privacy.bits for every value that may travel, whatever its form"
 _WIDTHS = {"bfloat16": 2, "float16": 2}
 """Bytes of a weight by model.dtype, where it is not 4."""
 
@@ -43,7 +44,7 @@ class Case:
     what the clients' examples weigh. turns: of every round, where they are not those of `attendance`; regions: whose
     servers sum the updates. method: that of the settings, as a variant. base_bytes: of the base model's weights, 0
     where they are not known. note: what the settings led to, in words. waits: whether a round ends with its last turn.
-    steps: of a client in a round.
+    steps: of a client in a round. sums: the settings of a run whose server learns sums alone; None for others.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     note: str = ""
     waits: bool = True
     steps: int = 10
+    sums: Config | None = None
 
     @property
     def asked(self) -> int:
@@ -163,6 +165,7 @@ def _place_case(config: Config, base: PreTrainedModel, clients: tuple[str, ...],
     own = {client: place_client(linear, config, client) if client in config.clients else common for client in clients}
     ranks = {client: adapter.ranks for client, adapter in own.items()}
     trained = {module for held in ranks.values() for module in held}
+    hidden = _SUMMED if config.privacy.secure_aggregation else ""
     return Case(
         config.model.path,
         place_shared(linear, common, trained).shapes,
@@ -175,9 +178,10 @@ def _place_case(config: Config, base: PreTrainedModel, clients: tuple[str, ...],
         regions=plan_regions(config.federation.regions, clients, method),
         method=variant_of(config),
         base_bytes=sum(weight.numel() for weight in base.parameters()) * _WIDTHS.get(config.model.dtype, 4),
-        note="; ".join(filter(None, (spent, _UNKNOWN if config.federation.consolidate_every else ""))),
+        note="; ".join(filter(None, (spent, _UNKNOWN if config.federation.consolidate_every else "", hidden))),
         waits=config.federation.mode == "synchronous",
         steps=config.training.max_steps or 10,
+        sums=config if hidden else None,
     )
 
 

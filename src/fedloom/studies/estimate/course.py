@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedloom.studies.estimate.made_up import Ranks
 from fedloom.studies.estimate.rounds import Prediction, Traffic
 from fedloom.studies.estimate.schedule import Turns
+from fedloom.studies.estimate.sums import add_messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ def play_course(
             for client in present.answering
         }
         turns += len(sent)
+        if told.summed:
+            sent, fetched = add_messages(sent, fetched)
         played.append({client: (sent.get(client, 0.0), fetched.get(client, 0.0)) for client in {**fetched, **sent}})
         if regions and told.relay:
             relayed += handed_on(regions, ranks, fetched)

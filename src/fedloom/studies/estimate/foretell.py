@@ -73,7 +73,8 @@ def predict_run(case: Case) -> RunPrediction:
         delivery=_mean(ones.delivered, others.delivered),
         relayed=_mean(ones.relayed, others.relayed),
         server_cpu_s=anywhere.server_cpu_s,
-        spread=2 * abs(ones.bytes - others.bytes) / (ones.bytes + others.bytes),
+        # Where everybody drops out nothing is sent.
+        spread=2 * abs(ones.bytes - others.bytes) / max(ones.bytes + others.bytes, 1),
     )
 
 

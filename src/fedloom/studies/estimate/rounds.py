@@ -16,16 +16,19 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
-from fedloom.methods.method import Method
+from fedloom.methods.method import Method, State
+from fedloom.records.config import Config
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import full_state, server_turn
 from fedloom.studies.estimate.machine import extra_bytes
 from fedloom.studies.estimate.made_up import Ranks, train_made_up, train_part
 from fedloom.studies.estimate.play import Play
-from fedloom.studies.estimate.sizes import CODINGS, Sample, Sizes, efficiency, mean_sizes, scaled_bytes, sizes_of
+from fedloom.studies.estimate.sizes import CODINGS, PAPER, Sample, Sizes, efficiency, mean_sizes, scaled_bytes, sizes_of
+from fedloom.studies.estimate.sums import count_messages, size_vector
 from fedloom.wire import decode
 from fedloom.workspace.clients import top_ranks
 from fedloom.workspace.plan import downloads_of
+from fedloom.workspace.privacy import plan_sums
 from fedloom.workspace.regions import split_evenly
 
 _TIGHT = 64
@@ -55,6 +58,7 @@ class Prediction:
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played; merges: whether it grows with every further one.
     replaces: whether the newest broadcast is enough for whoever missed some. relay: between a region and the root.
+    summed: whether updates come as a secure sum, whose messages beside the vectors `first` alone has.
     client_cpu_s: seconds of processor time of a client's turn beside its training, the mean of those that were played.
     efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
     broadcast is sparse or has no factors. server_cpu_s: seconds of processor time of the server's turn, the sum over
@@ -75,6 +79,7 @@ class Prediction:
     replaces: bool = False
     relay: Relayed | None = None
     client_cpu_s: float = 0.0
+    summed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +117,22 @@ def predict(
     budget: Budget | None = None,
     codings: Sequence[str] = CODINGS,
     course: Course | None = None,
+    sums: Config | None = None,
 ) -> dict[str, Prediction | ConfigError]:
     """A round of each method with clients of these ranks (client → module → rank) on these modules, by name.
 
     One module of each kind is played, with `whole` every one. attending: clients of a round, all if None; those that
     are played have all ranks in turn. budget: wire.budget, for methods that keep to one. codings: forms in which
     payloads are coded beside the method's own; without any the papers' is left out too, which is quick. course: what a
-    run does to a round. A ConfigError stands for a method that cannot combine these ranks or modules.
+    run does to a round. sums: see `Case`. A ConfigError stands for a method that cannot combine these ranks or modules.
     """
-    asked = Asked(seed, attending, budget, tuple(codings), course or Course())
+    asked = Asked(seed, attending, budget, tuple(codings), course or Course(), sums)
     played = {}
     for name, method in methods.items():
         tight = is_tight(method, layout, ranks, budget)
-        chosen = sample_modules(layout, ranks, whole=whole or tight)
+        # How large a share both sides know to travel follows from the bytes of the whole adapter.
+        known = bool(sums and method.support)
+        chosen = sample_modules(layout, ranks, whole=whole or tight or known)
         held = {
             client: {module: rank[module] for module in chosen.shapes if module in rank}
             for client, rank in ranks.items()
@@ -175,6 +183,7 @@ class Asked:
     budget: Budget | None
     codings: tuple[str, ...]
     course: Course
+    sums: Config | None = None
 
 
 def _try(
@@ -182,6 +191,7 @@ def _try(
 ) -> tuple[Prediction, Play] | ConfigError:
     try:
         top = top_ranks(method, held)
+        secure = plan_sums(asked.sums, method, held) if asked.sums else None
     except ConfigError as error:
         return error
     begin = initial_state(chosen.shapes, top, asked.seed)
@@ -198,6 +208,8 @@ def _try(
         quantize("fp32"),
         budget=scaled,
         downloads=downloads_of(method, begin, held, turns, asked.course.num_rounds),
+        weighting=asked.sums.federation.weighting if asked.sums else "examples",
+        secure=secure,
     )
     return _predict(name, job, begin, here, chosen, method.form(kept), asked, joined)
 
@@ -246,7 +258,8 @@ def _predict(
         name,
         mean_sizes([size for sizes in up[1:] for size in sizes.values()]),
         mean_sizes([size for sizes in down[1:] for size in sizes.values()]),
-        sum(own.first_up + own.first_down for own in traffic.values()),
+        sum(own.first_up + own.first_down for own in traffic.values())
+        + (count_messages(held) if job.secure else 0),
         auto,
         seen.efficiency,
         chosen.scale * sum(seen.play.server_cpu_s[1:]) / (ROUNDS - 1),
@@ -256,6 +269,7 @@ def _predict(
         replaces=bool(job.method.replaces),
         relay=relayed_bytes(seen.play, chosen),
         client_cpu_s=chosen.scale * sum(seen.play.client_cpu_s[len(held) :]) / (len(held) * (ROUNDS - 1)),
+        summed=job.secure is not None,
     )
     return told, seen.play
 
@@ -297,8 +311,12 @@ def _play(
     steps = {client: train_part(train, own) for client, own in held.items()}
     up, down, states = [], [], []
     for number in range(1, ROUNDS + 1):
+        vector = size_vector(job, play.server, number, chosen) if job.secure else None
         result = play.round(steps)
-        up.append(sizes_of(result.uploads, chosen, auto, codings, made))
+        if vector is None:
+            up.append(sizes_of(result.uploads, chosen, auto, codings, made))
+        else:
+            up.append({client: dict.fromkeys((*codings, PAPER, auto), vector) for client in held})
         received = {client: play.broadcast_for(client, result.broadcast) for client in play.clients}
         down.append(sizes_of(received, chosen, auto, codings, made))
         states.append(chosen.scale * len(full_state(job, play.server, number)))
