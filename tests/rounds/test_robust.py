@@ -22,6 +22,7 @@ from fedloom.rounds.turns import server_turn
 from fedloom.workspace.checkpoint import Snapshot, list_checkpoints, load_checkpoint, save_checkpoint
 from fedloom.workspace.plan import robust_of
 from toy import CLIENTS_OF_SCALARS, built, initial, job, random_state, step
+from toy import trainer as toy_trainer
 
 CLIENTS = ["ada", "bob", "cyd", "dan"]
 LIAR = "dan"
@@ -134,6 +135,26 @@ def test_a_liar_is_worth_less_the_larger_it_is():
     without = far_off(server_turn(held.job, held.server, honest, 1).state)
     assert far_off(held.server) > moved[0] > moved[1] > moved[2] > without
     assert moved[2] - without < 0.1 * (moved[0] - without)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_whatever_the_coding_who_is_far_too_large_hardly_counts_and_is_found_by_distance(name: str):
+    held = federation(name, Robust("clip"))
+    held.number += 1
+    method, scalars = held.job.method, name in CLIENTS_OF_SCALARS
+
+    def train(size: float):
+        return toy_trainer(method, size=abs(size)) if scalars else trainer(method, size)
+
+    sent = {client: held.client_turn(client, train(-30.0 if client == LIAR else 0.1)) for client in CLIENTS}
+
+    def turn(rule: str):
+        return server_turn(replace(held.job, robust=Robust(rule, malicious=1)), held.server, sent, 1)
+
+    for rule in ("clip", "geometric_median"):
+        (note,) = turn(rule).notes
+        assert note.startswith(f"client {LIAR} counts for 0.")
+    assert turn("trimmed").refused.keys() == {LIAR}
 
 
 def test_a_twisted_pair_is_too_large_though_its_change_is_not():

@@ -131,6 +131,7 @@ def test_noise_that_a_sum_cannot_have_is_refused():
     for change, said in (
         (("federation.weighting=examples",), "needs federation.weighting = 'uniform'"),
         (("privacy.secure_aggregation=false",), "set privacy.secure_aggregation to true"),
+        (("privacy.clip_schedule=learning_rate",), "the noise is as large in every round"),
     ):
         with pytest.raises(ConfigError, match=said):
-            configure(*NOISY, *change)
+            plan_sums(configure(*NOISY, *change), method, ranks)

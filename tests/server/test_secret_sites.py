@@ -163,6 +163,17 @@ def test_a_round_with_too_few_sites_is_skipped_and_leaves_everybody_as_if_never_
     assert run.server.version == 1, "the second round was averaged"
 
 
+def test_a_grid_that_falls_with_the_learning_rate_gives_the_same_mean(tmp_path):
+    course = ["training.lr_scheduler_type=linear", "privacy.clip=9.0"]
+    falling = configure(*course, "privacy.clip_schedule=learning_rate")
+    hidden, _ = play_rounds(falling, tmp_path / "hidden", 3)
+    plain, _ = play_rounds(configure(*course, "privacy.secure_aggregation=false"), tmp_path / "plain", 3)
+    for name, tensor in plain.server.adapter.tensors().items():
+        assert torch.allclose(hidden.server.adapter.tensors()[name], tensor, atol=1e-4)
+    sums = hidden.setup.job.secure
+    assert [sums.grid_of(round).reach for round in (1, 2, 3, 4)] == [pytest.approx(r, rel=1e-6) for r in (9, 6, 3, 9)]
+
+
 def test_a_run_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.server.loop.finish_run", lambda *about: None)  # nothing is drawn
     config = configure("method.name=fedit", "federation.drop_out=0.3", "federation.num_rounds=4")
@@ -238,7 +249,7 @@ def test_what_both_sides_draw_keeps_to_the_budget_in_the_bits_of_the_sum(tmp_pat
         run.play_round(1)
     rows = read_rows(tmp_path / "run" / "ledger.jsonl")
     sizes = [row.bytes for row in rows if isinstance(row, Transfer) and row.kind == "masked"]
-    assert len(sizes) == 3 and all(0.5 * room < size <= room for size in sizes)
+    assert len(sizes) == 3 and all(room - 110 < size <= room for size in sizes)
     signs = replace(job, secure=None, quantize=quantize("sign"))
     in_the_clear = signs.method.support(secure_state(setup), signs.context(1))
     assert sum(map(len, in_the_clear.values())) > 2 * secure.count_values(job, secure_state(setup), 1)
@@ -247,8 +258,14 @@ def test_what_both_sides_draw_keeps_to_the_budget_in_the_bits_of_the_sum(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("privacy.clip=0.01",), r"% of its change's values were cut at privacy.clip, 0.01; the largest was 0\.\d+: a la"),
-        (("privacy.bits=5", "privacy.clip=2.0"), r"rounding to the grid changed it by [1-9]\d*\.\d times its own size: more privacy.bits"),
+        (
+            ("privacy.clip=0.01",),
+            r"% of its change's values were cut at privacy.clip, 0.01; the largest was 0\.\d+",
+        ),
+        (
+            ("privacy.bits=5", "privacy.clip=2.0"),
+            r"changed it by [1-9]\d*\.\d times its own size: more privacy.bits",
+        ),
         (("privacy.bits=12", "privacy.clip=0.7"), ""),
     ],
 )

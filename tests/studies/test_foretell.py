@@ -78,7 +78,9 @@ def test_a_run_sends_what_was_foretold(tmp_path, sets):
 def test_a_run_that_everybody_drops_out_of_sends_nothing():
     """Said once: float division by zero, as the run began."""
     nobody = [Turns(("ada", "bob"), (), ())]
-    told = predict_run(cases.Case("toy", SHAPES, {name: ranks(RANK) for name in ("ada", "bob")}, turns=nobody, method="fedit"))
+    told = predict_run(
+        cases.Case("toy", SHAPES, {name: ranks(RANK) for name in ("ada", "bob")}, turns=nobody, method="fedit")
+    )
     assert told.bytes == 0 and told.spread == 0
 
 

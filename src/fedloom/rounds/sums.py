@@ -42,7 +42,7 @@ class Rounding:
         if self.error > 1.0:
             said.append(
                 f"rounding to the grid changed it by {self.error:.1f} times its own size: more privacy.bits, a smaller "
-                f"privacy.clip (its largest value is {self.largest:.3g}) or federation.weighting = 'uniform' make it finer"
+                f"privacy.clip (the largest value was {self.largest:.3g}) or weighting = 'uniform' make it finer"
             )
         return "; ".join(said)
 

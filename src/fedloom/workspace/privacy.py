@@ -55,8 +55,8 @@ def _plan_scales(config: Config) -> tuple[float, ...]:
         return ()
     if config.privacy.noise_multiplier is not None:
         raise ConfigError(
-            "privacy.clip_schedule = 'learning_rate' does not go with privacy.noise_multiplier: the noise is as large in "
-            "every round, and so has the grid to be. Leave one of them out"
+            "privacy.clip_schedule = 'learning_rate' does not go with privacy.noise_multiplier: the noise is as large "
+            "in every round, and so has the grid to be. Leave one of them out"
         )
     rounds, course = config.federation.num_rounds, SCHEDULES[config.training.lr_scheduler_type]
     return tuple(course(over / rounds) for over in range(rounds))

@@ -53,7 +53,7 @@ class PrivacySettings(Section):
     clip_schedule: Literal["constant", "learning_rate"] = Field(
         "constant",
         description="Secure aggregation: whether clip is the same in every round, or falls with the learning rate "
-        "(training.lr_scheduler_type) as changes do. Where privacy.bits are few, late rounds are rounded away otherwise.",
+        "(training.lr_scheduler_type) as changes do. With few privacy.bits, late rounds are rounded away otherwise.",
     )
     noise_multiplier: float | None = Field(
         None,

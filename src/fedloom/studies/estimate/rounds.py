@@ -16,7 +16,7 @@ from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
-from fedloom.methods.method import Method, State
+from fedloom.methods.method import Method
 from fedloom.records.config import Config
 from fedloom.rounds.job import Job
 from fedloom.rounds.turns import full_state, server_turn
@@ -258,8 +258,7 @@ def _predict(
         name,
         mean_sizes([size for sizes in up[1:] for size in sizes.values()]),
         mean_sizes([size for sizes in down[1:] for size in sizes.values()]),
-        sum(own.first_up + own.first_down for own in traffic.values())
-        + (count_messages(held) if job.secure else 0),
+        sum(own.first_up + own.first_down for own in traffic.values()) + (count_messages(held) if job.secure else 0),
         auto,
         seen.efficiency,
         chosen.scale * sum(seen.play.server_cpu_s[1:]) / (ROUNDS - 1),

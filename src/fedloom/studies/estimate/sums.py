@@ -26,9 +26,7 @@ def count_messages(sites: Collection[str]) -> int:
     return len(sites) * sum(count_talk(sites))
 
 
-def add_messages(
-    sent: Mapping[str, float], fetched: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
+def add_messages(sent: Mapping[str, float], fetched: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes up and down of a round's clients with the messages of their sum. sent: of those whose vectors come."""
     up, down = count_talk(sent)
     return (
