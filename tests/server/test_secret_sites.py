@@ -320,8 +320,11 @@ def test_that_a_budget_is_not_kept_under_masks_is_said():
         setup = toy_setup(configure(f"method.name={name}"), 3, initial())
         said = describe_masked(setup.job, setup.initial)
         assert words in said and bool(words) == bool(said)
-        known = replace(setup.job, method=replace(setup.job.method, support=lambda state, context: {}))
-        assert not describe_masked(known, setup.initial)
+        few = toy_setup(configure(f"method.name={name}", "privacy.bits=8"), 3, initial())
+        for made, told in ((setup, "a value takes 32 bits of wire.budget; with privacy.bits = 5"), (few, "")):
+            known = replace(made.job, method=replace(made.job.method, support=lambda state, context: {}))
+            said = describe_masked(known, made.initial)
+            assert said == "" if name == "fedit" or not told else told in said
 
 
 def test_without_it_a_run_is_the_run_that_it_was():

@@ -140,10 +140,19 @@ def _check_numbers(config: Config, asked: int) -> None:
 
 
 def describe_masked(job: Job, adapter: LoraState) -> str:
-    """That a secure sum sends what the method would leave out, in words; "" where it does not."""
-    if job.secure is None or job.method.support is not None or not job.method.takes_budget:
+    """That a secure sum sends what the method would leave out, or far fewer values than it could, in words; else ""."""
+    if job.secure is None or not job.method.takes_budget:
         return ""
-    size = human_bytes(adapter.numel() * job.secure.grid.bits / 8)
+    grid = job.secure.grid
+    if job.method.support is not None:
+        few = (2 * grid.sites + 1).bit_length() + 1  # at one bit less a site says −1, 0 or 1
+        return (
+            f"secure aggregation: a value takes {grid.bits} bits of wire.budget; with privacy.bits = {few}, and a "
+            f"privacy.clip about as large as a value's largest change, {grid.bits / few:.1f} times as many values travel"
+            if grid.bits > 2 * few
+            else ""
+        )
+    size = human_bytes(adapter.numel() * grid.bits / 8)
     return (
         f"secure aggregation: every site sends {size} a round. Method {job.method.name!r} with these settings does not "
         "say beforehand which values travel, so all do under masks; wire.budget is not kept on the way up"
