@@ -88,8 +88,9 @@ def at(site, round, phase, outcome):
 
 
 def test_bytes_and_states_are_those_of_the_local_engine(toy_federation, tmp_path):
-    federation, grid = toy_federation(*SECRET)
-    simulation = local(tmp_path)
+    coarse = ("privacy.bits=14", "privacy.clip_schedule=learning_rate")
+    federation, grid = toy_federation(*SECRET, *coarse)
+    simulation = local(tmp_path, *coarse)
     assert state(federation.server) == state(simulation.server)
     ours, theirs = (totals(rows_of(tmp_path, out)) for out in ("run", "local"))
     assert ours == theirs

@@ -321,7 +321,7 @@ def test_that_a_budget_is_not_kept_under_masks_is_said():
         said = describe_masked(setup.job, setup.initial)
         assert words in said and bool(words) == bool(said)
         few = toy_setup(configure(f"method.name={name}", "privacy.bits=8"), 3, initial())
-        for made, told in ((setup, "a value takes 32 bits of wire.budget; with privacy.bits = 5"), (few, "")):
+        for made, told in ((setup, "a value takes 32 bits of wire.budget; with privacy.bits = 4"), (few, "")):
             known = replace(made.job, method=replace(made.job.method, support=lambda state, context: {}))
             said = describe_masked(known, made.initial)
             assert said == "" if name == "fedit" or not told else told in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,10 +144,12 @@ def test_a_run_with_a_backdoor_from_end_to_end(tmp_path):
     assert not runs_left([trial]), "a run is complete once it has said what came of it"
     honest = plan.Case("", False, ("lab",), (trial,))
     outcomes = table.read_outcomes([honest, cases[-1]])
-    result = table.as_json(outcomes, ("lab",), 3)
+    ranked = [replace(one, rank=16) for one in outcomes]
+    result = table.as_json(ranked, ("lab",), 3)
     assert json.loads(json.dumps(result))["rows"][1]["attack"] == "backdoor"
     assert outcomes[1].lost == 0.0 and outcomes[1].backdoor is not None and 0.0 <= outcomes[1].backdoor <= 1.0
-    screen = Console(width=120, record=True, file=None)
+    screen = Console(width=80, record=True, file=None)
     with screen.capture() as shown:
         screen.print(*table.outcome_tables(result))
-    assert "1 of 3 sites malicious (lab)" in shown.get() and "backdoor" in shown.get()
+    assert "1 of 3 sites malicious (lab)" in shown.get() and "backdoor, rank 16" in shown.get()
+    assert "malicious" in shown.get().split("(lab)")[1] and "…" not in shown.get()

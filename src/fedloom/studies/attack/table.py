@@ -101,10 +101,10 @@ def outcome_tables(result: Mapping[str, object]) -> list[Table]:
     assert isinstance(rows, list) and isinstance(sites, list)
     title = f"{len(sites)} of {result['clients']} sites malicious ({', '.join(sites)})"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("attack")
-    table.add_column("federation.robust")
+    table.add_column("attack", no_wrap=True)
+    table.add_column("robust", no_wrap=True)
     for name in ("score", "lost", "worst domain", "malicious refused", "honest refused", "backdoor"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # no name is cut at 80 columns
     for row in rows:
         rank = "" if row["rank"] is None else f", rank {row['rank']}"
         table.add_row(
