@@ -140,17 +140,17 @@ def _check_numbers(config: Config, asked: int) -> None:
 
 
 def describe_masked(job: Job, adapter: LoraState) -> str:
-    """That a secure sum sends what the method would leave out, or far fewer values than it could, in words; else ""."""
+    """That a secure sum sends what the method would leave out, or fewer values than it could, in words; else ""."""
     if job.secure is None or not job.method.takes_budget:
         return ""
     grid = job.secure.grid
     if job.method.support is not None:
         few = (2 * grid.sites + 1).bit_length() + 1  # at one bit less a site says −1, 0 or 1
+        if grid.bits <= 2 * few:
+            return ""
         return (
             f"secure aggregation: a value takes {grid.bits} bits of wire.budget; with privacy.bits = {few}, and a "
-            f"privacy.clip about as large as a value's largest change, {grid.bits / few:.1f} times as many values travel"
-            if grid.bits > 2 * few
-            else ""
+            f"privacy.clip about as large as a value's largest change, {grid.bits / few:.1f} times as many travel"
         )
     size = human_bytes(adapter.numel() * grid.bits / 8)
     return (
