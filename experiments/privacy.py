@@ -43,7 +43,7 @@ class Steps:
     turns: int | None = None
 
 
-STEPS = {"demo": Steps(256, 4, 1.5e-2), "many": Steps(384, 1, 2e-2, turns=10)}
+STEPS = {"demo": Steps(256, 4, 2.5e-2), "many": Steps(384, 1, 2e-2, turns=10)}
 """Testbed → its steps at example level."""
 TOGETHER = 64
 """Examples in a forward pass; a step draws several times as many."""
