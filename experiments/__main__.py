@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,7 +175,10 @@ def privacy(
     method: Annotated[
         str | None, typer.Option(help="The variant that is played at every level; see fedloom compare.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples that a step draws, at example level.")] = 256,
+    batch: Annotated[int | None, typer.Option(min=1, help="Example level: examples that a step draws.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Example level: steps a round.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.0, help="Example level: the learning rate.")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Example level: rounds that a client is in at most.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every ε.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first.")] = 300,
     jobs: Jobs = 1,
@@ -191,7 +195,11 @@ def privacy(
     bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], sets or [])
     methods = {level: method or privacy.METHODS[level] for level in names}
     tried = range(first_seed, first_seed + seeds)
-    made = privacy.plan(bed.config, privacy.parse_epsilons(epsilons), methods, batch, tried, out / testbed)
+    own = {"batch": batch, "count": steps, "learning_rate": rate, "turns": turns}
+    trained = replace(
+        privacy.STEPS.get(testbed, privacy.STEPS["demo"]), **{key: value for key, value in own.items() if value}
+    )
+    made = privacy.plan(bed.config, privacy.parse_epsilons(epsilons), methods, trained, tried, out / testbed)
     play_all([run for one in made for run in one.made], jobs, lambda run: run.label.partition(":")[0])
     found = table.to_markdown(privacy.rows(made))
     (out / testbed).mkdir(parents=True, exist_ok=True)

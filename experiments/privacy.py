@@ -23,10 +23,28 @@ from fedloom.workspace.privacy import DELTA
 
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
 METHODS = {
-    "example": "fedit:lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
-    "site": "ffa:lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
+    "example": "fedit:clients=null,lora.r=2,lora.lora_alpha=4",
+    "site": "ffa:clients=null,lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
 }
 """Level → variant. Fewer values carry less noise: whole sites train B alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How clients train where single examples are protected: few steps of many examples (docs/LOG.md has the trials).
+
+    batch: examples that a step draws on average, or all that a client has; count: steps a round; turns: rounds that a
+    client is in at most, None for all of them.
+    """
+
+    batch: int
+    count: int
+    learning_rate: float
+    turns: int | None = None
+
+
+STEPS = {"demo": Steps(256, 4, 2.5e-2), "many": Steps(384, 1, 2e-2, turns=10)}
+"""Testbed → its steps at example level."""
 TOGETHER = 64
 """Examples in a forward pass; a step draws several times as many."""
 
@@ -64,35 +82,42 @@ def site_noise(epsilon: float, rounds: int) -> float:
     return math.sqrt(2.0 * rounds / low)
 
 
-def variant(level: str, method: str, epsilon: float, rounds: int, batch: int) -> str:
-    """The variant of a level under an ε."""
-    joint = f"{method}{',' if ':' in method else ':'}"
-    if level == "example":
-        size = min(batch, TOGETHER)
-        passes = math.ceil(batch / size)
-        own = f"training.per_device_train_batch_size={size},training.gradient_accumulation_steps={passes}"
-        return joint + own + (f",training.dp.epsilon={epsilon:g}" if math.isfinite(epsilon) else "")
-    own = "privacy.secure_aggregation=true,federation.weighting=uniform"
-    if math.isinf(epsilon):
-        return joint + own
-    noise = site_noise(epsilon, rounds)
-    room = 1.0 + 10.0 * noise
-    return joint + own + f",privacy.noise_multiplier={noise:.6g},privacy.clip={room:.6g}"
+def variant(level: str, method: str, epsilon: float, rounds: int, steps: Steps) -> str:
+    """The variant of a level under an ε, in a run of so many rounds."""
+    own = _protect_examples(epsilon, steps) if level == "example" else _protect_sites(epsilon, rounds)
+    return ",".join([f"{method}{'' if ':' in method else ':'}".rstrip(","), *own])
+
+
+def _protect_examples(epsilon: float, steps: Steps) -> list[str]:
+    size = min(steps.batch, TOGETHER)
+    own = [
+        f"training.learning_rate={steps.learning_rate:g}",
+        f"training.max_steps={steps.count}",
+        f"training.per_device_train_batch_size={size}",
+        f"training.gradient_accumulation_steps={math.ceil(steps.batch / size)}",
+    ]
+    if math.isfinite(epsilon):
+        own.append(f"training.dp.epsilon={epsilon:g}")
+        own.extend([] if steps.turns is None else [f"training.dp.rounds={steps.turns}"])
+    return own
+
+
+def _protect_sites(epsilon: float, rounds: int) -> list[str]:
+    own = ["privacy.secure_aggregation=true", "federation.weighting=uniform"]
+    if math.isfinite(epsilon):
+        noise = site_noise(epsilon, rounds)
+        own.extend([f"privacy.noise_multiplier={noise:.6g}", f"privacy.clip={1.0 + 10.0 * noise:.6g}"])
+    return own
 
 
 def plan(
-    config: Config,
-    epsilons: Sequence[float],
-    methods: Mapping[str, str],
-    batch: int,
-    seeds: Sequence[int],
-    out: Path,
+    config: Config, epsilons: Sequence[float], methods: Mapping[str, str], steps: Steps, seeds: Sequence[int], out: Path
 ) -> list[Setting]:
     """Every ε of every level with every seed."""
     made = []
     for level, method in methods.items():
         for epsilon in epsilons:
-            named = variant(level, method, epsilon, config.federation.num_rounds, batch)
+            named = variant(level, method, epsilon, config.federation.num_rounds, steps)
             runs = tuple(plan_runs(config, [named], seeds, out / f"{level}-{epsilon:g}"))
             made.append(Setting(level, epsilon, named, runs))
     return made
@@ -115,7 +140,7 @@ def _row(one: Setting, runs: Sequence[Report], whole: Sequence[Report]) -> dict[
     return {
         "level": one.level,
         "ε": "∞" if math.isinf(one.epsilon) else f"{one.epsilon:g}",
-        "run": one.variant.partition(",privacy.")[0].partition(",training.per_device")[0],
+        "run": one.variant.partition(",privacy.")[0].partition(",training.max_steps")[0],
         "seeds": str(len(runs)),
         "exact match %": over_seeds([run.value(EXACT_MATCH.key) for run in runs], EXACT_MATCH),
         "gain, nats a token": over_seeds([gain(run) for run in runs], LOSS),

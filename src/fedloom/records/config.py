@@ -117,6 +117,11 @@ def _check_dp(config: Config) -> None:
             "training.dp.epsilon needs synchronous rounds: in asynchronous ones nobody knows how often a site will "
             "train; give training.dp.noise_multiplier, and limit ε at the sites (policy.example_privacy)"
         )
+    if config.training.dp.rounds is not None and config.federation.mode == "buffered":
+        raise ValueError(
+            "training.dp.rounds needs synchronous rounds: in asynchronous ones every site trains all the time. Leave "
+            "it out, and limit ε at the sites (policy.example_privacy)"
+        )
 
 
 class Config(Section):
@@ -146,6 +151,12 @@ class Config(Section):
         # One of the two in place of the other, whichever [training] has.
         unset = dict.fromkeys(_STEPS) if own.keys() & set(_STEPS) else {}
         return self.training.model_copy(update={**unset, **own})
+
+    @property
+    def turns_of_client(self) -> int:
+        """In how many rounds of the run a client trains at most: fewer than all where training.dp says so."""
+        rounds = self.federation.num_rounds
+        return rounds if self.training.dp is None else self.training.dp.turns_of(rounds)
 
     def _own(self, client: str, section: type[Section]) -> dict[str, Any]:
         """What [clients.<name>] says of the keys of a section."""

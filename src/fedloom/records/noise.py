@@ -11,7 +11,8 @@ from fedloom.records.config import Config, TrainingSettings
 def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> SampledNoise | None:
     """A round's noise for a client with so many examples; None without training.dp.
 
-    Where an ε is given, the noise is such that all rounds together cost it, for a client that is in all of them.
+    Where an ε is given, the noise is such that all rounds together cost it, for a client that is in as many of them as
+    it may be (`TrainingSettings.dp.rounds`).
     Raises ConfigError where there is no such noise, or where the library that finds it is not installed.
     """
     if settings.dp is None:
@@ -20,7 +21,9 @@ def plan_noise(settings: TrainingSettings, examples: int, num_rounds: int) -> Sa
     rate = min(1.0, settings.batch / examples)
     noise = settings.dp.noise_multiplier
     if settings.dp.epsilon is not None:
-        noise = find_noise(settings.dp.epsilon, settings.dp.delta_of(examples), rate, steps * num_rounds)
+        noise = find_noise(
+            settings.dp.epsilon, settings.dp.delta_of(examples), rate, steps * settings.dp.turns_of(num_rounds)
+        )
     assert noise is not None
     return SampledNoise(rate, noise, steps)
 

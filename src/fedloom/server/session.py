@@ -20,6 +20,7 @@ from fedloom.records.ledger import Aggregation, Layers, Ledger, RunRow, read_row
 from fedloom.records.session import End, Session, describe_error
 from fedloom.rounds.joint import SCALES
 from fedloom.rounds.turns import ServerTurn
+from fedloom.server.attendance import check_attendance
 from fedloom.wire import describe
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ LIBRARIES = ("fedloom", "torch", "transformers", "peft")
 
 def begin_session(rounds: Rounds) -> tuple[str, ...]:
     """Record that a run begins or goes on; what is to be said where it was given another number of rounds."""
+    check_attendance(rounds.setup.config, len(tuple(rounds.sites)))
     ledger, planned = rounds.folder.ledger, rounds.setup.config.federation.num_rounds
     held = [row for row in read_rows(ledger.path) if isinstance(row, RunRow)]
     if not held or held[-1].num_rounds != planned:

@@ -186,8 +186,8 @@ class Desk:
                 seed = own_seed(Path(self.site.state), asked.job, round)
             private = place.setup.private_round(name, state, round, seed) if self.own_trainer is None else None
             if private is not None:
-                held = len(place.setup.sites[name].data)
-                charges.append(charge_examples(self.trail, policy, asked.job, asked.round, private, held))
+                held, turns = len(place.setup.sites[name].data), place.setup.config.turns_of_client
+                charges.append(charge_examples(self.trail, policy, asked.job, asked.round, private, held, turns))
             trained = step(state, round, seed)
             still_wanted()  # the last moment at which nothing was charged or kept
             # The steps of an epoch tell how many examples there are.

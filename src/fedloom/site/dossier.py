@@ -225,16 +225,16 @@ def weigh_noise(site: SiteConfig, lines: Sequence[Line], job: str, rounds: int) 
 
 def describe_protection(site: SiteConfig, config: Config, examples: int | None, lines: Sequence[Line]) -> str:
     """What the job's noise on single examples costs beside all that was spent on them, in words."""
-    training, rounds = config.training_of(site.name), config.federation.num_rounds
+    training = config.training_of(site.name)
     if training.dp is None:
         return "off: what an update says of a single example has no bound but that of the site's own noise"
     if examples is None:
         return f"on (C = {training.dp.clip_norm:g}); how much follows from the examples, which cannot be read"
     delta, spent = delta_for(site.policy, examples), sampled_noise(lines)
     try:
-        noise = plan_noise(training, examples, rounds)
+        noise = plan_noise(training, examples, config.federation.num_rounds)
         assert noise is not None
-        job = [replace(noise, steps=noise.steps * rounds)]
+        job = [replace(noise, steps=noise.steps * config.turns_of_client)]
         alone, before, together = (example_epsilon(one, delta) for one in (job, spent, [*job, *spent]))
     except ConfigError as error:
         return f"on (C = {training.dp.clip_norm:g}); {error}"

@@ -37,13 +37,16 @@ def check_budget(policy: Policy, spent: Spending, noise: SampledNoise | None, ex
 
 
 def charge_examples(
-    trail: AuditTrail, policy: Policy, job: str, round: int, private: PrivateRound, examples: int
+    trail: AuditTrail, policy: Policy, job: str, round: int, private: PrivateRound, examples: int, turns: int
 ) -> str:
     """Have it on record that noise on so many examples is about to be drawn; the digest of the line.
 
+    turns: in how many rounds of the job the site trains at most, which its noise is made for.
+
     A draw that was charged for already, and with which nothing has left, costs nothing more. Raises PolicyRefusal where
-    the policy's ε for single examples leaves no further round.
+    the policy's ε for single examples leaves no further round, or the job's own.
     """
+    check_turns(trail, job, round, turns)
     mu = policy.privacy.mu if policy.privacy else None
     line = trail.find_charge(job, round, private.noise, private.draw, mu)
     if line is None:
@@ -51,6 +54,17 @@ def charge_examples(
         delta = delta_for(policy, examples)
         line = trail.charge_examples(job, round, private.noise, private.draw, delta, mu)
     return line.digest
+
+
+def check_turns(trail: AuditTrail, job: str, round: int, turns: int) -> None:
+    """Raises PolicyRefusal where the site has trained in as many rounds of a job as its noise is made for."""
+    others = {line.round for line in trail.lines() if line.job == job and line.sampled} - {round}
+    if len(others) >= turns:
+        raise PolicyRefusal(
+            f"this site has trained in {len(others)} rounds of job {job}, and its noise is made for {turns} "
+            "(training.dp.rounds, federation.num_rounds)",
+            "refused: the job's noise on examples is made for fewer rounds of this site",
+        )
 
 
 def delta_for(policy: Policy, examples: int) -> float:

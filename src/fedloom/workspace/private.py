@@ -47,7 +47,9 @@ def describe_noise(config: Config, examples: Mapping[str, int]) -> str:
     found = sorted(noise.noise_multiplier for noise in planned.values() if noise)
     rates = sorted(noise.sampling_rate for noise in planned.values() if noise)
     epsilon = config.training.dp.epsilon
-    goal = f"ε = {epsilon:g} at example level for all rounds" if epsilon else "as much as noise_multiplier says"
+    turns = config.turns_of_client
+    which = "all rounds" if turns == config.federation.num_rounds else f"{turns} round{'s' * (turns > 1)} of a client"
+    goal = f"ε = {epsilon:g} at example level for {which}" if epsilon else "as much as noise_multiplier says"
     said = f"noise on examples, {goal}: noise multiplier {_span(found, '.3g')}, a step draws {_span(rates, '.2%')}"
     if rates[-1] == 1.0:
         said += "; a step draws all examples of some client: with a smaller batch there would be less noise to add"

@@ -90,9 +90,10 @@ def check_resumable(held: Occupant, config: Config, extend: bool) -> None:
                 f"the run in {held.path} ended after round {chosen.round} by its validation split and takes no more "
                 f"rounds: begin another with model.adapter = {str(held.path / 'adapter')!r}"
             )
-        if config.training.dp is not None and config.training.dp.epsilon is not None:
+        dp, more = config.training.dp, config.turns_of_client != held.settings.turns_of_client
+        if dp is not None and dp.epsilon is not None and more:
             raise CheckpointError(
-                f"the noise in {held.path} was made for {held.settings.federation.num_rounds} rounds, and more of them "
+                f"the noise in {held.path} was made for {held.settings.turns_of_client} rounds, and more of them "
                 "would pass training.dp.epsilon: begin another run with "
                 f"model.adapter = {str(held.path / 'adapter')!r}, whose ε comes on top"
             )

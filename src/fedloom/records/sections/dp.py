@@ -30,11 +30,22 @@ class DpSettings(Section):
         None, gt=0, lt=1, description="δ at which ε holds; 1 over the number of the client's examples if left out."
     )
 
+    rounds: int | None = Field(
+        None,
+        ge=1,
+        description="Rounds of one client that the noise is made for; who was asked in so many is asked in no more. "
+        "All rounds of the run if left out.",
+    )
+
     @model_validator(mode="after")
     def _one_amount(self) -> DpSettings:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("training.dp needs one of epsilon and noise_multiplier")
         return self
+
+    def turns_of(self, num_rounds: int) -> int:
+        """In how many rounds of a run of so many a client may train."""
+        return num_rounds if self.rounds is None else min(self.rounds, num_rounds)
 
     def delta_of(self, examples: int) -> float:
         """The δ for a client with so many examples."""
