@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedloom.compress.budget import Budget
-from fedloom.compress.entries import Dense, Quantized, to_dense
+from fedloom.compress.entries import Dense, Quantized, Sparse, to_dense
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError, WireError
 from fedloom.lora.pair import LoraPair, initial_state
@@ -16,7 +16,7 @@ from fedloom.methods.method import State
 from fedloom.methods.shared.guard import UNDONE
 from fedloom.methods.table import build
 from fedloom.rounds.joint import split_entries
-from fedloom.rounds.joint_paths import COMPONENTS, PATHS
+from fedloom.rounds.joint_paths import PATHS
 from fedloom.rounds.turns import Job, accept, client_turn, server_turn, start
 from fedloom.wire import Header, Message, decode, describe, encode
 from toy import step
@@ -43,7 +43,7 @@ def test_rounds_of_paths_lead_all_to_one_state(budget: int, broadcast: str):
         turns = {name: client_turn(run, name, state, last, step, round) for name, state in clients.items()}
         clients = {name: turn.state for name, turn in turns.items()}
         done = server_turn(run, server, {name: turn.payload for name, turn in turns.items()}, round)
-        assert not done.refused and {f"{PATHS}2", COMPONENTS} == decode(done.payload).entries.keys()
+        assert not done.refused and {f"{PATHS}2"} == decode(done.payload).entries.keys()
         assert max(len(done.payload), *(len(turn.payload) for turn in turns.values())) <= budget
         server, last = done.state, [done.payload]
     caught_up = accept(run, clients["ada"], last[0])
@@ -101,36 +101,44 @@ def test_a_client_of_lower_rank_is_understood():
     assert not server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1).refused
 
 
-def sent() -> tuple[Dense, Dense]:
-    """The two tensors of an update."""
+def sent() -> Dense:
+    """The tensor of an update."""
     turn = client_turn(job(400), "ada", start(job(400), INITIAL, RANKS), (), step, 1)
-    entries = decode(turn.payload).entries
-    paths, components = entries[f"{PATHS}2"], entries[COMPONENTS]
-    assert isinstance(paths, Dense) and isinstance(components, Dense)
-    return paths, components
+    paths = decode(turn.payload).entries[f"{PATHS}2"]
+    assert isinstance(paths, Dense)
+    return paths
 
 
-PATH, CODES = sent()
+PATH = sent()
 
 
-def cut(entry: Dense, numel: int) -> Dense:
-    values = entry.values
+def altered(codes: torch.Tensor) -> Dense:
+    values = PATH.values
     assert isinstance(values, Quantized)
-    return Dense((numel,), Quantized(values.codes[:numel], values.scales, values.block, values.bits))
+    return Dense((codes.numel(),), Quantized(codes, torch.ones(-(-codes.numel() // values.block)), values.block, 1))
+
+
+def cut(numel: int) -> Dense:
+    assert isinstance(PATH.values, Quantized)
+    return altered(PATH.values.codes[:numel])
+
+
+FLOATS = Dense(PATH.shape, torch.ones(PATH.shape[0]))
+SPARSE = Sparse(PATH.shape, torch.arange(3), torch.ones(3))
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({f"{PATHS}2": PATH}, "comes with a tensor 'components'"),
-        ({f"{PATHS}2": PATH, COMPONENTS: CODES, "other": CODES}, "comes with a tensor"),
-        ({f"{PATHS}02": PATH, COMPONENTS: CODES}, "names no rank"),
-        ({f"{PATHS}3": PATH, COMPONENTS: CODES}, "larger adapter"),
-        ({f"{PATHS}1": PATH, COMPONENTS: CODES}, "expected 2 for each of 16 components"),
-        ({f"{PATHS}2": CODES, COMPONENTS: CODES}, "codes of 1 bits"),
-        ({f"{PATHS}2": PATH, COMPONENTS: PATH}, "codes of 8 bits"),
-        ({f"{PATHS}2": cut(PATH, PATH.shape[0] - 1), COMPONENTS: CODES}, "do not fit"),
-        ({f"{PATHS}2": PATH, COMPONENTS: cut(CODES, 62)}, "has 62 values"),
+        ({f"{PATHS}2": PATH, "other": PATH}, "holds other tensors beside it"),
+        ({f"{PATHS}02": PATH}, "names no rank"),
+        ({f"{PATHS}3": PATH}, "larger adapter"),
+        ({f"{PATHS}2": FLOATS}, "codes of 1 bits"),
+        ({f"{PATHS}2": SPARSE}, "is not dense"),
+        ({f"{PATHS}2": cut(PATH.shape[0] - 1)}, "do not fit"),
+        ({f"{PATHS}2": cut(16)}, "not coded as they should be"),
+        ({f"{PATHS}2": altered(torch.cat([PATH.values.codes, torch.ones(1, dtype=torch.int8)]))}, "left over"),
+        ({f"{PATHS}2": altered(torch.ones(PATH.shape[0], dtype=torch.int8))}, "paths|scale of a component"),
     ],
 )
 def test_paths_that_do_not_fit_are_refused(entries, message):
@@ -163,9 +171,9 @@ def test_shared_positions_do_not_go_with_paths():
 
 
 GOLDEN = (
-    "464c4f4d0200046c6f6f6d010003105c2fcce0471de041d4e9f9e398b5ad4610a48f1e1c1e4bdff9222f3cfc9f3fac44444402000a63"
-    "6f6d706f6e656e7473000770617468733a3100030104808004000501ac028080040a1004041201011301011401011501011a26261b01"
-    "011c01011d01011e0101000400e17f0000003fbe760e9e9215cf4a7e4a56fcc053b2e259c9783c1e3f784a563c2b7ff094acf881a764"
-    "c50f7f0000004113c963dd3b3783"
+    "464c4f4d0200046c6f6f6d010003105c2fcce0471de041d4e9f9e398b5ad4610a48f1e1c1e4bdff9222f3cfc9f3fac44222201000770"
+    "617468733a31000501f004808004051a4e4e1b01011c01011d01011e01017dfa005905de3b2b8ba778efac2c9ee2bdb3b2788ae7ccca"
+    "e229de3b2b8ba778efac2c9e0a4c560532e5c0cccae2a9c06455e0bdb3b2782a30591578efac2c9e0a4c5605de3b2b8ba702935581a7"
+    "7f000000f601d345e47eb195"
 )
-TOLD = [0.08173484, 0.07907246, 0.008386473, 0.0009983897, 0.08905636]
+TOLD = [-0.05682373, -0.002746582, 0.006408691, 0.01141357, 0.06158447]

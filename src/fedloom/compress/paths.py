@@ -1,9 +1,9 @@
 """A whole adapter as paths through trellises, within a budget of bytes: bits go where they are worth most.
 
-A component of a factor (a row of A, a column of B) has a rate and a scale of its own, eight bits; all components of one
-rate share a path (`trellis`). With the variance σ² of a component's values times the weights of their places, a rate
-that loses the share D of them costs σ² D, and the rates are those at which a bit more is worth the same everywhere
-(reverse water-filling).
+A component of a factor (a row of A, a column of B) has a rate and a scale of its own, in half a byte (`adaptive`); all
+components of one rate share a path (`trellis`). With the variance σ² of a component's values times the weights of their
+places, a rate that loses the share D of them costs σ² D, and the rates are those at which a bit more is worth the same
+everywhere (reverse water-filling).
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.compress.entries import Dense, Entry
+from fedloom.compress.adaptive import Coder, Decoder, Encoder, code_number, code_signed
+from fedloom.compress.entries import Dense, Entry, count
 from fedloom.compress.levels import Coded, Part, Size, code_within
 from fedloom.compress.trellis import RATES, Bits, Floats, follow, trace
 from fedloom.errors import WireError
 
 Shape = tuple[int, ...]
+Codes = NDArray[np.int8]
 
 _LONGEST = 4.0  # `Part.whole`: no component is stretched by more
 _FINEST = 2.5  # bits a value above which integer codes are as good, and much quicker
@@ -40,8 +42,8 @@ class Paths:
     The bits of the first rate's path come first. A component of rate 0 is zero.
     """
 
-    rates: NDArray[np.int8]
-    scales: NDArray[np.int8]
+    rates: Codes
+    scales: Codes
     bits: Bits
 
     def tensors(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -65,6 +67,25 @@ class Paths:
         if left.size:
             raise WireError(f"{left.size} bits of paths are left over")
         return dict(_join_components(shapes, pieces))
+
+    def coded(self, shapes: Mapping[str, Shape]) -> Bits:
+        """All of it in bits, one a byte: rates and scales (`adaptive`), filled up to eight, then the paths."""
+        coder = Encoder()
+        code_components(coder, component_factors(shapes), self.rates.tolist(), self.scales.tolist())
+        head = np.unpackbits(np.frombuffer(coder.finish(), np.uint8), bitorder="little")
+        return np.concatenate([head, self.bits])
+
+    @classmethod
+    def decoded(cls, coded: Bits, shapes: Mapping[str, Shape]) -> Paths:
+        """What `coded` made. Raises WireError where the bits are no paths of an adapter of these shapes."""
+        factors = component_factors(shapes)
+        coder = Decoder(np.packbits(coded, bitorder="little").tobytes())
+        unknown = [0] * len(factors)
+        rates, scales = code_components(coder, factors, unknown, unknown)
+        head = coder.finish()
+        if head is None or 8 * len(head) > coded.size:
+            raise WireError("the rates and scales of paths are not coded as they should be")
+        return cls(rates, scales, coded[8 * len(head) :])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -90,7 +111,7 @@ def trace_within(parts: Mapping[str, Part], budget: int, size: Size) -> Coded:
     if not 0 < elements <= MOST or room > _FINEST * elements:
         return code_within(parts, budget, size)
     components = [component for name, part in parts.items() for component in _components(name, part)]
-    bits = room - 8 * _overhead(parts, len(components), size)
+    bits = room - 8 * _overhead(parts, components, choose_rates(components, room), size)
     for _ in range(_TRIES):
         if bits <= 0:
             break
@@ -124,7 +145,7 @@ def _components(name: str, part: Part) -> Iterator[Component]:
         yield Component(np.ascontiguousarray(values, np.float32), weight, part.whole)
 
 
-def choose_rates(components: Sequence[Component], bits: float) -> NDArray[np.int8]:
+def choose_rates(components: Sequence[Component], bits: float) -> Codes:
     """A rate for each component, 0 for none: of those that take no more than so many bits, what loses least."""
     sizes = np.array([component.values.size for component in components])
     worth = sizes * [component.worth for component in components]
@@ -153,7 +174,7 @@ def choose_rates(components: Sequence[Component], bits: float) -> NDArray[np.int
     return rates.astype(np.int8)
 
 
-def _entries(parts: Mapping[str, Part], components: Sequence[Component], rates: NDArray[np.int8]) -> dict[str, Entry]:
+def _entries(parts: Mapping[str, Part], components: Sequence[Component], rates: Codes) -> dict[str, Entry]:
     """The parts as paths at these rates."""
     bits: list[Bits] = []
     scales = np.zeros(len(components), np.int8)
@@ -181,15 +202,46 @@ def _scale(component: Component, sent: Floats) -> int:
     scale = product / own
     if component.whole:
         scale = min(float(component.values @ component.values) / product, _LONGEST * scale)
-    return max(-128, min(127, round(_STEPS * math.log2(scale))))
+    return _in_steps(scale)
 
 
-def _overhead(parts: Mapping[str, Part], components: int, size: Size) -> int:
-    """Bytes of a payload beside its bits: header, index, rates and scales."""
-    some = np.resize(np.arange(1, len(RATES) + 1, dtype=np.int8), components)
-    none = Paths(np.zeros(components, np.int8), some, np.zeros(0, np.uint8))
+def _overhead(parts: Mapping[str, Part], components: Sequence[Component], rates: Codes, size: Size) -> int:
+    """Bytes of a payload beside the bits of its paths: header, index, and rates and scales, about."""
+    lengths = [float(np.sqrt(np.square(one.values.astype(np.float64)).mean())) for one in components]
+    scales = np.array([_in_steps(length) if rate else 0 for length, rate in zip(lengths, rates, strict=True)], np.int8)
     shapes = {name: tuple(part.values.shape) for name, part in parts.items()}
-    return size({name: Traced(shapes[name], t.flatten(), none) for name, t in none.tensors(shapes).items()})
+    bare = Paths(rates, scales, np.zeros(0, np.uint8))
+    return size({name: Traced(shape, torch.zeros(count(shape)), bare) for name, shape in shapes.items()})
+
+
+def _in_steps(scale: float) -> int:
+    """The code of the nearest scale."""
+    return max(-128, min(127, round(_STEPS * math.log2(max(scale, 1e-30)))))
+
+
+def code_components(coder: Coder, factors: str, rates: Sequence[int], scales: Sequence[int]) -> tuple[Codes, Codes]:
+    """The rates and scales of components as a coder takes or tells them; a component of rate 0 has no scale.
+
+    factors: A or B for each component. What is coded is given in full; to be told it, give zeros. The scale is coded as
+    its difference from the last one of the same rate: a rate is worth its bits in a narrow range of scales alone.
+    """
+    told_rates, told_scales = np.zeros(len(factors), np.int8), np.zeros(len(factors), np.int8)
+    last: dict[int, int] = {}
+    before = 0
+    for place, (factor, rate, scale) in enumerate(zip(factors, rates, scales, strict=True)):
+        rate = code_number(coder, factor, rate, len(RATES))
+        if rate:
+            near = last.get(rate, before)
+            before = last[rate] = near + code_signed(coder, "scale", scale - near, 8)
+            if not -128 <= before <= 127:
+                raise WireError(f"the scale of a component is {before}: expected -128 to 127")
+            told_rates[place], told_scales[place] = rate, before
+    return told_rates, told_scales
+
+
+def component_factors(shapes: Mapping[str, Shape]) -> str:
+    """A or B for every component, in order."""
+    return "".join("A" * shape[0] if name.endswith("/A") else "B" * shape[1] for name, shape in shapes.items())
 
 
 def component_sizes(shapes: Mapping[str, Shape]) -> NDArray[np.int64]:
