@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -195,9 +194,9 @@ def privacy(
     bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], sets or [])
     methods = {level: method or privacy.METHODS[level] for level in names}
     tried = range(first_seed, first_seed + seeds)
-    own = {"batch": batch, "count": steps, "learning_rate": rate, "turns": turns}
-    trained = replace(
-        privacy.STEPS.get(testbed, privacy.STEPS["demo"]), **{key: value for key, value in own.items() if value}
+    given = privacy.STEPS.get(testbed, privacy.STEPS["demo"])
+    trained = privacy.Steps(
+        batch or given.batch, steps or given.count, rate or given.learning_rate, turns or given.turns
     )
     made = privacy.plan(bed.config, privacy.parse_epsilons(epsilons), methods, trained, tried, out / testbed)
     play_all([run for one in made for run in one.made], jobs, lambda run: run.label.partition(":")[0])
