@@ -1,4 +1,4 @@
-"""Elements of a tensor that are marked: a bit for each, by which others at the same places are found without a search."""
+"""Elements of a tensor that are marked: one bit each, by which others at the same places are found with no search."""
 
 from __future__ import annotations
 

@@ -133,9 +133,7 @@ def follow_gaps(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
-def part_gaps(
-    inner: Array, ends: Array, tail: int, used: int, symbols: Array, packed: Array
-) -> tuple[int, int, int]:
+def code_gaps(inner: Array, ends: Array, tail: int, used: int, symbols: Array, packed: Array) -> tuple[int, int, int]:
     """The symbols of positions in cells, and their extra bits in words behind the `used` bits of `tail`.
 
     Returns how many words are full, and the bits that are left: tail and used again.

@@ -78,11 +78,11 @@ class BitSink:
         self.pieces.append(packed[: total // 32])
         self._tail, self._used = int(packed[total // 32]), total % 32
 
-    def part(self, inner: Ints, ends: Ints, kernels: ModuleType) -> Bytes:
+    def code(self, inner: Ints, ends: Ints, kernels: ModuleType) -> Bytes:
         """The symbols of positions in cells that end at `ends`, their extra bits appended, in one compiled pass."""
         symbols = np.empty(inner.size, dtype=np.uint8)
         packed = np.empty(inner.size + 1, dtype=np.uint32)  # no gap has a word of extra bits
-        full, self._tail, self._used = kernels.part_gaps(inner, ends, self._tail, self._used, symbols, packed)
+        full, self._tail, self._used = kernels.code_gaps(inner, ends, self._tail, self._used, symbols, packed)
         self.pieces.append(packed[:full].copy())
         return symbols
 

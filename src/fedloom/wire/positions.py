@@ -110,7 +110,7 @@ class PositionSink:
     def _symbols(self, inner: Ints, ends: Ints) -> Bytes:
         """The gap symbols of positions within cells that end at `ends`; their extra bits are put away."""
         if self._kernels is not None:
-            return self.extra.part(inner, ends, self._kernels)
+            return self.extra.code(inner, ends, self._kernels)
         gaps = inner.copy()
         gaps[1:] -= inner[:-1] + 1
         gaps[ends[:-1]] = inner[ends[:-1]]
