@@ -150,11 +150,11 @@ def code_gaps(inner: Array, ends: Array, tail: int, used: int, symbols: Array, p
                 width += 1
             symbols[n] = 8 * width + (gap >> width)
             held |= np.uint64(gap & ((1 << width) - 1)) << np.uint64(used)
-            used += width
+            used += width  # type: ignore[assignment, unused-ignore]
             if used >= 32:
                 packed[full] = held & np.uint64(0xFFFFFFFF)
                 full += 1
                 held >>= np.uint64(32)
                 used -= 32
         begin = end
-    return full, np.int64(held), used
+    return full, np.int64(held), used  # type: ignore[return-value, unused-ignore]
