@@ -66,7 +66,7 @@ PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     ),
     "average": (
         (averaging, "weighted_mean"),
-        *((guard, name) for name in ("Step.read", "Witness.watch", "Witness.judge")),
+        *((guard, name) for name in ("Step.read", "Step.add", "Witness.watch", "Witness.judge")),
     ),
 }
 """Part of a turn → the functions, by where they are found, whose time is that part's. What an older version of fedloom

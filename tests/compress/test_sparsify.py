@@ -129,7 +129,9 @@ def test_compiled_and_plain_selection_list_the_same_elements():
         found = shortlist(scores, keep)
         with torch_only():
             wanted = shortlist(scores, keep)
+            largest = [select_largest(scores, number) for number in (keep // 2, keep)]
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert all(map(torch.equal, [select_largest(scores, number) for number in (keep // 2, keep)], largest))
         assert keep or not found[0].numel()
 
 

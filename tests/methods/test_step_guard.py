@@ -193,7 +193,7 @@ def test_gains_fall_faster_than_they_rise_and_never_exceed_one(agreements):
 
 
 @given(st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)))
-def test_a_step_reads_an_entry_as_a_dense_twin_does(own, sent):
+def test_a_step_adds_an_entry_up_as_a_dense_twin_does(own, sent):
     def chosen(positions: set[int], seed: int) -> torch.Tensor:
         flat = torch.zeros(60)
         flat[sorted(positions)] = 1.0 + torch.rand(len(positions), generator=torch.Generator().manual_seed(seed))
@@ -202,8 +202,11 @@ def test_a_step_reads_an_entry_as_a_dense_twin_does(own, sent):
     step, entry = chosen(own, 1), chosen(sent, 2).view(6, 10)
     where = step.nonzero().flatten()
     held = entry.flatten().nonzero().flatten()
+    wanted = torch.ones(where.numel()).add_(entry.flatten()[where], alpha=0.3)
     for form in (dense_entry(entry), Sparse((6, 10), held, entry.flatten()[held])):
-        assert torch.equal(Step.of(where, step[where], step.numel()).read(form), entry.flatten()[where])
+        total = torch.ones(where.numel())
+        Step.of(where, step[where], step.numel()).add(total, form, 0.3)
+        assert torch.equal(total, wanted)
 
 
 def test_inner_products_are_those_of_two_pairs():

@@ -100,6 +100,14 @@ def floats(values: Values) -> Tensor:
     return values.dequantize() if isinstance(values, Quantized) else values.to(torch.float32)
 
 
+def some_floats(values: Values, which: Tensor) -> Tensor:
+    """`floats` of some of the values, by their numbers."""
+    if not isinstance(values, Quantized):
+        return values.index_select(0, which).to(torch.float32)
+    found = values.codes.index_select(0, which).to(torch.float32)
+    return found.mul_(values.scales.index_select(0, which // values.block))
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floats holds neither NaN nor infinity, found in one pass."""
     # Minimum and maximum are NaN if any number is: one pass finds both NaN and infinity.

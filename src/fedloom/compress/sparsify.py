@@ -115,7 +115,7 @@ def top_positions(scores: Tensor, keep: int) -> Tensor:
     Elements that score zero are never kept, since they carry nothing.
     """
     positions, left = shortlist(scores, keep)
-    return positions if left.numel() <= keep else positions[select_largest(left, keep)]
+    return positions if left.numel() <= keep else positions.index_select(0, select_largest(left, keep))
 
 
 def shortlist(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -174,6 +174,12 @@ def select_largest(scores: Tensor, keep: int) -> Tensor:
     if keep <= 1:
         return torch.tensor([int(values.argmax())] if keep == 1 else [], dtype=torch.int64)
     least = np.partition(values, -keep)[-keep]
+    if compiling_pays(values.size):
+        from fedloom.compress import compiled
+
+        indices = np.empty(keep + 1, dtype=np.int64)
+        compiled.list_largest(values, least, indices)
+        return torch.from_numpy(indices[:keep])
     chosen = values >= least
     surplus = int(np.count_nonzero(chosen)) - keep
     if surplus:

@@ -231,7 +231,7 @@ def reconstruct(
         """The entry of one module's factor, what it leaves out, and the directions kept; its changes are let go of."""
         solved, gain, name = changes.pop(module).solve(), verdict.gains[module], f"{module}/{part}"
         # Turned once into the order of its elements, not again by every step that looks at them one after the other.
-        step = solved.delta.contiguous() if gain == 1.0 else gain * solved.delta.contiguous()
+        step = torch.mul(_in_order(solved.delta), gain, out=scratch.like("change", solved.delta))
         delta = carry_residual(step, state.memory.get(name), down.decay)
         return name, *thin_change(down, delta, state.adapter[module], name, context), solved.kept
 
@@ -241,6 +241,12 @@ def reconstruct(
     kept = sum(number for _, _, _, number in done) / max(len(done), 1)
     stats = {"mean_directions_kept": kept, **(verdict.stats if guard else {})}
     return Aggregate(entries, {**state.memory, **rest, **witness.remember(verdict, entries)}, stats)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """A tensor whose elements lie in row-major order, in memory that this thread's next change overwrites."""
+    held = scratch.like("change", tensor)
+    return tensor.contiguous() if tensor.is_contiguous() or held is None else held.copy_(tensor)
 
 
 def add_to(changes: Mapping[str, ProductChange], ranks: Mapping[str, int], update: Update, module: str) -> None:
@@ -258,7 +264,7 @@ def thin_change(
         entry, rest = drop_and_rescale(delta, down.density, seed, context)
         return entry, rest if down.decay else None
     part = name[-1]
-    scores = importance(delta, pair.B if part == "A" else pair.A, part)
+    scores = importance(delta, pair.B if part == "A" else pair.A, part, out=scratch.like("scores", delta))
     keep = kept_count(delta.numel(), down.density)
     cut = choose(delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed)
     return cut.sent, cut.rest(delta) if down.decay else None

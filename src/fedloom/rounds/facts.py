@@ -89,6 +89,15 @@ def measure_agreement(cohort: Cohort, state: State) -> float | None:
         held.append({name: _kept(entries[name]) for name in sorted(entries)})
         del entries
         give_back(cohort.facts[client].size)
+    # What stayed sparse was not copied: a look through the memory pays for tensors that were made whole alone.
+    copied = sum(part.nbytes for tensors in held for part in tensors.values() if isinstance(part, Tensor))
+    found = _mean_cosine(held)
+    give_back(copied)
+    return found
+
+
+def _mean_cosine(held: Sequence[dict[str, Kept]]) -> float | None:
+    """The cosine of each with the mean of all, on the mean over those that have one. The tensors are let go of."""
     names = sorted(set.intersection(*(set(tensors) for tensors in held)))
     if not names:
         return None

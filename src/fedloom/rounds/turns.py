@@ -259,7 +259,6 @@ def _average(
     context = replace(job.context(round), size=draft.size)
     told, watch = is_told(job, round), watch or Watch()
     agreement = measure_agreement(cohort, state) if told else None
-    give_back(4 * state.adapter.numel() if told else 0)
     result = combine(job.method, state, cohort, context, job.module_weighting)
     if not keep:
         cohort.decoded.clear()

@@ -178,11 +178,12 @@ def _cheapest(both: CellGrid, table: Ints) -> tuple[CellGrid, Ints]:
     by_row, by_column = both.rows, both.columns
     whole_rows, whole_columns = LineClasses(by_row.count, None), LineClasses(by_column.count, None)
     heights, widths = by_row.sizes(by_row.number), by_column.sizes(by_column.number)
+    height, width = heights.sum(keepdims=True), widths.sum(keepdims=True)
     choices = (
         (both, table, heights, widths),
-        (CellGrid(whole_rows, by_column), table.sum(axis=0), heights.sum(keepdims=True), widths),
-        (CellGrid(by_row, whole_columns), table.sum(axis=1), heights, widths.sum(keepdims=True)),
-        (CellGrid(whole_rows, whole_columns), table.sum(), heights.sum(keepdims=True), widths.sum(keepdims=True)),
+        (CellGrid(whole_rows, by_column), table.sum(axis=0), height, widths),
+        (CellGrid(by_row, whole_columns), table.sum(axis=1), heights, width),
+        (CellGrid(whole_rows, whole_columns), table.sum(), height, width),
     )
     bits = _grid_bits([choice[1:] for choice in choices])
     grid, counts, _, _ = choices[bits.index(min(bits))]
@@ -229,8 +230,10 @@ def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
     information = -size * (share * np.log2(share) + (1.0 - share) * np.log2(1.0 - share))
     starts = list(accumulate((cells.size for cells in sizes[:-1]), initial=0))
     sums = np.add.reduceat(information, starts).tolist()
+    lists = {id(lines): lines for _, *sides in grids for lines in sides}  # grids share them
+    listed = {key: _class_bits(lines) for key, lines in lists.items()}
     return [
-        bits + _CELL_BITS * cells.size + _class_bits(heights) + _class_bits(widths)
+        bits + _CELL_BITS * cells.size + listed[id(heights)] + listed[id(widths)]
         for bits, cells, (_, heights, widths) in zip(sums, sizes, grids, strict=True)
     ]
 

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fedloom.wire.gaps import LARGE, LAST_SYMBOL
+from fedloom.wire.gaps import LAST_SYMBOL, SYMBOL_GAPS, SYMBOL_WIDTHS
 
 Array = np.ndarray[Any, Any]
+
+_BELOW = 2**12
+_WIDTHS = np.array([leading.bit_length() for leading in range(_BELOW // 16)], dtype=np.int64)
+"""A gap below `_BELOW`, but for its last four bits → its extra bits."""
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
@@ -113,17 +117,44 @@ def follow_gaps(
     for cell in range(counts.size):
         place = last if cell == 0 else -1
         for _ in range(counts[cell]):
-            gap = np.int64(symbols[n])
-            if gap >= LARGE:
-                width = (gap >> 3) - 1
-                if gap > LAST_SYMBOL or at + width > stop:
-                    return -1
-                extra = np.int64(words[at >> 3] >> np.uint64(at & 7)) & ((1 << width) - 1)
-                gap = ((gap & 7 | 8) << width) + extra
-                at += width  # type: ignore[assignment, unused-ignore]  # integers of numpy stand for Python's
-            place += gap + 1  # type: ignore[assignment, unused-ignore]
+            # Looked up for every gap: half of them are large, so that a branch would be taken by chance.
+            symbol = symbols[n]
+            width = SYMBOL_WIDTHS[symbol]
+            if symbol > LAST_SYMBOL or at + width > stop:
+                return -1
+            extra = np.int64(words[at >> 3] >> np.uint64(at & 7)) & ((1 << width) - 1)
+            at += width
+            place += SYMBOL_GAPS[symbol] + extra + 1
             if place >= sizes[cell]:
                 return -1
             out[n] = place
             n += 1
     return at
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def code_gaps(inner: Array, ends: Array, tail: int, used: int, symbols: Array, packed: Array) -> tuple[int, int, int]:
+    """The symbols of positions in cells, and their extra bits in words behind the `used` bits of `tail`.
+
+    Returns how many words are full, and the bits that are left: tail and used again.
+    """
+    held = np.uint64(tail)
+    full = begin = 0
+    for end in ends:
+        before = np.int64(-1)
+        for n in range(begin, end):
+            gap = inner[n] - before - 1
+            before = inner[n]
+            width = _WIDTHS[gap >> 4] if gap < _BELOW else np.int64(8)
+            while gap >> width >= 16:
+                width += 1
+            symbols[n] = 8 * width + (gap >> width)
+            held |= np.uint64(gap & ((1 << width) - 1)) << np.uint64(used)
+            used += width  # type: ignore[assignment, unused-ignore]
+            if used >= 32:
+                packed[full] = held & np.uint64(0xFFFFFFFF)
+                full += 1
+                held >>= np.uint64(32)
+                used -= 32
+        begin = end
+    return full, np.int64(held), used  # type: ignore[return-value, unused-ignore]

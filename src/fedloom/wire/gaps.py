@@ -23,9 +23,9 @@ LAST_SYMBOL = 8 * 27 + 15
 """The symbol of gaps up to 2³¹ − 1."""
 
 _SYMBOLS = np.arange(256, dtype=np.int64)
-_WIDTHS = np.where(_SYMBOLS < LARGE, 0, (_SYMBOLS >> 3) - 1)
+SYMBOL_WIDTHS = np.where(_SYMBOLS < LARGE, 0, (_SYMBOLS >> 3) - 1)
 _MASKS = (1 << np.arange(32, dtype=np.int64)) - 1
-_GAPS = np.where(_SYMBOLS < LARGE, _SYMBOLS, (_SYMBOLS & 7 | 8) << _WIDTHS)
+SYMBOL_GAPS = np.where(_SYMBOLS < LARGE, _SYMBOLS, (_SYMBOLS & 7 | 8) << SYMBOL_WIDTHS)
 
 
 def to_symbols(gaps: Ints) -> tuple[Bytes, Ints, Bytes]:
@@ -42,13 +42,13 @@ def to_symbols(gaps: Ints) -> tuple[Bytes, Ints, Bytes]:
 
 def from_symbols(symbols: Bytes, bits: BitSource) -> Ints:
     """The gaps; takes their extra bits from `bits`. Raises WireError for a symbol that does not exist."""
-    gaps = _GAPS[symbols]
+    gaps = SYMBOL_GAPS[symbols]
     where = np.flatnonzero(symbols >= LARGE)
     if where.size:
         large = symbols[where]
         if large.max() > LAST_SYMBOL:
             raise WireError(f"{large.max()} is not a gap symbol: expected at most {LAST_SYMBOL}")
-        gaps[where] += bits.take(_WIDTHS[large])
+        gaps[where] += bits.take(SYMBOL_WIDTHS[large])
     return gaps
 
 
@@ -78,11 +78,26 @@ class BitSink:
         self.pieces.append(packed[: total // 32])
         self._tail, self._used = int(packed[total // 32]), total % 32
 
+    def code(self, inner: Ints, ends: Ints, kernels: ModuleType) -> Bytes:
+        """The symbols of positions in cells that end at `ends`, their extra bits appended, in one compiled pass."""
+        symbols = np.empty(inner.size, dtype=np.uint8)
+        packed = np.empty(inner.size + 1, dtype=np.uint32)  # no gap has a word of extra bits
+        full, self._tail, self._used = kernels.code_gaps(inner, ends, self._tail, self._used, symbols, packed)
+        self.pieces.append(packed[:full].copy())
+        return symbols
+
     def join(self, other: BitSink) -> None:
         """Append all that another one holds."""
-        for piece in other.pieces:
-            halves = piece.astype("<u4", copy=False).view("<u2").astype(np.int64)
-            self.add(halves, np.full(halves.size, 16, dtype=np.uint8))
+        words = np.concatenate([np.zeros(0, dtype=np.uint32), *other.pieces])
+        if words.size:
+            # Of every word the low bits end one of these words, and the high bits begin the next.
+            moved = words.astype(np.uint64) << np.uint64(self._used)
+            packed = moved.astype(np.uint32)
+            over = (moved >> np.uint64(32)).astype(np.uint32)
+            packed[1:] |= over[:-1]
+            packed[0] |= np.uint32(self._tail)
+            self.pieces.append(packed)
+            self._tail = int(over[-1])
         if other._used:
             self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
 

@@ -101,15 +101,22 @@ class PositionSink:
         if not parts:
             return
         inner = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        starts = np.cumsum([part.size for part in parts])[:-1]
-        gaps = inner.copy()
-        gaps[1:] -= inner[:-1] + 1
-        gaps[starts] = inner[starts]
-        symbols, numbers, widths = to_symbols(gaps)
-        self.extra.add(numbers, widths)
-        for (of_tensor, number, _), coded in zip(self._waiting, np.split(symbols, starts), strict=True):
+        ends = np.cumsum([part.size for part in parts])
+        symbols = self._symbols(inner, ends)
+        for (of_tensor, number, _), coded in zip(self._waiting, np.split(symbols, ends[:-1]), strict=True):
             of_tensor[number] = coded
         self._waiting, self._held = [], 0
+
+    def _symbols(self, inner: Ints, ends: Ints) -> Bytes:
+        """The gap symbols of positions within cells that end at `ends`; their extra bits are put away."""
+        if self._kernels is not None:
+            return self.extra.code(inner, ends, self._kernels)
+        gaps = inner.copy()
+        gaps[1:] -= inner[:-1] + 1
+        gaps[ends[:-1]] = inner[ends[:-1]]
+        symbols, numbers, widths = to_symbols(gaps)
+        self.extra.add(numbers, widths)
+        return symbols
 
     def join(self, other: PositionSink) -> None:
         """Append all that another one took, as if it had come here."""
@@ -159,7 +166,7 @@ def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
     # Bins begin apart, each with its own stream. Again and again the two neighbours whose union costs least are joined,
     # while that costs less than the stream it saves. Only neighbours: bins are sorted by density, and cells of like
     # density have like gaps. What a stream takes is estimated by the entropy of its symbols.
-    groups = [([bin_], np.bincount(np.concatenate(symbols[bin_]), minlength=256)) for bin_ in sorted(symbols)]
+    groups = [([bin_], _histogram(np.concatenate(symbols[bin_]))) for bin_ in sorted(symbols)]
     alone = [_bits(counts) for _, counts in groups]
     together = [_bits(left[1] + right[1]) for left, right in zip(groups, groups[1:], strict=False)]
     while len(groups) > 1:
@@ -175,6 +182,14 @@ def _shared_streams(tensors: list[_Coded]) -> dict[int, int]:
         near = groups[first:last]
         together[first : at + 2] = [_bits(left[1] + right[1]) for left, right in zip(near, near[1:], strict=False)]
     return {bin_: number for number, (bins, _) in enumerate(groups, start=1) for bin_ in bins}
+
+
+def _histogram(symbols: Bytes) -> NDArray[np.int64]:
+    """How often each symbol comes, counted in pieces: numpy makes a word of eight bytes of every symbol first."""
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, symbols.size, _STEP):
+        counts += np.bincount(symbols[start : start + _STEP], minlength=256)
+    return counts
 
 
 def _bits(histogram: NDArray[np.int64]) -> float:

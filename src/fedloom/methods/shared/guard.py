@@ -19,18 +19,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.compress.entries import Entry, Sparse, floats, to_dense
+from fedloom.compress.entries import Entry, Sparse, floats, some_floats, to_dense
+from fedloom.compress.marks import Marks
 from fedloom.compress.seeds import derived_seed
 from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import Aggregate, Context, State, Update
 from fedloom.methods.shared.whole import widen_change
-
-Bytes = NDArray[np.uint8]
 
 GAIN = "step_gain"
 """Key of a module's gain in the server's memory ("module/step_gain"), and of the mean gain among the numbers."""
@@ -39,8 +36,6 @@ UNDONE = "max_step_undone"
 
 _BEFORE = "before"  # in the server's memory: the adapter that the last round began with
 _AT, _BY = "step_at", "step_by"  # in the server's memory: where the last step changed a tensor, and by how much
-_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)  # bits that are set in a byte
-_LOWER = np.array([2**bit - 1 for bit in range(8)], dtype=np.uint8)  # of the bits below this one
 _RISE, _FALL = 2.0, 4.0
 _WRONG = -0.5  # below it three quarters of what clients do with the step undo it
 
@@ -51,34 +46,21 @@ class Step:
 
     positions: Tensor
     values: Tensor
-    here: Bytes
-    """One bit for every element of the tensor, the first in the lowest: whether the step changed it."""
-    before: NDArray[np.int32]
-    """For every byte of `here`: how many bits are set in all bytes before it."""
+    marks: Marks
 
     @classmethod
     def of(cls, positions: Tensor, values: Tensor, numel: int) -> Step:
         """The step in a tensor of so many elements."""
-        here = np.zeros(numel, dtype=np.bool_)
-        here[positions.numpy()] = True
-        bits = np.packbits(here, bitorder="little")
-        before = np.cumsum(_SET[bits], dtype=np.int32)
-        before -= _SET[bits]
-        return cls(positions, values, bits, before)
+        return cls(positions, values, Marks.of(positions.numpy(), numel))
 
-    def read(self, entry: Entry) -> Tensor:
-        """The values of an entry of the same shape at these positions; 0 where it has none."""
+    def add(self, total: Tensor, entry: Entry, weight: float) -> None:
+        """Add, for each of these positions, weight times what an entry of the same shape has there."""
         if not isinstance(entry, Sparse):
-            return to_dense(entry).flatten()[self.positions]
-        found = torch.zeros_like(self.values)
-        where = entry.positions.numpy()
-        place, lower = where >> 3, _LOWER[where & 7]
-        held = self.here.take(place)
-        hit = np.flatnonzero((held & (lower + np.uint8(1))) != 0)  # most of what a client sends lies elsewhere
-        # Of the elements that the step changed, this one comes after so many: no search is needed.
-        slots = self.before.take(place.take(hit)) + _SET.take(held.take(hit) & lower.take(hit))
-        values = floats(entry.values).index_select(0, torch.from_numpy(hit))
-        return found.index_copy_(0, torch.from_numpy(slots.astype(np.int64)), values)
+            total.add_(to_dense(entry).flatten()[self.positions], alpha=weight)
+            return
+        hit, places = map(torch.from_numpy, self.marks.find(entry.positions.numpy()))  # most of it lies elsewhere
+        values = some_floats(entry.values, hit)
+        total.index_copy_(0, places, total.index_select(0, places).add_(values, alpha=weight))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -122,15 +104,18 @@ class Witness:
                 if name in update.entries and not update.staleness:
                     module, _, part = name.rpartition("/")
                     change = widen_change(update.entries[name], part, ranks[module])
-                    self.moves[name].add_(step.read(change), alpha=update.weight)
+                    step.add(self.moves[name], change, update.weight)
             yield update
 
     def judge(self) -> Verdict:
         """What the updates say."""
-        products = [step.values.double() * self.moves[name].double() for name, step in self.steps.items()]
-        whole = math.fsum(float(product.abs().sum()) for product in products)
-        agreement = math.fsum(float(product.sum()) for product in products) / whole if whole else 0.0
-        return follow(self.state, agreement)
+        sums, sizes = [], []
+        for name, step in self.steps.items():
+            product = step.values.double().mul_(self.moves[name])
+            sums.append(float(product.sum()))
+            sizes.append(float(product.abs_().sum()))
+        whole = math.fsum(sizes)
+        return follow(self.state, math.fsum(sums) / whole if whole else 0.0)
 
     def remember(self, verdict: Verdict, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """What the server keeps for the next round, given what it broadcasts in this one."""
