@@ -114,6 +114,7 @@ def test_every_attack_is_played_with_and_without_the_defence_beside_the_honest_r
         (["--attacks", "charm"], "--attacks charm: expected one of sign_flip"),
         (["--attacks", "lie:much"], "'much' is no strength"),
         (["--set", "data.validation=null"], "name a public set with --public"),
+        (["--set", "training.dp.epsilon=3"], "training.dp does not go with fedloom attack --as site"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, said, tmp_path):

@@ -65,6 +65,11 @@ def plan_cases(
     """
     from fedloom.studies.attack.malicious import RESULT, Attack, Infiltration, last_names
 
+    if config.training.dp is not None:
+        raise ConfigError(
+            "training.dp does not go with fedloom attack --as site: malicious sites train in their own way, which "
+            "clips no example's gradient. Take training.dp out"
+        )
     sites = last_names(client_names(config), malicious)
     plain = apply_overrides(config, ["local.workers=null", "local.devices=[]"])
     cases = []
