@@ -103,7 +103,7 @@ def end(name: str, rate: float, rounds: int = ROUNDS, **settings: object) -> flo
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("fedsrd", 0.06), ("fedsrd-e", 0.06), ("florist", 0.14), ("loom", 0.03), ("loom", 0.06)]
+    ("name", "rate"), [("fedsrd", 0.06), ("fedsrd-e", 0.06), ("florist", 0.12), ("loom", 0.03), ("loom", 0.06)]
 )
 def test_a_default_ends_below_the_base_at_a_rate_at_which_fedit_learns(name: str, rate: float):
     assert end("fedit", rate) < 0.9

@@ -8,7 +8,7 @@ find no new vector; they say who counts for how much of it.
                       By the bound alone, who sends ten times as much would have more say than anybody honest
     geometric median  Weiszfeld's weights, 1 over the distance from the median (Pillutla et al., IEEE TSP 2022,
                       arXiv 1912.13445), of updates that were first mixed with their nearest neighbours (Allouah et al.,
-                      AISTATS 2023, arXiv 2302.01772): honest specialists, who differ, lose less by it
+                      AISTATS 2023, arXiv 2302.01772): what is left when liars are far is the mean of all others
     trimmed           without the f that lie farthest from the geometric median
     multi-Krum        without the f whose nearest neighbours are farthest (Blanchard et al., NeurIPS 2017)
 
