@@ -368,7 +368,7 @@ def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
             output.check_free(tmp_path / out, [tmp_path / name for name in inputs], force=force)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(DTYPES, key=str)), st.lists(st.integers(0, 4), max_size=3)), max_size=5)
 )

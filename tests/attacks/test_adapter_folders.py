@@ -143,7 +143,7 @@ def mutant(folder: Path, sound: tuple[dict[str, object], bytes], seed: int) -> s
     return kind
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_a_mutated_folder_gives_a_result_or_one_line(tmp_path: Path, seed: int) -> None:
     sound = write(tmp_path)

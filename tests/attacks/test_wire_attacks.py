@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_forge import (
     BITMAPS,
@@ -317,7 +317,7 @@ def judged(payload):
     return True
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(GOLDEN)), st.data())
 def test_changed_bytes_under_a_right_checksum(name, data):
     body = bytearray(GOLDEN[name][:-8])
@@ -328,7 +328,7 @@ def test_changed_bytes_under_a_right_checksum(name, data):
     judged(sealed(bytes(body)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_index(index):
     judged(with_index(index))

@@ -113,7 +113,7 @@ def test_zeros_and_components_that_weigh_nothing_are_told_as_zeros():
     assert all(float(to_dense(entry).abs().sum()) == 0.0 for entry in coded.entries.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999), budget=st.integers(1, 1200), scale=st.floats(1e-12, 1e6))
 def test_any_values_and_budget(seed: int, budget: int, scale: float):
     held = {

@@ -58,7 +58,7 @@ def test_all_sparse_methods_are_among_them():
     assert {"fed-dare", "fedsrd", "fedsrd-e", "flasc", "loom", "sparseloco"} == set(SPARSE)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(350, 20_000), st.integers(0, 1000), st.sampled_from(["int4", "int8", "fp32"]))
 def test_any_budget_is_kept(budget, seed, values):
     assert turn("fedsrd", str(budget), values, seed)[0] <= budget

@@ -94,7 +94,7 @@ def test_a_tensor_beyond_a_block_has_one_scale():
     assert torch.equal(to_dense(sparse), to_dense(entry))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(1e-12, 1e12), st.floats(1e-12, 1e6), st.booleans())
 def test_any_size_of_values_and_weights_is_coded_and_travels(seed: int, size: float, weight: float, whole: bool):
     part = Part(size * normal(seed, 3, 40), weight * normal(seed + 1, 3, 1).abs(), whole)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.compress import masks
@@ -27,7 +27,6 @@ def test_the_words_are_those_of_splitmix64():
     assert words == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 65536), st.integers(0, WORD - 1))
 def test_the_mask_is_the_definition(numel, steps, seed):
     mask = seeded_mask(numel, steps / 65536, seed)

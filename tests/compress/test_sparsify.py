@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import to_dense
@@ -58,7 +58,6 @@ def test_impossible_sparsity_is_refused():
         Adaptive(base=0.95, upper=0.11)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=0, max_size=40), st.integers(0, 45))
 def test_top_positions_agree_with_a_stable_sort(scores: list[int], keep: int):
     flat = torch.tensor(scores, dtype=torch.float32)
@@ -67,7 +66,6 @@ def test_top_positions_agree_with_a_stable_sort(scores: list[int], keep: int):
     assert top_positions(flat, keep).tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 60), st.sampled_from([math.inf, 2.0]))
 def test_sent_and_rest_add_up_to_the_input(seed: int, keep: int, cap: float):
     delta = tensor(seed, 6, 10)
@@ -104,7 +102,6 @@ def slow_leading(scores: list[float], keep: int) -> list[int]:
     return [i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0][:keep]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0.0, 1e-40, 0.5, 1.0, 3.0]) | st.floats(0, 2.0**100, width=32), max_size=60), st.data()
 )

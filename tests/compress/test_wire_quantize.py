@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedloom.compress.entries import Quantized, floats
@@ -15,7 +15,6 @@ INTEGERS = [kind for kind in VALUE_KINDS if kind.startswith("int")]
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
-@settings(deadline=None)
 @given(st.lists(FINITE, max_size=300))
 @example([2.0**-149])
 def test_nearest_blocks_are_those_of_a_slow_twin(values):
@@ -34,7 +33,6 @@ def test_nearest_blocks_are_those_of_a_slow_twin(values):
             assert coded.codes[start : start + block].tolist() == [min(max(c, -top), top) for c in expected]
 
 
-@settings(deadline=None)
 @given(st.lists(FINITE, min_size=1, max_size=2100))
 def test_signs_carry_the_mean_magnitude_of_their_block(values):
     tensor = torch.tensor(values, dtype=torch.float32)

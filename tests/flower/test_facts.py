@@ -11,8 +11,7 @@ import pytest
 from desks import DeskGrid, settings
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import HealthCheck, given
-from hypothesis import settings as drawing
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import RoundError, SiteError
@@ -83,7 +82,6 @@ FACTS = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(
 
 
 # On a machine that never drew text, the first one makes a table of all characters, which takes a second or more.
-@drawing(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*GOOD, "error", "more"]), FACTS))
 def test_any_facts_are_a_statement_of_finite_numbers_or_are_refused(facts: dict):
     try:

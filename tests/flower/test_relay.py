@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from desks import site
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import SiteError
@@ -36,7 +36,6 @@ PARCELS = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PARCELS)
 def test_a_parcel_arrives_as_it_was_sent(parcel: Parcel):
     near, far = socket.socketpair()
@@ -45,7 +44,6 @@ def test_a_parcel_arrives_as_it_was_sent(parcel: Parcel):
         assert receive_parcel(far) == parcel
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PARCELS)
 def test_a_parcel_travels_in_a_message_of_flowers(parcel: Parcel):
     assert unpack_parcel(pack_parcel(parcel)) == parcel

@@ -63,7 +63,7 @@ def assert_components(cut, matrix):
     assert math.isclose(cut.lost_energy, best**2 / total if total else 0.0, rel_tol=1e-5, abs_tol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.integers(1, 24),
     n=st.integers(1, 24),
@@ -80,7 +80,7 @@ def test_the_truncated_sum_is_the_best_approximation(m, n, ranks, rank, dtype):
         assert float((reference.dense(cut.pair) - matrix).norm()) <= EXACT[dtype] * (float(matrix.norm()) + 1e-30)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tau=st.floats(0.01, 1.0), ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_the_energy_cut_is_the_least_rank_that_holds_the_share(tau, ranks):
     pairs, weights = cohort(20, 30, ranks, torch.float64)
@@ -212,7 +212,7 @@ def test_streaming_with_a_cap_reports_at_least_what_it_lost():
     assert 0.0 < true_loss <= cut.lost_energy < 0.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(ranks=st.lists(st.integers(0, 5), min_size=2, max_size=2))
 def test_norms_and_inner_products_are_those_of_the_products(ranks):
     (first, second), _ = cohort(9, 14, ranks)
@@ -248,7 +248,7 @@ def decaying(m, n, stacked, fall, seed=0):
     return LoraPair((gauge.T @ v.T).float(), ((u * sizes) @ gauge).float())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     m=st.integers(64, 120),
     n=st.integers(64, 120),
@@ -284,7 +284,7 @@ def test_all_components_are_computed_only_where_few_do_not_do(fall, computed):
     assert cut.pair.rank == reference.energy_rank(reference.dense(terms), share)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(fall=st.floats(0.3, 1.0), share=st.sampled_from([0.5, 0.9, 0.99, 1 - 1e-5]), seed=st.integers(0, 99))
 def test_a_share_of_the_energy_is_exact_however_the_gram_matrices_were_multiplied(fall, share, seed):
     terms = decaying(100, 90, 40, fall, seed)

@@ -74,7 +74,7 @@ def test_the_change_is_that_of_the_dense_formula(backend, condition, side, rank)
     assert found.condition == pytest.approx(condition, rel=0.05)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     m=st.integers(4, 30),
     n=st.integers(4, 30),
@@ -207,7 +207,7 @@ def test_solving_twice_gives_the_same_bits(backend):
         assert torch.equal(total.solve().delta, total.solve().delta)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.sampled_from([1, 7, 40, 600, 1500]),
     rank=st.sampled_from([1, 3, 8, 33, 64]),

@@ -25,7 +25,7 @@ def updates_of(ranks, seed):
     ]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(UNEQUAL, st.integers(0, 1000))
 def test_products_are_summed_by_share_whatever_the_ranks(ranks, seed):
     states, updates = updates_of(ranks, seed)
@@ -39,7 +39,7 @@ def test_products_are_summed_by_share_whatever_the_ranks(ranks, seed):
             torch.testing.assert_close(found.B.double() @ found.A.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(UNEQUAL, st.integers(0, 1000))
 def test_smaller_tensors_are_added_to_the_leading_rows_and_columns(ranks, seed):
     states, updates = updates_of(ranks, seed)

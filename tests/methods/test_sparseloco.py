@@ -26,7 +26,7 @@ def twin(flat: np.ndarray, chunk: int, keep: int) -> list[int]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**20))
 def test_positions_are_the_largest_of_every_chunk(numel: int, chunk: int, keep: int, seed: int):
     flat = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
@@ -44,7 +44,7 @@ def test_a_tensor_of_zeros_has_no_positions_and_a_chunk_of_zeros_is_named_in_vai
     assert coded.codes.tolist() == [0, 0, 2, -3] and torch.isfinite(coded.dequantize()).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 2**20))
 def test_two_bits_are_the_nearest_of_their_kind(numel: int, block: int, seed: int):
     """A slow twin: of each block a sign, one of two sizes by the mean, and the scale of the least squares."""

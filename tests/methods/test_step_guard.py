@@ -152,7 +152,7 @@ def test_a_run_that_is_taken_up_again_goes_on_to_the_same_bits(tmp_path, name):
     assert min(value.item() for key, value in one.server.memory.items() if key.endswith(GAIN)) < 1.0
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from(["sign", "int4", "int8", "fp32"]))
 def test_a_step_that_clients_undo_is_taken_back(seed, values):
     """And what was sent is what comes back: the adapter is where it was."""

@@ -186,7 +186,7 @@ def parting(
     kind=st.sampled_from(sorted(PARTITIONERS)),
     alpha=st.floats(0.01, 100),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_example_has_exactly_one_client(
     count: int, labels: int, num_clients: int, seed: int, kind: str, alpha: float
 ) -> None:

@@ -233,7 +233,7 @@ def test_one_file_has_no_other_split(tmp_path):
 
 
 @given(st.lists(st.fixed_dictionaries({"instruction": st.text(), "output": st.text()}), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_survives_a_table(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(table(rows))
@@ -243,7 +243,7 @@ def test_any_text_survives_a_table(tmp_path_factory, rows):
 
 
 @given(st.binary(max_size=200), st.sampled_from(sorted(READERS)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_are_rows_or_one_line_of_error(tmp_path_factory, data, kind):
     path = tmp_path_factory.getbasetemp() / f"any{kind}"
     path.write_bytes(data)

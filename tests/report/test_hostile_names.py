@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from experiments.points import Point
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from rich.console import Console, RenderableType
 from test_status import samples
 from typer.testing import CliRunner
@@ -53,7 +53,7 @@ from hostile import NAMES, WHOLE, is_tame
 from page_reading import Reading
 from wire_samples import HEADER, dense
 
-SLOW = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=15)
 
 
 def rows(name: str, text: str) -> list[Row]:
@@ -93,7 +93,7 @@ def live(name: str, text: str) -> LiveView:
     return seen
 
 
-@SLOW
+@FEW
 @given(WHOLE, WHOLE)
 def test_no_name_is_code_for_a_terminal(name: str, text: str):
     report = summarise(rows(name, text))
@@ -114,7 +114,7 @@ def test_a_name_is_shown_as_it_is_written(name: str):
         assert name in shown
 
 
-@SLOW
+@FEW
 @given(WHOLE, WHOLE)
 def test_plain_lines_are_tame(name: str, text: str):
     console = Console(file=io.StringIO(), width=120)
@@ -124,7 +124,7 @@ def test_plain_lines_are_tame(name: str, text: str):
     assert is_tame(console.file.getvalue()) and console.file.getvalue().count("\n") == 3
 
 
-@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4)
 @given(WHOLE)
 def test_a_name_is_drawn_as_it_is_written(name: str):
     report, held = summarise(rows(name, name)), io.BytesIO()
@@ -155,7 +155,7 @@ def test_a_name_with_an_underscore_has_its_place_in_the_legend():
     assert not figure.legend_label("_x").startswith("_")
 
 
-@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4)
 @given(WHOLE, WHOLE)
 def test_no_name_is_code_for_a_browser(name: str, text: str):
     """Not in the page, not in the data that its script reads, and not in what a live page is sent."""
@@ -175,7 +175,7 @@ def test_no_name_is_code_for_a_browser(name: str, text: str):
     assert not {"script", "img", "iframe", "link"} & set(update.tags) and is_tame(update.text)
 
 
-@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4)
 @given(WHOLE)
 def test_every_figure_takes_any_name(name: str):
     held = rows(name, name)

@@ -82,7 +82,7 @@ def slow_answers(rows: list) -> dict[str, Answers]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_what_is_counted_as_rows_come_is_what_all_rows_say(data: st.DataObject):
     rows = rows_of(data)

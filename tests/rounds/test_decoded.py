@@ -119,7 +119,7 @@ def uploads_now(federation: Federation) -> dict[str, bytes]:
     }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(["fp32", "bf16", "fp16", "int8", "int4", "sign"]), st.integers(0, 99), st.integers(0, 40))
 def test_what_is_taken_up_is_what_a_receiver_decodes(kind: str, seed: int, size: int):
     entries = {
@@ -182,7 +182,7 @@ def test_an_outlier_and_a_refused_update_wait_no_longer():
     assert list(turn.refused) == ["bob"] and not waiting.held and not waiting.used
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from(["fp32", "int4", "sign"]))
 def test_a_sparse_change_is_added_as_its_dense_form_is(seed: int, kind: str):
     entry = sparse((9, 8), 0.375, kind, seed)

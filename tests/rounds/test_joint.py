@@ -58,7 +58,7 @@ def assert_equal(left, right):
         assert torch.equal(entry.values.scales, other.values.scales)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(least_bytes(job(1), INITIAL, INITIAL), 1500), st.integers(0, 100))
 def test_every_budget_from_the_least_on_is_met_and_what_arrives_is_what_was_kept(budget, seed):
     entries = sent(budget, seed)
@@ -68,7 +68,7 @@ def test_every_budget_from_the_least_on_is_met_and_what_arrives_is_what_was_kept
     assert_equal(split_entries(decode(payload).entries, State(INITIAL)), entries)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(least_bytes(job(1), INITIAL, INITIAL), 700), st.integers(0, 100))
 def test_what_a_broadcast_leaves_out_waits_to_the_last_bit(budget, seed):
     context = Context(1, 5, quantize("sign"), Budget(size=budget), size=Draft(HEADER, OUTLINE).size)

@@ -145,7 +145,7 @@ def test_a_tree_is_one_server_but_for_rounding_where_sums_round(name, given):
 
 
 @given(st.lists(st.integers(0, 3), min_size=8, max_size=8), st.sampled_from(["fedit", "loom", "fed-dare"]))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_however_clients_are_split(places, name):
     clients = [f"site-{number}" for number in range(8)]
     federation, steps = exact_federation(name, dict.fromkeys(clients))

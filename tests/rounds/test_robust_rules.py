@@ -25,7 +25,6 @@ from fedloom.rounds.rules import (
     mix_nearest,
     most_faults,
     multi_krum,
-    squared_distances,
     trimmed,
 )
 from toy import CLIENTS_OF_SCALARS, built, delta, initial, job, random_state, ranks, step
@@ -108,7 +107,7 @@ MASSES = st.integers(0, 10_000).map(
 
 
 @given(POINTS, MASSES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_weiszfeld_from_the_gram_matrix_finds_the_geometric_median(points, masses):
     weights = median_weights(points @ points.T, masses)
     center = weights @ points
@@ -123,7 +122,7 @@ def test_weiszfeld_from_the_gram_matrix_finds_the_geometric_median(points, masse
 
 
 @given(POINTS, MASSES, st.permutations(range(7)))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_rules_are_shares_that_follow_the_clients_and_not_their_order(points, masses, order):
     for name, rule in RULES.items():
         faults = most_faults(name, 7)
@@ -134,7 +133,7 @@ def test_rules_are_shares_that_follow_the_clients_and_not_their_order(points, ma
 
 
 @given(POINTS, st.floats(20, 1e4))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_two_liars_of_seven_far_away_move_a_rule_no_farther_than_honest_ones_do(points, size):
     masses = torch.ones(7, dtype=torch.float64)
     far = points.clone()
@@ -147,7 +146,7 @@ def test_two_liars_of_seven_far_away_move_a_rule_no_farther_than_honest_ones_do(
 
 
 @given(POINTS, st.floats(5, 1e4))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_mixed_updates_have_the_mean_of_the_honest_ones_where_liars_are_far(points, size):
     """Everybody's nearest are then the honest ones. The median alone counts those less that differ."""
     far, masses = points.clone(), torch.ones(7, dtype=torch.float64)

@@ -32,7 +32,7 @@ def test_the_modulus_is_prime():
     assert not passes(PRIME + 2) and not passes(2**256 + 1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 5), st.integers(0, 3))
 def test_any_shares_of_the_threshold_give_the_secret_and_fewer_do_not(secret, threshold, spare):
     shares = split(secret, threshold, threshold + spare)
@@ -49,7 +49,7 @@ def test_a_share_alone_says_nothing():
     assert join({0: shares[0], 1: other.to_bytes(33, "big")}) == (7).to_bytes(32, "big")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 32), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 def test_packing_keeps_the_lowest_bits(bits, numbers):
     vector = np.array(numbers, np.uint64).astype(number_type(bits))
@@ -83,7 +83,7 @@ def test_masks_in_pieces_are_masks_as_a_whole(monkeypatch):
     assert not two.any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(4, 32), st.integers(1, 6), st.integers(0, 10**6))
 def test_a_sum_on_the_grid_never_wraps_and_errs_by_less_than_a_step_a_site(bits, sites, seed):
     if 2 ** (bits - 1) - 1 < sites:

@@ -16,7 +16,7 @@ from secagg_cohort import IDENTITIES, NONCE, ROSTER, Cohort, session_of
 PHASES = ("announce", "share", "mask", "agree", "open")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_the_sum_is_exact_whoever_vanishes_at_whatever_phase(data):
     count = data.draw(st.integers(2, 8))

@@ -68,7 +68,7 @@ def test_an_altered_record_is_found_out_and_not_written_on(trail, change):
         trail.count_spent("job-a", 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_is_found_out(tmp_path_factory, data):
     trail = AuditTrail(tmp_path_factory.mktemp("audit"))

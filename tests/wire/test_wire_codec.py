@@ -66,7 +66,7 @@ def entries(draw):
     return Dense(shape, quantize(kind)(numbers(size, seed), seed))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), entries(), max_size=5))
 def test_round_trip(own):
     message = Message(HEADER, own)
@@ -199,7 +199,6 @@ def _coded(gaps):
     return np.concatenate(symbols), sink.to_bytes()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 40), max_size=200))
 def test_gap_symbols_are_those_of_the_definition(gaps):
     symbols, numbers_, widths = to_symbols(np.array(gaps, dtype=np.int64))

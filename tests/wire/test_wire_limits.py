@@ -136,7 +136,7 @@ def any_entries(draw):
     return Dense(shape, values)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data(), st.integers(-1, 2**63), st.text(max_size=3))
 def test_every_message_arrives_or_is_refused(data, number, method):
     try:

@@ -59,7 +59,6 @@ def slow_bits(grid, positions, width):
     return bits
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 60), st.integers(2, 60), st.booleans(), st.booleans())
 def test_the_grid_is_the_cheapest_of_four(seed, rows, columns, by_row, by_column):
     positions = scattered(seed, rows, columns, by_row, by_column)
@@ -94,7 +93,7 @@ def test_a_few_positions_in_very_many_lines_are_not_sorted_into_classes():
     assert grid.rows.classes is None and grid.columns.classes is None
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 60), st.booleans(), st.booleans())
 def test_compiled_loops_lay_positions_out_as_numpy_does(seed, rows, columns, by_row, by_column):
     pytest.importorskip("numba")
@@ -173,7 +172,6 @@ def slow_streams(cells):
     return {bin_: number for number, (bins, _) in enumerate(groups, start=1) for bin_ in bins}
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 90), st.integers(1, 80))
 def test_streams_are_shared_as_a_slow_twin_shares_them(seed, cells, bins):
     generator = np.random.default_rng(seed)

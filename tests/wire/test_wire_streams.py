@@ -117,7 +117,7 @@ def test_a_stream_of_about_one_chunk(name, step):
     check_arrives(*ROLES[name], CHUNK + step, seed=1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(ROLES)),
     st.integers(0, 4),

@@ -156,7 +156,7 @@ def test_an_estimate_is_of_what_the_budget_leads_to():
     assert {rank for held in case.ranks.values() for rank in held.values()} == {4} and "upload_share=" in case.method
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(10, 10**7), st.integers(1, 256), st.integers(1, 500), st.integers(1, 200), st.data(), st.floats(10, 1e9)
 )
