@@ -170,7 +170,9 @@ def width(
 def privacy(
     testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "demo",
     epsilons: Annotated[str, typer.Option(help="Values of ε; inf is without noise.")] = "1,3,8,inf",
-    levels: Annotated[str, typer.Option(help="Levels: example,site.")] = "example,site",
+    levels: Annotated[str, typer.Option(help="Levels: example, site, noise (that of site, where nobody trains).")] = (
+        "example,site,noise"
+    ),
     method: Annotated[
         str | None, typer.Option(help="The variant that is played at every level; see fedloom compare.")
     ] = None,

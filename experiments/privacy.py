@@ -2,6 +2,8 @@
 
 At example level ε is that of [training.dp], with δ = 1/n at every site. At site level the noise is in the secure sum
 (privacy.noise_multiplier), with δ = `DELTA`. The whole, whose gain is 100 %, is the run of each level without noise.
+Level "noise" is what the noise of site level does by itself, where nobody trains: a base that is confident and wrong
+gains by anything that makes it less confident, and that is no use of the sites' data.
 """
 
 from __future__ import annotations
@@ -18,15 +20,13 @@ from fedloom.records.config import Config
 from fedloom.report.measures import EXACT_MATCH, LOSS
 from fedloom.report.numbers import Report, interval
 from fedloom.report.scores import over_seeds
-from fedloom.studies.compare import Trial, plan_runs, read_reports
+from fedloom.studies.compare import Trial, client_names, plan_runs, read_reports
 from fedloom.workspace.privacy import DELTA
 
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
-METHODS = {
-    "example": "fedit:clients=null,lora.r=2,lora.lora_alpha=4",
-    "site": "ffa:clients=null,lora.r=2,lora.lora_alpha=4,training.learning_rate=8e-3",
-}
-"""Level → variant. Fewer values carry less noise: whole sites train B alone."""
+_CORE = "lora-xs:clients=null,lora.r=2,lora.lora_alpha=4"
+METHODS = {"example": "fedit:clients=null,lora.r=2,lora.lora_alpha=4", "site": _CORE, "noise": _CORE}
+"""Level → variant. Fewer values carry less noise: whole sites train four a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,14 @@ STEPS = {"demo": Steps(256, 4, 2.5e-2), "many": Steps(384, 1, 2e-2, turns=10)}
 """Testbed → its steps at example level."""
 TOGETHER = 64
 """Examples in a forward pass; a step draws several times as many."""
+SITE_STEPS, SITE_RATE = 20, 2e-2
+"""Where whole sites are protected everybody is in the one round, of so many steps."""
+SPREAD = 0.17
+"""Standard deviation of the noise on each value of the mean of whole sites' changes; the less, the smaller a change.
+
+The same for every ε and any number of sites: what it does to the model by itself does not depend on them, and a change
+is scaled down to what ε allows. docs/LOG.md has the trials.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +90,9 @@ def site_noise(epsilon: float, rounds: int) -> float:
     return math.sqrt(2.0 * rounds / low)
 
 
-def variant(level: str, method: str, epsilon: float, rounds: int, steps: Steps) -> str:
-    """The variant of a level under an ε, in a run of so many rounds."""
-    own = _protect_examples(epsilon, steps) if level == "example" else _protect_sites(epsilon, rounds)
+def variant(level: str, method: str, epsilon: float, sites: int, steps: Steps) -> str:
+    """The variant of a level under an ε, in a run of so many sites."""
+    own = _protect_examples(epsilon, steps) if level == "example" else _protect_sites(level, epsilon, sites)
     return ",".join([f"{method}{'' if ':' in method else ':'}".rstrip(","), *own])
 
 
@@ -102,22 +110,35 @@ def _protect_examples(epsilon: float, steps: Steps) -> list[str]:
     return own
 
 
-def _protect_sites(epsilon: float, rounds: int) -> list[str]:
-    own = ["privacy.secure_aggregation=true", "federation.weighting=uniform"]
-    if math.isfinite(epsilon):
-        noise = site_noise(epsilon, rounds)
-        own.extend([f"privacy.noise_multiplier={noise:.6g}", f"privacy.clip={1.0 + 10.0 * noise:.6g}"])
-    return own
+def _protect_sites(level: str, epsilon: float, sites: int) -> list[str]:
+    trains = level == "site"
+    own = [
+        "privacy.secure_aggregation=true",
+        "federation.weighting=uniform",
+        "federation.num_rounds=1",
+        "federation.fraction_train=1.0",
+        f"privacy.least_cohort={sites}",
+        f"training.max_steps={SITE_STEPS if trains else 1}",
+        f"training.learning_rate={SITE_RATE if trains else 1e-12:g}",
+    ]
+    if math.isinf(epsilon):
+        return [*own, "privacy.clip=32"]
+    noise = site_noise(epsilon, rounds=1)
+    norm = SPREAD * sites / noise
+    room = norm * (1.0 + 10.0 * noise)
+    return [*own, f"privacy.noise_multiplier={noise:.6g}", f"privacy.clip_norm={norm:.6g}", f"privacy.clip={room:.6g}"]
 
 
 def plan(
     config: Config, epsilons: Sequence[float], methods: Mapping[str, str], steps: Steps, seeds: Sequence[int], out: Path
 ) -> list[Setting]:
     """Every ε of every level with every seed."""
-    made = []
+    made, sites = [], len(client_names(config))
     for level, method in methods.items():
         for epsilon in epsilons:
-            named = variant(level, method, epsilon, config.federation.num_rounds, steps)
+            if level == "noise" and math.isinf(epsilon):
+                continue
+            named = variant(level, method, epsilon, sites, steps)
             runs = tuple(plan_runs(config, [named], seeds, out / f"{level}-{epsilon:g}"))
             made.append(Setting(level, epsilon, named, runs))
     return made
@@ -127,7 +148,7 @@ def rows(made: Sequence[Setting]) -> list[dict[str, str]]:
     """A row a setting whose runs are complete: score, gain, its share of that without noise, bytes."""
     found = {(one.level, one.epsilon): read_reports(one.made).get(one.variant, []) for one in made}
     return [
-        _row(one, found[one.level, one.epsilon], found[one.level, math.inf])
+        _row(one, found[one.level, one.epsilon], found["site" if one.level == "noise" else one.level, math.inf])
         for one in made
         if found[one.level, one.epsilon]
     ]

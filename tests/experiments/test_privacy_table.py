@@ -19,18 +19,21 @@ def test_every_level_is_played_under_every_epsilon(tmp_path):
         config, [8.0, math.inf], privacy.METHODS, privacy.Steps(256, 4, 1e-2, turns=3), [1, 2], tmp_path
     )
     assert [(one.level, one.epsilon, len(one.made)) for one in made] == [
-        ("example", 8.0, 2), ("example", math.inf, 2), ("site", 8.0, 2), ("site", math.inf, 2)
+        ("example", 8.0, 2), ("example", math.inf, 2), ("site", 8.0, 2), ("site", math.inf, 2), ("noise", 8.0, 2)
     ]  # fmt: skip
-    noisy, bare, summed, plain = (one.made[0].config for one in made)
+    noisy, bare, summed, plain, alone = (one.made[0].config for one in made)
     assert noisy.training.dp.epsilon == 8.0 and bare.training.dp is None
     assert (
         noisy.training.batch == bare.training.batch == 256 and noisy.training.max_steps == bare.training.max_steps == 4
     )
     assert noisy.turns_of_client == 3 and bare.turns_of_client == noisy.federation.num_rounds
     assert plain.privacy.secure_aggregation and plain.privacy.noise_multiplier is None
-    sums = plan_sums(summed, build("ffa"), {f"site-{number}": {"m": 2} for number in range(4)})
+    assert alone.privacy == summed.privacy and alone.training.learning_rate < 1e-9
+    sums = plan_sums(summed, build("lora-xs"), {f"site-{number}": {"m": 2} for number in range(4)})
     cost = summed.federation.num_rounds * sums.noise.cost(sums.grid.step, 1000)
     assert concentrated_epsilon(cost, DELTA) == pytest.approx(8.0, rel=0.01)
+    of_mean = sums.noise.share * sums.grid.step * 4**0.5 / 4
+    assert of_mean == pytest.approx(privacy.SPREAD, rel=0.01)
     assert privacy.rows(made) == []  # nothing was played
 
 
