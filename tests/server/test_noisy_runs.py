@@ -23,6 +23,8 @@ from fedloom.server.pool import Ticket
 from fedloom.workspace import private
 from fedloom.workspace.privacy import describe_sum_noise, plan_sums
 from small_testbed import small_testbed
+from toy import initial
+from toy_run import toy_setup
 
 SETTINGS = [
     *("federation.num_rounds=2", "federation.eval_every=0", "data.heldout=null", "data.validation=null"),
@@ -124,7 +126,8 @@ def test_noise_that_a_sum_cannot_have_is_refused():
     method = build("fedit")
     made = plan_sums(configure(*NOISY), method, ranks)
     assert made.noise.share * made.grid.step * math.sqrt(3) >= 0.5 * 0.01
-    said = describe_sum_noise(made, 3, 100)
+    setup = toy_setup(configure(*NOISY), 4, initial())
+    said = describe_sum_noise(setup.job, setup.initial, 3)
     assert "at site level for all 3 rounds, at δ = 1e-06, for who trusts that 3 sites" in said
     with pytest.raises(ConfigError, match=r"privacy.clip is 0.1, which has no room for a change of norm 0.01"):
         plan_sums(configure(*NOISY, "privacy.noise_multiplier=50.0"), method, ranks)

@@ -16,11 +16,12 @@ from rich.console import Console
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.errors import ConfigError
+from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
 from fedloom.records.ledger import Note, Training, Transfer, read_rows, totals
 from fedloom.report.answers import count_answers
-from fedloom.report.numbers import summarise
+from fedloom.report.numbers import human_bytes, summarise
 from fedloom.report.tables import traffic_table
 from fedloom.rounds import secure
 from fedloom.rounds.secure import mean_update
@@ -313,6 +314,14 @@ def test_bits_that_hold_no_sum_are_refused():
 def test_clients_that_train_other_things_are_refused():
     with pytest.raises(ConfigError, match="c differs from a: what only some train would be the sum of those alone"):
         plan_sums(configure(), build("fedit"), {"a": ranks(4), "b": ranks(4), "c": ranks(2)})
+
+
+def test_what_a_site_sends_is_what_a_method_has_in_its_sums():
+    """LoRA-XS sends r² values a module, whatever the adapter has."""
+    setup = toy_setup(configure("method.name=lora-xs", "method.factors=random"), 3, initial())
+    sent = 4 * secure.count_values(setup.job, State(setup.initial), 1)
+    assert sent < setup.initial.numel()
+    assert f"every site sends {human_bytes(sent)} a round" in describe_masked(setup.job, setup.initial)
 
 
 def test_that_a_budget_is_not_kept_under_masks_is_said():

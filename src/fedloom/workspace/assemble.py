@@ -280,7 +280,7 @@ def build_setup(
     if any(texts.values()):  # else nobody trains in this process
         check_optimizer(model, config.training)
     told = describe_noise(config, {name: len(tokens[name]) for name, held in texts.items() if held})
-    summed = describe_sum_noise(plan.job.secure, config.federation.num_rounds, plan.initial.numel())
+    summed = describe_sum_noise(plan.job, plan.initial, config.federation.num_rounds)
     notes = (*notes, *filter(None, (told, summed)))
     return Setup(
         config=config,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fedloom.errors import ConfigError, SecureSumError
 from fedloom.lora.pair import LoraState
-from fedloom.methods.method import Method
+from fedloom.methods.method import Method, State
 from fedloom.methods.table import METHODS, build
 from fedloom.model.training import SCHEDULES
 from fedloom.noise.accounting import concentrated_epsilon
@@ -15,7 +15,7 @@ from fedloom.records.config import Config, FederationSettings
 from fedloom.records.sections.privacy import MOST_IN_SUM
 from fedloom.report.numbers import human_bytes
 from fedloom.rounds.job import Job, group_alike
-from fedloom.rounds.secure import cannot_hide
+from fedloom.rounds.secure import cannot_hide, count_values
 from fedloom.rounds.sums import Secure, SumNoise
 from fedloom.secagg import Grid
 from fedloom.secagg.noise import MOST_DEVIATION, share_deviation
@@ -81,10 +81,12 @@ def _add_noise(config: Config, grid: Grid) -> tuple[Grid, SumNoise | None]:
     return grid, SumNoise(privacy.clip_norm, share, least)
 
 
-def describe_sum_noise(secure: Secure | None, rounds: int, values: int) -> str:
+def describe_sum_noise(job: Job, adapter: LoraState, rounds: int) -> str:
     """What the noise in the sums of a run is worth, in words; "" without it."""
+    secure = job.secure
     if secure is None or secure.noise is None:
         return ""
+    values = count_values(job, State(adapter), 1)
     try:
         worth = concentrated_epsilon(rounds * secure.noise.cost(secure.grid.step, values), DELTA)
     except ConfigError as error:
@@ -152,7 +154,7 @@ def describe_masked(job: Job, adapter: LoraState) -> str:
             f"secure aggregation: a value takes {grid.bits} bits of wire.budget; with privacy.bits = {few}, and a "
             f"privacy.clip about as large as a value's largest change, {grid.bits / few:.1f} times as many travel"
         )
-    size = human_bytes(adapter.numel() * grid.bits / 8)
+    size = human_bytes(count_values(job, State(adapter), 1) * grid.bits / 8)
     return (
         f"secure aggregation: every site sends {size} a round. Method {job.method.name!r} with these settings does not "
         "say beforehand which values travel, so all do under masks; wire.budget is not kept on the way up"
