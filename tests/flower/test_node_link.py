@@ -266,7 +266,8 @@ def test_a_proxy_that_lets_nobody_through_is_named_and_not_the_superlink(setting
         while not caplog.text:
             link.stop.wait(0.01)
         link.stop.set()
-        thread.join(30)
+    thread.join(30)  # what it asks next is refused, now that nobody listens
+    assert not thread.is_alive()
     assert re.search(f"the proxy http://127.0.0.1:{port} {words}", caplog.text)
     assert "is away" not in caplog.text and "geheim" not in caplog.text
 
