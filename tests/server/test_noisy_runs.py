@@ -104,6 +104,14 @@ def test_without_a_secret_no_two_rounds_have_the_same_noise(bed):
     assert fixed[0] == fixed[1] != fixed[2] and fixed[0].draw != fixed[2].draw
 
 
+def test_a_delta_that_promises_little_is_told(bed):
+    told = private.describe_noise(bed, {"bank": 90, "lab": 40})
+    assert ", δ = 0.01" in told and "promises little" not in told  # as it is set
+    training = bed.training.model_copy(update={"dp": bed.training.dp.model_copy(update={"delta": None})})
+    told = private.describe_noise(bed.model_copy(update={"training": training}), {"bank": 90, "lab": 40})
+    assert ", δ = 0.011 to 0.025; a δ as large as that promises little: where clients have few examples" in told
+
+
 NOISY = ("federation.weighting=uniform", "privacy.noise_multiplier=0.5", "privacy.clip_norm=0.01", "privacy.clip=0.1")
 
 

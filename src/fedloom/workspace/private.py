@@ -21,6 +21,8 @@ from fedloom.secagg.noise import draw_share
 
 FILE = "noise.key"
 """In the folder of a simulated run, until it is over. Whoever has it can take the noise off again."""
+_WEAK = 0.01
+"""A larger δ, which is the chance that ε says nothing of an example, is worth a word."""
 
 
 def plan_round(
@@ -50,7 +52,11 @@ def describe_noise(config: Config, examples: Mapping[str, int]) -> str:
     turns = config.turns_of_client
     which = "all rounds" if turns == config.federation.num_rounds else f"{turns} round{'s' * (turns > 1)} of a client"
     goal = f"ε = {epsilon:g} at example level for {which}" if epsilon else "as much as noise_multiplier says"
+    deltas = sorted(config.training.dp.delta_of(count) for count in examples.values())
     said = f"noise on examples, {goal}: noise multiplier {_span(found, '.3g')}, a step draws {_span(rates, '.2%')}"
+    said += f", δ = {_span(deltas, '.2g')}"
+    if deltas[-1] > _WEAK:
+        said += "; a δ as large as that promises little: where clients have few examples, set training.dp.delta"
     if rates[-1] == 1.0:
         said += "; a step draws all examples of some client: with a smaller batch there would be less noise to add"
     return said
