@@ -152,5 +152,6 @@ def test_a_run_with_a_backdoor_from_end_to_end(tmp_path):
     screen = Console(width=80, record=True, file=None)
     with screen.capture() as shown:
         screen.print(*table.outcome_tables(result))
-    assert "1 of 3 sites malicious (lab)" in shown.get() and "backdoor, rank 16" in shown.get()
-    assert "malicious" in shown.get().split("(lab)")[1] and "…" not in shown.get()
+    assert "1 of 3 sites malicious (lab)" in shown.get() and f" {outcomes[1].loss:.3f} " in shown.get()
+    for word in ("rank 16", "liars", "honest", "refused", "domain", "backdoor ", " 0.0%"):
+        assert word in shown.get(), "nothing is cut at 80 characters"

@@ -1,10 +1,11 @@
-"""What came of the attacks: points lost against all honest, who was refused, how often a backdoor opens."""
+"""What came of the attacks: loss and points lost against all honest, who was refused, how often a backdoor opens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -17,8 +18,8 @@ from fedloom.studies.compare import Trial
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One line. score: exact match in points on what honest sites teach, mean over seeds; lost: against all honest
-    without a defence; worst: the most points that one of these domains has lost.
+    """One line. loss: held-out, nats a token, and score: exact match in points, on what honest sites teach, means over
+    seeds; lost: points against all honest without a defence; worst: the most that one of these domains has lost.
 
     refused: share of the malicious sites' updates that were refused; wronged: of the honest ones'. backdoor: share of
     held-out examples with the trigger that get its answer.
@@ -27,6 +28,7 @@ class Outcome:
     attack: str
     defended: bool
     rank: int | None
+    loss: float
     score: float
     lost: float
     worst: float
@@ -40,7 +42,7 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
     found = []
     for case in cases:
         first = next(one for one in cases if (one.attack, one.defended, one.rank) == (HONEST, False, case.rank))
-        scores, held = _scores(case), _scores(first)
+        scores, held = _scores(case, "exact_match"), _scores(first, "exact_match")
         lost = [held[domain] - scores[domain] for domain in held]
         sent = [_refusals(trial, case.sites) for trial in case.trials]
         opened = [result_of(trial.folder)["backdoor"] for trial in case.trials]
@@ -49,6 +51,7 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
                 case.attack or "honest",
                 case.defended,
                 case.rank,
+                fmean(_scores(case, "loss").values()),
                 fmean(scores.values()),
                 fmean(lost),
                 max(lost),
@@ -60,13 +63,14 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
     return found
 
 
-def _scores(case: Case) -> dict[str, float]:
-    """Domain → exact match in points after the last round, mean over seeds; without the malicious sites' own."""
+def _scores(case: Case, kind: Literal["exact_match", "loss"]) -> dict[str, float]:
+    """Domain → points or nats after the last round, mean over seeds; without the malicious sites' own."""
+    unit = 100.0 if kind == "exact_match" else 1.0
     runs = []
     for trial in case.trials:
         rows = [row for row in read_rows(trial.folder / "ledger.jsonl") if isinstance(row, Evaluation)]
         last = max(row.round for row in rows)
-        runs.append({row.domain: 100.0 * row.exact_match for row in rows if row.round == last})
+        runs.append({row.domain: unit * getattr(row, kind) for row in rows if row.round == last})
     return {domain: fmean(run[domain] for run in runs) for domain in honest_domains(runs[0], case.sites)}
 
 
@@ -100,16 +104,17 @@ def outcome_tables(result: Mapping[str, object]) -> list[Table]:
     rows, sites = result["rows"], result["malicious"]
     assert isinstance(rows, list) and isinstance(sites, list)
     title = f"{len(sites)} of {result['clients']} sites malicious ({', '.join(sites)})"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("attack", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", collapse_padding=True)
+    table.add_column("attack")
     table.add_column("robust", no_wrap=True)
-    for name in ("score", "lost", "worst domain", "malicious refused", "honest refused", "backdoor"):
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # no name is cut at 80 columns
+    for name in ("loss", "score", "lost", "worst\ndomain", "liars\nrefused", "honest\nrefused", "backdoor"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         rank = "" if row["rank"] is None else f", rank {row['rank']}"
         table.add_row(
             f"{row['attack']}{rank}",
             "on" if row["defended"] else "off",
+            f"{row['loss']:.3f}",
             f"{row['score']:.1f}",
             f"{row['lost']:+.1f}",
             f"{row['worst']:+.1f}",
