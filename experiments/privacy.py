@@ -27,6 +27,8 @@ EPSILONS = (1.0, 3.0, 8.0, math.inf)
 _CORE = "lora-xs:clients=null,lora.r=2,lora.lora_alpha=4"
 METHODS = {"example": "fedit:clients=null,lora.r=2,lora.lora_alpha=4", "site": _CORE, "noise": _CORE}
 """Level → variant. Fewer values carry less noise: whole sites train four a module."""
+WHOLE = {"noise": "site"}
+"""Level → that of the run without noise whose gain is 100 %, where it is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,9 @@ def rows(made: Sequence[Setting]) -> list[dict[str, str]]:
     """A row a setting whose runs are complete: score, gain, its share of that without noise, bytes."""
     found = {(one.level, one.epsilon): read_reports(one.made).get(one.variant, []) for one in made}
     return [
-        _row(one, found[one.level, one.epsilon], found["site" if one.level == "noise" else one.level, math.inf])
+        _row(
+            one, found[one.level, one.epsilon], found.get(("site" if one.level == "noise" else one.level, math.inf), [])
+        )
         for one in made
         if found[one.level, one.epsilon]
     ]
