@@ -80,8 +80,8 @@ def parse_epsilons(text: str) -> list[float]:
     return sorted(found | {math.inf})
 
 
-def site_noise(epsilon: float, rounds: int) -> float:
-    """The noise multiplier in a secure sum with which so many rounds cost this ε at site level, but for rounding."""
+def site_noise(epsilon: float) -> float:
+    """The noise multiplier in a secure sum with which one round costs this ε at site level, but for rounding."""
     low, high = 0.0, 1.0
     while concentrated_epsilon(high, DELTA) < epsilon:
         low, high = high, 2 * high
@@ -89,7 +89,7 @@ def site_noise(epsilon: float, rounds: int) -> float:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if concentrated_epsilon(middle, DELTA) > epsilon else (middle, high)
     # A round costs ρ = (2 C)² / 2 (σ C)².
-    return math.sqrt(2.0 * rounds / low)
+    return math.sqrt(2.0 / low)
 
 
 def variant(level: str, method: str, epsilon: float, sites: int, steps: Steps) -> str:
@@ -125,7 +125,7 @@ def _protect_sites(level: str, epsilon: float, sites: int) -> list[str]:
     ]
     if math.isinf(epsilon):
         return [*own, "privacy.clip=32"]
-    noise = site_noise(epsilon, rounds=1)
+    noise = site_noise(epsilon)
     norm = SPREAD * sites / noise
     room = norm * (1.0 + 10.0 * noise)
     return [*own, f"privacy.noise_multiplier={noise:.6g}", f"privacy.clip_norm={norm:.6g}", f"privacy.clip={room:.6g}"]

@@ -47,13 +47,10 @@ def test_epsilons_are_numbers_and_none_is_always_among_them():
 
 def test_what_noise_does_by_itself_is_a_row_also_where_nothing_else_was_played(tmp_path, monkeypatch):
     config = load_config(testbeds.testbed_folder() / "demo.toml")
-    made = privacy.plan(
-        config, [8.0, math.inf], {"noise": privacy.METHODS["noise"]}, privacy.Steps(1, 1, 1), [1], tmp_path
-    )
-    ends = {round: dict.fromkeys(["a"], loss) for round, loss in ((0, 9.0), (1, 8.5))}
-    report = SimpleNamespace(
-        value=lambda key, at=1: ends[at]["a"] if key == "loss" else 0.0, totals=SimpleNamespace(bytes=10), seed=1
-    )
+    alone = {"noise": privacy.METHODS["noise"]}
+    made = privacy.plan(config, [8.0, math.inf], alone, privacy.Steps(1, 1, 1), [1], tmp_path)
+    ends = {"loss": (9.0, 8.5), "exact_match": (0.0, 0.0)}
+    report = SimpleNamespace(value=lambda key, at=1: ends[key][at], totals=SimpleNamespace(bytes=10))
     monkeypatch.setattr(privacy, "read_reports", lambda trials: {trials[0].label: [report]})
     monkeypatch.setattr(privacy, "paired", lambda runs, whole: [])
     (row,) = privacy.rows(made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -42,8 +41,8 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
     found = []
     for case in cases:
         first = next(one for one in cases if (one.attack, one.defended, one.rank) == (HONEST, False, case.rank))
-        scores, held = _scores(case, "exact_match"), _scores(first, "exact_match")
-        lost = [held[domain] - scores[domain] for domain in held]
+        ends, held = _ends(case), _ends(first)
+        lost = [held[domain][0] - ends[domain][0] for domain in held]
         sent = [_refusals(trial, case.sites) for trial in case.trials]
         opened = [result_of(trial.folder)["backdoor"] for trial in case.trials]
         found.append(
@@ -51,8 +50,8 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
                 case.attack or "honest",
                 case.defended,
                 case.rank,
-                fmean(_scores(case, "loss").values()),
-                fmean(scores.values()),
+                fmean(loss for _, loss in ends.values()),
+                fmean(points for points, _ in ends.values()),
                 fmean(lost),
                 max(lost),
                 _share(*(sum(one[k] for one in sent) for k in (0, 1))),
@@ -63,15 +62,17 @@ def read_outcomes(cases: Sequence[Case]) -> list[Outcome]:
     return found
 
 
-def _scores(case: Case, kind: Literal["exact_match", "loss"]) -> dict[str, float]:
-    """Domain → points or nats after the last round, mean over seeds; without the malicious sites' own."""
-    unit = 100.0 if kind == "exact_match" else 1.0
+def _ends(case: Case) -> dict[str, tuple[float, float]]:
+    """Domain → (points of exact match, loss) after the last round, means over seeds; without malicious sites' own."""
     runs = []
     for trial in case.trials:
         rows = [row for row in read_rows(trial.folder / "ledger.jsonl") if isinstance(row, Evaluation)]
         last = max(row.round for row in rows)
-        runs.append({row.domain: unit * getattr(row, kind) for row in rows if row.round == last})
-    return {domain: fmean(run[domain] for run in runs) for domain in honest_domains(runs[0], case.sites)}
+        runs.append({row.domain: (100.0 * row.exact_match, row.loss) for row in rows if row.round == last})
+    domains = honest_domains(runs[0], case.sites)
+    return {
+        domain: (fmean(run[domain][0] for run in runs), fmean(run[domain][1] for run in runs)) for domain in domains
+    }
 
 
 def _refusals(trial: Trial, sites: Sequence[str]) -> tuple[int, int, int, int]:
