@@ -98,9 +98,9 @@ class ToySetup(Setup):
     def evaluate(self, state: object) -> dict:
         return {}
 
-    def public_errors(self, state: State) -> list[float]:
+    def public_error(self, state: State) -> float:
         size = sum(float(tensor.double().square().sum()) for tensor in state.total.tensors().values())
-        return [size / (1.0 + size)]
+        return size / (1.0 + size)
 
 
 def assemble(config: Config, texts: Mapping[str, list[Example]], heldout: object, load: object = None) -> ToySetup:

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.pair import narrow
 from fedloom.methods.table import build
 from fedloom.model.examples import Example
@@ -107,6 +107,21 @@ def test_every_attack_is_played_with_and_without_the_defence_beside_the_honest_r
     assert {trial.player.sites for trial in trials} == {("lab",)}
 
 
+def test_sites_that_are_absent_need_no_defence_and_what_is_lost_without_one_may_be_left_out(tmp_path):
+    config = load_config(whole_testbed() / "demo.toml")
+    sets = ["federation.robust=clip"]
+    cases = plan.plan_cases(config, ["absent", "lie"], 1, sets, range(2), tmp_path, undefended=False)
+    assert [(case.attack, case.defended) for case in cases] == [
+        ("", False),
+        ("", True),
+        ("absent", False),
+        ("lie", True),
+    ]
+    held = start(job(build("fedit")), initial())
+    with pytest.raises(NumericError, match="this site sends nothing"):
+        Forger(lambda state, round, seed: step(state, round, seed), Attack("absent"))(held, 1, 9)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -153,5 +168,5 @@ def test_a_run_with_a_backdoor_from_end_to_end(tmp_path):
     with screen.capture() as shown:
         screen.print(*table.outcome_tables(result))
     assert "1 of 3 sites malicious (lab)" in shown.get() and f" {outcomes[1].loss:.3f} " in shown.get()
-    for word in ("rank 16", "liars", "honest", "refused", "domain", "backdoor ", " 0.0%"):
+    for word in ("rank 16", "liars refused", "honest refused", "points lost", "worst domain", "backdoor ", " 0.0%"):
         assert word in shown.get(), "nothing is cut at 80 characters"

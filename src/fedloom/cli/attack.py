@@ -22,7 +22,7 @@ class Attacker(StrEnum):
     server = "server"
 
 
-USUAL = "sign_flip,gaussian,same_value,lie,fall,label_flip,backdoor"
+USUAL = "absent,sign_flip,gaussian,same_value,lie,fall,label_flip,backdoor"
 
 
 READ = "fedit:wire.values=fp32,fedsrd,loom"
@@ -45,6 +45,7 @@ def attack(
             "--defence", metavar="KEY=VALUE", help="site: settings of the defended runs, in place of clip and --public."
         ),
     ] = None,
+    undefended: Annotated[bool, typer.Option(help="site: play every attack without the defence, too.")] = True,
     public: Annotated[
         Path | None, typer.Option(help="site: the server's public examples; some of data.validation if left out.")
     ] = None,
@@ -75,8 +76,8 @@ def attack(
     from fedloom.studies.compare import client_names, play_here
 
     chosen = defence or plan.usual_defence(public or plan.write_public(settings, out))
-    names = split_words(attacks)
-    cases = plan.plan_cases(settings, names, malicious, chosen, tried, out, split_numbers(ranks, "--ranks"))
+    names, rank_list = split_words(attacks), split_numbers(ranks, "--ranks")
+    cases = plan.plan_cases(settings, names, malicious, chosen, tried, out, rank_list, undefended=undefended)
     made = [trial for case in cases for trial in case.trials]
     if as_json:
         play_here(made, lambda run, seconds: None)

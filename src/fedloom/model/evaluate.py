@@ -53,21 +53,18 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
     return Scores(matches / len(data), loss / tokens, len(data), tokens)
 
 
-def error_parts(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> list[float]:
-    """What each example adds to the mean over all completion tokens of 1 − p, p the probability of the right one.
+def mean_error(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> float:
+    """The mean over all completion tokens of 1 − p, p the probability of the right one: what sampling gets wrong.
 
-    Their sum is that mean: what sampling gets wrong. They are in order of length. The mean is bounded, so that what a
-    model cannot do at all, and no client teaches it, counts the same however sure it is of its errors. Their logarithms
-    would drown what it has learnt.
+    It is bounded, so that what a model cannot do at all, and no client teaches it, counts the same however sure it is
+    of its errors. Their logarithms would drown what it has learnt.
     """
-    sums, tokens = [], 0
-    for whole, chosen, wanted, rows in _predictions(model, data, batch_size):
+    total, tokens = 0.0, 0
+    for _, chosen, wanted, _ in _predictions(model, data, batch_size):
         found = functional.cross_entropy(chosen, wanted, reduction="none").neg().exp()
-        empty = torch.zeros(len(whole), dtype=torch.float64)
-        sums.append(empty.index_add_(0, rows.cpu(), (1.0 - found).double().cpu()))
+        total += float((1.0 - found).double().sum())
         tokens += len(wanted)
-    parts: list[float] = (torch.cat(sums) / tokens).tolist()
-    return parts
+    return total / tokens
 
 
 @torch.no_grad()

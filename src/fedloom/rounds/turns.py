@@ -41,7 +41,7 @@ from fedloom.rounds.robust import Scales
 from fedloom.rounds.stale import Past
 from fedloom.rounds.step import Task, Train, Trained, fit_to_task
 from fedloom.rounds.sums import SUM
-from fedloom.rounds.trial import Deeds, Measure, Trial, Verdict
+from fedloom.rounds.trial import Measure, Trial, Verdict
 from fedloom.wire import Header, Message, decode, encode
 
 
@@ -141,7 +141,7 @@ def server_turn(
     their entries wait. past: client → the older version that its update rests on, in asynchronous rounds; what such a
     client sent must be among `seen`, since it is no update of this version.
     tree: the regions whose servers check and sum the updates; without it they come straight to this one.
-    public: what a state gets wrong of each public example, by which a client that does harm is refused.
+    public: what a state gets wrong of public examples, by which a client that does harm is refused.
     """
     watch, decoded = Watch(), decoded or Decoded.beside(state)
     passed, refused = check_all(job, state, payloads, round, seen or {}, decoded)
@@ -152,7 +152,7 @@ def server_turn(
     scales = Scales(job, state, Cohort(payloads, {}, passed, decoded, past=past or {}))
     trial = Trial.begin(public, state, job.robust.tolerance) if public and len(passed) >= max(least, 1) else None
     harmful: dict[str, str] = {}
-    deeds: dict[str, Deeds] = {}
+    harm: dict[str, float] = {}
     fault: Exception | None = None
     while len(passed) + len(harmful) >= max(least, 1) and passed:
         weighed = scales.weigh(passed, len(harmful))
@@ -165,12 +165,12 @@ def server_turn(
             fault = error
             continue
         verdict = _try_without(job, state, scales, trial, turn, passed, round, len(harmful)) if trial else Verdict()
-        deeds |= verdict.deeds
+        harm |= verdict.harm
         if not verdict.refused:
             decoded.clear()
             facts = replace(turn.facts, stages=watch.stages, norms={client: one.norm for client, one in passed.items()})
             turn = replace(turn, refused={**refused, **harmful, **weighed.aside}, notes=weighed.notes, facts=facts)
-            return _keep_accounts(turn, trial, deeds, verdict) if trial else turn
+            return _keep_records(turn, trial, harm, verdict) if trial else turn
         harmful |= verdict.refused
         passed = {client: one for client, one in passed.items() if client not in harmful}
     refused |= harmful
@@ -216,9 +216,9 @@ def _try_without(
     return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
 
 
-def _keep_accounts(turn: ServerTurn, trial: Trial, deeds: Mapping[str, Deeds], verdict: Verdict) -> ServerTurn:
+def _keep_records(turn: ServerTurn, trial: Trial, harm: Mapping[str, float], verdict: Verdict) -> ServerTurn:
     """The turn with what its trial has found in the server's memory and among the numbers of the round."""
-    memory = {**turn.state.memory, **trial.remember(deeds)}
+    memory = {**turn.state.memory, **trial.remember(harm)}
     return replace(turn, state=replace(turn.state, memory=memory), stats={**turn.stats, **verdict.stats})
 
 

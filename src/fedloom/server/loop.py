@@ -276,7 +276,7 @@ class Rounds:
             least=updates.least,
             past=updates.past,
             tree=updates.tree,
-            public=self.setup.public_errors if self.setup.job.robust.public else None,
+            public=self.setup.public_error if self.setup.job.robust.public else None,
         )
 
     def full_state(self) -> bytes:

@@ -77,16 +77,16 @@ class Validate:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Public:
-    """The errors of the server's public examples."""
+    """The error on the server's public examples."""
 
     state: State
 
-    def do(self, setup: Setup) -> list[float]:
-        """The errors."""
-        return setup.public_errors(self.state)
+    def do(self, setup: Setup) -> float:
+        """The error."""
+        return setup.public_error(self.state)
 
     def describe(self) -> str:
-        return "the errors on federation.public"
+        return "the error on federation.public"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

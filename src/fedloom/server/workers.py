@@ -70,11 +70,11 @@ class PoolJudge:
         """Domain → scores on the validation examples."""
         return self._joined(Validate(state, domain) for domain in self.setup.validation)
 
-    def public_errors(self, state: State) -> list[float]:
-        """The errors of the server's public examples."""
+    def public_error(self, state: State) -> float:
+        """The error on the server's public examples."""
         (ticket,) = self.pool.run([Public(state)])
-        errors: list[float] = ticket.result()
-        return errors
+        error: float = ticket.result()
+        return error
 
     def answer(self, state: State) -> list[Answered]:
         """Answers to a few held-out examples."""

@@ -18,7 +18,7 @@ from fedloom.methods.method import Method, State
 from fedloom.model import peft_bridge
 from fedloom.model.answers import Answered, answer_examples
 from fedloom.model.base import load_base
-from fedloom.model.evaluate import Scores, error_parts, exact_match_and_loss
+from fedloom.model.evaluate import Scores, exact_match_and_loss, mean_error
 from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
@@ -203,12 +203,12 @@ class Setup:
         model, size = self.model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
-    def public_errors(self, state: State) -> list[float]:
-        """What each of the server's public examples adds to the share, from 0 to 1, that `state`'s model gets wrong."""
+    def public_error(self, state: State) -> float:
+        """The share, from 0 to 1, of the server's public examples that the model `state` stands for gets wrong."""
         if self.judge:
-            return self.judge.public_errors(state)
+            return self.judge.public_error(state)
         (data,) = self.public.values()
-        return error_parts(self.model_of(state), data, self.config.evaluation.batch_size)
+        return mean_error(self.model_of(state), data, self.config.evaluation.batch_size)
 
     def model_of(self, state: State) -> PeftModel:
         """The one model in memory, made the one that `state` stands for until it is made another."""

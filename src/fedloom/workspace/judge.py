@@ -18,8 +18,8 @@ class Judge(Protocol):
     def validate(self, state: State) -> dict[str, Scores]:
         """See `assemble.Setup.validate`."""
 
-    def public_errors(self, state: State) -> list[float]:
-        """See `assemble.Setup.public_errors`."""
+    def public_error(self, state: State) -> float:
+        """See `assemble.Setup.public_error`."""
 
     def answer(self, state: State) -> list[Answered]:
         """See `assemble.Setup.answer`."""

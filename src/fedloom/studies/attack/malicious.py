@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from fedloom.compress.seeds import derived_seed
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, NumericError
 from fedloom.methods.method import State
 from fedloom.model.evaluate import exact_match_and_loss
 from fedloom.model.limits import ModelLimits, model_limits
@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 
 RESULT = "attack.json"
 """The last file that such a run writes: what the attack was, and how often a backdoor opens."""
-ATTACKS: Mapping[str, float] = {name: own[1] for name, own in (*FORGERIES.items(), *POISONS.items())}
+ABSENT = "absent"
+"""No attack: the same sites send nothing at all, which is what the best of defences would leave of them."""
+ATTACKS: Mapping[str, float] = {
+    **{name: own[1] for name, own in (*FORGERIES.items(), *POISONS.items())},
+    ABSENT: 1.0,
+}
 """Attack → its usual strength."""
 
 
@@ -105,7 +110,9 @@ class Forger:
     seen: Mapping[int, Sequence[Change]] = field(default_factory=dict)
 
     def __call__(self, state: State, round: int, seed: int) -> Trained:
-        """The adapter that the attack asks for, on as many examples as the site has."""
+        """The adapter that the attack asks for, on as many examples as the site has. Raises NumericError if none."""
+        if self.attack.name == ABSENT:
+            raise NumericError("this site sends nothing: the study asks what the others learn without it")
         trained = self.honest(state, round, seed)
         own = change_of(state.adapter, trained.adapter)
         if self.attack.name in POISONS:

@@ -57,13 +57,17 @@ def plan_cases(
     seeds: Sequence[int],
     out: Path,
     ranks: Sequence[int] = (),
+    *,
+    undefended: bool = True,
 ) -> list[Case]:
     """All cases. attacks: as for `parse_attack`; malicious: how many sites; defence: overrides of the settings.
 
-    ranks: backdoors are tried at each of these; the first case at every rank is the honest one.
+    ranks: backdoors are tried at each of these; the first case at every rank is the honest one. undefended: whether
+    attacks are played without the defence as well. What nobody attacks always is, and sites that are absent never are
+    with it.
     Raises ConfigError for a number of sites, an attack or a setting that there is not.
     """
-    from fedloom.studies.attack.malicious import RESULT, Attack, Infiltration, last_names
+    from fedloom.studies.attack.malicious import ABSENT, RESULT, Attack, Infiltration, last_names
 
     if config.training.dp is not None:
         raise ConfigError(
@@ -78,7 +82,8 @@ def plan_cases(
         base = plain if rank is None else apply_overrides(plain, [f"lora.r={rank}", f"lora.lora_alpha={2.0 * rank}"])
         for text in [HONEST, *attacks]:
             attack = parse_attack(text) if text else Attack()
-            for defended in (False, True):
+            wanted = {HONEST: (False, True), ABSENT: (False,)}.get(attack.name, (False, True)[not undefended :])
+            for defended in wanted:
                 settings = apply_overrides(base, defence) if defended else base
                 label = "-".join(
                     [text.replace(":", "-") or "honest", *([f"r{rank}"] if rank else []), *(["robust"] * defended)]
