@@ -196,9 +196,12 @@ def judged(state: State, harm: dict[str, float], before: float = 0.5) -> tuple[s
 
     The error is `before`, and a half at the end; up to 0.03 is tolerated.
     """
-    errors = {client: 0.5 - done for client, done in harm.items()} | {"after": 0.5}
+    share, errors = 1 / len(harm), {"after": 0.5}
+    for client, done in harm.items():
+        rest = 0.5 - done
+        errors[client] = rest if rest >= before else (rest - share * before) / (1 - share)
     trial = Trial.begin(lambda held: errors.get(held.digest, before), replace(state, digest="before"), 0.03 / before)
-    shares = dict.fromkeys(harm, 1 / len(harm))
+    shares = dict.fromkeys(harm, share)
     verdict = trial.judge(replace(state, digest="after"), shares, lambda client: replace(state, digest=client))
     return set(verdict.refused), replace(state, memory=trial.remember(verdict.harm))
 
@@ -233,6 +236,17 @@ def test_who_did_more_harm_than_good_has_no_share_of_the_gain_to_take_as_a_speci
     assert refused == {LIAR}
     assert after.memory[f"harm/{LIAR}"].tolist() == pytest.approx([0.04, 0.05])
     assert judged(held, {"ada": -0.2, "bob": 0.04}, before=0.6)[0] == set()
+
+
+def test_who_sends_nothing_does_no_harm_although_the_others_would_count_for_more_without_it():
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    held = replace(state, memory=records(**{LIAR: (0.4, 0.4)}))
+    # Four clients whose updates are added up; the error falls by 0.4 times what is added.
+    errors = {"before": 0.6, "after": 0.3, "ada": 0.3333, "bob": 0.3333, "cyd": 0.3333, LIAR: 0.2}
+    trial = Trial.begin(lambda one: errors[one.digest], replace(held, digest="before"), 0.02)
+    shares = dict.fromkeys([*CLIENTS[:3], LIAR], 0.25)
+    verdict = trial.judge(replace(held, digest="after"), shares, lambda client: replace(held, digest=client))
+    assert not verdict.refused and verdict.harm[LIAR] == pytest.approx(0.0)
 
 
 def test_whoever_makes_a_round_better_is_taken_whatever_it_has_done():

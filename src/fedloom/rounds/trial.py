@@ -5,18 +5,20 @@ of the others, as it would be received. A client is tried as a part of its round
 who forgets the others' skills, is judged by what the round has of it. This holds with any number of liars, four sites
 or two, since the error is no vote.
 
-Whose update does nothing takes its share p of the gain that the others would have made; who trains towards the
-opposite takes 2 p. So a client is refused that takes more than that, unless it is little beside the error
-(`tolerance`). Where the round as a whole makes the error much larger, the client is refused without which it is best,
-until that is over: liars who all do the same would otherwise hide behind one another.
+Without a client the others count for more, so that who sends nothing takes its share p of the gain which the others
+would make alone: that much is no harm. Harm is what goes beyond it: what a client makes worse than if it had sent
+nothing and kept its share, by a straight line between the error before the round and the one without it. An honest
+specialist mostly does none, even where its round is better without it; who trains towards the opposite does p times
+that gain. Where the others alone make the error larger, harm is what the client adds to that.
 
-A liar that does a little harm in every round is found by its account, which is max(0, account + harm) after each round
-(Page's cumulative sum): who makes the model better on the whole stays at zero. All that a client has done is summed up
-besides. A specialist undoes some of the others' work, but does more good than harm. Who over its rounds so far did more
-harm than good has no share of the others' gain to take, and may do as much harm as its account leaves of the
-tolerance. But whoever makes this round better is taken, whatever it has done: a specialist that was bad for the first
-rounds is not shut out for it, and a liar has to be of use. All this is in the server's memory, and so in every
-checkpoint.
+A client is refused whose account has more harm than is little beside the error (`tolerance`); the account is
+max(0, account + harm) after each round (Page's cumulative sum), so that a little harm in every round adds up, and who
+does good on the whole stays at zero. All that a client has done is summed up besides: in its first round, and while it
+did more good than harm, it may do as much as p times the others' gain. But whoever does no harm in this round is taken,
+whatever it has done: a specialist that was bad for the first rounds is not shut out for it, and a liar has to be of
+use. Where the round as a whole makes the error much larger, the client is refused without which it is best, until that
+is over: liars who all do the same would otherwise hide behind one another. All this is in the server's memory, and so in
+every checkpoint.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -35,8 +37,6 @@ from fedloom.methods.method import State
 
 Measure = Callable[[State], float]
 """The share, from 0 to 1, of public examples that the model gets wrong for which a state stands."""
-_OPPOSITE = 2.0
-"""Shares of the others' gain that a client takes whose update is the opposite of theirs."""
 _LITTLE = 0.5
 """Under this error the tolerance is a share of this: nearer to zero most of it is noise."""
 _RECORD = "harm/"
@@ -49,7 +49,7 @@ _WORST = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The harm that a client has done in its rounds. account: what it has not made good; total: their plain sum."""
+    """The harm of a client's rounds. account: what it has not made good; total: their plain sum."""
 
     account: float = 0.0
     total: float = 0.0
@@ -63,8 +63,8 @@ class Record:
 class Verdict:
     """What a round's trial has found. refused: the client that does most harm and why, where it is too much.
 
-    stats: `public_error` after the round, and `max_public_harm`, by how much a client makes it larger at most. harm:
-    client → by how much it has made the error larger in this round.
+    stats: `public_error` after the round, and `max_public_harm`, the most harm that a client does. harm: of each
+    client in this round.
     """
 
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -76,8 +76,8 @@ class Verdict:
 class Trial:
     """The trials of one round.
 
-    before: the error before it; tolerance: share of it by which a client may make it larger. records: client → what it
-    has done in earlier rounds.
+    before: the error before it; tolerance: share of it that a client may do harm. records: client → what it has done
+    in earlier rounds.
     """
 
     measure: Measure
@@ -109,20 +109,20 @@ class Trial:
         """
         reached = _finite(self.measure(after))
         rest = {c: self._rest(without, c) if len(shares) > 1 else self.before for c in shares}
-        harm = {client: reached - error for client, error in rest.items()}
-        over = {c: self._excess(c, harm[c], rest[c], shares[c]) for c in shares}
+        idle = {c: max(shares[c] * (self.before - error), 0.0) for c, error in rest.items()}
+        harm = {c: reached - error - idle[c] for c, error in rest.items()}
+        over = {c: self._excess(c, harm[c], idle[c]) for c in shares}
         worst = max(over, key=lambda client: over[client])
         stats = {"public_error": reached, "max_public_harm": max(harm.values())}
         if over[worst] <= 0.0 and reached - self.before <= _TOGETHER * self._little:
             return Verdict(stats=stats, harm=harm)
-        reason = self._explain(worst, reached, rest[worst], alone=over[worst] > 0.0)
+        useless = over[worst] > 0.0 and self._is_useless(worst, harm[worst])
+        reason = self._explain(worst, reached, rest[worst], alone=over[worst] > 0.0, useless=useless)
         return Verdict({worst: reason}, stats, {worst: harm[worst]})
 
-    def _excess(self, client: str, harm: float, rest: float, share: float) -> float:
-        """By how much its account passes what it may; at most the harm of this round, since who helps now is taken."""
-        allowed = self._little
-        if not self._is_useless(client, harm):
-            allowed = max(_OPPOSITE * share * (self.before - rest), allowed)
+    def _excess(self, client: str, harm: float, idle: float) -> float:
+        """By how much its account passes what it may; at most this round's harm. idle: its share of the others' gain."""
+        allowed = self._little if self._is_useless(client, harm) else max(idle, self._little)
         return min(self._record(client).charge(harm).account - allowed, harm)
 
     def _is_useless(self, client: str, harm: float) -> bool:
@@ -139,10 +139,9 @@ class Trial:
         except Exception:  # the others fail: then this one is not to blame
             return _WORST
 
-    def _explain(self, client: str, reached: float, rest: float, *, alone: bool) -> str:
+    def _explain(self, client: str, reached: float, rest: float, *, alone: bool, useless: bool) -> str:
         what = "with its update" if alone else "the round as a whole does harm: with this update"
         past = self._record(client).account
-        useless = alone and self._is_useless(client, reached - rest)
         return (
             f"{what} the error on federation.public is {reached:.4g}, without it {rest:.4g}; before the round it was "
             f"{self.before:.4g}{f', and its earlier harm is {past:.2g}' if past else ''}"
