@@ -17,8 +17,8 @@ does good on the whole stays at zero. All that a client has done is summed up be
 did more good than harm, it may do as much as p times the others' gain. But whoever does no harm in this round is taken,
 whatever it has done: a specialist that was bad for the first rounds is not shut out for it, and a liar has to be of
 use. Where the round as a whole makes the error much larger, the client is refused without which it is best, until that
-is over: liars who all do the same would otherwise hide behind one another. All this is in the server's memory, and so in
-every checkpoint.
+is over: liars who all do the same would otherwise hide behind one another. All this is in the server's memory, and so
+in every checkpoint.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -121,7 +121,7 @@ class Trial:
         return Verdict({worst: reason}, stats, {worst: harm[worst]})
 
     def _excess(self, client: str, harm: float, idle: float) -> float:
-        """By how much its account passes what it may; at most this round's harm. idle: its share of the others' gain."""
+        """By how much its account is over what it may; at most this harm. idle: its share of the others' gain."""
         allowed = self._little if self._is_useless(client, harm) else max(idle, self._little)
         return min(self._record(client).charge(harm).account - allowed, harm)
 

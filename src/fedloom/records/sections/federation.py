@@ -121,7 +121,7 @@ class FederationSettings(Section):
         0.02,
         ge=0,
         le=1e6,
-        description="Public: share of the error on these examples by which a client may make it larger.",
+        description="Public: share of the error on these examples that a client may do harm before it is refused.",
     )
     mode: Literal["synchronous", "buffered"] = Field(
         "synchronous",
