@@ -36,8 +36,8 @@ from torch import Tensor
 from fedloom.methods.method import State
 
 Measure = Callable[[State], float]
-"""The share, from 0 to 1, of public examples that the model gets wrong for which a state stands."""
-_LITTLE = 0.5
+"""What the model for which a state stands gets wrong of public examples, from 0 to 1."""
+_LITTLE = 0.1
 """Under this error the tolerance is a share of this: nearer to zero most of it is noise."""
 _RECORD = "harm/"
 """Before a client's name in the server's memory."""

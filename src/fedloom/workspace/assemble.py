@@ -204,7 +204,7 @@ class Setup:
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
     def public_error(self, state: State) -> float:
-        """The share, from 0 to 1, of the server's public examples that the model `state` stands for gets wrong."""
+        """What the model `state` stands for gets wrong of the server's public examples, from 0 to 1."""
         if self.judge:
             return self.judge.public_error(state)
         (data,) = self.public.values()
