@@ -150,9 +150,7 @@ def rows(made: Sequence[Setting]) -> list[dict[str, str]]:
     """A row a setting whose runs are complete: score, gain, its share of that without noise, bytes."""
     found = {(one.level, one.epsilon): read_reports(one.made).get(one.variant, []) for one in made}
     return [
-        _row(
-            one, found[one.level, one.epsilon], found.get(("site" if one.level == "noise" else one.level, math.inf), [])
-        )
+        _row(one, found[one.level, one.epsilon], found.get((WHOLE.get(one.level, one.level), math.inf), []))
         for one in made
         if found[one.level, one.epsilon]
     ]
