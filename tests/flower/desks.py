@@ -98,7 +98,7 @@ class ToySetup(Setup):
     def evaluate(self, state: object) -> dict:
         return {}
 
-    def public_error(self, state: State) -> float:
+    def public_error(self, state: State, bend: float) -> float:
         size = sum(float(tensor.double().square().sum()) for tensor in state.total.tensors().values())
         return size / (1.0 + size)
 

@@ -14,7 +14,7 @@ from test_training import dense_loss, double, resident
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState, initial_state
 from fedloom.model import peft_bridge
-from fedloom.model.evaluate import BEND, exact_match_and_loss, lm_eval_tasks, mean_error
+from fedloom.model.evaluate import exact_match_and_loss, lm_eval_tasks, mean_error
 from fedloom.model.examples import Example
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update
@@ -58,15 +58,16 @@ def test_scores_are_those_of_greedy_generation(name: str) -> None:
 
 
 @torch.no_grad()
-def test_the_error_is_bounded_and_counts_token_by_token() -> None:
+@pytest.mark.parametrize("bend", [1.0, 0.2])
+def test_the_error_is_bounded_and_counts_token_by_token(bend: float) -> None:
     model, _ = resident("llama")
     data = tokenize(EXAMPLES[:7], tokenizer(), "plain", 32)
     errors: list[float] = []
     for tokens in data.examples:
         odds = model(input_ids=tokens.ids[None].long()).logits[0].double().softmax(dim=-1)
-        errors += [1.0 - float(odds[at - 1, tokens.ids[at]]) ** BEND for at in range(tokens.prompt, len(tokens.ids))]
+        errors += [1.0 - float(odds[at - 1, tokens.ids[at]]) ** bend for at in range(tokens.prompt, len(tokens.ids))]
     for batch_size in (1, 3, 64):
-        assert mean_error(model, data, batch_size) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+        assert mean_error(model, data, bend, batch_size) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
 def test_a_completion_that_was_cut_is_no_match() -> None:

@@ -29,12 +29,12 @@ LIAR = "dan"
 GOAL = random_state(77, size=0.3)
 
 
-def far_off(state: State) -> float:
-    """An error from 0 to 1: how far the model is from where honest clients train to."""
+def far_off(state: State, bend: float = 1.0) -> float:
+    """An error from 0 to 1: how far the model is from where honest clients train to, as one token's."""
     total = {name: tensor.double() for name, tensor in state.total.tensors().items()}
     dense = {m: total[f"{m}/B"] @ total[f"{m}/A"] - GOAL[m].B.double() @ GOAL[m].A.double() for m in GOAL}
     size = sum(float(one.square().sum()) for one in dense.values())
-    return size / (1.0 + size)
+    return 1.0 - (1.0 / (1.0 + size)) ** bend
 
 
 def toward(pair: LoraPair, goal: LoraPair, parts: tuple[str, ...], size: float) -> LoraPair:
@@ -192,18 +192,18 @@ def test_a_round_of_liars_alone_is_skipped_and_not_the_end_of_a_run():
 
 
 def judged(state: State, harm: dict[str, float], before: float = 0.5) -> tuple[set[str], State]:
-    """(who is refused, the state with its records) of a trial in which each client does this harm.
+    """(who is refused, the state with its records) of a trial in which each client does this harm, as a share.
 
-    The error is `before`, and a half at the end; up to 0.03 is tolerated.
+    The error is `before`, and a half at the end; up to 0.06 of it is tolerated.
     """
     share, errors = 1 / len(harm), {"after": 0.5}
     for client, done in harm.items():
-        rest = 0.5 - done
+        rest = 0.5 - done * before
         errors[client] = rest if rest >= before else (rest - share * before) / (1 - share)
-    trial = Trial.begin(lambda held: errors.get(held.digest, before), replace(state, digest="before"), 0.03 / before)
+    trial = Trial.begin(lambda held, bend: errors.get(held.digest, before), replace(state, digest="before"), 0.06)
     shares = dict.fromkeys(harm, share)
     verdict = trial.judge(replace(state, digest="after"), shares, lambda client: replace(state, digest=client))
-    return set(verdict.refused), replace(state, memory=trial.remember(verdict.harm))
+    return set(verdict.refused), replace(state, memory=trial.remember(verdict.harm, verdict.refused))
 
 
 def records(**held: tuple[float, float]) -> dict[str, torch.Tensor]:
@@ -215,27 +215,27 @@ def test_a_little_harm_in_every_round_adds_up_and_a_record_is_part_of_the_checkp
     """Of those who do harm, one goes on, and one makes it good."""
     state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
     found = []
-    rounds = [{"ada": -0.01, "bob": 0.02, LIAR: 0.02}, {"ada": -0.01, "bob": -0.05, LIAR: 0.02}]
+    rounds = [{"ada": -0.02, "bob": 0.04, LIAR: 0.04}, {"ada": -0.02, "bob": -0.1, LIAR: 0.04}]
     for number, harm in enumerate(rounds):
         refused, state = judged(state, harm)
         found.append(refused)
         save_checkpoint(tmp_path, Snapshot(number, state))
         state = load_checkpoint(list_checkpoints(tmp_path)[-1]).server
     assert found == [set(), {LIAR}]
-    assert state.memory[f"harm/{LIAR}"].tolist() == pytest.approx([0.04, 0.04])
-    assert state.memory["harm/ada"].tolist() == pytest.approx([0.0, -0.01])
+    assert state.memory[f"harm/{LIAR}"].tolist() == pytest.approx([0.04, 0.08]), "what was refused was not done"
+    assert state.memory["harm/ada"].tolist() == pytest.approx([0.0, -0.02])
 
 
 def test_who_did_more_harm_than_good_has_no_share_of_the_gain_to_take_as_a_specialist_has():
     """Both do the same harm beside the same gain; the specialist did good before."""
     state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
-    harm = {"ada": -0.2, "bob": 0.04, LIAR: 0.04}
+    harm = {"ada": -0.2, "bob": 0.08, LIAR: 0.08}
     assert judged(state, harm, before=0.6)[0] == set(), "a first round says nothing"
-    held = replace(state, memory=records(bob=(0.0, -0.1), **{LIAR: (0.0, 0.01)}))
+    held = replace(state, memory=records(bob=(0.0, -0.2), **{LIAR: (0.0, 0.02)}))
     refused, after = judged(held, harm, before=0.6)
     assert refused == {LIAR}
-    assert after.memory[f"harm/{LIAR}"].tolist() == pytest.approx([0.04, 0.05])
-    assert judged(held, {"ada": -0.2, "bob": 0.04}, before=0.6)[0] == set()
+    assert after.memory[f"harm/{LIAR}"].tolist() == pytest.approx([0.0, 0.1])
+    assert judged(held, {"ada": -0.2, "bob": 0.08}, before=0.6)[0] == set()
 
 
 def test_who_sends_nothing_does_no_harm_although_the_others_would_count_for_more_without_it():
@@ -243,7 +243,7 @@ def test_who_sends_nothing_does_no_harm_although_the_others_would_count_for_more
     held = replace(state, memory=records(**{LIAR: (0.4, 0.4)}))
     # Four clients whose updates are added up; the error falls by 0.4 times what is added.
     errors = {"before": 0.6, "after": 0.3, "ada": 0.3333, "bob": 0.3333, "cyd": 0.3333, LIAR: 0.2}
-    trial = Trial.begin(lambda one: errors[one.digest], replace(held, digest="before"), 0.02)
+    trial = Trial.begin(lambda one, bend: errors[one.digest], replace(held, digest="before"), 0.02)
     shares = dict.fromkeys([*CLIENTS[:3], LIAR], 0.25)
     verdict = trial.judge(replace(held, digest="after"), shares, lambda client: replace(held, digest=client))
     assert not verdict.refused and verdict.harm[LIAR] == pytest.approx(0.0)
@@ -258,12 +258,29 @@ def test_whoever_makes_a_round_better_is_taken_whatever_it_has_done():
     assert judged(replace(after, memory=held.memory), {"ada": -0.1, "bob": -0.001})[0] == set()
 
 
+def test_a_specialist_that_overshot_once_is_not_refused_for_next_to_nothing_afterwards():
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    held = replace(state, memory=records(bob=(0.0, -0.8)))
+    refused, held = judged(held, {"ada": -0.01, "bob": 0.1, "cyd": -0.01})
+    assert refused == {"bob"}
+    assert judged(held, {"ada": -0.01, "bob": 0.002, "cyd": -0.01})[0] == set()
+
+
+def test_the_error_is_bent_while_nothing_is_learned_and_plain_once_everything_is():
+    """The first tokens that come right are one in a million; later only those count that can be lost."""
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    nothing = Trial.begin(lambda _, bend: 1.0 - 1e-6**bend, state, 0.05)
+    assert nothing.bend == 0.2 and nothing.before == pytest.approx(1.0 - 1e-6**0.2)
+    most = Trial.begin(lambda _, bend: 1.0 - 0.9**bend, state, 0.05)
+    assert most.bend == pytest.approx(0.9) and most.before == pytest.approx(1.0 - 0.9**0.9)
+
+
 def test_an_error_that_is_not_finite_is_the_worst():
     held = federation("fedit", Robust(public=True, tolerance=0.0))
     sent = uploads(held, dict.fromkeys(CLIENTS[:3], 0.5) | {LIAR: -8.0})
 
-    def broken(state: State) -> float:
-        return float("nan") if far_off(state) > far_off(held.server) else far_off(state)
+    def broken(state: State, bend: float) -> float:
+        return float("nan") if far_off(state) > far_off(held.server) else far_off(state, bend)
 
     assert server_turn(held.job, held.server, sent, 1, public=broken).refused.keys() == {LIAR}
 

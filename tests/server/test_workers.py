@@ -18,12 +18,13 @@ from fedloom.methods.table import build
 from fedloom.records.config import Config
 from fedloom.records.configfile import load_config
 from fedloom.records.events import Silent
-from fedloom.records.ledger import Note, read_rows
+from fedloom.records.ledger import Aggregation, Note, read_rows
 from fedloom.server import local, workers
 from fedloom.server.nursery import Order
 from fedloom.server.nursery_process import Nursery
 from fedloom.server.pool import Pool, Ticket
 from fedloom.server.workers import find_devices, thread_notes
+from fedloom.studies.attack.plan import write_public
 from small_testbed import small_testbed
 
 SETTINGS = [
@@ -39,7 +40,9 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return load_config(small_testbed(tmp_path_factory.mktemp("bed")) / "demo.toml", SETTINGS)
+    folder = small_testbed(tmp_path_factory.mktemp("bed"))
+    public = write_public(load_config(folder / "demo.toml"), folder, 2)
+    return load_config(folder / "demo.toml", [*SETTINGS, f"federation.public={json.dumps(str(public))}"])
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,8 @@ def test_the_run_tells_of_everything_that_workers_might_get_wrong(alone: Path):
     notes = [row.text for row in read_rows(alone / "ledger.jsonl") if isinstance(row, Note)]
     assert any("not finite after training" in text for text in notes)
     assert any("dropped out" in text for text in notes)
+    rounds = [row for row in read_rows(alone / "ledger.jsonl") if isinstance(row, Aggregation)]
+    assert all(0.0 < row.stats["public_error"] < 1.0 for row in rounds)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -19,9 +19,6 @@ from fedloom.errors import ConfigError
 from fedloom.model.foreign import raise_in_one_line
 from fedloom.model.tokens import IGNORED, TokenizedExamples
 
-BEND = 0.2
-"""q of `mean_error`. With 1, liars in the first rounds went unseen; docs/LOG.md has both."""
-
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -56,18 +53,18 @@ def exact_match_and_loss(model: nn.Module, data: TokenizedExamples, batch_size: 
     return Scores(matches / len(data), loss / tokens, len(data), tokens)
 
 
-def mean_error(model: nn.Module, data: TokenizedExamples, batch_size: int = 64) -> float:
-    """The mean over all completion tokens of 1 − p^q, p the probability of the right one (from 0 to 1).
+def mean_error(model: nn.Module, data: TokenizedExamples, bend: float = 1.0, batch_size: int = 64) -> float:
+    """The mean over all completion tokens of 1 − p^bend, p the probability of the right one (from 0 to 1).
 
-    This is the generalised cross-entropy times q (Zhang & Sabuncu, NeurIPS 2018, arXiv 1805.07836), between 1 − p at
-    q = 1 and the logarithm at q → 0. It is bounded, so that what a model cannot do at all, and no client teaches it,
-    counts about the same however sure it is of its errors: their logarithms would drown what it has learnt. And it
-    tells one thousandth from one millionth, so that harm to a model that has learnt nothing yet is seen.
+    This is the generalised cross-entropy times its exponent (Zhang & Sabuncu, NeurIPS 2018, arXiv 1805.07836), between
+    1 − p at 1 and the logarithm towards 0. It is bounded, so that what a model cannot do at all counts about the same
+    however sure it is of its errors: their logarithms would drown what it has learnt. The smaller the exponent, the
+    better it tells one thousandth from one millionth.
     """
     total, tokens = 0.0, 0
     for _, chosen, wanted, _ in _predictions(model, data, batch_size):
         found = functional.cross_entropy(chosen, wanted, reduction="none").neg().exp()
-        total += float((1.0 - found.double().pow(BEND)).sum())
+        total += float((1.0 - found.double().pow(bend)).sum())
         tokens += len(wanted)
     return total / tokens
 

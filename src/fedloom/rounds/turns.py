@@ -9,7 +9,7 @@ The training step is an argument. The server applies what every client will deco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedloom.compress.entries import all_finite, dense_entry, to_dense
@@ -170,7 +170,7 @@ def server_turn(
             decoded.clear()
             facts = replace(turn.facts, stages=watch.stages, norms={client: one.norm for client, one in passed.items()})
             turn = replace(turn, refused={**refused, **harmful, **weighed.aside}, notes=weighed.notes, facts=facts)
-            return _keep_records(turn, trial, harm, verdict) if trial else turn
+            return _keep_records(turn, trial, harm, harmful, verdict) if trial else turn
         harmful |= verdict.refused
         passed = {client: one for client, one in passed.items() if client not in harmful}
     refused |= harmful
@@ -216,9 +216,11 @@ def _try_without(
     return trial.judge(turn.state, scales.weigh(passed, gone).cohort.weights, without)
 
 
-def _keep_records(turn: ServerTurn, trial: Trial, harm: Mapping[str, float], verdict: Verdict) -> ServerTurn:
+def _keep_records(
+    turn: ServerTurn, trial: Trial, harm: Mapping[str, float], refused: Collection[str], verdict: Verdict
+) -> ServerTurn:
     """The turn with what its trial has found in the server's memory and among the numbers of the round."""
-    memory = {**turn.state.memory, **trial.remember(harm)}
+    memory = {**turn.state.memory, **trial.remember(harm, refused)}
     return replace(turn, state=replace(turn.state, memory=memory), stats={**turn.stats, **verdict.stats})
 
 

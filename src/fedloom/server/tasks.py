@@ -77,13 +77,14 @@ class Validate:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Public:
-    """The error on the server's public examples."""
+    """The error on the server's public examples, as `evaluate.mean_error` bends it."""
 
     state: State
+    bend: float
 
     def do(self, setup: Setup) -> float:
         """The error."""
-        return setup.public_error(self.state)
+        return setup.public_error(self.state, self.bend)
 
     def describe(self) -> str:
         return "the error on federation.public"

@@ -70,9 +70,9 @@ class PoolJudge:
         """Domain → scores on the validation examples."""
         return self._joined(Validate(state, domain) for domain in self.setup.validation)
 
-    def public_error(self, state: State) -> float:
+    def public_error(self, state: State, bend: float) -> float:
         """The error on the server's public examples."""
-        (ticket,) = self.pool.run([Public(state)])
+        (ticket,) = self.pool.run([Public(state, bend)])
         error: float = ticket.result()
         return error
 

@@ -203,12 +203,12 @@ class Setup:
         model, size = self.model_of(state), self.config.evaluation.batch_size
         return {domain: exact_match_and_loss(model, data, size) for domain, data in self.validation.items()}
 
-    def public_error(self, state: State) -> float:
-        """What the model `state` stands for gets wrong of the server's public examples, from 0 to 1."""
+    def public_error(self, state: State, bend: float) -> float:
+        """What the model `state` stands for gets wrong of the server's public examples (`evaluate.mean_error`)."""
         if self.judge:
-            return self.judge.public_error(state)
+            return self.judge.public_error(state, bend)
         (data,) = self.public.values()
-        return mean_error(self.model_of(state), data, self.config.evaluation.batch_size)
+        return mean_error(self.model_of(state), data, bend, self.config.evaluation.batch_size)
 
     def model_of(self, state: State) -> PeftModel:
         """The one model in memory, made the one that `state` stands for until it is made another."""

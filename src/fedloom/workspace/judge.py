@@ -18,7 +18,7 @@ class Judge(Protocol):
     def validate(self, state: State) -> dict[str, Scores]:
         """See `assemble.Setup.validate`."""
 
-    def public_error(self, state: State) -> float:
+    def public_error(self, state: State, bend: float) -> float:
         """See `assemble.Setup.public_error`."""
 
     def answer(self, state: State) -> list[Answered]:
