@@ -266,6 +266,13 @@ def test_a_specialist_that_overshot_once_is_not_refused_for_next_to_nothing_afte
     assert judged(held, {"ada": -0.01, "bob": 0.002, "cyd": -0.01})[0] == set()
 
 
+def test_who_is_known_for_harm_may_do_none():
+    state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server
+    harm = {"ada": -0.2, "bob": 0.01, LIAR: 0.01}
+    held = replace(state, memory=records(bob=(0.0, 0.05), **{LIAR: (0.0, 0.07)}))
+    assert judged(held, harm)[0] == {LIAR}
+
+
 def test_the_error_is_bent_while_nothing_is_learned_and_plain_once_everything_is():
     """The first tokens that come right are one in a million; later only those count that can be lost."""
     state = Federation(job(build("fedit")), initial(), dict.fromkeys(CLIENTS)).server

@@ -29,7 +29,7 @@ class Robust:
     malicious: int | None = None
     clip_ratio: float = 1.5
     public: bool = False
-    tolerance: float = 0.05
+    tolerance: float = 0.02
 
     def faults(self, clients: int) -> int:
         """Liars that are reckoned with among so many clients."""

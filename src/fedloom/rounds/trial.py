@@ -8,21 +8,23 @@ or two, since the error is no vote.
 Without a client the others count for more, so that who sends nothing takes its share p of the gain which the others
 would make alone: that much is no harm. Harm is what goes beyond it: what a client makes worse than if it had sent
 nothing and kept its share, by a straight line between the error before the round and the one without it, as a share of
-the error before: a tenth of it is as much early as late. An honest specialist mostly does none, even where its round is better without it; who trains towards the opposite does p times
-that gain. Where the others alone make the error larger, harm is what the client adds to that.
+the error before: a tenth of it is as much early as late. An honest specialist mostly does none, even where its round is
+better without it; who trains towards the opposite does p times that gain. Where the others alone make the error larger,
+harm is what the client adds to that.
 
 The error of a token is 1 − p^b, p the probability of the right one. b is a small number while nothing is learned, when
 every p is next to nothing and 1 − p says the same whatever a liar does, and grows to one with what the model can do:
 then what it cannot do, since nobody teaches it or nobody yet, hardly counts, and nobody is blamed for it.
 
-A client is refused whose account would have more harm than is tolerated (`tolerance`); the account is
-max(0, account + harm) after each round that it was taken in (Page's cumulative sum), so that a little harm in every
-round adds up, and who does good on the whole stays at zero. All that a client would have done is summed up besides: in
-its first round, and while that is more good than harm, it may do as much as p times the others' gain. But whoever does
-no harm in this round is taken, whatever it has done: a specialist that was bad for the first rounds is not shut out for
-it, and a liar has to be of use. Where the round as a whole makes the error much larger, the client is refused without which it is best, until that
-is over: liars who all do the same would otherwise hide behind one another. All this is in the server's memory, and so
-in every checkpoint.
+A client is refused whose account would have more harm than is tolerated (`tolerance`); the account is max(0, account +
+harm) after each round that it was taken in (Page's cumulative sum), so that a little harm in every round adds up, and
+who does good on the whole stays at zero. All that a client would have done is summed up besides, with what it was
+refused for: in its first round, and while that is more good than harm, it may do as much as p times the others' gain;
+once it is more harm than is tolerated, it may do none. But whoever does no harm in this round is taken, whatever it has
+done: a specialist that was bad for the first rounds is not shut out for it, and a liar has to be of use. Where the
+round as a whole makes the error much larger, the client is refused without which it is best, until that is over: liars
+who all do the same would otherwise hide behind one another. All this is in the server's memory, and so in every
+checkpoint.
 
 It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
 less one client for everybody who is refused.
@@ -135,8 +137,11 @@ class Trial:
 
     def _excess(self, client: str, harm: float, idle: float) -> float:
         """By how much its account is over what it may; at most this harm. idle: its share of the others' gain."""
+        past = self._record(client)
+        if past.total > self.tolerance:
+            return harm
         allowed = self.tolerance if self._is_useless(client, harm) else max(idle, self.tolerance)
-        return min(self._record(client).charge(harm).account - allowed, harm)
+        return min(past.charge(harm).account - allowed, harm)
 
     def _is_useless(self, client: str, harm: float) -> bool:
         """Whether its rounds so far, this one included, did more harm than good; a first one says nothing."""

@@ -118,7 +118,7 @@ class FederationSettings(Section):
         examples=["./public.jsonl"],
     )
     public_tolerance: float = Field(
-        0.05,
+        0.02,
         ge=0,
         le=1e6,
         description="Public: share of the error on these examples that a client may do harm before it is refused.",
