@@ -26,8 +26,8 @@ round as a whole makes the error much larger, the client is refused without whic
 who all do the same would otherwise hide behind one another. All this is in the server's memory, and so in every
 checkpoint.
 
-It costs one aggregate and one pass over the public examples for every client of a round and one more, and as much again
-less one client for everybody who is refused.
+It costs one aggregate and one pass over the public examples for every client of a round and three more passes, and as
+much again for everybody who is refused.
 """
 
 from __future__ import annotations
