@@ -75,7 +75,7 @@ class Verdict:
     """What a round's trial has found. refused: the client that does most harm and why, where it is too much.
 
     stats: `public_error` after the round, and `max_public_harm`, the most harm that a client does. harm: of each
-    client in this round, as a share of the error before it.
+    client in this round. Harm is a share of the error before it.
     """
 
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -107,8 +107,8 @@ class Trial:
 
     def remember(self, harm: Mapping[str, float], refused: Collection[str]) -> dict[str, Tensor]:
         """The records after a round in which clients did this harm, or would have, as the server's memory has them."""
-        after = {**self.records}
-        after |= {c: self._record(c).charge(done, refused=c in refused) for c, done in harm.items()}
+        charged = {c: self._record(c).charge(done, refused=c in refused) for c, done in harm.items()}
+        after = {**self.records, **charged}
         return {
             _RECORD + client: torch.tensor([after[client].account, after[client].total], dtype=torch.float64)
             for client in sorted(after)
