@@ -33,23 +33,60 @@ def job(budget: int, **settings: object) -> Job:
     return Job(method, 5, quantize("int4"), budget=Budget(size=budget), num_rounds=4, start=INITIAL)
 
 
-@pytest.mark.parametrize("broadcast", ["change", "state"])
-@pytest.mark.parametrize("budget", [260, 400, 700])
-def test_rounds_of_paths_lead_all_to_one_state(budget: int, broadcast: str):
-    run = job(budget, broadcast=broadcast)
+@pytest.mark.parametrize(
+    ("settings", "budget"),
+    [
+        *(({"broadcast": what}, budget) for what in ("change", "state") for budget in (260, 400, 700)),
+        *(({"factors": "B"}, budget) for budget in (210, 260, 310)),
+    ],
+)
+def test_rounds_of_paths_lead_all_to_one_state(settings: dict[str, str], budget: int):
+    run, only_b = job(budget, **settings), "factors" in settings
+    named = f"{PATHS}B:2" if only_b else f"{PATHS}2"
     server, clients = start(run, INITIAL), {name: start(run, INITIAL, RANKS) for name in ("ada", "bob")}
     last: list[bytes] = []
     for round in (1, 2, 3):
         turns = {name: client_turn(run, name, state, last, step, round) for name, state in clients.items()}
         clients = {name: turn.state for name, turn in turns.items()}
         done = server_turn(run, server, {name: turn.payload for name, turn in turns.items()}, round)
-        assert not done.refused and {f"{PATHS}2"} == decode(done.payload).entries.keys()
+        assert not done.refused
+        assert all(
+            {named} == decode(sent).entries.keys() for sent in [done.payload, *(t.payload for t in turns.values())]
+        )
         assert max(len(done.payload), *(len(turn.payload) for turn in turns.values())) <= budget
         server, last = done.state, [done.payload]
     caught_up = accept(run, clients["ada"], last[0])
     assert caught_up.digest == server.digest
     for name, tensor in caught_up.adapter.tensors().items():
         assert torch.equal(tensor, server.adapter.tensors()[name])
+    moved = {
+        n.rpartition("/")[2] for n, t in server.adapter.tensors().items() if not torch.equal(t, INITIAL.tensors()[n])
+    }
+    assert moved == ({"B"} if only_b else {"A", "B"})
+
+
+def test_where_a_rests_its_bits_go_to_b():
+    """Of B alone a payload of the same bytes says more, and nothing but B is trained."""
+    lost = []
+    for settings in ({}, {"factors": "B"}):
+        run = job(500, **settings)
+        turn = client_turn(run, "ada", start(run, INITIAL, RANKS), [], step, 1)
+        said = split_entries(decode(turn.payload).entries, State(INITIAL))
+        change = {m: turn.trained.adapter[m].B - INITIAL[m].B for m in SHAPES}
+        angle = sum(float((change[m] * to_dense(said[f"{m}/B"])).sum()) for m in SHAPES)
+        lengths = [
+            sum(float(t.square().sum()) for t in ts)
+            for ts in (change.values(), (to_dense(said[f"{m}/B"]) for m in SHAPES))
+        ]
+        lost.append(1 - angle**2 / (lengths[0] * lengths[1]))
+        assert run.method.trainable(1) == (("B",) if settings else ("A", "B"))
+    assert lost[1] < lost[0]
+
+
+def test_b_alone_goes_with_changes_as_paths():
+    for settings in ({}, {"coding": "codes"}, {"coding": "paths", "broadcast": "state"}, {"positions": "shared"}):
+        with pytest.raises(ConfigError, match="method.factors = 'B' is for changes as paths"):
+            build("loom", {"factors": "B", **settings})
 
 
 def test_what_a_broadcast_of_changes_loses_waits():
@@ -71,8 +108,9 @@ def test_what_a_broadcast_of_changes_loses_waits():
     assert sum(float(server.memory[name].square().sum()) for name in wanted) > 0
 
 
-def test_a_step_that_clients_undo_is_taken_back_within_the_budget():
-    run = job(700)
+@pytest.mark.parametrize("factors", ["both", "B"])
+def test_a_step_that_clients_undo_is_taken_back_within_the_budget(factors: str):
+    run = job(700, factors=factors)
     server, client = start(run, INITIAL), start(run, INITIAL, RANKS)
 
     def move(sign: float):
@@ -90,14 +128,16 @@ def test_a_step_that_clients_undo_is_taken_back_within_the_budget():
         client, server, last = turn.state, done.state, [done.payload]
     assert done.stats[UNDONE] == 1.0
     gone = sum(float((t - INITIAL.tensors()[name]).square().sum()) for name, t in server.adapter.tensors().items())
-    step_size = sum(float(torch.full_like(t, 0.1).square().sum()) for t in INITIAL.tensors().values())
+    moved = [t for name, t in INITIAL.tensors().items() if factors == "both" or name.endswith("/B")]
+    step_size = sum(float(torch.full_like(t, 0.1).square().sum()) for t in moved)
     assert gone < step_size, "what the first broadcast had moved is moved back, as far as the bytes go"
 
 
-def test_a_client_of_lower_rank_is_understood():
-    run, low = job(330), dict.fromkeys(SHAPES, 1)
+@pytest.mark.parametrize(("factors", "named"), [("both", "1"), ("B", "B:1")])
+def test_a_client_of_lower_rank_is_understood(factors: str, named: str):
+    run, low = job(150 if factors == "B" else 330, factors=factors), dict.fromkeys(SHAPES, 1)
     turn = client_turn(run, "ada", start(run, INITIAL, low), (), step, 1)
-    assert f"{PATHS}1" in decode(turn.payload).entries
+    assert f"{PATHS}{named}" in decode(turn.payload).entries
     assert not server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1).refused
 
 
@@ -133,6 +173,10 @@ SPARSE = Sparse(PATH.shape, torch.arange(3), torch.ones(3))
         ({f"{PATHS}2": PATH, "other": PATH}, "holds other tensors beside it"),
         ({f"{PATHS}02": PATH}, "names no rank"),
         ({f"{PATHS}3": PATH}, "larger adapter"),
+        ({f"{PATHS}B:02": PATH}, "names no rank"),
+        ({f"{PATHS}B:B:2": PATH}, "names no rank"),
+        ({f"{PATHS}B:3": PATH}, "larger adapter"),
+        ({f"{PATHS}B:2": PATH}, "paths|component"),
         ({f"{PATHS}2": FLOATS}, "codes of 1 bits"),
         ({f"{PATHS}2": SPARSE}, "is not dense"),
         ({f"{PATHS}2": cut(PATH.shape[0] - 1)}, "do not fit"),

@@ -35,8 +35,9 @@ from fedloom.methods.method import (
     Reduce,
     State,
     Update,
+    both_factors,
 )
-from fedloom.methods.shared.averaging import add_weighted, weighted_mean
+from fedloom.methods.shared.averaging import add_weighted, only_b, weighted_mean
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.drawn import drawn_places, send_at_drawn
 from fedloom.methods.shared.few import keep_few
@@ -64,6 +65,7 @@ def loom(
     coding: Literal["auto", "codes", "paths"] = "auto",
     server_learning_rate: float = 1.0,
     positions: Literal["own", "shared"] = "own",
+    factors: Literal["both", "B"] = "both",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -84,6 +86,8 @@ def loom(
     server_learning_rate: the server goes so many times the clients' mean; codes of changes are stretched by `step`.
     positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
     that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
+    factors: "both", or "B": A rests at its seeded start, and neither is trained nor travels (FFA-LoRA), so that a rank
+    takes half the values; with paths for changes only.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
@@ -97,11 +101,18 @@ def loom(
     if positions == "shared" and (broadcast == "state" or coding == "paths"):
         key = "broadcast = 'state'" if broadcast == "state" else "coding = 'paths'"
         raise ConfigError(f"method.positions = 'shared' has no meaning with method.{key}: unset one")
+    paths = broadcast == "change" and (coding == "paths" or (coding == "auto" and server_learning_rate != 1.0))
+    if factors == "B" and not paths:
+        raise ConfigError(
+            "method.factors = 'B' is for changes as paths: set method.coding = 'paths' and leave method.broadcast "
+            "at 'change', or unset method.factors"
+        )
     if broadcast == "state":
         code = code_within if coding == "codes" else trace_within
         return loom_of_states(dial, code, server_learning_rate, step_guard)
-    if coding == "paths" or (coding == "auto" and server_learning_rate != 1.0):
-        return loom_of_paths(dial, server_residual, server_learning_rate, step_guard)
+    if paths:
+        trained = only_b if factors == "B" else both_factors
+        return loom_of_paths(dial, server_residual, server_learning_rate, step_guard, trained)
     if server_learning_rate != 1.0:
         raise ConfigError("method.server_learning_rate is set, and codes of changes have method.step: unset one")
     send = partial(send_signs, dial, step, importance)

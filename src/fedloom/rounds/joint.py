@@ -28,7 +28,7 @@ from fedloom.methods.method import CORE, SCALARS, Entries, State
 from fedloom.methods.shared.whole import whole_rank
 from fedloom.rounds.joint_drawn import DRAWN, check_unscaled, join_drawn, read_scales, split_drawn
 from fedloom.rounds.joint_drawn import SCALES as SCALES
-from fedloom.rounds.joint_paths import PATHS, join_paths, split_paths
+from fedloom.rounds.joint_paths import PATHS, join_paths, named_rank, split_paths
 from fedloom.wire import decode, describe
 
 FEW = 64
@@ -119,12 +119,12 @@ def join_entries(entries: Entries, outline: Outline | None) -> Entries:
         return entries
     if entries.keys() == {f"{module_of(name)}/{SCALARS}" for name in outline.shapes}:
         return _join_scalars(entries)
+    if not outline.core and (paths := join_paths(entries, outline.shapes, outline.rank)) is not None:
+        return paths
     if entries.keys() != outline.shapes.keys():
         return entries
     if outline.core:
         return _join_cores(entries, outline) or entries
-    if (paths := join_paths(entries, outline.shapes, outline.rank)) is not None:
-        return paths
     for kind in (SIGNS, CODES):
         held = [_codes_of(entries[name], shape, kind) for name, shape in outline.shapes.items()]
         codes = [one for one in held if one is not None]
@@ -208,7 +208,7 @@ def split_entries(entries: Entries, state: State, base: str = "") -> Entries:
     if named.startswith(CORES):
         return _split_cores(entries, named, state)
     if named.startswith(PATHS):
-        return split_paths(entries, named, _read_outline(named, named.removeprefix(PATHS), state).shapes)
+        return split_paths(entries, named, _read_outline(named, named_rank(named), state).shapes)
     rank, _, share = named.removeprefix(DRAWN).partition(":")
     return split_drawn(entries, named, share, _read_outline(named, rank, state).shapes, base)
 

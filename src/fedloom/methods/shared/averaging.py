@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -70,9 +70,10 @@ def read_as_sent(entries: Entries) -> Entries:
     return entries
 
 
-def zero_change(adapter: LoraState) -> dict[str, Tensor]:
-    """Where a sum of changes of the factors begins."""
-    return {name: torch.zeros_like(tensor) for name, tensor in adapter.tensors().items()}
+def zero_change(adapter: LoraState, parts: Collection[str] = PARTS) -> dict[str, Tensor]:
+    """Where a sum of changes of the factors, or of these parts of them, begins."""
+    held = adapter.tensors()
+    return {name: torch.zeros_like(tensor) for name, tensor in held.items() if name.rpartition("/")[2] in parts}
 
 
 def client_share(update: Update, name: str) -> float:

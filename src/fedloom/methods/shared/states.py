@@ -6,7 +6,7 @@ Server and clients go on from the rounded one. So a client needs the newest broa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -15,8 +15,8 @@ from fedloom.compress.entries import to_dense
 from fedloom.compress.levels import Coded, Part, Size
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraState, from_tensors
-from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update
-from fedloom.methods.shared.averaging import weighted_mean, zero_change
+from fedloom.methods.method import Aggregate, Context, Entries, Facts, Method, State, Update, both_factors
+from fedloom.methods.shared.averaging import Parts, weighted_mean, zero_change
 from fedloom.methods.shared.dial import BUDGET, Dial, spend_run
 from fedloom.methods.shared.guard import UNDONE, Verdict, before_step, judge_step, remember_before, store
 from fedloom.methods.shared.whole import adopt_whole, read_whole_change, whole_adapter
@@ -31,7 +31,7 @@ LOST = "coded_error"
 """Among a round's numbers: the share of Σ (w x)² that rounding left out."""
 
 
-def loom_of_states(dial: Dial, code: Code, rate: float, guard: bool) -> Method:
+def loom_of_states(dial: Dial, code: Code, rate: float, guard: bool, trained: Parts = both_factors) -> Method:
     """loom whose broadcasts say the whole adapter."""
     return Method(
         name="loom",
@@ -44,9 +44,10 @@ def loom_of_states(dial: Dial, code: Code, rate: float, guard: bool) -> Method:
             broadcasts="elements",
         ),
         updates="change",
-        compress=partial(send_change, code, dial.bytes),
+        compress=partial(send_change, code, dial.bytes, trained),
         aggregate=partial(broadcast_state, code, dial.bytes, rate, guard),
         receive=take_state,
+        trainable=trained,
         needs_start=True,
         adopt=adopt_whole,
         adds=read_whole_change,
@@ -62,20 +63,26 @@ def loom_of_states(dial: Dial, code: Code, rate: float, guard: bool) -> Method:
 
 
 def send_change(
-    code: Code, room: Room, state: State, after: LoraState, context: Context
+    code: Code, room: Room, trained: Parts, state: State, after: LoraState, context: Context
 ) -> tuple[Mapping[str, Tensor], Entries]:
-    """ΔA and ΔB in codes that keep their length, weighed by what they change in ΔW."""
-    parts = weigh_change(state.adapter, after, whole=True)
+    """ΔA and ΔB, as far as they are trained, in codes that keep their length, weighed by what they change in ΔW."""
+    parts = weigh_change(state.adapter, after, trained(context.round), whole=True)
     return state.memory, code(parts, room(state.adapter, "up", context), context.size).entries
 
 
-def weigh_change(before: LoraState, after: LoraState, *, whole: bool = False) -> dict[str, Part]:
-    """ΔA and ΔB of every module of `after`, each element weighed by the norm of what it is multiplied with."""
+def weigh_change(
+    before: LoraState, after: LoraState, trained: Collection[str] = PARTS, *, whole: bool = False
+) -> dict[str, Part]:
+    """ΔA and ΔB of every module of `after`, each element weighed by the norm of what it is multiplied with.
+
+    trained: "A", "B" or both: no other part has changed.
+    """
     parts: dict[str, Part] = {}
     for module, now in after.items():
         was = before[module]
-        parts[f"{module}/A"] = Part(now.A - was.A, now.B.norm(dim=0)[:, None], whole)
-        parts[f"{module}/B"] = Part(now.B - was.B, was.A.norm(dim=1)[None], whole)
+        weights = {"A": now.B.norm(dim=0)[:, None], "B": was.A.norm(dim=1)[None]}
+        for part in trained:
+            parts[f"{module}/{part}"] = Part(now.part(part) - was.part(part), weights[part], whole)
     return parts
 
 
