@@ -37,11 +37,11 @@ def job(budget: int, **settings: object) -> Job:
     ("settings", "budget"),
     [
         *(({"broadcast": what}, budget) for what in ("change", "state") for budget in (260, 400, 700)),
-        *(({"factors": "B"}, budget) for budget in (210, 260, 310)),
+        *(({"trainable": "B"}, budget) for budget in (210, 260, 310)),
     ],
 )
 def test_rounds_of_paths_lead_all_to_one_state(settings: dict[str, str], budget: int):
-    run, only_b = job(budget, **settings), "factors" in settings
+    run, only_b = job(budget, **settings), "trainable" in settings
     named = f"{PATHS}B:2" if only_b else f"{PATHS}2"
     server, clients = start(run, INITIAL), {name: start(run, INITIAL, RANKS) for name in ("ada", "bob")}
     last: list[bytes] = []
@@ -68,7 +68,7 @@ def test_rounds_of_paths_lead_all_to_one_state(settings: dict[str, str], budget:
 def test_where_a_rests_its_bits_go_to_b():
     """Of B alone a payload of the same bytes says more, and nothing but B is trained."""
     lost = []
-    for settings in ({}, {"factors": "B"}):
+    for settings in ({}, {"trainable": "B"}):
         run = job(500, **settings)
         turn = client_turn(run, "ada", start(run, INITIAL, RANKS), [], step, 1)
         said = split_entries(decode(turn.payload).entries, State(INITIAL))
@@ -85,8 +85,8 @@ def test_where_a_rests_its_bits_go_to_b():
 
 def test_b_alone_goes_with_changes_as_paths():
     for settings in ({}, {"coding": "codes"}, {"coding": "paths", "broadcast": "state"}, {"positions": "shared"}):
-        with pytest.raises(ConfigError, match="method.factors = 'B' is for changes as paths"):
-            build("loom", {"factors": "B", **settings})
+        with pytest.raises(ConfigError, match="method.trainable = 'B' is for changes as paths"):
+            build("loom", {"trainable": "B", **settings})
 
 
 def test_what_a_broadcast_of_changes_loses_waits():
@@ -108,9 +108,9 @@ def test_what_a_broadcast_of_changes_loses_waits():
     assert sum(float(server.memory[name].square().sum()) for name in wanted) > 0
 
 
-@pytest.mark.parametrize("factors", ["both", "B"])
-def test_a_step_that_clients_undo_is_taken_back_within_the_budget(factors: str):
-    run = job(700, factors=factors)
+@pytest.mark.parametrize("trainable", ["both", "B"])
+def test_a_step_that_clients_undo_is_taken_back_within_the_budget(trainable: str):
+    run = job(700, trainable=trainable)
     server, client = start(run, INITIAL), start(run, INITIAL, RANKS)
 
     def move(sign: float):
@@ -128,14 +128,14 @@ def test_a_step_that_clients_undo_is_taken_back_within_the_budget(factors: str):
         client, server, last = turn.state, done.state, [done.payload]
     assert done.stats[UNDONE] == 1.0
     gone = sum(float((t - INITIAL.tensors()[name]).square().sum()) for name, t in server.adapter.tensors().items())
-    moved = [t for name, t in INITIAL.tensors().items() if factors == "both" or name.endswith("/B")]
+    moved = [t for name, t in INITIAL.tensors().items() if trainable == "both" or name.endswith("/B")]
     step_size = sum(float(torch.full_like(t, 0.1).square().sum()) for t in moved)
     assert gone < step_size, "what the first broadcast had moved is moved back, as far as the bytes go"
 
 
-@pytest.mark.parametrize(("factors", "named"), [("both", "1"), ("B", "B:1")])
-def test_a_client_of_lower_rank_is_understood(factors: str, named: str):
-    run, low = job(150 if factors == "B" else 330, factors=factors), dict.fromkeys(SHAPES, 1)
+@pytest.mark.parametrize(("trainable", "named"), [("both", "1"), ("B", "B:1")])
+def test_a_client_of_lower_rank_is_understood(trainable: str, named: str):
+    run, low = job(150 if trainable == "B" else 330, trainable=trainable), dict.fromkeys(SHAPES, 1)
     turn = client_turn(run, "ada", start(run, INITIAL, low), (), step, 1)
     assert f"{PATHS}{named}" in decode(turn.payload).entries
     assert not server_turn(replace(run, ranks={"ada": low}), start(run, INITIAL), {"ada": turn.payload}, 1).refused

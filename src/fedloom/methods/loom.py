@@ -49,6 +49,10 @@ from fedloom.methods.shared.whole_changes import loom_of_paths
 _ROOM = 1.2  # a shortlist holds this many times the elements asked for, so that a slightly larger trial finds them
 _SPREAD = 1 / 8  # bits of payload for an element of the adapter; below this a smaller rank does better (docs/loom.md)
 _WIDER = {0.04: "int4", 0.12: "int8"}  # forms of values above so large a share of dense fp32; signs below
+_B_AS_PATHS = (
+    "method.trainable = 'B' is for changes as paths: set method.coding = 'paths' and leave method.broadcast at "
+    "'change', or unset method.trainable"
+)
 _RARE = 3.0  # broadcasts a turn above which sending the whole adapter anew is worth a try (docs/LOG.md)
 
 
@@ -65,7 +69,7 @@ def loom(
     coding: Literal["auto", "codes", "paths"] = "auto",
     server_learning_rate: float = 1.0,
     positions: Literal["own", "shared"] = "own",
-    factors: Literal["both", "B"] = "both",
+    trainable: Literal["both", "B"] = "both",
 ) -> Method:
     """The most important elements of both factors, up and down, as signs where the budget is small.
 
@@ -86,33 +90,25 @@ def loom(
     server_learning_rate: the server goes so many times the clients' mean; codes of changes are stretched by `step`.
     positions: "own", each client's most important elements, or "shared": elements that all draw alike from the state
     that a round rests on (`shared.drawn`), so that no positions go up and what clients send adds up element by element.
-    factors: "both", or "B": A rests at its seeded start, and neither is trained nor travels (FFA-LoRA), so that a rank
-    takes half the values; with paths for changes only.
+    trainable: "both", or "B": A rests at its seeded start (FFA-LoRA), so that a rank takes half the values; for changes
+    as paths only.
     Unless wire.values says otherwise, values travel as signs for a budget in bytes or up to 4 % of dense fp32, in 4
     bits up to 12 %, and in 8 bits above.
     """
     dial = Dial(upload_share, max_density, taper, newest=broadcast == "state")
-    if not 0.0 <= server_residual <= 1.0:
-        raise ConfigError(f"method.server_residual is {server_residual}: expected 0 to 1")
-    if step <= 0.0:
-        raise ConfigError(f"method.step is {step}: expected more than 0")
-    if server_learning_rate <= 0.0:
-        raise ConfigError(f"method.server_learning_rate is {server_learning_rate}: expected more than 0")
+    _check_numbers(server_residual, step, server_learning_rate)
     if positions == "shared" and (broadcast == "state" or coding == "paths"):
         key = "broadcast = 'state'" if broadcast == "state" else "coding = 'paths'"
         raise ConfigError(f"method.positions = 'shared' has no meaning with method.{key}: unset one")
     paths = broadcast == "change" and (coding == "paths" or (coding == "auto" and server_learning_rate != 1.0))
-    if factors == "B" and not paths:
-        raise ConfigError(
-            "method.factors = 'B' is for changes as paths: set method.coding = 'paths' and leave method.broadcast "
-            "at 'change', or unset method.factors"
-        )
+    if trainable == "B" and not paths:
+        raise ConfigError(_B_AS_PATHS)
     if broadcast == "state":
         code = code_within if coding == "codes" else trace_within
         return loom_of_states(dial, code, server_learning_rate, step_guard)
     if paths:
-        trained = only_b if factors == "B" else both_factors
-        return loom_of_paths(dial, server_residual, server_learning_rate, step_guard, trained)
+        parts = only_b if trainable == "B" else both_factors
+        return loom_of_paths(dial, server_residual, server_learning_rate, step_guard, parts)
     if server_learning_rate != 1.0:
         raise ConfigError("method.server_learning_rate is set, and codes of changes have method.step: unset one")
     send = partial(send_signs, dial, step, importance)
@@ -120,6 +116,15 @@ def loom(
     if coding == "codes" or positions == "shared":
         made = replace(made, spend=partial(spend_run, paths=False))
     return at_shared_positions(made, dial, step) if positions == "shared" else made
+
+
+def _check_numbers(residual: float, step: float, rate: float) -> None:
+    if not 0.0 <= residual <= 1.0:
+        raise ConfigError(f"method.server_residual is {residual}: expected 0 to 1")
+    if step <= 0.0:
+        raise ConfigError(f"method.step is {step}: expected more than 0")
+    if rate <= 0.0:
+        raise ConfigError(f"method.server_learning_rate is {rate}: expected more than 0")
 
 
 def loom_of_changes(dial: Dial, send: Compress, combine: Reduce) -> Method:
