@@ -87,6 +87,8 @@ def test_b_alone_goes_with_changes_as_paths():
     for settings in ({}, {"coding": "codes"}, {"coding": "paths", "broadcast": "state"}, {"positions": "shared"}):
         with pytest.raises(ConfigError, match="method.trainable = 'B' is for changes as paths"):
             build("loom", {"trainable": "B", **settings})
+    with pytest.raises(ConfigError, match="method.trainable is 'C': input should be 'both' or 'B'"):
+        build("loom", {"trainable": "C"})
 
 
 def test_what_a_broadcast_of_changes_loses_waits():

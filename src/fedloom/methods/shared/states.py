@@ -32,7 +32,7 @@ LOST = "coded_error"
 
 
 def loom_of_states(dial: Dial, code: Code, rate: float, guard: bool, trained: Parts = both_factors) -> Method:
-    """loom whose broadcasts say the whole adapter."""
+    """loom whose broadcasts say the whole adapter; with fewer `trained` parts it needs another `aggregate`."""
     return Method(
         name="loom",
         facts=Facts(
