@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+def begin_small(text: str) -> str:
+    """The text with a small first letter, to stand after a colon; what it says of values stays as it is."""
+    return text[:1].lower() + text[1:]
+
+
 class FedloomError(Exception):
     """Root of the hierarchy."""
 

@@ -184,7 +184,7 @@ def test_many_mutated_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"lora_alpha": 1e300}, "lora_alpha is 1e.300"),
         ({"target_modules": {"q_proj": 1}}, "target_modules"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),
-        ({"modules_to_save": ["(.*)*X"]}, "modules_to_save.0"),
+        ({"modules_to_save": ["(.*)*X"]}, r"modules_to_save.0 is .*: string should match pattern '\^\[a-zA-Z0-9_-\]\+"),
         ({"base_model_name_or_path": "\ud800"}, "half of a character"),
     ],
 )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom.adapters.json_file import read_json
 from fedloom.adapters.settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings
-from fedloom.errors import ConfigError, ModelError
+from fedloom.errors import ConfigError, ModelError, begin_small
 
 HIGHEST = 2**16
 """Ranks above it are taken for a mistake: beyond the width of a layer a rank adds nothing."""
@@ -92,7 +92,7 @@ def _complaint(error: ValidationError) -> str:
     key = ascii(".".join(str(part) for part in first["loc"]))[1:-1][:120]
     if first["type"] == "missing":
         return f"lacks {key!r}, which every LoRA adapter has"
-    return f"is not valid: {key} is {ascii(first['input'])[:80]}: {first['msg'].lower()}"
+    return f"is not valid: {key} is {ascii(first['input'])[:80]}: {begin_small(first['msg'])}"
 
 
 Plain = Mapping[str, tuple[tuple[object, ...], str]]

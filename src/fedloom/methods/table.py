@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
 
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, begin_small
 from fedloom.methods.decomfl import decomfl
 from fedloom.methods.fed_dare import fed_dare
 from fedloom.methods.fed_sb import fed_sb
@@ -182,15 +182,10 @@ def _checked(method: str, make: Callable[[], Built]) -> Built:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"].startswith("missing"):
             raise ConfigError(f"method.{where} is missing: {method} has no default for it") from None
-        raise ConfigError(f"method.{where} is {first['input']!r}: {_begin_small(first['msg'])}") from None
+        raise ConfigError(f"method.{where} is {first['input']!r}: {begin_small(first['msg'])}") from None
     except PydanticUserError as error:
         text = str(error).partition("\n")[0]
         raise ConfigError(f"the settings of method {method} cannot be read from its builder: {text}") from error
-
-
-def _begin_small(text: str) -> str:
-    """The text with a small first letter; what it says of values stays as it is."""
-    return text[:1].lower() + text[1:]
 
 
 def method_options(name: str) -> dict[str, object]:

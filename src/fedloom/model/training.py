@@ -28,6 +28,7 @@ from fedloom.errors import ConfigError
 from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
+from fedloom.model.head import learnt_alone, narrow_head
 from fedloom.model.packing import training_rows, without_mask
 from fedloom.model.private import PrivateRound, fit_privately
 from fedloom.model.settled import ask_once, keep_use_cache, set_mode, set_older_objects_aside, settle
@@ -141,6 +142,7 @@ def _fit(
     trainer = _LocalTrainer(model=model, args=arguments, data_collator=rows.collate, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
+    trainer.head = narrow_head(model) if trainer.model_accepts_loss_kwargs else None
     trainer.train()
     steps = trainer.state.global_step
     return float(trainer.loss_sum) / max(steps, 1), steps, int(trainer.token_sum)
@@ -236,6 +238,7 @@ class _LocalTrainer(Trainer):
     penalty: Callable[[], Tensor] | None = None
     bf16: bool = False
     interrupt: Callable[[], None] | None = None
+    head: torch.nn.Module | None = None
     loss_sum: Tensor | float = 0.0
     token_sum: Tensor | int = 0
 
@@ -271,8 +274,9 @@ class _LocalTrainer(Trainer):
         """The loss of one micro-batch, scaled by the tokens of the whole step where the model allows that."""
         if self.interrupt is not None:
             self.interrupt()
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = super().compute_loss(model, without_mask(inputs), num_items_in_batch=num_items_in_batch)
+        cast_down = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+        with cast_down, learnt_alone(self.head, without_mask(inputs)) as fed:
+            loss = super().compute_loss(model, fed, num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
         parts = self.current_gradient_accumulation_steps
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedloom.errors import ConfigError, UnknownKeyError
+from fedloom.errors import ConfigError, UnknownKeyError, begin_small
 from fedloom.records.config import ClientSettings, Config
 
 Tree = dict[str, Any]
@@ -304,4 +304,4 @@ def _expected(error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).rpartition("expected ")[2]
     words = _EXPECTED.get(error["type"])
-    return words.format(**error.get("ctx", {})) if words else str(error["msg"]).lower()
+    return words.format(**error.get("ctx", {})) if words else begin_small(str(error["msg"]))
