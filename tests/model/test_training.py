@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_peft_bridge import random_state
 from torch.func import functional_call
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.pair import LoraPair, LoraState, core_matrix, digest, initial_state
@@ -262,6 +263,23 @@ def test_checkpointing_changes_nothing_and_bf16_little() -> None:
         torch.testing.assert_close(less_memory[module].B, pair.B, atol=1e-5, rtol=0)
         assert coarse[module].B.dtype == torch.float32
     assert rough.loss == pytest.approx(stats.loss, rel=0.02) and rough.loss != stats.loss
+    recomputed, _ = update(model, state, settings=changed(SETTINGS, bf16=True, gradient_checkpointing=True))
+    assert digest(recomputed) == digest(coarse), "by the same attention in both passes"
+
+
+def test_short_rows_in_bfloat16_have_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, state = resident()
+    fused = training.SDPBackend.FLASH_ATTENTION
+    seen: list[bool] = []
+    monkeypatch.setattr(training, "narrow_head", lambda _: None)  # which goes through a new model twice
+    norm = model.get_base_model().model.norm
+    hook = norm.register_forward_hook(lambda *_: seen.append(fused in _cur_sdpa_kernel_backends()))
+    update(model, state, settings=changed(SETTINGS, bf16=True))
+    monkeypatch.setattr(training, "SHORT_ROWS", 4)
+    update(model, state, settings=changed(SETTINGS, bf16=True))
+    update(model, state)
+    hook.remove()
+    assert seen == [False] * SETTINGS.max_steps + [True] * 2 * SETTINGS.max_steps
 
 
 def test_the_learning_rate_falls_over_the_rounds() -> None:
