@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from itertools import product
 
 import numpy as np
 import pytest
 
+from fedloom.compress import trellis
+from fedloom.compress.fast import torch_only
 from fedloom.compress.trellis import MEMORY, RATES, Rate, follow, rows, trace
 from fedloom.errors import WireError
 
@@ -62,6 +65,19 @@ def test_no_other_path_is_nearer():
         assert np.square(values - found).sum() == pytest.approx(min(said), rel=1e-5)
 
 
+@pytest.mark.parametrize("rate", RATES, ids=lambda rate: f"{rate.per_value:g}")
+def test_compiled_or_not_and_on_any_machine_the_same_path_is_found(rate: Rate, monkeypatch: pytest.MonkeyPatch):
+    values = np.concatenate([normal(3, 9000), np.zeros(600, np.float32), 1e4 * normal(4, 1300)])
+    with torch_only():
+        plain = trace(values, rate), trace(values[:3], rate)
+    assert hashlib.sha256(plain[0].tobytes()).hexdigest()[:16] == TRACED[rate.bits, rate.values]
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed: pip install 'fedloom[fast]'")
+    monkeypatch.setattr(trellis, "compiling_pays", lambda elements: elements > 0)
+    for found, expected in zip((trace(values, rate), trace(values[:3], rate)), plain, strict=True):
+        assert np.array_equal(found, expected)
+
+
 def test_rows_are_the_same_everywhere():
     """A receiver with other numbers would hold another adapter: these are part of the wire."""
     digests = {values: hashlib.sha256(rows(values).tobytes()).hexdigest()[:16] for values in (1, 2, 4, 8)}
@@ -81,4 +97,13 @@ GOLDEN = {
     2: "8ec1c100081d8eff",
     4: "e44bc08580eeddd0",
     8: "91251acdc43d78e3",
+}
+
+TRACED = {
+    (1, 8): "9ee49720fd666fb9",
+    (1, 4): "0566827e14992f19",
+    (1, 2): "a369f419f3b65ccd",
+    (1, 1): "97596a2ebadbcb64",
+    (2, 1): "b98cadde543a4018",
+    (3, 1): "45d20634359794be",
 }

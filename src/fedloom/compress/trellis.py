@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.compress.fast import compiling_pays
 from fedloom.errors import WireError
 
 Floats = NDArray[np.float32]
@@ -26,6 +27,7 @@ MEMORY = 8
 """Bits of a node. Two more would lose 2 % less of the values and take four times as long."""
 
 _NODES = 1 << MEMORY
+_FAR = 1e9  # the cost of a node that no stream begins at
 _STREAMS = 16  # are searched side by side; values are cut in as many, or more where they are many
 _SHORTEST, _LONGEST = 64, 4096  # steps of a stream: a start costs little then, and a search takes 8 MiB
 
@@ -91,21 +93,39 @@ def trace(values: Floats, rate: Rate) -> Bits:
 
 
 def _search(wanted: Floats, rate: Rate) -> Bits:
-    """The bits of streams whose values are wanted: (streams, steps, values)."""
-    streams, steps, _ = wanted.shape
+    """The bits of streams whose values are wanted: (streams, steps, values).
+
+    Sums are taken in one order, whoever takes them, so that the same values have the same bits on every machine.
+    """
     # As far from zero as what they stand for is on the mean: the nearest point is shorter than the values.
-    table = rows(rate.values) * np.float32((1.0 - rate.lost) ** 0.5)
-    own = (table * table).sum(axis=1)
+    table = np.ascontiguousarray(rows(rate.values).T) * np.float32((1.0 - rate.lost) ** 0.5)
+    own = _add_up(table * table)
+    if compiling_pays(wanted.shape[0] * wanted.shape[1] * _NODES):
+        from fedloom.compress.compiled import search_streams
+
+        found = np.empty((*wanted.shape[:2], rate.bits), np.uint8)
+        search_streams(wanted, table, own, found)
+        return found.reshape(-1)
+    streams, steps, _ = wanted.shape
     ways = 1 << rate.bits  # that lead into a node: all of its bits but the first were the last ones of another
-    cost = np.full((streams, _NODES), np.float32(1e9))
+    cost = np.full((streams, _NODES), np.float32(_FAR))
     cost[:, 0] = 0.0  # every stream begins at node 0
     came = np.empty((steps, streams, _NODES // ways), np.uint8)
     for step in range(steps):
         into = cost.reshape(streams, ways, _NODES // ways)
         came[step] = into.argmin(axis=1)
-        cost = np.repeat(into.min(axis=1), ways, axis=1) + (own - 2.0 * (wanted[:, step] @ table.T))
+        products = _add_up(wanted[:, step].T[:, :, None] * table[:, None])
+        cost = np.repeat(into.min(axis=1), ways, axis=1) + (own - np.float32(2.0) * products)
         cost -= cost.min(axis=1, keepdims=True)
     return _walk_back(cost.argmin(axis=1), came, rate.bits)
+
+
+def _add_up(terms: Floats) -> Floats:
+    """The sum over the first axis, from its beginning to its end."""
+    total: Floats = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def _walk_back(node: NDArray[Any], came: Bits, bits: int) -> Bits:
