@@ -2,7 +2,7 @@
 
 `front.toml` beside this file lists what is compared: for each testbed, the variants under each budget and under
 "published". The first of those is dense FedIT; shares of bytes are of what its attendance sends uncoded. Where the
-score is the share of a gain, the gain is that of the first variant under `DENSE`, dense FedIT at its best rate.
+score is the share of a gain, gain and bytes are those of the first variant under `DENSE`, dense FedIT at its best rate.
 """
 
 from __future__ import annotations
@@ -96,10 +96,19 @@ def selected(made: Sequence[Entry], only: Collection[str]) -> list[Entry]:
         if not any(entry.named_by([word]) for entry in made):
             raise ConfigError(f"--only: no entry has the method or the budget {word!r}")
     kept = {id(entry) for entry in made if not only or entry.named_by(only)}
-    for budget in (PUBLISHED, DENSE):
-        firsts = {entry.testbed: entry for entry in reversed(made) if entry.budget == budget}
-        kept |= {id(entry) for entry in firsts.values()}
+    kept |= {id(entry) for entry in references(made)}
     return [entry for entry in made if id(entry) in kept]
+
+
+def references(made: Sequence[Entry]) -> list[Entry]:
+    """Dense FedIT of each testbed, which shares of bytes are of: as published, or at its best rate where the score is a
+    share of that run's gain. Its attendance, and so its bytes, are those of any run with equal seeds.
+    """
+    first: dict[str, Entry] = {}
+    for entry in made:
+        if entry.budget == (DENSE if entry.metric == SHARE_OF_GAIN else PUBLISHED):
+            first.setdefault(entry.testbed, entry)
+    return list(first.values())
 
 
 def distinct(made: Sequence[Entry]) -> list[Trial]:
@@ -118,14 +127,19 @@ def kind(run: Trial) -> str:
 
 def points(made: Sequence[Entry]) -> list[Point]:
     """What the entries came to, those without a finished run left out; for a share of a gain, seeds without a finished
-    dense run too. A testbed whose first entry has no finished run has none: nothing else may stand for dense FedIT.
+    dense run too. A testbed whose reference has no finished run has none: nothing else may stand for dense FedIT.
     """
     finished = [(entry, read_reports(entry.made).get(entry.variant, ())) for entry in made]
-    reference: dict[str, Reference] = {}
-    for entry, found in {entry.testbed: (entry, found) for entry, found in reversed(finished)}.values():
-        if found:
-            bytes = fmean(report.dense_bytes for report in found)
-            reference[entry.testbed] = Reference(bytes, found[0].baseline.rank, _dense(entry, finished))
+    firsts = {entry.key for entry in references(made)}
+    reference = {
+        entry.testbed: Reference(
+            fmean(report.dense_bytes for report in found),
+            found[0].baseline.rank,
+            tuple(found) if entry.metric == SHARE_OF_GAIN else (),
+        )
+        for entry, found in finished
+        if entry.key in firsts and found
+    }
     return [
         measured(entry.testbed, entry.budget, entry.variant, runs, reference[entry.testbed])
         for entry, found in finished
@@ -149,13 +163,6 @@ def with_passes(found: Iterable[Point], made: Sequence[Entry]) -> list[Point]:
             point = replace(point, work=replace(point.work, forward=forward, backward=backward, walls=walls))
         counted.append(point)
     return counted
-
-
-def _dense(of: Entry, finished: Sequence[tuple[Entry, Sequence[Report]]]) -> tuple[Report, ...]:
-    """The runs whose gain is the whole, where the testbed of an entry is scored by it."""
-    if of.metric != SHARE_OF_GAIN:
-        return ()
-    return next((tuple(runs) for e, runs in finished if (e.testbed, e.budget) == (of.testbed, DENSE)), ())
 
 
 def _scored(entry: Entry, found: Sequence[Report], reference: dict[str, Reference]) -> Sequence[Report]:
