@@ -93,6 +93,22 @@ def test_few_bytes_travel_as_paths_and_leave_more_bits_for_a_value():
     assert config.method.settings == {"upload_share": 0.42, **chosen}
 
 
+@pytest.mark.parametrize(
+    ("share", "rank", "paths"), [(0.003, 4, True), (0.01, 12, True), (0.03, 16, True), (0.07, 16, False)]
+)
+def test_wide_modules_have_more_rank_of_fewer_bits(share, rank, paths):
+    """The testbed of docstrings: 21 modules of 567 by 567 on the mean, five of 17 clients in each of 20 rounds."""
+    shape = RunShape(23_808, 21, 16, 20, 17, 5)
+    size = share * 4 * 16 * 23_808 * 2 * shape.turns
+    found = spend_run(shape, size)
+    chosen = {"upload_share": 0.42, "coding": "paths", "server_learning_rate": 1.5}
+    other = {"upload_share": 0.27, "taper": 0.5}
+    assert (found.rank, found.settings) == (rank, {"broadcast": "change", **(chosen if paths else other)})
+    narrow = spend_run(RunShape(23_808, 42, 16, 20, 17, 5), size)
+    assert narrow.settings["upload_share"] == 0.27 and narrow.rank <= found.rank
+    assert "coding" not in spend_run(shape, size, paths=False).settings
+
+
 def test_what_was_given_is_not_chosen():
     config, _ = spend("wire.client_budget=6KB", "method.upload_share=0.7")
     chosen = {"broadcast": "change", "coding": "paths", "server_learning_rate": 3.0}

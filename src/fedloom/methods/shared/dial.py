@@ -25,6 +25,10 @@ _PATHS_BELOW = 1 / 3
 """Share of the largest rank above which signs of a higher rank do better than paths (docs/LOG.md)."""
 _LONG, _LONG_SOME = 3.0, 2.0
 """Times the clients' mean that the server goes where changes travel as paths: where all attend, and where some do."""
+_WIDE, _WIDE_BITS, _WIDE_LONG, _WIDE_MOST = 640, 0.25, 1.5, 1.5
+"""Mean m + n of modules from which changes travel as paths of more rank, in so few bits a value, and the server's times
+the mean there; bits a value of the whole rank above which they do not. The demo's modules have 320 (docs/LOG.md).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +77,20 @@ def spend_run(shape: RunShape, size: float, *, paths: bool = True) -> Spending:
     """
     payload = size / (2 * shape.turns)
     states, all_attend = shape.broadcasts > _RARE, shape.broadcasts <= 1.0
-    up = _UP_STATES if states else _UP if all_attend else _UP_RARE
+    wide = paths and not states and _is_wide(shape, payload)
+    up = _UP_STATES if states else _UP if all_attend or wide else _UP_RARE
     down = 1.0 + 1.0 / shape.turns if states else shape.broadcasts
     mean = payload * (up + (1.0 - up) / down)
 
     def rank_at(bits: float) -> int:
         return min(max(round(8 * mean / (bits * shape.per_rank)), 1), shape.most_rank)
 
-    rank = rank_at(_STATE_BITS if states else _PATH_BITS)
+    rank = rank_at(_STATE_BITS if states else _WIDE_BITS if wide else _PATH_BITS)
     settings: dict[str, bool | int | float | str] = {"upload_share": up, "broadcast": "state" if states else "change"}
     few = rank <= _PATHS_BELOW * shape.most_rank and rank * shape.per_rank <= MOST
-    if not states and paths and few:
-        settings |= {"coding": "paths", "server_learning_rate": _LONG if all_attend else _LONG_SOME}
+    if not states and paths and (few or wide):
+        long = _WIDE_LONG if wide else _LONG if all_attend else _LONG_SOME
+        settings |= {"coding": "paths", "server_learning_rate": long}
     elif not states:
         rank = rank_at(_SIGN_BITS)
         settings |= {} if all_attend else {"taper": _TAPER}
@@ -94,6 +100,12 @@ def spend_run(shape: RunShape, size: float, *, paths: bool = True) -> Spending:
         f"in a turn and {2 * payload * (1.0 - up) / down:,.0f} in a broadcast, on the mean of all rounds"
     )
     return Spending(rank, payload, settings, said)
+
+
+def _is_wide(shape: RunShape, payload: float) -> bool:
+    """Whether the modules are so wide that changes had better travel as paths of much rank, and those can be sought."""
+    values = shape.per_rank * shape.most_rank
+    return _WIDE * shape.modules <= shape.per_rank and values <= MOST and 8 * payload <= _WIDE_MOST * values
 
 
 def spend_on_core(shape: RunShape, size: float) -> Spending:
