@@ -15,7 +15,12 @@ from fedloom.report.numbers import Report, interval
 from fedloom.report.scores import over_seeds
 from fedloom.studies.compare import Trial, apply_overrides, plan_runs, read_reports
 
-VARIANTS = ("fedit:wire.values=fp32", "loom:wire.budget=1%", "loom:wire.budget=0.3%", "fedsrd")
+VARIANTS = (
+    "fedit:wire.values=fp32,training.learning_rate=4e-3",
+    "loom:wire.client_budget=1%,training.learning_rate=8e-3",
+    "loom:wire.client_budget=0.3%,training.learning_rate=8e-3",
+    "fedsrd:training.learning_rate=4e-3",
+)
 """What is played on every base; the first is dense FedIT, whose gain is the whole."""
 
 

@@ -167,6 +167,13 @@ def test_what_is_played_alone_comes_with_the_references(made):
         front.selected(made, ["lom"])
 
 
+def test_where_a_gain_is_the_score_the_run_whose_gain_it_is_is_the_reference(tmp_path):
+    found = front.entries([command.TESTBEDS], ["wordnet"], range(300, 302), tmp_path, [])
+    played = [entry.key[1:] for entry in front.selected(found, ["0.1%"])]
+    assert [budget for budget, _ in played] == [front.DENSE, "0.1%"]
+    assert played[0][1].startswith("fedit:wire.values=fp32")
+
+
 def test_nothing_stands_for_a_reference_that_is_missing(made):
     assert front.points(made)
     for run in made[0].made:
