@@ -27,7 +27,6 @@ MEMORY = 8
 """Bits of a node. Two more would lose 2 % less of the values and take four times as long."""
 
 _NODES = 1 << MEMORY
-_FAR = 1e9  # the cost of a node that no stream begins at
 _STREAMS = 16  # are searched side by side; values are cut in as many, or more where they are many
 _SHORTEST, _LONGEST = 64, 4096  # steps of a stream: a start costs little then, and a search takes 8 MiB
 
@@ -108,7 +107,7 @@ def _search(wanted: Floats, rate: Rate) -> Bits:
         return found.reshape(-1)
     streams, steps, _ = wanted.shape
     ways = 1 << rate.bits  # that lead into a node: all of its bits but the first were the last ones of another
-    cost = np.full((streams, _NODES), np.float32(_FAR))
+    cost = np.full((streams, _NODES), np.float32(1e9))
     cost[:, 0] = 0.0  # every stream begins at node 0
     came = np.empty((steps, streams, _NODES // ways), np.uint8)
     for step in range(steps):
