@@ -14,8 +14,12 @@ from fedloom.methods.method import State
 from fedloom.methods.table import METHODS, build
 from fedloom.records.configfile import load_config
 from fedloom.rounds.caps import Caps, share_out
+from fedloom.rounds.checks import check_update
+from fedloom.rounds.cohort import Cohort
+from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.federation import Federation
 from fedloom.rounds.job import Robust
+from fedloom.rounds.robust import Scales
 from fedloom.rounds.step import Trained
 from fedloom.rounds.trial import Trial
 from fedloom.rounds.turns import server_turn
@@ -150,6 +154,19 @@ def test_whatever_the_coding_who_is_far_too_large_hardly_counts_and_is_found_by_
         (note,) = turn(rule).notes
         assert note.startswith(f"client {LIAR} counts for 0.")
     assert turn("trimmed").refused.keys() == {LIAR}
+
+
+def test_what_clip_takes_from_a_liar_gives_nobody_more_than_max_share():
+    held = federation("fedit", Robust("clip"))
+    held.job, held.number = replace(held.job, caps=Caps(max_share=0.5)), 1
+    sizes = {"ada": (0.5, 24), "bob": (0.5, 10), "cyd": (0.5, 10), LIAR: (-40.0, 10)}
+    sent = {client: held.client_turn(client, trainer(held.job.method, *one)) for client, one in sizes.items()}
+    decoded = Decoded.beside(held.server)
+    facts = {client: check_update(held.job, held.server, client, one, 1, decoded) for client, one in sent.items()}
+    weighed = Scales(held.job, held.server, Cohort(sent, {}, facts, decoded)).weigh(facts)
+    shares = weighed.cohort.weights
+    assert shares["ada"] == pytest.approx(0.5) and sum(shares.values()) == pytest.approx(1.0)
+    assert shares["bob"] == shares["cyd"] > 20 * shares[LIAR] > 0
 
 
 def test_a_twisted_pair_is_too_large_though_its_change_is_not():

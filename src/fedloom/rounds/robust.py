@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedloom.methods.method import State
-from fedloom.rounds.caps import FEWEST, share_out
+from fedloom.rounds.caps import FEWEST, limit_shares, share_out
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.geometry import gram_matrix
@@ -77,8 +77,10 @@ class Scales:
             return dict(shares), [], {}  # to the bit what they are without a rule
         masses = masses * factors.square()
         found = dict(zip(clients, (masses / masses.sum()).tolist(), strict=True))
+        kept = {client: share for client, share in found.items() if share > 0}
         why = f"it lies farthest from the others of the round (federation.robust is {rule.rule!r})"
-        return {c: p for c, p in found.items() if p > 0}, notes, {c: why for c, p in found.items() if not p > 0}
+        # What a rule takes from some goes to the others: none of them may have too much by that.
+        return limit_shares(kept, self.job.caps.max_share), notes, {c: why for c in found if c not in kept}
 
     def _faults(self, clients: int, gone: int) -> int:
         """Liars that the rule has still to reckon with; 0 where it only clips."""
