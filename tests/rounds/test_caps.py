@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedloom.methods.table import build
 from fedloom.records.config import FederationSettings
-from fedloom.rounds.caps import USUAL, Caps, find_outliers, limit_shares, share_out
+from fedloom.rounds.caps import USUAL, Caps, cap_shares, find_outliers, share_out
 from fedloom.rounds.step import Trained
 from fedloom.rounds.turns import client_turn, server_turn
 from toy import Federation, delta, job, step
@@ -39,9 +39,9 @@ def test_what_no_cap_touches_is_the_plain_share_to_the_bit(examples: dict[str, i
 
 
 def test_what_is_over_goes_to_the_others_until_nobody_is_over():
-    assert limit_shares({"a": 0.8, "b": 0.15, "c": 0.05}, 0.4) == pytest.approx({"a": 0.4, "b": 0.4, "c": 0.2})
-    assert limit_shares({"a": 0.9, "b": 0.1}, 0.5) == pytest.approx({"a": 0.5, "b": 0.5})
-    assert limit_shares({"a": 1.0}, 1.0) == {"a": 1.0}
+    assert cap_shares({"a": 0.8, "b": 0.15, "c": 0.05}, 0.4) == pytest.approx({"a": 0.4, "b": 0.4, "c": 0.2})
+    assert cap_shares({"a": 0.9, "b": 0.1}, 0.3) == pytest.approx({"a": 0.5, "b": 0.5}), "of two each may have a half"
+    assert cap_shares({"a": 1.0}, 1.0) == {"a": 1.0}
 
 
 def test_the_operators_numbers_take_the_place_of_what_a_client_says():

@@ -41,7 +41,7 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     sizes = {client: 1.0 if weighting == "uniform" else float(count) for client, count in counts.items()}
     total = sum(sizes.values())
     asked = {client: size / total for client, size in sizes.items() if size > 0}
-    shares = limit_shares(asked, caps.max_share)
+    shares = cap_shares(asked, caps.max_share)
     notes = [
         f"client {client} says {examples[client]:,} examples; it counts for {count:,} (federation.max_examples)"
         for client, count in counts.items()
@@ -56,7 +56,7 @@ def share_out(examples: Mapping[str, int], weighting: str, caps: Caps) -> tuple[
     return shares, notes
 
 
-def limit_shares(shares: Mapping[str, float], most: float) -> dict[str, float]:
+def cap_shares(shares: Mapping[str, float], most: float) -> dict[str, float]:
     """Shares cut to `most`, or 1/K where that is more. The others get what is over, in proportion to their shares."""
     most = max(most, 1 / max(len(shares), 1))
     held = dict(shares)

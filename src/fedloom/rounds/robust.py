@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedloom.methods.method import State
-from fedloom.rounds.caps import FEWEST, limit_shares, share_out
+from fedloom.rounds.caps import FEWEST, cap_shares, share_out
 from fedloom.rounds.checks import UpdateFacts
 from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.geometry import gram_matrix
@@ -80,7 +80,7 @@ class Scales:
         kept = {client: share for client, share in found.items() if share > 0}
         why = f"it lies farthest from the others of the round (federation.robust is {rule.rule!r})"
         # What a rule takes from some goes to the others: none of them may have too much by that.
-        return limit_shares(kept, self.job.caps.max_share), notes, {c: why for c in found if c not in kept}
+        return cap_shares(kept, self.job.caps.max_share), notes, {c: why for c in found if c not in kept}
 
     def _faults(self, clients: int, gone: int) -> int:
         """Liars that the rule has still to reckon with; 0 where it only clips."""
