@@ -36,9 +36,9 @@ def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = 
 
     Of the processor, all threads: turn_cpu_s: receive a broadcast, train, choose, encode, and save the site's state.
     stages: of these, by stage (`stages.STAGES`). bare_cpu_s: forward, backward, clipping and AdamW over the very
-    batches of the turn, nothing else. times_bare: turn_cpu_s over bare_cpu_s. beside_cpu_s: all stages but the steps;
-    of_ten_steps: over the time of ten steps. send_cpu_s: choosing and encoding; send_share: over the training.
-    prepare_s: loading, on the wall.
+    batches of the turn, nothing else. times_bare: a turn over the loop that followed it. beside_cpu_s: all stages but
+    the steps; of_ten_steps: over the time of ten steps. send_cpu_s: choosing and encoding; send_share: over the
+    training. prepare_s: loading, on the wall.
 
     clients: by name; all if left out. model: a made-up one (`made_up.SHAPES`) in place of the settings' own.
     """
@@ -66,6 +66,8 @@ def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:
         taken = [played.again() for _ in range(repeats + 1)][1:]  # the first one warms up
         played.store.close()
     middle = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+    # Of every turn and the loop right after it: what slows the machine down for a while slows both.
+    times_bare = statistics.median(one["turn_cpu_s"] / one["bare_cpu_s"] for one in taken)
     stages = {stage: middle.pop(stage) for stage in STAGES}
     beside = sum(seconds for stage, seconds in stages.items() if stage != STEPS)
     sent = stages["choose"] + stages["encode"]
@@ -77,7 +79,7 @@ def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:
         "steps": played.steps,
         **middle,
         "stages": stages,
-        "times_bare": middle["turn_cpu_s"] / middle["bare_cpu_s"],
+        "times_bare": times_bare,
         "beside_cpu_s": beside,
         "of_ten_steps": beside / (10 * stages[STEPS] / played.steps),
         "send_cpu_s": sent,

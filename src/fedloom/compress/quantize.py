@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.compress.entries import Quantized, Values
@@ -61,20 +62,24 @@ def _blocks(values: Tensor, seed: int, *, bits: int, block: int, stochastic: boo
     """Codes in ±(2^(bits−1) − 1), nearest (ties to even) or unbiased: floor(value / scale + u), u uniform in (0, 1)."""
     top = 2 ** (bits - 1) - 1
     count = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block)
-    peaks = padded.abs().amax(dim=1) if count else values.new_zeros(0)
-    if not bool(peaks.isfinite().all()):
+    if not count:
+        return Quantized(torch.empty(0, dtype=torch.int8), torch.empty(0), block, bits)
+    parts = np.zeros((-(-count // block), block), dtype=np.float32)  # numpy is much the faster for a few values
+    parts.reshape(-1)[:count] = values.numpy()
+    peaks = np.maximum(parts.max(axis=1), -parts.min(axis=1))
+    if not np.isfinite(peaks).all():
         raise NumericError(f"int{bits} values cannot hold infinities or NaN: the update has diverged")
     # A block that is not zero needs a scale above zero, even where peak / top is below the least float32, 2⁻¹⁴⁹.
-    scales = _up_to_bfloat16(torch.maximum(peaks / top, (peaks > 0) * 2.0**-149))
-    quotients = padded / scales.where(scales > 0, 1.0).unsqueeze(1)
-    rounded = (
-        (quotients + seeded_uniform(quotients.numel(), seed).view_as(quotients)).floor_()
-        if stochastic
-        else quotients.round_()
-    )
-    codes = rounded.clamp_(-top, top).to(torch.int8).view(-1)[:count].clone()
-    return Quantized(codes, scales, block, bits)
+    scales = _up_to_bfloat16(np.maximum(peaks / np.float32(top), (peaks > 0) * np.float32(2.0**-149)))
+    parts /= np.where(scales > 0, scales, np.float32(1.0))[:, None]
+    if stochastic:
+        parts += seeded_uniform(parts.size, seed).numpy().reshape(parts.shape)
+        np.floor(parts, out=parts)
+    else:
+        np.rint(parts, out=parts)
+    codes = torch.empty(count, dtype=torch.int8)
+    codes.numpy()[:] = np.clip(parts, -top, top, out=parts).reshape(-1)[:count]
+    return Quantized(codes, torch.from_numpy(scales), block, bits)
 
 
 def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
@@ -96,9 +101,9 @@ def _signs(values: Tensor, seed: int, *, block: int) -> Quantized:
     return Quantized(torch.from_numpy(codes), scales, block, 1)
 
 
-def _up_to_bfloat16(positive: Tensor) -> Tensor:
+def _up_to_bfloat16(positive: NDArray[np.float32]) -> NDArray[np.float32]:
     """The least bfloat16 numbers that are not below these, as float32."""
-    return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    return ((positive.view(np.int32) + np.int32(0xFFFF)) & np.int32(~0xFFFF)).view(np.float32)
 
 
 VALUE_KINDS: MappingProxyType[str, Rounding] = MappingProxyType(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -253,6 +253,14 @@ class _LocalTrainer(Trainer):
         base, last = self.args.learning_rate, self.args.max_steps - 1
         self.lr_scheduler = LambdaLR(chosen, lambda step: self.rates(min(step, last)) / base)
         return self.lr_scheduler
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """transformers' choice; AdamW in one pass over all factors, where several for each of them would be slower."""
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return kind, given | ({"fused": True} if args.optim == OptimizerNames.ADAMW_TORCH else {})
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """The parameters whose weights decay: where none does, there is no need to look for them."""
