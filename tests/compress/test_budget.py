@@ -123,6 +123,23 @@ def test_the_largest_payload_that_fits_wins_whatever_the_entropy_promises():
     assert 0.95 * 3000 < again.size <= 3000
 
 
+@pytest.mark.parametrize("factor", [0.97, 3.0])
+def test_what_a_payload_took_is_remembered_whether_or_not_it_fitted_at_once(factor):
+    """Payloads of 0.97 times the estimate fit at once; the next ones come nearer to what is aimed at, 0.99."""
+    room = Room(3000, 10_000, 2, 8.0)
+
+    def entries_at(density):
+        number = round(density * 10_000)
+        return {"m": Sparse((10_000,), torch.arange(number), torch.zeros(number))}
+
+    def size_of(entries):
+        return round(factor * 10_000 * room.bits(floats(entries["m"].values).numel() / 10_000) / 8)
+
+    memory = fill_budget(room, entries_at, size_of, {}).memory
+    assert memory[COST].item() == pytest.approx(factor, rel=2e-3)
+    assert fill_budget(room, entries_at, size_of, memory).size == pytest.approx(0.99 * 3000, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "meant"), [("1%", (0.01, 0)), ("0.25 %", (0.0025, 0)), ("8MiB", (0.0, 2**23)), ("1200", (0.0, 1200))]
 )

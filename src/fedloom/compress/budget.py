@@ -116,13 +116,13 @@ def fill_budget(
         density = room.density(8 * max(_AIM * room.budget - least, 0) / elements / cost)
         entries = entries_at(density)
         size = size_of(entries)
+        # Floors: at density 0 there is nothing to divide by, and no coding takes a tenth of the entropy.
+        cost = max(8 * (size - least) / elements / max(room.bits(density), 1e-9), 0.1)
         if (best[2] if best else 0) < size <= room.budget:
             best = entries, density, size
         taken = best[2] if best else 0
         if taken > _USED * room.budget or (taken == size and density == room.most):
             break
-        # Floors: at density 0 there is nothing to divide by, and no coding takes a tenth of the entropy.
-        cost = max(8 * (size - least) / elements / max(room.bits(density), 1e-9), 0.1)
     if best is None:
         entries = entries_at(0.0)
         best = entries, 0.0, size_of(entries)
