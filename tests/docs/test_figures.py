@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FRONT = ROOT / "docs" / "front.csv"
 CLAIMS = {
     "README.md": ("budget and five fresh seeds", "[docs/benchmarks]"),
-    "docs/benchmarks/front.md": ("- **The demo: loom", "With the ranks of the file"),
+    "docs/benchmarks/front.md": ("- **The demo: loom", "Before, settings by hand"),
 }
 """Page → where the sentences begin and end that have nothing but figures of the front."""
 

@@ -159,11 +159,11 @@ def slow_compress(budget, most, step, state, after, given, weighed):
         density = room.density(8 * max(0.99 * budget - least, 0) / total / cost)
         entries = at(density)
         size = given.size(entries)
+        cost = max(8 * (size - least) / total / max(room.bits(density), 1e-9), 0.1)
         if taken < size <= budget:
             best, taken = entries, size
         if taken > 0.95 * budget or (taken == size and density == most):
             break
-        cost = max(8 * (size - least) / total / max(room.bits(density), 1e-9), 0.1)
     return cost, best
 
 
