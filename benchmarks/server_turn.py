@@ -6,7 +6,7 @@ method carries over is there.
 
 Seconds are of the processor, with one thread: other work on the machine does not count, and seconds are work. Each is
 the least of the repeats. The time inside a part does not count for the part that called it. The turn is played on all
-processors too, by the clock on the wall: what is left idle there is what handing modules from part to part could win.
+processors too, by the clock on the wall: what is left idle there is the most that a pipeline over modules could win.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def measure(job: Job, state: State, payloads: Mapping[str, bytes], repeats: int,
 def on_all_processors(call: Callable[[], object], repeats: int) -> tuple[float, float]:
     """(seconds on the wall, processors at work in the mean) of the fastest call."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(os.cpu_count() or 1)
     taken = []
     for _ in range(repeats):
         gc.collect()
@@ -340,16 +340,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("method")
     seconds = ("cpu_s", "kernel_cpu_s", "decode_s", "encode_s", "choose_s", "average_s", "other_s", "floor_s")
-    for column in (
-        "clients",
-        "× fewest",
-        *(key.removesuffix("_s") for key in seconds),
-        "× floor",
-        "wall",
-        "busy",
-        "peak",
-        "payloads",
-    ):
+    parts = [key.removesuffix("_s") for key in seconds]
+    for column in ("clients", "× fewest", *parts, "× floor", "wall", "busy", "peak", "payloads"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         peak = "–" if row["peak_adapters"] is None else f"{row['peak_adapters']:.2f}"

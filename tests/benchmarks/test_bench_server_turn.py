@@ -32,6 +32,7 @@ def test_the_seconds_of_the_parts_make_up_the_whole(monkeypatch):
     for row in (few, many):
         assert sum(row[part] for part in parts) == pytest.approx(row["cpu_s"])
         assert all(row[part] > 0 for part in parts) and row["floor_s"] > 0
+        assert row["wall_s"] > 0 and row["busy"] > 0
     assert few["ratio"] == 1.0 and many["ratio"] == pytest.approx(many["cpu_s"] / few["cpu_s"])
     assert len(list(server_turn.tables(result))) == 1
 
