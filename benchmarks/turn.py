@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks.made_up import made_up_base
 from benchmarks.stages import STAGES, STEPS, Stopwatch, watch_method, watch_turn
 from fedloom.errors import ConfigError
+from fedloom.methods.method import State
 from fedloom.model import peft_bridge
 from fedloom.model.tokens import TokenizedExamples, Tokens
 from fedloom.model.training import rate_at
@@ -32,23 +32,31 @@ ROUND = 2
 
 
 def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5) -> dict[str, Any]:
-    """{"rows": one for each of the settings and each client, "threads": …}: medians over interleaved repeats.
+    """{"rows": one for each of the settings and each client, "rounds": one for each of the settings, "threads": …}.
 
-    Of the processor, all threads: turn_cpu_s: receive a broadcast, train, choose, encode, and save the site's state.
-    stages: of these, by stage (`stages.STAGES`). bare_cpu_s: forward, backward, clipping and AdamW over the very
-    batches of the turn, nothing else. times_bare: a turn over the loop that followed it. beside_cpu_s: all stages but
-    the steps; of_ten_steps: over the time of ten steps. send_cpu_s: choosing and encoding; send_share: over the
-    training. prepare_s: loading, on the wall.
+    Medians over interleaved repeats, of the processor, all threads. turn_cpu_s: receive a broadcast, train, choose,
+    encode, and save the site's state. stages: of these, by stage (`stages.STAGES`). bare_cpu_s: forward, backward,
+    clipping and AdamW over the very batches of the turn, nothing else. times_bare: a turn over the loop that followed
+    it. beside_cpu_s: all stages but the steps; of_ten_steps: over the time of ten steps. send_cpu_s: choosing and
+    encoding; send_share: over the training. prepare_s: loading, on the wall.
+    A round is the turns of these clients and server_cpu_s, the server's; its times_bare: over their bare loops.
 
     clients: by name; all if left out. model: a made-up one (`made_up.SHAPES`) in place of the settings' own.
     """
-    rows = []
+    rows, rounds = [], []
     for config in configs:
         begun = time.perf_counter()
         setup = prepare(config, model)
         prepared = time.perf_counter() - begun
-        rows += [{**measure(setup, client, repeats), "prepare_s": prepared} for client in clients or setup.sites]
-    return {"rows": rows, "threads": torch.get_num_threads()}
+        names = clients or tuple(setup.sites)
+        with tempfile.TemporaryDirectory() as scratch:
+            played = Played.first_round(setup, names, Path(scratch))
+            own = [{**measure(one, repeats), "prepare_s": prepared} for one in played]
+            rounds.append(whole_round(played, own, repeats))
+            for one in played:
+                one.store.close()
+        rows += own
+    return {"rows": rows, "rounds": rounds, "threads": torch.get_num_threads()}
 
 
 def prepare(config: Config, model: str) -> Setup:
@@ -59,12 +67,31 @@ def prepare(config: Config, model: str) -> Setup:
     return build_setup(config, texts, {}, load=made_up_base(model))
 
 
-def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:
+def whole_round(played: Sequence[Played], rows: Sequence[Mapping[str, Any]], repeats: int) -> dict[str, Any]:
+    """The row of the round that these turns make, with the server's turn at its end."""
+    first = played[0]
+    payloads = {one.client: one.play(Drawn.of(one.setup.sites[one.client].data), Stopwatch())[1] for one in played}
+    taken = []
+    for _ in range(repeats + 1):
+        begun = time.process_time()
+        server_turn(first.setup.job, first.server, payloads, ROUND)
+        taken.append(time.process_time() - begun)
+    server = statistics.median(taken[1:])  # the first one warms up
+    turns, bare = (sum(row[key] for row in rows) for key in ("turn_cpu_s", "bare_cpu_s"))
+    return {
+        "method": first.setup.job.method.name,
+        "clients": len(rows),
+        "turns_cpu_s": turns,
+        "server_cpu_s": server,
+        "bare_cpu_s": bare,
+        "times_bare": (turns + server) / bare,
+    }
+
+
+def measure(played: Played, repeats: int) -> dict[str, Any]:
     """One row."""
-    with tempfile.TemporaryDirectory() as scratch:
-        played = Played.first_round(setup, client, Store(Path(scratch) / "job", "made up"))
-        taken = [played.again() for _ in range(repeats + 1)][1:]  # the first one warms up
-        played.store.close()
+    setup, client = played.setup, played.client
+    taken = [played.again() for _ in range(repeats + 1)][1:]  # the first one warms up
     middle = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
     # Of every turn and the loop right after it: what slows the machine down for a while slows both.
     times_bare = statistics.median(one["turn_cpu_s"] / one["bare_cpu_s"] for one in taken)
@@ -89,22 +116,31 @@ def measure(setup: Setup, client: str, repeats: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Played:
-    """A client before its second round: its first turn, and the broadcast that it has yet to receive."""
+    """A client before its second round: its first turn, and the broadcast that it has yet to receive.
+
+    server: the server's state after that broadcast.
+    """
 
     setup: Setup
     client: str
     store: Store
     turn: ClientTurn
     broadcast: bytes
+    server: State
 
     @classmethod
-    def first_round(cls, setup: Setup, client: str, store: Store) -> Played:
-        """Play the first round with this client alone."""
-        job = setup.job
-        state = start(job, setup.initial, setup.sites[client].ranks)
-        turn = client_turn(job, client, state, [], setup.train(client), 1)
-        broadcast = server_turn(job, start(job, setup.initial), {client: turn.payload}, 1).payload
-        return cls(setup, client, store, turn, broadcast)
+    def first_round(cls, setup: Setup, clients: Sequence[str], folder: Path) -> list[Played]:
+        """Play the first round with these clients. Their stores are below `folder`."""
+        job, sites = setup.job, setup.sites
+        turns = {
+            client: client_turn(job, client, start(job, setup.initial, sites[client].ranks), [], setup.train(client), 1)
+            for client in clients
+        }
+        done = server_turn(job, start(job, setup.initial), {name: turn.payload for name, turn in turns.items()}, 1)
+        return [
+            cls(setup, client, Store(folder / client, "made up"), turn, done.payload, done.state)
+            for client, turn in turns.items()
+        ]
 
     @property
     def training(self) -> TrainingSettings:
@@ -120,12 +156,12 @@ class Played:
         """One turn and one bare loop."""
         watch = Stopwatch()
         drawn = Drawn.of(self.setup.sites[self.client].data)
-        turn_cpu_s = self.play(drawn, watch)
+        turn_cpu_s, _ = self.play(drawn, watch)
         stages = dict.fromkeys(STAGES, 0.0) | watch.seconds
         return {"turn_cpu_s": turn_cpu_s, "bare_cpu_s": self.bare(drawn), **stages}
 
-    def play(self, drawn: Drawn, watch: Stopwatch) -> float:
-        """CPU seconds of the turn."""
+    def play(self, drawn: Drawn, watch: Stopwatch) -> tuple[float, bytes]:
+        """CPU seconds of the turn, and what it sends."""
         setup = self.with_examples(drawn)
         job = replace(setup.job, method=watch_method(watch, setup.job.method))
         begun = time.process_time()
@@ -136,7 +172,7 @@ class Played:
             turn = client_turn(job, self.client, state, [], train, ROUND)
             with watch.during("keep"):
                 self.store.save(TurnRecord(ROUND, state, turn.state, payload=turn.payload))
-        return time.process_time() - begun
+        return time.process_time() - begun, turn.payload
 
     def with_examples(self, data: TokenizedExamples) -> Setup:
         """The same things, the client's examples replaced."""
@@ -178,10 +214,10 @@ class Drawn(TokenizedExamples):
             raise ConfigError("the batches of packed rows are not noted: measure with data.packing = false")
         return cls(data.examples, data.pad)
 
-    def collate(self, batch: Sequence[Tokens]) -> dict[str, Tensor]:
-        """The batch as tensors; it is noted."""
-        self.batches.append(batch)
-        return TokenizedExamples.collate(self, batch)
+    def __getitems__(self, places: Sequence[int]) -> list[Tokens]:
+        """The examples of a batch, which torch's loader asks for at once; it is noted."""
+        self.batches.append([self.examples[place] for place in places])
+        return list(self.batches[-1])
 
     @property
     def plain(self) -> TokenizedExamples:
@@ -206,4 +242,11 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         table.add_column(name, justify="right" if number > 1 else "left")
     for row in result["rows"]:
         table.add_row(row["client"], row["method"], *(f"{row['stages'][stage]:.3f}" for stage in STAGES))
+    yield table
+    table = Table(title="the round of these turns")
+    for number, name in enumerate(("method", "clients", "turns", "server", "bare loops", "× bare")):
+        table.add_column(name, justify="right" if number else "left")
+    for row in result["rounds"]:
+        seconds = (f"{row[key]:.3f}" for key in ("turns_cpu_s", "server_cpu_s", "bare_cpu_s", "times_bare"))
+        table.add_row(row["method"], str(row["clients"]), *seconds)
     yield table

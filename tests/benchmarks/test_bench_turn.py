@@ -33,13 +33,17 @@ def test_rows_hold_a_turn_by_stage_and_a_bare_loop_over_the_same_batches():
     assert row["of_ten_steps"] == pytest.approx(row["beside_cpu_s"] / (10 * stages[STEPS]))
     assert row["times_bare"] == row["turn_cpu_s"] / row["bare_cpu_s"] > 0
     assert row["send_cpu_s"] == stages["choose"] + stages["encode"]
-    first, second = turn.tables(result)
+    (whole,) = result["rounds"]
+    assert (whole["method"], whole["clients"]) == ("fedsrd", 1) and whole["server_cpu_s"] > 0
+    assert whole["times_bare"] == (row["turn_cpu_s"] + whole["server_cpu_s"]) / row["bare_cpu_s"]
+    first, second, third = turn.tables(result)
+    assert len(third.rows) == 1
     assert "lab" in [str(cell) for cell in first.columns[0].cells] and len(second.columns) == 2 + len(STAGES)
 
 
 def test_the_bare_loop_trains_what_the_turn_trained(tmp_path):
     setup = turn.prepare(load_config(DEMO, [*SHORT, "training.max_steps=2"]), "")
-    played = turn.Played.first_round(setup, "lab", turn.Store(tmp_path / "job", "made up"))
+    (played,) = turn.Played.first_round(setup, ["lab"], tmp_path)
     drawn = turn.Drawn.of(setup.sites["lab"].data)
     played.play(drawn, Stopwatch())
     trained = peft_bridge.read_adapter(setup.model).tensors()

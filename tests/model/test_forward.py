@@ -12,7 +12,6 @@ from fedloom.methods.forward import ForwardOnly
 from fedloom.model import peft_bridge
 from fedloom.model.examples import Example
 from fedloom.model.forward import forward_update, mean_loss
-from fedloom.model.packing import collate_rows
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.records.config import TrainingSettings
 from tiny_models import llama, placed, tokenizer
@@ -62,7 +61,7 @@ def test_the_adapter_is_the_first_one_and_the_steps_along_the_directions(residen
 
 def test_no_parameter_takes_a_gradient_and_the_loss_falls(resident, data):
     model, state = resident
-    batch = [collate_rows(data, range(len(data)))]
+    batch = [data.collate(data.examples)]
 
     def loss(adapter: LoraState) -> float:
         peft_bridge.write_adapter(model, adapter)
@@ -81,8 +80,8 @@ def test_losses_of_micro_batches_are_weighed_by_their_tokens(resident, data):
     peft_bridge.write_adapter(model, state)
     model.eval()
     with torch.no_grad():
-        whole = mean_loss(model, [collate_rows(data, range(6))])
-        parts = mean_loss(model, [collate_rows(data, [0, 1]), collate_rows(data, [2, 3, 4, 5])])
+        whole = mean_loss(model, [data.collate(data.examples[:6])])
+        parts = mean_loss(model, [data.collate(data.examples[:2]), data.collate(data.examples[2:6])])
     assert parts == pytest.approx(whole, rel=1e-5)
 
 

@@ -21,6 +21,7 @@ from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.pair import LoraPair, LoraState, core_matrix, digest, initial_state
 from fedloom.model import peft_bridge, training
 from fedloom.model.examples import Example
+from fedloom.model.packing import may_share
 from fedloom.model.tokens import TokenizedExamples, tokenize
 from fedloom.model.training import local_update, rate_at
 from fedloom.records.config import LoraSettings, TrainingSettings
@@ -272,6 +273,7 @@ def test_short_rows_in_bfloat16_have_plain_attention(monkeypatch: pytest.MonkeyP
     fused = training.SDPBackend.FLASH_ATTENTION
     seen: list[bool] = []
     monkeypatch.setattr(training, "narrow_head", lambda _: None)  # which goes through a new model twice
+    may_share(model.get_base_model())  # and so does this
     norm = model.get_base_model().model.norm
     hook = norm.register_forward_hook(lambda *_: seen.append(fused in _cur_sdpa_kernel_backends()))
     update(model, state, settings=changed(SETTINGS, bf16=True))

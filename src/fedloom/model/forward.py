@@ -19,7 +19,7 @@ from fedloom.lora.directions import draw_direction, move_along
 from fedloom.lora.pair import LoraState
 from fedloom.methods.forward import ForwardOnly
 from fedloom.model import peft_bridge
-from fedloom.model.packing import collate_rows, without_mask
+from fedloom.model.packing import collator, training_rows, without_mask
 from fedloom.model.settled import keep_use_cache
 from fedloom.model.tokens import IGNORED, TokenizedExamples
 from fedloom.model.training import TrainStats, rate_at
@@ -68,6 +68,7 @@ def forward_update(
     settings = settings.for_examples(data.num_rows)  # an epoch draws every row once
     peft_bridge.set_frozen(model, frozen)
     base = cast(PreTrainedModel, model.get_base_model())
+    rows, collate = training_rows(data), collator(model, data)
     tokens = 0
 
     def loss(adapter: LoraState, batch: Batch) -> float:
@@ -77,7 +78,7 @@ def forward_update(
     def batches() -> Iterator[Batch]:
         nonlocal tokens
         for drawn in draw_batches(data.num_rows, settings, seed):
-            batch = [collate_rows(data, places) for places in drawn]
+            batch = [collate([rows[place] for place in places]) for places in drawn]
             tokens += sum(int(inputs["attention_mask"].sum()) for inputs in batch)
             yield batch
 

@@ -3,14 +3,19 @@
 Every example keeps its own positions, from 0, and sees itself alone: transformers makes masks of blocks from
 `position_ids` where it is given no attention mask. Losses and gradients are those of the examples one a row. Not every
 model does so, and a recurrent one cannot; `check_packs` tries it on the model itself.
+
+Without it, too, examples of one batch share rows where that spares padding (`share_rows`): the batch is the same one,
+and takes less work.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,10 @@ from torch.utils.data import Dataset
 
 from fedloom.errors import ConfigError
 from fedloom.model.tokens import IGNORED, TokenizedExamples, Tokens
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
 
 Row: TypeAlias = tuple[Tokens, ...]
 
@@ -31,6 +40,10 @@ recurrent ones that were tried change by 5e-3 to 4, even with random weights.
 """
 MOST_MOVED = {True: 1e-4, False: 5e-2}
 """The same by being in a row at all: kernels round otherwise for another shape."""
+SPARED = 1 / 8
+"""Share of a batch's rows that has to be spared by sharing: masks of blocks take time, too."""
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Base model → whether examples may share its rows, once it was tried."""
 REFUSED = (
     "data.packing = true does not work with this model, in which an example would see those before it in its row; "
     "set it to false"
@@ -51,25 +64,64 @@ class PackedRows(Dataset[Row]):
         return self.rows[index]
 
     def collate(self, batch: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels and position_ids, int64, (rows, longest), padded on the right.
+        """`collate_packed` with the padding of these rows."""
+        return collate_packed(batch, self.pad)
 
-        attention_mask tells padding from tokens. A model is to be given `position_ids` in its place: see
-        `without_mask`. Positions start anew with every example, and at every token of padding.
-        """
-        longest = max(sum(len(tokens.ids) for tokens in row) for row in batch)
-        shape = (len(batch), longest)
-        input_ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORED)
-        mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        for place, row in enumerate(batch):
-            start = 0
-            for tokens in row:
-                end = start + len(tokens.ids)
-                input_ids[place, start:end] = tokens.ids
-                labels[place, start:end] = tokens.labels()
-                positions[place, start:end] = torch.arange(end - start)
-                start = end
-            mask[place, :start] = 1
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+
+def collate_packed(batch: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask, labels and position_ids, int64, (rows, longest), padded on the right.
+
+    attention_mask tells padding from tokens. A model is to be given `position_ids` in its place: see `without_mask`.
+    Positions start anew with every example, and at every token of padding.
+    """
+    longest = max(sum(len(tokens.ids) for tokens in row) for row in batch)
+    shape = (len(batch), longest)
+    input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
+    mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for place, row in enumerate(batch):
+        start = 0
+        for tokens in row:
+            end = start + len(tokens.ids)
+            input_ids[place, start:end] = tokens.ids
+            labels[place, start:end] = tokens.labels()
+            positions[place, start:end] = torch.arange(end - start)
+            start = end
+        mask[place, :start] = 1
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+
+
+def share_rows(data: TokenizedExamples, batch: Sequence[Tokens]) -> dict[str, Tensor]:
+    """The batch of these examples in as few rows of the longest one's length as serve, where that spares enough rows.
+
+    Elsewhere it is `data.collate(batch)`.
+    """
+    lengths = [len(tokens.ids) for tokens in batch]
+    rows = pack_lengths(lengths, max(lengths))
+    if len(rows) > (1 - SPARED) * len(batch):
+        return data.collate(batch)
+    return collate_packed([tuple(batch[place] for place in row) for row in rows], data.pad)
+
+
+def collator(model: peft.PeftModel, data: TokenizedExamples) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """What makes a batch of some of `training_rows(data)`, for this model."""
+    rows = training_rows(data)
+    if isinstance(rows, PackedRows):
+        return rows.collate
+    return partial(share_rows, rows) if may_share(cast("PreTrainedModel", model.get_base_model())) else rows.collate
+
+
+def may_share(base: PreTrainedModel) -> bool:
+    """Whether examples may share the rows of a batch: whether the model keeps them apart.
+
+    It is tried once. Ask before an adapter changes the model, so that the answer is the same whenever a run begins.
+    """
+    if base not in _KNOWN:
+        try:
+            check_packs(base, int(base.config.get_text_config().vocab_size))
+            _KNOWN[base] = True
+        except Exception:  # a model stumbles over what it does not know in its own way: it has the examples one a row
+            _KNOWN[base] = False
+    return _KNOWN[base]
 
 
 def without_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,14 +134,6 @@ def training_rows(data: TokenizedExamples) -> TokenizedExamples | PackedRows:
     if not data.rows:
         return data
     return PackedRows(tuple(tuple(data[index] for index in row) for row in data.rows), data.pad)
-
-
-def collate_rows(data: TokenizedExamples, places: Sequence[int]) -> dict[str, Tensor]:
-    """The batch of some rows of `training_rows`."""
-    rows = training_rows(data)
-    if isinstance(rows, PackedRows):
-        return rows.collate([rows[place] for place in places])
-    return rows.collate([rows[place] for place in places])
 
 
 def pack_lengths(lengths: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:

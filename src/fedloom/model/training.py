@@ -30,7 +30,7 @@ from fedloom.lora.pair import PARTS, LoraPair, LoraState
 from fedloom.model import peft_bridge
 from fedloom.model.base import quiet_transformers
 from fedloom.model.head import learnt_alone, narrow_head
-from fedloom.model.packing import training_rows, without_mask
+from fedloom.model.packing import collator, training_rows, without_mask
 from fedloom.model.private import PrivateRound, fit_privately
 from fedloom.model.settled import ask_once, keep_use_cache, set_mode, set_older_objects_aside, settle
 from fedloom.model.tokens import TokenizedExamples
@@ -142,7 +142,7 @@ def _fit(
 ) -> tuple[float, int, int]:
     """Train in place. Returns mean loss, steps and tokens; the trainer and its optimiser are garbage afterwards."""
     rows = training_rows(data)
-    trainer = _LocalTrainer(model=model, args=arguments, data_collator=rows.collate, train_dataset=rows)
+    trainer = _LocalTrainer(model=model, args=arguments, data_collator=collator(model, data), train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
     trainer.head = narrow_head(model) if trainer.model_accepts_loss_kwargs else None

@@ -23,7 +23,7 @@ from fedloom.model.examples import Example
 from fedloom.model.identity import base_digest
 from fedloom.model.limits import model_limits
 from fedloom.model.local import train_locally
-from fedloom.model.packing import check_packs
+from fedloom.model.packing import check_packs, may_share
 from fedloom.model.partition import Manifest, data_digest
 from fedloom.model.peft_bridge import linear_modules
 from fedloom.model.placement import Adapter, untrained_note
@@ -274,10 +274,13 @@ def build_setup(
     data, limits = config.data, model_limits(base)
     tokens = tokenize_clients(texts, data, tokenizer, limits)
     scored = tokenize_scored("held-out", heldout, data, tokenizer, limits)
-    if data.packing and any(texts.values()):
+    trains = any(texts.values())  # else nobody does in this process
+    if trains and not data.packing:
+        may_share(base)  # now, while no adapter changes the answer
+    elif trains:
         check_packs(base, limits.rows)
     model = peft_bridge.attach(base, plan.shared)
-    if any(texts.values()):  # else nobody trains in this process
+    if trains:
         check_optimizer(model, config.training)
     told = describe_noise(config, {name: len(tokens[name]) for name, held in texts.items() if held})
     summed = describe_sum_noise(plan.job, plan.initial, config.federation.num_rounds)
