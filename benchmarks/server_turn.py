@@ -1,8 +1,8 @@
 """`python -m benchmarks round`: what a server's whole turn costs, where its time goes, and how it grows with clients.
 
 Every client sends a payload of its own: the real `client_turn` makes it of a heavy-tailed change that no other client
-has. The server turn that is measured is that of the second round, so that the guard has a step to judge and what a
-method carries over is there.
+has. The server turn that is measured is that of the fourth round: the guard has a step to judge, what a method carries
+over is there, and a payload takes about as many bytes as the one before. In the first rounds it does not: B is zero.
 
 Seconds are of the processor, with one thread: other work on the machine does not count, and seconds are work. Each is
 the least of the repeats. The time inside a part does not count for the part that called it. The turn is played on all
@@ -49,6 +49,8 @@ from fedloom.studies.estimate import machine
 from fedloom.studies.estimate.presets import preset_named, preset_shapes
 from fedloom.wire import streams
 
+ROUND = 4
+"""The round that is measured."""
 PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     "kernel": (
         *((lowrank, f"ProductChange.{name}") for name in ("__init__", "add", "solve")),
@@ -142,7 +144,7 @@ def _of_method(
     job: Job, modules: Mapping[str, tuple[int, int]], rank: int, clients: Sequence[int], repeats: int, copied: float
 ) -> Iterator[Row]:
     """A row for every number of clients, the fewest first."""
-    turns = [second_round(job, modules, rank, count) for count in sorted(set(clients))]
+    turns = [before_round(job, modules, rank, count) for count in sorted(set(clients))]
     rows = [measure(job, *turn, repeats, copied) for turn in turns]
     for row, peak in zip(rows, peaks(job, turns), strict=True):
         adapters = None if peak is None else peak / (4 * turns[0][0].adapter.numel())
@@ -176,14 +178,14 @@ def tell_peaks(path: str) -> None:
     method = build(name)
     job = Job(method, seed, quantize(method.form()))
     torch.set_num_threads(1)
-    calls = [partial(server_turn, job, state, payloads, 2) for state, payloads in turns]
+    calls = [partial(server_turn, job, state, payloads, ROUND) for state, payloads in turns]
     calls[0]()
     print(json.dumps([machine.extra_bytes(call) for call in calls]))
 
 
 def measure(job: Job, state: State, payloads: Mapping[str, bytes], repeats: int, copied: float) -> Row:
     """One row but for what needs others. copied: bytes a second of a copy."""
-    call = partial(server_turn, job, state, payloads, 2)
+    call = partial(server_turn, job, state, payloads, ROUND)
     broadcast = wire.decode(call().payload)  # once before: what is loaded or compiled at the first call is there then
     spent = min((timed(call) for _ in range(repeats)), key=lambda one: one["whole"])
     wall, busy = on_all_processors(call, repeats)
@@ -231,21 +233,21 @@ def _count(message: wire.Message) -> int:
     return sum(entry.values.numel() for entry in message.entries.values())
 
 
-def second_round(
-    job: Job, modules: Mapping[str, tuple[int, int]], rank: int, clients: int
+def before_round(
+    job: Job, modules: Mapping[str, tuple[int, int]], rank: int, clients: int, last: int = ROUND
 ) -> tuple[State, dict[str, bytes]]:
-    """The server's state after a round, and what every client sends in the next one."""
+    """The server's state before its turn in the round `last`, and what every client sends it then."""
     state = start(job, workload(modules, rank, job.seed).before)
     states = {f"site-{number:03d}": state for number in range(clients)}
     broadcasts: tuple[bytes, ...] = ()
-    for round in (1, 2):
+    for round in range(1, last + 1):
         payloads = {}
         for number, client in enumerate(states):
             change = workload(modules, rank, 1000 * round + number + job.seed).change
             turn = client_turn(job, client, states[client], broadcasts, partial(_add, change), round)
-            states[client] = replace(turn.state, adapter=state.adapter) if round == 2 else turn.state
+            states[client] = turn.state if round < last else replace(turn.state, adapter=state.adapter)
             payloads[client] = turn.payload
-        if round == 1:
+        if round < last:
             done = server_turn(job, state, payloads, round)
             state, broadcasts = done.state, (done.payload,)
     return state, payloads

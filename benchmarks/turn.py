@@ -27,8 +27,8 @@ from fedloom.workspace.assemble import Setup, build_setup, load_setup
 from fedloom.workspace.data import client_examples
 from fedloom.workspace.participants import select_participants
 
-ROUND = 2
-"""A client's second round: it has memory of the first one, and its B is no longer zero."""
+ROUND = 4
+"""The round that is measured: a client remembers earlier ones, and a payload is of their kind. In the first B is zero."""
 
 
 def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = 
         prepared = time.perf_counter() - begun
         names = clients or tuple(setup.sites)
         with tempfile.TemporaryDirectory() as scratch:
-            played = Played.first_round(setup, names, Path(scratch))
+            played = Played.until(setup, names, Path(scratch))
             own = [{**measure(one, repeats), "prepare_s": prepared} for one in played]
             rounds.append(whole_round(played, own, repeats))
             for one in played:
@@ -116,7 +116,7 @@ def measure(played: Played, repeats: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Played:
-    """A client before its second round: its first turn, and the broadcast that it has yet to receive.
+    """A client before the round that is measured: its last turn, and the broadcast that it has yet to receive.
 
     server: the server's state after that broadcast.
     """
@@ -129,16 +129,22 @@ class Played:
     server: State
 
     @classmethod
-    def first_round(cls, setup: Setup, clients: Sequence[str], folder: Path) -> list[Played]:
-        """Play the first round with these clients. Their stores are below `folder`."""
+    def until(cls, setup: Setup, clients: Sequence[str], folder: Path, last: int = ROUND) -> list[Played]:
+        """Play the rounds before `last` with these clients. Their stores are below `folder`."""
         job, sites = setup.job, setup.sites
-        turns = {
-            client: client_turn(job, client, start(job, setup.initial, sites[client].ranks), [], setup.train(client), 1)
-            for client in clients
-        }
-        done = server_turn(job, start(job, setup.initial), {name: turn.payload for name, turn in turns.items()}, 1)
+        server = start(job, setup.initial)
+        states = {client: start(job, setup.initial, sites[client].ranks) for client in clients}
+        broadcasts: tuple[bytes, ...] = ()
+        for round in range(1, last):
+            turns = {
+                client: client_turn(job, client, state, broadcasts, setup.train(client), round)
+                for client, state in states.items()
+            }
+            done = server_turn(job, server, {client: turn.payload for client, turn in turns.items()}, round)
+            server, broadcasts = done.state, (done.payload,)
+            states = {client: turn.state for client, turn in turns.items()}
         return [
-            cls(setup, client, Store(folder / client, "made up"), turn, done.payload, done.state)
+            cls(setup, client, Store(folder / client, "made up"), turn, done.payload, server)
             for client, turn in turns.items()
         ]
 

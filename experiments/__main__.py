@@ -138,6 +138,28 @@ def sending(
 
 
 @app.command()
+def free(
+    testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
+    only: Annotated[str, typer.Option(help="Entries of these methods or budgets alone: loom,1%.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every entry.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder of the front's runs.")] = Path("runs/front"),
+) -> None:
+    """What the complete runs of a front write, by chrF and ROUGE-L: a table in Markdown."""
+    from experiments import free, front
+    from fedloom.report import tables as table
+
+    tried = range(first_seed, first_seed + seeds)
+    made = front.entries([testbed_folder(), TESTBEDS], [testbed], tried, out, [])
+    chosen = front.selected(made, split_words(only))
+    found = free.complete([*front.references(made), *chosen])
+    if not found:
+        raise ConfigError(f"{out / testbed} has no complete run: play some with python -m experiments front")
+    data = TESTBEDS / free.FREE[testbed] if testbed in free.FREE else None
+    print(table.to_markdown(free.rows(found, free.Scores.read(out / f"{testbed}-free.json"), data)))
+
+
+@app.command()
 def width(
     bases: Annotated[str, typer.Option(help="WIDTH=FOLDER of base models, joined by commas: 128=a,512=b.")],
     testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",

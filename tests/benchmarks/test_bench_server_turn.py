@@ -15,8 +15,8 @@ SHAPES = dict(list(preset_shapes(preset_named("tinyllama"), layers=1).items())[:
 
 def test_no_two_clients_send_the_same():
     job = Job(build("fedsrd"), 0, quantize("int4"))
-    state, payloads = server_turn.second_round(job, SHAPES, 2, 3)
-    assert state.version == 1 and len(payloads) == 3
+    state, payloads = server_turn.before_round(job, SHAPES, 2, 3)
+    assert state.version == server_turn.ROUND - 1 and len(payloads) == 3
     name = next(iter(SHAPES)) + "/A"
     values = [tuple(decode(payload).entries[name].positions.tolist()) for payload in payloads.values()]
     assert len(set(values)) == 3

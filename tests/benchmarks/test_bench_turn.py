@@ -43,7 +43,7 @@ def test_rows_hold_a_turn_by_stage_and_a_bare_loop_over_the_same_batches():
 
 def test_the_bare_loop_trains_what_the_turn_trained(tmp_path):
     setup = turn.prepare(load_config(DEMO, [*SHORT, "training.max_steps=2"]), "")
-    (played,) = turn.Played.first_round(setup, ["lab"], tmp_path)
+    (played,) = turn.Played.until(setup, ["lab"], tmp_path, 2)
     drawn = turn.Drawn.of(setup.sites["lab"].data)
     played.play(drawn, Stopwatch())
     trained = peft_bridge.read_adapter(setup.model).tensors()

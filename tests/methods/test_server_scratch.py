@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.server_turn import second_round
+from benchmarks.server_turn import ROUND, before_round
 
 from fedloom.compress import sparsify
 from fedloom.compress.quantize import quantize
@@ -19,10 +19,10 @@ MODULES = {"wide": (40, 4200), "tall": (4200, 40), "square": (4200, 4200)}  # fa
 @pytest.mark.parametrize("settings", [{"server_residual": 0.5}, {"download": "random"}, {}])
 def test_fedsrd_leaves_nothing_in_memory_that_is_used_again(settings, monkeypatch):
     job = Job(build("fedsrd-e", settings), 0, quantize("int4"))
-    state, payloads = second_round(job, MODULES, 8, 2)
-    found = server_turn(job, state, payloads, 2)
+    state, payloads = before_round(job, MODULES, 8, 2)
+    found = server_turn(job, state, payloads, ROUND)
     monkeypatch.setattr(sparsify._Scratch, "like", lambda self, use, tensor: None)
-    wanted = server_turn(job, state, payloads, 2)
+    wanted = server_turn(job, state, payloads, ROUND)
     assert found.payload == wanted.payload and digest(found.state.adapter) == digest(wanted.state.adapter)
     assert found.state.memory.keys() == wanted.state.memory.keys()
     assert all(torch.equal(found.state.memory[name], held) for name, held in wanted.state.memory.items())
