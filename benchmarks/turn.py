@@ -28,7 +28,7 @@ from fedloom.workspace.data import client_examples
 from fedloom.workspace.participants import select_participants
 
 ROUND = 4
-"""The round that is measured: a client remembers earlier ones, and a payload is of their kind, as B is no longer zero."""
+"""The round that is measured: a client remembers earlier ones, and a payload is of their kind. In the first, B is 0."""
 
 
 def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = (), repeats: int = 5) -> dict[str, Any]:

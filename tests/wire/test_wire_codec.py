@@ -116,7 +116,7 @@ def test_large_messages_and_streams_of_many_chunks():
     payload = encode(message)
     assert equal(decode(payload), message)
     script = "import sys; from fedloom.wire import codec, decode, encode\n"
-    script += "codec.side_by_side = lambda left, right, size: (left(), right())\n"
+    script += "codec.run_side_by_side = lambda left, right, size: (left(), right())\n"
     script += "payload = sys.stdin.buffer.read(); sys.stdout.buffer.write(encode(decode(payload)))"
     alone = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, check=True)
     assert alone.stdout == payload
@@ -191,23 +191,19 @@ def _coded(gaps):
 
     half = len(gaps) // 2
     cells = [np.cumsum(np.array(part, dtype=np.int64) + 1) - 1 for part in (gaps[:half], gaps[half:])]
-    sink, other = BitSink(), BitSink()
-    symbols = [
-        into.code(cell, np.array([cell.size]), compiled) for into, cell in zip((sink, other), cells, strict=True)
-    ]
-    sink.join(other)
+    sink = BitSink()
+    symbols = [sink.code(cell, np.array([cell.size]), compiled) for cell in cells]
     return np.concatenate(symbols), sink.to_bytes()
 
 
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 40), max_size=200))
 def test_gap_symbols_are_those_of_the_definition(gaps):
     symbols, numbers_, widths = to_symbols(np.array(gaps, dtype=np.int64))
-    sink, other = BitSink(), BitSink()
+    sink = BitSink()
     third = len(numbers_) // 3
     sink.add(numbers_[:third], widths[:third])
     sink.add(numbers_[third : 2 * third], widths[third : 2 * third])
-    other.add(numbers_[2 * third :], widths[2 * third :])
-    sink.join(other)
+    sink.add(numbers_[2 * third :], widths[2 * third :])
     bits = 0
     at = 0
     for gap, symbol in zip(gaps, symbols.tolist(), strict=True):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from fedloom.rounds.caps import find_outliers
 from fedloom.rounds.decoded import Decoded, read_update
 from fedloom.rounds.job import Job, sender_digest
 from fedloom.wire import DEFAULT, Header, Limits
-from fedloom.wire.streams import run_side_by_side
 
 MOST_EXAMPLES = 10**9
 """Examples that one update may rest on: no site fine-tunes on more, and sums of such numbers are exact in a float."""
@@ -74,20 +72,12 @@ def check_all(
 ) -> tuple[dict[str, UpdateFacts], dict[str, str]]:
     """(client → facts of its update, where it may be averaged; client → why it may not), both in order of name."""
     found = dict(seen)
-
-    def check(clients: Sequence[str]) -> dict[str, str]:
-        refused = {}
-        for client in clients:
-            try:
-                found[client] = check_update(job, state, client, payloads[client], round, decoded)
-            except FedloomError as error:
-                refused[client] = str(error)
-        return refused
-
-    new = sorted(payloads.keys() - seen.keys())
-    size = 8 * state.adapter.numel() if len(new) > 1 else 0  # about what decoding reads and writes
-    odd, even = run_side_by_side(partial(check, new[0::2]), partial(check, new[1::2]), size)
-    refused = dict(sorted((odd | even).items()))
+    refused = {}
+    for client in sorted(payloads.keys() - seen.keys()):
+        try:
+            found[client] = check_update(job, state, client, payloads[client], round, decoded)
+        except FedloomError as error:
+            refused[client] = str(error)
     return {client: found[client] for client in sorted(payloads) if client not in refused}, refused
 
 

@@ -120,9 +120,8 @@ def _unpacked(message: Message) -> UnpackedMessage:
     for name, entry in entries.items():
         check_entry(name, entry)
     work = 8 * sum(entry.values.numel() for entry in entries.values())
-    (cells, position_sinks), value_sinks = run_side_by_side(
-        partial(_put_positions, entries, work), partial(_put_values, entries), work
-    )
+    cells, position_sinks = _put_positions(entries)
+    value_sinks = _put_values(entries)
     items = [_item(name, entry, cells.get(name)) for name, entry in entries.items()]
     return UnpackedMessage(message.header, items, position_sinks | value_sinks, work)
 
@@ -139,10 +138,8 @@ def decode(payload: bytes, limits: Limits = DEFAULT) -> Message:
 def decode_opened(opened: OpenedPayload) -> Message:
     """The message of an opened payload. Raises WireError like `decode`."""
     sources = Sources(opened.streams, opened.coded)
-    work = sum(item.output_bytes for item in opened.items)
-    positions, values = run_side_by_side(
-        partial(_take_positions, opened.items, sources), partial(_take_values, opened.items, sources), work
-    )
+    positions = _take_positions(opened.items, sources)
+    values = _take_values(opened.items, sources)
     sources.end()
     return Message(opened.header, {item.name: _entry(item, positions, values) for item in opened.items})
 
@@ -196,25 +193,16 @@ def _checksum(pieces: Iterable[bytes | memoryview]) -> bytes:
     return hasher.intdigest().to_bytes(CHECKSUM_BYTES, "little")
 
 
-def _put_positions(entries: dict[str, Entry], work: int) -> tuple[dict[str, Cells], Sinks]:
+def _put_positions(entries: dict[str, Entry]) -> tuple[dict[str, Cells], Sinks]:
     for name, entry in entries.items():
-        if isinstance(entry, Seeded):  # here and not among the checks: the values are put meanwhile, on another thread
+        if isinstance(entry, Seeded):
             check_mask(name, count(entry.shape), entry.density, entry.seed, entry.values.numel())
     sparse = {name: entry for name, entry in entries.items() if isinstance(entry, Sparse)}
-    halves = list(sparse.values())[: len(sparse) // 2], list(sparse.values())[len(sparse) // 2 :]
-    total = sum(entry.positions.numel() for entry in sparse.values())
-    sink, other = run_side_by_side(partial(_taken, halves[0], total), partial(_taken, halves[1], total), work)
-    sink.join(other)
+    sink = PositionSink(sum(entry.positions.numel() for entry in sparse.values()))
+    for entry in sparse.values():
+        sink.add(entry.shape, entry.positions.numpy())
     layouts, sinks = sink.finish()
     return dict(zip(sparse, layouts, strict=True)), sinks
-
-
-def _taken(entries: Sequence[Sparse], total: int) -> PositionSink:
-    """The positions of some entries. total: those of the whole message."""
-    sink = PositionSink(total)
-    for entry in entries:
-        sink.add(entry.shape, entry.positions.numpy())
-    return sink
 
 
 def _put_values(entries: dict[str, Entry]) -> Sinks:

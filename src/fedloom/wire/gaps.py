@@ -86,21 +86,6 @@ class BitSink:
         self.pieces.append(packed[:full].copy())
         return symbols
 
-    def join(self, other: BitSink) -> None:
-        """Append all that another one holds."""
-        words = np.concatenate([np.zeros(0, dtype=np.uint32), *other.pieces])
-        if words.size:
-            # Of every word the low bits end one of these words, and the high bits begin the next.
-            moved = words.astype(np.uint64) << np.uint64(self._used)
-            packed = moved.astype(np.uint32)
-            over = (moved >> np.uint64(32)).astype(np.uint32)
-            packed[1:] |= over[:-1]
-            packed[0] |= np.uint32(self._tail)
-            self.pieces.append(packed)
-            self._tail = int(over[-1])
-        if other._used:
-            self.add(np.array([other._tail]), np.array([other._used], dtype=np.uint8))
-
     def to_bytes(self) -> Bytes:
         """All bits, the last byte filled up with zeros."""
         tail = np.frombuffer(self._tail.to_bytes(4, "little"), dtype=np.uint8)[: (self._used + 7) // 8]

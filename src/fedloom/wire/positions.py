@@ -118,15 +118,6 @@ class PositionSink:
         self.extra.add(numbers, widths)
         return symbols
 
-    def join(self, other: PositionSink) -> None:
-        """Append all that another one took, as if it had come here."""
-        for sink in (self, other):
-            sink._code()
-        self.classes.join(other.classes)
-        self.bitmaps.join(other.bitmaps)
-        self.extra.join(other.extra)
-        self.tensors += other.tensors
-
     def finish(self) -> tuple[list[Cells], dict[int, Sink]]:
         """The tensors' layouts, in order, and the streams by role."""
         self._code()

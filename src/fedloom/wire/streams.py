@@ -32,7 +32,7 @@ MOST_EXPANSION = 2**16
 """Unpacked bytes that a packed one can stand for, at most: an RLE block of Zstandard makes 128 KiB of 4."""
 
 _LOOKED_AT = 2**18  # bytes of a stream, read from a file, after which their pages are let go of
-_INLINE = 2**18  # bytes: below, starting a thread costs more than it saves
+_INLINE = 2**22  # bytes: below, starting a thread costs more than it saves
 
 # Literals only: in these streams matches rarely pay, and Huffman coding nearly always does. The smallest
 # tables and the longest least match keep Zstandard from looking for matches.
@@ -121,11 +121,6 @@ class Sink:
         if piece.size:
             self.pieces.append(piece)
             self.ends.append(self.size + piece.size)
-
-    def join(self, other: Sink) -> None:
-        """Append all that another one holds."""
-        for piece in other.pieces:
-            self.add(piece)
 
     def chunk(self, number: int) -> memoryview:
         """One of the unpacked chunks, made now: not all of a stream's bytes are in memory at the same time."""
@@ -216,7 +211,10 @@ class Sources:
 
 
 def run_side_by_side(left: Callable[[], T], right: Callable[[], U], size: int) -> tuple[T, U]:
-    """Both results. The two run at the same time where `size`, the bytes of work, is worth a thread."""
+    """Both results. The two run at the same time where `size`, the bytes of work, is worth a thread.
+
+    For few long calls that leave the interpreter alone, as Zstandard's do: many short ones wait for each other.
+    """
     if size < _INLINE:
         return left(), right()
     with ThreadPoolExecutor(1) as pool:

@@ -16,7 +16,7 @@ from fedloom.lora.lowrank.change import FactorChange, ProductChange
 from fedloom.lora.lowrank.norms import frobenius_norm, inner_product, relative_error
 from fedloom.lora.lowrank.parallel import map_modules
 from fedloom.lora.lowrank.product_sum import ProductSum, streaming_cap
-from fedloom.lora.lowrank.truncation import Truncation, truncate, truncate_all
+from fedloom.lora.lowrank.truncation import Truncation, truncate, truncate_all, truncation_cost
 
 __all__ = [
     "FactorChange",
@@ -30,4 +30,5 @@ __all__ = [
     "streaming_cap",
     "truncate",
     "truncate_all",
+    "truncation_cost",
 ]

@@ -26,6 +26,7 @@ from fedloom.errors import ShapeError
 from fedloom.lora.lowrank.gram import core, gram
 from fedloom.lora.lowrank.inverse import inverse
 from fedloom.lora.lowrank.leading import OVERSAMPLING, PAIRED_RANK
+from fedloom.lora.lowrank.parallel import EIGEN
 from fedloom.lora.lowrank.product_sum import HELD_RANK, ProductSum, streaming_cap
 from fedloom.lora.lowrank.sparse import (
     Tall,
@@ -101,6 +102,13 @@ class ProductChange:
         self._clients = 0
         self._held: list[ClientChange] = []
         self._spilled: ProductSum | None = None
+
+    @property
+    def cost(self) -> float:
+        """About how many operations the change takes with the clients so far: products, and the core of their stack."""
+        size, rank = self._fixed.shape
+        stacked = 0 if self.rank is None else min(self._clients * rank, size)
+        return 6.0 * rank**2 * (size + self._moving.shape[0]) + EIGEN * stacked**3
 
     def add(self, delta_b: Entry, delta_a: Entry, weight: float) -> None:
         """Add one client's ΔB (m × r) and ΔA (r × n). Raises ShapeError, or NumericError for NaN and infinity."""

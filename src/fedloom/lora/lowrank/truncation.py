@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedloom.errors import ConfigError, NumericError
 from fedloom.lora.lowrank.kernels import spectrum_by_gram, spectrum_by_qr
-from fedloom.lora.lowrank.parallel import map_modules
+from fedloom.lora.lowrank.parallel import EIGEN, map_modules
 from fedloom.lora.lowrank.products import spectrum_by_products
 from fedloom.lora.lowrank.spectrum import Spectrum, Wanted
 from fedloom.lora.lowrank.stack import Stack
@@ -79,9 +79,17 @@ def plan_kernels(dtype: torch.dtype) -> tuple[str, ...]:
 def truncate_all(
     pairs: Mapping[str, LoraPair], *, rank: int | None = None, energy: float | None = None
 ) -> dict[str, Truncation]:
-    """`truncate` for every module, as many at a time as torch may use threads."""
-    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values())
+    """`truncate` for every module; large ones side by side."""
+    costs = [truncation_cost(pair.shape, pair.rank) for pair in pairs.values()]
+    mean = sum(costs) / max(len(costs), 1)
+    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values(), mean)
     return dict(zip(pairs, cuts, strict=True))
+
+
+def truncation_cost(shape: tuple[int, int], rank: int) -> float:
+    """About how many operations it takes to truncate a sum of so many components: its Gram matrices and its core."""
+    stacked = min(rank, *shape)
+    return 2.0 * sum(shape) * stacked**2 + EIGEN * stacked**3
 
 
 def _check(stack: Stack, wanted: Wanted) -> None:
