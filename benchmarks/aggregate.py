@@ -110,7 +110,7 @@ def _measured(
     for _ in range(repeats):
         trials.append(machine.measure_rates(device))
         for method, call in calls.items():
-            times[method].append(machine.time_call(partial(map_modules, call, work, math.inf)))
+            times[method].append(machine.time_call(partial(map_modules, call, work, [math.inf])))
     measured = machine.median_rates(trials)
     counts = {shape: sum(case.pair.shape == shape for case in work) for shape in sample}
     dense = _dense_seconds(kernels, sample, counts, repeats) if reference else {}

@@ -151,10 +151,13 @@ def free(
 
     tried = range(first_seed, first_seed + seeds)
     made = front.entries([testbed_folder(), TESTBEDS], [testbed], tried, out, [])
-    chosen = front.selected(made, split_words(only))
-    found = free.complete([*front.references(made), *chosen])
-    if not found:
-        raise ConfigError(f"{out / testbed} has no complete run: play some with python -m experiments front")
+    dense, chosen = front.references(made), front.selected(made, split_words(only))
+    if not free.complete(dense):
+        raise ConfigError(
+            f"{out / testbed} has no complete run of dense FedIT, which the others are compared with: play it with "
+            f"python -m experiments front --testbeds {testbed}"
+        )
+    found = free.complete([*dense, *chosen])
     data = TESTBEDS / free.FREE[testbed] if testbed in free.FREE else None
     print(table.to_markdown(free.rows(found, free.Scores.read(out / f"{testbed}-free.json"), data)))
 

@@ -45,6 +45,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bool]]:
         return SimpleNamespace(scores={"chrf": {"mean": value / 100}, "rouge_l": {"mean": value / 200}})
 
     monkeypatch.setattr(fedloom, "evaluate", evaluate)
+    monkeypatch.setattr(free, "base_digest", lambda path: f"digest of {path}")
     return seen
 
 
@@ -72,7 +73,9 @@ def test_rows_are_means_over_seeds_and_nothing_is_generated_twice(
     assert len(asked) == 6
 
 
-def test_without_a_complete_run_the_command_says_what_to_do(tmp_path: Path) -> None:
+def test_without_dense_fedit_the_command_says_what_to_do(tmp_path: Path) -> None:
     told = CliRunner().invoke(command.app, ["free", "--out", str(tmp_path)])
     assert told.exit_code == 2
-    assert "has no complete run: play some with python -m experiments front" in " ".join(told.stderr.split())
+    assert "has no complete run of dense FedIT, which the others are compared with: play it with" in " ".join(
+        told.stderr.split()
+    )

@@ -31,13 +31,15 @@ def test_only_large_modules_leave_the_calling_thread_and_each_has_one_thread_of_
             met.wait()  # passes only where three calls run at the same time
         return number, threading.get_ident(), torch.get_num_threads()
 
-    small = map_modules(lambda number: look(number, False), range(6), 0.99 * WORTH)
-    large = map_modules(lambda number: look(number, True), range(6), WORTH)
+    small = map_modules(lambda number: look(number, False), range(6), 6 * [0.99 * WORTH])
+    large = map_modules(lambda number: look(number, True), range(6), [0.0, 2 * WORTH] * 3)
     assert [number for number, _, _ in small] == [number for number, _, _ in large] == list(range(6))
     assert {thread for _, thread, _ in small} == {threading.get_ident()}
     assert len({thread for _, thread, _ in large}) == 3
     assert {threads for _, _, threads in (*small, *large)} == {1}, "no call splits its sums"
     assert torch.get_num_threads() == 3
+    unsaid = map_modules(lambda number: look(number, False), range(6))
+    assert {thread for _, thread, _ in unsaid} == {threading.get_ident()}
 
 
 @pytest.mark.usefixtures("three_threads")

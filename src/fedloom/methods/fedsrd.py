@@ -222,7 +222,7 @@ def reconstruct(
     witness = Witness(state, guard)
     for update in witness.watch(updates):
         add = partial(add_to, changes, state.adapter.ranks(), update)
-        map_modules(add, changes, mean_cost(changes))
+        map_modules(add, changes, [change.cost for change in changes.values()])
     verdict = witness.judge()
     if verdict.wrong:
         return witness.take_back(verdict, context)
@@ -235,17 +235,13 @@ def reconstruct(
         delta = carry_residual(step, state.memory.get(name), down.decay)
         return name, *thin_change(down, delta, state.adapter[module], name, context), solved.kept
 
-    done = map_modules(finish, list(changes), mean_cost(changes))
+    costs = [change.cost for change in changes.values()]  # before the first one is let go of
+    done = map_modules(finish, list(changes), costs)
     entries = {name: entry for name, entry, _, _ in done}
     rest = {name: left for name, _, left, _ in done if left is not None}
     kept = sum(number for _, _, _, number in done) / max(len(done), 1)
     stats = {"mean_directions_kept": kept, **(verdict.stats if guard else {})}
     return Aggregate(entries, {**state.memory, **rest, **witness.remember(verdict, entries)}, stats)
-
-
-def mean_cost(changes: Mapping[str, ProductChange]) -> float:
-    """About how many operations a module's change takes."""
-    return sum(change.cost for change in changes.values()) / max(len(changes), 1)
 
 
 def _in_order(tensor: Tensor) -> Tensor:

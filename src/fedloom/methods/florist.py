@@ -92,8 +92,8 @@ def leading_components(
     tail = partial(components_beyond, state.adapter) if client_init == "warm" else None
     sums = product_sums(updates, state.adapter, capped=tau < 1.0, beside=tail)
     modules = list(sums)
-    mean = sum(truncation_cost(one.shape, one.rank) for one in sums.values()) / max(len(sums), 1)
-    cut_all = map_modules(lambda module: sums.pop(module).truncate(energy=tau), modules, mean)
+    costs = [truncation_cost(one.shape, one.rank) for one in sums.values()]
+    cut_all = map_modules(lambda module: sums.pop(module).truncate(energy=tau), modules, costs)
     cuts = dict(zip(modules, cut_all, strict=True))
     verdict = judge_products(state, {module: cut.pair for module, cut in cuts.items()}) if guard else None
     if verdict and min(verdict.gains.values(), default=1.0) < 1.0:

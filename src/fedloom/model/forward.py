@@ -68,7 +68,8 @@ def forward_update(
     settings = settings.for_examples(data.num_rows)  # an epoch draws every row once
     peft_bridge.set_frozen(model, frozen)
     base = cast(PreTrainedModel, model.get_base_model())
-    rows, collate = training_rows(data), collator(model, data)
+    rows = training_rows(data)
+    collate = collator(model, rows)
     tokens = 0
 
     def loss(adapter: LoraState, batch: Batch) -> float:

@@ -102,9 +102,10 @@ def share_rows(data: TokenizedExamples, batch: Sequence[Tokens]) -> dict[str, Te
     return collate_packed([tuple(batch[place] for place in row) for row in rows], data.pad)
 
 
-def collator(model: peft.PeftModel, data: TokenizedExamples) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """What makes a batch of some of `training_rows(data)`, for this model."""
-    rows = training_rows(data)
+def collator(
+    model: peft.PeftModel, rows: TokenizedExamples | PackedRows
+) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """What makes a batch of some of these `training_rows`, for this model."""
     if isinstance(rows, PackedRows):
         return rows.collate
     return partial(share_rows, rows) if may_share(cast("PreTrainedModel", model.get_base_model())) else rows.collate

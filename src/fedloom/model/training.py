@@ -142,7 +142,7 @@ def _fit(
 ) -> tuple[float, int, int]:
     """Train in place. Returns mean loss, steps and tokens; the trainer and its optimiser are garbage afterwards."""
     rows = training_rows(data)
-    trainer = _LocalTrainer(model=model, args=arguments, data_collator=collator(model, data), train_dataset=rows)
+    trainer = _LocalTrainer(model=model, args=arguments, data_collator=collator(model, rows), train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.rates, trainer.penalty, trainer.bf16, trainer.interrupt = rates, penalty, bf16, interrupt
     trainer.head = narrow_head(model) if trainer.model_accepts_loss_kwargs else None

@@ -24,20 +24,22 @@ EIGEN = 20
 _busy = threading.Lock()
 
 
-def map_modules(function: Callable[[Item], Result], items: Iterable[Item], operations: float = 0.0) -> list[Result]:
+def map_modules(function: Callable[[Item], Result], items: Iterable[Item], costs: Iterable[float] = ()) -> list[Result]:
     """[function(item) for item in items], computed by as many threads as torch may use, in the order of the items.
 
-    operations: about how many floating-point operations a call takes; below WORTH one thread computes all.
+    costs: about how many floating-point operations each call takes; below a mean of WORTH, or where they are left out,
+    one thread computes all.
     Every call runs on one thread with one BLAS thread, so results do not depend on how many there are. An exception
     is that of the first item that raised one. Nested and concurrent calls run in the calling thread.
     """
-    work = list(items)  # the length decides whether threads pay
+    work, costs = list(items), list(costs)
+    worth = bool(costs) and sum(costs) >= WORTH * len(costs)
     threads = torch.get_num_threads()
     if not _busy.acquire(blocking=False):
         return [function(item) for item in work]
     try:
         torch.set_num_threads(1)
-        if threads == 1 or len(work) < 2 or operations < WORTH:
+        if threads == 1 or len(work) < 2 or not worth:
             return [function(item) for item in work]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, work))

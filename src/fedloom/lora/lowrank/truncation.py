@@ -81,8 +81,7 @@ def truncate_all(
 ) -> dict[str, Truncation]:
     """`truncate` for every module; large ones side by side."""
     costs = [truncation_cost(pair.shape, pair.rank) for pair in pairs.values()]
-    mean = sum(costs) / max(len(costs), 1)
-    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values(), mean)
+    cuts = map_modules(lambda pair: truncate(pair, rank=rank, energy=energy), pairs.values(), costs)
     return dict(zip(pairs, cuts, strict=True))
 
 
