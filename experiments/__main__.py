@@ -93,6 +93,9 @@ def tune_real(
     testbed: Annotated[str, typer.Option(help="A testbed of front.toml.")] = "wordnet",
     rates: Annotated[str, typer.Option(help="Learning rates to try.")] = "1e-3,2e-3,4e-3,8e-3",
     only: Annotated[str, typer.Option(help="Entries of these methods or budgets alone: loom,1%.")] = "",
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Variants in place of front.toml's; see fedloom compare.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of a run; the testbed's if left out.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of every rate.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; not one that final scores are taken with.")] = 100,
@@ -105,11 +108,13 @@ def tune_real(
     """The learning rate of every entry of front.toml, tried on the validation split; a table in Markdown."""
     from experiments import front, tuning
     from fedloom.report import tables as table
+    from fedloom.studies.compare import parse_variants
 
     short = [] if rounds is None else [f"federation.num_rounds={rounds}"]
     bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], [*short, *(sets or [])])
     tried = range(first_seed, first_seed + seeds)
-    made = tuning.searches(bed, split_words(only), split_words(rates), tried, out / testbed)
+    variants = parse_variants(methods) if methods else tuning.listed(bed, split_words(only))
+    made = tuning.searches(bed.config, variants, split_words(rates), tried, out / testbed)
     play_all([run for search in made for run in search.made], jobs, lambda run: testbed)
     found = table.to_markdown(tuning.rows(made))
     (out / f"{testbed}.md").write_text(found, encoding="utf-8")

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from experiments.front import Bed
 from fedloom.errors import ConfigError
+from fedloom.records.config import Config
 from fedloom.report.measures import LOSS
 from fedloom.report.scores import over_seeds
 from fedloom.studies.compare import Trial, plan_runs, read_reports
@@ -43,12 +44,11 @@ def with_rate(variant: str, rate: str) -> str:
     return f"{variant}{',' if ':' in variant else ':'}{RATE}={rate}"
 
 
-def searches(bed: Bed, only: Collection[str], rates: Sequence[str], seeds: Sequence[int], out: Path) -> list[Search]:
-    """Every variant of a testbed with every rate, scored on the validation split; the held-out one is hidden.
+def listed(bed: Bed, only: Collection[str]) -> list[str]:
+    """The variants of a testbed without their rates. only: methods or budgets, all if empty.
 
-    only: methods or budgets, all if empty. Raises ConfigError where they name none.
+    Raises ConfigError where they name none.
     """
-    config = hide_heldout(bed.config)
     variants = [
         without_rate(variant)
         for budget, some in bed.budgets.items()
@@ -57,19 +57,29 @@ def searches(bed: Bed, only: Collection[str], rates: Sequence[str], seeds: Seque
     ]
     if not variants:
         raise ConfigError(f"--only {','.join(only)} names no entry: expected methods or budgets of front.toml")
+    return list(dict.fromkeys(variants))
+
+
+def searches(
+    config: Config, variants: Sequence[str], rates: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[Search]:
+    """Every variant with every rate, scored on the validation split; the held-out one is hidden."""
+    hidden = hide_heldout(config)
     return [
-        Search(name, {rate: tuple(plan_runs(config, [with_rate(name, rate)], seeds, out)) for rate in rates})
-        for name in dict.fromkeys(variants)
+        Search(name, {rate: tuple(plan_runs(hidden, [with_rate(name, rate)], seeds, out)) for rate in rates})
+        for name in variants
     ]
 
 
 def rows(made: Sequence[Search]) -> list[dict[str, str]]:
-    """A row a variant: the loss of the base and that at the end for every rate, in nats a token; the best rate."""
+    """A row a variant: the loss of the base and that at the end for every rate, in nats a token; the best rate, and the
+    bytes of its runs, both ways, as a share of dense fp32 FedIT's.
+    """
     return [_row(search) for search in made]
 
 
 def _row(search: Search) -> dict[str, str]:
-    row, ends = {"run": search.variant, "base": "–"}, {}
+    row, ends, shares = {"run": search.variant, "base": "–"}, {}, {}
     for rate, runs in search.rates.items():
         reports = [report for some in read_reports(runs).values() for report in some]
         if reports:
@@ -77,7 +87,9 @@ def _row(search: Search) -> dict[str, str]:
             row["base"] = LOSS.show(fmean(report.value(LOSS.key, at=0) for report in reports))
             row[rate] = over_seeds(values, LOSS)
             ends[rate] = fmean(values)
+            shares[rate] = f"{100 * fmean(report.totals.bytes / report.dense_bytes for report in reports):.2f}"
         else:
             row[rate] = "–"
     fit = {rate: end for rate, end in ends.items() if math.isfinite(end)}
-    return {**row, "best": min(fit, key=fit.__getitem__, default="–")}
+    best = min(fit, key=fit.__getitem__, default="–")
+    return {**row, "best": best, "of dense fp32 %": shares.get(best, "–")}
