@@ -13,10 +13,10 @@ from fedloom.compress.entries import to_dense
 from fedloom.compress.fast import torch_only
 from fedloom.compress.sparsify import (
     Adaptive,
+    Rescaling,
     factor_norms,
     importance,
     kurtosis,
-    l1_gain,
     select_largest,
     shortlist,
     split,
@@ -71,18 +71,29 @@ def test_sent_and_rest_add_up_to_the_input(seed: int, keep: int, cap: float):
     delta = tensor(seed, 6, 10)
     plain = split(delta, delta.abs(), keep)
     assert torch.equal(to_dense(plain.sent) + plain.rest, delta)
-    gained = split(delta, delta.abs(), keep, rescale="l1", cap=cap)
-    gain = l1_gain(delta.flatten(), delta.flatten()[gained.sent.positions], "l1", cap)
+    rescaling = Rescaling("l1", cap)
+    gained = split(delta, delta.abs(), keep, rescaling=rescaling)
+    gain = rescaling.gain(delta.flatten(), delta.flatten()[gained.sent.positions])
     torch.testing.assert_close(to_dense(gained.sent) / gain + gained.rest, delta)
     assert gained.rest.flatten()[gained.sent.positions].abs().max() == 0
 
 
 def test_l1_rescale_keeps_the_norm_and_obeys_its_cap():
     delta = tensor(5, 20, 30)
-    sent = split(delta, delta.abs(), 60, rescale="l1").sent
+    sent = split(delta, delta.abs(), 60, rescaling=Rescaling("l1")).sent
     assert to_dense(sent).abs().sum().item() == pytest.approx(delta.abs().sum().item(), rel=1e-5)
-    capped = split(delta, delta.abs(), 60, rescale="l1", cap=1.5).sent
+    capped = split(delta, delta.abs(), 60, rescaling=Rescaling("l1", cap=1.5)).sent
     torch.testing.assert_close(to_dense(capped).flatten()[capped.positions], 1.5 * delta.flatten()[capped.positions])
+
+
+@pytest.mark.parametrize("keep", [6, 60, 550])
+def test_few_elements_go_no_further_than_some_norms_of_the_whole(keep):
+    delta = tensor(5, 20, 30)
+    plain = to_dense(split(delta, delta.abs(), keep, rescaling=Rescaling("l1")).sent)
+    held = to_dense(split(delta, delta.abs(), keep, rescaling=Rescaling("l1", step=2.0)).sent)
+    most = 2.0 * delta.norm()
+    torch.testing.assert_close(held, plain * min(1.0, (most / plain.norm()).item()))
+    assert (held.norm() < plain.norm()) == (keep < 550)  # few only are too long
 
 
 def test_rounding_goes_into_the_rest():
@@ -93,7 +104,7 @@ def test_rounding_goes_into_the_rest():
 
 
 def test_a_zero_change_sends_nothing():
-    cut = split(torch.zeros(4, 4), torch.zeros(4, 4), 5, rescale="l1")
+    cut = split(torch.zeros(4, 4), torch.zeros(4, 4), 5, rescaling=Rescaling("l1"))
     assert cut.sent.positions.numel() == 0
 
 

@@ -76,6 +76,7 @@ def job_of(method: str, share: float | None, **settings: Any) -> Job:
 )
 def test_a_turn_holds_two_adapters_and_little_else(method: str, share: float | None) -> None:
     """Before and after are there already. A payload of FedIT is a quarter of an adapter, and is made of codes."""
+    pytest.importorskip("numba")  # its loops need less than numpy's
     before, after = adapters(24, 1024, 16)
     job, adapter = job_of(method, share), 4 * before.numel()
     state, trained = start(job, before), Trained(after, 1, 0.0)
@@ -109,7 +110,7 @@ def all_at_once(up: Upload, state: State, after: LoraState, context: Context) ->
 
     def cuts(counts: dict[str, int]) -> dict[str, Any]:
         seeds = {name: derived_seed(context.seed, "upload", context.round, name) for name in changes}
-        how = {"rescale": up.rescale, "cap": up.cap, "quantize": context.quantize}
+        how = {"rescaling": up.rescaling, "quantize": context.quantize}
         return {name: split(*held, counts[name], seed=seeds[name], **how) for name, held in changes.items()}
 
     def entries_at(density: float) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def all_at_once(up: Upload, state: State, after: LoraState, context: Context) ->
 
 
 @pytest.mark.parametrize("share", [None, 0.02])
-@pytest.mark.parametrize("settings", [{}, {"client_residual": 0.7}, {"rescale": "none"}])
+@pytest.mark.parametrize("settings", [{}, {"client_residual": 0.7}, {"rescale": "none"}, {"rescale_step": 1.5}])
 def test_fedsrd_sends_what_it_would_with_everything_in_memory(share: float | None, settings: dict[str, Any]) -> None:
     before, after = adapters(6, 160, 8)
     job = job_of("fedsrd", share, **settings)

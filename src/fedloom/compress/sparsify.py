@@ -242,11 +242,30 @@ def _bins(scores: Tensor) -> NDArray[np.int32]:
     return (_flat(scores).view(np.int32) & 0x7FFFFFFF) >> _BIN_SHIFT
 
 
-def l1_gain(tensor: Tensor, kept: Tensor, rescale: Rescale, cap: float) -> float:
-    """The factor that gives the kept values the L1 norm of the whole tensor, at most `cap`; 1 for "none"."""
-    if rescale == "none" or (norm := kept.abs().sum().item()) == 0.0:
-        return 1.0
-    return min(torch.abs(tensor, out=scratch.like("sizes", tensor)).sum().item() / norm, cap)
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """By how much the elements that are sent are lengthened for those that are not.
+
+    kind: "l1" gives them the L1 norm of the whole tensor, "none" leaves them as they are. cap: the factor, at most.
+    step: the L2 norm that they then have, at most, in L2 norms of the whole.
+    """
+
+    kind: Rescale = "none"
+    cap: float = math.inf
+    step: float = math.inf
+
+    def gain(self, tensor: Tensor, kept: Tensor) -> float:
+        """The factor for the values that are kept of a tensor."""
+        if self.kind == "none" or (norm := kept.abs().sum().item()) == 0.0:
+            return 1.0
+        gain = min(torch.abs(tensor, out=scratch.like("sizes", tensor)).sum().item() / norm, self.cap)
+        if math.isinf(self.step):
+            return gain
+        return min(gain, self.step * float(tensor.norm()) / float(kept.norm()))
+
+
+AS_IT_IS = Rescaling()
+"""No rescaling."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -270,8 +289,7 @@ def choose(
     scores: Tensor,
     keep: int,
     *,
-    rescale: Rescale = "none",
-    cap: float = math.inf,
+    rescaling: Rescaling = AS_IT_IS,
     quantize: Quantize | None = None,
     seed: int = 0,
 ) -> Choice:
@@ -281,7 +299,7 @@ def choose(
     flat = tensor.flatten()
     positions = top_positions(scores, keep)
     kept = flat.index_select(0, positions)
-    gain = l1_gain(tensor, kept, rescale, cap)
+    gain = rescaling.gain(tensor, kept)
     values = kept * gain if gain != 1.0 else kept
     coded = values if quantize is None else quantize(values, seed)
     return Choice(Sparse(tuple(tensor.shape), positions, coded), values, gain)
@@ -300,14 +318,13 @@ def split(
     scores: Tensor,
     keep: int,
     *,
-    rescale: Rescale = "none",
-    cap: float = math.inf,
+    rescaling: Rescaling = AS_IT_IS,
     quantize: Quantize | None = None,
     seed: int = 0,
 ) -> SparseSplit:
     """Send the `keep` elements of highest score; the rest is all others, and what rounding lost.
 
-    With rescale "none", sent + rest = tensor; exactly so where values travel as float32.
+    Without rescaling, sent + rest = tensor; exactly so where values travel as float32.
     """
-    chosen = choose(tensor, scores, keep, rescale=rescale, cap=cap, quantize=quantize, seed=seed)
+    chosen = choose(tensor, scores, keep, rescaling=rescaling, quantize=quantize, seed=seed)
     return SparseSplit(chosen.sent, chosen.rest(tensor))

@@ -25,6 +25,7 @@ from fedloom.compress.sparsify import (
     Adaptive,
     Choice,
     Rescale,
+    Rescaling,
     choose,
     counts_by_importance,
     importance,
@@ -48,8 +49,7 @@ class Upload:
     """How a client thins its change out."""
 
     sparsity: Adaptive
-    rescale: Rescale
-    cap: float
+    rescaling: Rescaling
     decay: float
 
 
@@ -59,8 +59,7 @@ class Download:
 
     pick: Literal["random", "topk"]
     density: float
-    rescale: Rescale
-    cap: float
+    rescaling: Rescaling
     decay: float
 
 
@@ -81,6 +80,7 @@ def fedsrd(
     sparsity_upper: float = 0.11,
     rescale: Rescale = "l1",
     rescale_cap: float = math.inf,
+    rescale_step: float = 5.0,
     client_residual: float = 0.0,
     download: Literal["random", "topk"] = "topk",
     download_sparsity: float = 0.8,
@@ -93,25 +93,22 @@ def fedsrd(
     """FedSRD (decompose: best rank-r approximation of the aggregate) or FedSRD-e (the aggregate itself, no SVD).
 
     base_sparsity, kurtosis_slope, sparsity_upper: share of each client matrix left out (see `Adaptive`).
-    rescale: "l1" gives what is sent the L1 norm of the whole, by a factor of at most rescale_cap.
+    rescale: "l1" gives what is sent the L1 norm of the whole, by a factor of at most rescale_cap, and at most
+    rescale_step times its L2 norm: few elements that go as far as all of them overshoot (docs/LOG.md).
     client_residual, server_residual: 0 drops what was not sent; 0 < d ≤ 1 adds d times it to the next change.
     download: "random" keeps a seeded share 1 − download_sparsity, divided by it (DARE); "topk" the most important
     elements, rescaled by download_rescale. ridge, rcond: see `lowrank.ProductChange`. step_guard: shorten the server's
     steps, or take one back, where the clients undo the last one (`shared.guard`). Preset "paper" has the paper's random
     download, no ridge and no guard; docs/LOG.md says why the default differs.
     """
-    shares = {
-        "client_residual": client_residual,
-        "server_residual": server_residual,
-        "download_sparsity": download_sparsity,
-    }
-    for key, share in shares.items():
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
-    if ridge < 0 or rcond < 0 or rescale_cap < 1:
-        raise ConfigError(f"method: ridge {ridge} and rcond {rcond} must be ≥ 0, rescale_cap {rescale_cap} must be ≥ 1")
-    up = Upload(Adaptive(base_sparsity, kurtosis_slope, sparsity_upper), rescale, rescale_cap, client_residual)
-    down = Download(download, 1.0 - download_sparsity, download_rescale, rescale_cap, server_residual)
+    _check_shares(client_residual=client_residual, server_residual=server_residual, download_sparsity=download_sparsity)
+    if ridge < 0 or rcond < 0:
+        raise ConfigError(f"method: ridge {ridge} and rcond {rcond} must be ≥ 0")
+    if rescale_cap < 1 or rescale_step < 1:
+        raise ConfigError(f"method: rescale_cap {rescale_cap} and rescale_step {rescale_step} must be ≥ 1")
+    up, down = (Rescaling(kind, rescale_cap, rescale_step) for kind in (rescale, download_rescale))
+    sparsity = Adaptive(base_sparsity, kurtosis_slope, sparsity_upper)
+    thinned = Download(download, 1.0 - download_sparsity, down, server_residual)
     return Method(
         name="fedsrd" if decompose else "fedsrd-e",
         facts=Facts(
@@ -124,14 +121,20 @@ def fedsrd(
             one_factor=True,
         ),
         updates="change",
-        compress=partial(send_important, up),
-        aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), down, step_guard),
+        compress=partial(send_important, Upload(sparsity, up, client_residual)),
+        aggregate=partial(reconstruct, Solver(decompose, ridge, rcond), thinned, step_guard),
         receive=add_to_whole,
         adopt=adopt_whole,
         takes_budget=True,
         values="int4",
         wider={0.12: "int8"},  # four bits a value are an eighth of dense fp32: above that, wider values use the budget
     )
+
+
+def _check_shares(**shares: float) -> None:
+    for key, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"method.{key} is {share}: expected 0 to 1")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -166,7 +169,7 @@ class Changes:
             seed = derived_seed(self.context.seed, "upload", self.context.round, tensor)
             keep, up = count(tensor, scores), self.up
             quantize = self.context.quantize
-            return choose(delta, scores, keep, rescale=up.rescale, cap=up.cap, quantize=quantize, seed=seed)
+            return choose(delta, scores, keep, rescaling=up.rescaling, quantize=quantize, seed=seed)
 
         return self.each(choose_of)
 
@@ -267,5 +270,5 @@ def thin_change(
     part = name[-1]
     scores = importance(delta, pair.B if part == "A" else pair.A, part, out=scratch.like("scores", delta))
     keep = kept_count(delta.numel(), down.density)
-    cut = choose(delta, scores, keep, rescale=down.rescale, cap=down.cap, quantize=context.quantize, seed=seed)
+    cut = choose(delta, scores, keep, rescaling=down.rescaling, quantize=context.quantize, seed=seed)
     return cut.sent, cut.rest(delta) if down.decay else None

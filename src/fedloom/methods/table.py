@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,7 +66,7 @@ class MethodEntry:
     presets: Mapping[str, Settings] = field(default_factory=dict)
 
 
-PAPER_SRD: Settings = {"download": "random", "ridge": 0.0, "step_guard": False}
+PAPER_SRD: Settings = {"download": "random", "ridge": 0.0, "rescale_step": math.inf, "step_guard": False}
 LOSSLESS_SRD: Settings = {**PAPER_SRD, "base_sparsity": 0.0, "sparsity_upper": 0.0, "download_sparsity": 0.0}
 
 METHODS: Mapping[str, MethodEntry] = {
