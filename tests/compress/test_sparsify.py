@@ -94,6 +94,8 @@ def test_few_elements_go_no_further_than_some_norms_of_the_whole(keep):
     most = 2.0 * delta.norm()
     torch.testing.assert_close(held, plain * min(1.0, (most / plain.norm()).item()))
     assert (held.norm() < plain.norm()) == (keep < 550)  # few only are too long
+    tiny = split(1e-30 * delta, delta.abs(), keep, rescaling=Rescaling("l1", step=2.0)).sent  # squares of 0
+    assert to_dense(tiny).abs().sum().item() == pytest.approx((1e-30 * delta).abs().sum().item(), rel=1e-5)
 
 
 def test_rounding_goes_into_the_rest():

@@ -261,7 +261,8 @@ class Rescaling:
         gain = min(torch.abs(tensor, out=scratch.like("sizes", tensor)).sum().item() / norm, self.cap)
         if math.isinf(self.step):
             return gain
-        return min(gain, self.step * float(tensor.norm()) / float(kept.norm()))
+        length, most = gain * float(kept.norm()), self.step * float(tensor.norm())
+        return gain * most / length if length > most else gain
 
 
 AS_IT_IS = Rescaling()
