@@ -105,7 +105,9 @@ def tune_real(
         "runs/tune-real"
     ),
 ) -> None:
-    """The learning rate of every entry of front.toml, tried on the validation split; a table in Markdown."""
+    """The learning rate of every entry of front.toml, or of other variants, tried on the validation split; a table in
+    Markdown.
+    """
     from experiments import front, tuning
     from fedloom.report import tables as table
     from fedloom.studies.compare import parse_variants
@@ -113,7 +115,7 @@ def tune_real(
     short = [] if rounds is None else [f"federation.num_rounds={rounds}"]
     bed = front.read_bed(testbed, [testbed_folder(), TESTBEDS], [*short, *(sets or [])])
     tried = range(first_seed, first_seed + seeds)
-    variants = parse_variants(methods) if methods else tuning.listed(bed, split_words(only))
+    variants = tuning.listed(bed, split_words(only), parse_variants(methods or []))
     made = tuning.searches(bed.config, variants, split_words(rates), tried, out / testbed)
     play_all([run for search in made for run in search.made], jobs, lambda run: testbed)
     found = table.to_markdown(tuning.rows(made))

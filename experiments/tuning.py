@@ -44,12 +44,14 @@ def with_rate(variant: str, rate: str) -> str:
     return f"{variant}{',' if ':' in variant else ':'}{RATE}={rate}"
 
 
-def listed(bed: Bed, only: Collection[str]) -> list[str]:
+def listed(bed: Bed, only: Collection[str], methods: Sequence[str] = ()) -> list[str]:
     """The variants of a testbed without their rates. only: methods or budgets, all if empty.
 
-    Raises ConfigError where they name none.
+    methods: variants in place of the testbed's. Raises ConfigError where `only` names none, or both are given.
     """
-    variants = [
+    if only and methods:
+        raise ConfigError("--only chooses among the entries of front.toml, and --methods takes their place: give one")
+    variants = [without_rate(variant) for variant in methods] or [
         without_rate(variant)
         for budget, some in bed.budgets.items()
         for variant in some

@@ -189,8 +189,11 @@ def test_rates_are_tried_on_validation_without_the_one_of_the_list(bed, tmp_path
     scores = {"base": "5.000", "1e-3": "4.500", "2e-3": "–", "best": "1e-3"}
     # 640 bytes up and none down, of the 16,000 of 2,000 values four times
     assert tuning.rows(found)[2] == {"run": "loom", **scores, "of dense fp32 %": "4.00"}
+    assert tuning.listed(bed, [], ["ffa:training.learning_rate=3e-3,lora.r=4", "loom"]) == ["ffa:lora.r=4", "loom"]
     with pytest.raises(ConfigError, match="names no entry"):
         tuning.listed(bed, ["moon"])
+    with pytest.raises(ConfigError, match="give one"):
+        tuning.listed(bed, ["loom"], ["ffa"])
 
 
 def test_widths_are_compared_on_the_same_seeds(bed, tmp_path):

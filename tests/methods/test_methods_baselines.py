@@ -46,6 +46,24 @@ def test_corrections_come_nearer_to_the_ideal(better: str, worse: str):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize(("settings", "most"), [({}, 5.0), ({"rescale_step": 3.0}, 3.0), ({"preset": "paper"}, None)])
+def test_few_elements_of_fedsrd_go_no_further_than_it_says(settings: dict[str, object], most: float | None):
+    draw = torch.Generator().manual_seed(0)
+    before, moved = (LoraPair(torch.randn(4, 90, generator=draw), torch.randn(70, 4, generator=draw)) for _ in "ab")
+    after = LoraState({"m": LoraPair(before.A + moved.A, before.B + moved.B)})
+    few = build("fedsrd", {"base_sparsity": 0.98, "sparsity_upper": 0.0, **settings})
+    _, entries = few.compress(State(LoraState({"m": before})), after, job(few).context(1, "ada"))
+    for name, entry in entries.items():
+        length = float(to_dense(entry).norm() / moved.part(name[-1]).norm())
+        assert length == pytest.approx(most, rel=1e-4) if most else length > 5.01
+
+
+@pytest.mark.parametrize("settings", [{"rescale_step": 0.5}, {"rescale_cap": 0.5}])
+def test_fedsrd_lengthens_and_never_shortens(settings: dict[str, float]):
+    with pytest.raises(ConfigError, match="must be ≥ 1"):
+        build("fedsrd", settings)
+
+
 def test_lora_fair_with_an_endless_ridge_is_fedit():
     fair, plain = Federation(job(build("lora-fair", {"ridge": 1e9}))), Federation(job(build("fedit")))
     for federation in (fair, plain):
