@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.compress.budget import COST, Budget, Room, value_bits
-from fedloom.compress.entries import Sparse, floats, to_dense
+from fedloom.compress.entries import Sparse, dense_entry, floats, to_dense
 from fedloom.compress.quantize import quantize
 from fedloom.compress.sparsify import importance, kept_count
 from fedloom.errors import ConfigError
-from fedloom.lora.pair import LoraPair, LoraState, initial_state
+from fedloom.lora.pair import LoraPair, LoraState, from_tensors, initial_state
 from fedloom.methods.method import Context, State, Update
 from fedloom.methods.shared.dial import Dial
+from fedloom.methods.shared.guard import UNDONE
 from fedloom.methods.table import build
 from fedloom.records.quantities import parse_budget
 from fedloom.rounds.draft import Draft
+from fedloom.rounds.joint import Outline
 from fedloom.rounds.turns import Job, client_turn, server_turn, start
 from fedloom.wire import Header, Message, encode
 from fedloom.workspace.plan import download_share
@@ -271,6 +273,29 @@ def test_few_bits_for_many_elements_are_pointed_out(budget, advised):
     assert bool(text) == advised and ("lora.r" in text) == advised
     rare = method.advise(adapter, replace(given, downloads=4.0))
     assert ("bits" in rare) == ("'state', with 4 broadcasts a turn" in rare) == (budget != "20000")
+
+
+@pytest.mark.parametrize("budget", ["1%", "3%", "180", "400"])
+def test_a_step_that_is_taken_back_keeps_to_the_bytes_of_its_round(budget):
+    """With `taper` the step may have had more of them; what has no place goes with later broadcasts."""
+    method, state = build("loom", {"taper": 1.0}), State(initial_state(SHAPES, RANKS, 1))
+    outline = Outline.of(state.adapter, RANKS)
+    first_round = replace(context("sign", budget), num_rounds=2, size=Draft(HEADER, outline).size)
+    second_round = replace(first_round, round=2)
+    wanted, held = moved(state.adapter, 3).tensors(), state.adapter.tensors()
+    change = {name: dense_entry(tensor - held[name]) for name, tensor in wanted.items()}
+    first = method.aggregate(state, [Update("ada", 1.0, change)], first_round)
+    step = {name: to_dense(entry) for name, entry in first.entries.items()}
+    stepped = State(from_tensors({name: held[name] + step[name] for name in held}), memory=first.memory)
+    undone = Update("ada", 1.0, {name: dense_entry(-tensor) for name, tensor in step.items()})
+    second = method.aggregate(stepped, [undone], second_round)
+    assert UNDONE in second.stats
+    room = Dial(0.42, 1.0, 1.0).bytes(state.adapter, "down", second_round)
+    assert 0 < second_round.size(second.entries) <= room < first_round.size(first.entries)
+    for name, moved_by in step.items():
+        sent = to_dense(second.entries[name]) if name in second.entries else torch.zeros_like(moved_by)
+        waits = second.memory[name] - first.memory[name]
+        assert torch.allclose(sent + waits, -moved_by, atol=1e-6)
 
 
 def test_no_room_still_sends_one_element():

@@ -215,7 +215,7 @@ def broadcast_signs(
     sums = weighted_mean(witness.watch(updates), start=waiting)
     verdict = witness.judge()
     if verdict.wrong:
-        return witness.take_back(verdict, context)
+        return witness.take_back(verdict, context, dial.bytes(state.adapter, "down", context))
     gains = {name: verdict.gains[name.rpartition("/")[0]] for name in sums}
     for name, gain in gains.items():
         if gain < 1.0:
