@@ -43,6 +43,7 @@ from fedloom.methods.shared.drawn import drawn_places, send_at_drawn
 from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.guard import Witness
 from fedloom.methods.shared.states import loom_of_states
+from fedloom.methods.shared.undoing import take_back_within
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
 from fedloom.methods.shared.whole_changes import loom_of_paths
 
@@ -215,7 +216,7 @@ def broadcast_signs(
     sums = weighted_mean(witness.watch(updates), start=waiting)
     verdict = witness.judge()
     if verdict.wrong:
-        return witness.take_back(verdict, context, dial.bytes(state.adapter, "down", context))
+        return take_back_within(witness, verdict, dial.bytes(state.adapter, "down", context), context)
     gains = {name: verdict.gains[name.rpartition("/")[0]] for name in sums}
     for name, gain in gains.items():
         if gain < 1.0:

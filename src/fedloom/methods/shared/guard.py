@@ -25,11 +25,8 @@ from torch import Tensor
 from fedloom.compress.entries import Entry, Sparse, floats, some_floats, to_dense
 from fedloom.compress.marks import Marks
 from fedloom.compress.seeds import derived_seed
-from fedloom.compress.sparsify import kept_count, select_largest
 from fedloom.lora.pair import LoraPair
 from fedloom.methods.method import Aggregate, Context, State, Update
-from fedloom.methods.shared.averaging import add_weighted
-from fedloom.methods.shared.few import keep_few
 from fedloom.methods.shared.whole import widen_change
 
 GAIN = "step_gain"
@@ -40,7 +37,6 @@ UNDONE = "max_step_undone"
 _BEFORE = "before"  # in the server's memory: the adapter that the last round began with
 _AT, _BY = "step_at", "step_by"  # in the server's memory: where the last step changed a tensor, and by how much
 _RISE, _FALL = 2.0, 4.0
-_HALVINGS = 10  # of the share that fits a payload: to a thousandth
 _WRONG = -0.5  # below it three quarters of what clients do with the step undo it
 
 
@@ -138,52 +134,16 @@ class Witness:
         empty = {_AT: torch.zeros(0, dtype=torch.int64), _BY: torch.zeros(0)}
         return {f"{name}/{key}": nothing for name in self.steps for key, nothing in empty.items()} | store(verdict)
 
-    def take_back(self, verdict: Verdict, context: Context, room: int | None = None) -> Aggregate:
-        """The last step with its sign turned, as the round's broadcast.
-
-        room: bytes of the payload, where the step may have had more (loom's `taper`): then its largest elements go, and
-        what has no place is left for the next broadcast. Every tensor then has an entry, as in loom's other broadcasts.
-        """
-        entries = self._turned(context, 1.0)
-        left: dict[str, Tensor] = {}
-        if room is None:
-            entries = {name: entry for name, entry in entries.items() if entry.positions.numel()}
-        elif context.size(entries) > room:
-            entries = self._turned_within(context, room)
-            left = {name: self._still_to_turn(name, entry) for name, entry in entries.items()}
-        memory = {**self.state.memory, **left, **self.forget(verdict)}
-        return Aggregate(entries, memory, {**verdict.stats, UNDONE: 1.0})
-
-    def _turned(self, context: Context, share: float) -> dict[str, Sparse]:
-        """The largest elements of the last step with their sign turned: a share of every tensor's, at least one."""
+    def take_back(self, verdict: Verdict, context: Context) -> Aggregate:
+        """The last step with its sign turned, as the round's broadcast."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.adapter.tensors().items()}
-        entries = {}
+        entries: dict[str, Entry] = {}
         for name, step in self.steps.items():
-            chosen = select_largest(step.values.abs(), kept_count(step.values.numel(), share))
-            seed = derived_seed(context.seed, "guard", context.round, name)
-            values = context.quantize(-step.values.index_select(0, chosen), seed)
-            entries[name] = Sparse(shapes[name], step.positions.index_select(0, chosen), values)
-        return entries
-
-    def _turned_within(self, context: Context, room: int) -> dict[str, Sparse]:
-        """As much of it as a payload of so many bytes holds."""
-        low, high = 0.0, 1.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if context.size(self._turned(context, middle)) <= room else (low, middle)
-        entries = self._turned(context, low)
-        if context.size(entries) <= room:
-            return entries
-        worth = {name: max(self.steps[name].values.abs().tolist(), default=0.0) for name in entries}
-        return dict(keep_few(entries, worth, room, context.size, context.quantize))
-
-    def _still_to_turn(self, name: str, sent: Sparse) -> Tensor:
-        """What waits of a tensor, once `sent` has turned a part of the last step back."""
-        step = self.steps[name]
-        waiting = torch.zeros(sent.shape) if name not in self.state.memory else self.state.memory[name].clone()
-        waiting.view(-1)[step.positions] -= step.values
-        add_weighted(waiting, sent, -1.0)
-        return waiting
+            if step.values.numel():
+                seed = derived_seed(context.seed, "guard", context.round, name)
+                entries[name] = Sparse(shapes[name], step.positions, context.quantize(-step.values, seed))
+        memory = {**self.state.memory, **self.forget(verdict)}
+        return Aggregate(entries, memory, {**verdict.stats, UNDONE: 1.0})
 
 
 def follow(state: State, agreement: float) -> Verdict:
