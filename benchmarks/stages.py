@@ -33,11 +33,12 @@ state is saved; and all else, checks above all."""
 
 @dataclass(eq=False)
 class Stopwatch:
-    """CPU seconds of this process, all threads, by stage."""
+    """Seconds by stage: of the processor, all threads of this process, and by the clock."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    clock: dict[str, float] = field(default_factory=dict)
     open: list[str] = field(default_factory=list)
-    since: float = 0.0
+    since: tuple[float, float] = (0.0, 0.0)
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -61,9 +62,11 @@ class Stopwatch:
         return counted
 
     def _turn_over(self) -> None:
-        now = time.process_time()
+        now = time.process_time(), time.perf_counter()
         if self.open:
-            self.seconds[self.open[-1]] = self.seconds.get(self.open[-1], 0.0) + now - self.since
+            stage = self.open[-1]
+            for counted, end, begun in zip((self.seconds, self.clock), now, self.since, strict=True):
+                counted[stage] = counted.get(stage, 0.0) + end - begun
         self.since = now
 
 

@@ -38,7 +38,7 @@ def run(configs: Sequence[Config], *, model: str = "", clients: Sequence[str] = 
     encode, and save the site's state. stages: of these, by stage (`stages.STAGES`). bare_cpu_s: forward, backward,
     clipping and AdamW over the very batches of the turn, nothing else. times_bare: a turn over the loop that followed
     it. beside_cpu_s: all stages but the steps; of_ten_steps: over the time of ten steps. send_cpu_s: choosing and
-    encoding; send_share: over the training. prepare_s: loading, on the wall.
+    encoding; send_share: over the training. clock: turn, beside and of_ten_steps on the wall. prepare_s: loading, too.
     A round is the turns of these clients and server_cpu_s, the server's; its times_bare: over their bare loops.
 
     clients: by name; all if left out. model: a made-up one (`made_up.SHAPES`) in place of the settings' own.
@@ -96,6 +96,9 @@ def measure(played: Played, repeats: int) -> dict[str, Any]:
     # Of every turn and the loop right after it: what slows the machine down for a while slows both.
     times_bare = statistics.median(one["turn_cpu_s"] / one["bare_cpu_s"] for one in taken)
     stages = {stage: middle.pop(stage) for stage in STAGES}
+    turn_s, steps_s = middle.pop("turn_s"), middle.pop("steps_s")
+    clock = {"turn_s": turn_s, "beside_s": turn_s - steps_s}
+    clock["of_ten_steps"] = clock["beside_s"] / (10 * steps_s / played.steps)
     beside = sum(seconds for stage, seconds in stages.items() if stage != STEPS)
     sent = stages["choose"] + stages["encode"]
     return {
@@ -111,6 +114,7 @@ def measure(played: Played, repeats: int) -> dict[str, Any]:
         "of_ten_steps": beside / (10 * stages[STEPS] / played.steps),
         "send_cpu_s": sent,
         "send_share": sent / sum(stages[stage] for stage in ("write", "trainer", STEPS, "read")),
+        "clock": clock,
     }
 
 
@@ -164,7 +168,8 @@ class Played:
         drawn = Drawn.of(self.setup.sites[self.client].data)
         turn_cpu_s, _ = self.play(drawn, watch)
         stages = dict.fromkeys(STAGES, 0.0) | watch.seconds
-        return {"turn_cpu_s": turn_cpu_s, "bare_cpu_s": self.bare(drawn), **stages}
+        clock = {"turn_s": sum(watch.clock.values()), "steps_s": watch.clock[STEPS]}
+        return {"turn_cpu_s": turn_cpu_s, "bare_cpu_s": self.bare(drawn), **stages, **clock}
 
     def play(self, drawn: Drawn, watch: Stopwatch) -> tuple[float, bytes]:
         """CPU seconds of the turn, and what it sends."""
@@ -232,16 +237,20 @@ class Drawn(TokenizedExamples):
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """The rows for a terminal, CPU seconds in all columns that name none other."""
+    """The rows for a terminal, CPU seconds but for the columns that name the clock."""
     title = f"a client's turn: CPU seconds, {result['threads']} threads"
     table = Table(title=title)
     names = ("client", "method", "values", "turn", "bare loop", "× bare", "beside steps", "of ten steps", "sending")
+    names += "turn, by the clock", "beside steps", "of ten steps"
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number > 1 else "left")
     for row in result["rows"]:
         shares = f"{row['times_bare']:.3f}", f"{row['beside_cpu_s']:.3f}", f"{row['of_ten_steps']:.1%}"
         spent = f"{row['turn_cpu_s']:.3f}", f"{row['bare_cpu_s']:.3f}"
-        table.add_row(row["client"], row["method"], f"{row['values']:,}", *spent, *shares, f"{row['send_cpu_s']:.3f}")
+        clock = row["clock"]
+        told = f"{clock['turn_s']:.3f}", f"{clock['beside_s']:.3f}", f"{clock['of_ten_steps']:.1%}"
+        sending = f"{row['send_cpu_s']:.3f}"
+        table.add_row(row["client"], row["method"], f"{row['values']:,}", *spent, *shares, sending, *told)
     yield table
     table = Table(title="of these, by stage")
     for number, name in enumerate(("client", "method", *STAGES)):

@@ -33,6 +33,9 @@ def test_rows_hold_a_turn_by_stage_and_a_bare_loop_over_the_same_batches():
     assert row["of_ten_steps"] == pytest.approx(row["beside_cpu_s"] / (10 * stages[STEPS]))
     assert row["times_bare"] == row["turn_cpu_s"] / row["bare_cpu_s"] > 0
     assert row["send_cpu_s"] == stages["choose"] + stages["encode"]
+    clock = row["clock"]
+    assert 0 < clock["beside_s"] < clock["turn_s"]
+    assert clock["of_ten_steps"] == pytest.approx(clock["beside_s"] / (10 * (clock["turn_s"] - clock["beside_s"])))
     (whole,) = result["rounds"]
     assert (whole["method"], whole["clients"]) == ("fedsrd", 1) and whole["server_cpu_s"] > 0
     assert whole["times_bare"] == (row["turn_cpu_s"] + whole["server_cpu_s"]) / row["bare_cpu_s"]
@@ -78,10 +81,12 @@ def test_packed_rows_are_refused():
 
 
 def test_time_counts_for_the_innermost_stage(monkeypatch):
-    clock = iter([1.0, 2.0, 4.0, 8.0])
-    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    processor, clock = iter([1.0, 2.0, 4.0, 8.0]), iter([10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "process_time", lambda: next(processor))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch()
     inner = watch.around("inner", lambda value: value)
     with watch.during("outer"):
         assert inner(3) == 3
     assert watch.seconds == {"outer": 1.0 + 4.0, "inner": 2.0}
+    assert watch.clock == {"outer": 3.0 + 1.0, "inner": 7.0}

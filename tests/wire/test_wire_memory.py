@@ -16,7 +16,7 @@ from fedloom.site.protocol import Parcel, receive_parcel, send_parcel
 from fedloom.site.store import Store, TurnRecord
 from fedloom.wire import Header, Message, encode
 from fedloom.workspace import checkpoint
-from fedloom.workspace.keys import ContentKeys
+from fedloom.workspace.keys import PayloadKeys
 
 
 def peak_of(call: Callable[[], bytes]) -> float:
@@ -49,7 +49,7 @@ def test_a_parcel_is_received_once():
 
 def test_a_record_is_written_from_where_its_tensors_lie(tmp_path):
     """A copy of all states and payloads was made first. What is read back leaves the payload where it is."""
-    shelves = checkpoint._Shelves(ContentKeys())
+    shelves = checkpoint._Shelves(PayloadKeys())
     wide = torch.randn(4, 6)
     state = State(
         LoraState({"q": LoraPair(wide[:2], torch.randn(5, 2))}), memory={"rest": wide, "t": wide.T}, digest="d"

@@ -104,6 +104,8 @@ def test_compiled_loops_lay_positions_out_as_numpy_does(seed, rows, columns, by_
     assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
     for lines, twin in ((grid.rows, slow.rows), (grid.columns, slow.columns)):
         assert np.array_equal(lines.all(), twin.all()) and lines.number == twin.number
+        assert np.array_equal(lines.all_ranks(), twin.all_ranks())
+        assert np.array_equal(lines.sizes(lines.number), twin.sizes(twin.number))
     counts, _, inner = found
     grid.join(counts, inner := inner.copy(), grid.rows.number, grid.columns.number, compiled)
     assert np.array_equal(inner, positions)

@@ -3,7 +3,8 @@
 An estimate comes first. Each element costs the entropy of whether it is sent; an element that is sent costs its value's
 bits as well. The density follows from the bytes. Encoding then shows the true size, which corrects the next guess.
 A participant remembers two numbers from its last payload: how its true size compared with the entropy estimate, and
-what a tensor costs when it sends a single element. Both only spare it trial encodings.
+what a tensor costs when it sends a single element. Both only spare it trial encodings, and so does a sample of the
+tensors where there are many elements: changes gather in fewer rows and columns from one round to the next.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ COST = "cost"
 LEAST = "least"
 """Key in a participant's memory: bytes of a tensor that sends a single element."""
 
+SAMPLE = "sample"
+"""Key in a participant's memory: COST of the last sample of tensors."""
+
+SAMPLED = 2**22
+"""Elements from which encoding a sample of the tensors costs less than the trial of all that it may spare."""
+
+_DOUBT = 1.015  # a sample errs by about so much, and too large a payload cannot be used
 _TRIES = 5  # encodings at most: the estimate is near, and every try corrects it by a true size
 _AIM = 0.99  # of the budget: aim a little low, since a payload above the budget cannot be used
 _USED = 0.95  # of the budget: good enough; another encoding would cost more time than it wins bytes
@@ -116,8 +124,7 @@ def fill_budget(
         density = room.density(8 * max(_AIM * room.budget - least, 0) / elements / cost)
         entries = entries_at(density)
         size = size_of(entries)
-        # Floors: at density 0 there is nothing to divide by, and no coding takes a tenth of the entropy.
-        cost = max(8 * (size - least) / elements / max(room.bits(density), 1e-9), 0.1)
+        cost = _cost_of(size - least, elements, room.bits(density))
         if (best[2] if best else 0) < size <= room.budget:
             best = entries, density, size
         taken = best[2] if best else 0
@@ -127,6 +134,36 @@ def fill_budget(
         entries = entries_at(0.0)
         best = entries, 0.0, size_of(entries)
     return BudgetFill(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
+
+
+def learn_from_sample(
+    room: Room,
+    elements: int,
+    tensors: int,
+    entries_at: Callable[[float], Mapping[str, Made]],
+    size_of: Callable[[Mapping[str, Made]], int],
+    memory: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """The participant's memory with what this round's payload is likely to cost, by encoding a sample of its tensors.
+
+    What all of them cost is taken to have changed by the factor by which the sample's cost has, which is remembered.
+    room: of all tensors. elements, tensors, entries_at: of the sample; the others as for `fill_budget`.
+    """
+    if LEAST not in memory:
+        return memory
+    least, cost = memory[LEAST].item(), _cost(memory)
+    density = room.density(8 * max(_AIM * room.budget - least * room.tensors, 0) / room.elements / cost)
+    size = size_of(entries_at(density))
+    now = _cost_of(size - least * tensors, elements, room.bits(density))
+    if SAMPLE in memory:
+        cost *= _DOUBT * now / memory[SAMPLE].item()
+    return {**memory, COST: torch.tensor(cost), SAMPLE: torch.tensor(now)}
+
+
+def _cost_of(size: float, elements: int, bits: float) -> float:
+    """So many bytes over the entropy of so many elements, each of so many bits."""
+    # Floors: at density 0 there is nothing to divide by, and no coding takes a tenth of the entropy.
+    return max(8 * size / elements / max(bits, 1e-9), 0.1)
 
 
 def _cost(memory: Mapping[str, Tensor]) -> float:

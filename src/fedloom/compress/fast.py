@@ -14,7 +14,11 @@ from functools import cache
 MANY = 2**21
 """Elements of one message from which loading numba pays within a few messages; where it is loaded, it pays at once."""
 
+ENOUGH = 2**25
+"""Elements of smaller passes that a process has done without numba, from which loading it pays: as many again wait."""
+
 _hidden = False
+_without = 0
 
 
 def is_hidden() -> bool:
@@ -23,10 +27,14 @@ def is_hidden() -> bool:
 
 
 def compiling_pays(elements: int) -> bool:
-    """Whether a pass over so many elements is better compiled."""
+    """Whether a pass over so many elements is better compiled, by itself or with others like it before and after."""
+    global _without
     if _hidden or not _installed():
         return False
-    return elements >= MANY or "numba" in sys.modules
+    if elements >= MANY or "numba" in sys.modules:
+        return True
+    _without += elements
+    return _without >= ENOUGH
 
 
 @contextmanager

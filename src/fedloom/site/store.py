@@ -25,7 +25,6 @@ from fedloom.errors import CheckpointError, SiteError
 from fedloom.methods.method import State
 from fedloom.records.ledger import Ledger, Row, Taker
 from fedloom.workspace.checkpoint import Contents, list_checkpoints, load_blob, load_contents, save_contents
-from fedloom.workspace.keys import ContentKeys
 
 LEDGER = "ledger.jsonl"
 
@@ -84,7 +83,6 @@ class Store:
         self.folder = folder
         self.seal = seal
         self.most = 0
-        self._keys = ContentKeys()
         self._ledger: Ledger[Taker] | None = None
 
     def exists(self) -> bool:
@@ -153,7 +151,7 @@ class Store:
         facts = {"round": held.round, "seal": self.seal, "charge": held.charge, "ledger_rows": ledger.sync()}
         states = {"before": held.before, "after": held.after}
         kept = {name: blob for name, blob in blobs.items() if blob}
-        save_contents(self.folder, held.round, Contents(states, kept, facts), self._keys)
+        save_contents(self.folder, held.round, Contents(states, kept, facts))
 
     def close(self) -> None:
         """Close the ledger."""

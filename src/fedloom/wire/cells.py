@@ -38,18 +38,26 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LineClasses:
-    """The rows, or the columns, of a matrix in classes. `classes` is None where all are in one class."""
+    """The rows, or the columns, of a matrix in classes. `classes` is None where all are in one class.
+
+    held: (lines in each class, number of every line within its class), where they have been counted already.
+    """
 
     count: int
     classes: Bytes | None
+    held: tuple[Ints, Ints] | None = None
 
     @property
     def number(self) -> int:
         """How many classes there are."""
+        if self.held:
+            return self.held[0].size
         return 1 if self.classes is None else int(self.classes.max()) + 1
 
     def sizes(self, number: int) -> Ints:
         """Lines in each of `number` classes."""
+        if self.held:
+            return self.held[0]
         if self.classes is None:
             return np.array([self.count], dtype=np.int64)
         return np.bincount(self.classes, minlength=number).astype(np.int64)
@@ -70,7 +78,7 @@ class LineClasses:
 
     def all_ranks(self) -> Ints:
         """The number of every line within its class."""
-        return self.ranks(np.arange(self.count), self.number)
+        return self.held[1] if self.held else self.ranks(np.arange(self.count), self.number)
 
     def all_ordered(self, number: int) -> tuple[Ints, Ints]:
         """(lines, class after class; where each of `number` classes begins)."""
@@ -197,7 +205,7 @@ def cut(positions: Ints, shape: tuple[int, int], kernels: ModuleType | None) -> 
         return grid, *grid.split(positions, rows, columns)
     in_rows, in_columns = np.zeros(shape[0], dtype=np.int64), np.zeros(shape[1], dtype=np.int64)
     kernels.count_lines(positions, in_rows, in_columns)
-    both = CellGrid(density_classes(in_rows, shape[1]), density_classes(in_columns, shape[0]))
+    both = CellGrid(density_classes(in_rows, shape[1], kernels), density_classes(in_columns, shape[0], kernels))
     table = np.zeros((both.rows.number, both.columns.number), dtype=np.int64)
     if table.size > 1:
         kernels.count_cells(positions, both.rows.all(), both.columns.all(), table)
@@ -238,7 +246,7 @@ def _grid_bits(grids: Sequence[tuple[Ints, Ints, Ints]]) -> list[float]:
     ]
 
 
-def density_classes(counts: Ints, length: int) -> LineClasses:
+def density_classes(counts: Ints, length: int, kernels: ModuleType | None = None) -> LineClasses:
     """Lines of `length` elements sorted into classes, each an octave of density wide; the densest class comes first.
 
     All lines are in one class where their counts vary little more than chance explains.
@@ -248,6 +256,13 @@ def density_classes(counts: Ints, length: int) -> LineClasses:
     expected = total * (counts.size * length - total) / length
     if spread <= _EVEN * expected:
         return LineClasses(counts.size, None)
+    if kernels is not None:
+        classes, ranks = np.empty(counts.size, dtype=np.uint8), np.empty(counts.size, dtype=np.int64)
+        sizes = np.zeros(MOST_CLASSES, dtype=np.int64)
+        number = kernels.class_lines(counts, length, classes, ranks, sizes)
+        return (
+            LineClasses(counts.size, classes, (sizes[:number], ranks)) if number > 1 else LineClasses(counts.size, None)
+        )
     # The binary exponent of length / (count + ½): the half gives an empty line a finite density.
     octaves = np.frexp(2 * length / (2 * counts + 1))[1]
     octaves = np.minimum(octaves - octaves.min(), MOST_CLASSES - 1)

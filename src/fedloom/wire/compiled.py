@@ -6,6 +6,7 @@ Nothing here checks an index: callers have seen that positions lie within their 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,30 @@ def count_lines(positions: Array, rows: Array, columns: Array) -> None:
         columns[positions[k] - end + width] += 1
     if positions.size:
         rows[row] += positions.size - begin
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]
+def class_lines(counts: Array, length: int, classes: Array, ranks: Array, sizes: Array) -> int:
+    """The class of every line of so many positions, its number within it, and the lines of each class.
+
+    sizes: zeros, as many as there may be classes. Returns how many there are; see `cells.density_classes`.
+    """
+    for line in range(counts.size):
+        classes[line] = math.frexp(2 * length / (2 * counts[line] + 1))[1]
+    first, most = np.int64(classes.min()), np.int64(sizes.size - 1)
+    for line in range(counts.size):
+        sizes[min(np.int64(classes[line]) - first, most)] += 1
+    numbers, number = np.zeros(sizes.size, dtype=np.uint8), 0
+    for octave in range(sizes.size):
+        if sizes[octave]:
+            numbers[octave] = number
+            number += 1
+    sizes[:] = 0
+    for line in range(counts.size):
+        own = numbers[min(np.int64(classes[line]) - first, most)]
+        classes[line], ranks[line] = own, sizes[own]
+        sizes[own] += 1
+    return number
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[misc, unused-ignore]

@@ -103,8 +103,10 @@ class PositionSink:
         inner = parts[0] if len(parts) == 1 else np.concatenate(parts)
         ends = np.cumsum([part.size for part in parts])
         symbols = self._symbols(inner, ends)
-        for (of_tensor, number, _), coded in zip(self._waiting, np.split(symbols, ends[:-1]), strict=True):
-            of_tensor[number] = coded
+        begin = 0
+        for (of_tensor, number, _), end in zip(self._waiting, ends.tolist(), strict=True):
+            of_tensor[number] = symbols[begin:end]
+            begin = end
         self._waiting, self._held = [], 0
 
     def _symbols(self, inner: Ints, ends: Ints) -> Bytes:
@@ -123,6 +125,7 @@ class PositionSink:
         self._code()
         streams = _shared_streams(self.tensors)
         sinks = {CLASSES: self.classes, BITMAPS: self.bitmaps, EXTRA: Sink()}
+        sinks |= {FIRST_GAPS + stream - 1: Sink() for stream in set(streams.values())}
         sinks[EXTRA].add(self.extra.to_bytes())
         layouts = []
         for coded in self.tensors:
@@ -130,7 +133,7 @@ class PositionSink:
             for count, bin_, symbols in zip(coded.counts, coded.bins, coded.symbols, strict=True):
                 stream = 0 if bin_ < 0 else streams[bin_]
                 if stream:
-                    sinks.setdefault(FIRST_GAPS + stream - 1, Sink()).add(symbols)
+                    sinks[FIRST_GAPS + stream - 1].add(symbols)
                 cells.append(Cell(count, stream))
             layouts.append(Cells(coded.row_classes, coded.column_classes, tuple(cells)))
         return layouts, sinks

@@ -21,12 +21,14 @@ from torch import Tensor
 from fedloom.errors import CheckpointError
 from fedloom.lora.pair import LoraState, from_tensors
 from fedloom.methods.method import State
-from fedloom.workspace.keys import ContentKeys, content_key
+from fedloom.workspace.keys import PayloadKeys, fits_key, payload_key, tensor_key
 
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
 
-_FORMAT = "fedloom-checkpoint-4"
+_FORMAT = "fedloom-checkpoint-5"
+_READ = (_FORMAT, "fedloom-checkpoint-4")
+"""Formats that can be read. In 4 all keys are blake2b's."""
 SERVER = "server"
 """The name of the server's state in a checkpoint."""
 BEST = "best"
@@ -77,7 +79,7 @@ class Contents:
     """What a file of states holds: states and blobs by name, and facts that are plain JSON.
 
     left: blob → bytes of it that were left in the file. fixed: blobs that are the same under their name as long as the
-    keys of a `ContentKeys` are kept.
+    keys of a `PayloadKeys` are kept.
     """
 
     states: Mapping[str, State]
@@ -93,7 +95,7 @@ class Contents:
         )
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, keys: ContentKeys | None = None) -> Path:
+def save_checkpoint(folder: Path, snapshot: Snapshot, keys: PayloadKeys | None = None) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`.
 
     keys: of what was hashed for the checkpoints before this one.
@@ -163,9 +165,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"))
 
 
-def save_contents(folder: Path, round: int, contents: Contents, keys: ContentKeys | None = None) -> Path:
+def save_contents(folder: Path, round: int, contents: Contents, keys: PayloadKeys | None = None) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and drop all but the newest `KEEP`; `keys`: see above."""
-    shelves = _Shelves(keys or ContentKeys())
+    shelves = _Shelves(keys or PayloadKeys())
     meta = {
         "format": _FORMAT,
         "states": {name: shelves.party(state) for name, state in contents.states.items()},
@@ -246,14 +248,14 @@ def load_blob(path: Path, name: str) -> bytes:
         blob = b"" if key is None else _read_bytes(path, key)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
-    if key is not None and content_key(_tensor_of(blob)) != key:
+    if key is not None and not fits_key(_tensor_of(blob), key):
         raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
     return blob
 
 
 def _read_meta(path: Path, file: Any) -> dict[str, Any]:  # noqa: ANN401 (safetensors names no type)
     meta: dict[str, Any] = json.loads((file.metadata() or {}).get("fedloom", "{}"))
-    if meta.get("format") != _FORMAT:
+    if meta.get("format") not in _READ:
         raise CheckpointError(f"{path} is not a checkpoint of this version of fedloom (expected format {_FORMAT})")
     return meta
 
@@ -262,7 +264,7 @@ def _read_tensor(path: Path, file: Any, key: str) -> Tensor:  # noqa: ANN401 (sa
     # Copies lie on boundaries of 64 bytes, as tensors that were computed do; views of the file need not, and the matrix
     # kernels round the last bits of odd shapes in another way there.
     tensor: Tensor = file.get_tensor(key).clone()
-    if content_key(tensor) != key:
+    if not fits_key(tensor, key):
         raise CheckpointError(f"{path} has been altered (tensor {key}); delete it to go on from the one before")
     return tensor
 
@@ -284,7 +286,7 @@ def _size_of(file: Any, key: str) -> int:  # noqa: ANN401 (safetensors names no 
 class _Shelves:
     """What is to be stored: tensors by content, and lists of tensors, each list once however many share the object."""
 
-    def __init__(self, keys: ContentKeys) -> None:
+    def __init__(self, keys: PayloadKeys) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.names: list[dict[str, str]] = []
         self._keys = keys
@@ -300,15 +302,15 @@ class _Shelves:
         named = named or _NOTHING  # thousands of clients remember nothing, each in an object of its own
         if id(named) not in self._places:
             tensors = named.tensors() if isinstance(named, LoraState) else named
-            self._place(named, {name: self._store(self._keys.of(tensor), tensor) for name, tensor in tensors.items()})
+            self._place(named, {name: self._store(tensor_key(tensor), tensor) for name, tensor in tensors.items()})
         return self._places[id(named)][0]
 
     def put_blobs(self, blobs: Mapping[str, bytes], fixed: frozenset[str]) -> int:
         """The number of the shelf that holds these blobs, of which those named in `fixed` never change."""
         tensors = {name: _tensor_of(blob) for name, blob in blobs.items()}
-        self._keys.forget_payloads(fixed)
+        self._keys.forget(fixed)
         names = {
-            name: self._store(self._keys.of_payload(name, held) if name in fixed else content_key(held), held)
+            name: self._store(self._keys.of(name, held) if name in fixed else payload_key(held), held)
             for name, held in tensors.items()
         }
         return self._place(blobs, names)

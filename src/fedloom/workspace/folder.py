@@ -39,7 +39,7 @@ from fedloom.report.progress import Progress
 from fedloom.wire import describe, read_header
 from fedloom.workspace import checkpoint
 from fedloom.workspace.checkpoint import Snapshot
-from fedloom.workspace.keys import ContentKeys
+from fedloom.workspace.keys import PayloadKeys
 from fedloom.workspace.occupied import clear_folder, clear_start, move_aside, read_run_settings
 from fedloom.workspace.pulse import MetricsFile, write_whole
 from fedloom.workspace.recall import Recall
@@ -59,7 +59,7 @@ class RunFolder:
         self._lock = lock
         self._log = ServerLog(path / serverlog.FILE)
         self._metrics = MetricsFile(path / metrics.FILE)
-        self._keys = ContentKeys()
+        self._keys = PayloadKeys()
         self._told_of = Recall(lambda payload: transfer_row(0, "", "down", payload))
         self.ledger = Ledger(path / "ledger.jsonl", self._log.row, Progress)
 
