@@ -32,7 +32,7 @@ SAMPLE = "sample"
 SAMPLED = 2**22
 """Elements from which encoding a sample of the tensors costs less than the trial of all that it may spare."""
 
-_DOUBT = 1.015  # a sample errs by about so much, and too large a payload cannot be used
+_DOUBT = 1.02  # a sample errs by one or two per cent, and too large a payload cannot be used
 _TRIES = 5  # encodings at most: the estimate is near, and every try corrects it by a true size
 _AIM = 0.99  # of the budget: aim a little low, since a payload above the budget cannot be used
 _USED = 0.95  # of the budget: good enough; another encoding would cost more time than it wins bytes
@@ -89,6 +89,12 @@ class Room:
             low, high = (middle, high) if self.bits(middle) <= bits else (low, middle)
         return low
 
+    def as_before(self, memory: Mapping[str, Tensor]) -> float:
+        """The density that would do if a payload cost what the last one did."""
+        return self.density(
+            8 * max(_AIM * self.budget - memory[LEAST].item() * self.tensors, 0) / self.elements / _cost(memory)
+        )
+
     def first_guess(self, memory: Mapping[str, Tensor]) -> float:
         """The density before anything is encoded: a little too large, since nothing is set aside for the tensors."""
         return self.density(8 * self.budget / max(self.elements, 1) / _cost(memory))
@@ -136,28 +142,25 @@ def fill_budget(
     return BudgetFill(*best, {COST: torch.tensor(cost), LEAST: torch.tensor(one)})
 
 
-def learn_from_sample(
+def cost_of_sample(
     room: Room,
     elements: int,
-    tensors: int,
-    entries_at: Callable[[float], Mapping[str, Made]],
+    density: float,
+    entries: Mapping[str, Made],
     size_of: Callable[[Mapping[str, Made]], int],
     memory: Mapping[str, Tensor],
-) -> Mapping[str, Tensor]:
-    """The participant's memory with what this round's payload is likely to cost, by encoding a sample of its tensors.
+) -> float:
+    """COST of some tensors alone, of so many elements, at this density. room: of all tensors."""
+    least = memory[LEAST].item() * len(entries)
+    return _cost_of(size_of(entries) - least, elements, room.bits(density))
 
-    What all of them cost is taken to have changed by the factor by which the sample's cost has, which is remembered.
-    room: of all tensors. elements, tensors, entries_at: of the sample; the others as for `fill_budget`.
+
+def expect_by_sample(memory: Mapping[str, Tensor], cost: float) -> Mapping[str, Tensor]:
+    """The participant's memory where the sample costs this now.
+
+    What all tensors cost is taken to have changed by the same factor since the last payload.
     """
-    if LEAST not in memory:
-        return memory
-    least, cost = memory[LEAST].item(), _cost(memory)
-    density = room.density(8 * max(_AIM * room.budget - least * room.tensors, 0) / room.elements / cost)
-    size = size_of(entries_at(density))
-    now = _cost_of(size - least * tensors, elements, room.bits(density))
-    if SAMPLE in memory:
-        cost *= _DOUBT * now / memory[SAMPLE].item()
-    return {**memory, COST: torch.tensor(cost), SAMPLE: torch.tensor(now)}
+    return {**memory, COST: memory[COST] * (_DOUBT * cost / memory[SAMPLE].item())}
 
 
 def _cost_of(size: float, elements: int, bits: float) -> float:

@@ -32,19 +32,26 @@ class Draft:
     seconds: float = 0.0
 
     def size(self, entries: Entries) -> int:
-        """Bytes of the payload that carries these entries."""
+        """Bytes of the payload that carries these entries. It is kept, unless it is part of the one that is kept."""
+        if len(entries) < len(self.entries) and all(entry is self.entries.get(name) for name, entry in entries.items()):
+            return len(self._encoded(entries)[0])
         return len(self.payload(entries))
 
     def payload(self, entries: Entries) -> bytes:
         """The payload that carries these entries."""
         known = self.encoded and entries.keys() == self.entries.keys()
         if not (known and all(entry is self.entries[name] for name, entry in entries.items())):
-            began = perf_counter()
-            travelling = join_entries(entries, self.outline)
-            self.joined = travelling is not entries
-            self.entries, self.encoded = dict(entries), encode(Message(self.header, travelling), folder=self.scratch)
-            self.seconds += perf_counter() - began
+            self.encoded, self.joined = self._encoded(entries)
+            self.entries = dict(entries)
         return self.encoded
+
+    def _encoded(self, entries: Entries) -> tuple[bytes, bool]:
+        """The payload that carries these entries, and whether they travel joined."""
+        began = perf_counter()
+        travelling = join_entries(entries, self.outline)
+        payload = encode(Message(self.header, travelling), folder=self.scratch)
+        self.seconds += perf_counter() - began
+        return payload, travelling is not entries
 
     def received(self, entries: Entries, apart: Iterable[Tensor]) -> Message:
         """What a receiver decodes from the payload of these entries, bit by bit, in memory that `apart` has no part in.

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedloom.compress.budget import SAMPLE, SAMPLED, Room, fill_budget, learn_from_sample, value_bits
+from fedloom.compress.budget import (
+    SAMPLE,
+    SAMPLED,
+    BudgetFill,
+    Room,
+    cost_of_sample,
+    expect_by_sample,
+    fill_budget,
+    value_bits,
+)
 from fedloom.compress.entries import Sparse, count
 from fedloom.compress.seeds import derived_seed
 from fedloom.compress.sparsify import factor_norms, kept_count, scratch, select_largest, shortlist
@@ -119,22 +128,42 @@ def fill_payload(
     lists = Lists(moved, state.adapter, context)
     tensors = 2 * len(state.adapter)  # A and B of every module
     room = Room(budget, state.adapter.numel(), tensors, value_bits(context.quantize), most)
-    before = sample_cost(moved, room, state, context) if room.elements >= SAMPLED else state.memory
+    sample = Sample.of(state.adapter, room, context) if room.elements >= SAMPLED else None
+    before = sample.expect(moved, state.memory) if sample and SAMPLE in state.memory else state.memory
     # Listed first for the guess: asked for density 0 first, the lists would hold nothing and be made twice.
     lists.hold(room.first_guess(before))
     done = fill_budget(room, lists.entries, context.size, before)
-    memory = {name: before[name] for name in (SAMPLE,) if name in before} | dict(done.memory)
+    memory = done.memory if sample is None else sample.remember(done)
     if done.size <= budget:
         return memory, done.entries
     worth = {name: max(one.scores.tolist(), default=0.0) for name, one in lists.listed.items()}
     return memory, keep_few(done.entries, worth, budget, context.size, context.quantize)
 
 
-def sample_cost(
-    moved: Callable[[str], Mapping[str, Delta]], room: Room, state: State, context: Context
-) -> Mapping[str, Tensor]:
-    """The participant's memory, what this round's payload costs learnt from every `_EVERY`th module."""
-    sample = LoraState({module: state.adapter[module] for module in list(state.adapter)[::_EVERY]})
-    lists = Lists(moved, sample, context)
-    lists.hold(room.first_guess(state.memory))
-    return learn_from_sample(room, sample.numel(), 2 * len(sample), lists.entries, context.size, state.memory)
+@dataclass(frozen=True, eq=False, slots=True)
+class Sample:
+    """Every `_EVERY`th module of an adapter: what they cost tells what all of them do, for a tenth of the work."""
+
+    modules: Sequence[str]
+    elements: int
+    room: Room
+    context: Context
+
+    @classmethod
+    def of(cls, adapter: LoraState, room: Room, context: Context) -> Sample:
+        """The sample of an adapter, for a payload of all of it."""
+        some = LoraState({module: adapter[module] for module in list(adapter)[::_EVERY]})
+        return cls(tuple(some), some.numel(), room, context)
+
+    def expect(self, moved: Callable[[str], Mapping[str, Delta]], memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the participant remembers, with what a payload of this change is likely to cost."""
+        lists, density = Lists(moved, self.modules, self.context), self.room.as_before(memory)
+        return expect_by_sample(memory, self._cost(lists.entries(density), density, memory))
+
+    def remember(self, done: BudgetFill[Sparse]) -> Mapping[str, Tensor]:
+        """What to remember of a payload, with what the sample took of it."""
+        own = {name: entry for name, entry in done.entries.items() if name.rpartition("/")[0] in self.modules}
+        return {**done.memory, SAMPLE: torch.tensor(self._cost(own, done.density, done.memory))}
+
+    def _cost(self, entries: Mapping[str, Sparse], density: float, memory: Mapping[str, Tensor]) -> float:
+        return cost_of_sample(self.room, self.elements, density, entries, self.context.size, memory)
