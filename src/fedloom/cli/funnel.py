@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedloom.errors import FedloomError
+from fedloom.garbage import collect_rarely
 from fedloom.records.text import to_printable
 
 complaints = Console(stderr=True)
@@ -44,4 +45,5 @@ def run_app(app: typer.Typer, name: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    collect_rarely()
     app(prog_name=name)

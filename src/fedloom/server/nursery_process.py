@@ -39,7 +39,8 @@ class Nursery:
     def __init__(self, *, crowded: bool) -> None:
         self.pipe, far = Pipe()
         self._forked = False
-        code = f"from fedloom.server.nursery import tend; tend({far.fileno()})"
+        quiet = "from fedloom.garbage import collect_rarely; collect_rarely()"
+        code = f"{quiet}; from fedloom.server.nursery import tend; tend({far.fileno()})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[far.fileno()],
