@@ -32,7 +32,7 @@ SAMPLE = "sample"
 SAMPLED = 2**22
 """Elements from which encoding a sample of the tensors costs less than the trial of all that it may spare."""
 
-_DOUBT = 1.02  # a sample errs by one or two per cent, and too large a payload cannot be used
+_DOUBT = 1.025  # a sample errs by one or two per cent, and too large a payload cannot be used
 _TRIES = 5  # encodings at most: the estimate is near, and every try corrects it by a true size
 _AIM = 0.99  # of the budget: aim a little low, since a payload above the budget cannot be used
 _USED = 0.95  # of the budget: good enough; another encoding would cost more time than it wins bytes
