@@ -1,7 +1,7 @@
 """How often a process of fedloom's own looks for garbage that only Python's collector finds.
 
 torch and transformers are 700,000 objects, which the collector goes through ten times while they are imported and
-again every few turns, 0.3 s each time. What must not outlive a training is collected at its end, by name.
+again every few turns, 0.3 s each time. What must not outlive a training is collected at its end.
 """
 
 from __future__ import annotations

@@ -260,9 +260,8 @@ def density_classes(counts: Ints, length: int, kernels: ModuleType | None = None
         classes, ranks = np.empty(counts.size, dtype=np.uint8), np.empty(counts.size, dtype=np.int64)
         sizes = np.zeros(MOST_CLASSES, dtype=np.int64)
         number = kernels.class_lines(counts, length, classes, ranks, sizes)
-        return (
-            LineClasses(counts.size, classes, (sizes[:number], ranks)) if number > 1 else LineClasses(counts.size, None)
-        )
+        held = (sizes[:number], ranks)
+        return LineClasses(counts.size, classes, held) if number > 1 else LineClasses(counts.size, None)
     # The binary exponent of length / (count + ½): the half gives an empty line a finite density.
     octaves = np.frexp(2 * length / (2 * counts + 1))[1]
     octaves = np.minimum(octaves - octaves.min(), MOST_CLASSES - 1)

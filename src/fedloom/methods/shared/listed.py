@@ -128,7 +128,8 @@ def fill_payload(
     lists = Lists(moved, state.adapter, context)
     tensors = 2 * len(state.adapter)  # A and B of every module
     room = Room(budget, state.adapter.numel(), tensors, value_bits(context.quantize), most)
-    sample = Sample.of(state.adapter, room, context) if room.elements >= SAMPLED else None
+    pays = room.elements >= SAMPLED and len(state.adapter) > _EVERY
+    sample = Sample.of(state.adapter, room, context) if pays else None
     before = sample.expect(moved, state.memory) if sample and SAMPLE in state.memory else state.memory
     # Listed first for the guess: asked for density 0 first, the lists would hold nothing and be made twice.
     lists.hold(room.first_guess(before))
