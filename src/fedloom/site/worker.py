@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedloom.errors import SiteError
+from fedloom.garbage import collect_as_usual
 from fedloom.model.patch import PatchedTrainer
 from fedloom.records.quantities import parse_bytes
 from fedloom.site.config import SiteConfig
@@ -49,6 +50,7 @@ def serve_site(site: SiteConfig, own: PatchedTrainer | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    collect_as_usual()
     state = Path(site.state)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (state / ".lock").open("w") as lock:

@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from fedloom.errors import ConfigError
+from fedloom.garbage import collect_as_usual
 from fedloom.web.app import make_app
 from fedloom.web.board import Board
 from fedloom.web.guard import allowed_hosts, is_loopback
@@ -58,6 +59,7 @@ class Service:
 
     def serve(self) -> None:
         """Answer until Ctrl-C, or until `stop` is called by another thread."""
+        collect_as_usual()
         try:
             self._server.run(sockets=[self._socket])
         finally:

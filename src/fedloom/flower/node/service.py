@@ -31,6 +31,7 @@ from fedloom.flower.node.link import Link, StoppedError
 from fedloom.flower.node.refusals import RunOver
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.flower.proxies import exempt_loopback
+from fedloom.garbage import collect_as_usual
 from fedloom.records.quantities import parse_bytes
 from fedloom.site.calling import call_worker
 from fedloom.site.config import SiteConfig
@@ -93,6 +94,7 @@ def serve_node(site: SiteConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    collect_as_usual()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every request
     os.environ.update(QUIET)
     exempt_loopback()
