@@ -241,8 +241,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     title = f"a client's turn: CPU seconds, {result['threads']} threads"
     table = Table(title=title)
     names = ("client", "method", "values", "turn", "bare loop", "× bare", "beside steps", "of ten steps", "sending")
-    names += "turn, by the clock", "beside steps", "of ten steps"
-    for number, name in enumerate(names):
+    clocked = ("turn, by the clock", "beside steps", "of ten steps")
+    for number, name in enumerate((*names, *clocked)):
         table.add_column(name, justify="right" if number > 1 else "left")
     for row in result["rows"]:
         shares = f"{row['times_bare']:.3f}", f"{row['beside_cpu_s']:.3f}", f"{row['of_ten_steps']:.1%}"
