@@ -150,11 +150,11 @@ def test_a_site_whose_disk_is_full_keeps_a_round_once_and_does_not_train_it_in_v
     """The first save of round 2 fails; until there is room, it refuses before it trains. Then it is kept once."""
     save, free, tried = store.save_contents, [10**9], []
 
-    def full(folder, round, contents, keys):
+    def full(folder, round, contents):
         if "lab" in folder.parts and round == 2 and free[0] == 10**9:
             free[0] = 1000
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(folder, round, contents, keys)
+        return save(folder, round, contents)
 
     def disturb(node, ask, round, reply):
         if (node.desk.site.name, ask, round) == ("lab", "turn", 2):
