@@ -89,11 +89,13 @@ class Room:
             low, high = (middle, high) if self.bits(middle) <= bits else (low, middle)
         return low
 
+    def aimed(self, least: float, cost: float) -> float:
+        """The density that nearly fills the budget, `least` bytes set aside, where an entropy takes `cost` times it."""
+        return self.density(8 * max(_AIM * self.budget - least, 0) / max(self.elements, 1) / cost)
+
     def as_before(self, memory: Mapping[str, Tensor]) -> float:
         """The density that would do if a payload cost what the last one did."""
-        return self.density(
-            8 * max(_AIM * self.budget - memory[LEAST].item() * self.tensors, 0) / self.elements / _cost(memory)
-        )
+        return self.aimed(memory[LEAST].item() * self.tensors, _cost(memory))
 
     def first_guess(self, memory: Mapping[str, Tensor]) -> float:
         """The density before anything is encoded: a little too large, since nothing is set aside for the tensors."""
@@ -127,7 +129,7 @@ def fill_budget(
     least = round(one * tensors)
     best: tuple[Mapping[str, Made], float, int] | None = None
     for _ in range(_TRIES):
-        density = room.density(8 * max(_AIM * room.budget - least, 0) / elements / cost)
+        density = room.aimed(least, cost)
         entries = entries_at(density)
         size = size_of(entries)
         cost = _cost_of(size - least, elements, room.bits(density))
