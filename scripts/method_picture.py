@@ -33,6 +33,7 @@ TOY: Mapping[str, Mapping[str, float | bool | str]] = {
     "sparseloco": {"chunk_size": 15, "topk": 4},
     "fedkseed": {"seeds": 16, "perturbations": 4},
     "decomfl": {"seeds": 16, "perturbations": 8},
+    "hiso": {"seeds": 16, "perturbations": 8, "smoothing": 0.5},
     "loom": {"max_density": 0.3},
 }
 """Settings that leave something to see on 72 values and need no base model; other methods have their defaults."""

@@ -12,6 +12,7 @@ from fedloom.adapters.settings import AdapterSettings
 from fedloom.compress.budget import Budget
 from fedloom.compress.quantize import quantize
 from fedloom.compress.seeds import derived_seed
+from fedloom.lora.curvature import scales_of
 from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraPair, LoraState, initial_state, subset
 from fedloom.methods.method import Method, State
@@ -112,7 +113,8 @@ def step_along(method: Method, run_seed: int, *, size: float = 0.1) -> Train:
         places = [number for step in range(5) for number in forward.numbers(step, seed)]
         moved[places] = size * torch.randn(len(places), generator=generator)
         steps = {forward.seed(run_seed, round, number): float(moved[number]) for number in sorted(places)}
-        return Trained(move_along_all(state.adapter, steps), num_examples=1 + seed % 7, loss=1.0, steps=1, moved=moved)
+        after = move_along_all(state.adapter, steps, scales_of(state.curvature))
+        return Trained(after, num_examples=1 + seed % 7, loss=1.0, steps=1, moved=moved)
 
     return train
 

@@ -88,7 +88,7 @@ def spoilt(change):
     return outcome
 
 
-@pytest.mark.parametrize("method", ["fedsrd", "florist", "fedit", "flora", "fedkseed", "sparseloco"])
+@pytest.mark.parametrize("method", ["fedsrd", "florist", "fedit", "flora", "fedkseed", "hiso", "sparseloco"])
 def test_payloads_and_states_are_those_of_the_local_engine(toy_federation, tmp_path: Path, method: str):
     overrides = [f"method.name={method}", "output.keep_payloads=true", "federation.fraction_train=0.7"]
     federation, grid = toy_federation(*overrides)

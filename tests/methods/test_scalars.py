@@ -1,4 +1,4 @@
-"""Methods whose clients train by forward passes alone and send scalars: FedKSeed and DeComFL."""
+"""Methods whose clients train by forward passes alone and send scalars: FedKSeed, DeComFL and HiSo."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fedloom import testbeds
-from fedloom.compress.entries import Dense, Sparse
+from fedloom.compress.entries import Dense, Sparse, to_dense
 from fedloom.compress.masks import seeded_signs
-from fedloom.errors import ConfigError, PolicyRefusal
+from fedloom.errors import ConfigError, NumericError, PolicyRefusal, ShapeError
+from fedloom.lora.curvature import blend_curvature, scales_of
 from fedloom.lora.directions import draw_direction, move_along
-from fedloom.lora.pair import LoraState
+from fedloom.lora.pair import LoraPair, LoraState
 from fedloom.methods.forward import ForwardOnly
 from fedloom.methods.method import State
 from fedloom.methods.table import build
@@ -25,11 +26,12 @@ from fedloom.rounds.cohort import Cohort
 from fedloom.rounds.decoded import Decoded
 from fedloom.rounds.geometry import gram_matrix
 from fedloom.rounds.step import Trained
-from fedloom.rounds.turns import client_turn, server_turn, start
+from fedloom.rounds.turns import accept, client_turn, full_state, server_turn, start
+from fedloom.server.roster import same_state
 from fedloom.site.guard import guard_training
 from fedloom.site.privacy import Privacy
 from fedloom.site.rules import Policy
-from fedloom.wire import decode
+from fedloom.wire import decode, encode
 from fedloom.workspace.plan import check_method_takes
 from fedloom.workspace.private import refuse_own_trainer
 from toy import CLIENTS_OF_SCALARS, Federation, client_seed, initial, job, random_state, step, step_along
@@ -52,6 +54,7 @@ def walk(forward: ForwardOnly, adapter: LoraState, steps: int, rate: float, seed
         distance,
         iter([[]] * steps),
         forward,
+        scales={},
         rate=lambda step: rate,
         seed_of=lambda number: forward.seed(3, 1, number),
         seed=seed,
@@ -81,6 +84,99 @@ def test_long_directions_are_balanced_and_nearly_orthogonal():
     assert set(one.unique().tolist()) == {-1.0, 1.0}
     for mean in (one.mean(), other.mean(), (one * other).mean(), (one[1:] * one[:-1]).mean()):
         assert abs(float(mean)) < 5 / 400_000**0.5
+
+
+# --- curvature --------------------------------------------------------------------------------------------------------
+
+
+def test_curvature_is_the_running_mean_of_squared_changes_whose_mean_is_one():
+    before, after = random_state(1), random_state(2)
+    once = blend_curvature(LoraState(), before, after, 0.25)
+    twice = blend_curvature(once, after, before, 0.25)
+    changes = {name: (tensor - before.tensors()[name]).double() for name, tensor in after.tensors().items()}
+    mean = torch.cat([change.square().flatten() for change in changes.values()]).mean()
+    for name, change in changes.items():
+        first = 0.75 + 0.25 * change.square() / mean
+        assert torch.allclose(once.tensors()[name].double(), first, rtol=1e-4)
+        assert torch.allclose(twice.tensors()[name].double(), 0.75 * first + 0.25 * change.square() / mean, rtol=1e-4)
+    assert all((scale * held.sqrt() - 1).abs().max() < 1e-6 for scale, held in by_name(scales_of(twice), twice))
+
+
+def by_name(scales, curvature: LoraState):
+    return [(scale, curvature.tensors()[name]) for name, scale in scales.items()]
+
+
+def test_curvature_does_not_hang_on_the_order_in_which_elements_are_added_up():
+    """Machines add in orders of their own; the same elements in another place must come to the same bits."""
+    before, after = random_state(1), random_state(2)
+    turned = [state.map(lambda pair: LoraPair(pair.A.flip(0, 1), pair.B.flip(0, 1))) for state in (before, after)]
+    one, other = blend_curvature(LoraState(), before, after, 0.25), blend_curvature(LoraState(), *turned, 0.25)
+    for name, held in one.tensors().items():
+        assert torch.equal(held, other.tensors()[name].flip(0, 1))
+
+
+def test_curvature_stays_where_nothing_has_moved():
+    held = blend_curvature(LoraState(), random_state(1), random_state(2), 0.25)
+    assert blend_curvature(held, random_state(1), random_state(1), 0.25) is held
+    assert not blend_curvature(LoraState(), random_state(1), random_state(1), 0.25)
+
+
+def test_one_element_that_moves_alone_is_curved_by_the_share_of_all():
+    before = LoraState({"m": LoraPair(torch.zeros(1, 2), torch.zeros(2, 1))})
+    after = LoraState({"m": LoraPair(torch.tensor([[3.0, 0.0]]), torch.zeros(2, 1))})
+    found = blend_curvature(LoraState(), before, after, 0.5)["m"]
+    assert found.A[0, 0] == pytest.approx(0.5 + 0.5 * 4) and found.A[0, 1] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_without_smoothing_hiso_is_decomfl():
+    plain, scaled = (Federation(job(build(name, own))) for name, own in (("decomfl", {}), ("hiso", {"smoothing": 0.0})))
+    for run in (plain, scaled):
+        for _ in range(3):
+            run.play()
+    assert all(torch.equal(t, scaled.server.adapter.tensors()[n]) for n, t in plain.server.adapter.tensors().items())
+    assert not scaled.server.curvature
+
+
+def test_a_newcomer_is_sent_the_curvature_with_the_full_state():
+    run = Federation(job(build("hiso")))
+    for _ in range(3):
+        run.play()
+    joined = accept(run.job, start(run.job, initial()), full_state(run.job, run.server, 3))
+    assert joined.curvature and joined.curvature.tensors().keys() == run.server.adapter.tensors().keys()
+    assert same_state(joined, run.server)
+    run.play()
+    run.settle()
+    joined = accept(run.job, joined, run.broadcasts[-1])
+    for state in (joined, run.clients["ada"]):
+        assert state.version == 4 and same_state(state, run.server)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda held: {**held, "layers.1.down/curvature_A": torch.zeros(4, 17)}, NumericError, "not above 0"),
+        (lambda held: {**held, "layers.1.down/curvature_A": torch.ones(4, 16)}, ShapeError, "expected"),
+        (lambda held: {n: t for n, t in held.items() if n != "layers.1.down/curvature_B"}, ShapeError, "curvature_B"),
+        (lambda held: {n: t for n, t in held.items() if "down/curvature" not in n}, ShapeError, "lacks tensor"),
+    ],
+)
+def test_a_full_state_with_a_curvature_that_no_run_can_have_is_refused(change, error, match: str):
+    run = Federation(job(build("hiso")))
+    run.play()
+    message = decode(full_state(run.job, run.server, 1))
+    altered = change({name: to_dense(entry) for name, entry in message.entries.items()})
+    entries = {name: Dense(tuple(tensor.shape), tensor.flatten()) for name, tensor in altered.items()}
+    with pytest.raises(error, match=match):
+        accept(run.job, start(run.job, initial()), encode(replace(message, entries=entries)))
+
+
+def test_no_other_method_takes_a_curvature():
+    scaled, plain = (Federation(job(build(name))) for name in ("hiso", "decomfl"))
+    scaled.play()
+    message = decode(full_state(scaled.job, scaled.server, 1))
+    payload = encode(replace(message, header=replace(message.header, method="decomfl")))
+    with pytest.raises(ShapeError, match="curvature_"):
+        accept(plain.job, start(plain.job, initial()), payload)
 
 
 # --- the training -----------------------------------------------------------------------------------------------------
@@ -159,14 +255,21 @@ def test_the_model_is_the_first_one_and_the_sums_along_all_directions(name: str)
     run = Federation(job(build(name)))
     forward = run.job.method.forward
     expected = {n: t.double() for n, t in run.server.adapter.tensors().items()}
+    curved = {n: torch.ones_like(t) for n, t in expected.items()}
     for round in range(1, 5):
+        before = {n: t.clone() for n, t in expected.items()}
         done = {c: run.train(run.server, round, client_seed(run.job, c, round)) for c in run.clients}
         whole = sum(trained.num_examples for trained in done.values())
         run.play()
         for trained in done.values():
             for j in trained.moved.nonzero().flatten().tolist():
                 for n, signs in draw_direction(run.server.adapter, forward.seed(run.job.seed, round, j)).items():
-                    expected[n] += trained.num_examples / whole * float(trained.moved[j]) * signs
+                    step = trained.num_examples / whole * float(trained.moved[j])
+                    expected[n] += step * signs / curved[n].sqrt()
+        squares = {n: (t - before[n]).square() for n, t in expected.items()}
+        mean = torch.cat([square.flatten() for square in squares.values()]).mean()
+        share = forward.curvature
+        curved = {n: (1 - share) * held + share * squares[n] / mean for n, held in curved.items()}
     for n, tensor in run.server.adapter.tensors().items():
         assert torch.allclose(tensor.double(), expected[n], atol=1e-5)
 
@@ -249,6 +352,7 @@ def test_a_federation_of_quadratics_comes_nearer(name: str):
                 loss,
                 iter([[]] * 6),
                 method.forward,
+                scales=scales_of(state.curvature),
                 rate=lambda step: 0.01,
                 seed_of=lambda number: method.forward.seed(3, round, number),
                 seed=seed,

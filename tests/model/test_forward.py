@@ -39,7 +39,7 @@ def data() -> TokenizedExamples:
 
 def update(resident, data, settings=SETTINGS, **changed):
     model, state = resident
-    given = {"run_seed": 3, "round": 2, "num_rounds": 10, "seed": 7} | changed
+    given = {"curvature": LoraState(), "run_seed": 3, "round": 2, "num_rounds": 10, "seed": 7} | changed
     return forward_update(model, state, LoraState(), data, settings, FORWARD, **given)
 
 

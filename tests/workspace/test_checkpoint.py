@@ -1,5 +1,6 @@
 """Checkpoint files: tensors are found again by what they hold, and what was altered in a file is noticed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,23 +33,34 @@ def look(path: Path) -> None:
     assert torch.equal(held.states["server"].memory["rest"], state().memory["rest"])
 
 
-def test_checkpoints_of_the_format_before_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """There all keys are blake2b's; a run begun by an earlier fedloom goes on."""
+@pytest.mark.parametrize("number", [4, 5])
+def test_checkpoints_of_the_formats_before_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    """They have no curvature, and in 4 all keys are blake2b's; a run begun by an earlier fedloom goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "tensor_key", payload_key)
-        patch.setattr(checkpoint, "_FORMAT", "fedloom-checkpoint-4")
-        look(save(tmp_path))
-    look(tmp_path / "round-00001.safetensors")
-    assert b"checkpoint-4" in (tmp_path / "round-00001.safetensors").read_bytes()
+        if number == 4:
+            patch.setattr(checkpoint, "tensor_key", payload_key)
+        patch.setattr(State, "shared", property(lambda state: (state.adapter, state.frozen, state.tail)))
+        patch.setattr(checkpoint, "_FORMAT", f"fedloom-checkpoint-{number}")
+        path = save(tmp_path)
+    assert f"checkpoint-{number}".encode() in path.read_bytes()
+    look(path)
+    assert not load_contents(path).states["server"].curvature
     look(save(tmp_path / "new"))
-    assert b"checkpoint-5" in (tmp_path / "new" / "round-00001.safetensors").read_bytes()
+    assert b"checkpoint-6" in (tmp_path / "new" / "round-00001.safetensors").read_bytes()
+
+
+def test_a_curvature_is_kept(tmp_path: Path):
+    curved = replace(state(), curvature=state().adapter.map(lambda pair: LoraPair(pair.A + 9, pair.B + 9)))
+    held = load_contents(save_contents(tmp_path, 1, Contents({"server": curved}))).states["server"]
+    assert all(torch.equal(t, held.curvature.tensors()[name]) for name, t in curved.curvature.tensors().items())
+    assert all(torch.equal(t, held.adapter.tensors()[name]) for name, t in curved.adapter.tensors().items())
 
 
 def test_a_file_of_any_other_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "_FORMAT", "fedloom-checkpoint-6")
+    monkeypatch.setattr(checkpoint, "_FORMAT", "fedloom-checkpoint-7")
     path = save(tmp_path)
-    with pytest.raises(CheckpointError, match="expected format fedloom-checkpoint-6"):
-        monkeypatch.setattr(checkpoint, "_READ", ("fedloom-checkpoint-5",))
+    with pytest.raises(CheckpointError, match="expected format fedloom-checkpoint-7"):
+        monkeypatch.setattr(checkpoint, "_READ", ("fedloom-checkpoint-6",))
         load_contents(path)
 
 

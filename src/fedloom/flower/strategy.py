@@ -30,7 +30,7 @@ from fedloom.compress.quantize import quantize
 from fedloom.errors import FedloomError, RoundError
 from fedloom.flower.payload import pack_parcel, unpack_parcel
 from fedloom.lora.pair import LoraState, from_tensors
-from fedloom.methods.method import Method, State
+from fedloom.methods.method import SHARED, Method, State
 from fedloom.methods.table import build
 from fedloom.records.text import to_printable
 from fedloom.rounds.caps import USUAL, Caps
@@ -172,7 +172,7 @@ def take_turn(message: Message, context: Context, job: Job, adapter: LoraState, 
 
 
 def _keep(records: RecordDict, state: State) -> None:
-    parts = {part: getattr(state, part).tensors() for part in ("adapter", "frozen", "tail")}
+    parts: dict[str, Mapping[str, Tensor]] = {part: getattr(state, part).tensors() for part in SHARED}
     parts["memory"] = state.memory
     tensors = {f"{part}:{name}": t.clone() for part, held in parts.items() for name, t in held.items()}
     content = save(tensors)
@@ -189,5 +189,5 @@ def _loaded(records: RecordDict) -> State | None:
     def part(wanted: str) -> dict[str, Tensor]:
         return {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(f"{wanted}:")}
 
-    adapter, frozen, tail = (from_tensors(part(name)) for name in ("adapter", "frozen", "tail"))
-    return State(adapter, frozen, tail, part("memory"), int(str(facts["version"])), str(facts["digest"]))
+    shared = {name: from_tensors(part(name)) for name in SHARED}
+    return State(**shared, memory=part("memory"), version=int(str(facts["version"])), digest=str(facts["digest"]))

@@ -23,12 +23,16 @@ class ForwardOnly:
 
     shared: all clients try the same directions in the same order, and other ones in every round (DeComFL). Otherwise
     the directions are the same in all rounds, and each client draws its own from them (FedKSeed).
+
+    curvature: above 0, every element of a direction is divided by the square root of its curvature, in which a round's
+    squared change has this share (HiSo; see `lora.curvature`).
     """
 
     seeds: int
     perturbations: int
     epsilon: float
     shared: bool
+    curvature: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= MOST_SEEDS:
@@ -39,6 +43,8 @@ class ForwardOnly:
             )
         if not 0.0 < self.epsilon < 1.0:
             raise ConfigError(f"method.epsilon is {self.epsilon}: expected more than 0 and less than 1")
+        if not 0.0 <= self.curvature < 1.0:
+            raise ConfigError(f"method.smoothing is {self.curvature}: expected 0 or more, and less than 1")
 
     def seed(self, run: int, round: int, number: int) -> int:
         """The seed of direction `number` in a round of the run of this seed."""

@@ -28,6 +28,10 @@ SCALARS = "S"
 """The part of a module that says how far it goes along directions that everybody draws: "module/S" (see `forward`)."""
 FROZEN = "frozen_"
 """Prefix of the entries that hold merged increments: "module/frozen_A"."""
+CURVATURE = "curvature_"
+"""Prefix of the entries of a full state that hold `State.curvature`: "module/curvature_A"."""
+SHARED = ("adapter", "frozen", "tail", "curvature")
+"""The parts of a `State` that are the same for every participant of the same ranks."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,14 +40,16 @@ class State:
 
     adapter: the pair that is trained on. frozen: merged increments of merging methods, in factored form, the same for
     all. tail: components of the global adapter beyond this participant's own rank, replaced by every change. The model
-    in use is W0 + frozen + tail + adapter. memory: what stays private to the participant (a client's residual, a
-    server's moments), by name. version counts the changes since the start, consolidations included; digest names the
-    global state.
+    in use is W0 + frozen + tail + adapter. curvature: of every element of the adapter, the same for all, where a method
+    scales directions by it; empty where it is 1 everywhere (see `forward.ForwardOnly`). memory: what stays private to
+    the participant (a client's residual, a server's moments), by name. version counts the changes since the start,
+    consolidations included; digest names the global state.
     """
 
     adapter: LoraState
     frozen: LoraState = field(default_factory=LoraState)
     tail: LoraState = field(default_factory=LoraState)
+    curvature: LoraState = field(default_factory=LoraState)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     version: int = 0
     digest: str = ""
@@ -58,9 +64,14 @@ class State:
         """The whole change of weight, W − W0, as one state."""
         return stack([self.adapter, self.frozen, self.tail])
 
+    @property
+    def shared(self) -> tuple[LoraState, ...]:
+        """The parts named in SHARED."""
+        return self.adapter, self.frozen, self.tail, self.curvature
+
     def numel(self) -> int:
-        """Number of values in `total`, which is not made for it."""
-        return sum(part.numel() for part in (self.adapter, self.frozen, self.tail))
+        """Number of values in `shared`."""
+        return sum(part.numel() for part in self.shared)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -30,6 +30,7 @@ from fedloom.methods.flora_na import flora_na
 from fedloom.methods.florist import florist
 from fedloom.methods.foreign import is_foreign, load_builder
 from fedloom.methods.hetlora import hetlora
+from fedloom.methods.hiso import hiso
 from fedloom.methods.loom import loom
 from fedloom.methods.lora_fair import lora_fair
 from fedloom.methods.lora_xs import lora_xs
@@ -99,6 +100,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "sparseloco": MethodEntry(sparseloco, {"lossless": {"chunk_size": 1, "topk": 1, "two_bits": False}}),
     "fedkseed": MethodEntry(fedkseed),
     "decomfl": MethodEntry(decomfl),
+    "hiso": MethodEntry(hiso),
     "loom": MethodEntry(loom),
 }
 

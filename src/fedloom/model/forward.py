@@ -7,7 +7,7 @@ depends on the arguments alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedloom.lora.curvature import scales_of
 from fedloom.lora.directions import draw_direction, move_along
 from fedloom.lora.pair import LoraState
 from fedloom.methods.forward import ForwardOnly
@@ -53,6 +54,7 @@ def forward_update(
     settings: TrainingSettings,
     forward: ForwardOnly,
     *,
+    curvature: LoraState,
     run_seed: int,
     round: int,
     num_rounds: int,
@@ -61,8 +63,9 @@ def forward_update(
 ) -> tuple[LoraState, Tensor, TrainStats]:
     """Train `state`, on top of W0 and `frozen`, for one round: the adapter, and how far it went along each direction.
 
-    run_seed: what the directions are drawn from, the same for all clients. Of the settings count those of steps, batch,
-    learning rate and bf16. `interrupt` is called before every forward pass; what it raises ends the training.
+    curvature: what the directions are scaled by. run_seed: what they are drawn from, the same for all clients. Of the
+    settings count those of steps, batch, learning rate and bf16. `interrupt` is called before every forward pass; what
+    it raises ends the training.
     """
     begun = time.perf_counter()
     settings = settings.for_examples(data.num_rows)  # an epoch draws every row once
@@ -90,6 +93,7 @@ def forward_update(
             loss,
             batches(),
             forward,
+            scales=scales_of(curvature),
             rate=lambda step: rate_at(settings, round, num_rounds, step),
             seed_of=lambda number: forward.seed(run_seed, round, number),
             seed=seed,
@@ -104,20 +108,22 @@ def walk_along(
     batches: Iterator[Batch],
     forward: ForwardOnly,
     *,
+    scales: Mapping[str, Tensor],
     rate: Callable[[int], float],
     seed_of: Callable[[int], int],
     seed: int,
 ) -> Walk:
     """A step for each batch: θ ← θ − η Σ_j g_j z_j / P, with the slopes g_j of `loss` along P directions.
 
-    rate: step → η. seed_of: number of a direction → its seed. seed: what a client's own choice of them follows from.
+    scales: see `draw_direction`. rate: step → η. seed_of: number of a direction → its seed. seed: what a client's own
+    choice of them follows from.
     """
     moved, losses = torch.zeros(forward.seeds), 0.0
     measured, epsilon = 0, forward.epsilon
     for step, batch in enumerate(batches):
         after = adapter
         for number in forward.numbers(step, seed):
-            direction = draw_direction(adapter, seed_of(number))
+            direction = draw_direction(adapter, seed_of(number), scales)
             above = loss(move_along(adapter, direction, epsilon), batch)
             below = loss(move_along(adapter, direction, -epsilon), batch)
             length = -rate(step) * (above - below) / (2 * epsilon * forward.perturbations)

@@ -49,6 +49,7 @@ def train_locally(
             data,
             settings,
             method.forward,
+            curvature=state.curvature,
             run_seed=job.seed,
             round=round,
             num_rounds=job.num_rounds,

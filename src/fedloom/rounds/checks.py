@@ -17,7 +17,7 @@ from torch import Tensor
 from fedloom.compress.entries import Entry, Quantized, Values, all_finite, floats
 from fedloom.errors import FedloomError, NumericError, ShapeError, StaleError, WireError
 from fedloom.lora.pair import PARTS, LoraPair, module_of
-from fedloom.methods.method import CORE, FROZEN, SCALARS, Entries, State, no_core
+from fedloom.methods.method import CORE, CURVATURE, FROZEN, SCALARS, SHARED, Entries, State, no_core
 from fedloom.methods.shared.whole import adopt_whole, whole_rank
 from fedloom.rounds.caps import find_outliers
 from fedloom.rounds.decoded import Decoded, read_update
@@ -250,18 +250,27 @@ def check_broadcast(job: Job, state: State, header: Header, entries: Entries) ->
         expect(header, "change", state.version, state.digest)
     for name, entry in entries.items():
         module, _, part = name.rpartition("/")
-        if module not in state.adapter or part not in (
-            *PARTS,
-            *(FROZEN + p for p in PARTS),
-            *(() if whole else (CORE, SCALARS)),
-        ):
+        if module not in state.adapter or part not in _parts_of(job, whole=whole):
             raise ShapeError(f"the payload holds {name!r}, which this adapter does not have")
         _check_outline(job, state, name, entry.shape, whole=whole)
         if not _finite(entry.values):
             raise NumericError(f"{name} holds NaN or infinity: such a {header.kind} is never applied")
-    missing = set(state.adapter.tensors()) - set(entries) if whole else set()
-    if missing:
+        if part.startswith(CURVATURE) and not (floats(entry.values) > 0).all():
+            raise NumericError(f"{name} holds a curvature that is not above 0: such a state is never applied")
+    wanted = set(state.adapter.tensors()) if whole else set()
+    if any(name.rpartition("/")[2].startswith(CURVATURE) for name in entries):
+        wanted |= set(state.adapter.tensors(CURVATURE))
+    if missing := wanted - set(entries):
         raise ShapeError(f"the payload is a whole state, but lacks tensor {min(missing)!r}")
+
+
+def _parts_of(job: Job, *, whole: bool) -> tuple[str, ...]:
+    """The parts of a module of which a broadcast may have entries, or a full state."""
+    always = (*PARTS, *(FROZEN + part for part in PARTS))
+    if not whole:
+        return (*always, CORE, SCALARS)
+    scaled = job.method.forward is not None and job.method.forward.curvature > 0
+    return (*always, *(CURVATURE + part for part in PARTS if scaled))
 
 
 def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *, whole: bool) -> None:
@@ -272,7 +281,7 @@ def _check_outline(job: Job, state: State, name: str, shape: tuple[int, ...], *,
     pair = state.adapter[module]
     m, n = pair.shape
     inner = -1 if len(shape) != 2 else shape[0] if part.endswith("A") else shape[1]
-    wanted = {"A": (inner, n), "B": (m, inner), CORE: (inner, inner)}[part.removeprefix(FROZEN)]
+    wanted = {"A": (inner, n), "B": (m, inner), CORE: (inner, inner)}[part.removeprefix(FROZEN).removeprefix(CURVATURE)]
     most = _merged_rank(job, state, module) if part.startswith(FROZEN) else _top_rank(job, state, module)
     least = 0 if part.startswith(FROZEN) else most if _holds_whole(job) else pair.rank if whole else 0
     if shape != wanted or not least <= inner <= most:
@@ -321,8 +330,8 @@ def check_finite(state: State, before: State | None = None) -> None:
     before: a state that was checked; a tensor that it shares is not looked at again.
     """
     known = set() if before is None else {id(tensor) for tensor in before.adapter.tensors().values()}
-    parts = {"adapter": state.adapter, "frozen": state.frozen, "tail": state.tail}
-    tensors = {f"{part} {name}": t for part, held in parts.items() for name, t in held.tensors().items()}
+    parts = zip(SHARED, state.shared, strict=True)
+    tensors = {f"{part} {name}": tensor for part, held in parts for name, tensor in held.tensors().items()}
     for name, tensor in {**tensors, **state.memory}.items():
         if tensor.is_floating_point() and id(tensor) not in known and not all_finite(tensor):
             raise NumericError(f"the new state's {name} holds NaN or infinity")

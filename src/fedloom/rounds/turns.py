@@ -16,7 +16,7 @@ from fedloom.compress.entries import all_finite, dense_entry, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import FedloomError, NumericError, RoundError, ShapeError
 from fedloom.lora.pair import LoraState, digest, from_tensors, narrow
-from fedloom.methods.method import CORE, FROZEN, State, send_all
+from fedloom.methods.method import CORE, CURVATURE, FROZEN, State, send_all
 from fedloom.rounds.caps import Caps
 from fedloom.rounds.checks import (
     UpdateFacts,
@@ -309,7 +309,8 @@ def _take_up(job: Job, state: State, message: Message) -> State:
         if header.kind == "state":
             tensors = {name: to_dense(entry) for name, entry in entries.items()}
             adopted = job.method.adopt(state, from_tensors(tensors), from_tensors(tensors, FROZEN))
-            after = replace(adopted, version=header.base_version, digest=header.base_digest)
+            curvature = from_tensors(tensors, CURVATURE)
+            after = replace(adopted, curvature=curvature, version=header.base_version, digest=header.base_digest)
         else:
             changed = job.method.receive(state, entries, job.context(header.round))
             after = replace(changed, version=header.base_version + 1, digest=header.result_digest)
@@ -323,7 +324,7 @@ def _take_up(job: Job, state: State, message: Message) -> State:
 
 def full_state(job: Job, state: State, round: int) -> bytes:
     """The payload that brings any participant to exactly the server's state."""
-    tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN)
+    tensors = state.adapter.tensors() | state.frozen.tensors(FROZEN) | state.curvature.tensors(CURVATURE)
     header = Header("state", job.method.name, round, state.version, state.digest)
     message = Message(header, {name: dense_entry(tensor) for name, tensor in tensors.items()})
     return encode(message, folder=job.scratch)

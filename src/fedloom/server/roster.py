@@ -121,8 +121,8 @@ class Roster(Mapping[str, State]):
 
 
 def same_state(one: State, two: State) -> bool:
-    """Whether two states have the same bits in adapter, frozen and tail; private memory does not count."""
-    pairs = ((one.adapter, two.adapter), (one.frozen, two.frozen), (one.tail, two.tail))
+    """Whether two states have the same bits in all that is shared; private memory does not count."""
+    pairs = zip(one.shared, two.shared, strict=True)
     return one.digest == two.digest and all(same_bits(a.tensors(), b.tensors()) for a, b in pairs)
 
 

@@ -37,7 +37,7 @@ class Turn:
         train = replace(setup, secret=self.secret).train(self.client) if self.secret else setup.train(self.client)
         turn = client_turn(setup.job, self.client, self.state, [], train, self.round)
         nothing = LoraState()
-        state = replace(turn.state, adapter=nothing, frozen=nothing, tail=nothing)
+        state = replace(turn.state, adapter=nothing, frozen=nothing, tail=nothing, curvature=nothing)
         return replace(turn, state=state, trained=replace(turn.trained, adapter=nothing))
 
     def describe(self) -> str:

@@ -58,7 +58,7 @@ class TurnRecord:
         """Bytes that this takes on disk, at most, but for names and the like."""
         held: dict[int, Tensor] = {}
         for state in (self.before, self.after):
-            for part in (state.adapter, state.frozen, state.tail):
+            for part in state.shared:
                 held |= {id(tensor): tensor for tensor in part.tensors().values()}
             held |= {id(tensor): tensor for tensor in state.memory.values()}
         return sum(tensor.nbytes for tensor in held.values()) + len(self.facts) + self.payload_bytes

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from fedloom.errors import CheckpointError
 from fedloom.lora.pair import LoraState, from_tensors
-from fedloom.methods.method import State
+from fedloom.methods.method import SHARED, State
 from fedloom.workspace.keys import PayloadKeys, fits_key, payload_key, tensor_key
 
 KEEP = 2
 """Checkpoints kept in a run: the newest, and the one before it in case the disk loses the newest."""
 
-_FORMAT = "fedloom-checkpoint-5"
-_READ = (_FORMAT, "fedloom-checkpoint-4")
-"""Formats that can be read. In 4 all keys are blake2b's."""
+_FORMAT = "fedloom-checkpoint-6"
+_READ = (_FORMAT, "fedloom-checkpoint-5", "fedloom-checkpoint-4")
+"""Formats that can be read. In 5 and 4 no state has a curvature; in 4 all keys are blake2b's."""
 SERVER = "server"
 """The name of the server's state in a checkpoint."""
 BEST = "best"
@@ -228,8 +228,10 @@ def load_contents(path: Path, *, leave: Collection[str] = ()) -> Contents:
             held[shelf] = from_tensors(shelves[shelf])
         return held[shelf]
 
-    def party(version: int, digest: str, adapter: int, frozen: int, tail: int, memory: int) -> State:
-        return State(lora(adapter), lora(frozen), lora(tail), shelves[memory], version, digest)
+    def party(version: int, digest: str, *parts: int) -> State:
+        *shared, memory = parts
+        kept = {part: lora(shelf) for part, shelf in zip(SHARED, shared, strict=False)}
+        return State(**kept, memory=shelves[memory], version=version, digest=digest)
 
     return Contents(
         states={name: party(*parts) for name, parts in meta["states"].items()},
@@ -294,8 +296,7 @@ class _Shelves:
 
     def party(self, state: State) -> list[int | str]:
         """A participant's state: version, digest, and the shelves of its parts."""
-        parts = (state.adapter, state.frozen, state.tail)
-        return [state.version, state.digest, *(self.put(part) for part in parts), self.put(state.memory)]
+        return [state.version, state.digest, *(self.put(part) for part in state.shared), self.put(state.memory)]
 
     def put(self, named: LoraState | Mapping[str, Tensor]) -> int:
         """The number of the shelf that holds these tensors."""

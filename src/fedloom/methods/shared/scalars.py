@@ -15,6 +15,7 @@ from torch import Tensor
 from fedloom.compress.entries import Dense, Entry, Sparse, to_dense
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
+from fedloom.lora.curvature import blend_curvature, scales_of
 from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraState
 from fedloom.methods.forward import ForwardOnly
@@ -24,6 +25,7 @@ from fedloom.methods.method import SCALARS, Aggregate, Context, Entries, Facts, 
 def method_of_scalars(name: str, paper: str, forward: ForwardOnly) -> Method:
     """The method whose clients train by `forward`; both ways one number a direction that was tried."""
     tried = "seeds and scalars" if not forward.shared else "scalars"
+    keeps = "everyone: the curvature of every element" if forward.curvature else "nothing"
 
     def compress(state: State, after: LoraState, context: Context) -> tuple[Mapping[str, Tensor], Entries]:
         return send_scalars(forward, name, state, after, context)
@@ -36,7 +38,7 @@ def method_of_scalars(name: str, paper: str, forward: ForwardOnly) -> Method:
 
     return Method(
         name=name,
-        facts=Facts(paper=paper, sends=tried, receives=tried, broadcasts="scalars"),
+        facts=Facts(paper=paper, sends=tried, receives=tried, keeps=keeps, broadcasts="scalars"),
         compress=compress,
         aggregate=aggregate,
         receive=receive,
@@ -82,10 +84,15 @@ def mean_scalars(forward: ForwardOnly, state: State, updates: Iterable[Update], 
 
 
 def go_along(forward: ForwardOnly, state: State, entries: Entries, context: Context) -> State:
-    """θ + Σ s_j z_j."""
+    """θ + Σ s_j z_j; and what that change tells of the curvature, where directions are scaled by it."""
     scalars = to_dense(next(iter(entries.values())))
     steps = {
         forward.seed(context.seed, context.round, number): float(scalars[number])
         for number in scalars.nonzero().flatten().tolist()
     }
-    return replace(state, adapter=move_along_all(state.adapter, steps))
+    moved = move_along_all(state.adapter, steps, scales_of(state.curvature))
+    if not forward.curvature:
+        return replace(state, adapter=moved)
+    return replace(
+        state, adapter=moved, curvature=blend_curvature(state.curvature, state.adapter, moved, forward.curvature)
+    )

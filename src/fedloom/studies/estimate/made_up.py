@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedloom.lora.curvature import scales_of
 from fedloom.lora.directions import move_along_all
 from fedloom.lora.pair import LoraPair, LoraState, subset
 from fedloom.methods.forward import ForwardOnly
@@ -58,7 +59,9 @@ def _train_along(forward: ForwardOnly, steps: int, run_seed: int) -> Train:
         places = [number for step in range(steps) for number in forward.numbers(step, seed)]
         moved[places] = torch.randn(len(places), generator=torch.Generator().manual_seed(seed)).mul_(1e-3)
         lengths = {forward.seed(run_seed, round, place): float(moved[place]) for place in sorted(set(places))}
-        return Trained(move_along_all(state.adapter, lengths), num_examples=1, loss=0.0, moved=moved)
+        return Trained(
+            move_along_all(state.adapter, lengths, scales_of(state.curvature)), num_examples=1, loss=0.0, moved=moved
+        )
 
     return train
 
