@@ -5,7 +5,7 @@
 #   TORCH=torch==2.13.0     another build of torch, installed before everything else
 #   PIP_ARGS="…"            further arguments of pip, such as an index with CPU-only builds of torch
 #   JOBS=1                  how many processes run the tests
-#   REF=0af10fb             the commit whose code `make bench-round` measures beside today's
+#   REF=0af10fb             the commit whose code `make bench-round` measures beside today's; REF= for today's alone
 #   ARGS="…"                further arguments of `fedloom demo`, such as ARGS="--method fedit --rounds 5"
 
 PYTHON ?= python3

@@ -34,12 +34,14 @@ def against_command(
 
 
 def goals_command(
-    ref: Ref,
+    ref: Annotated[
+        str, typer.Argument(metavar="[REF]", help="Commit of the old code; today's alone is measured without one.")
+    ] = "",
     only: Annotated[str, typer.Option(help="Goals: growth,memory; all if left out.")] = "",
     repeats: Repeats = 1,
     as_json: AsJson = False,
 ) -> None:
-    """What was asked of the whole round, with the code of a commit and with today's; says first how long it takes."""
+    """What was asked of the whole round, with a commit's code and today's, or today's; says first how long it takes."""
     from benchmarks import goals
 
     print_result(goals.run(ref, split_words(only), repeats=repeats, told=_tell), goals.tables, as_json)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks goals REF`: what was asked of the whole round, measured with the code of a commit and today's.
+"""`python -m benchmarks goals [REF]`: what was asked of the whole round, with the code of a commit and today's.
 
 Every row is one command of this package and one number made of its rows; docs/benchmarks/rounds.md has the table.
 """
@@ -9,6 +9,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -181,19 +182,21 @@ def run(
 ) -> dict[str, Any]:
     """{"ref", "repeats", "rows": [{name, what, old, new, asked, met, command, remark}]}, a row for each goal.
 
-    names: of the goals; all if left out. told: is called with a line beforehand, which says how long it takes, and with
-    one for every row as it is done. A number that could not be measured is None, and `remark` says why.
+    ref: the commit; with "" today's code is measured alone. names: of the goals; all if left out. told: is called with
+    a line beforehand, which says how long it takes, and with one for every row as it is done. A number that could not
+    be measured is None, and `remark` says why.
     Raises ConfigError for a goal or a commit that there is not.
     """
     goals = [goal for goal in GOALS if not names or goal.name in names]
     if unknown := set(names) - {goal.name for goal in goals}:
         raise ConfigError(f"no goal {min(unknown)!r}: expected {', '.join(goal.name for goal in GOALS)}")
-    plays = {goal.command: repeats * (1 + goal.then) for goal in goals}
+    plays = {goal.command: repeats * (1 + (goal.then and bool(ref))) for goal in goals}
     minutes = 1 + sum(count * MINUTES[command] for command, count in plays.items())
-    told(f"{len(goals)} numbers, {repeats} repeats of old and new code in turns: about {minutes:.0f} minutes")
+    codes = "old and new code in turns" if ref else "today's code"
+    told(f"{len(goals)} numbers, {repeats} repeats of {codes}: about {minutes:.0f} minutes")
     rows: list[dict[str, Any]] = []
-    with tree_of(ref) as then:
-        trees = [then, tree_of_today()]
+    with tree_of(ref) if ref else nullcontext() as then:
+        trees = [*([then] if then else []), tree_of_today()]
         for tree in trees:
             settle(tree)
         for command, group in groupby(goals, lambda goal: goal.command):
@@ -220,7 +223,7 @@ def measured(command: str, goals: Sequence[Goal], trees: Sequence[Tree], repeats
 
 
 def _row(goal: Goal, taken: Mapping[str, Sequence[Sequence[Row]]], faults: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, float | None] = {}
+    found: dict[str, float | None] = {"old": None}
     remarks = dict(faults)
     for name, repeats in taken.items():
         try:
@@ -238,7 +241,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The rows as the page has them."""
-    table = Table(title=f"the whole round, {result['ref']} and today, medians of {result['repeats']} in turns")
+    codes = f"{result['ref']} and today, medians of {result['repeats']} in turns" if result["ref"] else "today"
+    table = Table(title=f"the whole round, {codes}")
     for name in ("what", "before", "now", "asked for", "met", "command"):
         table.add_column(name, justify="right" if name in ("before", "now", "asked for") else "left")
     for row in result["rows"]:

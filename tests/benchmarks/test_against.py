@@ -139,6 +139,22 @@ def test_a_goal_that_old_code_cannot_play_has_its_other_numbers(monkeypatch):
     assert goals.Goal("x", "x", "x", len, least=1.7).met(1.6) is False
 
 
+def test_without_a_commit_todays_code_is_measured_alone(monkeypatch):
+    played: list[str] = []
+
+    def measured(tree, words):
+        played.append(tree.name)
+        return Measured({"rows": SERVER}, 1.0, 1.0)
+
+    monkeypatch.setattr(goals, "measure", measured)
+    monkeypatch.setattr(goals, "settle", lambda tree: None)
+    said: list[str] = []
+    result = goals.run("", ["growth"], repeats=1, told=said.append)
+    assert played == ["new"] and said[0].startswith("1 numbers, 1 repeats of today's code: about 3 minutes")
+    assert [(one["old"], one["new"], one["met"]) for one in result["rows"]] == [(None, 4.5, True)]
+    assert "| – |" in to_markdown(goals.tables(result)[0])
+
+
 @pytest.mark.parametrize("goal", goals.GOALS, ids=lambda goal: goal.name)
 def test_the_page_names_every_goal(goal):
     text = (REPOSITORY / "docs" / "benchmarks" / "rounds.md").read_text(encoding="utf-8")
