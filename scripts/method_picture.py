@@ -31,6 +31,7 @@ TOY: Mapping[str, Mapping[str, float | bool | str]] = {
     "fedsrd-e": {"base_sparsity": 0.75, "sparsity_upper": 0.0, "download_sparsity": 0.7},
     "lora-xs": {"factors": "random", "coded": False},
     "sparseloco": {"chunk_size": 15, "topk": 4},
+    "ferret": {"share": 0.3},
     "fedkseed": {"seeds": 16, "perturbations": 4},
     "decomfl": {"seeds": 16, "perturbations": 8},
     "hiso": {"seeds": 16, "perturbations": 8, "smoothing": 0.5},

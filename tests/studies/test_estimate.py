@@ -49,7 +49,7 @@ def test_all_figures_that_are_asked_for_are_there():
     assert [told["tinyllama", m, "efficiency"] for m in ("fedit", "flora", "ffa")] == [14.2e-4, 1.78e-4, 28.4e-4]
 
 
-DATA_DECIDES = {"fed-dare": 0.1, "florist": 0.15, "fedex": 0.2}
+DATA_DECIDES = {"fed-dare": 0.1, "ferret": 0.15, "florist": 0.15, "fedex": 0.2}
 """How many elements or ranks are broadcast follows from the updates, which are made up here and there."""
 
 

@@ -202,6 +202,11 @@ def both_factors(round: int) -> tuple[str, ...]:
     return PARTS
 
 
+def as_sent(entries: Entries) -> Entries:
+    """The entries say elements, and are left as they are."""
+    return entries
+
+
 def no_advice(adapter: LoraState, context: Context) -> str:
     """Nothing to say beforehand."""
     return ""
@@ -236,6 +241,8 @@ class Method:
     updates: what a client's entries are, where they still mean something when the server has gone on: a "change" of the
     factors, or the "factors" after it. Empty where they mean something beside those of the same version alone; such a
     method has synchronous rounds only (`rounds.stale`).
+    plain: a client's entries with the elements of what they say, where they say it in other coordinates; for whoever
+    looks at what clients send, such as rules on updates.
     advise(first adapter, context): what a user should know of the settings, or "".
     adds(entries, adapter): the tensors T_k that a client's entries stand for, as large as those of the server's
     `adapter`, where Σ p_k T_k is all that `aggregate` needs of the updates: sums of clients then add up (see
@@ -276,6 +283,7 @@ class Method:
     own_values: bool = False
     replaces: tuple[str, ...] = ()
     updates: Literal["", "change", "factors"] = ""
+    plain: Callable[[Entries], Entries] = as_sent
     smallest: Callable[[LoraState, Context], int] | None = None
     adds: Callable[[Entries, LoraState], Mapping[str, Tensor]] | None = None
     support: Callable[[State, Context], Mapping[str, Tensor]] | None = None

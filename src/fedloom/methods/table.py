@@ -22,6 +22,7 @@ from fedloom.methods.fedkseed import fedkseed
 from fedloom.methods.fedprox import fedprox
 from fedloom.methods.fedsrd import fedsrd
 from fedloom.methods.fedsvd import fedsvd
+from fedloom.methods.ferret import ferret
 from fedloom.methods.ffa import ffa
 from fedloom.methods.flasc import flasc
 from fedloom.methods.flexlora import flexlora
@@ -98,6 +99,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
     "sparseloco": MethodEntry(sparseloco, {"lossless": {"chunk_size": 1, "topk": 1, "two_bits": False}}),
+    "ferret": MethodEntry(ferret, {"lossless": {"share": 1.0}}),
     "fedkseed": MethodEntry(fedkseed),
     "decomfl": MethodEntry(decomfl),
     "hiso": MethodEntry(hiso),

@@ -38,7 +38,7 @@ def gram_matrix(method: Method, state: State, cohort: Cohort, clients: Sequence[
 def find_change(method: Method, state: State, entries: Mapping[str, Entry]) -> LoraState:
     """What the model in use would change by if it were this client's alone: module → a pair of rank 2 r at most."""
     moved: dict[str, dict[str, Tensor]] = {}
-    for name, entry in entries.items():
+    for name, entry in method.plain(entries).items():
         module, _, part = name.rpartition("/")
         moved.setdefault(module, {})[part] = to_dense(entry)
     if method.forward:

@@ -96,7 +96,8 @@ def _guess(setup: Setup, federation: Federation, name: str, count: int) -> Guess
     """One step on the first examples of a site, and what its payload says of them."""
     held = setup.sites[name].data
     data = _first(held, count)
-    entries, size = _overhear(_with_data(setup, name, data), federation, name)
+    sent, size = _overhear(_with_data(setup, name, data), federation, name)
+    entries = setup.job.method.plain(sent)
     text = [int(token) for one in data.examples for token in one.ids]
     labels = {int(token) for one in data.examples for token in one.labels() if token != IGNORED}
     readers, writers = _ends(setup, federation.server)
