@@ -36,7 +36,7 @@ def played(**settings):
 
 
 def test_with_all_coordinates_the_step_is_the_mean():
-    run, begun, _, mean = played(share=1.0)
+    run, begun, _, mean = played(preset="lossless")
     for name, tensor in run.server.adapter.tensors().items():
         assert torch.allclose(tensor - begun[name], mean[name], atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_the_step_is_the_means_projection_made_longer(share: float, rate: float)
 
 
 def test_a_step_is_about_as_long_as_the_mean_change():
-    run, begun, _, mean = played(share=0.3)
+    run, begun, _, mean = played(share=0.3, server_learning_rate=1.0)
     moved = torch.cat([(tensor - begun[name]).flatten() for name, tensor in run.server.adapter.tensors().items()])
     length = torch.cat([tensor.flatten() for tensor in mean.values()]).norm()
     assert float(moved.norm() / length) == pytest.approx(1.0, abs=0.25)
@@ -90,7 +90,7 @@ def test_a_budget_takes_the_place_of_the_share():
 def test_rules_on_updates_see_the_changes_and_not_their_coordinates():
     """Inner products of what coordinates stand for, held against those of Fed-IT's kind of entries."""
     grams = []
-    for name, settings in (("ferret", {"share": 1.0}), ("fed-dare", {"sparsity": 0.0})):
+    for name, settings in (("ferret", {"preset": "lossless"}), ("fed-dare", {"sparsity": 0.0})):
         run = Federation(job(build(name, settings)))
         for _ in range(2):
             run.play()

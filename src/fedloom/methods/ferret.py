@@ -24,11 +24,11 @@ from fedloom.methods.shared.averaging import fill_within_budget, weighted_mean, 
 from fedloom.methods.shared.whole import add_to_whole, adopt_whole, read_whole_change
 
 
-def ferret(*, share: float = 0.1, server_learning_rate: float = 1.0) -> Method:
+def ferret(*, share: float = 0.1, server_learning_rate: float = 2.0) -> Method:
     """share: coordinates of a tensor over its elements, more than 0 and at most 1; wire.budget takes its place.
 
-    server_learning_rate: the length of the server's step, in lengths of the clients' mean change. 1 / √share times that
-    is an unbiased step, and √share times it the mean's projection.
+    server_learning_rate: the length of the server's step, in lengths of the clients' mean change: 1 / √share would be
+    an unbiased step, and √share the mean's projection.
     """
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"method.share is {share}: expected more than 0, and at most 1")

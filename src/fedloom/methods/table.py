@@ -99,7 +99,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "fedsrd-e": MethodEntry(partial(fedsrd, decompose=False), {"paper": PAPER_SRD, "lossless": LOSSLESS_SRD}),
     "lora-xs": MethodEntry(lora_xs, {"paper": {"coded": False}, "lossless": {"coded": False}}),
     "sparseloco": MethodEntry(sparseloco, {"lossless": {"chunk_size": 1, "topk": 1, "two_bits": False}}),
-    "ferret": MethodEntry(ferret, {"lossless": {"share": 1.0}}),
+    "ferret": MethodEntry(ferret, {"lossless": {"share": 1.0, "server_learning_rate": 1.0}}),
     "fedkseed": MethodEntry(fedkseed),
     "decomfl": MethodEntry(decomfl),
     "hiso": MethodEntry(hiso),
