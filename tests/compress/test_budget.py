@@ -55,7 +55,7 @@ def test_any_sparse_method_keeps_to_bytes_or_to_a_share(name, budget):
 
 
 def test_all_sparse_methods_are_among_them():
-    assert {"fed-dare", "fedsrd", "fedsrd-e", "flasc", "loom", "sparseloco"} == set(SPARSE)
+    assert {"fed-dare", "fedsrd", "fedsrd-e", "ferret", "flasc", "loom", "sparseloco"} == set(SPARSE)
 
 
 @settings(max_examples=25)
