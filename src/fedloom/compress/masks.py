@@ -80,6 +80,11 @@ def seeded_signs(numel: int, seed: int) -> Tensor:
     return signs.sub_(1.0)
 
 
+def nearest_density(density: float) -> float:
+    """The density of a mask that is nearest to this one, and above 0."""
+    return max(round(density * STEPS), 1) / STEPS
+
+
 def threshold(density: float) -> int:
     """65536 · density as the integer that it must be."""
     scaled = density * STEPS

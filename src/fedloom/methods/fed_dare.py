@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from fedloom.compress.entries import Entry, Seeded, Sparse, floats
-from fedloom.compress.masks import seeded_mask
+from fedloom.compress.masks import nearest_density, seeded_mask
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError
 from fedloom.lora.pair import LoraState
@@ -62,7 +62,7 @@ def send_random(
 
 def drop_and_rescale(delta: Tensor, density: float, seed: int, context: Context) -> tuple[Seeded, Tensor]:
     """A random share of the elements divided by that share, and what is left of the tensor without it."""
-    density = max(round(density * 65536), 1) / 65536
+    density = nearest_density(density)
     mask = seeded_mask(delta.numel(), density, seed)
     kept = delta.flatten()[mask]
     values = context.quantize(kept / density, seed)

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from fedloom.compress.entries import Entry, Seeded, dense_entry, to_dense
-from fedloom.compress.masks import STEPS, seeded_mask
+from fedloom.compress.masks import nearest_density, seeded_mask
 from fedloom.compress.rotate import rotate, rotate_back
 from fedloom.compress.seeds import derived_seed
 from fedloom.errors import ConfigError, ShapeError
@@ -61,7 +61,7 @@ def seed_of(state: State, name: str) -> int:
 
 def project(tensor: Tensor, share: float, seed: int, context: Context) -> Seeded:
     """A tensor's coordinates along a share of a seed's directions; of a larger share they are the same and more."""
-    share = max(round(share * STEPS), 1) / STEPS
+    share = nearest_density(share)
     coordinates = rotate(tensor.flatten(), seed)[seeded_mask(tensor.numel(), share, seed)]
     return Seeded(tuple(tensor.shape), seed, share, context.quantize(coordinates, seed))
 

@@ -91,8 +91,7 @@ def go_along(forward: ForwardOnly, state: State, entries: Entries, context: Cont
         for number in scalars.nonzero().flatten().tolist()
     }
     moved = move_along_all(state.adapter, steps, scales_of(state.curvature))
-    if not forward.curvature:
-        return replace(state, adapter=moved)
-    return replace(
-        state, adapter=moved, curvature=blend_curvature(state.curvature, state.adapter, moved, forward.curvature)
-    )
+    curvature = state.curvature
+    if forward.curvature:
+        curvature = blend_curvature(curvature, state.adapter, moved, forward.curvature)
+    return replace(state, adapter=moved, curvature=curvature)
