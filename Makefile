@@ -66,9 +66,10 @@ docs: $(DEV_READY) ## Build the documentation as a site; leaves build/site/index
 docs-serve: $(DEV_READY) ## Show the documentation at http://127.0.0.1:8000 while you write it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-pages: $(DEV_READY) ## Write the pages that come from the code: methods with their pictures, settings
+pages: $(DEV_READY) ## Write what comes from the code and from docs/front.csv: methods with their pictures, settings, the tables of the front
 	$(BIN)/python -m scripts.make_method_pages
 	$(BIN)/python -m scripts.make_settings_page
+	$(BIN)/python -m scripts.make_front_tables
 
 screenshots: $(DEV_READY) ## Take the pictures of docs/page.md from runs that it plays, with Chromium; leaves docs/pictures
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.make_screenshots $(ARGS)

@@ -329,6 +329,7 @@ def leave(points: Sequence[Point], out: Path, kept: Sequence[Point] | None = Non
     from experiments.sending import read_sending
 
     (out / "front.md").write_text(figures.write_markdown(points), encoding="utf-8")
+    (out / "grid.md").write_text(figures.write_grids(points), encoding="utf-8")
     (out / "work.md").write_text(figures.write_work(points), encoding="utf-8")
     (out / "front.csv").write_text(figures.write_csv(points if kept is None else kept), encoding="utf-8")
     picture.front(points, out / "front.png", sending=read_sending())

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.gain import Losses
-from experiments.points import LINKS, SHARE_OF_GAIN, TARGET, Point
+from experiments.points import LINKS, SHARE_OF_GAIN, TARGET, Point, best_at_each_budget
 from experiments.work import Work
 from fedloom.errors import DataError
 from fedloom.report.tables import to_csv, to_markdown
@@ -35,6 +35,28 @@ def pages(points: Sequence[Point]) -> list[list[dict[str, str]]]:
 def write_markdown(points: Sequence[Point]) -> str:
     """The tables of `pages`, one below the other."""
     return "\n".join(to_markdown(page) for page in pages(points))
+
+
+def grid(points: Sequence[Point]) -> list[dict[str, str]]:
+    """Methods down, budgets across: the best score of a method under a budget, and its share of dense FedIT's bytes.
+
+    For the points of one testbed. Methods stand by their best score; an empty cell is what was not played.
+    """
+    budgets = list(dict.fromkeys(point.budget for point in points))
+    best = {(point.method, point.budget): point for point in best_at_each_budget(points)}
+    tops: dict[str, float] = {}
+    for (method, _), point in best.items():
+        tops[method] = max(tops.get(method, -math.inf), point.score)
+    return [
+        {"method": method} | {budget: _cell(best.get((method, budget))) for budget in budgets}
+        for method in sorted(tops, key=lambda method: -tops[method])
+    ]
+
+
+def write_grids(points: Sequence[Point]) -> str:
+    """`grid` of every testbed under its name, in Markdown."""
+    names = dict.fromkeys(point.testbed for point in points)
+    return "\n".join(f"**{name}**\n\n{to_markdown(grid([p for p in points if p.testbed == name]))}" for name in names)
 
 
 def figures(points: Sequence[Point]) -> list[dict[str, str]]:
@@ -131,7 +153,7 @@ def _row(point: Point) -> dict[str, str]:
         "budget": point.budget,
         "run": point.variant,
         "seeds": str(point.seeds),
-        f"{SHARE}, {point.rank}": f"{100 * round(point.share, 5):.2f} %{'' if point.within else ' (over)'}",
+        f"{SHARE}, {point.rank}": f"{_percent(point.share)}{'' if point.within else ' (over)'}",
         "up B / turn": f"{point.up:.0f}",
         "down B / turn": f"{point.down:.0f}",
     }
@@ -156,6 +178,15 @@ def _spread(mean: float, half: float, seeds: int, form: str = ".1f") -> str:
     if not math.isfinite(mean):
         return "–"
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}" if seeds > 1 else f"{mean:{form}}"
+
+
+def _cell(point: Point | None) -> str:
+    """A score, and what it took."""
+    return "" if point is None else f"{_spread(point.score, point.half, point.seeds)} ({_percent(point.share)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * round(share, 5):.2f} %"
 
 
 def _text(value: float) -> str:

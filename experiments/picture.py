@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point
+from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point, best_at_each_budget
 from experiments.sending import Sending
 from fedloom.report.figure import COLOURS, LINES, STYLE, legend_label, line_style, save_figure
 
@@ -67,14 +67,6 @@ def front(
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
         save_figure(figure, target, "png")
-
-
-def best_at_each_budget(points: Sequence[Point]) -> list[Point]:
-    """Of a method's points at one budget the one of highest score, and all that papers set, in their order."""
-    best: dict[tuple[str, str], float] = {}
-    for p in points:
-        best[p.method, p.budget] = max(best.get((p.method, p.budget), -math.inf), p.score)
-    return [p for p in points if p.budget == PUBLISHED or not p.score < best[p.method, p.budget]]
 
 
 def _lay_out(axes: Axes, points: Sequence[Point], axis: Axis) -> None:

@@ -127,6 +127,14 @@ def line_seconds(up: float, down: float, link: tuple[float, float]) -> float:
     return 2 * ROUND_TRIP + 8e-6 * (up / link[0] + down / link[1])
 
 
+def best_at_each_budget(points: Sequence[Point]) -> list[Point]:
+    """Of a method's points at one budget the one of highest score, and all that papers set, in their order."""
+    best: dict[tuple[str, str], float] = {}
+    for p in points:
+        best[p.method, p.budget] = max(best.get((p.method, p.budget), -math.inf), p.score)
+    return [p for p in points if p.budget == PUBLISHED or not p.score < best[p.method, p.budget]]
+
+
 def above(points: Sequence[Point], own: str = "loom") -> list[Point]:
     """Points within their budget, of several seeds, whose interval lies above that of `own` there."""
     ours = {(point.testbed, point.budget): point.score + point.half for point in points if point.method == own}

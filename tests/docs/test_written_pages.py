@@ -1,9 +1,11 @@
-"""The pages of methods and settings say what the code says, and show what the code does."""
+"""Pages from the code say what it says and show what it does; those of the front have what front.csv has."""
 
 import re
+from dataclasses import replace
 
 import pytest
-from scripts import make_method_pages, make_settings_page
+from experiments.figures import read_csv
+from scripts import make_front_tables, make_method_pages, make_settings_page
 from scripts.method_picture import picture, play
 
 from fedloom.methods.table import METHODS, method_options
@@ -28,6 +30,20 @@ def test_the_settings_are_up_to_date():
     written = make_settings_page.PAGE.read_text(encoding="utf-8")
     assert written == make_settings_page.page(), AGAIN
     assert all(f"| `{key.partition('.')[2]}` |" in written for key in setting_keys())
+
+
+@pytest.mark.parametrize("page", make_front_tables.PAGES, ids=lambda page: page.stem)
+def test_the_tables_of_the_front_are_those_of_its_figures(page):
+    points = read_csv(make_front_tables.DOCS / "front.csv")
+    written = page.read_text(encoding="utf-8")
+    assert written == make_front_tables.fill(written, points), AGAIN
+    assert written != make_front_tables.fill(written, [replace(point, score=1.0) for point in points])
+
+
+def test_what_is_left_to_play_of_the_front_is_told():
+    point = next(p for p in read_csv(make_front_tables.DOCS / "front.csv") if p.testbed == "many")
+    told = make_front_tables.missing([point], ["many"])
+    assert told.startswith("- many: 10 of 11 entries are still to be played: ") and "20% loom, fedit, fedsrd;" in told
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -131,6 +131,7 @@ def test_the_command_leaves_table_csv_and_picture(monkeypatch, tmp_path, made):
     assert "| 3200 | 3200 | 1 |" in (tmp_path / "runs" / "work.md").read_text()
     assert (tmp_path / "runs" / "front-work.png").stat().st_size > 10_000
     assert (tmp_path / "runs" / "front.md").read_text().count("loom") == 2
+    assert (tmp_path / "runs" / "grid.md").read_text().startswith("**demo**")
     assert (tmp_path / "runs" / "front.png").stat().st_size > 10_000
 
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from experiments.figures import merge, pages, read_csv, write_csv
+from experiments.figures import grid, merge, pages, read_csv, write_csv, write_grids
 from experiments.gain import gain, losses, paired, share_kept
 from experiments.points import SHARE_OF_GAIN, Point, Reference, measured
 from experiments.sending import Sending, coded_bytes, read_sending, write_sending
@@ -113,6 +113,21 @@ def test_rows_of_other_testbeds_and_of_entries_not_played_stay(points, tmp_path)
     (tmp_path / "front.csv").write_text(write_csv(merged), encoding="utf-8")
     assert [point.metric for point in read_csv(tmp_path / "front.csv")].count(SHARE_OF_GAIN) == 2
     assert [len(page) for page in pages(merged)] == [2, 2]
+
+
+def test_a_grid_has_a_methods_best_under_each_budget_and_tells_what_was_not_played():
+    points = [
+        exact("many", "7%", "fedit:lora.r=2", 70.0),
+        exact("many", "7%", "fedit:lora.r=1", 60.0),
+        exact("many", "1%", "loom", 80.0),
+        exact("many", "1%", "fedit", 30.0),
+    ]
+    assert grid(points) == [
+        {"method": "loom", "7%": "", "1%": "80.0 ± 1.0 (1.00 %)"},
+        {"method": "fedit", "7%": "70.0 ± 1.0 (1.00 %)", "1%": "30.0 ± 1.0 (1.00 %)"},
+    ]
+    both = write_grids([*points, exact("demo", "7%", "loom")])
+    assert both.index("**many**") < both.index("| fedit |") < both.index("**demo**\n\n| method | 7% |")
 
 
 def test_the_picture_marks_what_lies_below_and_what_the_data_weigh(points):
