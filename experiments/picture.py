@@ -15,10 +15,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.points import EXACT_MATCH, PUBLISHED, SHARE_OF_GAIN, Point, best_at_each_budget
 from experiments.sending import Sending
+from fedloom.methods.table import METHODS
 from fedloom.report.figure import COLOURS, LINES, STYLE, legend_label, line_style, save_figure
 
 HEIGHTS = {EXACT_MATCH: (0.0, 101.0), SHARE_OF_GAIN: (60.0, 103.0)}
 """Ends of the axis of scores. Above 60 % of a gain methods differ by a few points; what lies below is noted."""
+LEADING = ("loom", "fedit", "fedsrd", "fedsrd-e", "florist")
+"""Methods of the first colours."""
 TITLES = {EXACT_MATCH: "held-out exact match (%)", SHARE_OF_GAIN: "share of dense FedIT's gain that is kept (%)"}
 
 
@@ -53,20 +56,26 @@ def front(
     sending: testbed → what its data weigh, drawn as upright lines.
     """
     testbeds = list(dict.fromkeys(p.testbed for p in points))
-    methods = sorted(dict.fromkeys(p.method for p in points), key=lambda method: method != own)
+    slots = assign_slots(points)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4 * max(len(testbeds), 1) + 1.6, 4.6), layout="constrained")
         panels = figure.subplots(1, max(len(testbeds), 1), squeeze=False)[0]
         for axes, testbed in zip(panels, testbeds, strict=False):
             here = best_at_each_budget([p for p in points if p.testbed == testbed])
-            for number, method in enumerate(methods):
-                _front_of([p for p in here if p.method == method], axes, axis, number, method == own)
+            for method, slot in slots.items():
+                _front_of([p for p in here if p.method == method], axes, axis, slot, method == own)
             _lay_out(axes, here, axis)
             if sending and testbed in sending:
                 _draw_sending(axes, sending[testbed], here)
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
         save_figure(figure, target, "png")
+
+
+def assign_slots(points: Sequence[Point]) -> dict[str, int]:
+    """Method → the number of its line, by which it looks the same in every picture; in the order of the legend."""
+    known = list(dict.fromkeys([*LEADING, *METHODS, *(p.method for p in points)]))
+    return {method: known.index(method) for method in sorted({p.method for p in points}, key=known.index)}
 
 
 def _lay_out(axes: Axes, points: Sequence[Point], axis: Axis) -> None:
@@ -88,18 +97,20 @@ def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
     if not math.isfinite(dense):
         return
     low, high = axes.get_xlim()
-    ends = [100 * bytes / dense for bytes in (found.xz, found.coded)]
-    axes.set_xlim(min(low, min(ends) / 1.8), max(high, max(ends) * 1.2))  # room for the text left of the first line
-    for end, text in zip(ends, ("send the data (xz)", "send the data, coded by the base model"), strict=True):
+    texts = ("send the data (xz)", "send the data, coded by the base model")
+    ends = sorted(zip((100 * bytes / dense for bytes in (found.xz, found.coded)), texts, strict=True))
+    axes.set_xlim(min(low, ends[0][0] / 1.8), max(high, ends[1][0] * 1.2))  # room for the text left of the first line
+    close = ends[1][0] < 1.4 * ends[0][0]  # then the second text stands on the outer side, so as not to cover the first
+    for (end, text), side in zip(ends, ("right", "left" if close else "right"), strict=True):
         axes.axvline(end, color="0.45", linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
         axes.text(
             end,
             0.03,
-            f"{text} ",
+            f" {text} ",
             transform=axes.get_xaxis_transform(),
             rotation=90,
             va="bottom",
-            ha="right",
+            ha=side,
             fontsize=7.5,
             color="0.35",
             in_layout=False,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from experiments.figures import read_csv, rows, write_csv, write_work
-from experiments.points import PUBLISHED, Point, above, line_seconds
+from experiments.points import PUBLISHED, Point, above, best_at_each_budget, line_seconds
 from experiments.work import Work, count_passes
 from PIL import Image
 from typer.testing import CliRunner
@@ -188,7 +188,7 @@ def test_the_line_goes_through_a_methods_best_at_each_budget():
 
     points = [point("loom:a=1", 96.0), point("loom:a=2", 94.0), point("fedit", 50.0), point("loom:a=2", 80.0, "0.3%")]
     papers = [point("loom", 10.0, PUBLISHED), point("loom:a=3", 5.0, PUBLISHED)]
-    kept = picture.best_at_each_budget([*points, *papers])
+    kept = best_at_each_budget([*points, *papers])
     assert kept == [points[0], points[2], points[3], *papers]
 
 

@@ -18,8 +18,10 @@ from experiments import __main__ as command
 from experiments import front, picture, tuning, width
 from fedloom import testbeds
 from fedloom.errors import ConfigError
+from fedloom.methods.table import METHODS
 from fedloom.model.examples import Example
 from fedloom.records.ledger import Aggregation, Evaluation, Ledger, ModuleGroup, RunRow, Training, Transfer
+from fedloom.report.figure import line_style
 from fedloom.report.numbers import summarise
 from fedloom.studies import compare
 
@@ -140,6 +142,13 @@ def test_the_picture_marks_what_lies_below_and_what_the_data_weigh(points):
     plain = size()
     lines = size(sending={"wordnet": Sending(20.0, 10.0, 1, "x")})
     assert plain != lines
+
+
+def test_a_method_looks_the_same_in_every_picture_and_like_no_other():
+    every = picture.assign_slots([exact("demo", "1%", method) for method in [*METHODS, "mine"]])
+    few = picture.assign_slots([exact("demo", "1%", method) for method in ("flasc", "fedsrd", "loom")])
+    assert list(few) == ["loom", "fedsrd", "flasc"] and few.items() <= every.items()
+    assert len({line_style(slot) for slot in every.values()}) == len(METHODS) + 1
 
 
 def test_the_data_coded_by_a_model_are_what_its_probabilities_say():

@@ -126,8 +126,9 @@ def _pictured(reports: Sequence[Report]) -> list[Measure]:
 
 
 def line_style(number: int) -> tuple[str, str]:
-    """Colour and marker of the n-th line."""
-    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    """Colour and marker of the n-th line: a colour that comes again has another marker."""
+    lap, slot = divmod(number, len(COLOURS))
+    return COLOURS[slot], MARKERS[(slot + 3 * lap) % len(MARKERS)]
 
 
 def legend_label(name: str) -> str:
