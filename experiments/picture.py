@@ -18,8 +18,10 @@ from experiments.sending import Sending
 from fedloom.methods.table import METHODS
 from fedloom.report.figure import COLOURS, LINES, STYLE, legend_label, line_style, save_figure
 
-HEIGHTS = {EXACT_MATCH: (0.0, 101.0), SHARE_OF_GAIN: (60.0, 103.0)}
-"""Ends of the axis of scores. Above 60 % of a gain methods differ by a few points; what lies below is noted."""
+TOPS = {EXACT_MATCH: 101.0, SHARE_OF_GAIN: 103.0}
+"""The upper end of the axis of scores."""
+FOOT, LOWEST_FOOT = 70.0, 30.0
+"""The lower end for shares of a gain, and how far it goes down for points below it; what lies lower still is noted."""
 LEADING = ("loom", "fedit", "fedsrd", "fedsrd-e", "florist")
 """Methods of the first colours."""
 TITLES = {EXACT_MATCH: "held-out exact match (%)", SHARE_OF_GAIN: "share of dense FedIT's gain that is kept (%)"}
@@ -62,9 +64,9 @@ def front(
         panels = figure.subplots(1, max(len(testbeds), 1), squeeze=False)[0]
         for axes, testbed in zip(panels, testbeds, strict=False):
             here = best_at_each_budget([p for p in points if p.testbed == testbed])
+            _lay_out(axes, here, axis)
             for method, slot in slots.items():
                 _front_of([p for p in here if p.method == method], axes, axis, slot, method == own)
-            _lay_out(axes, here, axis)
             if sending and testbed in sending:
                 _draw_sending(axes, sending[testbed], here)
         handles = {text: line for a in panels for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
@@ -87,8 +89,16 @@ def _lay_out(axes: Axes, points: Sequence[Point], axis: Axis) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(*HEIGHTS[first.metric])
+    axes.set_ylim(foot_of(points), TOPS[first.metric])
     axes.set_ylabel(TITLES[first.metric])
+
+
+def foot_of(points: Sequence[Point]) -> float:
+    """The lower end of a panel's scores."""
+    if points[0].metric == EXACT_MATCH:
+        return 0.0
+    lowest = min((p.score for p in points if math.isfinite(p.score)), default=FOOT)
+    return min(FOOT, max(LOWEST_FOOT, 10 * math.floor(lowest / 10)))
 
 
 def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:
@@ -144,8 +154,8 @@ def _front_of(points: Sequence[Point], axes: Axes, axis: Axis, number: int, bold
 
 def _note_below(axes: Axes, points: Sequence[Point], axis: Axis, colour: str, hollow: bool) -> None:
     """Points below the axis, as triangles at its foot with their score."""
+    bottom, top = axes.get_ylim()
     for point in points:
-        bottom, top = HEIGHTS[point.metric]
         if point.score >= bottom:
             continue
         axes.plot(

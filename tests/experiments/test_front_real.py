@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,12 @@ def test_the_picture_marks_what_lies_below_and_what_the_data_weigh(points):
     plain = size()
     lines = size(sending={"wordnet": Sending(20.0, 10.0, 1, "x")})
     assert plain != lines
+
+
+def test_a_panel_goes_down_to_its_lowest_point_but_not_without_end(points):
+    shares = [replace(points[0], score=score) for score in (90.0, 42.0, -400.0)]
+    assert [picture.foot_of(shares[:count]) for count in (1, 2, 3)] == [70.0, 40.0, 30.0]
+    assert picture.foot_of([exact("demo", "1%", "loom")]) == 0.0
 
 
 def test_a_method_looks_the_same_in_every_picture_and_like_no_other():
