@@ -77,12 +77,14 @@ screenshots: $(DEV_READY) ## Take the pictures of docs/page.md from runs that it
 front: $(RUN_READY) ## Score against bytes at several budgets, two testbeds; says first how long; leaves docs/front.png and docs/front.csv
 	$(BIN)/python -m experiments front --jobs 2 --out runs/front
 	cp runs/front/front.png runs/front/front.csv docs/
+	$(BIN)/python -m scripts.make_front_tables
 
 front-real: $(RUN_READY) ## The same on the testbeds of real text, a night of 2 cores; goes on after a break; leaves docs/front-real.png
 	test -d experiments/testbeds/docstrings || $(BIN)/python -m experiments data docstrings
 	$(BIN)/python -m experiments front --testbeds wordnet,docstrings --jobs 2 --out runs/front-real $(ARGS)
 	cp runs/front-real/front.png docs/front-real.png
 	cp runs/front-real/front.csv docs/
+	$(BIN)/python -m scripts.make_front_tables
 
 base-model: $(RUN_READY) ## Pre-train the shipped base model anew (about 10 minutes on 2 cores)
 	$(BIN)/python scripts/make_base_model.py
