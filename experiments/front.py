@@ -59,15 +59,21 @@ class Bed:
     budgets: dict[str, list[str]]
 
 
-def read_bed(name: str, folders: Sequence[Path], sets: Sequence[str] = ()) -> Bed:
-    """A testbed whose settings are in one of the folders. Raises ConfigError for one that front.toml does not have."""
+def read_lists(name: str) -> tuple[str, dict[str, list[str]]]:
+    """What a testbed is scored by, and budget → variants. Raises ConfigError for one that front.toml does not have."""
     lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     if name not in lists:
         raise ConfigError(f"there is no testbed {name!r}: expected one of {', '.join(lists)}")
     metric = lists[name].pop("metric", EXACT_MATCH)
+    return metric, lists[name]
+
+
+def read_bed(name: str, folders: Sequence[Path], sets: Sequence[str] = ()) -> Bed:
+    """A testbed whose settings are in one of the folders. Raises ConfigError for one that front.toml does not have."""
+    metric, budgets = read_lists(name)
     paths = [folder / f"{name}.toml" for folder in folders]
     path = next((path for path in paths if path.exists()), paths[0])
-    return Bed(load_config(path, [EVALUATED[metric], *sets]), metric, lists[name])
+    return Bed(load_config(path, [EVALUATED[metric], *sets]), metric, budgets)
 
 
 def entries(

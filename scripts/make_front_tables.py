@@ -9,12 +9,11 @@ python -m scripts.make_front_tables      # or: make pages
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.figures import read_csv, write_grids, write_markdown
-from experiments.front import LISTS
+from experiments.front import read_lists
 from experiments.points import Point
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -25,20 +24,19 @@ FIGURES = re.compile(rf"(<!-- from front.csv, (?P<beds>[^:\n]+): (?P<what>\w+) -
 
 def missing(points: Sequence[Point], testbeds: Sequence[str]) -> str:
     """How many entries of front.toml have no row, and which."""
-    lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     played = {(point.testbed, point.budget, point.variant) for point in points}
     lines = []
     for name in testbeds:
-        budgets = {budget: some for budget, some in lists[name].items() if isinstance(some, list)}
+        _, budgets = read_lists(name)
         left = {
             budget: [variant.partition(":")[0] for variant in some if (name, budget, variant) not in played]
             for budget, some in budgets.items()
         }
-        told = "; ".join(f"{budget} {', '.join(some)}" for budget, some in left.items() if some)
         number, whole = sum(map(len, left.values())), sum(map(len, budgets.values()))
-        lines.append(f"- {name}: {number} of {whole} entries are still to be played: {told}." if number else
-                     f"- {name}: all {whole} entries are played.")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        told = "; ".join(f"{budget} {', '.join(some)}" for budget, some in left.items() if some)
+        state = f"{number} of {whole} entries are still to be played: {told}" if number else f"all {whole} are played"
+        lines.append(f"- {name}: {state}.\n")
+    return "".join(lines)
 
 
 def fill(text: str, points: Sequence[Point]) -> str:
