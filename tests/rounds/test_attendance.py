@@ -198,7 +198,7 @@ def test_the_roster_refuses_what_does_not_lead_to_the_servers_state():
 
 
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if build(name).replaces))
-def test_who_missed_rounds_is_sent_the_newest_broadcast_alone_where_it_says_all(name: str):
+def test_who_missed_rounds_is_sent_one_broadcast_where_the_newest_say_all(name: str):
     federation = Attended(job(build(name), values="int8"), {"a": RANK, "b": RANK, "c": RANK - 1})
     for _ in range(4):
         federation.attend(["a", "b"], set())
@@ -220,6 +220,30 @@ def test_a_broadcast_that_lacks_a_module_does_not_stand_alone():
         accept(federation.job, federation.clients["c"], newest)
     federation.bring("c")
     assert [kind for kind, _ in federation.sent][-2:] == ["change", "change"]
+
+
+def test_of_factors_that_take_turns_the_newest_two_travel_as_one():
+    """Whoever missed one round or two is sent what it missed; whoever missed more, the newest of both factors."""
+    federation = Attended(job(build("rolora"), values="int8"), {"a": RANK, "b": RANK, "c": RANK - 1})
+    for _ in range(5):
+        federation.attend(["a", "b"], set())
+    archive = federation.archive
+
+    def sizes_for(version: int) -> list[int]:
+        needed = archive.payloads_for(federation.job, federation.server, version, ranks(RANK), federation.number + 1)
+        return [len(payload) for payload in needed]
+
+    sizes = [sizes_for(version) for version in range(5)]
+    newest = [len(archive.payloads[version]) for version in (3, 4)]
+    assert sizes[4] == newest[1:] and sizes[3] == newest
+    assert sizes[0] == sizes[1] == sizes[2] and len(sizes[0]) == 1 and sizes[0][0] < sum(newest)
+    only_one = archive.payloads[4]
+    with pytest.raises(StaleError, match="rests on version 4"):
+        accept(federation.job, federation.clients["c"], only_one)
+    federation.bring("c")
+    federation.attend(["a", "b", "c"], set())
+    assert len(sizes_for(3)) == 1 and len(sizes_for(4)) == 2, "made anew for the new version"
+    federation.bring("c")
 
 
 def test_an_older_broadcast_is_stale_even_where_it_says_all():

@@ -233,7 +233,8 @@ class Method:
     values that wire.values = "auto" means; wider (share → form): what takes its place under a budget above that share.
     needs_start: its steps ask for `Context.start`.
     replaces: the parts of a module of which a broadcast says all there is: one with these of every module replaces the
-    whole adapter, so that the newest brings any participant in step. Empty where broadcasts are changes.
+    whole adapter, so that the newest brings any participant in step; of methods that alternate the newest two do
+    together. Empty where broadcasts are changes.
     merges: only the product of State.frozen matters, so that it may be recompressed. module_subsets: clients may train
     some of the modules only. own_values: it rounds values itself, and takes no wire.values. joins: payloads of few
     values travel together (see `rounds.joint`). smallest(first adapter, context): bytes of the smallest payload of a
@@ -312,6 +313,11 @@ class Method:
         """Whether a broadcast of these tensors needs none before it: it replaces all that changes in `adapter`."""
         wanted = {f"{module}/{part}" for module in adapter for part in self.replaces}
         return bool(wanted) and wanted <= set(names)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether other factors are trained in even rounds than in odd ones."""
+        return self.trainable(1) != self.trainable(2)
 
     def parts(self, state: State, round: int) -> tuple[str, ...]:
         """The parts of a module that are sent in a round: "A", "B" or both; "R" of a core; "S" for scalars."""

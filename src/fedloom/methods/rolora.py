@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from fedloom.lora.pair import PARTS
 from fedloom.methods.method import Facts, Method
 from fedloom.methods.shared.averaging import alternating_factors, send_factors
 from fedloom.methods.shared.whole import adopt_whole, average_whole, read_whole, take_whole
@@ -27,6 +28,7 @@ def rolora() -> Method:
         compress=partial(send_factors, alternating_factors),
         aggregate=average_whole,
         receive=take_whole,
+        replaces=PARTS,
         adopt=adopt_whole,
         adds=read_whole,
         trainable=alternating_factors,

@@ -1,6 +1,7 @@
 """What to send a client that has missed rounds: the missed broadcasts or the full state, whichever is smaller.
 
-Where the newest broadcast says all there is (`Method.replaces`), it alone is enough.
+Where the newest broadcast says all there is (`Method.replaces`), it alone is enough. Where several do so together, as
+RoLoRA's newest two, one payload with the newest of every tensor is.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from typing import Any
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
 from fedloom.rounds.joint import names_in
-from fedloom.rounds.turns import full_state, narrow_broadcast
+from fedloom.rounds.turns import full_state, join_broadcasts, narrow_broadcast
 from fedloom.wire import read_header
 
 MOST_DIGESTS = 1000
 """Versions whose digests are remembered, 32 characters each: a checkpoint has them all."""
-Cut = tuple[int, frozenset[tuple[str, int]]]
-"""A version, and the ranks that the broadcast which applies to it is cut to; no ranks: this version's full state."""
+Cut = tuple[range, frozenset[tuple[str, int]]]
+"""The versions whose broadcasts are in one payload, and the ranks that it is cut to, if to any.
+
+The full state of a version has none: the range is empty and ends with it.
+"""
 
 
 class Archive:
@@ -42,7 +46,7 @@ class Archive:
         self._total = sum(self._sizes.values())
         self._made: MutableMapping[Cut, bytes] = hold()
         self._lengths: dict[Cut, int] = {}
-        self._whole: tuple[int, bool] | None = None
+        self._enough: tuple[int, int] | None = None
 
     def add(self, version: int, payload: bytes, limit: int, digest: str = "") -> None:
         """Keep the broadcast that leads from `version` to the next; forget what exceeds `limit` bytes in all.
@@ -59,7 +63,7 @@ class Archive:
             oldest = next(iter(self._sizes))
             self._total -= self._sizes.pop(oldest)
             del self.payloads[oldest]
-        for cut in [cut for cut in self._made if not cut[1] or cut[0] not in self._sizes]:
+        for cut in [cut for cut in self._made if len(cut[0]) != 1 or cut[0].start not in self._sizes]:
             del self._made[cut], self._lengths[cut]
         self.digests[version] = digest
         if len(self.digests) > MOST_DIGESTS:
@@ -75,39 +79,60 @@ class Archive:
     ) -> list[bytes]:
         """The payloads, in order, that bring a client at `version` in step with the server.
 
-        alone: whether it takes the newest broadcast without those before it, where that says all there is.
+        alone: whether it takes the newest broadcasts without those before them, where these say all there is.
         """
-        needed = self.versions_for(job, server, version, alone=alone)
-        cut = frozenset(ranks.items()) if job.method.cuts(server.adapter, ranks) else None
-        if cut is not None:
-            for held in needed or ():
-                if (held, cut) not in self._made:
-                    self._keep((held, cut), narrow_broadcast(job, self.payloads[held], ranks))
-        size = sum(self._sizes[held] if cut is None else self._lengths[held, cut] for held in needed or ())
+        pieces = self.pieces_for(job, server, version, alone=alone)
+        cut = frozenset(ranks.items()) if job.method.cuts(server.adapter, ranks) else frozenset()
+        sizes = [self._make(job, (piece, cut)) for piece in pieces or ()]
         # A full state takes at least a byte a value. Where the broadcasts take less, it need not be encoded to compare.
-        if needed is None or size > server.numel():
-            whole: Cut = server.version, frozenset()
+        if pieces is None or sum(sizes) > server.numel():
+            whole: Cut = range(server.version, server.version), frozenset()
             if whole not in self._made:
                 self._keep(whole, full_state(job, server, round))
-            if needed is None or size > self._lengths[whole]:
+            if pieces is None or sum(sizes) > self._lengths[whole]:
                 return [self._made[whole]]
-        return [self.payloads[held] if cut is None else self._made[held, cut] for held in needed]
+        made = ((piece, cut) for piece in pieces)
+        return [self._made[key] if key in self._made else self.payloads[key[0].start] for key in made]
+
+    def _make(self, job: Job, wanted: Cut) -> int:
+        """The size of a payload of these broadcasts, which is made if it is none of those that are held."""
+        piece, ranks = wanted
+        if len(piece) == 1 and not ranks:
+            return self._sizes[piece.start]
+        if wanted not in self._made:
+            payload = join_broadcasts(job, [self.payloads[held] for held in piece])
+            self._keep(wanted, narrow_broadcast(job, payload, dict(ranks)) if ranks else payload)
+        return self._lengths[wanted]
 
     def _keep(self, cut: Cut, payload: bytes) -> None:
         self._made[cut], self._lengths[cut] = payload, len(payload)
 
-    def versions_for(self, job: Job, server: State, version: int, *, alone: bool = True) -> range | None:
-        """The versions whose broadcasts bring a client at `version` in step; None where only a full state does."""
-        newest = server.version - 1
-        if alone and 0 <= version < newest and self.says_all(job, server):
-            return range(newest, server.version)
-        return range(version, server.version) if version >= self.reach(server.version) else None
+    def pieces_for(self, job: Job, server: State, version: int, *, alone: bool = True) -> list[range] | None:
+        """The versions whose broadcasts are in each payload that a client at `version` needs.
 
-    def says_all(self, job: Job, server: State) -> bool:
-        """Whether the newest broadcast alone brings a client of any version in step."""
+        None where only a full state brings it in step.
+        """
+        enough = self.enough(job, server) if alone and version >= 0 else 0
+        if 0 < enough < server.version - version:
+            return [range(server.version - enough, server.version)]
+        reached = version >= self.reach(server.version)
+        return [range(held, held + 1) for held in range(version, server.version)] if reached else None
+
+    def enough(self, job: Job, server: State) -> int:
+        """How many of the newest broadcasts bring a client of any version in step; 0 where all of them do not."""
         newest = server.version - 1
         if newest not in self._sizes or not job.method.replaces:
-            return False
-        if self._whole is None or self._whole[0] != newest:
-            self._whole = newest, job.method.says_all(names_in(self.payloads[newest], server), server.adapter)
-        return self._whole[1]
+            return 0
+        if self._enough is None or self._enough[0] != newest:
+            self._enough = newest, self._count_enough(job, server)
+        return self._enough[1]
+
+    def _count_enough(self, job: Job, server: State) -> int:
+        # The codes of joined payloads are of one adapter each, and do not go into another payload.
+        oldest = server.version - 1 if job.method.joins else self.reach(server.version)
+        names: set[str] = set()
+        for held in reversed(range(oldest, server.version)):
+            names.update(names_in(self.payloads[held], server))
+            if job.method.says_all(names, server.adapter):
+                return server.version - held
+        return 0

@@ -108,7 +108,7 @@ def catch_up(told: Prediction, traffic: Traffic, known: int, steps: int, most: f
     if known == steps:
         return 0.0
     if told.replaces and steps > 1:
-        return min(traffic.down, state_bytes(told, steps), most)
+        return min(min(told.replaces, steps - known) * traffic.down, state_bytes(told, steps), most)
     missed = (steps - known) * traffic.down + (0.0 if known else traffic.first_down - traffic.down)
     return min(missed, state_bytes(told, steps), most)
 

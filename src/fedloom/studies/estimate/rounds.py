@@ -57,8 +57,9 @@ class Prediction:
     may alternate, and begin otherwise than they go on); first: bytes of the first round, of all who attend, both
     ways, in `auto`. auto: the method's coding (`Method.form`). traffic: client that was played → its bytes in it.
     states: bytes of the full state after each round played; merges: whether it grows with every further one.
-    replaces: whether the newest broadcast is enough for whoever missed some. relay: between a region and the root.
-    summed: whether updates come as a secure sum, whose messages beside the vectors `first` alone has.
+    replaces: how many of the newest broadcasts are enough for whoever missed more; 0 where all are needed. relay:
+    between a region and the root. summed: whether updates come as a secure sum, whose messages beside the vectors
+    `first` alone has.
     client_cpu_s: seconds of processor time of a client's turn beside its training, the mean of those that were played.
     efficiency: one over the sum of the ranks that are broadcast, a missing factor counting half; None where the
     broadcast is sparse or has no factors. server_cpu_s: seconds of processor time of the server's turn, the sum over
@@ -76,7 +77,7 @@ class Prediction:
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     states: tuple[float, ...] = ()
     merges: bool = False
-    replaces: bool = False
+    replaces: int = 0
     relay: Relayed | None = None
     client_cpu_s: float = 0.0
     summed: bool = False
@@ -265,7 +266,7 @@ def _predict(
         traffic=traffic,
         states=seen.states,
         merges=job.method.merges,
-        replaces=bool(job.method.replaces),
+        replaces=1 + job.method.alternates if job.method.replaces else 0,
         relay=relayed_bytes(seen.play, chosen),
         client_cpu_s=chosen.scale * sum(seen.play.client_cpu_s[len(held) :]) / (len(held) * (ROUNDS - 1)),
         summed=job.secure is not None,
