@@ -6,14 +6,14 @@ RoLoRA's newest two, one payload with the newest of every tensor is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from fedloom.methods.method import State
 from fedloom.rounds.job import Job
 from fedloom.rounds.joint import names_in
-from fedloom.rounds.turns import full_state, join_broadcasts, narrow_broadcast
-from fedloom.wire import read_header
+from fedloom.rounds.turns import full_state, narrow_broadcast
+from fedloom.wire import Message, decode, encode, read_header
 
 MOST_DIGESTS = 1000
 """Versions whose digests are remembered, 32 characters each: a checkpoint has them all."""
@@ -136,3 +136,15 @@ class Archive:
             if job.method.says_all(names, server.adapter):
                 return server.version - held
         return 0
+
+
+def join_broadcasts(job: Job, payloads: Sequence[bytes]) -> bytes:
+    """One broadcast of several, the oldest first, each of which replaces the tensors that it names; of one, itself.
+
+    Whoever applies it is where all of them lead, if together they say all there is (`Method.says_all`).
+    """
+    if len(payloads) == 1:
+        return payloads[0]
+    messages = [decode(payload) for payload in payloads]
+    entries = {name: entry for message in messages for name, entry in message.entries.items()}
+    return encode(Message(messages[-1].header, entries), folder=job.scratch)

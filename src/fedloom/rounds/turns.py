@@ -330,18 +330,6 @@ def full_state(job: Job, state: State, round: int) -> bytes:
     return encode(message, folder=job.scratch)
 
 
-def join_broadcasts(job: Job, payloads: Sequence[bytes]) -> bytes:
-    """One broadcast of several, the oldest first, each of which replaces the tensors that it names; of one, itself.
-
-    Whoever applies it is where all of them lead, if together they say all there is (`Method.says_all`).
-    """
-    if len(payloads) == 1:
-        return payloads[0]
-    messages = [decode(payload) for payload in payloads]
-    entries = {name: entry for message in messages for name, entry in message.entries.items()}
-    return encode(Message(messages[-1].header, entries), folder=job.scratch)
-
-
 def narrow_broadcast(job: Job, payload: bytes, ranks: Mapping[str, int]) -> bytes:
     """A broadcast cut to what a client of these ranks needs; the same bytes where the method cuts nothing."""
     if job.method.narrow is send_all:
