@@ -89,7 +89,7 @@ def _lay_out(axes: Axes, points: Sequence[Point], axis: Axis) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(foot_of(points), TOPS[first.metric])
+    axes.set_ylim(foot_of(points), top_of(points))
     axes.set_ylabel(TITLES[first.metric])
 
 
@@ -99,6 +99,14 @@ def foot_of(points: Sequence[Point]) -> float:
         return 0.0
     lowest = min((p.score for p in points if math.isfinite(p.score)), default=FOOT)
     return min(FOOT, max(LOWEST_FOOT, 10 * math.floor(lowest / 10)))
+
+
+def top_of(points: Sequence[Point]) -> float:
+    """The upper end of a panel's scores: a share of a gain may be above that of dense FedIT."""
+    top = TOPS[points[0].metric]
+    if points[0].metric == EXACT_MATCH:
+        return top
+    return max([top, *(math.ceil(p.score) + 2.0 for p in points if math.isfinite(p.score))])
 
 
 def _draw_sending(axes: Axes, found: Sending, points: Sequence[Point]) -> None:

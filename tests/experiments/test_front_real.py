@@ -151,6 +151,12 @@ def test_a_panel_goes_down_to_its_lowest_point_but_not_without_end(points):
     assert picture.foot_of([exact("demo", "1%", "loom")]) == 0.0
 
 
+def test_a_panel_goes_up_to_whoever_is_above_dense_fedit(points):
+    shares = [replace(points[0], score=score) for score in (100.0, math.nan, 103.2)]
+    assert [picture.top_of(shares[:count]) for count in (1, 2, 3)] == [103.0, 103.0, 106.0]
+    assert picture.top_of([exact("demo", "1%", "loom")]) == 101.0
+
+
 def test_a_method_looks_the_same_in_every_picture_and_like_no_other():
     every = picture.assign_slots([exact("demo", "1%", method) for method in [*METHODS, "mine"]])
     few = picture.assign_slots([exact("demo", "1%", method) for method in ("flasc", "fedsrd", "loom")])
