@@ -222,6 +222,18 @@ def test_a_broadcast_that_lacks_a_module_does_not_stand_alone():
     assert [kind for kind, _ in federation.sent][-2:] == ["change", "change"]
 
 
+@pytest.mark.parametrize("rank", [RANK, RANK - 1])
+def test_broadcasts_that_name_some_modules_each_travel_as_one(rank: int):
+    """The newest of every module, whichever round trained it last, cut to the receiver's rank."""
+    some, others = dict.fromkeys(list(SHAPES)[:2], RANK), dict.fromkeys(list(SHAPES)[2:], RANK)
+    federation = Attended(job(build("fedit"), values="int8"), {"a": some, "b": others, "c": rank})
+    for client in "abab":
+        federation.attend([client], set())
+    federation.bring("c")  # holds it to who comes from nothing
+    assert [kind for kind, _ in federation.sent][-1:] == ["change"] and federation.clients["c"].version == 4
+    assert len(federation.archive.payloads_for(federation.job, federation.server, 0, ranks(rank), 5)) == 1
+
+
 def test_of_factors_that_take_turns_the_newest_two_travel_as_one():
     """Whoever missed one round or two is sent what it missed; whoever missed more, the newest of both factors."""
     federation = Attended(job(build("rolora"), values="int8"), {"a": RANK, "b": RANK, "c": RANK - 1})

@@ -82,17 +82,17 @@ class Archive:
         alone: whether it takes the newest broadcasts without those before them, where these say all there is.
         """
         pieces = self.pieces_for(job, server, version, alone=alone)
-        cut = frozenset(ranks.items()) if job.method.cuts(server.adapter, ranks) else frozenset()
-        sizes = [self._make(job, (piece, cut)) for piece in pieces or ()]
+        narrowed = frozenset(ranks.items()) if job.method.cuts(server.adapter, ranks) else frozenset()
+        cuts: list[Cut] = [(piece, narrowed) for piece in pieces or ()]
+        size = sum(self._make(job, cut) for cut in cuts)
         # A full state takes at least a byte a value. Where the broadcasts take less, it need not be encoded to compare.
-        if pieces is None or sum(sizes) > server.numel():
+        if pieces is None or size > server.numel():
             whole: Cut = range(server.version, server.version), frozenset()
             if whole not in self._made:
                 self._keep(whole, full_state(job, server, round))
-            if pieces is None or sum(sizes) > self._lengths[whole]:
+            if pieces is None or size > self._lengths[whole]:
                 return [self._made[whole]]
-        made = ((piece, cut) for piece in pieces)
-        return [self._made[key] if key in self._made else self.payloads[key[0].start] for key in made]
+        return [self._made[cut] if cut in self._made else self.payloads[cut[0].start] for cut in cuts]
 
     def _make(self, job: Job, wanted: Cut) -> int:
         """The size of a payload of these broadcasts, which is made if it is none of those that are held."""
